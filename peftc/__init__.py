@@ -1,0 +1,50 @@
+"""Make trained models smaller and faster; every command line word is a function here.
+
+Names are found on first use, so that ``import peftc`` imports neither torch nor anything else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["PeftcError", "Report", "Source", "analyze", "bench", "decompose", "demo", "evaluate", "load", "show"]
+
+if TYPE_CHECKING:
+    from peftc.errors import PeftcError
+    from peftc.report import Report
+    from peftc.source import Source
+    from peftc.steps.analyze import analyze
+    from peftc.steps.bench import bench
+    from peftc.steps.decompose import decompose
+    from peftc.steps.demo import demo
+    from peftc.steps.evaluate import evaluate
+    from peftc.steps.show import show
+
+_HOMES = {"PeftcError": "peftc.errors", "Report": "peftc.report", "Source": "peftc.source"}
+
+
+def load(model: Any) -> Any:
+    """Return the network of a model or an artifact, an ``nn.Module`` in eval mode.
+
+    Args:
+        model: anything that the commands take as MODEL, or a ``Source``.
+    """
+    from peftc.models.load import load as load_model
+
+    return load_model(model).module
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'peftc' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(_HOMES.get(name, f"peftc.steps.{name}")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

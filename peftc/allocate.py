@@ -1,0 +1,200 @@
+"""Which rank for which module: prices of forms, PELA's uniform formula, and one greedy pass over a global budget.
+
+Nothing here knows a tensor: a module is its shape and, for the greedy pass, a curve of loss against rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from peftc.errors import PlanError
+
+Rank = int | tuple[int, int]
+Shape = tuple[int, ...]
+ALLOCATIONS = ("uniform", "global", "energy", "convex")
+
+
+def entries_per_rank(shape: Shape, form: str) -> int:
+    """Return how many weight entries one more unit of rank costs; Tucker-2 has no single price."""
+    if form == "spatial":
+        out, in_, kh, kw = shape
+        return out * kw + in_ * kh
+    return shape[0] + math.prod(shape[1:])
+
+
+def max_rank(shape: Shape, form: str) -> int:
+    """Return the rank at which the factors are exact: the smaller side of the matrix."""
+    if form == "spatial":
+        out, in_, kh, kw = shape
+        return min(out * kw, in_ * kh)
+    return min(shape[0], math.prod(shape[1:]))
+
+
+def entries(shape: Shape, form: str, rank: Rank | None) -> int:
+    """Return the number of weight entries at ``rank``, biases apart; None is the dense weight."""
+    if rank is None:
+        return math.prod(shape)
+    if isinstance(rank, tuple):
+        out, in_, kh, kw = shape
+        return rank[1] * in_ + rank[0] * rank[1] * kh * kw + out * rank[0]
+    return rank * entries_per_rank(shape, form)
+
+
+def macs(shape: Shape, form: str, rank: Rank | None, positions: int, stride: tuple[int, int] = (1, 1)) -> int:
+    """Return the multiply-adds of one sample.
+
+    Args:
+        shape: of the dense weight.
+        form: how it is factored.
+        rank: None is the dense weight.
+        positions: how often the dense weight is applied: tokens, or output pixels.
+        stride: of a convolution; the first thin one may run on more pixels than come out.
+    """
+    if form == "embedding":  # the look-up is free, the expansion is not
+        return 0 if rank is None else positions * int(rank) * shape[1]  # type: ignore[arg-type]
+    if rank is None or form in ("linear", "transposed", "channel"):
+        return positions * entries(shape, form, rank)
+    out, in_, kh, kw = shape
+    if isinstance(rank, tuple):
+        return positions * (stride[0] * stride[1] * rank[1] * in_ + rank[0] * rank[1] * kh * kw + out * rank[0])
+    return positions * rank * (stride[1] * in_ * kh + out * kw)
+
+
+def break_even_rank(shape: Shape, form: str) -> int:
+    """Return the largest rank whose factors hold fewer entries than the weight."""
+    return min((math.prod(shape) - 1) // entries_per_rank(shape, form), max_rank(shape, form))
+
+
+def tucker_path(shape: Shape) -> list[tuple[int, int]]:
+    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one."""
+    out, in_ = shape[:2]
+    longest = max(out, in_)
+    pairs = [(max(1, out * step // longest), max(1, in_ * step // longest)) for step in range(1, longest + 1)]
+    return list(dict.fromkeys(pairs))
+
+
+def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
+    """Return the rank that keeps at most ``ratio`` of one module's entries, or None where it stays dense.
+
+    PELA, section 1.2 of the papers notes: floor(out in / (c (out + in))) with c = 1 / ratio, at least 1. A module whose
+    factors would hold as many entries as the weight stays dense, and so does every module at ratio 1.
+    """
+    if ratio >= 1:
+        return None
+    if form == "tucker2":
+        return best_pair(shape, ratio * math.prod(shape))
+    rank = max(1, math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form)))
+    return fitting(shape, form, rank)
+
+
+def best_pair(shape: Shape, limit: Fraction | int) -> tuple[int, int] | None:
+    """Return the largest pair of the Tucker path within ``limit`` entries (the smallest if none fits), or None if it would grow."""
+    path = tucker_path(shape)
+    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=path[0])
+    return pair if entries(shape, "tucker2", pair) < math.prod(shape) else None
+
+
+def fitting(shape: Shape, form: str, rank: int) -> int | None:
+    """Return ``rank``, cut at the rank that is exact, or None where its factors would not be smaller than the weight."""
+    rank = min(rank, max_rank(shape, form))
+    return rank if rank * entries_per_rank(shape, form) < math.prod(shape) else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss against rank of one module.
+
+    Attributes:
+        ranks: candidates, cheapest first, all cheaper than the dense weight.
+        costs: of each candidate, in entries or multiply-adds.
+        losses: of each candidate, squared error; the dense weight has none.
+        dense: cost of the dense weight.
+        next_loss: squared error one rank further, at which the module would be as large as its dense weight.
+    """
+
+    ranks: Sequence[Rank]
+    costs: Sequence[int]
+    losses: Sequence[float]
+    dense: int
+    next_loss: float = 0.0
+
+
+Step = tuple[float, int, Rank | None]  # fall of loss per cost, price, the rank that it leads to
+
+
+def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
+    """Return the steps from a module's smallest rank to its dense weight, on the lower convex hull of its curve.
+
+    Args:
+        curve: of the module.
+        foresee_dense: let the dense weight take part in the hull, so that a module may jump to it from afar; else the last
+            step is worth only the one component that makes the factors as large as the weight.
+    """
+    points: list[tuple[int, float, Rank | None]] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
+    dense: tuple[int, float, Rank | None] = (curve.dense, 0.0, None)
+    hull = _hull([*points, dense] if foresee_dense or not points else points)
+    found = [
+        ((a[1] - b[1]) / max(b[0] - a[0], 1), b[0] - a[0], b[2]) for a, b in zip(hull, hull[1:], strict=False)
+    ]
+    if not foresee_dense and points:
+        last = points[-1]
+        unit = last[0] - points[-2][0] if len(points) > 1 else last[0]
+        gain = (last[1] - min(curve.next_loss, last[1])) / max(unit, 1)
+        found.append((min(gain, found[-1][0]) if found else gain, curve.dense - last[0], None))
+    return found
+
+
+def _hull(points: list[tuple[int, float, Rank | None]]) -> list[tuple[int, float, Rank | None]]:
+    hull: list[tuple[int, float, Rank | None]] = []
+    for point in points:
+        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _above(a: tuple[int, float, object], b: tuple[int, float, object], c: tuple[int, float, object]) -> bool:
+    """Return whether b lies above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) > (c[1] - a[1]) * (b[0] - a[0])
+
+
+def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> dict[str, Rank | None]:
+    """Return the rank of each module that minimises the summed loss within ``budget``, None meaning dense.
+
+    One greedy pass over the steps of all modules, steepest fall of loss per cost first; along convex hulls every stop of
+    such a pass is optimal for its own cost (Everett, 1963, generalized Lagrange multipliers).
+
+    Args:
+        curves: by module.
+        budget: in the curves' unit of cost.
+        foresee_dense: as for `steps`.
+
+    Raises:
+        PlanError: even the smallest rank everywhere costs more.
+    """
+    ways = {name: steps(curve, foresee_dense=foresee_dense) for name, curve in curves.items()}
+    ranks: dict[str, Rank | None] = {name: next(iter(curve.ranks), None) for name, curve in curves.items()}
+    spent = sum(curve.costs[0] if curve.costs else curve.dense for curve in curves.values())
+    if spent > budget:
+        total = sum(curve.dense for curve in curves.values())
+        raise PlanError(
+            f"the budget leaves {budget:,} for the eligible modules; the smallest rank in each of them takes {spent:,}",
+            why=f"dense, they take {total:,}",
+            hint=f"ask for a ratio of at least {spent / max(total, 1):.4f}, or leave modules out with `--skip`",
+        )
+    queue = [(-way[0][0], name, 0) for name, way in ways.items() if way]
+    heapq.heapify(queue)
+    while queue:
+        _, name, at = heapq.heappop(queue)
+        _, price, rank = ways[name][at]
+        if spent + price > budget:
+            continue  # this module ends here; cheaper steps of others may still fit
+        spent += price
+        ranks[name] = rank
+        if at + 1 < len(ways[name]):
+            heapq.heappush(queue, (-ways[name][at + 1][0], name, at + 1))
+    return ranks

@@ -1,0 +1,169 @@
+"""The artifact folder: write its weights from byte ranges, read its tensor table, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftc import manifest as manifests
+from peftc.errors import ArtifactError
+from peftc.header import DTYPE_BITS, TensorInfo, encode_header, read_header
+from peftc.manifest import Manifest
+
+WEIGHTS, INDEX, RESULT = "model.safetensors", "model.safetensors.index.json", "result.json"
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor to be written: its dtype, shape, and a function that yields its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Any]]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        entries = 1
+        for side in self.shape:
+            entries *= side
+        return entries * DTYPE_BITS[self.dtype] // 8
+
+
+def from_file(info: TensorInfo) -> Piece:
+    """Return a piece that copies a tensor's bytes out of another file, a block at a time."""
+
+    def blocks() -> Iterator[bytes]:
+        left = info.stop - info.start
+        with info.path.open("rb") as file:
+            file.seek(info.start)
+            while left:
+                block = file.read(min(left, BLOCK))
+                if not block:
+                    raise ArtifactError(f"`{info.path}` became shorter while it was read", hint="run the command again")
+                left -= len(block)
+                yield block
+
+    return Piece(info.dtype, info.shape, blocks)
+
+
+def write_weights(
+    folder: Path, pieces: dict[str, Piece], identity: str, max_shard_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """Write ``pieces`` as one safetensors file, or as shards with an index, and return sha256 and bytes per file.
+
+    Tensors are laid out wide dtypes first, then by name, so that every one is aligned and equal content gives
+    equal bytes. Only one block is in memory at a time.
+    """
+    order = sorted(pieces, key=lambda name: (-DTYPE_BITS[pieces[name].dtype], name))
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in order:
+        if shards[-1] and filled + pieces[name].size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += pieces[name].size
+    if len(shards) == 1:
+        return {WEIGHTS: _write_shard(folder / WEIGHTS, {name: pieces[name] for name in order}, identity)}
+    files: dict[str, dict[str, Any]] = {}
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files[file] = _write_shard(folder / file, {name: pieces[name] for name in names}, identity)
+        where.update(dict.fromkeys(names, file))
+    total = sum(piece.size for piece in pieces.values())
+    files[INDEX] = write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return files
+
+
+def _write_shard(path: Path, pieces: dict[str, Piece], identity: str) -> dict[str, Any]:
+    entries = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
+    total, written = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        start = encode_header(entries, {"format": "pt", "peftc": identity})
+        for block in _chain(start, pieces):
+            file.write(block)
+            total.update(block)
+            written += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": total.hexdigest(), "bytes": written}
+
+
+def _chain(start: bytes, pieces: dict[str, Piece]) -> Iterator[Any]:
+    yield start
+    for piece in pieces.values():
+        yield from piece.blocks()
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Write a JSON file with sorted keys and return its sha256 and bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a small file durably and return its sha256 and bytes."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def tensor_table(folder: Path, manifest: Manifest) -> dict[str, TensorInfo]:
+    """Return every tensor of an artifact by name, from the headers of the files that its manifest lists.
+
+    Raises:
+        ArtifactError: a file is missing, has another length, or was written for another artifact.
+        WeightError: a file is damaged.
+    """
+    table: dict[str, TensorInfo] = {}
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"`{folder}` lacks the file `{name}`", why="its manifest lists it")
+        if path.stat().st_size != entry["bytes"]:
+            raise ArtifactError(
+                f"`{path}` has {path.stat().st_size:,} bytes", why=f"its manifest says {entry['bytes']:,}"
+            )
+        if not name.endswith(".safetensors"):
+            continue
+        tensors, metadata = read_header(path)
+        if metadata.get("peftc") != manifest.id:
+            raise ArtifactError(
+                f"`{path}` belongs to another artifact",
+                why=f"it was written for `{metadata.get('peftc', 'none')}`, the manifest is `{manifest.id}`",
+            )
+        twice = sorted(table.keys() & tensors.keys())
+        if twice:
+            raise ArtifactError(f"`{twice[0]}` stands in two files of `{folder}`")
+        table.update(tensors)
+    if not table:
+        raise ArtifactError(f"`{folder}` holds no weights", why="its manifest lists no safetensors file")
+    return table
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Return the names of files whose bytes are no longer those that the manifest promises."""
+    return [
+        name
+        for name, entry in sorted(manifest.files.items())
+        if not (folder / name).is_file() or manifests.file_digest(folder / name) != entry["sha256"]
+    ]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""peftc analyze."""
+
+from peftc.cli import options as o
+from peftc.cli.run import Step, command
+
+
+@command()
+def analyze(
+    model: o.Model = None,
+    *,
+    plan: o.PlanOut = None,
+    plot: o.Plot = None,
+    ratio: o.Ratio = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    target_params: o.TargetParams = None,
+    target_macs: o.TargetMacs = None,
+    allocation: o.Allocation = "global",
+    method: o.Method = "svd",
+    conv_method: o.ConvMethod = "channel",
+    settings: o.Settings = None,
+    include: o.Include = o.EMPTY,
+    skip: o.Skip = o.EMPTY,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+) -> Step:
+    """Look at the rank spectra of a model: where is the slack?
+
+    \b
+    Example:
+      peftc analyze timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 --plan plan.json
+    """
+    from peftc.steps.analyze import analyze as step
+
+    return step

@@ -1,0 +1,173 @@
+"""The program: its commands, and the one boundary where an error becomes a message and an exit code.
+
+0    done, or already done
+1    refused or failed for a stated reason
+2    the command line is wrong
+3    done, but a gate was not met
+70   a bug in peftc
+130  interrupted; run again to resume
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+from typer import Exit, Option, Typer
+from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer vendors click and exports no base class
+from typer.core import TyperGroup
+
+from peftc import __version__
+from peftc.cli import console
+from peftc.cli.analyze import analyze
+from peftc.cli.bench import bench
+from peftc.cli.decompose import decompose
+from peftc.cli.demo import demo
+from peftc.cli.evaluate import evaluate
+from peftc.cli.methods import methods
+from peftc.cli.show import show
+from peftc.errors import PeftcError
+
+FULL = "free some space, or write to another disk with `-o`"
+CLOSED = "check the permissions, or write to another folder with `-o`"
+REFUSALS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EACCES: CLOSED,
+    errno.EPERM: CLOSED,
+    errno.EROFS: CLOSED,
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "check the path: its links go round in a circle",
+    errno.EMFILE: "raise the limit on open files with `ulimit -n`",
+    errno.EIO: "the disk reports an error: check it, and use another one with `-o`",
+}
+
+
+class Boundary(TyperGroup):
+    """Run a command line and end with one of the exit codes above."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
+        """Run ``args``; every exception ends here."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            with self.make_context("peftc", words) as ctx:
+                self.invoke(ctx)
+            code = 0
+        except Exit as end:
+            code = end.exit_code
+        except NoArgsIsHelpError as problem:
+            problem.show()
+            code = 2
+        except ClickException as problem:
+            console.error(_usage(problem))
+            code = 2
+        except PeftcError as problem:
+            console.error(str(problem))
+            code = problem.exit_code
+        except KeyboardInterrupt:
+            console.error("interrupted\n  hint: run the same command again to resume")
+            code = 130
+        except BaseException as problem:
+            if isinstance(problem, SystemExit):
+                raise
+            code = _unplanned(problem)
+        sys.exit(code)
+
+
+def _usage(problem: ClickException) -> str:
+    """Say what is wrong with a command line, where the value came from, and where the options are listed."""
+    message = problem.format_message().rstrip(".")
+    ctx, param = getattr(problem, "ctx", None), getattr(problem, "param", None)
+    lines = [message[:1].lower() + message[1:]]
+    source = ctx.get_parameter_source(param.name) if ctx and param else None
+    if source is not None and source.name == "DEFAULT_MAP":
+        lines.append("  cause: the value comes from `peftc.toml` or a `PEFTC_` variable")
+    lines.append(f"  hint: `{ctx.command_path if ctx else 'peftc'} --help` lists what there is")
+    return "\n".join(lines)
+
+
+def _unplanned(problem: BaseException) -> int:
+    """Explain what the machine refused; anything else is a bug and keeps its traceback."""
+    text = str(problem)
+    number = getattr(problem, "errno", None) if isinstance(problem, OSError) else None
+    if number is None and "No space left on device" in text:  # from libraries that write without Python
+        number = errno.ENOSPC
+    if number in REFUSALS:
+        reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else text
+        where = getattr(problem, "filename", None) or "the output"
+        console.error(f"cannot read or write `{where}`\n  cause: {reason.lower()}\n  hint: {REFUSALS[number]}")
+        return 1
+    if (
+        isinstance(problem, MemoryError)
+        or type(problem).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        hint = "lower `--batch-size`, use `--device cpu`, or stop what else uses the memory"
+        console.error(
+            f"out of memory\n  cause: {text.splitlines()[0] if text else 'an allocation failed'}\n  hint: {hint}"
+        )
+        return 1
+    import traceback
+
+    console.say("".join(traceback.format_exception(problem)).rstrip())
+    console.error(
+        f"this is a bug in peftc {__version__}\n  hint: report it with the lines above and the command you typed"
+    )
+    return 70
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.out(f"peftc {__version__}\n")
+        raise Exit
+
+
+app = Typer(
+    name="peftc",
+    cls=Boundary,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
+)
+
+
+@app.callback()
+def peftc(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Make trained models smaller and faster, and tell the truth about it.
+
+    \b
+    Example:
+      peftc decompose timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 -o small
+    """
+
+
+for command in (analyze, decompose, evaluate, bench, demo, show, methods):
+    app.command(no_args_is_help=False)(command)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the program."""
+    signal.signal(signal.SIGTERM, _terminate)  # clean up and say how to resume, as for Ctrl-C
+    if not sys.warnoptions:
+        warnings.simplefilter(
+            "ignore"
+        )  # what other libraries deprecate is not the user's business; `python -W` shows it
+    app()
+    raise AssertionError("unreachable: the boundary exits")

@@ -1,0 +1,262 @@
+"""The only printer: data on stdout, everything for people on stderr."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peftc import progress
+
+if TYPE_CHECKING:
+    from peftc.report import Cell, Gate, Report, Table
+
+ASCII = str.maketrans(
+    {
+        "…": "...",
+        "–": "-",
+        "—": "--",
+        "×": "x",
+        "±": "+-",
+        "→": "->",
+        "≤": "<=",
+        "≥": ">=",
+        "·": ".",
+        "²": "2",
+        "─": "-",
+    }
+)
+BOLD, RED, YELLOW = "1", "31", "33"
+
+
+# writing
+
+
+def out(text: str) -> None:
+    """Write data to stdout; a reader that has gone away is no error."""
+    if sys.stdout is None:
+        return
+    try:
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:  # a path is bytes, whatever the terminal speaks
+            sys.stdout.buffer.write(os.fsencode(text))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  the interpreter flushes stdout once more at its end
+
+
+def say(text: str = "") -> None:
+    """Write a line to stderr in whatever characters it takes; a stderr that is closed or full is no error."""
+    if sys.stderr is None:
+        return
+    encoding = sys.stderr.encoding or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def error(text: str) -> None:
+    """Say why nothing more will happen; ``cause:`` and ``hint:`` lines follow the first."""
+    say(f"{_styled('error:', RED)} {text}")
+
+
+def warn(text: str) -> None:
+    """Say what was not done, or not as asked."""
+    say(_wrapped(f"{_styled('warning:', YELLOW)} {text}"))
+
+
+def note(text: str) -> None:
+    """Say something that is no problem."""
+    say(_wrapped(text))
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _styled(text: str, code: str) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not _is_terminal()
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def width() -> int | None:
+    """Return the columns of stderr; None where there is no end to a line."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    try:
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or None) if _is_terminal() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _wrapped(text: str) -> str:
+    columns = width()
+    if columns is None or len(text) <= columns:
+        return text
+    return textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+# reports
+
+
+def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
+    """Print a report: for people on stderr, then the path or the JSON object on stdout."""
+    if not quiet:
+        for table in outcome.tables:
+            say("\n".join([*table_lines(table, width()), ""]))
+        for text in outcome.notes:
+            note(text)
+    for text in outcome.warnings:
+        warn(text)
+    for gate in outcome.gates:
+        if not (quiet and gate.passed):
+            say(_gate(gate))
+    if json:
+        out(json_module.dumps(_plain(outcome.to_json()), indent=2, allow_nan=False) + "\n")
+    elif outcome.artifact is not None:
+        out(f"{outcome.artifact}\n")
+
+
+def _gate(gate: Gate) -> str:
+    measured = "not measured" if gate.value is None else _cell(gate.value)
+    verdict = "met" if gate.passed else _styled("not met", RED)
+    option = "--" + gate.option.lstrip("-").replace("_", "-")
+    return f"gate {option} {_cell(gate.limit)}: {measured}, {verdict}"
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` in the types of JSON; a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def table_lines(table: Table, columns: int | None = None) -> list[str]:
+    """Lay a table out in at most ``columns``: aligned where it fits, one line per cell where it does not."""
+    rows = [[_cell(cell) for cell in row] for row in table.rows]
+    title = [_styled(table.title, BOLD)] if table.title else []
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *rows, strict=True)]
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        return [*title, *_records(table.columns, rows)]
+    right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(widths))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    head = [line(table.columns), line(["-" * w for w in widths])] if any(table.columns) else []
+    return [*title, *head, *map(line, rows)]
+
+
+def _records(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = []
+    for first, *rest in rows:
+        lines.append(first)
+        lines += [f"  {name}: {cell}" for name, cell in zip(names[1:], rest, strict=True) if cell]
+    return lines
+
+
+def _cell(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _is_number(text: str) -> bool:
+    return text in ("", "-") or text.lstrip("+-−±<>~ ")[:1].isdecimal()
+
+
+# surroundings
+
+
+def setup(*, quiet: bool = False, verbose: int = 0) -> None:
+    """Send progress and logs where the user wants them, and keep other libraries from drawing on stderr."""
+    bars = _is_terminal() and not quiet
+    progress.set_sink(_Bars().track if bars else None)
+    _log(quiet, verbose)
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if verbose < 2:
+        environment |= {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+            "DATASETS_VERBOSITY": "error",
+        }
+    if not bars:
+        environment |= {
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
+        }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def _log(quiet: bool, verbose: int) -> None:
+    import logging
+
+    root = logging.getLogger()
+    if not root.handlers:  # none of ours yet, and no other program's either
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+    root.setLevel(logging.INFO if verbose > 1 else logging.ERROR if quiet else logging.WARNING)
+    logging.getLogger("peftc").setLevel(logging.DEBUG if verbose > 1 else logging.INFO if verbose else root.level)
+
+
+class _Bars:
+    """One display, which nested bars share."""
+
+    def __init__(self) -> None:
+        self.display: Any = None
+        self.open = 0
+
+    @contextmanager
+    def track(self, title: str, total: int | None) -> Iterator[progress.Advance]:
+        """Show one bar while the work lasts."""
+        if self.display is None:
+            self.display = _display()
+            self.display.start()
+        self.open += 1
+        task = self.display.add_task(title, total=total, detail="")
+
+        def advance(detail: str = "") -> None:
+            self.display.update(task, advance=1, detail=detail)
+
+        try:
+            yield advance
+        finally:
+            self.display.remove_task(task)
+            self.open -= 1
+            if self.open == 0:
+                self.display.stop()
+                self.display = None
+
+
+def _display() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    narrow = (width() or 80) < 60
+    middle = [] if narrow else [BarColumn(20), TimeRemainingColumn(compact=True)]
+    text = TextColumn("{task.description}", markup=False)
+    detail = TextColumn("{task.fields[detail]}", markup=False)
+    return Progress(text, *middle, MofNCompleteColumn(), detail, console=Console(stderr=True), transient=True)

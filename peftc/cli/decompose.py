@@ -1,0 +1,50 @@
+"""peftc decompose."""
+
+from peftc.cli import options as o
+from peftc.cli.run import Step, command
+
+
+@command(writes=True)
+def decompose(
+    model: o.Model = None,
+    *,
+    output_dir: o.OutputDir = None,
+    ratio: o.Ratio = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    target_params: o.TargetParams = None,
+    target_macs: o.TargetMacs = None,
+    plan: o.Plan = None,
+    allocation: o.Allocation = "global",
+    method: o.Method = "svd",
+    conv_method: o.ConvMethod = "channel",
+    settings: o.Settings = None,
+    include: o.Include = o.EMPTY,
+    skip: o.Skip = o.EMPTY,
+    data: o.OptionalData = None,
+    task: o.Task = None,
+    num_samples: o.NumSamples = None,
+    batch_size: o.BatchSize = None,
+    image_size: o.ImageSize = None,
+    max_length: o.MaxLength = None,
+    max_drop: o.MaxDrop = None,
+    min_quality: o.MinQuality = None,
+    max_params: o.MaxParams = None,
+    max_bytes: o.MaxBytes = None,
+    max_shard_size: o.MaxShardSize = "5GB",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+) -> Step:
+    """Replace dense modules by low-rank factors.
+
+    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
+
+    \b
+    Example:
+      peftc decompose timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 -o small
+    """
+    from peftc.steps.decompose import decompose as step
+
+    return step

@@ -1,0 +1,17 @@
+"""peftc demo."""
+
+from peftc.cli import options as o
+from peftc.cli.run import Step, command
+
+
+@command(source=False)
+def demo(*, output_dir: o.OutputDir = None, seed: o.Seed = 0, device: o.Device = "auto") -> Step:
+    """Run the main job on a small model and real digits, in minutes and offline.
+
+    \b
+    Example:
+      peftc demo
+    """
+    from peftc.steps.demo import demo as step
+
+    return step

@@ -1,0 +1,283 @@
+"""Every option once: its spelling, its type, its help phrase.
+
+A command's parameters are named, ordered and defaulted like the Python function of the same word; the
+options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.run` adds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, BadParameter, Context, Option
+
+from peftc import config
+from peftc.errors import UsageError
+
+DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+AMOUNTS = {**DECIMAL, "B": 10**9}  # 7B parameters
+SIZES = {f"{prefix}{end}": scale for prefix, scale in DECIMAL.items() for end in ("", "B")}
+SIZES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _scaled(text: Any, units: dict[str, int], example: str) -> int:
+    found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE]\+?[0-9]{1,2})?) ?([A-Za-z]*)", str(text).strip())
+    if found is None or found[2] not in units:
+        raise BadParameter(f"`{text}` is not a number like {example}")
+    value = round(float(found[1]) * units[found[2]])
+    if value < 1:
+        raise BadParameter(f"`{text}` is less than 1")
+    return value
+
+
+def amount(text: Any) -> int:
+    """Read a count such as ``22M`` or ``1.5e9``."""
+    return _scaled(text, AMOUNTS, "`22M`, `4.6G` or `1.5e9`")
+
+
+def size(text: Any) -> int:
+    """Read a number of bytes such as ``100MB`` (decimal) or ``1GiB`` (binary)."""
+    return _scaled(text, SIZES, "`100MB`, `4.6G` or `1GiB`")
+
+
+def size_text(text: Any) -> str:
+    """Check a number of bytes and leave it as it was written."""
+    size(text)
+    return str(text)
+
+
+def share(text: Any) -> float:
+    """Read a number in (0, 1]."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise BadParameter(f"`{text}` is not in (0, 1]")
+    return value
+
+
+def share_text(text: Any) -> str:
+    """Check a decimal or a fraction in (0, 1] and leave it as it was written, so that 2/3 stays exact."""
+    top, slash, bottom = str(text).partition("/")
+    try:
+        value = float(top) / (float(bottom) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise BadParameter(f"`{text}` is neither a decimal nor a fraction like `2/3`") from None
+    if not 0 < value <= 1:
+        raise BadParameter(f"`{text}` is not in (0, 1]: it is the share of parameters to keep")
+    return str(text)
+
+
+def number(text: Any) -> float:
+    """Read a finite number."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        raise BadParameter(f"`{text}` is not a number") from None
+    if not math.isfinite(value):
+        raise BadParameter(f"`{text}` is not a finite number")
+    return value
+
+
+def positive(text: Any) -> float:
+    """Read a finite number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise BadParameter(f"`{text}` is not above 0")
+    return value
+
+
+def not_negative(text: Any) -> float:
+    """Read a finite number of at least 0."""
+    value = number(text)
+    if value < 0:
+        raise BadParameter(f"`{text}` is below 0")
+    return value
+
+
+def choice(*known: str, pattern: str = "(?!)") -> Callable[[Any], str]:
+    """Return a reader of one of ``known``, or of whatever matches ``pattern``."""
+
+    def read(text: Any) -> str:
+        if text not in known and re.fullmatch(pattern, str(text)) is None:
+            raise BadParameter(f"`{text}` is not one of {', '.join(f'`{word}`' for word in known)}")
+        return str(text)
+
+    return read
+
+
+def settings(option: str, texts: Iterable[str], *, lists: bool = False) -> dict[str, Any]:
+    """Read repeated ``key=value``; values become int, float, bool or stay text, and comma lists where allowed.
+
+    Raises:
+        UsageError: a text without ``=``, or a key given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"`{option} {text}` is not understood", hint=f"write it as `{option} key=value`")
+        if key in found:
+            raise UsageError(f"`{option} {key}` is given twice", hint="give each key once")
+        parts = [_value(part.strip()) for part in value.split(",")] if lists else [_value(value)]
+        found[key] = parts if len(parts) > 1 else parts[0]
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def configure(ctx: Context, file: Path | None) -> None:
+    """Read the project before any other option, so that it sets their defaults."""
+    group: Any = ctx.parent.command if ctx.parent else None
+    if group is None or ctx.resilient_parsing:
+        return
+    known = {word: _spellings(command) for word, command in group.commands.items()}
+    project = config.load(str(ctx.info_name), known, file)
+    repeated = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
+    ctx.obj = project
+    ctx.default_map = {name: _texts(value) if name in repeated else value for name, value in project.defaults.items()}
+
+
+def _spellings(command: Any) -> dict[str, str]:
+    """Map what a file or a variable may call an option to the name of its parameter."""
+    own = (param for param in command.params if param.name not in ("model", "config"))
+    return {
+        opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
+    }
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a repeated option as it would be typed: a list, a table, or words in one string."""
+    if isinstance(value, Mapping):
+        return [f"{key}={','.join(map(str, item)) if isinstance(item, list) else item}" for key, item in value.items()]
+    if isinstance(value, str):
+        from shlex import split
+
+        return split(value)
+    return [str(item) for item in value]
+
+
+# what a command reads and writes
+Model = Annotated[
+    str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
+]
+OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
+DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
+MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]
+
+# how much to keep: one of these
+Ratio = Annotated[
+    str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
+]
+Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+Energy = Annotated[
+    float | None, Option(parser=share, metavar="SHARE", help="share of the squared singular values to keep")
+]
+TargetParams = Annotated[int | None, Option(parser=amount, metavar="N", help="parameters of the whole result, as 22M")]
+TargetMacs = Annotated[
+    int | None, Option(parser=amount, metavar="N", help="multiply-adds of the whole result, as 4.6G")
+]
+Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
+PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
+Plot = Annotated[Path | None, Option(metavar="FILE", help="draw the spectra to this .png or .svg")]
+
+# how to choose and factor
+Allocation = Annotated[
+    str,
+    Option(
+        parser=choice("uniform", "global", "energy", "convex"), metavar="global|uniform", help="one budget for all, or the same share each"
+    ),
+]
+Method = Annotated[str, Option(metavar="NAME", help="how to factor matrices, see `peftc methods`")]
+ConvMethod = Annotated[str, Option(metavar="NAME", help="how to factor convolutions")]
+Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="a setting of the method, repeatable")]
+Include = Annotated[list[str], Option(metavar="PATTERN", help="also factor these modules, repeatable")]
+Skip = Annotated[list[str], Option(metavar="PATTERN", help="leave these modules dense, repeatable")]
+
+EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
+
+# what to measure on
+Data = Annotated[
+    str, Option(metavar="DATA", help="folder, table file, hf:NAME or sklearn:digits; @split picks a split")
+]
+OptionalData = Annotated[str | None, Option("--data", metavar="DATA", help="samples for statistics and gates")]
+Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
+Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
+NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]
+BatchSize = Annotated[int | None, Option(min=1, metavar="N", help="samples at once")]
+ImageSize = Annotated[int | None, Option(min=1, metavar="PIXELS", help="height and width of images")]
+MaxLength = Annotated[int | None, Option(min=1, metavar="TOKENS", help="longest text")]
+ImageColumn = Annotated[str | None, Option(metavar="NAME", help="column of images (default: guessed)")]
+TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (default: guessed)")]
+LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
+Rounds = Annotated[int, Option(min=1, metavar="N", help="timed rounds")]
+
+# gates: exit 3 where they are not met
+MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
+MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]
+MaxParams = Annotated[int | None, Option(parser=amount, metavar="N", help="gate: most parameters")]
+MaxBytes = Annotated[int | None, Option(parser=size, metavar="SIZE", help="gate: largest size on disk")]
+MinSpeedup = Annotated[float | None, Option(parser=positive, metavar="X", help="gate: least speed-up")]
+
+# where and how
+Device = Annotated[
+    str,
+    Option(
+        parser=choice("auto", "cpu", "cuda", "mps", pattern=r"cuda:\d+"),
+        metavar="auto|cpu|cuda|mps",
+        help="where to compute",
+    ),
+]
+DType = Annotated[
+    str,
+    Option(
+        "--dtype",
+        parser=choice("auto", "float32", "float16", "bfloat16"),
+        metavar="auto|float32|float16|bfloat16",
+        help="number format to compute in",
+    ),
+]
+Seed = Annotated[int, Option(min=0, metavar="N", help="seed of everything random")]
+Commands = Annotated[bool, Option("--commands", help="print the command lines that rebuild it")]
+Json = Annotated[bool, Option("--json", help="print one JSON object")]
+Quiet = Annotated[bool, Option("-q", "--quiet", help="show warnings and errors only")]
+Verbose = Annotated[int, Option("-v", "--verbose", count=True, help="show more; -vv shows all")]
+Config = Annotated[
+    Path | None, Option(metavar="FILE", is_eager=True, callback=configure, help="project file (default: peftc.toml)")
+]
+
+SOURCE: dict[str, tuple[Any, Any]] = {
+    "arch": (Annotated[str | None, Option(metavar="timm:NAME", help="architecture of bare weights")], None),
+    "arch_set": (
+        Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="constructor argument, repeatable")],
+        None,
+    ),
+    "weights": (Annotated[Path | None, Option(metavar="FILE", help="weights of an architecture")], None),
+    "revision": (Annotated[str | None, Option(metavar="NAME", help="branch, tag or commit on the hub")], None),
+    "preprocess": (
+        Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="mean, std, input_size, ... of images")],
+        None,
+    ),
+    "allow_code": (Annotated[bool, Option("--allow-code", help="run the python: code that MODEL names")], False),
+    "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
+    "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
+}
+OUTPUT: dict[str, tuple[Any, Any]] = {
+    "config": (Config, None),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+    "verbose": (Verbose, 0),
+}

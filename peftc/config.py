@@ -1,0 +1,305 @@
+"""The project: ``peftc.toml``, the ``PEFTC_`` variables, and the chain of artifacts that its steps write.
+
+A value comes from, first found first taken: the command line, `PEFTC_DECOMPOSE_RATIO` (one command), `PEFTC_RATIO`
+(every command with that option), the table `[decompose]` of the file, the top of the file, the default. Paths are
+relative to the working folder, wherever the file lies. `model`, `runs`, `data` and `teacher` stand at the top::
+
+    model = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    data = "flowers/"
+
+    [decompose]
+    ratio = 0.5
+    set = { damping = 1e-3 }
+
+The chain is a list, `runs/chain.json`. A step that writes has a place in it: the one it took before, or the end. It
+reads what stands before its place and writes `runs/01-decompose`; what stood at its place and after it leaves the
+list when another folder takes the place. No folder is ever deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc.errors import ChainError, UsageError
+from peftc.source import MANIFEST
+
+FILE = "peftc.toml"
+CHAIN = "chain.json"
+PREFIX = "PEFTC_"
+TOP = ("model", "runs", "data", "teacher")
+# of these a user means one: naming one on a higher level drops the others from the levels below
+BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "plan")
+
+Options = Mapping[str, Mapping[str, str]]  # command -> spelling -> parameter
+
+
+@dataclass(frozen=True)
+class Project:
+    """What the working folder says about a run.
+
+    Attributes:
+        file: the project file, None where there is none.
+        model: the model that the chain starts from.
+        runs: the folder of the chain.
+        defaults: parameter -> value, for the command that runs.
+        warnings: variables that name no option.
+    """
+
+    file: Path | None = None
+    model: str | None = None
+    runs: Path = Path("runs")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def load(command: str, options: Options, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Project:
+    """Return the project of the working folder as ``command`` sees it.
+
+    Args:
+        command: the word that was typed.
+        options: the options of every command.
+        file: another file than ``peftc.toml``; it must exist.
+
+    Raises:
+        UsageError: the file is missing, not TOML, or has a key or table that does not exist.
+    """
+    asked = file or (Path(environ["PEFTC_CONFIG"]) if environ.get("PEFTC_CONFIG") else None)
+    if asked is not None and not asked.is_file():
+        raise UsageError(f"there is no project file at `{asked}`", hint="check `--config`")
+    path = asked or (Path(FILE) if Path(FILE).is_file() else None)
+    tables = _read(path, options) if path else {}
+    variables, warnings = _variables(environ, options)
+    own = options[command]
+    defaults: dict[str, Any] = {}
+    for level in (tables.get("", {}), tables.get(command, {}), variables.get("", {}), variables.get(command, {})):
+        defaults = override(command, defaults, {own[key]: value for key, value in level.items() if key in own})
+    top = {**tables.get("", {}), **variables.get("", {})}
+    return Project(path, top.get("model"), Path(top.get("runs", "runs")), defaults, warnings)
+
+
+def override(command: str, lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``higher`` over ``lower``; a budget in it replaces every budget below."""
+    budgets = BUDGET if command != "analyze" else BUDGET[:-1]  # `analyze --plan` names the file to write
+    dropped = budgets if any(name in higher for name in budgets) else ()
+    return {**{name: value for name, value in lower.items() if name not in dropped}, **higher}
+
+
+def _read(path: Path, options: Options) -> dict[str, dict[str, Any]]:
+    """Return the values of a project file per command, those at its top under the empty word."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read `{path}`", why=str(error)) from None
+    words = {word.replace("-", "_"): word for word in options}
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name in words and isinstance(value, dict):
+            tables[words[name]] = {inner.replace("-", "_"): item for inner, item in value.items()}
+            for inner in value:
+                _known(path, inner, options[words[name]], f" in `[{key}]`")
+        else:
+            _known(path, key, [*TOP, *_every(options), *([] if not isinstance(value, dict) else options)])
+            if name in ("model", "runs") and not (isinstance(value, str) and value):
+                raise UsageError(f"`{key}` in `{path}` is not a string", hint=f'write it as `{key} = "..."`')
+            tables[""][name] = value
+    return tables
+
+
+def _every(options: Options) -> list[str]:
+    return list(dict.fromkeys(name for own in options.values() for name in own))
+
+
+def _known(path: Path, key: str, known: Iterable[str], where: str = "") -> None:
+    words = list(dict.fromkeys(name.replace("_", "-") for name in known))
+    word = key.replace("_", "-")
+    if word not in words:
+        import difflib
+
+        near = difflib.get_close_matches(word, words, 1)
+        raise UsageError(
+            f"`{path}` has an unknown name `{key}`{where}",
+            why=f"the names are {', '.join(f'`{name}`' for name in words)}",
+            hint=f"did you mean `{near[0]}`?" if near else "remove it",
+        )
+
+
+def _variables(environ: Mapping[str, str], options: Options) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+    """Return the values of ``PEFTC_`` variables per command, and a warning for each that names no option."""
+    found: dict[str, dict[str, str]] = {}
+    warnings = []
+    anywhere = {*TOP, *_every(options)}
+    for variable, value in sorted(environ.items()):
+        name = variable[len(PREFIX) :].lower()
+        if not variable.startswith(PREFIX) or not value or name == "config":
+            continue
+        homes = [word for word in options if name.startswith(word.replace("-", "_") + "_")]
+        homes = [word for word in homes if name[len(word) + 1 :] in options[word]]
+        if homes:
+            found.setdefault(homes[0], {})[name[len(homes[0]) + 1 :]] = value
+        elif name in anywhere:
+            found.setdefault("", {})[name] = value
+        else:
+            warnings.append(f"the variable `{variable}` names no option and is ignored")
+    return found, tuple(warnings)
+
+
+# the chain
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of the chain and the folder it wrote."""
+
+    step: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The artifacts of a project, oldest first.
+
+    Attributes:
+        runs: the folder in which the list lies.
+        links: the steps whose folders are there, up to the first that is not.
+        gone: the first folder of the list that is no longer an artifact.
+    """
+
+    runs: Path
+    links: tuple[Link, ...] = ()
+    gone: Path | None = None
+
+    @property
+    def last(self) -> Path | None:
+        """The newest artifact."""
+        return self.links[-1].folder if self.links else None
+
+    def own_place(self, step: str) -> int:
+        """Return where ``step`` writes: the first place it took before, or the end."""
+        return next((index for index, link in enumerate(self.links) if link.step == step), len(self.links))
+
+    def place_after(self, folder: str) -> int | None:
+        """Return the place after ``folder``, None where it is not in the chain."""
+        path = Path(folder).resolve()
+        return next((index + 1 for index, link in enumerate(self.links) if link.folder.resolve() == path), None)
+
+    def record(self, index: int, link: Link, *, rewritten: bool = False) -> tuple[Link, ...]:
+        """Put ``link`` at its place on disk, and return the links that are no longer part of the chain.
+
+        Args:
+            index: 0 <= index <= number of links.
+            rewritten: the folder holds another artifact than before, so that what follows is out of date.
+        """
+        old = self.links[index] if index < len(self.links) else None
+        if old and old.folder.resolve() == link.folder.resolve() and not rewritten:
+            return ()
+        links = (*self.links[:index], link)
+        text = json.dumps([{"step": one.step, "folder": self._name(one.folder)} for one in links], indent=2) + "\n"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        partial = self.runs / f"{CHAIN}.{os.getpid()}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.runs / CHAIN)
+        return self.links[index:] if old and old.folder.resolve() != link.folder.resolve() else self.links[index + 1 :]
+
+    def _name(self, folder: Path) -> str:
+        path, runs = folder.resolve(), self.runs.resolve()
+        return path.relative_to(runs).as_posix() if path.is_relative_to(runs) else str(path)
+
+
+def read_chain(runs: Path) -> Chain:
+    """Return the chain of a project, empty where nothing was written yet.
+
+    Raises:
+        ChainError: the list is damaged.
+    """
+    path = runs / CHAIN
+    if not path.is_file():
+        return Chain(runs)
+    try:
+        links = [Link(entry["step"], runs / entry["folder"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ChainError(f"cannot read `{path}`", why=why, hint="remove the file to start a new chain") from None
+    there = [(link.folder / MANIFEST).is_file() for link in links]
+    end = there.index(False) if False in there else len(links)
+    return Chain(runs, tuple(links[:end]), links[end].folder if end < len(links) else None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one run stands: the model it reads, and what it writes if that belongs to the chain."""
+
+    model: str
+    chain: Chain | None = None
+    index: int = 0
+    folder: Path | None = None
+
+
+def place(project: Project, step: str, model: str | None, *, writes: bool) -> Place:
+    """Find what ``step`` reads and where it writes.
+
+    Args:
+        model: MODEL as typed, ``-`` already read from standard input; None takes the chain's.
+        writes: the step writes an artifact.
+
+    Raises:
+        UsageError: there is no MODEL and no project to take one from.
+        ChainError: the list of the chain is damaged.
+    """
+    chain = read_chain(project.runs) if project.file else None
+    if model is not None:
+        if not writes or chain is None:
+            return Place(model)
+        index = 0 if model == project.model else chain.place_after(model)
+        return Place(model) if index is None else _at(chain, index, step, model)
+    if chain is None:
+        if project.model is not None:
+            return Place(project.model)
+        hint = f"name one, as in `peftc {step} MODEL`, or write `model = ...` into `{FILE}` in this folder"
+        raise UsageError(f"`peftc {step}` needs a MODEL", why=f"there is no `{FILE}` in this folder", hint=hint)
+    index = chain.own_place(step) if writes else len(chain.links)
+    found = str(chain.links[index - 1].folder) if index else project.model
+    if found is None:
+        why = f"`{project.file}` names no `model`, and nothing in `{project.runs}` comes before this step"
+        raise UsageError(f"`peftc {step}` needs a MODEL", why=why, hint='add `model = "..."` to it')
+    return _at(chain, index, step, found) if writes else Place(found, chain)
+
+
+def _at(chain: Chain, index: int, step: str, model: str) -> Place:
+    return Place(model, chain, index, chain.runs / f"{index + 1:02d}-{step}")
+
+
+def artifact_from(text: str) -> str:
+    """Return the artifact that a step before named in a pipe: a path on one line, or the ``artifact`` of a JSON report.
+
+    Raises:
+        ChainError: the text is empty, or names no folder.
+    """
+    text = text.strip()
+    hint = (
+        "put a step that writes an artifact before the `|`, as in `peftc decompose MODEL --ratio 0.5 | peftc bench -`"
+    )
+    if not text:
+        raise ChainError("standard input names no artifact", why="it is empty: the step before it failed", hint=hint)
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)["artifact"]
+        except (ValueError, KeyError, RecursionError):
+            found = None
+        if not isinstance(found, str):
+            raise ChainError("standard input names no artifact", why="the JSON on it has no `artifact`", hint=hint)
+        text = found
+    if "\n" in text or "\0" in text or len(text) > 4096 or not Path(text).is_dir():
+        shown = text.splitlines()[0][:80]
+        raise ChainError("standard input names no artifact", why=f"there is no folder `{shown}`", hint=hint)
+    return text

@@ -1,0 +1,89 @@
+"""`--data` specs to samples."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+from peftc.data import arrays, images, tables
+from peftc.data.dataset import Dataset, Splits, choose, split_word
+from peftc.data.tables import Columns
+from peftc.errors import DataError
+
+__all__ = ["Dataset", "open_data"]
+
+FORMS = (
+    "a folder or .zip of class folders, a .csv .tsv .jsonl .parquet .txt .npz .safetensors or IDX file, "
+    "`hf:NAME[:CONFIG]`, or `sklearn:digits`"
+)
+WINDOWED = ("masked-lm", "causal-lm")  # their samples are windows of tokens, counted after reading
+
+
+def open_data(
+    spec: str | Path,
+    *,
+    split: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    task: str | None = None,
+) -> Dataset:
+    """Return the samples that a `--data` spec names.
+
+    Args:
+        spec: what the user typed; `@SPLIT` at its end picks a split.
+        split: the split, where ``spec`` names none.
+        num_samples: keep so many, seeded, the classes as even as they allow; None keeps all.
+        seed: of the subset.
+        image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`.
+        task: for `sentence-similarity` labels are scores; for language models rows are never dropped.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it does not hold what was asked for.
+    """
+    name, at = str(spec), ""
+    if not Path(name).exists() and "@" in name:
+        name, _, at = name.rpartition("@")
+    splits = _splits(name, Columns(image_column, text_column, label_column), task)
+    chosen, note = choose(name, splits, at or split)
+    dataset = splits[chosen]()
+    dataset = replace(dataset, notes=[note, *dataset.notes])
+    return dataset if task in WINDOWED else dataset.take(num_samples, seed=seed)
+
+
+def _splits(name: str, columns: Columns, task: str | None) -> Splits:
+    if name.startswith("hf:"):
+        return tables.hub(name.removeprefix("hf:"), columns, task)
+    if name.startswith("sklearn:"):
+        return arrays.sklearn(name.removeprefix("sklearn:"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, columns, task)
+    if not path.is_file():
+        raise DataError(f"there is no data at `{name}`", why="the path does not exist", hint=f"`--data` takes {FORMS}")
+    ending = path.suffix.lower()
+    if "-ubyte" in path.name:
+        return arrays.idx(arrays.idx_pair(path), name)
+    if ending == ".npz":
+        return arrays.npz(path)
+    if ending == ".safetensors":
+        return arrays.safetensors(path)
+    if ending in tables.ENDINGS:
+        return tables.files([path], name, columns, task)
+    if ending == ".zip" or zipfile.is_zipfile(path):
+        return images.class_folders(images.zip_tree(path))
+    raise DataError(
+        f"cannot read data from `{name}`", why=f"`{ending}` is no known ending", hint=f"`--data` takes {FORMS}"
+    )
+
+
+def _folder(path: Path, columns: Columns, task: str | None) -> Splits:
+    """Read IDX files, or tables named by split, where they lie in the folder itself; else class folders."""
+    if found := arrays.idx_files(path):
+        return arrays.idx(found, str(path))
+    if found := [file for file in sorted(path.iterdir()) if file.suffix in tables.ENDINGS and split_word(file.stem)]:
+        return tables.files(found, str(path), columns, task)
+    return images.class_folders(images.folder_tree(path))

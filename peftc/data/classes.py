@@ -1,0 +1,108 @@
+"""Match the classes of a data set with the outputs of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from peftc.data.images import named
+from peftc.errors import DataError
+
+
+def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) -> tuple[list[int], str]:
+    """Return the output index of each class, and a sentence that says how they were matched.
+
+    Tried in this order: WordNet ids, the model's class names (or ImageNet's), class indices, and, for a model that
+    knows no names, sorted order. A class matches wholly or not at all.
+
+    Args:
+        classes: names of class folders, or label values.
+        labels: the model's class names in output order, if it knows them.
+        outputs: how many classes the model tells apart.
+
+    Raises:
+        DataError: some classes have no counterpart, or two.
+    """
+    imagenet = _imagenet(outputs)
+    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        index = {name: number for number, name in enumerate(imagenet[0])}
+        return _all(classes, index, outputs, "WordNet ids"), "classes: folders matched by WordNet id"
+    for names, whose in (
+        (labels, "the model's class names"),
+        (imagenet[1] if imagenet else None, "ImageNet's class names"),
+    ):
+        if names:
+            found = _by_name(classes, names)
+            if len(found) == len(classes):
+                return [found[name] for name in classes], f"classes: matched by name with {whose}"
+            if found and not all(name.isdecimal() for name in classes):
+                return _all(classes, found, outputs, whose), ""
+    if all(name.isdecimal() and int(name) < outputs for name in classes) and not _has_own_numbers(classes, outputs):
+        return [int(name) for name in classes], "classes: their names read as class indices"
+    if labels is None and len(classes) == outputs:
+        note = f"classes: the model has no class names, so its {outputs} outputs are taken in sorted order"
+        return list(range(outputs)), note
+    if labels is None:
+        raise DataError(
+            f"cannot match {len(classes)} classes with a model of {outputs} outputs",
+            why=f"the data has {named(list(classes))}",
+            hint="name them by WordNet id, class index or class name",
+        )
+    return _all(classes, {}, outputs, f"class names {named(list(labels), 3)}"), ""
+
+
+def _has_own_numbers(classes: Sequence[str], outputs: int) -> bool:
+    """Whether names count 0, 1, ... without reaching the outputs, as ten digits do: they number something else."""
+    return 1 < len(classes) < outputs and sorted(map(int, classes)) == list(range(len(classes)))
+
+
+def _all(classes: Sequence[str], index: dict[str, int], outputs: int, whose: str) -> list[int]:
+    missing = [name for name in classes if name not in index]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(classes)} classes of the data are unknown to the model: {named(missing)}",
+            why=f"its {outputs} outputs are known by {whose}",
+            hint="rename or remove these classes, or evaluate the model made for them",
+        )
+    return [index[name] for name in classes]
+
+
+def _by_name(classes: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Look classes up by whole names first, then by one of the synonyms in `tench, Tinca tinca`."""
+    exact: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        exact.setdefault(name, []).append(number)
+        whole.setdefault(_plain(name), []).append(number)
+        for part in name.split(","):
+            parts.setdefault(_plain(part), []).append(number)
+    found = {}
+    for name in classes:
+        at = exact.get(name) or whole.get(_plain(name)) or parts.get(_plain(name), [])
+        if len(at) > 1:
+            raise DataError(
+                f"class `{name}` of the data is ambiguous",
+                why=f"the model's outputs {at} share that name",
+                hint="use class indices",
+            )
+        if at:
+            found[name] = at[0]
+    if len(set(found.values())) < len(found):
+        raise DataError("two classes of the data match the same output of the model", why=named(sorted(found)))
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _imagenet(outputs: int) -> tuple[list[str], list[str]] | None:
+    """Return WordNet ids and names of the ImageNet with so many classes."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return info.label_names(), info.label_descriptions()

@@ -1,0 +1,119 @@
+"""What every family of data hands on: samples by index, their labels, and a digest of what was used."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from peftc.errors import DataError, UsageError
+
+SPLIT_WORDS = {
+    "test": ("test", "testing", "t10k"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "train": ("train", "training"),
+}  # in the order in which an evaluation prefers them
+
+
+@dataclass
+class Dataset:
+    """Labelled or unlabelled samples; ``dataset[i]`` is (input, label or None), read when asked for.
+
+    Attributes:
+        kind: ``image`` (PIL image or array), ``text`` (str), ``pairs`` (two str) or ``tensor`` (fed as it is).
+        name: the spec without its split.
+        split: the split in use, by its own name.
+        read: gives the input of a row.
+        content: gives the bytes that identify the input of a row.
+        labels: per row, an index into ``classes``, or a score where ``classes`` is None; None where unlabelled.
+        classes: names of class folders or label values, in sorted order, over all splits.
+        rows: which rows are used.
+        notes: what people should know about how it was read.
+    """
+
+    kind: str
+    name: str
+    split: str
+    read: Callable[[int], Any]
+    content: Callable[[int], bytes]
+    rows: Sequence[int]
+    labels: Sequence[int] | Sequence[float] | None = None
+    classes: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, int | float | None]:
+        row = self.rows[index]
+        return self.read(row), None if self.labels is None else self.labels[row]
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 over content and label of every sample used, in order."""
+        total = hashlib.sha256(self.kind.encode())
+        for row in self.rows:
+            content = self.content(row)
+            label = None if self.labels is None else self.labels[row]
+            name = self.classes[int(label)] if self.classes and label is not None else label
+            total.update(b"%d:" % len(content) + content + repr(name).encode())
+        return total.hexdigest()
+
+    def take(self, number: int | None, *, seed: int) -> Dataset:
+        """Keep ``number`` samples, the classes as even as they allow; None or more than there are keeps all."""
+        if number is None:
+            return self
+        if number < 1:
+            raise UsageError(f"`--num-samples` is {number}", why="at least one sample is needed")
+        if number >= len(self):
+            return self
+        order = random.Random(seed)
+        groups: dict[Any, list[int]] = {}
+        for row in order.sample(list(self.rows), len(self)):
+            groups.setdefault(self.labels[row] if self.classes and self.labels else None, []).append(row)
+        rounds = [(turn, order.random(), row) for group in groups.values() for turn, row in enumerate(group)]
+        return replace(self, rows=sorted(row for _, _, row in sorted(rounds)[:number]))
+
+
+Splits = dict[str, Callable[[], Dataset]]
+
+
+def split_word(text: str) -> str | None:
+    """Return ``train``, ``validation`` or ``test`` where one of their usual words is a part of ``text``."""
+    parts = re.split(r"[^a-z0-9]+", text.lower())
+    return next((word for word, known in SPLIT_WORDS.items() if any(part in known for part in parts)), None)
+
+
+def choose(name: str, splits: Iterable[str], asked: str | None) -> tuple[str, str]:
+    """Return the split to use, and a sentence that says so: the one asked for, else test, validation, the only one."""
+    names = list(splits)
+    if asked is not None:
+        for same in (lambda split: split == asked, lambda split: split_word(split) == (split_word(asked) or asked)):
+            found = [split for split in names if same(split)]
+            if len(found) == 1:
+                return found[0], f"data: split `{found[0]}` of `{name}`, as asked"
+        raise DataError(f"`{name}` has no split `{asked}`", why=f"it has {_listed(names)}", hint=_hint(name, names))
+    for word in ("test", "validation"):
+        found = [split for split in names if split == word] or [split for split in names if split_word(split) == word]
+        if len(found) == 1 and len(names) > 1:
+            others = _listed([split for split in names if split != found[0]])
+            return found[0], f"data: split `{found[0]}` of `{name}` (it also has {others}; choose with `@SPLIT`)"
+        if len(found) > 1:
+            break
+    if len(names) == 1:
+        return names[0], f"data: `{names[0]}`, the only split of `{name}`"
+    raise DataError(
+        f"`{name}` does not say which split to use", why=f"it has {_listed(names)}", hint=_hint(name, names)
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def _hint(name: str, names: list[str]) -> str | None:
+    return f"name one: `--data {name}@{names[0]}`" if names else None

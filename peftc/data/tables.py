@@ -1,0 +1,349 @@
+"""Rows with named columns: .csv .tsv .jsonl .parquet .txt files and hub data sets, read by the `datasets` library."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peftc.data.dataset import Dataset, Splits, split_word
+from peftc.data.images import decode, named
+from peftc.errors import DataError
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+IMAGE = ("image", "img", "images", "picture", "jpg", "png")
+TEXT = (
+    "text",
+    "sentence",
+    "content",
+    "document",
+    "review",
+    "query",
+    "question",
+    "utterance",
+    "comment",
+    "input",
+    "story",
+)
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_a", "sentence_b"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+LABEL = (
+    "label",
+    "labels",
+    "category",
+    "class",
+    "intent",
+    "target",
+    "y",
+    "score",
+    "similarity",
+    "similarity_score",
+    "relatedness_score",
+    "stars",
+    "rating",
+    "fine_label",
+    "coarse_label",
+    "sentiment",
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns the user named; ``text`` may name two, with a comma between."""
+
+    image: str | None = None
+    text: str | None = None
+    label: str | None = None
+
+    def names(self) -> list[str]:
+        """Return every column named."""
+        return [name for column in (self.image, self.label) if column for name in [column]] + split_names(self.text)
+
+
+def split_names(text: str | None) -> list[str]:
+    """Split `sentence1,sentence2`."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) -> Splits:
+    """Return one split per file, named by the split word in its name."""
+    found: Splits = {}
+    for path in paths:
+        split = split_word(path.stem) or path.stem
+        if split in found:
+            raise DataError(f"`{name}` has two files for split `{split}`", hint=f"name one: `--data {path}`")
+        found[split] = partial(_file, path, split, columns, task)
+    return found
+
+
+def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset:
+    if path.suffix == ".txt":
+        text = _text(path)
+        return Dataset(
+            kind="text",
+            name=str(path),
+            split=split,
+            rows=range(1),
+            read=lambda row: text,
+            content=lambda row: text.encode(),
+        )
+    notes: list[str] = []
+    if path.suffix == ".parquet":
+        table = _load("parquet", path)
+    elif path.suffix == ".jsonl":
+        table = _load("json", path)
+    else:
+        sep = "\t" if path.suffix == ".tsv" else ","
+        header = _header(path, sep, columns)
+        if header is not None:
+            notes = [f"data: the first row of `{path.name}` is data, so its columns are called {named(header)}"]
+        # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
+        quoting = csv.QUOTE_NONE if sep == "\t" and not _is_quoted(path) else csv.QUOTE_MINIMAL
+        table = _load("csv", path, sep=sep, column_names=header, keep_default_na=False, quoting=quoting)
+    return rows(table, str(path), split, columns, task, notes)
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read `{path}`", why=str(error), hint="peftc reads UTF-8 text") from None
+    if not text.strip():
+        raise DataError(f"`{path}` is empty")
+    return text
+
+
+def _load(builder: str, path: Path, **options: Any) -> Any:
+    """Read a file into memory and leave nothing in a cache."""
+    import datasets
+
+    if path.stat().st_size == 0:
+        raise DataError(f"`{path}` is empty")
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise DataError(f"cannot read `{path}`", why=str(error.__cause__ or error).split("\n")[0]) from None
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether every cell that opens with a quote also closes with one."""
+    cells = [cell for line in _text(path).splitlines() for cell in line.split("\t") if cell.startswith('"')]
+    return all(len(cell) > 1 and cell.endswith('"') for cell in cells)
+
+
+def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
+    """Return names for the columns of a file without a header; None where the first row is one.
+
+    A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise it is a
+    header where a column of numbers follows under a word.
+    """
+    try:
+        sample = [row for row in csv.reader(io.StringIO(_text(path)[:100_000]), delimiter=sep) if row][:50]
+    except csv.Error as error:
+        raise DataError(f"cannot read `{path}`", why=str(error)) from None
+    first, rest = sample[0], [row for row in sample[1:-1] or sample[1:] if len(row) == len(sample[0])]
+    cells = {cell.strip().lower() for cell in first}
+    usual = {*IMAGE, *TEXT, *LABEL, *(name for pair in PAIRS for name in pair)}
+    if cells & usual or set(columns.names()) & {cell.strip() for cell in first}:
+        if len(sample) == 1:
+            raise DataError(f"`{path}` has no rows", why="it ends after its header")
+        return None
+    numeric = [bool(rest) and all(_is_number(row[at]) for row in rest) for at in range(len(first))]
+    if not any(map(_is_number, first)) and any(numeric):
+        return None
+    lengths = [sum(len(row[at]) for row in [first, *rest]) for at in range(len(first))]
+    return _names(lengths, numeric)
+
+
+def _names(lengths: list[int], numeric: list[bool]) -> list[str]:
+    if len(lengths) == 1:
+        return ["text"]
+    if len(lengths) == 2:
+        return ["text", "label"] if lengths[0] >= lengths[1] else ["label", "text"]
+    if len(lengths) == 3 and sum(numeric) == 1:
+        pair = iter(("sentence1", "sentence2"))
+        return ["score" if is_number else next(pair) for is_number in numeric]
+    return [f"column{number}" for number in range(1, len(lengths) + 1)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def hub(spec: str, columns: Columns, task: str | None) -> Splits:
+    """Return the splits of `NAME[:CONFIG]` on the hub, or in its cache."""
+    import datasets
+
+    name, _, config = spec.partition(":")
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+        splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config or None))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read the data set `{name}`",
+            why=str(error).split("\n")[0],
+            hint=f"it would have been downloaded from the hub as `{name}`",
+        ) from None
+
+    def split_of(split: str) -> Dataset:
+        table = datasets.load_dataset(name, config or None, split=split)
+        return rows(table, f"hf:{spec}", split, columns, task, [])
+
+    return {split: partial(split_of, split) for split in splits}
+
+
+def rows(table: Any, name: str, split: str, columns: Columns, task: str | None, notes: list[str]) -> Dataset:
+    """Find the input and label columns of a table.
+
+    Raises:
+        DataError: it has no rows, no column to read, or lacks a column that was named.
+    """
+    if not len(table):
+        raise DataError(f"`{name}` has no rows")
+    known = {column.strip().lower(): column for column in reversed(table.column_names)}
+    for wanted in columns.names():
+        if wanted not in table.column_names:
+            raise DataError(
+                f"`{name}` has no column `{wanted}`",
+                why=f"its columns are {named(table.column_names, 20)}",
+                hint="see `--image-column`, `--text-column`, `--label-column`",
+            )
+    label = columns.label or next((known[name] for name in LABEL if name in known), None)
+    image = columns.image or (None if columns.text else _image_column(table, known))
+    if image:
+        kind, read, content = _images(table, image, name)
+    else:
+        kind, read, content = _texts(table, _text_columns(known, columns, name, table.column_names), name)
+    labels, classes = (None, None) if label is None else _labels(table, label, name, kind, task)
+    return Dataset(
+        kind=kind,
+        name=name,
+        split=split,
+        rows=range(len(table)),
+        read=read,
+        content=content,
+        labels=labels,
+        classes=classes,
+        notes=notes,
+    )
+
+
+Readers = tuple[str, Callable[[int], Any], Callable[[int], bytes]]
+
+
+def _image_column(table: Any, known: dict[str, str]) -> str | None:
+    typed = [column for column, feature in table.features.items() if type(feature).__name__ == "Image"]
+    return typed[0] if typed else next((known[name] for name in IMAGE if name in known), None)
+
+
+def _text_columns(known: dict[str, str], columns: Columns, name: str, there: list[str]) -> list[str]:
+    if columns.text:
+        return split_names(columns.text)[:2]
+    for pair in PAIRS:
+        if all(half in known for half in pair):
+            return [known[half] for half in pair]
+    found = next((known[word] for word in TEXT if word in known), None)
+    if found is None:
+        raise DataError(
+            f"`{name}` has no column of a usual name for text",
+            why=f"its columns are {named(there, 20)}",
+            hint="name it: `--text-column NAME`, or `--text-column FIRST,SECOND` for pairs",
+        )
+    return [found]
+
+
+def _images(table: Any, column: str, name: str) -> Readers:
+    import datasets
+
+    stored = table.cast_column(column, datasets.Image(decode=False))
+
+    def content(row: int) -> bytes:
+        value = stored[row][column]
+        if value["bytes"] is not None:
+            return bytes(value["bytes"])
+        try:
+            return Path(value["path"]).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read row {row} of `{name}`", why=str(error)) from None
+
+    return "image", lambda row: decode(content(row), f"{name}, row {row}"), content
+
+
+def _texts(table: Any, columns: list[str], name: str) -> Readers:
+    values = [list(table[column]) for column in columns]
+    for column, cells in zip(columns, values, strict=True):
+        bad = next((row for row, cell in enumerate(cells) if not isinstance(cell, str | int | float)), None)
+        if bad is not None:
+            raise DataError(
+                f"row {bad} of `{name}` has no text in column `{column}`", why=f"it holds {cells[bad]!r}"[:200]
+            )
+
+    def read(row: int) -> Any:
+        texts = tuple(str(cells[row]) for cells in values)
+        return texts if len(texts) == 2 else texts[0]
+
+    return "pairs" if len(columns) == 2 else "text", read, lambda row: json.dumps(read(row)).encode()
+
+
+def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> tuple[list[Any], list[str] | None]:
+    """Return (indices, classes), or (scores, None) where a pair has a number that is no class."""
+    values = list(table[column])
+    bad = next((row for row, value in enumerate(values) if not isinstance(value, str | int | float)), None)
+    if bad is not None:
+        raise DataError(
+            f"row {bad} of `{name}` has no label in column `{column}`", why=f"it holds {values[bad]!r}"[:200]
+        )
+    names = getattr(table.features[column], "names", None)
+    if names:
+        if any(not 0 <= value < len(names) for value in values):
+            raise DataError(
+                f"`{name}` has rows without a label",
+                why=f"column `{column}` holds -1",
+                hint="choose another split with `@SPLIT`",
+            )
+        return values, list(names)
+    fractions = any(_is_number(str(value)) and not float(value).is_integer() for value in values)
+    if kind == "pairs" and (task == "sentence-similarity" or (task is None and fractions)):
+        return _scores(values, column, name), None
+    texts = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
+    classes = sorted(set(texts), key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    index = {text: number for number, text in enumerate(classes)}
+    return [index[text] for text in texts], classes
+
+
+def _scores(values: list[Any], column: str, name: str) -> list[float]:
+    bad = next(
+        (row for row, value in enumerate(values) if not _is_number(str(value)) or not math.isfinite(float(value))), None
+    )
+    if bad is not None:
+        raise DataError(
+            f"row {bad} of `{name}` has no finite score in column `{column}`", why=f"it holds {values[bad]!r}"[:200]
+        )
+    return [float(value) for value in values]

@@ -1,0 +1,196 @@
+"""Texts to tokens: the tokenizer beside a model, windows of a text, and texts drawn from a model."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftc import progress
+from peftc.data.dataset import Dataset
+from peftc.errors import DataError, UsageError, WeightError
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+IGNORED = -100  # a target that is not predicted
+MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
+LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def tokenizer_of(model: Model) -> Any:
+    """Return the tokenizer that lies beside a model.
+
+    Raises:
+        DataError: there is none.
+    """
+    if model.folder is None or not any(next(model.folder.glob(name), None) for name in TOKENIZERS):
+        raise DataError(
+            f"`{model.name}` has no tokenizer",
+            why=f"none of {', '.join(TOKENIZERS)} lies beside its weights",
+            hint="copy the tokenizer files of the original into its folder",
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=str(error).split("\n")[0]) from None
+
+
+def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2) -> int:
+    """Return how many tokens a sample may have: as asked, else what the model takes, at most 512.
+
+    Raises:
+        UsageError, DataError: it is asked for fewer than ``least``, or more than the model takes.
+    """
+    config = model.config.get("text_config", model.config)
+    known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
+    known += [getattr(tokenizer, "model_max_length", None)]
+    limit = min((int(value) for value in known if value), default=sys.maxsize)
+    if max_length is None:
+        return min(limit, LONGEST)
+    if max_length < least:
+        raise UsageError(f"`--max-length` is {max_length}", why=f"at least {least} tokens are needed")
+    if max_length > limit:
+        raise DataError(f"`{model.name}` takes at most {limit} tokens", why=f"`--max-length` asks for {max_length}")
+    return max_length
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised texts.
+
+    Attributes:
+        pad: gives rows as one padded batch.
+        lengths: tokens of each text.
+        limit: where longer texts were cut.
+        digest: the sha256 over all tokens.
+    """
+
+    pad: Callable[[Sequence[int]], dict[str, Tensor]]
+    lengths: list[int]
+    limit: int
+    digest: str
+
+
+def tokenise(model: Model, texts: Sequence[Any], max_length: int | None) -> Tokens:
+    """Tokenise texts, or pairs of texts that one input joins, keeping what the model's forward takes."""
+    tokenizer = tokenizer_of(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    limit = window(model, max_length, tokenizer)
+    is_pair = isinstance(texts[0], tuple)
+    firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
+    made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
+    keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
+
+    def pad(rows: Sequence[int]) -> dict[str, Tensor]:
+        return dict(tokenizer.pad({key: [made[key][row] for row in rows] for key in keys}, return_tensors="pt"))
+
+    digest = hashlib.sha256(repr([made[key] for key in keys]).encode()).hexdigest()
+    return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)
+
+
+def joined(data: Dataset) -> str:
+    """Return the texts of a data set as one, each ended by a new line."""
+    rows = (data[index][0] for index in range(len(data)))
+    return "".join(row if row.endswith("\n") else row + "\n" for row in rows)
+
+
+def cut(name: str, ids: Sequence[int], length: int, *, number: int | None, seed: int) -> Tensor:
+    """Cut tokens into windows without overlap, dropping the short rest; (windows, length).
+
+    Args:
+        name: of the data, for refusals.
+        ids: tokens in reading order.
+        length: tokens per window; the text, where it is shorter.
+        number: keep so many windows, seeded; None keeps all.
+        seed: of the choice.
+    """
+    length = min(length, len(ids))
+    if length < 2:
+        raise DataError(f"`{name}` is too short", why=f"it has {len(ids)} tokens")
+    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if number is None or number >= len(windows):
+        return windows
+    if number < 1:
+        raise UsageError(f"`--num-samples` is {number}", why="at least one sample is needed")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:number].sort().values]
+
+
+def masked(windows: Tensor, tokenizer: Any, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Wrap windows in their start and end tokens and mask 15 % of each; tokens and targets, (windows, length + 2) each.
+
+    Raises:
+        DataError: the tokenizer lacks one of these tokens.
+    """
+    start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+    if None in (start, end, mask):
+        raise DataError("the tokenizer is not made for `masked-lm`", why="it lacks a mask, start or end token")
+    edge = torch.ones(len(windows), 1, dtype=torch.long)
+    whole = torch.cat([start * edge, windows, end * edge], 1)
+    order = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    first = order[:, : max(1, round(MASKED * windows.shape[1]))]
+    chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, first + 1, True)
+    return whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
+
+
+def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int = 32) -> Dataset:
+    """Draw sequences from a causal language model: ancestral sampling at temperature 1, from its first token on.
+
+    Every sequence has ``length`` tokens, whatever they are: the expected excess nll of another model on them is then
+    exactly its divergence from this one.
+
+    Args:
+        model: runnable.
+        number: sequences, >= 1.
+        length: tokens, the given first one included.
+        seed: of the draw.
+        batch_size: sequences drawn together.
+    """
+    config = model.config.get("text_config", model.config)
+    start = next((config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None), None)
+    start = start[0] if isinstance(start, list) else start
+    if start is None:
+        raise DataError(f"cannot draw text from `{model.name}`", why="its config names no first token (`bos_token_id`)")
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    with progress.track("drawing text from the model", number) as advance:
+        while (done := sum(len(part) for part in parts)) < number:
+            parts.append(_draw(model, start, min(batch_size, number - done), length, generator))
+            for _ in parts[-1]:
+                advance("")
+    tokens = torch.cat(parts)
+    return Dataset(
+        kind="tensor",
+        name=f"generated:{number}",
+        split="generated",
+        rows=range(number),
+        read=lambda row: tokens[row],
+        content=lambda row: tokens[row].numpy().tobytes(),
+    )
+
+
+def _draw(model: Model, start: int, number: int, length: int, generator: torch.Generator) -> Tensor:
+    device = next(model.module.parameters()).device
+    tokens = torch.full((number, 1), start, device=device)
+    cache: Any = None
+    with torch.inference_mode():
+        while tokens.shape[1] < length:
+            fresh = tokens if cache is None else tokens[:, -1:]
+            out = model.module(input_ids=fresh, past_key_values=cache, use_cache=True)
+            cache = getattr(out, "past_key_values", None)
+            chances = out.logits[:, -1].float().softmax(-1).cpu()  # drawn on the CPU: the same text on every device
+            if not chances.isfinite().all():
+                raise WeightError(f"`{model.name}` gives NaN or infinite outputs", why="no text can be drawn from it")
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator).to(device)], 1)
+    return tokens.cpu()

@@ -1,0 +1,102 @@
+"""Every way peftc refuses, drawn as a tree.
+
+PeftcError                 exit 1: refused or failed for a stated reason
+  SourceError              a model that cannot be found, built or trusted
+  WeightError              a tensor that is missing, foreign, mis-shaped, NaN or infinite
+  ArtifactError            a folder that is no artifact, is damaged, or belongs to another request
+  PlanError                ranks and budgets that do not fit the model
+  MethodError              a decomposition that failed at every rung of its ladder
+  DataError                samples that cannot be read or do not fit the model
+  ChainError               a pipe or a project with nothing to hand on
+  OutputError              a folder that cannot be written
+  UsageError               exit 2: a value no run could accept, whatever the model
+"""
+
+from __future__ import annotations
+
+
+class PeftcError(Exception):
+    """A refusal that says what happened, why, and what to type next.
+
+    Args:
+        what: one line with names and numbers, lower case, no full stop.
+        why: the cause, when it is not in ``what``.
+        hint: what to do, with the command or option to type.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.why, self.hint = what, why, hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.why:
+            lines.append(f"  cause: {self.why}")
+        if self.hint:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class SourceError(PeftcError):
+    """A model cannot be found, built or trusted."""
+
+
+class WeightError(PeftcError):
+    """A tensor is missing, foreign, mis-shaped, NaN or infinite."""
+
+
+class ArtifactError(PeftcError):
+    """A folder is no artifact, is damaged, or belongs to another request.
+
+    Args:
+        what, why, hint: as in `PeftcError`.
+        request: the id of the request that was refused because the folder holds another one.
+    """
+
+    def __init__(
+        self, what: str, *, why: str | None = None, hint: str | None = None, request: str | None = None
+    ) -> None:
+        super().__init__(what, why=why, hint=hint)
+        self.request = request
+
+
+class PlanError(PeftcError):
+    """Ranks or budgets do not fit the model."""
+
+
+class MethodError(PeftcError):
+    """A decomposition failed at every rung of its ladder."""
+
+
+class DataError(PeftcError):
+    """Samples cannot be read or do not fit the model."""
+
+
+class ChainError(PeftcError):
+    """A pipe or a project has nothing to hand on."""
+
+
+class OutputError(PeftcError):
+    """A folder cannot be written."""
+
+
+class UsageError(PeftcError):
+    """An option has a value that no run could accept."""
+
+    exit_code = 2
+
+
+def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:
+    """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
+    if value in known:
+        return
+    import difflib
+
+    near = difflib.get_close_matches(value, known, 1)
+    raise UsageError(
+        f"unknown value `{value}` for `{option}`",
+        why=f"it is one of {', '.join(f'`{name}`' for name in known)}",
+        hint=f"did you mean `{option} {near[0]}`?" if near else None,
+    )

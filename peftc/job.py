@@ -1,0 +1,231 @@
+"""One execution of a writing step: its identity, its working folder, and the one rename that makes the result appear.
+
+``OUT.partial/`` holds ``job.json`` (whose work it is), ``lock``, ``work/`` (finished parts, for a resume) and ``artifact/`` (the folder
+to be). The last act is fsync and a rename of ``artifact/`` to OUT, so OUT never exists half-written; after a kill the same request
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc import artifact, manifest
+from peftc.errors import ArtifactError, OutputError, PeftcError
+from peftc.source import MANIFEST
+
+CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the size that this disk or shell allows",
+    errno.EACCES: "the folder may not be written",
+    errno.EPERM: "the folder may not be written",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file of that name is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+@dataclass
+class Job:
+    """A step at work on one output folder.
+
+    Attributes:
+        output: the folder to be.
+        id: digest of base and requests.
+        done: the folder is already there, from the same request.
+        resumed: parts of an earlier, interrupted run are there.
+    """
+
+    output: Path
+    id: str
+    done: bool = False
+    resumed: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def partial(self) -> Path:
+        """The folder of unfinished work, beside the output."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def work(self) -> Path:
+        """Where finished parts are kept for a resume."""
+        return self.partial / "work"
+
+    @property
+    def folder(self) -> Path:
+        """The artifact folder in the making."""
+        return self.partial / "artifact"
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the step began."""
+        return time.monotonic() - self.started
+
+    def require(self, number_of_bytes: int) -> None:
+        """Refuse at once when the disk cannot hold what is to be written.
+
+        Raises:
+            OutputError: fewer bytes are free.
+        """
+        free = shutil.disk_usage(self.partial).free
+        if free < number_of_bytes:
+            raise OutputError(
+                f"cannot write `{self.output}`",
+                why=f"the disk has {free:,} bytes free; the artifact and its parts need about {number_of_bytes:,}",
+                hint="free space, or write elsewhere with `-o`",
+            )
+
+    def finish(self, record: manifest.Manifest, result: dict[str, Any]) -> None:
+        """Write manifest and result, make everything durable, and rename the folder into place."""
+        record.write(self.folder)
+        artifact.write_json(self.folder / artifact.RESULT, result)
+        for path in self.folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        artifact.sync_folder(self.folder)
+        replaced = _replaced(self.output)
+        if self.output.exists():
+            os.rename(self.output, replaced)
+        os.rename(self.folder, self.output)
+        artifact.sync_folder(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def result(self) -> dict[str, Any]:
+        """Return what a finished folder's ``result.json`` holds; empty where it is gone."""
+        try:
+            return dict(json.loads((self.output / artifact.RESULT).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")
+
+
+@contextmanager
+def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterator[Job]:
+    """Hold the output folder for one request, and leave nothing behind when the request is refused.
+
+    Raises:
+        ArtifactError: the folder holds something else, or unfinished work of another request.
+        OutputError: it cannot be written, or another run is writing it.
+    """
+    job = Job(output, identity)
+    with _told(output):
+        _restore(output)
+        if output.exists() or output.is_symlink():
+            job.done = _settle(output, identity, overwrite)
+        if job.done:
+            shutil.rmtree(job.partial, ignore_errors=True)
+            yield job
+            return
+        job.partial.mkdir(parents=True, exist_ok=True)
+        with _locked(job):
+            fresh = _claim(job, overwrite)
+            job.resumed = not fresh
+            try:
+                yield job
+            except (PeftcError, OSError):
+                if fresh:
+                    shutil.rmtree(job.partial, ignore_errors=True)
+                raise
+            shutil.rmtree(job.partial, ignore_errors=True)
+
+
+@contextmanager
+def _told(output: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CAUSES:
+            raise
+        raise OutputError(
+            f"cannot write `{output}`", why=f"{CAUSES[error.errno]} ({error.filename or output})", hint="write elsewhere with `-o`"
+        ) from error
+
+
+def _restore(output: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    if _replaced(output).exists() and not output.exists():
+        os.rename(_replaced(output), output)
+
+
+def _settle(output: Path, identity: str, overwrite: bool) -> bool:
+    """Return whether ``output`` already is the answer; refuse when it is something else that may not be replaced."""
+    if output.is_dir() and (output / MANIFEST).is_file():
+        found = None
+        try:
+            found = manifest.read(output)
+            if found.id == identity:
+                artifact.tensor_table(output, found)
+                return True
+        except PeftcError:
+            if not overwrite:
+                raise
+        if overwrite:
+            return False
+        raise ArtifactError(
+            f"`{output}` holds the artifact of another request",
+            why=f"its id is {found.id[:12] if found else 'unreadable'}, this request's is {identity[:12]}",
+            hint="write elsewhere with `-o`, or replace it with `--overwrite`",
+            request=identity,
+        )
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+        return False
+    raise ArtifactError(
+        f"`{output}` is in the way",
+        why="it is no artifact of peftc, so peftc neither writes into it nor deletes it",
+        hint="write elsewhere with `-o`",
+    )
+
+
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    with (job.partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another run is writing `{job.output}`",
+                why=f"it holds `{job.partial / 'lock'}`",
+                hint="wait for it, or write elsewhere with `-o`",
+            ) from None
+        yield
+
+
+def _claim(job: Job, overwrite: bool) -> bool:
+    """Make the partial folder this request's own; return whether it starts from nothing."""
+    note = job.partial / "job.json"
+    try:
+        owner = json.loads(note.read_text(encoding="utf-8")).get("id")
+    except (OSError, ValueError, AttributeError):
+        owner = None
+    if owner not in (None, job.id) and not overwrite:
+        raise ArtifactError(
+            f"`{job.partial}` holds unfinished work of another request",
+            why=f"its id is {str(owner)[:12]}, this request's is {job.id[:12]}",
+            hint=f"finish that request, or drop its work with `--overwrite` (or `rm -r {job.partial}`)",
+            request=job.id,
+        )
+    if owner != job.id:
+        shutil.rmtree(job.work, ignore_errors=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        artifact.write_json(note, {"id": job.id})
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.work.mkdir(exist_ok=True)
+    job.folder.mkdir()
+    return owner != job.id

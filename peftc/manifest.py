@@ -1,0 +1,124 @@
+"""The manifest, ``peftc.json``: what an artifact is made of, from which base, by which requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from peftc.errors import ArtifactError
+from peftc.source import MANIFEST
+
+SCHEMA_VERSION = 1
+FIELDS = {
+    "schema_version": int,
+    "id": str,
+    "base": dict,
+    "steps": list,
+    "modules": dict,
+    "tied": dict,
+    "files": dict,
+    "parameters": int,
+    "preprocess": dict,
+    "labels": list | None,
+}  # `manifest.schema.json` says the same in full, and a test compares the two
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How a network differs from its base class, and how it came to be.
+
+    Attributes:
+        id: digest of the base and of every request: same question, same id.
+        base: library, class and constructor arguments of the base network; source, revision and sha256 of its files.
+        steps: one ``{"id", "request"}`` per step, oldest first.
+        modules: dotted name -> ``{"form", "rank"}`` of each factored module.
+        tied: alias -> stored name, for tensors that are one and the same.
+        files: file name -> ``{"sha256", "bytes"}`` of everything in the folder but this file and ``result.json``.
+        parameters: number of parameters, tied ones counted once.
+        preprocess: how images become inputs; empty for text.
+        labels: class names in output order, where known.
+    """
+
+    id: str
+    base: dict[str, Any]
+    steps: list[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    parameters: int
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write ``peftc.json`` into ``folder``, with sorted keys."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """Return the manifest of an artifact, checked.
+
+    Raises:
+        ArtifactError: it is missing, not JSON, of another schema version, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"`{folder}` is not an artifact", why=f"it has no `{MANIFEST}`") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"cannot read `{path}`", why=str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "it does not hold a JSON object")
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}",
+            hint="open it with the version of peftc that wrote it: `pip install -U peftc`",
+        )
+    for name, kind in FIELDS.items():
+        if name not in value or not isinstance(value[name], kind):
+            raise _damaged(path, f"its field `{name}` is missing or of the wrong type")
+    unknown = sorted(value.keys() - FIELDS.keys())
+    if unknown:
+        raise _damaged(path, f"it has unknown fields: {', '.join(unknown)}")
+    for name, entry in value["files"].items():
+        _check_file_name(path, name)
+        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+            raise _damaged(path, f"its entry for file `{name}` has no sha256 and bytes")
+    for name, edit in value["modules"].items():
+        if not isinstance(edit, dict) or not {"form", "rank"} <= edit.keys():
+            raise _damaged(path, f"its entry for module `{name}` has no form and rank")
+    return Manifest(**value)
+
+
+def _check_file_name(path: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+        raise _damaged(path, f"it names the file `{name}`, which is not inside the folder")
+
+
+def _damaged(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"`{path}` is not a manifest that peftc wrote", why=why, hint="build the artifact again")
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the sha256, in hexadecimal, of a JSON-ready value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256, in hexadecimal, of a file's bytes."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

@@ -1,0 +1,354 @@
+"""What a model costs: parameters, bytes, multiply-adds, time and memory.
+
+A time is a measurement, so it never comes alone: `latency` interleaves all candidates in one run, one of them twice
+(the A/A control), and `speedup` says nothing that the control does not allow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftc import progress
+from peftc.models.load import Model, outputs, probe
+
+Call = Callable[[], object]
+
+SHORT = 0.005  # seconds; calls below it are repeated until a block lasts BLOCK
+BLOCK = 0.010
+PRIMED = 0.1  # seconds; above it, finding one's own weights in the caches no longer matters
+WARM_UP = 3.0  # seconds per candidate, at most
+SETTLED = 0.95  # a call that takes more than this share of the best so far brings nothing new
+GAIN = 1.05  # a doubled batch has to raise throughput by this much
+LARGEST_BATCH = 256
+LONGEST_CALL = 2.0  # seconds
+FLOOR = 0.01  # a change below 1 % is never claimed, however quiet the machine
+RESAMPLES = 2000
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def parameters(module: nn.Module) -> int:
+    """Count parameters; tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of parameters and buffers; tied ones once."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+# -- multiply-adds ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sample costs.
+
+    Attributes:
+        macs: multiply-adds of products, convolutions and attention; look-ups and element-wise work count nothing.
+        by_module: multiply-adds inside each module that has any, its children included, by dotted name.
+        positions: how often each Linear, Conv or Embedding weight is applied (rows, pixels, ids); 0 = never called.
+    """
+
+    macs: int
+    by_module: dict[str, int]
+    positions: dict[str, int]
+
+
+def work(model: Model, batch: Any = None) -> Work:
+    """Count the work of one forward pass; modules on the meta device serve too.
+
+    Args:
+        model: in eval mode.
+        batch: one sample, as `probe` makes it; None takes `probe`'s own.
+    """
+    batch = probe(model) if batch is None else batch
+    with _positions(model.module) as positions, _every_product_visible(), FlopCounterMode(display=False) as counter:
+        outputs(model, batch)
+    by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
+    return Work(by_name.get("Global", 0), by_module, positions)
+
+
+def macs(model: Model, batch: Any = None) -> tuple[int, dict[str, int]]:
+    """Return the multiply-adds of one sample, in total and by module."""
+    counted = work(model, batch)
+    return counted.macs, counted.by_module
+
+
+def positions(model: Model, batch: Any = None) -> dict[str, int]:
+    """Return how often each module's weight is applied to one sample."""
+    return work(model, batch).positions
+
+
+@contextmanager
+def _positions(module: nn.Module) -> Iterator[dict[str, int]]:
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, child in module.named_modules():
+        weight = child._parameters.get("weight")
+        if weight is None or weight.ndim < 2:
+            continue
+        counts[name] = 0
+        axis = 1 if isinstance(child, nn.modules.conv._ConvNd) else -1
+
+        def add(_: nn.Module, __: Any, output: Any, name: str = name, axis: int = axis) -> None:
+            if isinstance(output, Tensor):
+                counts[name] += output.numel() // output.shape[axis]
+
+        hooks.append(child.register_forward_hook(add))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _every_product_visible() -> Iterator[None]:
+    """Switch off torch's fused transformer layer, which the counter sees as one operation without a formula."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call of one candidate, one entry per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds that half of the rounds stay under."""
+        return _quantile(self.seconds, 0.5)
+
+    @property
+    def p90(self) -> float:
+        """Seconds that nine rounds of ten stay under."""
+        return _quantile(self.seconds, 0.9)
+
+
+def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, title: str = "timing") -> dict[str, Times]:
+    """Time all candidates in one interleaved run.
+
+    Each round times every candidate once, in an order that makes each follow each other one equally often. Calls under
+    5 ms are repeated to a block of at least 10 ms. An untimed call (unless calls last over 0.1 s) goes first, so that
+    each candidate finds its own weights in the caches, not those of the one before.
+    """
+    seconds: dict[str, list[float]] = {label: [] for label in calls}
+    with _without_collections(), progress.track(title, rounds) as advance:
+        typical = {label: _warm_up(call, device) for label, call in calls.items()}
+        orders = list(islice(permutations(calls), 24))
+        for index in range(rounds):
+            for label in orders[index % len(orders)]:
+                if typical[label] < PRIMED:
+                    calls[label]()
+                seconds[label].append(_time_block(calls[label], device, typical[label]))
+            advance("")
+    return {label: Times(tuple(values)) for label, values in seconds.items()}
+
+
+def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> int:
+    """Double the batch until throughput gains less than 5 %.
+
+    Also ends at 256 samples, before a call would last over 2 s, and where memory runs out.
+
+    Args:
+        forward: returns a call that computes a batch of the given size.
+        device: where it computes.
+    """
+    best, best_rate = 1, 0.0
+    batch = 1
+    with progress.track("finding the saturating batch") as advance:
+        while batch <= LARGEST_BATCH:
+            try:
+                call = forward(batch)
+                typical = _warm_up(call, device)
+                seconds = min(_time_block(call, device, typical) for _ in range(3))
+            except RuntimeError as error:
+                if batch == 1 or not _out_of_memory(error):
+                    raise
+                break
+            advance(f"{batch}: {batch / seconds:.1f}/s")
+            if batch / seconds < GAIN * best_rate:
+                break
+            best, best_rate = batch, batch / seconds
+            if 2 * seconds > LONGEST_CALL:
+                break
+            batch *= 2
+    return best
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
+
+
+def _time_block(call: Call, device: torch.device, typical: float) -> float:
+    repeats = math.ceil(BLOCK / max(typical, 1e-7)) if typical < SHORT else 1
+    start = _now(device)
+    for _ in range(repeats):
+        call()
+    return (_now(device) - start) / repeats
+
+
+def _warm_up(call: Call, device: torch.device) -> float:
+    """Call until two calls in a row bring no new best time, and return the best."""
+    begin = _now(device)
+    best, stale = math.inf, 0
+    while stale < 2:
+        start = _now(device)
+        call()
+        end = _now(device)
+        stale = stale + 1 if end - start > SETTLED * best else 0
+        best = min(best, end - start)
+        if end - begin > WARM_UP:
+            break
+    return best
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# -- what may be claimed ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How much quicker a candidate is than its baseline, and what the machine's noise leaves of it.
+
+    Attributes:
+        value: median over rounds of baseline time / candidate time.
+        low, high: 95 % bootstrap interval of that median.
+        noise_low, noise_high: the noise band of the same run, see `noise_band`.
+        verdict: ``1.43x faster``, ``1.20x slower`` or ``no measurable change``.
+    """
+
+    value: float
+    low: float
+    high: float
+    noise_low: float
+    noise_high: float
+    verdict: str
+
+    @property
+    def counted(self) -> float:
+        """The value where it is outside the noise, else 1."""
+        return 1.0 if self.verdict == "no measurable change" else self.value
+
+
+def noise_band(baseline: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
+    """Return the ratios (low, high) that the same module shows against itself.
+
+    With m the median over rounds of baseline time / control time and [a, b] its 95 % bootstrap interval, the band is
+    exp(-w) to exp(w) for w = max(|log a|, |log b|) + |log m|, and at least 1 % wide on each side.
+    """
+    ratios = _ratios(baseline, control)
+    low, high = _median_interval(ratios)
+    offset = abs(math.log(_quantile(ratios, 0.5)))
+    width = max(abs(math.log(low)), abs(math.log(high))) + offset
+    width = max(width, math.log1p(FLOOR))
+    return math.exp(-width), math.exp(width)
+
+
+def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequence[float]) -> Speedup:
+    """Compare seconds per round of a baseline, the same baseline again, and a candidate, all of one interleaved run.
+
+    A change is claimed only where the median ratio lies outside `noise_band` and its own 95 % interval excludes 1.
+    """
+    ratios = _ratios(baseline, candidate)
+    value = _quantile(ratios, 0.5)
+    low, high = _median_interval(ratios)
+    noise_low, noise_high = noise_band(baseline, control)
+    verdict = "no measurable change"
+    if value > noise_high and low > 1:
+        verdict = f"{value:.2f}x faster"
+    elif value < noise_low and high < 1:
+        verdict = f"{1 / value:.2f}x slower"
+    return Speedup(value, low, high, noise_low, noise_high, verdict)
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _median_interval(values: Sequence[float]) -> tuple[float, float]:
+    sample = torch.tensor(values, dtype=torch.float64)
+    chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    medians = sample[chosen].quantile(0.5, dim=1)  # (RESAMPLES,)
+    return float(medians.quantile(0.025)), float(medians.quantile(0.975))
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def working_memory(call: Call, device: torch.device) -> int | None:
+    """Return the bytes that one call needs at its peak, over those held before it; None where nothing can tell.
+
+    CUDA is asked for its allocator's peak. On Linux the kernel's high-water mark of the resident set is reset and read,
+    after what earlier calls left free in the heap has gone back to the system.
+    """
+    call()  # so that weights mapped from a file are resident and kernels loaded
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    resting = _reset_high_water_mark()
+    call()
+    return None if resting is None else max(0, _resident("VmHWM") - resting)
+
+
+def _reset_high_water_mark() -> int | None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError, TypeError):  # not Linux, not glibc, or a sandbox that hides /proc
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

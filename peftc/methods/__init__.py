@@ -1,0 +1,80 @@
+"""The table of methods: kind -> name -> module whose function of that name it is.
+
+A method is a function in a file of its own plus one line here; others add theirs under the entry point group
+``peftc.<kind>``. Keyword-only parameters without a default are statistics it needs, those with one are its settings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peftc.errors import MethodError, UsageError, one_of
+
+METHODS: dict[str, dict[str, str]] = {
+    "decompose": {
+        "svd": "peftc.methods.decompose.svd",
+    },
+    "decompose_conv": {
+        "channel": "peftc.methods.decompose_conv.channel",
+        "spatial": "peftc.methods.decompose_conv.spatial",
+        "tucker2": "peftc.methods.decompose_conv.tucker2",
+    },
+}
+
+
+def outsiders(kind: str) -> dict[str, Any]:
+    """Return the entry points of other packages for a kind, by name."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=f"peftc.{kind}")}
+
+
+def find(kind: str, name: str, option: str) -> Callable[..., Any]:
+    """Return the function of a method, built in or an entry point.
+
+    Raises:
+        UsageError: there is none of that name.
+        MethodError: another package's entry point cannot be imported.
+    """
+    if name in METHODS[kind]:
+        return getattr(importlib.import_module(METHODS[kind][name]), name)
+    others = outsiders(kind)
+    one_of(option, name, [*METHODS[kind], *others])
+    try:
+        return others[name].load()
+    except (ImportError, AttributeError) as error:
+        raise MethodError(f"cannot import the method `{name}` of `{others[name].value}`", why=str(error)) from error
+
+
+def needs_of(method: Callable[..., Any]) -> list[str]:
+    """Return the statistics that a method asks for by naming them."""
+    parameters = inspect.signature(method).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
+def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
+    """Return name -> default of a method's settings."""
+    parameters = inspect.signature(method).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to call ``method`` with, each of its default's type.
+
+    Raises:
+        UsageError: a setting is unknown, or its value has the wrong type.
+    """
+    known = settings_of(method)
+    chosen = {}
+    for key, value in asked.items():
+        if key not in known:
+            listed = ", ".join(f"`{k}` ({v})" for k, v in known.items()) or "none"
+            raise UsageError(f"`{name}` has no setting `{key}`", why=f"its settings are: {listed}")
+        kind = type(known[key])
+        if not isinstance(value, kind) and not (kind is float and type(value) is int):
+            raise UsageError(f"setting `{key}` of `{name}` is {value!r}", why=f"it takes a {kind.__name__}, as {known[key]!r}")
+        chosen[key] = kind(value)
+    return chosen

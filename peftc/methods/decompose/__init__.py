@@ -1,0 +1,1 @@
+"""Matrix methods: weight (out, in) -> Spectrum."""

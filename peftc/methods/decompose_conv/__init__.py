@@ -1,0 +1,1 @@
+"""Convolution methods: weight (out, in, kh, kw) -> Spectrum or Tucker."""

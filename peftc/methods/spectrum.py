@@ -1,0 +1,215 @@
+"""What a decomposition returns: singular values, and on demand factors of any rank with the proof that they are good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftc.nn.lowrank import Factors
+
+TOLERANCE = 1e-6  # accepted excess of the squared error over the optimum, relative to the optimum
+FLOOR = 1e-13  # the same relative to the squared norm: float32 factors cannot be closer than that
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solved eigenproblem.
+
+    Attributes:
+        values: (k,) singular values, descending, float64.
+        up: (out, k) with orthonormal columns, or ready scaled when ``down`` is given too; None: weight @ down^T.
+        down: (k, in) with orthonormal rows, or ready scaled when ``up`` is given too; None: up^T @ weight.
+        rung: how it was computed.
+        exact: whether the method itself vouches for it (a direct SVD), so that no certificate is needed.
+    """
+
+    values: Tensor
+    up: Tensor | None
+    down: Tensor | None
+    rung: str
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Factors of one rank and how good they are.
+
+    Attributes:
+        factors: balanced, of the weight's dtype.
+        error: Frobenius norm of (weight - up @ down), relative to the weight's.
+        excess: bound on (squared error - optimum) / optimum; None where the method gives no bound.
+        rung: how the factors were computed.
+        climbed: rungs that were tried and failed, with the reason.
+    """
+
+    factors: Factors
+    error: float
+    excess: float | None
+    rung: str
+    climbed: tuple[str, ...] = ()
+
+
+def tail_energies(values: Tensor) -> Tensor:
+    """Return (k + 1,) squared errors at ranks 0 to k, from k singular values."""
+    energy = values.square()
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+
+class Spectrum:
+    """Singular values of a weight (out, in), and on demand its factors.
+
+    Args:
+        weight: (out, in), float32 or float64, finite.
+        rungs: name -> solver, cheapest first; a solver takes (weight, vectors) and returns a `Solution`, or None
+            where it cannot vouch for the singular values, or raises ``torch.linalg.LinAlgError``.
+    """
+
+    def __init__(self, weight: Tensor, rungs: dict[str, Callable[[Tensor, bool], Solution | None]]) -> None:
+        self.weight, self.rungs = weight, rungs
+        self.climbed: list[str] = []
+        self._left = list(rungs)
+        self._values: Solution | None = None
+        self._vectors: Solution | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, values: Tensor, up: Tensor, down: Tensor) -> Spectrum:
+        """Return a spectrum from ready factors: up (out, k), down (k, in), most important component first."""
+        return cls(weight, {"given": lambda _weight, _vectors: Solution(values.double(), up, down, "given")})
+
+    @property
+    def values(self) -> Tensor:
+        """Singular values (k,), descending, float64."""
+        known = self._vectors or self._values
+        if known is None:
+            known = self._values = self._climb(vectors=False)
+        return known.values
+
+    @property
+    def solution(self) -> Solution:
+        """The basis that the factors are cut from."""
+        if self._vectors is None:
+            self._vectors = self._climb(vectors=True)
+        return self._vectors
+
+    def resume(self, solution: Solution, climbed: list[str]) -> None:
+        """Go on from a solution that was computed before, and from the rungs that failed before it."""
+        for text in climbed:
+            rung, _, why = text.partition(": ")
+            self._fail(rung, why)
+        self._vectors = solution
+
+    def truncate(self, rank: int) -> Truncation:
+        """Return the factors of ``rank`` components, 1 <= rank <= min(out, in), climbing the ladder until certified.
+
+        Raises:
+            torch.linalg.LinAlgError: no rung is left.
+        """
+        while True:
+            solution = self.solution
+            cut = cut_at(self.weight, solution, rank, tuple(self.climbed))
+            if cut.excess is None or cut.excess <= TOLERANCE:
+                return cut
+            self._fail(solution.rung, f"error within {cut.excess:.0e} of the optimum at rank {rank}, not {TOLERANCE:.0e}")
+            self._vectors = None
+
+    def losses(self) -> Tensor:
+        """Return (k + 1,) squared errors at ranks 0 to k."""
+        return tail_energies(self.values)
+
+    def _climb(self, vectors: bool) -> Solution:
+        while self._left:
+            rung = self._left[0]
+            try:
+                solution = self.rungs[rung](self.weight, vectors)
+            except torch.linalg.LinAlgError as error:
+                self._fail(rung, str(error).splitlines()[0])
+                continue
+            if solution is not None and torch.isfinite(solution.values).all():
+                return solution
+            self._fail(rung, "its precision does not resolve the small singular values")
+        raise torch.linalg.LinAlgError("; ".join(self.climbed))
+
+    def _fail(self, rung: str, why: str) -> None:
+        self.climbed.append(f"{rung}: {why}")
+        self._left = [name for name in self._left if name != rung]
+
+
+def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...] = ()) -> Truncation:
+    """Cut a solution at ``rank``, balance the factors and certify them."""
+    dtype = weight.dtype
+    if solution.up is not None and solution.down is not None:
+        return _cut_ready(weight, solution, rank, climbed)
+    tall = solution.down is not None  # the orthonormal basis is on the input side
+    basis, matrix = (solution.down, weight) if tall else (solution.up.T, weight.T)  # type: ignore[union-attr]
+    kept = basis[:rank]  # (rank, n)
+    image = matrix.to(kept.dtype) @ kept.T  # (m, rank), columns of length sigma
+    sigma2 = torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).square()
+    total = energy(weight)
+    root = sigma2.sqrt().sqrt()
+    scale = torch.where(root > 0, 1 / root, 0.0) * _signs(kept)
+    thin, wide = image * scale.to(image.dtype), kept * (root * _signs(kept)).to(kept.dtype)[:, None]
+    factors = Factors(thin.to(dtype), wide.to(dtype)) if tall else Factors(wide.T.to(dtype), thin.T.to(dtype))
+    tail = max(total - float(sigma2.sum()), 0.0)
+    excess = 0.0 if solution.exact else _excess(matrix, basis, image, solution.values.square(), total)
+    return Truncation(factors, (tail / total) ** 0.5 if total else 0.0, excess, solution.rung, climbed)
+
+
+def energy(weight: Tensor) -> float:
+    """Return the squared Frobenius norm, summed in float64, a block at a time."""
+    total = 0.0
+    for block in weight.split(max(1, (1 << 18) // max(1, weight[0].numel()))):
+        entries = block.double().flatten()
+        total += float(entries @ entries)
+    return total
+
+
+def _signs(kept: Tensor) -> Tensor:
+    """Return (rank,) signs that make the largest entry of each basis vector positive."""
+    largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(largest < 0, -1.0, 1.0).double()
+
+
+def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...]) -> Truncation:
+    up, down = solution.up[:, :rank], solution.down[:rank]  # type: ignore[index]
+    long, wide = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
+    scale = torch.where((long > 0) & (wide > 0), (wide / long).sqrt(), torch.ones_like(long))
+    factors = Factors((up * scale).to(weight.dtype), (down / scale[:, None]).to(weight.dtype))
+    rest = torch.linalg.vector_norm(weight - factors.up @ factors.down, dtype=torch.float64)
+    total = torch.linalg.vector_norm(weight, dtype=torch.float64)
+    return Truncation(factors, float(rest / total) if total else 0.0, None, solution.rung, climbed)
+
+
+def _excess(matrix: Tensor, basis: Tensor, image: Tensor, energies: Tensor, total: float) -> float:
+    """Bound how far the squared error lies above the optimum, relative to it.
+
+    With H = V G V^T, G the Gram matrix and V the computed basis, split at the rank: kept block H11, rest H22, coupling B.
+    For theta = the smallest kept eigenvalue and rest eigenvalues h_j < theta, the largest possible kept energy is at most
+    tr(H11) + sum_j |B_j|^2 / (theta - h_j): a Schur complement shows that adding B^T (theta - H22)^-1 B to H11 dominates H.
+    Where h_j is within rounding of theta, the nuclear norm of those rows of B bounds their share instead. The row norms of B
+    are estimated with 16 Gaussian probes and the bound is doubled.
+
+    Args:
+        matrix: (m, n); basis: (k, n) orthonormal rows; image: (m, rank) = matrix @ basis[:rank]^T.
+        energies: (k,) squared singular values.
+        total: squared Frobenius norm.
+    """
+    rank = image.shape[1]
+    rest = basis[rank:]
+    if not len(rest) or not total:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(rank, PROBES, generator=generator, dtype=torch.float32).to(image)
+    coupling = rest @ (matrix.to(image.dtype).T @ (image @ probes))  # (k - rank, probes)
+    rows = coupling.double().square().mean(dim=1)
+    gaps = energies[rank - 1] - energies[rank:]
+    resolution = 8 * torch.finfo(basis.dtype).eps * float(energies[0]) * len(energies) ** 0.5
+    far = gaps > resolution
+    bound = float((rows[far] / gaps[far]).sum()) + float((~far).sum() * rows[~far].sum()) ** 0.5
+    optimum = float(energies[rank:].sum())
+    if 2 * bound <= FLOOR * total:
+        return 0.0
+    return 2 * bound / optimum if optimum > 0 else float("inf")

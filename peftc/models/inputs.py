@@ -1,0 +1,117 @@
+"""What a network reads, and a random batch of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import SourceError
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+Batch = Tensor | dict[str, Tensor]
+
+
+def kind_of(module: nn.Module, library: str) -> str:
+    """Return ``image``, ``text``, ``image-text`` or ``other`` from the forward's main input or the first module."""
+    if library == "timm":
+        return "image"
+    if library == "transformers":
+        if hasattr(module.config, "text_config") and hasattr(module.config, "vision_config"):
+            return "image-text"
+        names = {"input_ids": "text", "pixel_values": "image"}
+        return names.get(getattr(module, "main_input_name", ""), "other")
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            return "image"
+        if isinstance(child, nn.Embedding):
+            return "text"
+        if isinstance(child, nn.Linear):
+            return "other"
+    return "other"
+
+
+def probe(
+    model: Model, *, batch: int = 1, image_size: int | None = None, max_length: int | None = None, seed: int = 0
+) -> Batch:
+    """Return a random batch that the network accepts, on its device and in its dtype.
+
+    Args:
+        model: loaded; its parameters may be on the meta device, and then so is the batch.
+        batch: samples.
+        image_size: side of the images in pixels; the model's own, or 224, when None.
+        max_length: tokens; 32 when None.
+        seed: of the random numbers.
+    """
+    first = next(iter(model.module.parameters()))
+    floating = next((tensor for tensor in model.module.parameters() if tensor.is_floating_point()), first)
+    generator = torch.Generator().manual_seed(seed)
+    kind = model.kind
+    length = max_length or 32
+
+    def images() -> Tensor:
+        shape = _image_shape(model, image_size)
+        return torch.randn(batch, *shape, generator=generator).to(first.device, floating.dtype)
+
+    def ids() -> Tensor:
+        return torch.randint(0, _vocabulary(model), (batch, length), generator=generator).to(first.device)
+
+    if model.library != "transformers":
+        if kind == "other":
+            linear = next((m for m in model.module.modules() if isinstance(m, nn.Linear)), None)
+            if linear is None:
+                raise SourceError(f"cannot guess what `{model.name}` reads", why="it has no convolution, embedding or linear module")
+            return torch.randn(batch, linear.in_features, generator=generator).to(first.device, floating.dtype)
+        return images() if kind == "image" else ids()
+    inputs: dict[str, Tensor] = {}
+    if "text" in kind:
+        inputs["input_ids"] = ids()
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "image" in kind:
+        inputs["pixel_values"] = images()
+    if not inputs:
+        raise SourceError(
+            f"cannot make an input for `{model.name}`", why=f"its main input is `{getattr(model.module, 'main_input_name', '?')}`"
+        )
+    if getattr(model.module.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids()
+    return inputs
+
+
+def _image_shape(model: Model, image_size: int | None) -> tuple[int, int, int]:
+    size = model.preprocess.get("input_size")
+    conv = next((m for m in model.module.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = size[0] if size else conv.in_channels if conv is not None else 3
+    if image_size is not None:
+        return channels, image_size, image_size
+    return (channels, size[1], size[2]) if size else (channels, 224, 224)
+
+
+def _vocabulary(model: Model) -> int:
+    config: Any = getattr(model.module, "config", None)
+    config = getattr(config, "text_config", config)
+    known = getattr(config, "vocab_size", None)
+    if known:
+        return int(known)
+    table = next(m for m in model.module.modules() if isinstance(m, nn.Embedding))
+    return table.num_embeddings
+
+
+def outputs(model: Model, batch: Batch) -> Tensor:
+    """Return the network's main output for a batch: logits, or the last hidden state; no gradient is kept."""
+    with torch.inference_mode():
+        value: Any = model.module(**batch) if isinstance(batch, dict) else model.module(batch)
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        if getattr(value, name, None) is not None:
+            return getattr(value, name)
+    while not isinstance(value, Tensor):
+        if isinstance(value, dict):
+            value = next(iter(value.values()))
+        elif isinstance(value, list | tuple) and value:
+            value = value[0]
+        else:
+            raise SourceError(f"`{model.name}` returns a {type(value).__name__}, in which peftc finds no tensor")
+    return value

@@ -1,0 +1,234 @@
+"""Source -> Model: build the network from its own config on the meta device, apply edits, map the tensors.
+
+Nothing is copied: a loaded parameter is a window on its file. Loading is strict; a gap is never filled with random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftc import artifact, manifest
+from peftc.errors import ArtifactError, SourceError, UsageError
+from peftc.models import build, weights
+from peftc.models.inputs import kind_of, outputs, probe
+from peftc.nn import surgery
+from peftc.source import Located, Source, locate
+
+if TYPE_CHECKING:
+    from peftc.header import TensorInfo
+    from peftc.manifest import Manifest
+
+__all__ = ["Model", "base_source", "load", "load_module", "outputs", "probe", "runnable"]
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass
+class Model:
+    """A network with its weights and all that must travel with it.
+
+    Attributes:
+        module: in eval mode; parameters are mapped from the file unless moved.
+        source: what the user named.
+        library: ``timm``, ``transformers`` or ``python``.
+        config: content of ``config.json``; empty for ``python``.
+        base: the manifest's record of the base network.
+        folder: where tokenizer and processor files lie, or None.
+        preprocess: for images: input_size, mean, std, crop_pct, interpolation; empty otherwise.
+        labels: class names in output order, where known.
+        name: a short name for folders and tables.
+        manifest: when the source is an artifact.
+        infos: stored tensor name -> byte range in its file; absent for tensors that only live in memory.
+        files: the weight files.
+        notes: what people should know about how it was loaded.
+    """
+
+    module: nn.Module
+    source: Source
+    library: str
+    config: dict[str, Any]
+    base: dict[str, Any]
+    name: str
+    folder: Path | None = None
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
+    manifest: Manifest | None = None
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What it reads: ``image``, ``text``, ``image-text`` or ``other``."""
+        return kind_of(self.module, self.library)
+
+    @property
+    def architecture(self) -> str:
+        """The name of the network's class or timm architecture."""
+        return str(self.base.get("architecture", ""))
+
+
+def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True) -> Model:
+    """Return the model behind any form of MODEL.
+
+    Args:
+        model: what the user named, or a live network.
+        weights: False leaves the parameters on the meta device, for plans that need shapes alone.
+
+    Raises:
+        SourceError, ArtifactError, WeightError: it cannot be found, trusted or filled exactly.
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, nn.Module):
+        return _live(model)
+    source = model if isinstance(model, Source) else Source(str(model))
+    located = locate(source)
+    if located.kind == "artifact":
+        return _artifact(source, located, weights)
+    base = build.build(source, located, weights)
+    loaded = Model(
+        module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
+        folder=base.folder, preprocess=_overridden(base.preprocess, source.preprocess), labels=base.labels,
+        notes=list(base.notes),
+    )  # fmt: skip
+    if weights and base.weights is not None:
+        found = build.fill(base)
+        loaded.infos = {name: base.weights.infos[there] for name, there in found.items() if there in base.weights.infos}
+        loaded.files = base.weights.files
+    loaded.module.eval()
+    return loaded
+
+
+def load_module(model: str | Path | Source, *, allow_code: bool = False) -> nn.Module:
+    """Return the network behind MODEL in eval mode, ready to run.
+
+    Args:
+        model: an artifact, or any other form of MODEL.
+        allow_code: let an artifact whose base is your own Python code import it.
+    """
+    source = model if isinstance(model, Source) else Source(str(model))
+    return load(replace(source, allow_code=source.allow_code or allow_code)).module
+
+
+def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    for key in changes:
+        if key not in known:
+            raise UsageError(f"unknown setting `{key}` for `--preprocess`", why=f"it takes {', '.join(known)}")
+    merged = {**preprocess, **changes}
+    channels = (merged.get("input_size") or [3])[0]
+    for key in ("mean", "std"):
+        if isinstance(merged.get(key), int | float):
+            merged[key] = [float(merged[key])] * channels
+        elif key in merged:
+            merged[key] = [float(value) for value in merged[key]]
+    if "input_size" in merged:
+        merged["input_size"] = [int(side) for side in merged["input_size"]]
+    return merged
+
+
+def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
+    folder = located.folder
+    assert folder is not None
+    record = manifest.read(folder)
+    if record.base["library"] == "python" and not source.allow_code:
+        raise ArtifactError(
+            f"`{folder}` needs code of yours to be loaded",
+            why=f"its base network is `python:{record.base['architecture']}`, which peftc would have to import and run",
+            hint="add `--allow-code` (in Python: `peftc.load(path, allow_code=True)`) if you trust that code",
+        )
+    base = build.from_record(record, folder, source)
+    surgery.apply_edits(base.module, record.modules)
+    surgery.tie(base.module, record.tied)
+    table = artifact.tensor_table(folder, record)
+    loaded = Model(
+        module=base.module, source=source, library=base.library, config=base.config, base=record.base,
+        name=folder.resolve().name, folder=folder, preprocess=_overridden(record.preprocess, source.preprocess),
+        labels=record.labels, manifest=record,
+    )  # fmt: skip
+    if with_weights:
+        tensors = weights.from_infos(str(folder), table)
+        found = surgery.fill(loaded.module, tensors.names(), tensors.read, where=str(folder))
+        loaded.infos = {name: table[there] for name, there in found.items()}
+        loaded.files = tensors.files
+    loaded.module.eval()
+    return loaded
+
+
+def _live(module: nn.Module) -> Model:
+    base = build.from_live(module)
+    source = Source(f"a live {type(module).__name__}")
+    return Model(
+        module=module.eval(), source=source, library=base.library, config=base.config, base=base.record, name=base.name,
+        preprocess=base.preprocess, labels=base.labels,
+    )  # fmt: skip
+
+
+def base_source(model: Model) -> Source:
+    """Return the source of the base that an artifact's manifest records.
+
+    Raises:
+        ArtifactError: the model is no artifact, or its base was a live network.
+    """
+    if model.manifest is None:
+        raise ArtifactError(f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`")
+    record = model.manifest.base.get("source")
+    if record is None:
+        raise ArtifactError(
+            f"the base of `{model.source.spec}` was a live network", hint="name one that is stored: `--against MODEL`"
+        )
+    weight_file = record.get("weights")
+    return Source(
+        record["spec"], arch=record.get("arch"), arch_set=record.get("arch_set", {}),
+        weights=Path(weight_file) if weight_file else None, revision=record.get("revision"),
+        preprocess=model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})},
+        allow_code=model.source.allow_code, trust_remote_code=model.source.trust_remote_code,
+        offline=model.source.offline,
+    )  # fmt: skip
+
+
+def device_of(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` names.
+
+    Raises:
+        UsageError: it is none of these, or is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`")
+    chosen = torch.device(device)
+    there = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(
+        chosen.type, torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
+    )
+    if not there:
+        raise SourceError(f"there is no `{device}` on this machine", hint="run on `--device auto`")
+    return chosen
+
+
+def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Model:
+    """Move the network to a device in one floating dtype, and return the same model.
+
+    ``auto`` keeps the stored dtype, except where stored dtypes are mixed, or half precision meets the CPU: then float32.
+    """
+    place = device_of(device)
+    if dtype == "auto":
+        stored = surgery.uniform_dtype(model.module)
+        half_on_cpu = place.type == "cpu" and stored in (torch.float16, torch.bfloat16)
+        wanted = torch.float32 if stored is None or half_on_cpu else stored
+    elif dtype in DTYPES:
+        wanted = DTYPES[dtype]
+    else:
+        raise UsageError(f"unknown value `{dtype}` for `--dtype`", why=f"it is `auto` or one of {', '.join(DTYPES)}")
+    model.module.to(place, wanted)
+    return model

@@ -1,0 +1,167 @@
+"""Which modules may be factored, and for every other one the reason why not.
+
+PELA's eligibility is the default (papers notes, section 1.2): heads, norms, embeddings, the patch embedding and outputs narrower
+than ten stay dense unless included. Patterns match whole components of dotted names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from peftc.errors import UsageError
+from peftc.models import families
+from peftc.nn import lowrank
+from peftc.plan import Target
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+NARROW = 10
+LOW_RANK = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fused paths bypass the module's forward
+
+
+def targets(
+    model: Model, *, conv_method: str, include: Sequence[str] = (), skip: Sequence[str] = ()
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return the eligible modules by name, and name -> reason for each other module with a weight of that kind.
+
+    Raises:
+        UsageError: a pattern matches no module, or includes one that cannot be factored.
+    """
+    modules = {name: module for name, module in model.module.named_modules() if _kind(module)}
+    for option, patterns in (("--include", include), ("--skip", skip)):
+        for pattern in patterns:
+            if not any(families.matches(name, pattern) for name in modules):
+                raise UsageError(
+                    f"`{option} {pattern}` matches no module",
+                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
+                    hint=f"names look like `{next(iter(modules), 'none: the model has no Linear, Conv2d or Embedding')}`",
+                )
+    defaults = _defaults(model, modules)
+    found: dict[str, Target] = {}
+    reasons: dict[str, str] = {}
+    taken: dict[int, str] = {}
+    for name, module in modules.items():
+        impossible = _impossible(model.module, name, module)
+        included = any(families.matches(name, pattern) for pattern in include)
+        if impossible:
+            reasons[name] = impossible
+        elif any(families.matches(name, pattern) for pattern in skip):
+            reasons[name] = "skipped as asked"
+        elif name in defaults and not included:
+            reasons[name] = defaults[name]
+        elif id(module.weight) in taken:
+            continue
+        else:
+            found[name] = _target(model.module, name, module, conv_method)
+            taken[id(module.weight)] = name
+        if included and impossible:
+            raise UsageError(f"cannot factor `{name}`, which `--include` names", why=impossible, hint="narrow the pattern, or add `--skip`")
+    for target in found.values():
+        for alias in target.aliases:
+            reasons.pop(alias, None)
+    return found, reasons
+
+
+def every_weight(model: Model) -> dict[str, Target]:
+    """Return every Linear, Conv and Embedding weight as a target, eligible or not; a shared one once."""
+    found: dict[str, Target] = {}
+    seen: set[int] = set()
+    for name, module in model.module.named_modules():
+        if _kind(module) and id(module.weight) not in seen and module.weight.is_floating_point():  # type: ignore[union-attr, operator]
+            seen.add(id(module.weight))
+            form = {nn.Embedding: "embedding", nn.Linear: "linear"}.get(type(module), "channel")  # type: ignore[call-overload]
+            found[name] = Target(name, "transposed" if _is_conv1d(module) else form, tuple(module.weight.shape))  # type: ignore[arg-type]
+    return found
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' Linear with a transposed weight
+
+
+def _kind(module: nn.Module) -> bool:
+    return _is_conv1d(module) or isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _form(module: Any, conv_method: str) -> str:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv2d):
+        return conv_method if module.kernel_size != (1, 1) else "channel"  # for 1 x 1 all three are one matrix
+    return "transposed"
+
+
+def _target(network: nn.Module, name: str, module: Any, conv_method: str) -> Target:
+    same = [n for n, m in network.named_modules() if n != name and getattr(m, "weight", None) is module.weight and _kind(m)]
+    stride = module.stride if isinstance(module, nn.Conv2d) else (1, 1)
+    return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same), stride=stride)
+
+
+def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
+    """Return why a module cannot be factored at all, or None."""
+    path = name.split(".")
+    parents = [network.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    if any(isinstance(parent, LOW_RANK) for parent in parents):
+        return "already factored"
+    if any(isinstance(parent, READS_WEIGHTS) for parent in parents[-1:]):
+        return f"its parent `{type(parents[-1]).__name__}` reads the weight directly"
+    if isinstance(module, nn.Conv1d | nn.Conv3d):
+        return f"no method here factors a {type(module).__name__}"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "depthwise or grouped convolution"
+    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is computed by a parametrization"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its rows are renormalised (max_norm)"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, already quantized"
+    plain = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward, nn.Conv2d: nn.Conv2d.forward}
+    for base, forward in plain.items():
+        if isinstance(module, base) and type(module).forward is not forward and type(module).__name__ != "Conv2dSame":
+            return f"its class `{type(module).__name__}` changes how the weight is used"
+    return None
+
+
+def _defaults(model: Model, modules: dict[str, Any]) -> dict[str, str]:
+    """Return name -> reason for modules that stay dense unless included."""
+    reasons: dict[str, str] = {}
+    patterns = families.skips(model.library, model.architecture)
+    heads = _heads(model, modules)
+    stem = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
+    for name, module in modules.items():
+        linear = isinstance(module, nn.Linear)
+        rules = {**patterns, **families.LINEAR_ONLY} if linear else patterns
+        reason = next((why for pattern, why in rules.items() if families.matches(name, pattern)), None)
+        if isinstance(module, nn.Embedding):
+            reason = "embedding"
+        elif name in heads:
+            reason = "output head"
+        elif name == stem:
+            reason = "stem"
+        elif linear and module.out_features < NARROW:
+            reason = reason or f"fewer than {NARROW} outputs"
+        if reason:
+            reasons[name] = reason
+    return reasons
+
+
+def _heads(model: Model, modules: dict[str, Any]) -> set[str]:
+    """Return the modules that turn features into outputs."""
+    if model.library == "timm":
+        names = (model.config.get("pretrained_cfg") or {}).get("classifier") or ()
+        return set((names,) if isinstance(names, str) else names)
+    if model.library == "transformers":
+        network: Any = model.module
+        body = getattr(network, "base_model_prefix", "")
+        outside = set() if not hasattr(network, body or "\0") else {n for n in modules if not n.startswith(f"{body}.")}
+        output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+        return outside | {name for name, module in modules.items() if module is output}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    return set(linears[-1:])

@@ -1,0 +1,125 @@
+"""Weight files: which tensors they hold, and each tensor mapped from the file without a copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.errors import SourceError, WeightError
+from peftc.header import TensorInfo, read_header
+
+PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt")
+NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
+
+
+@dataclass
+class Weights:
+    """The tensors of a model by name.
+
+    Attributes:
+        files: the weight files, for digests and sizes.
+        infos: name -> byte range, for tensors in safetensors files.
+        loaded: name -> tensor, for those that came out of a pickle or live in memory.
+        where: what to call them in messages.
+    """
+
+    where: str
+    files: list[Path] = field(default_factory=list)
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return [*self.infos, *self.loaded]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor; one from a safetensors file is mapped and takes no memory until it is read."""
+        if name in self.loaded:
+            return self.loaded[name]
+        path = self.infos[name].path
+        if path not in self._open:
+            from safetensors import safe_open
+
+            self._open[path] = safe_open(path, "pt")
+        return self._open[path].get_tensor(name)
+
+
+def from_infos(where: str, infos: Mapping[str, TensorInfo]) -> Weights:
+    """Return the weights behind a table of byte ranges."""
+    return Weights(where, sorted({info.path for info in infos.values()}), dict(infos))
+
+
+def from_file(path: Path) -> Weights:
+    """Return the tensors of a safetensors file or of a pickle of plain tensors (read with ``weights_only``)."""
+    if path.suffix == ".safetensors":
+        tensors, _ = read_header(path)
+        return Weights(str(path), [path], tensors)
+    if path.suffix not in PICKLES:
+        raise SourceError(f"`{path}` is no weight file", why=f"it ends neither in `.safetensors` nor in {', '.join(PICKLES)}")
+    return Weights(str(path), [path], loaded=_unpickle(path))
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightError(
+            f"`{path}` holds more than tensors",
+            why=str(error).splitlines()[0],
+            hint="peftc runs no pickled code: save the plain `state_dict()` and name that file",
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise WeightError(f"cannot read `{path}`", why=str(error).splitlines()[0]) from None
+    for _ in range(4):  # checkpoints nest: {"state_dict": {"module.conv.weight": ...}}
+        inner = next((value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)), None)
+        if inner is None:
+            break
+        value = inner
+    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()) or not value:
+        raise WeightError(f"`{path}` holds no state dict", why="it is not a map from names to tensors")
+    while all(name.startswith("module.") for name in value):
+        value = {name.removeprefix("module."): tensor for name, tensor in value.items()}
+    return value
+
+
+def from_folder(folder: Path) -> Weights:
+    """Return the tensors of a transformers or timm folder, sharded or not; safetensors before pickles."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return from_file(folder / stem)
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            return _from_shards(folder, index)
+    raise SourceError(
+        f"`{folder}` holds no weights",
+        why="it has neither `model.safetensors` nor `pytorch_model.bin`, whole or sharded",
+        hint="name the file with `--weights FILE`",
+    )
+
+
+def _from_shards(folder: Path, index: Path) -> Weights:
+    try:
+        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"cannot read `{index}`", why=repr(error)) from None
+    weights = Weights(str(folder))
+    for name in sorted(set(where.values())):
+        if "/" in name or "\\" in name or not (folder / name).is_file():
+            raise SourceError(f"`{folder}` lacks the shard `{name}`", why=f"`{index.name}` lists it")
+        shard = from_file(folder / name)
+        weights.files += shard.files
+        weights.infos.update(shard.infos)
+        weights.loaded.update(shard.loaded)
+    lacking = sorted(where.keys() - set(weights.names()))
+    if lacking:
+        raise SourceError(f"the shards of `{folder}` lack `{lacking[0]}`", why=f"`{index.name}` lists it")
+    return weights

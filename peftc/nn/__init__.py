@@ -1,0 +1,1 @@
+"""Low-rank modules and the surgery that puts them into a network."""

@@ -1,0 +1,182 @@
+"""Factors, and the modules that compute with them.
+
+A *form* says how a module's weight is seen as one matrix (out, in) and which modules stand in for it:
+
+==========  =====================  ===========================  ===================================================
+form        weight                 matrix                       becomes
+==========  =====================  ===========================  ===================================================
+linear      (out, in)              (out, in)                    Linear(in, rank), Linear(rank, out)
+transposed  (in, out)              (out, in)                    the same (transformers' Conv1D)
+embedding   (words, width)         (words, width)               Embedding(words, rank), then rank -> width
+channel     (out, in, kh, kw)      (out, in kh kw)              kh x kw conv to rank channels, 1 x 1 conv
+spatial     (out, in, kh, kw)      (out kw, in kh)              kh x 1 conv to rank channels, 1 x kw conv
+tucker2     (out, in, kh, kw)      core and two mode factors    1 x 1 conv, kh x kw conv, 1 x 1 conv
+==========  =====================  ===========================  ===================================================
+
+The original bias goes to the last module; the others have none (PELA, section 1.2 of the papers notes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftc.allocate import Rank
+
+FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """weight (out, in) = up (out, rank) @ down (rank, in); with ``core`` (rank_out, rank_in, kh, kw) a Tucker-2 form."""
+
+    up: Tensor
+    down: Tensor
+    core: Tensor | None = None
+
+
+class LowRankLinear(nn.Module):
+    """y = up(down(x)): two thin products in place of one."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return self.up(self.down(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """The product (out, in), for code that reads ``weight`` or its dtype instead of calling the module."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        return self.up.bias
+
+
+class LowRankEmbedding(nn.Module):
+    """Look up rows of ``up`` (words, rank) and expand them by ``down`` (rank, width)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
+        self.padding_idx = padding_idx
+        self.up = nn.Embedding(num_embeddings, rank, padding_idx)
+        # stored (rank, width) like every other `down`, so that a tied output head can share both factors
+        self.down = nn.Linear(embedding_dim, rank, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (...) to (..., width)."""
+        return F.linear(self.up(ids), self.down.weight.T)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product (words, width)."""
+        return self.up.weight @ self.down.weight
+
+
+class LowRankConv2d(nn.Module):
+    """Two or three thin convolutions in a row: ``down``, for Tucker-2 ``core``, and ``up``."""
+
+    def __init__(self, down: nn.Module, up: nn.Module, core: nn.Module | None = None) -> None:
+        super().__init__()
+        self.down = down
+        if core is not None:
+            self.core = core
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h', w')."""
+        x = self.down(x)
+        if hasattr(self, "core"):
+            x = self.core(x)
+        return self.up(x)
+
+
+def matrix(weight: Tensor, form: str) -> Tensor:
+    """Return the matrix (out, in) that ``form`` factors; a view where strides allow."""
+    if form == "transposed":
+        return weight.T
+    if form == "spatial":  # (out, in, kh, kw) -> (out, kw, in, kh)
+        out, in_, kh, kw = weight.shape
+        return weight.permute(0, 3, 1, 2).reshape(out * kw, in_ * kh)
+    return weight.flatten(1)
+
+
+def build(module: nn.Module, form: str, rank: Rank) -> nn.Module:
+    """Return the low-rank module that stands in for ``module``, with parameters on the meta device."""
+    has_bias = getattr(module, "bias", None) is not None
+    with torch.device("meta"):
+        if form == "linear":
+            new: nn.Module = LowRankLinear(module.in_features, module.out_features, rank, has_bias)
+        elif form == "transposed":
+            new = LowRankLinear(module.weight.shape[0], module.weight.shape[1], rank, has_bias)
+        elif form == "embedding":
+            new = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank, module.padding_idx)
+        else:
+            new = _build_conv(module, form, rank, has_bias)
+    return new.train(module.training)
+
+
+def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv2d:
+    make = type(conv)  # timm's Conv2dSame pads by its own rule; the k x k part has to keep it
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    padding, mode = conv.padding, {"padding_mode": conv.padding_mode}
+    ph, pw = (padding, padding) if isinstance(padding, str) else padding
+    if form == "channel":
+        down = make(conv.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+        return LowRankConv2d(down, nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias))
+    if form == "spatial":
+        text = isinstance(padding, str)
+        down = make(conv.in_channels, rank, (kh, 1), (sh, 1), ph if text else (ph, 0), (dh, 1), bias=False, **mode)
+        up = make(rank, conv.out_channels, (1, kw), (1, sw), pw if text else (0, pw), (1, dw), bias=has_bias, **mode)
+        return LowRankConv2d(down, up)
+    rank_out, rank_in = rank  # type: ignore[misc]
+    core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+    return LowRankConv2d(
+        nn.Conv2d(conv.in_channels, rank_in, 1, bias=False), nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias), core
+    )
+
+
+def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Tensor]:
+    """Return the weights of the module that `build` makes, by their names in it.
+
+    Args:
+        factors: in matrix form, or Tucker-2.
+        shape: of the dense weight.
+        form: one of `FORMS`.
+    """
+    up, down = factors.up, factors.down
+    if form == "channel":
+        _, in_, kh, kw = shape
+        up, down = up[:, :, None, None], down.reshape(-1, in_, kh, kw)
+    elif form == "spatial":
+        out, in_, kh, kw = shape
+        down = down.reshape(-1, in_, kh)[:, :, :, None]  # (rank, in, kh, 1)
+        up = up.reshape(out, kw, -1).permute(0, 2, 1)[:, :, None, :]  # (out, rank, 1, kw)
+    elif form == "tucker2":
+        up, down = up[:, :, None, None], down[:, :, None, None]
+    named = {"up.weight": up, "down.weight": down}
+    if factors.core is not None:
+        named["core.weight"] = factors.core
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def dense_weight(named: dict[str, Tensor], shape: tuple[int, ...], form: str) -> Tensor:
+    """Multiply the factors of `tensors` back to a weight of ``shape``."""
+    up, down = named["up.weight"], named["down.weight"]
+    if form == "tucker2":
+        return torch.einsum("oa,abhw,bi->oihw", up.flatten(1), named["core.weight"], down.flatten(1))
+    if form == "spatial":
+        return torch.einsum("orw,rih->oihw", up[:, :, 0, :], down[:, :, :, 0])
+    product = up.flatten(1) @ down.flatten(1)
+    return product.T if form == "transposed" else product.reshape(shape)

@@ -1,0 +1,154 @@
+"""Find, replace and fill the modules of a network; nothing here decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.allocate import Rank
+from peftc.errors import ArtifactError, WeightError
+from peftc.nn import lowrank
+
+
+def rank_of(edit: Mapping[str, Any]) -> Rank:
+    """Return the rank in a manifest's module entry; JSON holds Tucker-2's pair as a list."""
+    rank = edit["rank"]
+    return (int(rank[0]), int(rank[1])) if isinstance(rank, list | tuple) else int(rank)
+
+
+def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the modules named in ``edits`` (name -> form and rank) by low-rank ones on the meta device.
+
+    Raises:
+        ArtifactError: a name is not in the network.
+    """
+    for name, edit in edits.items():
+        try:
+            old = network.get_submodule(name)
+        except AttributeError:
+            raise ArtifactError(f"the artifact factors `{name}`, which its base network does not have") from None
+        replace(network, old, lowrank.build(old, edit["form"], rank_of(edit)))
+
+
+def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands, also where one module is shared by several parents."""
+    for parent in network.modules():
+        for leaf, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[leaf] = new
+
+
+def place(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """Give a module built on the meta device its parameters, by their names in it; None is skipped."""
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            owner, leaf = _owner(module, name)
+            owner._parameters[leaf] = parameter
+
+
+def tie(network: nn.Module, tied: Mapping[str, str]) -> None:
+    """Make each alias in ``tied`` the same parameter as the name that it points to."""
+    for alias, name in tied.items():
+        owner, leaf = _owner(network, alias)
+        owner._parameters[leaf] = network.get_parameter(name)
+
+
+def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return network.get_submodule(path), leaf
+
+
+def stored_names(network: nn.Module) -> dict[str, list[str]]:
+    """Return the tensors a file has to hold: first name -> all names of the same tensor, in the network's order.
+
+    Parameters and persistent buffers; tied or shared ones appear once.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            groups.setdefault(id(tensor), []).append(name)
+    return {names[0]: names for names in groups.values()}
+
+
+def fill(
+    network: nn.Module,
+    available: Iterable[str],
+    read: Callable[[str], Tensor],
+    *,
+    where: str,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> dict[str, str]:
+    """Give every parameter and persistent buffer of ``network`` its tensor, strictly and without a copy.
+
+    Args:
+        network: with parameters on the meta device.
+        available: the names that the file or files hold.
+        read: returns the tensor of a name.
+        where: the file or folder, for messages.
+        ignore: whether a name that the network lacks may be left over.
+
+    Returns:
+        for each first name of `stored_names`, the name under which its tensor was found.
+
+    Raises:
+        WeightError: a tensor is missing, left over, or has the wrong shape.
+    """
+    left = set(available)
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for first, names in stored_names(network).items():
+        name = next((name for name in names if name in left), None)
+        if name is None:
+            missing.append(first)
+            continue
+        _assign(network, names, read(name), where)
+        found[first] = name
+        left.difference_update(names)
+    left -= {name for name, _ in network.named_buffers()}  # older files hold buffers that are computed now
+    left = {name for name in left if not ignore(name)}
+    if missing or left:
+        raise _mismatch(where, missing, sorted(left))
+    return found
+
+
+def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) -> None:
+    owner, leaf = _owner(network, names[0])
+    old = owner._parameters.get(leaf)
+    expected = owner._buffers[leaf] if old is None else old
+    assert expected is not None
+    if expected.shape != tensor.shape:
+        raise WeightError(
+            f"`{names[0]}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
+            hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
+        )
+    if old is not None:
+        trains = old.requires_grad and tensor.is_floating_point()
+        tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=trains)
+    for name in names:
+        owner, leaf = _owner(network, name)
+        (owner._parameters if old is not None else owner._buffers)[leaf] = tensor
+
+
+def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
+    def some(names: list[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    whys = []
+    if missing:
+        whys.append(f"{len(missing)} missing: {some(missing)}")
+    if left:
+        whys.append(f"{len(left)} left over: {some(left)}")
+    return WeightError(
+        f"the tensors of `{where}` do not match the network",
+        why="; ".join(whys),
+        hint="peftc never fills a gap with random numbers; check the architecture (`--arch`, `--arch-set`) and the file",
+    )
+
+
+def uniform_dtype(network: nn.Module) -> torch.dtype | None:
+    """Return the one dtype of all floating parameters and buffers, or None where they differ."""
+    dtypes = {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None

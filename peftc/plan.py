@@ -1,0 +1,195 @@
+"""A budget, and the plan that it leads to: the rank of every module, printable and editable JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from peftc import allocate
+from peftc.allocate import Rank
+from peftc.errors import PlanError, UsageError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of ratio, rank, energy, target-params, target-macs, and its amount."""
+
+    kind: str
+    amount: Fraction | int
+
+    def __str__(self) -> str:
+        return f"--{self.kind} {self.amount}"
+
+
+def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction:
+    """Return a share in (0, 1]; ``2/3``, ``0.667`` and 2 / 3 all serve, the latter as exactly two thirds.
+
+    Raises:
+        UsageError: it is no number, or outside the range.
+    """
+    try:
+        share = Fraction(value if isinstance(value, Fraction) else str(value)).limit_denominator(1_000_000)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise UsageError(f"`{option} {value}` is out of range", why="it is a share kept: above 0, at most 1, as `0.5` or `2/3`")
+    return share
+
+
+def _positive(option: str, value: float) -> int:
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise UsageError(f"`{option} {value}` is out of range", why="it is a whole number, 1 or more")
+    return int(value)
+
+
+def budget(
+    *,
+    ratio: str | float | Fraction | None = None,
+    rank: int | None = None,
+    energy: str | float | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+) -> Budget:
+    """Return the one budget that was asked for.
+
+    Raises:
+        UsageError: none or several were, or its amount is out of range.
+    """
+    asked = {"ratio": ratio, "rank": rank, "energy": energy, "target-params": target_params, "target-macs": target_macs}
+    given = {kind: amount for kind, amount in asked.items() if amount is not None}
+    if len(given) != 1:
+        options = ", ".join(f"`--{kind}`" for kind in given or asked)
+        raise UsageError(
+            f"give exactly one budget; {'these contradict each other' if given else 'there is none'}: {options}",
+            hint="for half the weights of the eligible modules: `--ratio 0.5`",
+        )
+    ((kind, amount),) = given.items()
+    if kind in ("ratio", "energy"):
+        return Budget(kind, ratio_of(amount, f"--{kind}"))  # type: ignore[arg-type]
+    return Budget(kind, _positive(f"--{kind}", float(amount)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One eligible module.
+
+    Attributes:
+        name: dotted.
+        form: how its weight is seen as a matrix.
+        shape: of the weight.
+        aliases: other modules that share the weight.
+        positions: how often the weight is applied to one sample.
+        stride: of a convolution.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+    positions: int = 1
+    stride: tuple[int, int] = (1, 1)
+
+    @property
+    def entries(self) -> int:
+        """Number of dense weight entries."""
+        return math.prod(self.shape)
+
+    def cost(self, rank: Rank | None, unit: str) -> int:
+        """Return the entries, or with unit ``macs`` the multiply-adds, at ``rank``; None is dense."""
+        if unit == "macs":
+            return allocate.macs(self.shape, self.form, rank, self.positions, self.stride)
+        return allocate.entries(self.shape, self.form, rank)
+
+
+@dataclass
+class Plan:
+    """What to do with each module, and why.
+
+    Attributes:
+        ranks: module -> rank (a pair for Tucker-2), or None where it stays dense.
+        forms: module -> form, for those with a rank.
+        reasons: module -> why it stays dense.
+        method, settings: of the decomposition; empty in a plan written by hand.
+        asked: the budget and allocation that led here, in words.
+    """
+
+    ranks: dict[str, Rank | None]
+    forms: dict[str, str]
+    reasons: dict[str, str] = field(default_factory=dict)
+    method: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    asked: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def write(self, path: Path) -> None:
+        """Write the plan for people to read and edit."""
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Plan:
+    """Return the plan in a JSON file.
+
+    Raises:
+        PlanError: it is unreadable, or no plan.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read the plan `{path}`", why=str(error), hint="`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one") from None
+    if not isinstance(value, dict) or not isinstance(value.get("ranks"), dict) or not isinstance(value.get("forms", {}), dict):
+        raise PlanError(f"`{path}` is no plan", why="it has no map `ranks` from module to rank")
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise PlanError(f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}")
+    ranks = {name: _rank(path, name, rank) for name, rank in value["ranks"].items()}
+    known = {"forms", "reasons", "method", "settings", "asked"}
+    return Plan(ranks, **{"forms": {}, **{key: value[key] for key in known & value.keys()}})
+
+
+def _rank(path: Path, name: str, value: Any) -> Rank | None:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    if value is None:
+        return None
+    if not all(type(number) is int and number >= 1 for number in numbers):
+        raise PlanError(f"`{path}` gives `{name}` the rank {value!r}", why="a rank is a whole number from 1, a pair of them, or null for dense")
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
+
+
+def check(plan: Plan, targets: Mapping[str, Target]) -> None:
+    """Refuse a plan that does not fit the eligible modules of a model.
+
+    Raises:
+        PlanError: it names an unknown module, another form, or a rank above the largest possible one.
+    """
+    for name, rank in plan.ranks.items():
+        if rank is None:
+            continue
+        if name not in targets:
+            raise PlanError(
+                f"the plan gives `{name}` the rank {rank}, but it is not among the eligible modules",
+                why="the plan was made for another model, or with other `--include` and `--skip`",
+                hint=f"include it: `--include {name}`, or remove it from the plan",
+            )
+        target = targets[name]
+        if plan.forms.get(name, target.form) != target.form:
+            raise PlanError(
+                f"the plan factors `{name}` as `{plan.forms[name]}`; now it would be `{target.form}`",
+                hint=f"use the plan's form: `--conv-method {plan.forms[name]}`",
+            )
+        limits = target.shape[:2] if isinstance(rank, tuple) else (allocate.max_rank(target.shape, target.form),)
+        ranks = rank if isinstance(rank, tuple) else (rank,)
+        if isinstance(rank, tuple) != (target.form == "tucker2") or any(r > limit for r, limit in zip(ranks, limits, strict=True)):
+            raise PlanError(
+                f"cannot decompose `{name}` at rank {rank}",
+                why=f"its weight is {' x '.join(map(str, target.shape))}; as `{target.form}` its ranks end at {', '.join(map(str, limits))}",
+                hint="lower it in the plan, or set it to null to leave the module dense",
+            )

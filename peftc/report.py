@@ -1,0 +1,109 @@
+"""What a step returns: figures for machines, tables for people, gates for CI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for people; cells are already formatted or plain numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit that CI asked for, and whether the measured value keeps it."""
+
+    option: str
+    limit: float
+    value: float | None
+    passed: bool
+
+
+@dataclass
+class Report:
+    """The outcome of one step.
+
+    Attributes:
+        command: the step's word, as typed.
+        data: JSON-ready figures, merged into the top level of ``--json``.
+        artifact: the folder written or read, printed on stdout.
+        tables: what people see on stderr.
+        notes: sentences for people that are no problem.
+        warnings: sentences that say what was not done, or not as asked.
+        gates: limits and whether they were kept.
+    """
+
+    command: str
+    data: dict[str, Any] = field(default_factory=dict)
+    artifact: Path | None = None
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the one object that ``--json`` prints."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "artifact": None if self.artifact is None else str(self.artifact),
+            **self.data,
+            "notes": self.notes,
+            "warnings": self.warnings,
+            "gates": [vars(gate) for gate in self.gates],
+        }
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was met."""
+        return all(gate.passed for gate in self.gates)
+
+    def at_most(self, option: str, limit: float | None, value: float | None) -> None:
+        """Add a gate that ``value`` must not exceed; an absent limit adds none, an unmeasured value fails."""
+        if limit is not None:
+            self.gates.append(Gate(option, limit, value, value is not None and value <= limit))
+
+    def at_least(self, option: str, limit: float | None, value: float | None) -> None:
+        """Add a gate that ``value`` must reach; an absent limit adds none, an unmeasured value fails."""
+        if limit is not None:
+            self.gates.append(Gate(option, limit, value, value is not None and value >= limit))
+
+
+def count(number: float) -> str:
+    """Write a count with thousands separators: ``5,717,416``."""
+    return f"{number:,.0f}"
+
+
+def size(number_of_bytes: float) -> str:
+    """Write bytes in decimal units with three digits: ``22.9 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number_of_bytes < 1000:
+            return f"{number_of_bytes:.3g} {unit}"
+        number_of_bytes /= 1000
+    return f"{number_of_bytes:,.3g} TB"
+
+
+def short(number: float) -> str:
+    """Write a count with three digits and a magnitude: ``1.26 G``."""
+    for unit in ("", " k", " M", " G", " T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:,.3g} P"
+
+
+def percent(share: float) -> str:
+    """Write a share in [0, 1] as ``53.3 %``."""
+    return f"{100 * share:.1f} %"

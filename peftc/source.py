@@ -1,0 +1,150 @@
+"""Where a model comes from: the one positional argument MODEL, read without touching a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc.errors import SourceError, UsageError
+
+MANIFEST = "peftc.json"
+FORMS = (
+    "an artifact folder, a transformers or timm folder, `timm/NAME`, `timm:NAME`, `ORG/NAME[@REVISION]`, `hf:ORG/NAME`, "
+    "`file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user names it.
+
+    Attributes:
+        spec: the path or name, as typed.
+        arch: the architecture of bare weights, as ``timm:NAME``.
+        arch_set: constructor arguments of a timm architecture or a Python factory.
+        weights: a weight file for ``timm:NAME`` or ``python:...``.
+        revision: branch, tag or commit on the hub.
+        preprocess: overrides of mean, std, input_size, crop_pct, interpolation.
+        allow_code: run the user's own Python code named by ``python:...``.
+        trust_remote_code: run code that comes with a transformers checkpoint.
+        offline: never ask the network.
+    """
+
+    spec: str
+    arch: str | None = None
+    arch_set: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    revision: str | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    allow_code: bool = False
+    trust_remote_code: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a source turned out to be.
+
+    Attributes:
+        kind: ``artifact``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
+            ``timm-arch`` (``name`` is an architecture of timm's registry) or ``python`` (``name`` is ``module:factory``).
+        name: hub id, architecture or factory.
+        folder: the local folder, or None.
+        revision: for the hub.
+        weights: a weight file that the user named, or None.
+    """
+
+    kind: str
+    name: str = ""
+    folder: Path | None = None
+    revision: str | None = None
+    weights: Path | None = None
+
+
+def locate(source: Source) -> Located:
+    """Decide what ``source.spec`` is, from its form and from what lies on disk.
+
+    Raises:
+        SourceError: there is no such path, or it is a folder or file that is no model.
+        UsageError: the spec contradicts the other options.
+    """
+    spec = source.spec
+    weights = _weights(source.weights)
+    if spec.startswith("python:"):
+        factory = spec.removeprefix("python:")
+        if factory.count(":") != 1 or not all(factory.split(":")):
+            raise UsageError(f"`{spec}` names no factory", hint="write it as `python:package.module:factory`")
+        return Located("python", factory, weights=weights)
+    if spec.startswith("timm:"):
+        return Located("timm-arch", spec.removeprefix("timm:"), weights=weights)
+    if spec.startswith("hf:"):
+        return _hub(spec.removeprefix("hf:"), source.revision)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _folder(path, source)
+    if path.is_file():
+        return _file(path, source)
+    if _looks_like_a_path(spec):
+        raise SourceError(f"there is no model at `{spec}`", why="the path does not exist", hint=f"MODEL is {FORMS}")
+    return _hub(spec, source.revision)
+
+
+def _looks_like_a_path(spec: str) -> bool:
+    ends = (".safetensors", ".pth", ".pt", ".th", ".bin")
+    return spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith((*ends, "/")) or "\\" in spec
+
+
+def _weights(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise SourceError(f"there is no weight file at `{path}`", hint="check `--weights`")
+    return path
+
+
+def _hub(name: str, revision: str | None) -> Located:
+    name, _, at = name.partition("@")
+    kind = "timm" if name.startswith("timm/") else "transformers"
+    return Located(kind, name, revision=at or revision)
+
+
+def _folder(path: Path, source: Source) -> Located:
+    if (path / MANIFEST).is_file():
+        return Located("artifact", folder=path)
+    config = path / "config.json"
+    if not config.is_file():
+        raise SourceError(
+            f"`{path}` is a folder, but no model",
+            why=f"it holds neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)",
+            hint=f"MODEL is {FORMS}",
+        )
+    if "architecture" in read_json(config):
+        return Located("timm", folder=path, weights=_weights(source.weights))
+    return Located("transformers", folder=path, weights=_weights(source.weights))
+
+
+def _file(path: Path, source: Source) -> Located:
+    if source.arch is None:
+        raise UsageError(
+            f"`{path}` holds bare weights of an unknown architecture",
+            hint=f"name it: `{path} --arch timm:NAME`, or `python:package.module:factory --weights {path}`",
+        )
+    if not source.arch.startswith("timm:"):
+        raise UsageError(f"`--arch {source.arch}` is not understood", hint="write it as `--arch timm:NAME`")
+    return Located("timm-arch", source.arch.removeprefix("timm:"), weights=path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        SourceError: the file is unreadable or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"cannot read `{path}`", why=str(error)) from None
+    if not isinstance(value, dict):
+        raise SourceError(f"`{path}` does not hold a JSON object")
+    return value

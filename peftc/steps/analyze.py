@@ -1,0 +1,193 @@
+"""Source > Model > spectra > allocate > Plan > Report: where is the slack?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import allocate, measure, progress
+from peftc import plan as plans
+from peftc.allocate import Rank
+from peftc.errors import UsageError, one_of
+from peftc.methods.spectrum import Spectrum, tail_energies
+from peftc.models.load import Model, device_of, load
+from peftc.models.targets import every_weight
+from peftc.models.targets import targets as find_targets
+from peftc.plan import Plan, Target
+from peftc.report import Report, Table, count, percent
+from peftc.source import Source
+from peftc.steps import spectra
+from peftc.steps.factoring import Factoring, grouped
+from peftc.steps.spectra import Decomposed, Factorizer
+
+ENERGIES = (90, 95, 99)
+
+
+def analyze(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    plan: str | Path | None = None,
+    plot: str | Path | None = None,
+    ratio: str | float | Fraction | None = None,
+    rank: int | None = None,
+    energy: str | float | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    allocation: str = "global",
+    method: str = "svd",
+    conv_method: str = "channel",
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Measure the rank spectrum of every Linear, Conv and Embedding module; with a budget, plan ranks for it.
+
+    One weight is read at a time; the model is never held.
+
+    Args:
+        model: any form of MODEL.
+        plan: where to write the plan that `decompose` takes; without a budget, for ``ratio`` 0.5.
+        plot: where to draw the spectra, as PNG or SVG by its ending.
+        ratio, rank, energy, target_params, target_macs: the budget of the plan, at most one.
+        allocation, method, conv_method, settings, include, skip, device, seed: as for `decompose`.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    one_of("--allocation", allocation, allocate.ALLOCATIONS)
+    budgets = {"ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs}
+    asked = any(value is not None for value in budgets.values())
+    notes = []
+    if plan is not None and not asked:
+        budgets["ratio"], asked = "0.5", True
+        notes.append("no budget was given: planned for `--ratio 0.5`")
+    budget = plans.budget(**budgets) if asked else None  # type: ignore[arg-type]
+    for option, path in (("--plan", plan), ("--plot", plot)):
+        _refuse_unwritable(option, path)
+    factorize = spectra.factorizer(method, conv_method, settings)
+    place = device_of(device)
+
+    loaded = load(model)
+    spectra.refuse_non_finite(loaded)
+    targets, reasons = find_targets(loaded, conv_method=conv_method, include=include, skip=skip)
+    weights = {**every_weight(loaded), **targets}
+    found = _spectra(loaded, weights, factorize, place)
+    total = measure.parameters(loaded.module)
+    rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
+    report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes)
+    if budget is not None:
+        work = Factoring(loaded, targets, factorize, place)
+        known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2"}
+        ranks = work.decide(budget, allocation, known)
+        _say_plan(report, work.targets, ranks, str(budget), allocation)
+        made = Plan(ranks, {n: t.form for n, t in targets.items()}, dict(reasons), method, dict(factorize.settings), f"{budget} {allocation}")
+        if plan is not None:
+            made.write(Path(plan))
+            report.artifact = Path(plan)
+    if plot is not None:
+        from peftc.steps.plot import draw_spectra
+
+        draw_spectra({name: values.tolist() for name, values in found.items()}, rows, Path(plot), loaded.name)
+        report.notes.append(f"spectra drawn in `{plot}`")
+    return report
+
+
+def _refuse_unwritable(option: str, path: str | Path | None) -> None:
+    if path is not None and not Path(path).parent.is_dir():
+        raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
+    if option == "--plot" and path is not None and Path(path).suffix not in (".png", ".svg"):
+        raise UsageError(f"`--plot {path}` has no known ending", why="a picture is drawn as `.png` or `.svg`")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A spectrum whose weight has been let go."""
+
+    values: Tensor
+
+    def losses(self) -> Tensor:
+        return tail_energies(self.values)
+
+
+def _spectra(model: Model, weights: Mapping[str, Target], factorize: Factorizer, device: torch.device) -> dict[str, Tensor]:
+    """Return name -> singular values (k,), descending, reading one weight at a time."""
+    found = {}
+    with progress.track("spectra", len(weights)) as advance:
+        for name, target in weights.items():
+            as_matrix = target if target.form != "tucker2" else _as_channel(target)
+            spectrum: Decomposed = factorize(spectra.weight_of(model, target, device), as_matrix)
+            assert isinstance(spectrum, Spectrum)
+            found[name] = spectrum.values.cpu()
+            advance(name)
+    return found
+
+
+def _as_channel(target: Target) -> Target:
+    return replace(target, form="channel")  # Tucker-2 has two mode spectra; the table shows the matrix one
+
+
+def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict[str, Any]:
+    """Return the figures of one module."""
+    form = "channel" if target.form == "tucker2" else target.form
+    squares = values.square()
+    energy = squares.sum()
+    kept = squares.cumsum(0) / energy if energy else torch.ones_like(squares)
+    share = values / values.sum() if energy else values
+    entropy = float(-(share * share.clamp_min(1e-300).log()).sum())
+    largest = allocate.max_rank(target.shape, form)
+    return {
+        "name": target.name, "form": target.form, "shape": list(target.shape), "parameters": target.entries,
+        "share": target.entries / total, "max_rank": largest,
+        "break_even_rank": allocate.break_even_rank(target.shape, form),
+        "effective_rank": float(torch.tensor(entropy).exp()) if energy else 0.0,
+        "stable_rank": float(energy / squares[0]) if energy else 0.0,
+        **{f"rank_{level}": min(int((kept < level / 100).sum()) + 1, largest) if energy else 0 for level in ENERGIES},
+        "largest": float(values[0]), "smallest": float(values[-1]),
+        "eligible": reason is None, "reason": reason,
+    }  # fmt: skip
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Group modules of one kind: medians of their figures, in shares of the full rank where ranks differ by shape."""
+    by_name = {row["name"]: row for row in rows}
+    lines = []
+    for kind, names in grouped(by_name).items():
+        some = [by_name[name] for name in names]
+
+        def middle(key: str, some: list[Mapping[str, Any]] = some) -> str:
+            ordered = sorted(row[key] for row in some)
+            return f"{ordered[len(ordered) // 2]:.0f}"
+
+        shapes = {"x".join(map(str, row["shape"])) for row in some}
+        why = some[0]["reason"] or ""
+        lines.append([
+            kind, len(some), shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes", percent(sum(row["share"] for row in some)),
+            middle("max_rank"), middle("break_even_rank"), middle("effective_rank"), middle("stable_rank"),
+            *(middle(f"rank_{level}") for level in ENERGIES), why,
+        ])  # fmt: skip
+    columns = ["module", "count", "shape", "share", "full", "break-even", "effective", "stable", *(f"{level} %" for level in ENERGIES), "stays dense"]
+    return Table("rank spectra (medians per kind)", columns, lines)
+
+
+def _say_plan(report: Report, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], budget: str, allocation: str) -> None:
+    kept = sum(targets[name].cost(rank, "entries") for name, rank in ranks.items())
+    dense = sum(target.entries for target in targets.values())
+    total = report.data["parameters"]
+    for row in report.data["modules"]:
+        if row["name"] in ranks:
+            rank = ranks[row["name"]]
+            row["planned_rank"] = list(rank) if isinstance(rank, tuple) else rank
+    report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": total - dense + kept, "eligible": kept / dense if dense else 1.0}
+    factored = sum(rank is not None for rank in ranks.values())
+    report.notes.append(
+        f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, {percent(kept / dense if dense else 1)} of their "
+        f"weights and {count(total - dense + kept)} of {count(total)} parameters kept"
+    )

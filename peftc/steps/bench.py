@@ -1,0 +1,307 @@
+"""How large and how quick a model is, and whether it is quicker than the one it came from.
+
+Every time is taken in one interleaved run with the baseline and with the baseline once more (the A/A control): what
+the same module shows against itself is the noise, and a change inside it is called "no measurable change".
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import measure
+from peftc.errors import SourceError, UsageError
+from peftc.measure import Call, Speedup, Times
+from peftc.models import load
+from peftc.models.load import Model, outputs, probe, runnable
+from peftc.report import Report, Table, count, short, size
+from peftc.source import Source
+
+FEWEST_ROUNDS = 5  # fewer give no interval worth the name
+NOISY = 1.15  # a noise band that reaches further hides most real changes
+CASES = ("batch_1", "saturating")
+
+
+def bench(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    against: str | Path | Source | nn.Module | Model | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    rounds: int = 30,
+    min_speedup: float | None = None,
+    max_params: float | None = None,
+    max_bytes: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Measure sizes, multiply-adds, latency, throughput and peak memory, alone or against a baseline.
+
+    Args:
+        model: what to measure.
+        against: the baseline; ``base`` is the one that the artifact's manifest records.
+        batch_size: takes the place of the saturating batch, which is otherwise found on the baseline.
+        image_size: side of the images in pixels; the model's own when None.
+        max_length: tokens of a text.
+        rounds: timed rounds, each with one block of calls per candidate; at least 5.
+        min_speedup: gate on the throughput ratio at the saturating batch; inside the noise it counts as 1.
+        max_params: gate on parameters.
+        max_bytes: gate on the bytes of the weight files, or in memory for a model without files.
+        device: where to run.
+        dtype: floating dtype to run in.
+        seed: of the random inputs.
+
+    Raises:
+        UsageError: too few rounds, a batch below 1, or ``--min-speedup`` without a baseline.
+        SourceError: model and baseline read inputs of different shapes.
+    """
+    _check(rounds, batch_size, min_speedup, against)
+    subject = runnable(load.load(model), device=device, dtype=dtype)
+    baseline = subject if against is None else runnable(_baseline(subject, against), device=device, dtype=dtype)
+    pair = {"model": subject} if against is None else {"model": subject, "against": baseline}
+
+    def forward(which: Model) -> Callable[[int], Call]:
+        def sized(batch: int) -> Call:
+            inputs = probe(which, batch=batch, image_size=image_size, max_length=max_length, seed=seed)
+            return lambda: outputs(which, inputs)
+
+        return sized
+
+    forwards = {label: forward(which) for label, which in pair.items()}
+    samples = {
+        label: probe(which, image_size=image_size, max_length=max_length, seed=seed) for label, which in pair.items()
+    }
+    shapes = {label: _shapes(sample) for label, sample in samples.items()}
+    _same_input(shapes, pair)
+    place = next(subject.module.parameters()).device
+    largest = batch_size or measure.saturating_batch(forward(baseline), place)
+    times = _time(forwards, forward(baseline), largest, rounds, place)
+
+    data: dict[str, Any] = {}
+    for label, which in pair.items():
+        data[label] = _sizes(which, samples[label]) | _speeds(times, label, largest)
+        data[label]["memory"] = _memory(which, forwards[label](largest), largest, place)
+    compared = {case: _compare(run) for case, run in times.items()} if against is not None else None
+    data["speedup"] = None if compared is None else {case: asdict(change) for case, change in compared.items()}
+    data["noise"] = {case: _noise(run) for case, run in times.items()}
+    data |= {"input": shapes["model"], "rounds": rounds, "environment": _environment(place)}
+    return _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
+
+
+def _check(rounds: int, batch_size: int | None, min_speedup: float | None, against: object) -> None:
+    if rounds < FEWEST_ROUNDS:
+        raise UsageError(f"`--rounds {rounds}` is too few for a noise band", hint=f"take at least {FEWEST_ROUNDS}")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"`--batch-size {batch_size}` holds no sample", hint="take at least 1")
+    if min_speedup is not None and against is None:
+        raise UsageError(
+            "`--min-speedup` has nothing to compare with",
+            hint="name a baseline: `--against MODEL`, or `--against base` for the one an artifact records",
+        )
+
+
+def _baseline(subject: Model, against: str | Path | Source | nn.Module | Model) -> Model:
+    return load.load(load.base_source(subject) if against == "base" else against)
+
+
+def _shapes(sample: Tensor | dict[str, Tensor]) -> dict[str, list[int]]:
+    named = sample if isinstance(sample, dict) else {"input": sample}
+    return {name: list(tensor.shape[1:]) for name, tensor in named.items()}
+
+
+def _same_input(shapes: dict[str, dict[str, list[int]]], pair: dict[str, Model]) -> None:
+    if len({str(shape) for shape in shapes.values()}) > 1:
+        raise SourceError(
+            f"`{pair['model'].name}` and `{pair['against'].name}` read inputs of different shapes",
+            why=f"{shapes['model']} and {shapes['against']} per sample",
+            hint="give both the same: `--image-size N`, or `--max-length N` for text",
+        )
+
+
+def _time(
+    forwards: dict[str, Callable[[int], Call]],
+    baseline: Callable[[int], Call],
+    largest: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, dict[str, Times]]:
+    times: dict[str, dict[str, Times]] = {}
+    for case, batch in zip(CASES, (1, largest), strict=True):
+        if case == "saturating" and largest == 1:
+            times[case] = times["batch_1"]
+            continue
+        calls = {label: forward(batch) for label, forward in forwards.items()} | {"control": baseline(batch)}
+        times[case] = measure.latency(calls, rounds=rounds, device=device, title=f"timing batches of {batch}")
+    return times
+
+
+def _compare(run: dict[str, Times]) -> Speedup:
+    return measure.speedup(run["against"].seconds, run["control"].seconds, run["model"].seconds)
+
+
+def _noise(run: dict[str, Times]) -> dict[str, float]:
+    low, high = measure.noise_band(run.get("against", run["model"]).seconds, run["control"].seconds)
+    return {"low": low, "high": high}
+
+
+def _sizes(model: Model, sample: Tensor | dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "source": model.source.spec,
+        "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
+        "parameters": measure.parameters(model.module),
+        "macs": measure.work(model, sample).macs,
+        "bytes_on_disk": sum(file.stat().st_size for file in model.files) if model.files else None,
+        "bytes_in_memory": measure.tensor_bytes(model.module),
+    }
+
+
+def _speeds(times: dict[str, dict[str, Times]], label: str, largest: int) -> dict[str, Any]:
+    return {
+        case: {
+            "batch": batch,
+            "median_seconds": times[case][label].median,
+            "p90_seconds": times[case][label].p90,
+            "samples_per_second": batch / times[case][label].median,
+        }
+        for case, batch in zip(CASES, (1, largest), strict=True)
+    }
+
+
+def _memory(model: Model, call: Call, batch: int, device: torch.device) -> dict[str, int | None]:
+    working = measure.working_memory(call, device)
+    peak = None if working is None else working + measure.tensor_bytes(model.module)
+    return {"batch": batch, "working_bytes": working, "peak_bytes": peak}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    versions: dict[str, str | None] = {}
+    for package in ("peftc", "torch", "timm", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": str(device),
+        "device_name": named,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    data: dict[str, Any],
+    compared: dict[str, Speedup] | None,
+    subject: Model,
+    largest: int,
+    min_speedup: float | None,
+    max_params: float | None,
+    max_bytes: float | None,
+) -> Report:
+    report = Report("bench", data=data, artifact=subject.folder if subject.manifest else None)
+    figures, saturating = data["model"], compared["saturating"] if compared else None
+    stored = figures["bytes_on_disk"]
+    report.tables.append(_table(data, compared, largest))
+    where = data["environment"]
+    report.notes.append(
+        f"{where['device_name']}, {where['threads']} threads, {figures['dtype']}, {data['rounds']} rounds; "
+        + ", ".join(f"{name} {list(shape)}" for name, shape in data["input"].items())
+    )
+    report.notes.append(_noise_text(data["noise"], largest))
+    widest = max(band["high"] for band in data["noise"].values())
+    if widest > NOISY:
+        report.warnings.append(
+            f"this machine is too busy to see changes under {widest:.2f}x; end other programs, or raise `--rounds`"
+        )
+    if figures["memory"]["peak_bytes"] is None:
+        report.notes.append("peak memory is measured on CUDA and on Linux with glibc only")
+    if saturating is not None and "slower" in saturating.verdict:
+        report.warnings.append(f"`{figures['name']}` is {saturating.verdict} than `{data['against']['name']}`")
+    if compared is not None and figures["dtype"] != data["against"]["dtype"]:
+        report.warnings.append(
+            f"`{figures['name']}` ran in {figures['dtype']}, its baseline in {data['against']['dtype']}; "
+            "`--dtype` gives both the same"
+        )
+    report.at_least("--min-speedup", min_speedup, saturating.counted if saturating else None)
+    report.at_most("--max-params", max_params, figures["parameters"])
+    report.at_most("--max-bytes", max_bytes, figures["bytes_in_memory"] if stored is None else stored)
+    return report
+
+
+def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: int) -> Table:
+    before, after = data.get("against"), data["model"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], float | None], Callable[[float], str], str | None]] = [
+        ("parameters", lambda figures: figures["parameters"], count, None),
+        ("weights on disk", lambda figures: figures["bytes_on_disk"], size, None),
+        ("weights in memory", lambda figures: figures["bytes_in_memory"], size, None),
+        ("multiply-adds per sample", lambda figures: figures["macs"], short, None),
+        ("latency, batch 1, median", lambda figures: figures["batch_1"]["median_seconds"], _milliseconds, "batch_1"),
+        ("latency, batch 1, p90", lambda figures: figures["batch_1"]["p90_seconds"], _milliseconds, ""),
+        ("throughput, batch 1", lambda figures: figures["batch_1"]["samples_per_second"], _rate, "batch_1"),
+        (f"throughput, batch {largest}", lambda figures: figures["saturating"]["samples_per_second"], _rate,
+         "saturating"),
+        (f"peak memory, batch {largest}", lambda figures: figures["memory"]["peak_bytes"], size, None),
+    ]  # fmt: skip
+
+    if largest == 1:
+        rows = [row for row in rows if row[3] != "saturating"]
+
+    def cell(value: float | None, form: Callable[[float], str]) -> str:
+        return "not known" if value is None else form(value)
+
+    if before is None or compared is None:
+        return Table(after["name"], ("figure", "value"), [(name, cell(of(after), form)) for name, of, form, _ in rows])
+    lines = []
+    for name, of, form, case in rows:
+        old, new = of(before), of(after)
+        change = _share(old, new) if case is None else _claim(compared[case]) if case else ""
+        lines.append((name, cell(old, form), cell(new, form), change))
+    return Table(f"{before['name']} > {after['name']}", ("figure", "before", "after", "change"), lines)
+
+
+def _share(old: float | None, new: float | None) -> str:
+    return "" if not old or new is None else f"{100 * (new / old - 1):+.1f} %"
+
+
+def _claim(change: Speedup) -> str:
+    if change.verdict == "no measurable change":
+        return change.verdict
+    low, high = (change.low, change.high) if change.value > 1 else (1 / change.high, 1 / change.low)
+    return f"{change.verdict} ({low:.2f} to {high:.2f})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.3g}/s" if per_second < 1000 else f"{per_second:,.0f}/s"
+
+
+def _noise_text(noise: dict[str, dict[str, float]], largest: int) -> str:
+    bands = {1: noise["batch_1"], largest: noise["saturating"]}
+    each = [f"{band['low']:.3f}x to {band['high']:.3f}x at batch {batch}" for batch, band in bands.items()]
+    return "noise, the same model against itself: " + ", ".join(each)

@@ -1,0 +1,287 @@
+"""Source > Model > Plan > Method per module > surgery > Artifact > Report (PELA, step 1)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import allocate, measure
+from peftc import plan as plans
+from peftc.allocate import Rank
+from peftc.errors import ArtifactError, PlanError, UsageError, one_of
+from peftc.manifest import Manifest
+from peftc.models.load import Model, device_of, load
+from peftc.models.targets import targets as find_targets
+from peftc.plan import Plan, Target
+from peftc.report import Report, Table, count, percent, short
+from peftc.report import size as bytes_text
+from peftc.source import Source
+from peftc.steps import spectra, write
+from peftc.steps.factoring import Factoring, grouped
+
+
+def decompose(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    output_dir: str | Path | None = None,
+    ratio: str | float | Fraction | None = None,
+    rank: int | None = None,
+    energy: str | float | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    plan: str | Path | Plan | None = None,
+    allocation: str = "global",
+    method: str = "svd",
+    conv_method: str = "channel",
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    data: str | None = None,
+    task: str | None = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    max_params: float | None = None,
+    max_bytes: float | None = None,
+    max_shard_size: str | int = "5GB",
+    device: str = "auto",
+    seed: int = 0,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Replace dense modules by low-rank factors and write the result as an artifact.
+
+    Args:
+        model: any form of MODEL; a live network is copied, not changed.
+        output_dir: the artifact's folder; ``<model>-decompose`` when None.
+        ratio: share of the eligible modules' weight entries to keep, in (0, 1].
+        rank: the same rank in every eligible module, >= 1.
+        energy: share of each module's squared singular values to keep, in (0, 1].
+        target_params, target_macs: size of the whole model.
+        plan: ranks decided before, as `analyze` writes them.
+        allocation: ``uniform`` (PELA's formula), ``global`` or ``energy`` (one greedy pass over all modules).
+        method, conv_method, settings: how to factor.
+        include, skip: patterns over dotted names; a skip beats an include.
+        data, task, num_samples, batch_size, image_size, max_length: held-out data to measure the result on.
+        max_drop, min_quality, max_params, max_bytes: gates.
+        max_shard_size: bytes per weight file, as ``5GB``.
+        device, seed: where and with which random numbers to compute.
+        dry_run: stop at the plan and write nothing.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    one_of("--allocation", allocation, allocate.ALLOCATIONS)
+    if data is None and (max_drop is not None or min_quality is not None):
+        raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
+    budgets = {"ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs}
+    budget = None if plan is not None else plans.budget(**budgets)  # type: ignore[arg-type]
+    if budget is None and any(value is not None for value in budgets.values()):
+        raise UsageError("`--plan` already says the ranks", why="a budget beside it would contradict it", hint="give one of the two")
+    factorize = spectra.factorizer(method, conv_method, settings)
+    shard_bytes = bytes_of(max_shard_size)
+    place = device_of(device)
+
+    by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
+    loaded = load(model, weights=not (dry_run and by_shape))
+    if isinstance(model, nn.Module):
+        loaded = replace(loaded, module=copy.deepcopy(loaded.module))
+    targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
+    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    if given is not None:
+        plans.check(given, targets)
+    if not next(loaded.module.parameters()).is_meta:
+        spectra.refuse_non_finite(loaded)
+    work = Factoring(loaded, targets, factorize, place)
+    asked = str(budget or f"--plan {plan}")
+    if dry_run:
+        ranks = given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
+        report = _report(work, ranks, {}, reasons, asked, allocation)
+        report.notes.append("dry run: nothing was written")
+        return report
+
+    request = {
+        "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
+        "method": method, "conv_method": conv_method, "settings": dict(factorize.settings),
+        "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
+    }  # fmt: skip
+    output = Path(output_dir) if output_dir is not None else write.default_output(loaded, "decompose")
+    with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            report = write.already(job, "decompose")
+        else:
+            work.job = job
+            job.require(2 * measure.tensor_bytes(loaded.module))
+            ranks = given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
+            cuts = work.factor(ranks)
+            report = _report(work, ranks, cuts, reasons, asked, allocation)
+            pieces, modules = work.edit(ranks)
+            record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
+            report.warnings += write.verify(job.folder, loaded)
+            _check_size(report, record)
+            write.finish(job, record, report, place)
+            report.artifact = output
+    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
+    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
+    if data is not None:
+        from peftc.steps.evaluate import evaluate
+
+        base_model = loaded.source if not isinstance(model, nn.Module | Model) else model
+        quality = evaluate(
+            replace(loaded.source, spec=str(output), allow_code=True), data=data, task=task, against=base_model,
+            num_samples=num_samples, batch_size=batch_size, image_size=image_size, max_length=max_length,
+            max_drop=max_drop, min_quality=min_quality, device=device, seed=seed,
+        )  # fmt: skip
+        report.data["quality"] = quality.data
+        report.tables += quality.tables
+        report.notes += quality.notes
+        report.warnings += quality.warnings
+        report.gates += quality.gates
+    return report
+
+
+def eligible(
+    model: Model, *, conv_method: str, include: Sequence[str], skip: Sequence[str]
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return the modules to factor and the reasons why others stay dense; refuse a model without any.
+
+    Raises:
+        PlanError: no module is eligible.
+    """
+    targets, reasons = find_targets(model, conv_method=conv_method, include=include, skip=skip)
+    if not targets:
+        groups = grouped(reasons)
+        listed = ", ".join(f"`{kind}` ({reasons[names[0]]})" for kind, names in list(groups.items())[:4])
+        raise PlanError(
+            f"`{model.name}` has no eligible module",
+            why=f"left dense: {listed}" if listed else "it has no Linear, Conv2d or Embedding module",
+            hint="make some eligible: `--include PATTERN`",
+        )
+    return targets, reasons
+
+
+def bytes_of(text: str | int, option: str = "--max-shard-size") -> int:
+    """Return a number of bytes from ``5GB``, ``300MB`` or a plain number.
+
+    Raises:
+        UsageError: it is neither, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", str(text).strip())
+    value = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if value < 1:
+        raise UsageError(f"`{option} {text}` is no size", hint=f"write it as `{option} 5GB`")
+    return int(value)
+
+
+def _report(
+    work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str],
+    asked: str, allocation: str,
+) -> Report:  # fmt: skip
+    """Say what is done with every module, and what becomes of the whole."""
+    targets, whole = work.targets, work.whole
+    ranks = {name: ranks.get(name) for name in work.targets}
+    rows = [_module(targets[name], rank, cuts.get(name, {})) for name, rank in ranks.items()]
+    kept = sum(row["parameters_after"] for row in rows)
+    dense = sum(row["parameters_before"] for row in rows)
+    saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
+    after = whole.parameters - dense + kept
+    factored = sum(rank is not None for rank in ranks.values())
+    before_bytes = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
+    size = {
+        "before": {"parameters": whole.parameters, "macs": whole.macs, "bytes": before_bytes},
+        "after": {"parameters": after, "macs": None if whole.macs is None else whole.macs - saved_macs, "bytes": None},
+    }
+    achieved = {"asked": asked, "eligible": round(kept / dense, 6), "model": round(after / whole.parameters, 6)}
+    others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
+    report.tables += [_modules_table(rows), _dense_table(rows, reasons), _size_table(size)]
+    report.notes += [
+        f"{factored} of {len(targets)} eligible modules factored ({asked}{', ' + allocation if '--r' in asked or '--t' in asked else ''}); "
+        f"kept {percent(achieved['eligible'])} of their weights, {percent(achieved['model'])} of the model's parameters",
+        *work.model.notes,
+    ]
+    tied = [f"`{name}` with {', '.join(f'`{a}`' for a in t.aliases)}" for name, t in targets.items() if t.aliases and ranks[name]]
+    if tied:
+        report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
+    if not factored:
+        report.warnings.append("no module was factored: none would become smaller at this budget")
+    for row in rows:
+        for climb in row["climbed"]:
+            report.warnings.append(f"`{row['name']}`: {climb}; computed by {row['rung']} instead")
+    return report
+
+
+def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any]) -> dict[str, Any]:
+    reason = None if rank is not None else "dense within the budget, or its factors would not be smaller"
+    return {
+        "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
+        "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
+        "parameters_before": target.entries, "parameters_after": target.cost(rank, "entries"),
+        "error": cut.get("error", 0.0 if rank is None else None), "excess": cut.get("excess"),
+        "rung": cut.get("rung"), "climbed": cut.get("climbed", []),
+    }  # fmt: skip
+
+
+def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Group modules of one kind, shape and form: a line each, with the span of their ranks and errors."""
+    lines = []
+    for kind, names in grouped(row["name"] for row in rows if row["rank"] is not None).items():
+        some = [row for row in rows if row["name"] in set(names)]
+        kept = sum(row["parameters_after"] for row in some) / sum(row["parameters_before"] for row in some)
+        shapes = {"x".join(map(str, row["shape"])) for row in some}
+        errors = [row["error"] for row in some if row["error"] is not None]
+        error = "" if not errors else _span([f"{e:.3f}" for e in sorted(errors)])
+        ranks = _span([_rank_text(row["rank"]) for row in sorted(some, key=lambda row: row["parameters_after"])])
+        lines.append([kind, len(some), " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes", some[0]["form"], ranks, percent(kept), error])
+    return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "error"], lines)
+
+
+def _rank_text(rank: Any) -> str:
+    return "x".join(map(str, rank)) if isinstance(rank, list) else str(rank)
+
+
+def _span(texts: Sequence[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> Table:
+    dense = {row["name"]: row["reason"] for row in rows if row["rank"] is None} | dict(reasons)
+    lines = []
+    for kind, names in grouped(dense).items():
+        for reason in dict.fromkeys(dense[name] for name in names):
+            lines.append([kind, sum(dense[name] == reason for name in names), reason])
+    return Table("modules left dense", ["module", "count", "why"], lines)
+
+
+def _size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
+    lines = []
+    for name, write_number in (("parameters", count), ("macs", short), ("bytes", bytes_text)):
+        before, after = sizes["before"][name], sizes["after"][name]
+        share = percent(after / before) if before and after is not None else ""
+        texts = ["" if value is None else write_number(value) for value in (before, after)]
+        lines.append(["multiply-adds" if name == "macs" else name, *texts, share])
+    return Table("size", ["", "before", "after", "kept"], lines)
+
+
+def _check_size(report: Report, record: Manifest) -> None:
+    """Complete the sizes with what was written, and refuse to report a count that the folder does not have."""
+    after = report.data["size"]["after"]
+    if record.parameters != after["parameters"]:
+        raise ArtifactError(
+            f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
+            hint="this is a bug in peftc: please report it",
+        )
+    after["bytes"] = sum(entry["bytes"] for name, entry in record.files.items() if name.endswith(".safetensors"))
+    report.tables[-1] = _size_table(report.data["size"])

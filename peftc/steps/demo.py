@@ -1,0 +1,154 @@
+"""The embedded default: train a small ViT on scikit-learn's digits, then run the real steps on it.
+
+It proves that the chain runs, offline and in minutes; no default of peftc is tuned on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from peftc.data import open_data
+from peftc.data.images import transform
+from peftc.errors import SourceError
+from peftc.report import Report, Table, count, percent, short
+from peftc.steps.analyze import analyze
+from peftc.steps.bench import bench
+from peftc.steps.decompose import decompose
+from peftc.steps.evaluate import evaluate
+from peftc.train import fit
+
+DATA = "sklearn:digits"
+RATIO = 0.5
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 4}
+PREPROCESS = {
+    "input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0, "interpolation": "bilinear",
+}  # fmt: skip
+EPOCHS = 20
+NOISE = 0.3  # added to the pixels, in [-1, 1], while training: 1,437 images are soon known by heart
+BENCH_ROUNDS = 15
+
+# what happens to the trained model, in order: folder and row name > step(input folder, output folder, options)
+STAGES: dict[str, Callable[..., Report]] = {
+    "decompose": lambda model, output, **options: decompose(model, output_dir=output, ratio=RATIO, **options),
+}
+
+
+def demo(*, output_dir: str | Path | None = None, seed: int = 0, device: str = "auto") -> Report:
+    """Train a small ViT on digits, make it smaller with each step, and measure what came of it.
+
+    Args:
+        output_dir: where the models go; ``peftc-demo`` in the current folder when None. Finished parts are kept.
+        seed: of the training and of every step.
+        device: where to compute.
+
+    Raises:
+        SourceError: a folder of the demo's is already there and holds something else.
+    """
+    folder = Path(output_dir or "peftc-demo")
+    dense = folder / f"dense-seed-{seed}"
+    report = Report("demo", data={"stages": []})
+    if (dense / "model.safetensors").is_file():
+        report.notes.append(f"`{dense}` was already trained")
+    else:
+        _write(dense, _trained(seed, device))
+    analyzed = analyze(dense, ratio=RATIO, plan=folder / f"plan-seed-{seed}.json", device=device, seed=seed)
+    current, rows = dense, report.data["stages"]
+    for name, step in STAGES.items():
+        output = folder / f"{name}-seed-{seed}"
+        changed = step(current, output, device=device, seed=seed)
+        quality = evaluate(output, data=f"{DATA}@test", against=dense, device=device, seed=seed).data
+        speed = bench(output, against=dense, rounds=BENCH_ROUNDS, device=device, seed=seed).data
+        if not rows:
+            rows.append(_row("train", dense, speed["against"], quality["against"]["metrics"]))
+        rows.append(
+            _row(name, output, speed["model"], quality["metrics"]) | {"speedup": speed["speedup"]["saturating"]}
+        )
+        report.warnings += changed.warnings
+        current = output
+    report.artifact = current
+    report.data["analyze"] = analyzed.data
+    report.notes.append(f"look closer: `peftc analyze {dense}`, `peftc show {current}`")
+    report.tables.append(_table(rows))
+    return report
+
+
+def _row(stage: str, folder: Path, figures: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "folder": str(folder),
+        "parameters": figures["parameters"],
+        "macs": figures["macs"],
+        "samples_per_second": figures["saturating"]["samples_per_second"],
+        "accuracy": metrics["top1"],
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    lines = []
+    for row in rows:
+        accuracy, verdict = row["accuracy"], row["speedup"]["verdict"] if "speedup" in row else ""
+        lines.append(
+            (
+                row["stage"], count(row["parameters"]), short(row["macs"]), f"{row['samples_per_second']:,.0f}/s",
+                verdict,
+                f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
+            )
+        )  # fmt: skip
+    columns = ("stage", "parameters", "MACs", "throughput", "", "accuracy")
+    return Table("a small ViT on scikit-learn's digits", columns, lines)
+
+
+def _trained(seed: int, device: str) -> nn.Module:
+    samples = open_data(f"{DATA}@train")
+    read = transform(PREPROCESS)
+    images, labels = zip(*(samples[index] for index in range(len(samples))), strict=True)
+    pixels = torch.stack([read(image, DATA) for image in images])  # (samples, 1, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = timm.create_model(ARCHITECTURE, num_classes=len(samples.classes or []), **ARGUMENTS)
+
+    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
+        pixels, digits = batch
+        return nn.functional.cross_entropy(module(pixels + NOISE * torch.randn_like(pixels)), digits)
+
+    fit(
+        network,
+        TensorDataset(pixels, torch.tensor(labels)),
+        loss,
+        epochs=EPOCHS,
+        batch_size=32,
+        device=device,
+        seed=seed,
+    )
+    return network
+
+
+def _write(folder: Path, network: nn.Module) -> None:
+    """Write a folder that timm reads, whole or not at all."""
+    if folder.exists():
+        raise SourceError(f"`{folder}` is there, but holds no trained model", hint="move it away, or pass another `-o`")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    names = [str(digit) for digit in range(10)]
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": len(names),
+        "model_args": ARGUMENTS,
+        "pretrained_cfg": {**PREPROCESS, "num_classes": len(names), "label_names": names},
+    }
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder)

@@ -1,0 +1,353 @@
+"""Source > Model > Data > Encoded > figures per sample > metrics with their intervals > Report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftc import progress, tasks
+from peftc.data import Dataset, open_data
+from peftc.data.classes import match
+from peftc.data.tokens import sample, window
+from peftc.errors import DataError, UsageError, WeightError
+from peftc.intervals import Interval, bootstrap, paired_shares, wilson
+from peftc.models import load
+from peftc.models.load import Model
+from peftc.report import Report, Table
+from peftc.source import Source
+from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
+
+GENERATED = "generated:"
+GENERATED_LENGTH = 128  # tokens, where `--max-length` is not given
+
+
+@dataclass
+class _Side:
+    """One of the models compared: how it reads the data, and what it gave."""
+
+    model: Model
+    encoded: Encoded
+    outputs: list[int] = field(default_factory=list)  # the output of each class of the data
+    columns: Columns = field(default_factory=dict)
+
+
+def evaluate(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    data: str | Path,
+    task: str | None = None,
+    against: str | Path | Source | nn.Module | Model | None = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Measure how good a model is on labelled data, or on text drawn from a language model, with 95 % intervals.
+
+    Args:
+        model: any form of MODEL.
+        data: a `--data` spec, or `generated:N` for N sequences drawn from ``against`` (else the base, else the model).
+        task: a name of the task table; guessed from the model when None.
+        against: another model, or `base` for the one that the artifact records; adds paired differences.
+        num_samples: evaluate on a seeded subset; all samples when None.
+        batch_size: samples at once.
+        image_size: side in pixels instead of the model's.
+        max_length: tokens per text or window.
+        image_column, text_column, label_column: columns of a table, where their names are not usual ones.
+        max_drop: gate: how much worse than ``against`` the first metric may be, in its own unit.
+        min_quality: gate: the least the first metric must be; for perplexity, where less is better, the most.
+        device, dtype: where and in what precision to run.
+        seed: of subsets, masks, drawn text and resampling.
+
+    Raises:
+        DataError: the data cannot be read, or does not fit the model or the task.
+        WeightError: the model gives NaN or infinite outputs.
+    """
+    _check(max_drop, min_quality, against, batch_size)
+    data, subject = str(data), load.load(model)
+    reference = None if against is None else load.load(load.base_source(subject) if against == "base" else against)
+    report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
+    row = tasks.named_task(task) if task else tasks.guess(subject)
+    for each in (subject, reference):
+        if each is not None:
+            load.runnable(each, device=device, dtype=dtype)
+    settings = Settings(image_size, max_length, num_samples, seed)
+    if data.startswith(GENERATED):
+        dataset = _generated(data, row, subject, reference, settings, report, device=device, dtype=dtype)
+    else:
+        dataset = open_data(
+            data,
+            num_samples=num_samples,
+            seed=seed,
+            image_column=image_column,
+            text_column=text_column,
+            label_column=label_column,
+            task=row.name if row else None,
+        )
+    row = tasks.fitting(row or _by_data(subject, dataset), dataset)
+    report.notes += dataset.notes if task else [f"task: `{row.name}`, guessed from `{subject.name}`", *dataset.notes]
+    sides = _sides(row, [subject] if reference is None else [subject, reference], dataset, settings, report)
+    compared = _run(row, sides, dataset, batch_size or row.batch_size, report)
+    report.data = {
+        "task": row.name,
+        "data": {"spec": data, "split": dataset.split, "samples": sides[0].encoded.size, "digest": dataset.digest},
+        "metrics": _metrics(row, sides[0].columns, seed),
+    }
+    if reference is not None:
+        report.data["against"] = _against(row, sides, compared, seed)
+    report.tables.append(_table(row, sides, report.data))
+    _gates(row, report, max_drop, min_quality)
+    return report
+
+
+def _check(max_drop: float | None, min_quality: float | None, against: Any, batch_size: int | None) -> None:
+    for option, limit in (("--max-drop", max_drop), ("--min-quality", min_quality)):
+        if limit is not None and not math.isfinite(limit):
+            raise UsageError(f"`{option}` is {limit}", why="a limit is a finite number")
+    if max_drop is not None and against is None:
+        raise UsageError(
+            "`--max-drop` needs something to compare with", hint="add `--against base` or `--against MODEL`"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"`--batch-size` is {batch_size}", why="a batch has at least one sample")
+
+
+def _by_data(model: Model, dataset: Dataset) -> Task:
+    if model.library == "python" and dataset.kind in ("image", "tensor"):
+        return tasks.TASKS["image-classification"]
+    raise DataError(
+        f"cannot guess the task of `{model.name}`",
+        why=f"neither its class, {type(model.module).__name__}, nor the data tells",
+        hint=f"name it with `--task`: {', '.join(tasks.TASKS)}",
+    )
+
+
+def _generated(
+    spec: str,
+    row: Task | None,
+    subject: Model,
+    reference: Model | None,
+    settings: Settings,
+    report: Report,
+    **place: str,
+) -> Dataset:
+    """Draw the evaluation text from the model that the others are measured against."""
+    number = spec.removeprefix(GENERATED)
+    if not number.isdecimal() or int(number) < 1:
+        raise UsageError(f"`--data {spec}` asks for no number of sequences", hint="write it as `--data generated:64`")
+    if row is None or row.name != "causal-lm":
+        raise DataError(f"cannot draw text from `{subject.name}`", why="`generated:N` is for causal language models")
+    author = reference
+    if author is None and subject.manifest is not None:
+        author = load.runnable(load.load(load.base_source(subject)), **place)
+    if author is None:
+        author = subject
+        report.warnings.append(
+            f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
+            "add `--against`"
+        )
+    length = window(author, settings.max_length or GENERATED_LENGTH)
+    report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {settings.seed}")
+    return sample(author, int(number), length, seed=settings.seed).take(settings.num_samples, seed=settings.seed)
+
+
+def _sides(row: Task, models: list[Model], dataset: Dataset, settings: Settings, report: Report) -> list[_Side]:
+    sides = [_Side(model, row.encode(model, dataset, settings)) for model in models]
+    report.notes += sides[0].encoded.notes
+    if len(sides) == 2 and row.name.endswith("-lm") and sides[0].encoded.key != sides[1].encoded.key:
+        raise DataError(
+            f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens",
+            why="perplexities over different tokens cannot be compared",
+            hint="compare with a model of the same tokenizer",
+        )
+    if row.has_classes:
+        for side in sides:
+            _match_classes(side, dataset, report)
+    return sides
+
+
+def _match_classes(side: _Side, dataset: Dataset, report: Report) -> None:
+    """Find the output of each class by running one sample, so that a mismatch is refused before the rest."""
+    logits = _forward(side.model, side.encoded.batch([0]))
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise DataError(
+            f"`{side.model.name}` does not classify",
+            why=f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class",
+            hint="choose another `--task`, or a model with a classifier",
+        )
+    side.outputs, note = match(dataset.classes or [], side.model.labels, logits.shape[1])
+    if note not in report.notes:
+        report.notes.append(note)
+
+
+def _run(row: Task, sides: list[_Side], dataset: Dataset, batch_size: int, report: Report) -> Columns | None:
+    """Run every sample through both models, batch by batch, and keep figures per sample; return how they compare."""
+    lengths = sides[0].encoded.lengths
+    order = list(range(sides[0].encoded.size))
+    if lengths is not None:
+        order.sort(key=lambda index: lengths[index])
+    seen: list[list[Columns]] = [[] for _ in sides]
+    compared: list[Columns] | None = [] if row.compare and len(sides) == 2 else None
+    if compared is not None and sides[0].outputs != sides[1].outputs:
+        compared = None
+        report.notes.append(
+            "the two models order their classes differently, so neither agreement nor divergence is measured"
+        )
+    same = all(side.encoded.key == sides[0].encoded.key for side in sides)
+    with progress.track(f"evaluating on {dataset.name}", len(order)) as advance:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            given: list[tuple[Tensor, Batch]] = []
+            for side, columns in zip(sides, seen, strict=True):
+                batch = given[0][1] if given and same else side.encoded.batch(indices)
+                given.append((_forward(side.model, batch), batch))
+                columns.append(row.observe(given[-1][0], _mapped(side, batch)))
+            if compared is not None and row.compare is not None and _comparable(given, report):
+                compared.append(row.compare(given[1][0], given[0][0], given[0][1]))
+            for _ in indices:
+                advance("")
+    for side, columns in zip(sides, seen, strict=True):
+        side.columns = _concatenated(columns)
+    return _concatenated(compared) if compared else None
+
+
+def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
+    shapes = [list(logits.shape) for logits, _ in given]
+    note = f"outputs of shapes {shapes[0]} and {shapes[1]}: neither agreement nor divergence is measured"
+    if shapes[0] != shapes[1] and not any(known.startswith("outputs of shapes") for known in report.notes):
+        report.notes.append(note)
+    return shapes[0] == shapes[1]
+
+
+def _concatenated(parts: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _mapped(side: _Side, batch: Batch) -> Batch:
+    return Batch(batch.inputs, torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
+
+
+def _forward(model: Model, batch: Batch) -> Tensor:
+    """Return the outputs for a batch, moved to the model's device and dtype first."""
+    parameters = list(model.module.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    floating = next((each.dtype for each in parameters if each.is_floating_point()), torch.float32)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)
+
+    inputs = batch.inputs
+    logits = load.outputs(
+        model, {k: moved(v) for k, v in inputs.items()} if isinstance(inputs, dict) else moved(inputs)
+    )
+    if not torch.isfinite(logits).all():
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise WeightError(
+            f"`{model.name}` gives NaN or infinite outputs",
+            why=f"it ran in {dtype}; no figure over them would mean anything",
+            hint="run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`",
+        )
+    return logits
+
+
+def _metrics(row: Task, columns: Columns, seed: int) -> dict[str, dict[str, float]]:
+    return {metric.name: _estimate(metric, columns, seed)._asdict() for metric in _measurable(row, columns)}
+
+
+def _measurable(row: Task, columns: Columns) -> list[Metric]:
+    return [metric for metric in row.metrics if metric.name != "top5" or "in_five" in columns]
+
+
+def _estimate(metric: Metric, columns: Columns, seed: int) -> Interval:
+    samples = len(next(iter(columns.values())))
+    if metric.proportion:
+        return wilson(int(metric.of(columns).sum()), samples)
+    return _defined(bootstrap(lambda rows: metric.of(_rows(columns, rows)), samples, seed=seed), metric)
+
+
+def _difference(metric: Metric, one: Columns, other: Columns, seed: int) -> Interval:
+    if metric.proportion:
+        return paired_shares(metric.of(one), metric.of(other))
+    samples = len(next(iter(one.values())))
+    return bootstrap(lambda rows: metric.of(_rows(one, rows)) - metric.of(_rows(other, rows)), samples, seed=seed)
+
+
+def _defined(interval: Interval, metric: Metric) -> Interval:
+    if not math.isfinite(interval.value):
+        raise DataError(
+            f"`{metric.name}` has no value on these samples", why="the model gives all of them the same answer"
+        )
+    return interval
+
+
+def _rows(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def _against(row: Task, sides: list[_Side], compared: Columns | None, seed: int) -> dict[str, Any]:
+    one, other = (side.columns for side in sides)
+    shared = [metric for metric in _measurable(row, one) if metric in _measurable(row, other)]
+    result: dict[str, Any] = {
+        "name": sides[1].model.name,
+        "metrics": _metrics(row, other, seed),
+        "difference": {metric.name: _difference(metric, one, other, seed)._asdict() for metric in shared},
+        "agreement": None,
+        "divergence": None,
+    }
+    if compared is not None:
+        result["divergence"] = _mean(compared, "kl", seed)._asdict()
+        result["agreement"] = _mean(compared, "same", seed)._asdict()
+        if row.has_classes:
+            result["agreement"] = wilson(int(compared["same"].sum()), len(compared["same"]))._asdict()
+    return result
+
+
+def _mean(compared: Columns, name: str, seed: int) -> Interval:
+    """Return the mean over predictions, resampling the samples that they belong to."""
+    total, count = compared[name], compared["count"]
+    return bootstrap(lambda rows: float(total[rows].sum() / count[rows].sum()), len(total), seed=seed)
+
+
+def _table(row: Task, sides: list[_Side], data: dict[str, Any]) -> Table:
+    def cell(values: dict[str, float] | None) -> str:
+        return "" if values is None else str(Interval(**values))
+
+    used = data["data"]
+    title = f"{row.name}: {used['spec']}, split {used['split']}, {used['samples']} samples, 95 % intervals"
+    against = data.get("against")
+    if against is None:
+        return Table(
+            title, ["metric", sides[0].model.name], [[name, cell(values)] for name, values in data["metrics"].items()]
+        )
+    rows = [
+        [name, cell(values), cell(against["metrics"].get(name)), cell(against["difference"].get(name))]
+        for name, values in data["metrics"].items()
+    ]
+    rows += [[name, cell(against[name]), "", ""] for name in ("agreement", "divergence") if against[name]]
+    return Table(title, ["metric", sides[0].model.name, f"against {against['name']}", "difference"], rows)
+
+
+def _gates(row: Task, report: Report, max_drop: float | None, min_quality: float | None) -> None:
+    """Judge the first metric: a drop is how much worse it is, whichever direction is worse."""
+    metric = row.metrics[0]
+    value = report.data["metrics"][metric.name]["value"]
+    judge = report.at_least if metric.higher_is_better else report.at_most
+    judge("--min-quality", min_quality, value)
+    if max_drop is not None:
+        difference = report.data["against"]["difference"][metric.name]["value"]
+        report.at_most("--max-drop", max_drop, -difference if metric.higher_is_better else difference)

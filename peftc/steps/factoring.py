@@ -1,0 +1,192 @@
+"""Carry out a plan on a loaded model: spectra, ranks, factors and surgery, with every finished part kept for a resume."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from peftc import measure, progress
+from peftc.allocate import Rank
+from peftc.artifact import Piece, from_file
+from peftc.errors import MethodError, PeftcError
+from peftc.header import read_header
+from peftc.job import Job
+from peftc.methods.spectrum import Solution, Spectrum, Truncation
+from peftc.models.load import Model
+from peftc.nn import lowrank, surgery
+from peftc.plan import Budget, Target
+from peftc.steps import spectra, write
+from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Factoring:
+    """The eligible modules of one model, and what is known about them so far.
+
+    Attributes:
+        model: its module is edited in place by `edit`.
+        targets: eligible modules.
+        factorize: the methods.
+        device: where to compute.
+        job: where finished parts are kept; None keeps them in memory (analysis, dry runs).
+    """
+
+    model: Model
+    targets: dict[str, Target]
+    factorize: Factorizer
+    device: torch.device
+    job: Job | None = None
+
+    @functools.cached_property
+    def whole(self) -> Whole:
+        """Size of the model before anything is changed; fills in how often each module runs."""
+        total = measure.parameters(self.model.module)
+        try:
+            work = measure.work(write.one_dtype(self.model))
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, PeftcError):
+            return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
+        for name, target in self.targets.items():
+            runs = sum(work.positions.get(each, 0) for each in (name, *target.aliases))
+            self.targets[name] = replace(target, positions=runs)
+        return Whole(total, work.macs)
+
+    def decide(self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None) -> dict[str, Rank | None]:
+        """Return the rank of each eligible module under a budget; spectra that are ``known`` are not computed again."""
+        whole = self.whole
+        if not spectra.needs_spectra(budget, allocation):
+            return spectra.decide(self.targets, budget, allocation, self.spectrum, whole)
+        with progress.track("spectra", len(self.targets)) as advance:
+
+            def seen(target: Target) -> Losses:
+                found = (known or {}).get(target.name) or self.spectrum(target)
+                found.losses()
+                advance(target.name)
+                return found
+
+            return spectra.decide(self.targets, budget, allocation, seen, whole)
+
+    def spectrum(self, target: Target) -> Decomposed:
+        """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
+        weight = spectra.weight_of(self.model, target, self.device)
+        with _named(target.name):
+            found = self.factorize(weight, target)
+            if self.job is None or not isinstance(found, Spectrum):
+                return found
+            part = self._part(target, "spectrum")
+            note = write.read_note(part)
+            if note is None:
+                solution = found.solution
+                basis = {"values": solution.values, "up": solution.up, "down": solution.down}
+                note = {"rung": solution.rung, "exact": solution.exact, "climbed": found.climbed}
+                write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
+        read = _read(part)
+        found.resume(Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"]), note["climbed"])
+        return found
+
+    def _part(self, target: Target, kind: str) -> Path:
+        assert self.job is not None
+        return self.job.work / f"{list(self.targets).index(target.name):05d}-{kind}.safetensors"
+
+    def factor(self, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
+        """Compute and keep the factors of every module with a rank; return error, excess, rung and climbs of each."""
+        cuts = {}
+        chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+        with progress.track("factors", len(chosen)) as advance:
+            for name, rank in chosen.items():
+                part = self._part(self.targets[name], "factors")
+                note = write.read_note(part)
+                if note is None:
+                    note = self._factor(self.targets[name], rank, part)
+                cuts[name] = note
+                advance(name)
+        return cuts
+
+    def _factor(self, target: Target, rank: Rank, part: Path) -> dict[str, Any]:
+        kept_basis = self._part(target, "spectrum").is_file()
+        with _named(target.name):
+            found = self.spectrum(target) if kept_basis else self.factorize(spectra.weight_of(self.model, target, self.device), target)
+            cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
+        dense = self.model.module.get_submodule(target.name).weight
+        named = lowrank.tensors(cut.factors, target.shape, target.form)
+        named = {key: tensor.to(dense.dtype).cpu() for key, tensor in named.items()}  # type: ignore[union-attr, arg-type]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
+            raise MethodError(f"the factors of `{target.name}` do not fit into {dense.dtype}")  # type: ignore[union-attr]
+        error = cut.error if dense.dtype not in HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
+        note = {"error": error, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed)}
+        write.save_part(part, named, note)
+        return note
+
+    def edit(self, ranks: Mapping[str, Rank | None]) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
+        """Put the kept factors into the network; return every tensor to be stored, and the manifest's module entries."""
+        network = self.model.module
+        pieces = write.pieces_of(self.model)
+        modules = dict(self.model.manifest.modules) if self.model.manifest else {}
+        for name, rank in ranks.items():
+            if rank is None:
+                continue
+            part = self._part(self.targets[name], "factors")
+            infos = read_header(part)[0]
+            factors = {key: nn.Parameter(tensor) for key, tensor in _read(part).items()}
+            for each in (name, *self.targets[name].aliases):
+                form = self._form(each, name)
+                old = network.get_submodule(each)
+                new = lowrank.build(old, form, rank)
+                surgery.replace(network, old, new)
+                surgery.place(new, {**factors, "up.bias": getattr(old, "bias", None)})
+                pieces.update({f"{each}.{key}": from_file(info) for key, info in infos.items()})
+                if f"{each}.bias" in pieces:
+                    pieces[f"{each}.up.bias"] = pieces[f"{each}.bias"]
+                modules[each] = {"form": form, "rank": list(rank) if isinstance(rank, tuple) else rank}
+        return {name: pieces[name] for name in surgery.stored_names(network)}, modules
+
+    def _form(self, each: str, name: str) -> str:
+        """Return the form of a module; one tied to it may be an embedding where it is an output head."""
+        if isinstance(self.model.module.get_submodule(each), nn.Embedding):
+            return "embedding"
+        return "linear" if self.targets[name].form == "embedding" else self.targets[name].form
+
+
+def _stored_error(dense: Tensor, named: dict[str, Tensor], target: Target) -> float:
+    """Return the relative error of factors as stored, after rounding to half precision."""
+    product = lowrank.dense_weight({key: tensor.float() for key, tensor in named.items()}, target.shape, target.form)
+    total = torch.linalg.vector_norm(dense, dtype=torch.float32)
+    return float(torch.linalg.vector_norm(dense.float() - product) / total) if total else 0.0
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which module a failure of linear algebra was about."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise MethodError(f"cannot decompose `{name}`", why=str(error), hint=f"leave it dense: `--skip {name}`") from error
+
+
+def _read(part: Path) -> dict[str, Tensor]:
+    with safe_open(part, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def kind_of_module(name: str) -> str:
+    """Return a dotted name with its numbers as stars: ``blocks.*.attn.qkv``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return kind -> names, in order of first appearance."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[kind_of_module(name)].append(name)
+    return dict(groups)

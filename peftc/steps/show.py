@@ -1,0 +1,96 @@
+"""Print an artifact from its manifest and headers alone: no torch, whatever its size."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftc import artifact, manifest
+from peftc.errors import ArtifactError
+from peftc.manifest import Manifest
+from peftc.report import Report, Table, count, size
+
+if TYPE_CHECKING:
+    from peftc.source import Source
+
+
+def show(model: str | Path | Source, *, commands: bool = False) -> Report:
+    """Return what an artifact is made of.
+
+    Args:
+        model: an artifact folder.
+        commands: only the command lines that rebuild it.
+
+    Raises:
+        ArtifactError: it is no artifact, or its files do not fit its manifest.
+    """
+    folder = Path(getattr(model, "spec", model))  # type: ignore[arg-type]
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no artifact at `{folder}`", why="`peftc show` reads artifact folders only")
+    record = manifest.read(folder)
+    tensors = artifact.tensor_table(folder, record)
+    lines = command_lines(record)
+    report = Report("show", {"manifest": vars(record), "commands": lines, "tensors": len(tensors)}, artifact=folder)
+    report.tables.append(Table("commands that rebuild it", ["command"], [[line] for line in lines]))
+    if commands:
+        return report
+    base = record.base
+    facts = [
+        ["id", record.id[:16]],
+        ["base", f"{base['library']} {base['architecture']}"],
+        ["from", base.get("source", {}).get("spec", "a live network")],
+        ["parameters", count(record.parameters)],
+        ["weights", f"{len(tensors)} tensors, {size(sum(info.stop - info.start for info in tensors.values()))}"],
+        ["files", ", ".join(sorted(record.files))],
+        ["classes", count(len(record.labels)) if record.labels else ""],
+    ]
+    report.tables.insert(0, Table(str(folder), ["", ""], [fact for fact in facts if fact[1]]))
+    if record.modules:
+        rows = [[name, edit["form"], "x".join(map(str, edit["rank"])) if isinstance(edit["rank"], list) else edit["rank"]]
+                for name, edit in record.modules.items()]  # fmt: skip
+        report.tables.insert(1, Table("factored modules", ["module", "form", "rank"], rows))
+    return report
+
+
+def command_lines(record: Manifest) -> list[str]:
+    """Return the shell lines that rebuild an artifact, one per step."""
+    source = record.base.get("source", {})
+    model = [source.get("spec", "MODEL"), *_source_options(source)]
+    lines = []
+    for number, step in enumerate(record.steps, 1):
+        request = step["request"]
+        words = ["peftc", request["command"], *model, *_request_options(request), "-o", f"{number:02d}-{request['command']}"]
+        lines.append(shlex.join(words))
+        model = [f"{number:02d}-{request['command']}"]
+    return lines
+
+
+def _source_options(source: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key in ("arch", "weights", "revision"):
+        if source.get(key):
+            words += [f"--{key}", str(source[key])]
+    for key in ("arch_set", "preprocess"):
+        for name, value in source.get(key, {}).items():
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{key.replace('_', '-')}", f"{name}={text}"]
+    return words
+
+
+def _request_options(request: dict[str, Any]) -> list[str]:
+    """Return the options of a request, leaving out what its keys do not say."""
+    words: list[str] = []
+    for kind, amount in (request.get("budget") or {}).items():
+        words += [f"--{kind}", str(amount)]
+    if request.get("plan"):
+        words += ["--plan", "plan.json"]
+    for key in ("allocation", "method", "conv_method", "device", "seed"):
+        if request.get(key) is not None:
+            words += [f"--{key.replace('_', '-')}", str(request[key])]
+    for name, value in request.get("settings", {}).items():
+        words += ["--set", f"{name}={value}"]
+    for key in ("include", "skip"):
+        for pattern in request.get(key, []):
+            words += [f"--{key}", pattern]
+    return words

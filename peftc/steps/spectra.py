@@ -1,0 +1,238 @@
+"""From eligible modules to their spectra, and from spectra and a budget to ranks: shared by analyze and decompose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peftc import allocate, methods
+from peftc.allocate import Curve, Rank
+from peftc.errors import MethodError, PlanError, WeightError
+from peftc.methods.decompose_conv.tucker2 import Tucker
+from peftc.methods.spectrum import Spectrum
+from peftc.models.load import Model
+from peftc.nn import lowrank, surgery
+from peftc.plan import Budget, Target
+
+Decomposed = Spectrum | Tucker
+
+
+class Losses(Protocol):
+    """All that a decision needs of a decomposition."""
+
+    def losses(self) -> Tensor:
+        """Return squared errors by rank."""
+
+FINITE_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Factorizer:
+    """The chosen methods with their settings, applied to one weight after another."""
+
+    decompose: Callable[..., Spectrum]
+    name: str
+    conv_method: str
+    settings: Mapping[str, Any]
+
+    def __call__(self, weight: Tensor, target: Target) -> Decomposed:
+        """Decompose a weight, float32 or float64, in the target's form."""
+        if target.form == "tucker2":
+            return methods.find("decompose_conv", "tucker2", "--conv-method")(weight)
+        matrix = lowrank.matrix(weight, target.form).contiguous()
+        return self.decompose(matrix, **self.settings)
+
+
+def factorizer(method: str, conv_method: str, settings: Mapping[str, Any] | None) -> Factorizer:
+    """Find the methods by name and check the settings.
+
+    Raises:
+        UsageError: a name or setting is unknown.
+        MethodError: the method needs statistics of a calibration set.
+    """
+    function = methods.find("decompose", method, "--method")
+    methods.find("decompose_conv", conv_method, "--conv-method")
+    needs = methods.needs_of(function)
+    if needs:
+        raise MethodError(
+            f"`{method}` needs {', '.join(needs)} of a calibration set", why="this version of peftc collects none",
+            hint="decompose without data: `--method svd`",
+        )  # fmt: skip
+    return Factorizer(function, method, conv_method, methods.with_settings(function, method, settings or {}))
+
+
+def weight_of(model: Model, target: Target, device: torch.device) -> Tensor:
+    """Return a module's weight on a device, as float32 unless it is stored as float64."""
+    weight = model.module.get_submodule(target.name).weight.detach()
+    return weight.to(device, weight.dtype if weight.dtype == torch.float64 else torch.float32)  # type: ignore[union-attr]
+
+
+def refuse_non_finite(model: Model) -> None:
+    """Refuse a model that holds NaN or infinite numbers.
+
+    Raises:
+        WeightError: naming every such tensor.
+    """
+    bad = [name for name, tensor in model.module.state_dict().items() if tensor.is_floating_point() and not _finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise WeightError(
+            f"`{model.name}` holds NaN or infinite numbers in {', '.join(f'`{name}`' for name in bad[:4])}{more}",
+            why="training diverged, or the file is damaged",
+            hint="use an earlier checkpoint; peftc does not repair weights",
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Size of the whole model: parameters, and multiply-adds per sample where they could be measured."""
+
+    parameters: int
+    macs: int | None
+
+
+def needs_spectra(budget: Budget, allocation: str) -> bool:
+    """Return whether ranks depend on the weights, not on their shapes alone."""
+    return budget.kind == "energy" or (budget.kind != "rank" and allocation != "uniform")
+
+
+def decide(
+    targets: Mapping[str, Target], budget: Budget, allocation: str, spectra: Callable[[Target], Losses], whole: Whole
+) -> dict[str, Rank | None]:
+    """Return the rank of each eligible module under a budget; None leaves it dense.
+
+    Raises:
+        PlanError: the budget is out of reach.
+    """
+    if budget.kind == "rank":
+        return {name: _at_rank(target, int(budget.amount)) for name, target in targets.items()}
+    if budget.kind == "energy":
+        return {name: _at_energy(target, spectra(target), float(budget.amount)) for name, target in targets.items()}
+    unit = "macs" if budget.kind == "target-macs" else "entries"
+    limit = _limit(targets, budget, unit, whole)
+    if allocation == "uniform":
+        if budget.kind == "ratio":
+            return _uniform(targets, Fraction(budget.amount))
+        return _uniform_within(targets, limit, unit)
+    curves = {name: curve(target, spectra(target), unit, relative=allocation == "energy") for name, target in targets.items()}
+    return allocate.spend(curves, limit, foresee_dense=allocation == "convex")
+
+
+def _at_rank(target: Target, rank: int) -> Rank | None:
+    if target.form == "tucker2":
+        pair = (min(rank, target.shape[0]), min(rank, target.shape[1]))
+        return pair if target.cost(pair, "entries") < target.entries else None
+    return allocate.fitting(target.shape, target.form, rank)
+
+
+def _at_energy(target: Target, spectrum: Losses, share: float) -> Rank | None:
+    losses = spectrum.losses()
+    allowed = (1 - share) * float(losses.flatten()[0])
+    if target.form == "tucker2":
+        pairs = allocate.tucker_path(target.shape)
+        pair = next((pair for pair in pairs if float(losses[pair]) <= allowed), pairs[-1])
+        return pair if target.cost(pair, "entries") < target.entries else None
+    rank = max(1, int((losses > allowed).sum()))
+    return allocate.fitting(target.shape, target.form, rank)
+
+
+def _uniform(targets: Mapping[str, Target], ratio: Fraction) -> dict[str, Rank | None]:
+    return {name: allocate.uniform_rank(target.shape, target.form, ratio) for name, target in targets.items()}
+
+
+def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whole) -> int:
+    """Return what the eligible modules may cost together, in ``unit``."""
+    dense = sum(target.cost(None, unit) for target in targets.values())
+    if budget.kind == "ratio":
+        return int(Fraction(budget.amount) * dense)
+    size = whole.macs if unit == "macs" else whole.parameters
+    if size is None:
+        raise PlanError("cannot keep `--target-macs`", why="the multiply-adds of this model could not be measured")
+    limit = int(budget.amount) - (size - dense)
+    if limit <= 0:
+        raise PlanError(
+            f"`{budget}` is out of reach",
+            why=f"the model takes {size:,}; all but {dense:,} of it is not eligible and stays",
+            hint=f"ask for more than {size - dense:,}, or make more modules eligible with `--include`",
+        )
+    return limit
+
+
+def _uniform_within(targets: Mapping[str, Target], limit: int, unit: str) -> dict[str, Rank | None]:
+    """Return uniform ranks at the largest ratio, in steps of 1e-6, whose cost is within ``limit``."""
+
+    def cost(ranks: Mapping[str, Rank | None]) -> int:
+        return sum(targets[name].cost(rank, unit) for name, rank in ranks.items())
+
+    low, high = 1, 1_000_000
+    if cost(_uniform(targets, Fraction(low, high))) > limit:
+        smallest = cost(_uniform(targets, Fraction(low, high)))
+        raise PlanError(f"the budget leaves {limit:,} for the eligible modules", why=f"rank 1 in each takes {smallest:,}")
+    if cost(_uniform(targets, Fraction(1))) <= limit:
+        return _uniform(targets, Fraction(1))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if cost(_uniform(targets, Fraction(middle, 1_000_000))) <= limit:
+            low = middle
+        else:
+            high = middle
+    return _uniform(targets, Fraction(low, 1_000_000))
+
+
+def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool) -> Curve:
+    """Return loss against cost of one module, without the ranks that would make it grow.
+
+    Args:
+        target: the module.
+        spectrum: its decomposition.
+        unit: ``entries`` or ``macs``.
+        relative: divide the losses by the module's energy.
+    """
+    losses = spectrum.losses()
+    energy = float(losses.flatten()[0])
+    scale = (1 / energy if energy else 0.0) if relative else 1.0
+    ranks: list[Rank]
+    if target.form == "tucker2":
+        ranks = _pareto(target, losses, unit)
+        kept = [float(losses[rank]) * scale for rank in ranks]
+    else:
+        largest = allocate.break_even_rank(target.shape, target.form)
+        ranks = list(range(1, largest + 1))
+        kept = (losses[1 : largest + 1] * scale).tolist()
+    costs = [target.cost(rank, unit) for rank in ranks]
+    dense = target.cost(None, unit)
+    useful = [at for at, cost in enumerate(costs) if cost < dense]
+    following = len(ranks) + 1
+    next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
+    return Curve([ranks[at] for at in useful], [costs[at] for at in useful], [kept[at] for at in useful], dense, next_loss)
+
+
+def _pareto(target: Target, losses: Tensor, unit: str) -> list[Rank]:
+    """Return the rank pairs of a Tucker-2 module that no cheaper pair beats, cheapest first."""
+    out, in_ = target.shape[:2]
+    pairs = [(a, b) for a in range(1, out + 1) for b in range(1, in_ + 1)]
+    pairs = [pair for pair in pairs if target.cost(pair, "entries") < target.entries]
+    table = losses.tolist()
+    pairs.sort(key=lambda pair: (target.cost(pair, unit), table[pair[0]][pair[1]]))
+    best, kept = float("inf"), []
+    for pair in pairs:
+        loss = table[pair[0]][pair[1]]
+        if loss < best:
+            best = loss
+            kept.append(pair)
+    return list(kept)
+
+
+def stored_dtype(model: Model) -> str:
+    """Return the dtype of the model's floating tensors in words."""
+    dtype = surgery.uniform_dtype(model.module)
+    return "mixed" if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,248 @@
+"""Write an artifact and check it by loading it again: shared by every step that writes one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc import __version__, artifact, manifest
+from peftc.artifact import Piece
+from peftc.errors import ArtifactError, SourceError, WeightError
+from peftc.header import encode_header, read_header
+from peftc.job import Job, execution
+from peftc.manifest import Manifest
+from peftc.models import load as models
+from peftc.models.load import Model
+from peftc.nn import surgery
+from peftc.report import Report, Table
+from peftc.source import Source
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
+NOT_COMPANIONS = ("config.json", "peftc.json", artifact.RESULT, "data_config.json")
+LOCK = "this folder holds low-rank factors: load it with peftc.load"
+CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
+
+
+def piece(tensor: Tensor) -> Piece:
+    """Return a tensor in memory as a piece of a file."""
+    if tensor.dtype not in DTYPE_NAMES:
+        raise WeightError(f"peftc cannot store tensors of dtype {tensor.dtype}")
+
+    def blocks() -> Iterator[Any]:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        for block in flat.split(1 << 20):
+            yield memoryview(block.view(torch.uint8).numpy())
+
+    return Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), blocks)
+
+
+def pieces_of(model: Model) -> dict[str, Piece]:
+    """Return every stored tensor of a model: byte ranges of its files where there are such, memory otherwise."""
+    state = model.module.state_dict(keep_vars=True)
+    return {
+        name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
+        for name in surgery.stored_names(model.module)
+    }
+
+
+def save_part(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+    """Write one finished part of a job, with a JSON note, so that it is there whole or not at all."""
+    pieces = {name: piece(tensor) for name, tensor in sorted(tensors.items())}
+    entries = {name: (part.dtype, part.shape) for name, part in pieces.items()}
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        file.write(encode_header(entries, {"note": json.dumps(note)}))
+        for part in pieces.values():
+            for block in part.blocks():
+                file.write(block)
+    os.replace(unfinished, path)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """Return the note of a finished part, or None where there is none."""
+    if not path.is_file():
+        return None
+    return dict(json.loads(read_header(path)[1]["note"]))
+
+
+def base_record(model: Model) -> dict[str, Any]:
+    """Return the manifest's record of the base, with the sha256 of each of its files.
+
+    Raises:
+        ArtifactError: the model is an artifact whose files are no longer those that its manifest promises.
+    """
+    if model.manifest is not None:
+        assert model.folder is not None
+        changed = artifact.changed_files(model.folder, model.manifest)
+        if changed:
+            raise ArtifactError(
+                f"`{model.folder}` was changed after it was written",
+                why=f"the bytes of {', '.join(f'`{name}`' for name in changed)} are not those that its manifest promises",
+                hint="build it again: `peftc show --commands` prints how",
+            )
+        return model.base
+    files = {path.name: manifest.file_digest(path) for path in model.files}
+    if not files:
+        files = {"memory": _memory_digest(model)}
+    return {**model.base, "files": files}
+
+
+def _memory_digest(model: Model) -> str:
+    total = hashlib.sha256()
+    state = model.module.state_dict(keep_vars=True)
+    for name in surgery.stored_names(model.module):
+        total.update(f"{name}:{tuple(state[name].shape)};".encode())
+        for block in piece(state[name]).blocks():
+            total.update(block)
+    return total.hexdigest()
+
+
+def identity(base: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]], request: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the id of an artifact: digest of its base, by content and not by place, and of every request."""
+    content = {key: value for key, value in base.items() if key != "source"}
+    return manifest.digest({"base": content, "config": config, "requests": [step["request"] for step in earlier] + [request]})
+
+
+@contextmanager
+def writing(model: Model, output: Path, request: dict[str, Any], *, overwrite: bool) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Open the output folder for a request on a model; yield the job and the base record."""
+    base = base_record(model)
+    earlier = model.manifest.steps if model.manifest else []
+    with execution(output, identity(base, earlier, request, model.config), overwrite=overwrite) as job:
+        yield job, base
+
+
+def companions(model: Model) -> dict[str, bytes]:
+    """Return the small files that travel with a model: tokenizer, processor, generation settings."""
+    if model.folder is None:
+        return {}
+    found = {}
+    for path in sorted(model.folder.iterdir()):
+        known = path.suffix in COMPANIONS and not path.name.endswith(".index.json") and path.name not in NOT_COMPANIONS
+        if path.is_file() and known and (path.suffix != ".py" or model.source.trust_remote_code):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def write_artifact(
+    job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
+    modules: dict[str, dict[str, Any]], *, max_shard_bytes: int,
+) -> Manifest:  # fmt: skip
+    """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be."""
+    groups = surgery.stored_names(model.module)
+    files = artifact.write_weights(job.folder, pieces, job.id, max_shard_bytes)
+    if model.library != "python":
+        config = dict(model.config)
+        if model.library == "transformers" and modules:
+            config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
+        files["config.json"] = artifact.write_json(job.folder / "config.json", config)
+    for name, content in companions(model).items():
+        files[name] = artifact.write_bytes(job.folder / name, content)
+    earlier = model.manifest.steps if model.manifest else []
+    record = Manifest(
+        id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
+        parameters=sum(parameter.numel() for parameter in model.module.parameters()), modules=modules,
+        tied={alias: first for first, names in groups.items() for alias in names[1:]},
+        preprocess=model.preprocess, labels=model.labels,
+    )  # fmt: skip
+    record.write(job.folder)
+    return record
+
+
+def verify(folder: Path, expected: Model) -> list[str]:
+    """Load a written folder in a fresh build and compare it with the network that it was written from.
+
+    Returns:
+        warnings, where something could not be compared.
+
+    Raises:
+        ArtifactError: a tensor or an output differs.
+    """
+    source = Source(str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code)
+    written = models.load(source)
+    theirs = written.module.state_dict()
+    for name, tensor in expected.module.state_dict().items():
+        if not torch.equal(tensor.cpu(), theirs[name]):
+            raise _differs(folder, f"tensor `{name}` is not what was written")
+    try:
+        batch = models.probe(expected)
+    except SourceError as error:
+        return [f"outputs were not compared, only tensors: {error.what}"]
+    before, after = _outputs(expected, batch), _outputs(written, batch)
+    if not torch.isfinite(before).all():
+        return ["the outputs on a random input are not finite, in the model itself; they were compared all the same"]
+    gap = float((before - after).abs().max()) if before.numel() else 0.0
+    if before.shape != after.shape or gap > CLOSE * float(before.abs().max()):
+        raise _differs(folder, f"its outputs on a random input differ by {gap:.2g}")
+    return []
+
+
+def _differs(folder: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"the artifact in `{folder}` does not reload as it was written", why=why, hint="this is a bug in peftc: please report it")
+
+
+def _outputs(model: Model, batch: Any) -> Tensor:
+    return models.outputs(one_dtype(model), batch).float().cpu()
+
+
+def one_dtype(model: Model) -> Model:
+    """Return a model that can run: itself, or a float32 copy where stored dtypes are mixed."""
+    if surgery.uniform_dtype(model.module) is not None:
+        return model
+    return replace(model, module=copy.deepcopy(model.module).float())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a result depends on beside the request: device, threads, versions."""
+    import timm
+    import transformers
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {
+            "peftc": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "timm": timm.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
+def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> None:
+    """Write the result beside the manifest and let the folder appear."""
+    result = {"seconds": round(job.seconds, 3), **environment(device), "report": asdict(_plain(report))}
+    job.finish(record, result)
+
+
+def _plain(report: Report) -> Report:
+    return replace(report, artifact=None)
+
+
+def already(job: Job, command: str) -> Report:
+    """Return the report of a finished folder again."""
+    known = job.result().get("report", {})
+    return Report(
+        command, known.get("data", {}), job.output, [Table(**table) for table in known.get("tables", [])],
+        [*known.get("notes", []), f"already done: `{job.output}` was written by the same request"], known.get("warnings", []),
+    )  # fmt: skip
+
+
+def default_output(model: Model, command: str) -> Path:
+    """Return ``<model>-<step>`` in the working folder."""
+    return Path(f"{model.name}-{command}")

@@ -1,0 +1,409 @@
+"""What a model is for: one row per task, from samples to inputs, to figures per sample, to metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftc.data.dataset import Dataset
+from peftc.data.images import transform
+from peftc.data.tokens import IGNORED, cut, joined, masked, tokenise, tokenizer_of, window
+from peftc.errors import DataError, UsageError, one_of
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+Columns = dict[str, np.ndarray]  # one figure per sample each
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose about reading samples."""
+
+    image_size: int | None = None
+    max_length: int | None = None
+    num_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs as a model takes them, on the CPU; targets are class indices of the data, scores, or tokens."""
+
+    inputs: Tensor | dict[str, Tensor]
+    targets: Tensor
+
+
+@dataclass
+class Encoded:
+    """A data set as one model reads it.
+
+    Attributes:
+        size: how many samples.
+        batch: gives the batch of some samples.
+        key: two models with equal keys read the same batches.
+        lengths: tokens per sample, so that a batch can hold equals.
+        notes: what people should know about how samples are read.
+    """
+
+    size: int
+    batch: Callable[[Sequence[int]], Batch]
+    key: str
+    lengths: Sequence[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure over samples: a share of hits where ``proportion`` (``of`` gives one per sample), else any number."""
+
+    name: str
+    of: Callable[[Columns], Any]
+    proportion: bool = False
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: as typed for `--task`.
+        reads: kinds of data.
+        architectures: endings of the names of transformers classes made for it.
+        encode: (model, data, settings) -> samples as the model reads them.
+        observe: (outputs, batch) -> figures per sample.
+        metrics: the first is the one that gates judge.
+        batch_size: when the user gives none.
+        compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    architectures: tuple[str, ...]
+    encode: Callable[[Model, Dataset, Settings], Encoded]
+    observe: Callable[[Tensor, Batch], Columns]
+    metrics: tuple[Metric, ...]
+    batch_size: int
+    compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether classes of the data must be matched with outputs of the model."""
+        return self.name.endswith("classification")
+
+
+# images
+
+
+def _encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    _need_classes(data, "image-classification")
+    labels = data.labels or []
+    _fixed_size(model, settings.image_size)
+    to_tensor = transform(model.preprocess, settings.image_size)
+
+    def read(index: int) -> Tensor:
+        value = data[index][0]
+        return value if data.kind == "tensor" else to_tensor(value, f"{data.name}, sample {index}")
+
+    def batch(indices: Sequence[int]) -> Batch:
+        with ThreadPoolExecutor() as pool:  # decoding and resizing release the interpreter's lock
+            tensors = list(pool.map(read, indices))
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            raise DataError(
+                f"the images of `{data.name}` differ in size",
+                why=f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}",
+                hint="add `--image-size PIXELS`",
+            )
+        return Batch(torch.stack(tensors), torch.tensor([labels[data.rows[index]] for index in indices]))
+
+    return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
+
+
+def _fixed_size(model: Model, image_size: int | None) -> None:
+    size = model.preprocess.get("input_size")
+    fixed = model.config.get("pretrained_cfg", {}).get("fixed_input_size", False)
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"`--image-size` is {image_size}", why="images have at least one pixel")
+    if image_size is not None and size and fixed and list(size[1:]) != [image_size] * 2:
+        raise DataError(
+            f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=f"`--image-size` asks for {image_size}"
+        )
+
+
+def _need_classes(data: Dataset, task: str) -> None:
+    if data.labels is None or data.classes is None:
+        why = "it has no label column of a usual name" if data.labels is None else "its labels are scores"
+        raise DataError(
+            f"`{task}` needs a class for each sample of `{data.name}`",
+            why=why,
+            hint="name the column: `--label-column NAME`",
+        )
+
+
+# text
+
+
+def _encode_texts(model: Model, data: Dataset, settings: Settings, texts: list[list[Any]], labels: Tensor) -> Encoded:
+    """Tokenise texts: ``texts[i]`` holds the rows of the batch that sample i makes."""
+    width = len(texts[0])
+    tokens = tokenise(model, [text for rows in texts for text in rows], settings.max_length)
+
+    def batch(indices: Sequence[int]) -> Batch:
+        padded = tokens.pad([index * width + at for index in indices for at in range(width)])
+        return Batch(padded, labels[torch.tensor(list(indices))])
+
+    lengths = [max(tokens.lengths[at : at + width]) for at in range(0, len(tokens.lengths), width)]
+    full = sum(length == tokens.limit for length in lengths)
+    notes = [f"data: {full} samples reach {tokens.limit} tokens and may be cut there"] if full else []
+    return Encoded(len(texts), batch, key=tokens.digest, lengths=lengths, notes=notes)
+
+
+def _encode_classified(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    _need_classes(data, "text-classification")
+    samples = [data[index] for index in range(len(data))]
+    return _encode_texts(
+        model, data, settings, [[text] for text, _ in samples], torch.tensor([label for _, label in samples])
+    )
+
+
+def _encode_pairs(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    if data.labels is None or data.classes is not None:
+        raise DataError(
+            f"`sentence-similarity` needs a score for each pair of `{data.name}`",
+            hint="name the column: `--label-column NAME`",
+        )
+    samples = [data[index] for index in range(len(data))]
+    scores = torch.tensor([score for _, score in samples], dtype=torch.float64)
+    if len(samples) < 3 or len(scores.unique()) < 2:
+        raise DataError(
+            f"`{data.name}` has too few scores to rank",
+            why=f"{len(samples)} pairs with {len(scores.unique())} different scores",
+        )
+    return _encode_texts(model, data, settings, [list(pair) for pair, _ in samples], scores)
+
+
+def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    if data.kind == "tensor":
+        windows = torch.stack([data[index][0] for index in range(len(data))])
+    else:
+        tokenizer = tokenizer_of(model)
+        ids = tokenizer(joined(data), verbose=False)["input_ids"]
+        windows = cut(
+            data.name,
+            ids,
+            window(model, settings.max_length, tokenizer),
+            number=settings.num_samples,
+            seed=settings.seed,
+        )
+
+    def batch(indices: Sequence[int]) -> Batch:
+        tokens = windows[list(indices)]
+        targets = tokens.roll(-1, 1)
+        targets[:, -1] = IGNORED
+        return Batch({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, targets)
+
+    return Encoded(
+        len(windows),
+        batch,
+        key=_key(windows),
+        notes=[f"data: windows of {windows.shape[1]} tokens, the first of each given"],
+    )
+
+
+def _encode_masked(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    tokenizer = tokenizer_of(model)
+    length = window(model, settings.max_length, tokenizer, least=3)
+    ids = tokenizer(joined(data), add_special_tokens=False, verbose=False)["input_ids"]
+    inner = cut(data.name, ids, length - 2, number=settings.num_samples, seed=settings.seed)
+    tokens, targets = masked(inner, tokenizer, seed=settings.seed)
+
+    def batch(indices: Sequence[int]) -> Batch:
+        rows = list(indices)
+        return Batch({"input_ids": tokens[rows], "attention_mask": torch.ones_like(tokens[rows])}, targets[rows])
+
+    number = int((targets[0] != IGNORED).sum())
+    note = f"data: windows of {tokens.shape[1]} tokens, {number} of them masked in each"
+    return Encoded(len(tokens), batch, key=_key(tokens), notes=[note])
+
+
+def _key(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+# figures per sample
+
+
+def _observe_classes(logits: Tensor, batch: Batch) -> Columns:
+    targets = batch.targets.to(logits.device)
+    columns = {"label": targets, "predicted": logits.argmax(1)}
+    if logits.shape[1] > 5:
+        columns["in_five"] = (logits.topk(5, 1).indices == targets[:, None]).any(1)
+    return {name: value.cpu().numpy() for name, value in columns.items()}
+
+
+def _observe_pairs(hidden: Tensor, batch: Batch) -> Columns:
+    """Mean-pool over the attention mask, normalise, and take the cosine of each pair (Reimers and Gurevych, 2019)."""
+    if hidden.ndim != 3 or not isinstance(batch.inputs, dict):
+        raise DataError(
+            f"the model gives outputs of shape {list(hidden.shape)}, not one vector per token",
+            hint="choose another `--task`",
+        )
+    mask = batch.inputs["attention_mask"].to(hidden.device)[..., None].float()
+    pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+    vectors = torch.nn.functional.normalize(pooled, dim=1).view(len(batch.targets), 2, -1)
+    cosine = (vectors[:, 0].double() * vectors[:, 1].double()).sum(1)
+    return {"cosine": cosine.cpu().numpy(), "score": batch.targets.numpy()}
+
+
+def _observe_tokens(logits: Tensor, batch: Batch) -> Columns:
+    sums = []
+    for row, targets in zip(logits, batch.targets.to(logits.device), strict=True):
+        kept = targets != IGNORED
+        nll = torch.nn.functional.cross_entropy(row[kept].float(), targets[kept], reduction="none")
+        sums.append((nll.double().sum().item(), int(kept.sum())))
+    return _columns(("nll", "tokens"), sums)
+
+
+def _compare_classes(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
+    return _columns(
+        ("kl", "same", "count"),
+        [(*pair, 1) for pair in zip(*(t.tolist() for t in _differ(reference, logits)), strict=True)],
+    )
+
+
+def _compare_tokens(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
+    sums = []
+    for one, other, targets in zip(reference, logits, batch.targets.to(logits.device), strict=True):
+        kept = targets != IGNORED
+        divergence, same = _differ(one[kept], other[kept])
+        sums.append((divergence.sum().item(), same.sum().item(), int(kept.sum())))
+    return _columns(("kl", "same", "count"), sums)
+
+
+def _differ(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(reference || model) in nats and whether the first choice agrees; (rows, classes) to (rows,) each."""
+    p, q = (tensor.float().log_softmax(1).double() for tensor in (reference.to(logits.device), logits))
+    return (p.exp() * (p - q)).sum(1).clamp_min(0), reference.to(logits.device).argmax(1) == logits.argmax(1)
+
+
+def _columns(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Columns:
+    return {
+        name: np.array(values, dtype=np.float64) for name, values in zip(names, zip(*rows, strict=True), strict=True)
+    }
+
+
+# metrics
+
+
+def _is_hit(columns: Columns) -> np.ndarray:
+    return columns["label"] == columns["predicted"]
+
+
+def _is_in_five(columns: Columns) -> np.ndarray:
+    return columns["in_five"]
+
+
+def macro_f1(columns: Columns) -> float:
+    """Return the mean F1 over the classes that occur as a label or as a prediction."""
+    label, predicted = columns["label"], columns["predicted"]
+    size = int(max(label.max(), predicted.max())) + 1
+    hits = np.bincount(label[label == predicted], minlength=size)
+    seen = np.bincount(label, minlength=size) + np.bincount(predicted, minlength=size)
+    return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
+
+
+def spearman(columns: Columns) -> float:
+    """Return the correlation of the ranks of cosines and scores; NaN where either is constant."""
+    one, other = (ranks - ranks.mean() for ranks in map(_ranks, (columns["cosine"], columns["score"])))
+    scale = math.sqrt(float(one @ one) * float(other @ other))
+    return float(one @ other) / scale if scale else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank values from 1, equal ones sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def _nll(columns: Columns) -> float:
+    return float(columns["nll"].sum() / columns["tokens"].sum())
+
+
+def _perplexity(columns: Columns) -> float:
+    return math.exp(min(_nll(columns), 700))  # e**710 overflows; the nll beside it stays exact
+
+
+_PERPLEXITY = (
+    Metric("perplexity", _perplexity, higher_is_better=False),
+    Metric("nll", _nll, higher_is_better=False),
+)
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "image-classification", ("image", "tensor"), ("ForImageClassification",), _encode_images, _observe_classes,
+            (Metric("top1", _is_hit, True), Metric("top5", _is_in_five, True)), 32, _compare_classes,
+        ),
+        Task(
+            "text-classification", ("text", "pairs"), ("ForSequenceClassification",), _encode_classified,
+            _observe_classes, (Metric("accuracy", _is_hit, True), Metric("f1", macro_f1)), 32, _compare_classes,
+        ),
+        Task(
+            "masked-lm", ("text",), ("ForMaskedLM",), _encode_masked, _observe_tokens, _PERPLEXITY, 8, _compare_tokens,
+        ),
+        Task(
+            "causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), _encode_causal, _observe_tokens,
+            _PERPLEXITY, 8, _compare_tokens,
+        ),
+        Task(
+            "sentence-similarity", ("pairs",), ("Model",), _encode_pairs, _observe_pairs,
+            (Metric("spearman", spearman),), 32,
+        ),
+    )
+}  # fmt: skip
+
+
+def named_task(name: str) -> Task:
+    """Return the row that `--task` names."""
+    one_of("--task", name, list(TASKS))
+    return TASKS[name]
+
+
+def guess(model: Model) -> Task | None:
+    """Return the task that a model was made for, as its library and class tell; None where they say nothing."""
+    if model.library == "timm" or (model.library == "python" and model.kind == "image"):
+        return TASKS["image-classification"]
+    if model.library != "transformers":
+        return None
+    known = [*(model.config.get("architectures") or []), type(model.module).__name__]
+    for task in TASKS.values():
+        if any(known[0].endswith(ending) for ending in task.architectures):
+            return task if task.name != "sentence-similarity" or model.kind == "text" else None
+    return None
+
+
+def fitting(task: Task, data: Dataset) -> Task:
+    """Return the task where it can read the data.
+
+    Raises:
+        DataError: it reads another kind.
+    """
+    if data.kind in task.reads:
+        return task
+    holds = {"image": "images", "text": "single texts", "pairs": "pairs of texts", "tensor": "tensors"}
+    raise DataError(
+        f"`{task.name}` cannot be evaluated on `{data.name}`",
+        why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",
+        hint=f"choose other data or columns (`--text-column`), or another `--task`: {', '.join(TASKS)}",
+    )

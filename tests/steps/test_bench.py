@@ -1,0 +1,131 @@
+"""Bench says what a model costs, and claims no speed that it did not measure beside its noise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftc import measure
+from peftc.errors import ArtifactError, SourceError, UsageError
+from peftc.measure import Call, Times
+from peftc.nn import lowrank, surgery
+from peftc.steps.bench import bench
+
+
+class Perceptron(nn.Module):
+    """Two linears; ``width`` changes what it reads."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 64)
+        self.last = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu())
+
+
+def smaller() -> nn.Module:
+    module = Perceptron()
+    surgery.replace(module, module.first, lowrank.build(module.first, "linear", 4))
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Make every block take a made-up time by its label, and 4 the saturating batch."""
+    seconds = {"model": 0.010, "against": 0.020, "control": 0.020}
+
+    def latency(calls: dict[str, Call], *, rounds: int, **_: Any) -> dict[str, Times]:
+        wobble = [1 + 0.001 * (index % 5) for index in range(rounds)]
+        return {label: Times(tuple(seconds[label] * each for each in wobble)) for label in calls}
+
+    monkeypatch.setattr(measure, "latency", latency)
+    monkeypatch.setattr(measure, "saturating_batch", lambda forward, device: 4)
+    return seconds
+
+
+def test_a_model_alone_is_measured_beside_itself() -> None:
+    report = bench(Perceptron(), rounds=5, device="cpu")
+    figures = report.data["model"]
+    assert figures["parameters"] == 32 * 64 + 64 + 64 * 4 + 4
+    assert figures["macs"] == 32 * 64 + 64 * 4
+    assert figures["bytes_in_memory"] == 4 * figures["parameters"]
+    assert figures["batch_1"]["median_seconds"] <= figures["batch_1"]["p90_seconds"]
+    assert report.data["speedup"] is None and "against" not in report.data
+    for band in report.data["noise"].values():
+        assert band["low"] < 1 < band["high"]
+    assert json.loads(json.dumps(report.to_json()))["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_files_are_weighed_on_disk(tiny_vit: Path, clock: dict[str, float]) -> None:
+    figures = bench(tiny_vit, rounds=5, batch_size=2, device="cpu").data["model"]
+    assert figures["bytes_on_disk"] == (tiny_vit / "model.safetensors").stat().st_size
+    assert figures["saturating"]["batch"] == 2
+
+
+def test_a_quicker_model_is_said_to_be_quicker(clock: dict[str, float]) -> None:
+    report = bench(smaller(), against=Perceptron(), min_speedup=1.5, device="cpu")
+    assert report.data["speedup"]["saturating"]["verdict"] == "2.00x faster"
+    assert report.data["model"]["saturating"]["samples_per_second"] == pytest.approx(4 / 0.01, rel=0.01)
+    assert report.passed and not report.warnings
+
+
+def test_a_slower_model_is_said_to_be_slower_aloud(clock: dict[str, float]) -> None:
+    clock["model"] = 0.040
+    report = bench(smaller(), against=Perceptron(), min_speedup=1.0, device="cpu")
+    assert any("2.00x slower" in warning for warning in report.warnings)
+    assert not report.passed
+
+
+def test_a_speed_up_inside_the_noise_counts_as_none(clock: dict[str, float]) -> None:
+    clock["model"], clock["control"] = 0.018, 0.016
+    report = bench(smaller(), against=Perceptron(), min_speedup=1.05, device="cpu")
+    assert report.data["speedup"]["saturating"]["value"] > 1.05
+    assert [gate.value for gate in report.gates] == [1.0] and not report.passed
+    assert any("no measurable change" in row for row in report.tables[0].rows)
+
+
+def test_a_busy_machine_is_named(clock: dict[str, float]) -> None:
+    clock["control"] = 0.030
+    assert any("too busy" in warning for warning in bench(Perceptron(), against=Perceptron(), device="cpu").warnings)
+
+
+def test_sizes_are_gates(clock: dict[str, float]) -> None:
+    report = bench(Perceptron(), max_params=100, max_bytes=1e6, device="cpu")
+    assert [(gate.option, gate.passed) for gate in report.gates] == [("--max-params", False), ("--max-bytes", True)]
+
+
+def test_both_sides_of_the_table_are_filled(clock: dict[str, float]) -> None:
+    table = bench(smaller(), against=Perceptron(), device="cpu").tables[0]
+    assert list(table.columns) == ["figure", "before", "after", "change"]
+    assert all(len(row) == 4 for row in table.rows)
+    assert len({row[0] for row in table.rows}) == len(table.rows)
+
+
+def test_two_models_that_read_different_inputs_are_refused() -> None:
+    with pytest.raises(SourceError, match="different shapes"):
+        bench(Perceptron(32), against=Perceptron(16), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rounds": 4}, "--rounds 4"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"min_speedup": 1.1}, "nothing to compare"),
+    ],
+)
+def test_values_that_no_run_could_accept_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        bench(Perceptron(), device="cpu", **options)
+
+
+def test_the_base_of_what_is_no_artifact_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="no artifact"):
+        bench(Perceptron(), against="base", device="cpu")

@@ -1,0 +1,53 @@
+"""The demo trains once, runs the real steps on what it trained, and shows one table."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftc.errors import SourceError
+
+demo_step = pytest.importorskip("peftc.steps.demo", exc_type=ImportError)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A smaller model, a shorter training, the fewest rounds, and one thread: two on busy cores wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(demo_step, "ARGUMENTS", {**demo_step.ARGUMENTS, "embed_dim": 32, "depth": 2})
+    monkeypatch.setattr(demo_step, "EPOCHS", 2)
+    monkeypatch.setattr(demo_step, "BENCH_ROUNDS", 5)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_chain_runs_and_ends_in_one_table(quick: None, tmp_path: Path) -> None:
+    import timm
+
+    report = demo_step.demo(output_dir=tmp_path, device="cpu")
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == ["train", *demo_step.STAGES]
+    stages = report.data["stages"]
+    assert stages[1]["parameters"] < stages[0]["parameters"] and stages[1]["macs"] < stages[0]["macs"]
+    assert json.dumps(report.to_json())
+    dense = Path(stages[0]["folder"])
+    config = json.loads((dense / "config.json").read_text())
+    network = timm.create_model(config["architecture"], num_classes=10, **config["model_args"])
+    timm.models.load_checkpoint(network, str(dense / "model.safetensors"), strict=True)
+
+    before = (dense / "model.safetensors").stat().st_mtime_ns
+    again = demo_step.demo(output_dir=tmp_path, device="cpu")
+    assert (dense / "model.safetensors").stat().st_mtime_ns == before
+    assert any("already trained" in note for note in again.notes)
+    assert [stage["accuracy"] for stage in again.data["stages"]] == [stage["accuracy"] for stage in stages]
+
+
+def test_a_folder_of_something_else_is_left_alone(quick: None, tmp_path: Path) -> None:
+    (tmp_path / "dense-seed-0").mkdir()
+    (tmp_path / "dense-seed-0" / "thesis.txt").write_text("mine")
+    with pytest.raises(SourceError, match="no trained model"):
+        demo_step.demo(output_dir=tmp_path, device="cpu")
+    assert (tmp_path / "dense-seed-0" / "thesis.txt").read_text() == "mine"

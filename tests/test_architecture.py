@@ -1,0 +1,103 @@
+"""The house keeps its shape: imports go down, names are words, and nothing grows without being seen."""
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "peftc"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = [  # top to bottom; within one line modules may import each other
+    {"cli", "__main__"},
+    {"steps"},
+    {"methods", "calibrate", "train", "measure"},
+    {"nn", "models", "data", "tasks"},
+    {"job", "artifact", "manifest", "plan", "allocate", "source", "config"},
+    {"errors", "header", "progress", "report", "intervals"},
+]
+BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
+BANNED_STARTS = ("do_", "handle_", "process_")
+MODULE_LINES, FUNCTION_LINES, MEDIAN_LINES = 450, 70, 12  # about 400, 60, 12
+
+
+def part(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def layer(name: str) -> int:
+    found = [index for index, names in enumerate(LAYERS) if name in names]
+    assert found, f"`peftc.{name}` has no layer: add it to LAYERS, as low as it can stand"
+    return found[0]
+
+
+def own_imports(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and first part of every import of this package, wherever it stands."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "peftc":
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftc."):
+            yield node.lineno, str(node.module).split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name.split(".")[1]) for a in node.names if a.name.startswith("peftc."))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_only_go_down(file: Path) -> None:
+    if file == PACKAGE / "__init__.py":
+        return  # the door: its names are found on first use
+    up = [f"line {line}: peftc.{name}" for line, name in own_imports(file) if layer(name) < layer(part(file))]
+    assert not up, f"`{file.relative_to(PACKAGE)}` imports from a layer above its own: {up}"
+
+
+def functions(file: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def test_names_are_words() -> None:
+    files = [str(file.relative_to(PACKAGE)) for file in FILES if file.stem.lstrip("_") in BANNED_FILES]
+    bad = [
+        f"{file.relative_to(PACKAGE)}:{function.lineno} {function.name}"
+        for file in FILES
+        for function in functions(file)
+        if function.name.lstrip("_").startswith(BANNED_STARTS) or function.name.endswith("_impl")
+    ]
+    assert not files + bad
+
+
+def test_every_step_has_a_command_of_its_name() -> None:
+    steps = {file.stem for file in (PACKAGE / "steps").glob("*.py")} - {"__init__"}
+    commands = {file.stem for file in (PACKAGE / "cli").glob("*.py")}
+    helpers = {step for step in steps if not step_function(step)}
+    assert steps - helpers <= commands
+
+
+def step_function(step: str) -> bool:
+    file = PACKAGE / "steps" / f"{step}.py"
+    return any(function.name == step for function in functions(file))
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Return the lines of a function without signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_modules_and_functions_stay_short() -> None:
+    modules = {str(file.relative_to(PACKAGE)): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    lengths = {
+        f"{file.relative_to(PACKAGE)}:{function.name}": body_lines(function)
+        for file in FILES
+        for function in functions(file)
+    }
+    print(
+        f"{len(modules)} modules, {sum(modules.values())} lines, median function {statistics.median(lengths.values())}"
+    )
+    for name, lines in sorted({**modules, **lengths}.items(), key=lambda item: -item[1])[:12]:
+        print(f"{lines:5d} {name}")
+    assert not {name: lines for name, lines in modules.items() if lines > MODULE_LINES}
+    assert not {name: lines for name, lines in lengths.items() if lines > FUNCTION_LINES}
+    assert statistics.median(lengths.values()) <= MEDIAN_LINES

@@ -1,0 +1,71 @@
+"""The command line and the Python functions are one thing: same words, order and defaults."""
+
+import importlib
+import inspect
+
+import pytest
+
+import peftc
+from peftc.cli.app import app
+from peftc.cli.options import OUTPUT, SOURCE
+
+STEPS = ["analyze", "decompose", "evaluate", "bench", "demo", "show"]
+
+
+def command(word: str) -> inspect.Signature:
+    return inspect.signature(getattr(importlib.import_module(f"peftc.cli.{word}"), word))
+
+
+def step(word: str) -> inspect.Signature:
+    return inspect.signature(getattr(pytest.importorskip(f"peftc.steps.{word}", exc_type=ImportError), word))
+
+
+@pytest.mark.parametrize("word", STEPS)
+def test_a_command_has_the_parameters_of_its_function(word: str) -> None:
+    extra = {"ctx", *SOURCE, *OUTPUT}
+    ours = {name: p.default for name, p in command(word).parameters.items() if name not in extra}
+    theirs = {name: p.default for name, p in step(word).parameters.items()}
+    ours.pop("model", None), theirs.pop("model", None)  # the project may stand in for it on the command line
+    assert list(ours.items()) == list(theirs.items())
+
+
+@pytest.mark.parametrize("word", STEPS)
+def test_all_but_the_model_are_keywords(word: str) -> None:
+    kinds = {name: p.kind for name, p in step(word).parameters.items() if name != "model"}
+    assert set(kinds.values()) == {inspect.Parameter.KEYWORD_ONLY}, kinds
+
+
+def test_every_step_is_a_command_and_a_public_name() -> None:
+    names = {info.callback.__name__ for info in app.registered_commands if info.callback}
+    assert names == {*STEPS, "methods"}
+    assert set(STEPS) <= set(peftc.__all__)
+
+
+@pytest.mark.parametrize("name", peftc.__all__)
+def test_a_public_name_exists(name: str) -> None:
+    if name in STEPS:
+        step(name)
+    assert getattr(peftc, name).__name__ == name
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = peftc.nothing
+
+
+@pytest.mark.parametrize("word", [*STEPS, "methods"])
+def test_help_ends_with_an_example(word: str) -> None:
+    text = inspect.getdoc(getattr(importlib.import_module(f"peftc.cli.{word}"), word)) or ""
+    assert text.splitlines()[-1].startswith(f"  peftc {word}")
+
+
+def test_every_option_has_one_help_phrase(peftc) -> None:
+    from typer.main import get_command
+
+    for word, one in get_command(app).commands.items():
+        for param in one.params:
+            assert param.help, f"{word} {param.name}"
+            assert not param.help.endswith(".")
+        result = peftc(word, "--help")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Usage: ")

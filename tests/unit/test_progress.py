@@ -1,0 +1,57 @@
+"""Progress goes where the console sends it, and nowhere by default."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from peftc import progress
+
+
+@pytest.fixture
+def seen() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    @contextmanager
+    def sink(title: str, total: int | None) -> Iterator[progress.Advance]:
+        lines.append(f"{title} {total}")
+        yield lines.append
+        lines.append("end")
+
+    progress.set_sink(sink)
+    yield lines
+    progress.set_sink(None)
+
+
+def test_without_a_sink_it_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.track("factoring", 3) as advance:
+        advance("one")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_sink_sees_title_total_details_and_end(seen: list[str]) -> None:
+    with progress.track("factoring", 2) as advance:
+        advance("fc1")
+        advance("fc2")
+    assert seen == ["factoring 2", "fc1", "fc2", "end"]
+
+
+def test_none_makes_it_silent_again(seen: list[str]) -> None:
+    progress.set_sink(None)
+    with progress.track("factoring") as advance:
+        advance("fc1")
+    assert seen == []
+
+
+def test_bars_of_the_console_nest_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftc.cli import console
+
+    bars = console._Bars()
+    with bars.track("[outer]", 2) as outer, bars.track("inner", None) as inner:
+        inner("[a]")
+        outer("blocks.0")
+        assert [task.completed for task in bars.display.tasks] == [1, 1]
+    assert bars.display is None
+    with pytest.raises(ZeroDivisionError), bars.track("failing", 1):
+        _ = 1 / 0
+    assert bars.display is None

@@ -1,0 +1,53 @@
+"""Figures for machines, sentences for people, limits for CI."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftc.report import Report, count, percent, short, size
+
+
+def test_json_holds_the_figures_beside_the_frame() -> None:
+    report = Report("bench", data={"size": {"after": 3}}, artifact=Path("small"), notes=["n"], warnings=["w"])
+    report.at_least("min_speedup", 1.2, 1.3)
+    assert json.loads(json.dumps(report.to_json())) == {
+        "schema_version": 1,
+        "command": "bench",
+        "artifact": "small",
+        "size": {"after": 3},
+        "notes": ["n"],
+        "warnings": ["w"],
+        "gates": [{"option": "min_speedup", "limit": 1.2, "value": 1.3, "passed": True}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "most", "least"),
+    [(1.0, 1.0, True, True), (1.0, 0.5, True, False), (1.0, 2.0, False, True), (1.0, None, False, False)],
+)
+def test_a_gate_compares_and_an_unmeasured_value_fails(limit, value, most, least) -> None:
+    report = Report("evaluate")
+    report.at_most("max_drop", limit, value)
+    report.at_least("min_quality", limit, value)
+    assert [gate.passed for gate in report.gates] == [most, least]
+    assert report.passed == (most and least)
+
+
+def test_a_limit_that_nobody_asked_for_is_no_gate() -> None:
+    report = Report("evaluate")
+    report.at_most("max_drop", None, 3.0)
+    report.at_least("min_quality", None, None)
+    assert report.gates == [] and report.passed
+
+
+def test_reports_do_not_share_their_lists() -> None:
+    Report("a").notes.append("x")
+    assert Report("b").notes == []
+
+
+def test_numbers_in_words() -> None:
+    assert count(5717416) == "5,717,416"
+    assert [size(n) for n in (0, 999, 22_883_376, 2e9, 5e12)] == ["0 B", "999 B", "22.9 MB", "2 GB", "5 TB"]
+    assert [short(n) for n in (12, 1.26e9, -3e6)] == ["12", "1.26 G", "-3 M"]
+    assert percent(0.5331) == "53.3 %"
