@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 _HOMES = {"PeftcError": "peftc.errors", "Report": "peftc.report", "Source": "peftc.source"}
 
 
-def load(model: Any) -> Any:
+def load(model: Any, *, allow_code: bool = False) -> Any:
     """Return the network of a model or an artifact, an ``nn.Module`` in eval mode.
 
     Args:
         model: anything that the commands take as MODEL, or a ``Source``.
+        allow_code: import the Python code of yours that an artifact names as its base.
     """
-    from peftc.models.load import load as load_model
+    from peftc.models.load import load_module
 
-    return load_model(model).module
+    return load_module(model, allow_code=allow_code)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from peftc.errors import PlanError
 
@@ -92,14 +93,14 @@ def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
 
 
 def best_pair(shape: Shape, limit: Fraction | int) -> tuple[int, int] | None:
-    """Return the largest pair of the Tucker path within ``limit`` entries (the smallest if none fits), or None if it would grow."""
+    """Return the largest pair of the Tucker path within ``limit`` entries, or the smallest; None if it would grow."""
     path = tucker_path(shape)
     pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=path[0])
     return pair if entries(shape, "tucker2", pair) < math.prod(shape) else None
 
 
 def fitting(shape: Shape, form: str, rank: int) -> int | None:
-    """Return ``rank``, cut at the rank that is exact, or None where its factors would not be smaller than the weight."""
+    """Return ``rank``, cut where it is exact, or None where its factors would not be smaller than the weight."""
     rank = min(rank, max_rank(shape, form))
     return rank if rank * entries_per_rank(shape, form) < math.prod(shape) else None
 
@@ -131,15 +132,13 @@ def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
 
     Args:
         curve: of the module.
-        foresee_dense: let the dense weight take part in the hull, so that a module may jump to it from afar; else the last
-            step is worth only the one component that makes the factors as large as the weight.
+        foresee_dense: let the dense weight take part in the hull, so that a module may jump to it from afar; else the
+            last step is worth only the one component that makes the factors as large as the weight.
     """
     points: list[tuple[int, float, Rank | None]] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
     dense: tuple[int, float, Rank | None] = (curve.dense, 0.0, None)
     hull = _hull([*points, dense] if foresee_dense or not points else points)
-    found = [
-        ((a[1] - b[1]) / max(b[0] - a[0], 1), b[0] - a[0], b[2]) for a, b in zip(hull, hull[1:], strict=False)
-    ]
+    found = [((a[1] - b[1]) / max(b[0] - a[0], 1), b[0] - a[0], b[2]) for a, b in pairwise(hull)]
     if not foresee_dense and points:
         last = points[-1]
         unit = last[0] - points[-2][0] if len(points) > 1 else last[0]
@@ -165,8 +164,8 @@ def _above(a: tuple[int, float, object], b: tuple[int, float, object], c: tuple[
 def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> dict[str, Rank | None]:
     """Return the rank of each module that minimises the summed loss within ``budget``, None meaning dense.
 
-    One greedy pass over the steps of all modules, steepest fall of loss per cost first; along convex hulls every stop of
-    such a pass is optimal for its own cost (Everett, 1963, generalized Lagrange multipliers).
+    One greedy pass over the steps of all modules, steepest fall of loss per cost first; along convex hulls every stop
+    of such a pass is optimal for its own cost (Everett, 1963, generalized Lagrange multipliers).
 
     Args:
         curves: by module.

@@ -1,8 +1,8 @@
 """One execution of a writing step: its identity, its working folder, and the one rename that makes the result appear.
 
-``OUT.partial/`` holds ``job.json`` (whose work it is), ``lock``, ``work/`` (finished parts, for a resume) and ``artifact/`` (the folder
-to be). The last act is fsync and a rename of ``artifact/`` to OUT, so OUT never exists half-written; after a kill the same request
-goes on where it stopped.
+``OUT.partial/`` holds ``job.json`` (whose work it is), ``lock``, ``work/`` (finished parts, for a resume) and
+``artifact/`` (the folder to be). The last act is fsync and a rename of ``artifact/`` to OUT, so OUT never exists
+half-written; after a kill the same request goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CAUSES = {
     errno.EACCES: "the folder may not be written",
     errno.EPERM: "the folder may not be written",
     errno.EROFS: "the disk is read-only",
+    errno.ENOENT: "a part of the path does not exist and cannot be made",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a file of that name is in the way",
     errno.ENAMETOOLONG: "the name is too long",
@@ -97,8 +98,8 @@ class Job:
         artifact.sync_folder(self.folder)
         replaced = _replaced(self.output)
         if self.output.exists():
-            os.rename(self.output, replaced)
-        os.rename(self.folder, self.output)
+            self.output.rename(replaced)
+        self.folder.rename(self.output)
         artifact.sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -153,14 +154,16 @@ def _told(output: Path) -> Iterator[None]:
         if error.errno not in CAUSES:
             raise
         raise OutputError(
-            f"cannot write `{output}`", why=f"{CAUSES[error.errno]} ({error.filename or output})", hint="write elsewhere with `-o`"
+            f"cannot write `{output}`",
+            why=f"{CAUSES[error.errno]} ({error.filename or output})",
+            hint="write elsewhere with `-o`",
         ) from error
 
 
 def _restore(output: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
     if _replaced(output).exists() and not output.exists():
-        os.rename(_replaced(output), output)
+        _replaced(output).rename(output)
 
 
 def _settle(output: Path, identity: str, overwrite: bool) -> bool:
@@ -228,4 +231,4 @@ def _claim(job: Job, overwrite: bool) -> bool:
     shutil.rmtree(job.folder, ignore_errors=True)
     job.work.mkdir(exist_ok=True)
     job.folder.mkdir()
-    return owner != job.id
+    return bool(owner != job.id)

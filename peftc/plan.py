@@ -39,7 +39,9 @@ def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction
     except (ValueError, ZeroDivisionError, OverflowError):
         share = Fraction(0)
     if not 0 < share <= 1:
-        raise UsageError(f"`{option} {value}` is out of range", why="it is a share kept: above 0, at most 1, as `0.5` or `2/3`")
+        raise UsageError(
+            f"`{option} {value}` is out of range", why="it is a share kept: above 0, at most 1, as `0.5` or `2/3`"
+        )
     return share
 
 
@@ -72,8 +74,8 @@ def budget(
         )
     ((kind, amount),) = given.items()
     if kind in ("ratio", "energy"):
-        return Budget(kind, ratio_of(amount, f"--{kind}"))  # type: ignore[arg-type]
-    return Budget(kind, _positive(f"--{kind}", float(amount)))  # type: ignore[arg-type]
+        return Budget(kind, ratio_of(amount, f"--{kind}"))
+    return Budget(kind, _positive(f"--{kind}", float(amount)))
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,21 @@ def read(path: Path) -> Plan:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PlanError(f"cannot read the plan `{path}`", why=str(error), hint="`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one") from None
-    if not isinstance(value, dict) or not isinstance(value.get("ranks"), dict) or not isinstance(value.get("forms", {}), dict):
+        raise PlanError(
+            f"cannot read the plan `{path}`",
+            why=str(error),
+            hint="`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one",
+        ) from None
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("ranks"), dict)
+        or not isinstance(value.get("forms", {}), dict)
+    ):
         raise PlanError(f"`{path}` is no plan", why="it has no map `ranks` from module to rank")
     if value.get("schema_version") != SCHEMA_VERSION:
-        raise PlanError(f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}")
+        raise PlanError(
+            f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
+        )
     ranks = {name: _rank(path, name, rank) for name, rank in value["ranks"].items()}
     known = {"forms", "reasons", "method", "settings", "asked"}
     return Plan(ranks, **{"forms": {}, **{key: value[key] for key in known & value.keys()}})
@@ -160,7 +172,10 @@ def _rank(path: Path, name: str, value: Any) -> Rank | None:
     if value is None:
         return None
     if not all(type(number) is int and number >= 1 for number in numbers):
-        raise PlanError(f"`{path}` gives `{name}` the rank {value!r}", why="a rank is a whole number from 1, a pair of them, or null for dense")
+        raise PlanError(
+            f"`{path}` gives `{name}` the rank {value!r}",
+            why="a rank is a whole number from 1, a pair of them, or null for dense",
+        )
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
@@ -187,9 +202,12 @@ def check(plan: Plan, targets: Mapping[str, Target]) -> None:
             )
         limits = target.shape[:2] if isinstance(rank, tuple) else (allocate.max_rank(target.shape, target.form),)
         ranks = rank if isinstance(rank, tuple) else (rank,)
-        if isinstance(rank, tuple) != (target.form == "tucker2") or any(r > limit for r, limit in zip(ranks, limits, strict=True)):
+        if isinstance(rank, tuple) != (target.form == "tucker2") or any(
+            r > limit for r, limit in zip(ranks, limits, strict=True)
+        ):
             raise PlanError(
                 f"cannot decompose `{name}` at rank {rank}",
-                why=f"its weight is {' x '.join(map(str, target.shape))}; as `{target.form}` its ranks end at {', '.join(map(str, limits))}",
+                why=f"its weight is {' x '.join(map(str, target.shape))}; "
+                f"as `{target.form}` its ranks end at {', '.join(map(str, limits))}",
                 hint="lower it in the plan, or set it to null to leave the module dense",
             )

@@ -19,7 +19,10 @@ Sink = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 @contextmanager
 def _silent(title: str, total: int | None) -> Iterator[Advance]:
-    yield lambda detail="": None
+    def advance(detail: str = "") -> None:
+        pass
+
+    yield advance
 
 
 _sink: Sink = _silent
@@ -32,5 +35,5 @@ def set_sink(sink: Sink | None) -> None:
 
 
 def track(title: str, total: int | None = None) -> AbstractContextManager[Advance]:
-    """Announce work of ``total`` parts (None = unknown); call the yielded function after each, with a detail to show."""
+    """Announce work of ``total`` parts (None: unknown); the yielded function says that one is done, with a detail."""
     return _sink(title, total)

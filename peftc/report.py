@@ -39,6 +39,7 @@ class Report:
         command: the step's word, as typed.
         data: JSON-ready figures, merged into the top level of ``--json``.
         artifact: the folder written or read, printed on stdout.
+        lines: for stdout, in place of the artifact's path.
         tables: what people see on stderr.
         notes: sentences for people that are no problem.
         warnings: sentences that say what was not done, or not as asked.
@@ -48,6 +49,7 @@ class Report:
     command: str
     data: dict[str, Any] = field(default_factory=dict)
     artifact: Path | None = None
+    lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

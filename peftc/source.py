@@ -12,7 +12,8 @@ from peftc.errors import SourceError, UsageError
 
 MANIFEST = "peftc.json"
 FORMS = (
-    "an artifact folder, a transformers or timm folder, `timm/NAME`, `timm:NAME`, `ORG/NAME[@REVISION]`, `hf:ORG/NAME`, "
+    "an artifact folder, a transformers or timm folder, "
+    "`timm/NAME`, `timm:NAME`, `ORG/NAME[@REVISION]`, `hf:ORG/NAME`, "
     "`file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
 )
 
@@ -27,7 +28,7 @@ class Source:
         arch_set: constructor arguments of a timm architecture or a Python factory.
         weights: a weight file for ``timm:NAME`` or ``python:...``.
         revision: branch, tag or commit on the hub.
-        preprocess: overrides of mean, std, input_size, crop_pct, interpolation.
+        preprocess: overrides of mean, std, input_size, crop_pct, crop_mode, interpolation.
         allow_code: run the user's own Python code named by ``python:...``.
         trust_remote_code: run code that comes with a transformers checkpoint.
         offline: never ask the network.
@@ -50,7 +51,7 @@ class Located:
 
     Attributes:
         kind: ``artifact``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
-            ``timm-arch`` (``name`` is an architecture of timm's registry) or ``python`` (``name`` is ``module:factory``).
+            ``timm-arch`` (``name`` is in timm's registry) or ``python`` (``name`` is ``module:factory``).
         name: hub id, architecture or factory.
         folder: the local folder, or None.
         revision: for the hub.

@@ -226,6 +226,7 @@ def test_the_steps_themselves_keep_these_rules(tmp_path, monkeypatch, peftc, tin
     assert "no longer part of it, and kept: `runs/01-decompose`" in other.stderr
     assert peftc("show").stdout == other.stdout
     again = peftc("decompose", "--json")
+    assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["artifact"] == "runs/01-decompose"
     assert peftc("show", "-", input=again.stdout).stdout == "runs/01-decompose\n"
     before = Path("runs/chain.json").read_bytes()

@@ -126,6 +126,8 @@ def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
             say(_gate(gate))
     if json:
         out(json_module.dumps(_plain(outcome.to_json()), indent=2, allow_nan=False) + "\n")
+    elif outcome.lines:
+        out("".join(f"{line}\n" for line in outcome.lines))
     elif outcome.artifact is not None:
         out(f"{outcome.artifact}\n")
 

@@ -198,7 +198,9 @@ Plot = Annotated[Path | None, Option(metavar="FILE", help="draw the spectra to t
 Allocation = Annotated[
     str,
     Option(
-        parser=choice("uniform", "global", "energy", "convex"), metavar="global|uniform", help="one budget for all, or the same share each"
+        parser=choice("uniform", "global", "energy", "convex"),
+        metavar="global|uniform",
+        help="one budget for all, or the same share each",
     ),
 ]
 Method = Annotated[str, Option(metavar="NAME", help="how to factor matrices, see `peftc methods`")]

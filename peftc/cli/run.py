@@ -88,9 +88,6 @@ def _run(
         if "against" in options:
             options["against"] = sources[1]
         outcome = _in_place(find, sources[0], options, place, str(ctx.info_name))
-    if options.get("commands") and not shared["json"]:  # `peftc show --commands | sh`: here the lines are the data
-        console.out("".join(f"{line}\n" for line in outcome.data["commands"]))
-        return
     console.report(outcome, json=shared["json"], quiet=shared["quiet"])
     if not outcome.passed:
         raise Exit(3)

@@ -75,6 +75,8 @@ def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any
             raise UsageError(f"`{name}` has no setting `{key}`", why=f"its settings are: {listed}")
         kind = type(known[key])
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
-            raise UsageError(f"setting `{key}` of `{name}` is {value!r}", why=f"it takes a {kind.__name__}, as {known[key]!r}")
+            raise UsageError(
+                f"setting `{key}` of `{name}` is {value!r}", why=f"it takes a {kind.__name__}, as {known[key]!r}"
+            )
         chosen[key] = kind(value)
     return chosen

@@ -1,4 +1,4 @@
-"""What a decomposition returns: singular values, and on demand factors of any rank with the proof that they are good."""
+"""What a decomposition returns: singular values, and on demand factors of any rank with a bound on their error."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ class Spectrum:
             cut = cut_at(self.weight, solution, rank, tuple(self.climbed))
             if cut.excess is None or cut.excess <= TOLERANCE:
                 return cut
-            self._fail(solution.rung, f"error within {cut.excess:.0e} of the optimum at rank {rank}, not {TOLERANCE:.0e}")
+            self._fail(
+                solution.rung, f"error within {cut.excess:.0e} of the optimum at rank {rank}, not {TOLERANCE:.0e}"
+            )
             self._vectors = None
 
     def losses(self) -> Tensor:
@@ -144,7 +146,8 @@ def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ..
     if solution.up is not None and solution.down is not None:
         return _cut_ready(weight, solution, rank, climbed)
     tall = solution.down is not None  # the orthonormal basis is on the input side
-    basis, matrix = (solution.down, weight) if tall else (solution.up.T, weight.T)  # type: ignore[union-attr]
+    basis: Tensor = solution.down if tall else solution.up.T  # type: ignore[assignment, union-attr]
+    matrix = weight if tall else weight.T
     kept = basis[:rank]  # (rank, n)
     image = matrix.to(kept.dtype) @ kept.T  # (m, rank), columns of length sigma
     sigma2 = torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).square()
@@ -174,6 +177,7 @@ def _signs(kept: Tensor) -> Tensor:
 
 
 def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...]) -> Truncation:
+    assert solution.up is not None and solution.down is not None
     up, down = solution.up[:, :rank], solution.down[:rank]  # type: ignore[index]
     long, wide = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
     scale = torch.where((long > 0) & (wide > 0), (wide / long).sqrt(), torch.ones_like(long))
@@ -186,11 +190,11 @@ def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str
 def _excess(matrix: Tensor, basis: Tensor, image: Tensor, energies: Tensor, total: float) -> float:
     """Bound how far the squared error lies above the optimum, relative to it.
 
-    With H = V G V^T, G the Gram matrix and V the computed basis, split at the rank: kept block H11, rest H22, coupling B.
-    For theta = the smallest kept eigenvalue and rest eigenvalues h_j < theta, the largest possible kept energy is at most
-    tr(H11) + sum_j |B_j|^2 / (theta - h_j): a Schur complement shows that adding B^T (theta - H22)^-1 B to H11 dominates H.
-    Where h_j is within rounding of theta, the nuclear norm of those rows of B bounds their share instead. The row norms of B
-    are estimated with 16 Gaussian probes and the bound is doubled.
+    With H = V G V^T, G the Gram matrix and V the computed basis, split at the rank: kept block H11, rest H22, coupling
+    B. For theta = the smallest kept eigenvalue and rest eigenvalues h_j < theta, the largest possible kept energy is at
+    most tr(H11) + sum_j |B_j|^2 / (theta - h_j): by a Schur complement, H11 + B^T (theta - H22)^-1 B dominates H.
+    Where h_j is within rounding of theta, the nuclear norm of those rows of B bounds their share instead. The row norms
+    of B are estimated with 16 Gaussian probes, and the bound is doubled.
 
     Args:
         matrix: (m, n); basis: (k, n) orthonormal rows; image: (m, rank) = matrix @ basis[:rank]^T.

@@ -143,11 +143,21 @@ def _python(factory: str, arguments: dict[str, Any], *, empty: bool) -> Base:
         else:
             network = made(**arguments)
     except TypeError as error:
-        raise UsageError(f"`python:{factory}` does not accept its arguments", why=str(error), hint="pass them as `--arch-set key=value`") from error
+        raise UsageError(
+            f"`python:{factory}` does not accept its arguments",
+            why=str(error),
+            hint="pass them as `--arch-set key=value`",
+        ) from error
     if not isinstance(network, nn.Module):
         raise SourceError(f"`python:{factory}` returned a {type(network).__name__}, not an nn.Module")
     record = {"library": "python", "architecture": factory, "arguments": arguments}
-    return Base(network, "python", attribute.split(".")[-1], record, preprocess={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]})
+    return Base(
+        network,
+        "python",
+        attribute.split(".")[-1],
+        record,
+        preprocess={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    )
 
 
 def _timm_arch(source: Source, located: Located, with_weights: bool) -> Base:
@@ -156,7 +166,9 @@ def _timm_arch(source: Source, located: Located, with_weights: bool) -> Base:
     name = located.name.removeprefix("timm/")
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:4]
-        raise SourceError(f"timm has no architecture `{name}`", hint=f"did you mean {', '.join(near)}?" if near else None)
+        raise SourceError(
+            f"timm has no architecture `{name}`", hint=f"did you mean {', '.join(near)}?" if near else None
+        )
     if located.weights is None and with_weights:
         cfg = timm.models.get_pretrained_cfg(name)
         if cfg is None or not cfg.hf_hub_id:
@@ -167,7 +179,11 @@ def _timm_arch(source: Source, located: Located, with_weights: bool) -> Base:
         return base
     cfg = timm.models.get_pretrained_cfg(name)
     arguments = dict(source.arch_set)
-    config = {"architecture": name.split(".")[0], "pretrained_cfg": cfg.to_dict() if cfg else {}, "model_args": arguments}
+    config = {
+        "architecture": name.split(".")[0],
+        "pretrained_cfg": cfg.to_dict() if cfg else {},
+        "model_args": arguments,
+    }
     base = _timm(config, name, None)
     base.weights = weights.from_file(located.weights) if located.weights and with_weights else None
     return base
@@ -205,7 +221,11 @@ def _timm_base(module: nn.Module, config: dict[str, Any], name: str) -> Base:
 
     resolved = resolve_data_config({}, pretrained_cfg=config.get("pretrained_cfg") or {})
     keep = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
-    preprocess = {key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key] for key in keep if key in resolved}
+    preprocess = {
+        key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key]
+        for key in keep
+        if key in resolved
+    }
     size = config.get("model_args", {}).get("img_size")
     if size is not None:
         preprocess["input_size"] = [preprocess["input_size"][0], *([size, size] if isinstance(size, int) else size)]
@@ -239,11 +259,22 @@ def _transformers(source: Source, folder: Path) -> Base:
             else:
                 module = cls(made)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"transformers cannot build the model of `{folder}`", why=str(error).splitlines()[0]) from error
+        raise SourceError(
+            f"transformers cannot build the model of `{folder}`", why=str(error).splitlines()[0]
+        ) from error
     module.tie_weights()
     record = {"library": "transformers", "architecture": type(module).__name__}
     preprocess = _processor(folder)
-    return Base(module, "transformers", folder.resolve().name, record, config, folder, preprocess=preprocess, labels=_id2label(config))
+    return Base(
+        module,
+        "transformers",
+        folder.resolve().name,
+        record,
+        config,
+        folder,
+        preprocess=preprocess,
+        labels=_id2label(config),
+    )
 
 
 def _processor(folder: Path) -> dict[str, Any]:
@@ -294,7 +325,11 @@ def fill(base: Base) -> dict[str, str]:
     wanted = surgery.stored_names(base.module)
     if all(any(name in renamed for name in names) for names in wanted.values()):
         found = surgery.fill(
-            base.module, renamed, lambda name: tensors.read(renamed[name]), where=tensors.where, ignore=_ignored(base.module)
+            base.module,
+            renamed,
+            lambda name: tensors.read(renamed[name]),
+            where=tensors.where,
+            ignore=_ignored(base.module),
         )
         return {first: renamed[name] for first, name in found.items()}
     return _by_transformers(base)
@@ -326,7 +361,7 @@ def _by_transformers(base: Base) -> dict[str, str]:
         raise WeightError(
             f"the tensors of `{base.weights.where}` do not match `{type(module).__name__}`",
             why=f"{len(missing)} missing ({', '.join(missing[:3])}), {len(mismatched)} of another shape",
-            hint="peftc never fills a gap with random numbers; name the class in `architectures` of config.json that was trained",
+            hint="no gap is filled with random numbers: name the trained class in `architectures` of config.json",
         )
     base.module = module
     base.notes.append("tensor names were converted by transformers: the weights are held in memory, not mapped")

@@ -42,7 +42,11 @@ FAMILIES = (
     Family("transformers", "swin*", {"attention.output.dense": "PELA leaves Swin's attention projection dense"}),
     Family("transformers", "*", {"pooler": "pooler"}),
     Family("transformers", "*clip*", {"*_projection": "contrastive projection"}),
-    Family("transformers", "*blip*", {"vision_proj": "contrastive projection", "text_proj": "contrastive projection", "itm_head": "matching head"}),
+    Family(
+        "transformers",
+        "*blip*",
+        {"vision_proj": "contrastive projection", "text_proj": "contrastive projection", "itm_head": "matching head"},
+    ),
 )
 
 

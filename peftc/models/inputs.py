@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import SourceError
+from peftc.nn import surgery
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
 
-Batch = Tensor | dict[str, Tensor]
+Batch: TypeAlias = "Tensor | dict[str, Tensor]"
 
 
 def kind_of(module: nn.Module, library: str) -> str:
@@ -47,14 +48,14 @@ def probe(
         seed: of the random numbers.
     """
     first = next(iter(model.module.parameters()))
-    floating = next((tensor for tensor in model.module.parameters() if tensor.is_floating_point()), first)
+    dtype = surgery.uniform_dtype(model.module) or torch.float32
     generator = torch.Generator().manual_seed(seed)
     kind = model.kind
     length = max_length or 32
 
     def images() -> Tensor:
         shape = _image_shape(model, image_size)
-        return torch.randn(batch, *shape, generator=generator).to(first.device, floating.dtype)
+        return torch.randn(batch, *shape, generator=generator).to(first.device, dtype)
 
     def ids() -> Tensor:
         return torch.randint(0, _vocabulary(model), (batch, length), generator=generator).to(first.device)
@@ -63,18 +64,22 @@ def probe(
         if kind == "other":
             linear = next((m for m in model.module.modules() if isinstance(m, nn.Linear)), None)
             if linear is None:
-                raise SourceError(f"cannot guess what `{model.name}` reads", why="it has no convolution, embedding or linear module")
-            return torch.randn(batch, linear.in_features, generator=generator).to(first.device, floating.dtype)
+                raise SourceError(
+                    f"cannot guess what `{model.name}` reads", why="it has no convolution, embedding or linear module"
+                )
+            return torch.randn(batch, linear.in_features, generator=generator).to(first.device, dtype)
         return images() if kind == "image" else ids()
     inputs: dict[str, Tensor] = {}
     if "text" in kind:
         inputs["input_ids"] = ids()
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if not first.is_meta:  # masks are looked into, and a meta tensor holds nothing to see
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "image" in kind:
         inputs["pixel_values"] = images()
     if not inputs:
         raise SourceError(
-            f"cannot make an input for `{model.name}`", why=f"its main input is `{getattr(model.module, 'main_input_name', '?')}`"
+            f"cannot make an input for `{model.name}`",
+            why=f"its main input is `{getattr(model.module, 'main_input_name', '?')}`",
         )
     if getattr(model.module.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids()

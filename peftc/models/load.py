@@ -1,6 +1,6 @@
 """Source -> Model: build the network from its own config on the meta device, apply edits, map the tensors.
 
-Nothing is copied: a loaded parameter is a window on its file. Loading is strict; a gap is never filled with random numbers.
+Nothing is copied: a loaded parameter is a window on its file. Loading is strict; no gap is filled with random numbers.
 """
 
 from __future__ import annotations
@@ -109,19 +109,21 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     return loaded
 
 
-def load_module(model: str | Path | Source, *, allow_code: bool = False) -> nn.Module:
+def load_module(model: str | Path | Source | nn.Module | Model, *, allow_code: bool = False) -> nn.Module:
     """Return the network behind MODEL in eval mode, ready to run.
 
     Args:
         model: an artifact, or any other form of MODEL.
         allow_code: let an artifact whose base is your own Python code import it.
     """
+    if isinstance(model, nn.Module | Model):
+        return load(model).module
     source = model if isinstance(model, Source) else Source(str(model))
     return load(replace(source, allow_code=source.allow_code or allow_code)).module
 
 
 def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    known = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
     for key in changes:
         if key not in known:
             raise UsageError(f"unknown setting `{key}` for `--preprocess`", why=f"it takes {', '.join(known)}")
@@ -181,7 +183,9 @@ def base_source(model: Model) -> Source:
         ArtifactError: the model is no artifact, or its base was a live network.
     """
     if model.manifest is None:
-        raise ArtifactError(f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`")
+        raise ArtifactError(
+            f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`"
+        )
     record = model.manifest.base.get("source")
     if record is None:
         raise ArtifactError(
@@ -204,9 +208,13 @@ def device_of(device: str) -> torch.device:
         UsageError: it is none of these, or is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`")
+        raise UsageError(
+            f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`"
+        )
     chosen = torch.device(device)
     there = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(
         chosen.type, torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
@@ -219,7 +227,7 @@ def device_of(device: str) -> torch.device:
 def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Model:
     """Move the network to a device in one floating dtype, and return the same model.
 
-    ``auto`` keeps the stored dtype, except where stored dtypes are mixed, or half precision meets the CPU: then float32.
+    ``auto`` keeps the stored dtype, except where stored dtypes are mixed, or are half precision on a CPU: then float32.
     """
     place = device_of(device)
     if dtype == "auto":

@@ -1,7 +1,7 @@
 """Which modules may be factored, and for every other one the reason why not.
 
-PELA's eligibility is the default (papers notes, section 1.2): heads, norms, embeddings, the patch embedding and outputs narrower
-than ten stay dense unless included. Patterns match whole components of dotted names.
+PELA's eligibility is the default (papers notes, section 1.2): heads, norms, embeddings, the patch embedding and outputs
+narrower than ten stay dense unless included. Patterns match whole components of dotted names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def targets(
                 raise UsageError(
                     f"`{option} {pattern}` matches no module",
                     why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
-                    hint=f"names look like `{next(iter(modules), 'none: the model has no Linear, Conv2d or Embedding')}`",
+                    hint=f"names look like `{next(iter(modules), 'nothing: there is no Linear, Conv2d or Embedding')}`",
                 )
     defaults = _defaults(model, modules)
     found: dict[str, Target] = {}
@@ -61,7 +61,11 @@ def targets(
             found[name] = _target(model.module, name, module, conv_method)
             taken[id(module.weight)] = name
         if included and impossible:
-            raise UsageError(f"cannot factor `{name}`, which `--include` names", why=impossible, hint="narrow the pattern, or add `--skip`")
+            raise UsageError(
+                f"cannot factor `{name}`, which `--include` names",
+                why=impossible,
+                hint="narrow the pattern, or add `--skip`",
+            )
     for target in found.values():
         for alias in target.aliases:
             reasons.pop(alias, None)
@@ -99,7 +103,9 @@ def _form(module: Any, conv_method: str) -> str:
 
 
 def _target(network: nn.Module, name: str, module: Any, conv_method: str) -> Target:
-    same = [n for n, m in network.named_modules() if n != name and getattr(m, "weight", None) is module.weight and _kind(m)]
+    same = [
+        n for n, m in network.named_modules() if n != name and getattr(m, "weight", None) is module.weight and _kind(m)
+    ]
     stride = module.stride if isinstance(module, nn.Conv2d) else (1, 1)
     return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same), stride=stride)
 

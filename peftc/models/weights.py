@@ -62,7 +62,9 @@ def from_file(path: Path) -> Weights:
         tensors, _ = read_header(path)
         return Weights(str(path), [path], tensors)
     if path.suffix not in PICKLES:
-        raise SourceError(f"`{path}` is no weight file", why=f"it ends neither in `.safetensors` nor in {', '.join(PICKLES)}")
+        raise SourceError(
+            f"`{path}` is no weight file", why=f"it ends neither in `.safetensors` nor in {', '.join(PICKLES)}"
+        )
     return Weights(str(path), [path], loaded=_unpickle(path))
 
 
@@ -80,7 +82,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise WeightError(f"cannot read `{path}`", why=str(error).splitlines()[0]) from None
     for _ in range(4):  # checkpoints nest: {"state_dict": {"module.conv.weight": ...}}
-        inner = next((value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)), None)
+        inner = next(
+            (value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)), None
+        )
         if inner is None:
             break
         value = inner

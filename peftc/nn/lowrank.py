@@ -32,7 +32,7 @@ FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
 
 @dataclass(frozen=True)
 class Factors:
-    """weight (out, in) = up (out, rank) @ down (rank, in); with ``core`` (rank_out, rank_in, kh, kw) a Tucker-2 form."""
+    """weight (out, in) = up (out, rank) @ down (rank, in); Tucker-2 has a ``core`` (r_out, r_in, kh, kw) between."""
 
     up: Tensor
     down: Tensor
@@ -112,7 +112,7 @@ def matrix(weight: Tensor, form: str) -> Tensor:
     return weight.flatten(1)
 
 
-def build(module: nn.Module, form: str, rank: Rank) -> nn.Module:
+def build(module: Any, form: str, rank: Any) -> nn.Module:
     """Return the low-rank module that stands in for ``module``, with parameters on the meta device."""
     has_bias = getattr(module, "bias", None) is not None
     with torch.device("meta"):
@@ -143,7 +143,9 @@ def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv
     rank_out, rank_in = rank  # type: ignore[misc]
     core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
     return LowRankConv2d(
-        nn.Conv2d(conv.in_channels, rank_in, 1, bias=False), nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias), core
+        nn.Conv2d(conv.in_channels, rank_in, 1, bias=False),
+        nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias),
+        core,
     )
 
 

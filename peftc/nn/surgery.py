@@ -101,9 +101,12 @@ def fill(
     missing: list[str] = []
     for first, names in stored_names(network).items():
         name = next((name for name in names if name in left), None)
+        if name is None and first.endswith("num_batches_tracked"):
+            continue  # a counter that files from before torch 0.4.1 lack; only training reads it, and it starts at 0
         if name is None:
             missing.append(first)
             continue
+        _refuse_untied(names, left, read, where)
         _assign(network, names, read(name), where)
         found[first] = name
         left.difference_update(names)
@@ -112,6 +115,17 @@ def fill(
     if missing or left:
         raise _mismatch(where, missing, sorted(left))
     return found
+
+
+def _refuse_untied(names: list[str], available: set[str], read: Callable[[str], Tensor], where: str) -> None:
+    """Refuse a file that holds two different tensors for what the network has as one."""
+    several = [name for name in names if name in available]
+    for name in several[1:]:
+        if not torch.equal(read(several[0]), read(name)):
+            raise WeightError(
+                f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them",
+                hint="set `tie_word_embeddings` to false in config.json if they were trained apart",
+            )
 
 
 def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) -> None:
@@ -144,7 +158,7 @@ def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
     return WeightError(
         f"the tensors of `{where}` do not match the network",
         why="; ".join(whys),
-        hint="peftc never fills a gap with random numbers; check the architecture (`--arch`, `--arch-set`) and the file",
+        hint="no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file",
     )
 
 

@@ -63,7 +63,13 @@ def analyze(
         PeftcError: with the cause; nothing is written then.
     """
     one_of("--allocation", allocation, allocate.ALLOCATIONS)
-    budgets = {"ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs}
+    budgets = {
+        "ratio": ratio,
+        "rank": rank,
+        "energy": energy,
+        "target_params": target_params,
+        "target_macs": target_macs,
+    }
     asked = any(value is not None for value in budgets.values())
     notes = []
     if plan is not None and not asked:
@@ -82,13 +88,22 @@ def analyze(
     found = _spectra(loaded, weights, factorize, place)
     total = measure.parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
-    report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes)
+    report = Report(
+        "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes
+    )
     if budget is not None:
         work = Factoring(loaded, targets, factorize, place)
         known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2"}
         ranks = work.decide(budget, allocation, known)
         _say_plan(report, work.targets, ranks, str(budget), allocation)
-        made = Plan(ranks, {n: t.form for n, t in targets.items()}, dict(reasons), method, dict(factorize.settings), f"{budget} {allocation}")
+        made = Plan(
+            ranks,
+            {n: t.form for n, t in targets.items()},
+            dict(reasons),
+            method,
+            dict(factorize.settings),
+            f"{budget} {allocation}",
+        )
         if plan is not None:
             made.write(Path(plan))
             report.artifact = Path(plan)
@@ -117,7 +132,9 @@ class _Known:
         return tail_energies(self.values)
 
 
-def _spectra(model: Model, weights: Mapping[str, Target], factorize: Factorizer, device: torch.device) -> dict[str, Tensor]:
+def _spectra(
+    model: Model, weights: Mapping[str, Target], factorize: Factorizer, device: torch.device
+) -> dict[str, Tensor]:
     """Return name -> singular values (k,), descending, reading one weight at a time."""
     found = {}
     with progress.track("spectra", len(weights)) as advance:
@@ -169,15 +186,29 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shapes = {"x".join(map(str, row["shape"])) for row in some}
         why = some[0]["reason"] or ""
         lines.append([
-            kind, len(some), shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes", percent(sum(row["share"] for row in some)),
+            kind, len(some), shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
+            percent(sum(row["share"] for row in some)),
             middle("max_rank"), middle("break_even_rank"), middle("effective_rank"), middle("stable_rank"),
             *(middle(f"rank_{level}") for level in ENERGIES), why,
         ])  # fmt: skip
-    columns = ["module", "count", "shape", "share", "full", "break-even", "effective", "stable", *(f"{level} %" for level in ENERGIES), "stays dense"]
+    columns = [
+        "module",
+        "count",
+        "shape",
+        "share",
+        "full",
+        "break-even",
+        "effective",
+        "stable",
+        *(f"{level} %" for level in ENERGIES),
+        "stays dense",
+    ]
     return Table("rank spectra (medians per kind)", columns, lines)
 
 
-def _say_plan(report: Report, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], budget: str, allocation: str) -> None:
+def _say_plan(
+    report: Report, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], budget: str, allocation: str
+) -> None:
     kept = sum(targets[name].cost(rank, "entries") for name, rank in ranks.items())
     dense = sum(target.entries for target in targets.values())
     total = report.data["parameters"]
@@ -185,9 +216,10 @@ def _say_plan(report: Report, targets: Mapping[str, Target], ranks: Mapping[str,
         if row["name"] in ranks:
             rank = ranks[row["name"]]
             row["planned_rank"] = list(rank) if isinstance(rank, tuple) else rank
-    report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": total - dense + kept, "eligible": kept / dense if dense else 1.0}
+    after, share = total - dense + kept, kept / dense if dense else 1.0
+    report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": after, "eligible": share}
     factored = sum(rank is not None for rank in ranks.values())
     report.notes.append(
-        f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, {percent(kept / dense if dense else 1)} of their "
-        f"weights and {count(total - dense + kept)} of {count(total)} parameters kept"
+        f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, "
+        f"{percent(share)} of their weights and {count(after)} of {count(total)} parameters kept"
     )

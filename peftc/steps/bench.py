@@ -227,7 +227,7 @@ def _report(
     report.tables.append(_table(data, compared, largest))
     where = data["environment"]
     report.notes.append(
-        f"{where['device_name']}, {where['threads']} threads, {figures['dtype']}, {data['rounds']} rounds; "
+        f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds; "
         + ", ".join(f"{name} {list(shape)}" for name, shape in data["input"].items())
     )
     report.notes.append(_noise_text(data["noise"], largest))

@@ -19,7 +19,7 @@ from peftc.errors import ArtifactError, PlanError, UsageError, one_of
 from peftc.manifest import Manifest
 from peftc.models.load import Model, device_of, load
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Plan, Target
+from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, Table, count, percent, short
 from peftc.report import size as bytes_text
 from peftc.source import Source
@@ -85,10 +85,9 @@ def decompose(
     one_of("--allocation", allocation, allocate.ALLOCATIONS)
     if data is None and (max_drop is not None or min_quality is not None):
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budgets = {"ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs}
-    budget = None if plan is not None else plans.budget(**budgets)  # type: ignore[arg-type]
-    if budget is None and any(value is not None for value in budgets.values()):
-        raise UsageError("`--plan` already says the ranks", why="a budget beside it would contradict it", hint="give one of the two")
+    budget = _budget(
+        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
+    )  # fmt: skip
     factorize = spectra.factorizer(method, conv_method, settings)
     shard_bytes = bytes_of(max_shard_size)
     place = device_of(device)
@@ -104,18 +103,21 @@ def decompose(
     if not next(loaded.module.parameters()).is_meta:
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
-    asked = str(budget or f"--plan {plan}")
+    asked = f"{budget}, {allocation}" if budget else f"--plan {plan}"
+
+    def ranks() -> dict[str, Rank | None]:
+        return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
+
     if dry_run:
-        ranks = given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
-        report = _report(work, ranks, {}, reasons, asked, allocation)
+        report = _report(work, ranks(), {}, reasons, asked)
         report.notes.append("dry run: nothing was written")
         return report
-
     request = {
         "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
         "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
         "method": method, "conv_method": conv_method, "settings": dict(factorize.settings),
-        "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
+        "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
+        "device": place.type, "seed": seed,
     }  # fmt: skip
     output = Path(output_dir) if output_dir is not None else write.default_output(loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
@@ -124,10 +126,9 @@ def decompose(
         else:
             work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
-            ranks = given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
-            cuts = work.factor(ranks)
-            report = _report(work, ranks, cuts, reasons, asked, allocation)
-            pieces, modules = work.edit(ranks)
+            decided = ranks()
+            report = _report(work, decided, work.factor(decided), reasons, asked)
+            pieces, modules = work.edit(decided)
             record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
             report.warnings += write.verify(job.folder, loaded)
             _check_size(report, record)
@@ -136,20 +137,39 @@ def decompose(
     report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
     report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
     if data is not None:
-        from peftc.steps.evaluate import evaluate
-
-        base_model = loaded.source if not isinstance(model, nn.Module | Model) else model
-        quality = evaluate(
-            replace(loaded.source, spec=str(output), allow_code=True), data=data, task=task, against=base_model,
-            num_samples=num_samples, batch_size=batch_size, image_size=image_size, max_length=max_length,
-            max_drop=max_drop, min_quality=min_quality, device=device, seed=seed,
+        against = model if isinstance(model, nn.Module | Model) else loaded.source
+        _add_quality(
+            report, loaded.source, data=data, against=against, task=task, num_samples=num_samples,
+            batch_size=batch_size, image_size=image_size, max_length=max_length, max_drop=max_drop,
+            min_quality=min_quality, device=device, seed=seed,
         )  # fmt: skip
-        report.data["quality"] = quality.data
-        report.tables += quality.tables
-        report.notes += quality.notes
-        report.warnings += quality.warnings
-        report.gates += quality.gates
     return report
+
+
+def _budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
+    """Return the budget, or None where a plan says the ranks; refuse both at once."""
+    if plan is None:
+        return plans.budget(**asked)
+    given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"`--plan` and {given[0]} contradict each other",
+            why="a plan already says the ranks",
+            hint="give one of them",
+        )
+    return None
+
+
+def _add_quality(report: Report, source: Source, **options: Any) -> None:
+    """Evaluate what was written against what it was made from, and add what came of it."""
+    from peftc.steps.evaluate import evaluate
+
+    quality = evaluate(replace(source, spec=str(report.artifact), allow_code=True), **options)
+    report.data["quality"] = quality.data
+    report.tables += quality.tables
+    report.notes += quality.notes
+    report.warnings += quality.warnings
+    report.gates += quality.gates
 
 
 def eligible(
@@ -186,8 +206,8 @@ def bytes_of(text: str | int, option: str = "--max-shard-size") -> int:
 
 
 def _report(
-    work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str],
-    asked: str, allocation: str,
+    work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
+    reasons: Mapping[str, str], asked: str,
 ) -> Report:  # fmt: skip
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
@@ -208,11 +228,15 @@ def _report(
     report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
     report.tables += [_modules_table(rows), _dense_table(rows, reasons), _size_table(size)]
     report.notes += [
-        f"{factored} of {len(targets)} eligible modules factored ({asked}{', ' + allocation if '--r' in asked or '--t' in asked else ''}); "
-        f"kept {percent(achieved['eligible'])} of their weights, {percent(achieved['model'])} of the model's parameters",
+        f"{factored} of {len(targets)} eligible modules factored ({asked}); kept {percent(achieved['eligible'])} of "
+        f"their weights, {percent(achieved['model'])} of the model's parameters",
         *work.model.notes,
     ]
-    tied = [f"`{name}` with {', '.join(f'`{a}`' for a in t.aliases)}" for name, t in targets.items() if t.aliases and ranks[name]]
+    tied = [
+        f"`{name}` with {', '.join(f'`{a}`' for a in t.aliases)}"
+        for name, t in targets.items()
+        if t.aliases and ranks[name]
+    ]
     if tied:
         report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
     if not factored:
@@ -244,7 +268,17 @@ def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         errors = [row["error"] for row in some if row["error"] is not None]
         error = "" if not errors else _span([f"{e:.3f}" for e in sorted(errors)])
         ranks = _span([_rank_text(row["rank"]) for row in sorted(some, key=lambda row: row["parameters_after"])])
-        lines.append([kind, len(some), " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes", some[0]["form"], ranks, percent(kept), error])
+        lines.append(
+            [
+                kind,
+                len(some),
+                " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes",
+                some[0]["form"],
+                ranks,
+                percent(kept),
+                error,
+            ]
+        )
     return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "error"], lines)
 
 

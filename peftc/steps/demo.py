@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,22 @@ def demo(*, output_dir: str | Path | None = None, seed: int = 0, device: str = "
     Raises:
         SourceError: a folder of the demo's is already there and holds something else.
     """
-    folder = Path(output_dir or "peftc-demo")
+    with _one_thread():
+        return _demo(Path(output_dir or "peftc-demo"), seed, device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep to one thread: so small a network gains little from a second, and on busy cores two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(folder: Path, seed: int, device: str) -> Report:
     dense = folder / f"dense-seed-{seed}"
     report = Report("demo", data={"stages": []})
     if (dense / "model.safetensors").is_file():

@@ -1,4 +1,4 @@
-"""Carry out a plan on a loaded model: spectra, ranks, factors and surgery, with every finished part kept for a resume."""
+"""Carry out a plan on a loaded model: spectra, ranks, factors, surgery; finished parts are kept for a resume."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Factoring:
             self.targets[name] = replace(target, positions=runs)
         return Whole(total, work.macs)
 
-    def decide(self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None) -> dict[str, Rank | None]:
+    def decide(
+        self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None
+    ) -> dict[str, Rank | None]:
         """Return the rank of each eligible module under a budget; spectra that are ``known`` are not computed again."""
         whole = self.whole
         if not spectra.needs_spectra(budget, allocation):
@@ -92,7 +94,9 @@ class Factoring:
                 note = {"rung": solution.rung, "exact": solution.exact, "climbed": found.climbed}
                 write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
         read = _read(part)
-        found.resume(Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"]), note["climbed"])
+        found.resume(
+            Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"]), note["climbed"]
+        )
         return found
 
     def _part(self, target: Target, kind: str) -> Path:
@@ -116,7 +120,11 @@ class Factoring:
     def _factor(self, target: Target, rank: Rank, part: Path) -> dict[str, Any]:
         kept_basis = self._part(target, "spectrum").is_file()
         with _named(target.name):
-            found = self.spectrum(target) if kept_basis else self.factorize(spectra.weight_of(self.model, target, self.device), target)
+            found = (
+                self.spectrum(target)
+                if kept_basis
+                else self.factorize(spectra.weight_of(self.model, target, self.device), target)
+            )
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
         dense = self.model.module.get_submodule(target.name).weight
         named = lowrank.tensors(cut.factors, target.shape, target.form)
@@ -129,7 +137,7 @@ class Factoring:
         return note
 
     def edit(self, ranks: Mapping[str, Rank | None]) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
-        """Put the kept factors into the network; return every tensor to be stored, and the manifest's module entries."""
+        """Put the kept factors into the network; return all tensors to be stored and the manifest's module entries."""
         network = self.model.module
         pieces = write.pieces_of(self.model)
         modules = dict(self.model.manifest.modules) if self.model.manifest else {}
@@ -171,12 +179,14 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError as error:
-        raise MethodError(f"cannot decompose `{name}`", why=str(error), hint=f"leave it dense: `--skip {name}`") from error
+        raise MethodError(
+            f"cannot decompose `{name}`", why=str(error), hint=f"leave it dense: `--skip {name}`"
+        ) from error
 
 
 def _read(part: Path) -> dict[str, Tensor]:
     with safe_open(part, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
 def kind_of_module(name: str) -> str:

@@ -11,7 +11,9 @@ from peftc.errors import UsageError
 from peftc.steps.factoring import grouped
 
 
-def draw_spectra(values: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def draw_spectra(
+    values: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, Any]], path: Path, title: str
+) -> None:
     """Draw one small multiple per module kind: normalised singular values against the share of the full rank.
 
     Args:
@@ -34,18 +36,26 @@ def draw_spectra(values: Mapping[str, Sequence[float]], rows: Sequence[Mapping[s
     lines = math.ceil(len(kinds) / columns)
     with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(3.1 * columns, 2.5 * lines + 0.6), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        grid: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (kind, names) in zip(grid.flat, kinds.items(), strict=False):
             _draw_kind(axes, kind, names, values, figures)
         for axes in list(grid.flat)[len(kinds) :]:
             axes.set_visible(False)
-        figure.suptitle(f"{title}: singular values by module kind (dark = early, bright = late; dots: 90 % and 99 % energy)")
+        figure.suptitle(
+            f"{title}: singular values by module kind (dark = early, bright = late; dots: 90 % and 99 % energy)"
+        )
         figure.supxlabel("share of the full rank")
         figure.supylabel("singular value / largest")
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _draw_kind(axes: Any, kind: str, names: Sequence[str], values: Mapping[str, Sequence[float]], figures: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_kind(
+    axes: Any,
+    kind: str,
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    figures: Mapping[str, Mapping[str, Any]],
+) -> None:
     from matplotlib import colormaps
 
     for at, name in enumerate(names):
@@ -62,7 +72,16 @@ def _draw_kind(axes: Any, kind: str, names: Sequence[str], values: Mapping[str, 
     limit = row["break_even_rank"] / row["max_rank"]
     if limit < 1:
         axes.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate("break-even", (limit, 0.97), fontsize=6, color="0.4", ha="right", va="top", rotation=90, xycoords=("data", "axes fraction"))
+        axes.annotate(
+            "break-even",
+            (limit, 0.97),
+            fontsize=6,
+            color="0.4",
+            ha="right",
+            va="top",
+            rotation=90,
+            xycoords=("data", "axes fraction"),
+        )
     short = kind if len(kind) <= 34 else f"...{kind[-31:]}"
     axes.set_title(f"{short}  ({len(names)}x, {'x'.join(map(str, row['shape']))})", fontsize=7.5)
     axes.set_yscale("log")

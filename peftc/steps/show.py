@@ -32,9 +32,10 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     tensors = artifact.tensor_table(folder, record)
     lines = command_lines(record)
     report = Report("show", {"manifest": vars(record), "commands": lines, "tensors": len(tensors)}, artifact=folder)
-    report.tables.append(Table("commands that rebuild it", ["command"], [[line] for line in lines]))
     if commands:
+        report.lines = lines
         return report
+    report.notes += [f"rebuilt by: {line}" for line in lines]
     base = record.base
     facts = [
         ["id", record.id[:16]],
@@ -47,10 +48,15 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     ]
     report.tables.insert(0, Table(str(folder), ["", ""], [fact for fact in facts if fact[1]]))
     if record.modules:
-        rows = [[name, edit["form"], "x".join(map(str, edit["rank"])) if isinstance(edit["rank"], list) else edit["rank"]]
-                for name, edit in record.modules.items()]  # fmt: skip
+        rows = [[name, edit["form"], str(edit["rank"]).strip("[]").replace(", ", "x")]
+                for name, edit in sorted(record.modules.items(), key=lambda item: _natural(item[0]))]  # fmt: skip
         report.tables.insert(1, Table("factored modules", ["module", "form", "rank"], rows))
     return report
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts ``layers.10`` after ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def command_lines(record: Manifest) -> list[str]:
@@ -60,7 +66,14 @@ def command_lines(record: Manifest) -> list[str]:
     lines = []
     for number, step in enumerate(record.steps, 1):
         request = step["request"]
-        words = ["peftc", request["command"], *model, *_request_options(request), "-o", f"{number:02d}-{request['command']}"]
+        words = [
+            "peftc",
+            request["command"],
+            *model,
+            *_request_options(request),
+            "-o",
+            f"{number:02d}-{request['command']}",
+        ]
         lines.append(shlex.join(words))
         model = [f"{number:02d}-{request['command']}"]
     return lines

@@ -28,6 +28,7 @@ class Losses(Protocol):
     def losses(self) -> Tensor:
         """Return squared errors by rank."""
 
+
 FINITE_BLOCK = 1 << 22
 
 
@@ -78,7 +79,9 @@ def refuse_non_finite(model: Model) -> None:
     Raises:
         WeightError: naming every such tensor.
     """
-    bad = [name for name, tensor in model.module.state_dict().items() if tensor.is_floating_point() and not _finite(tensor)]
+    bad = [
+        name for name, tensor in model.module.state_dict().items() if tensor.is_floating_point() and not _finite(tensor)
+    ]
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise WeightError(
@@ -123,7 +126,9 @@ def decide(
         if budget.kind == "ratio":
             return _uniform(targets, Fraction(budget.amount))
         return _uniform_within(targets, limit, unit)
-    curves = {name: curve(target, spectra(target), unit, relative=allocation == "energy") for name, target in targets.items()}
+    curves = {
+        name: curve(target, spectra(target), unit, relative=allocation == "energy") for name, target in targets.items()
+    }
     return allocate.spend(curves, limit, foresee_dense=allocation == "convex")
 
 
@@ -176,7 +181,9 @@ def _uniform_within(targets: Mapping[str, Target], limit: int, unit: str) -> dic
     low, high = 1, 1_000_000
     if cost(_uniform(targets, Fraction(low, high))) > limit:
         smallest = cost(_uniform(targets, Fraction(low, high)))
-        raise PlanError(f"the budget leaves {limit:,} for the eligible modules", why=f"rank 1 in each takes {smallest:,}")
+        raise PlanError(
+            f"the budget leaves {limit:,} for the eligible modules", why=f"rank 1 in each takes {smallest:,}"
+        )
     if cost(_uniform(targets, Fraction(1))) <= limit:
         return _uniform(targets, Fraction(1))
     while high - low > 1:
@@ -213,7 +220,9 @@ def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool) -> Cur
     useful = [at for at, cost in enumerate(costs) if cost < dense]
     following = len(ranks) + 1
     next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
-    return Curve([ranks[at] for at in useful], [costs[at] for at in useful], [kept[at] for at in useful], dense, next_loss)
+    return Curve(
+        [ranks[at] for at in useful], [costs[at] for at in useful], [kept[at] for at in useful], dense, next_loss
+    )
 
 
 def _pareto(target: Target, losses: Tensor, unit: str) -> list[Rank]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +70,7 @@ def save_part(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]
         for part in pieces.values():
             for block in part.blocks():
                 file.write(block)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -93,7 +92,7 @@ def base_record(model: Model) -> dict[str, Any]:
         if changed:
             raise ArtifactError(
                 f"`{model.folder}` was changed after it was written",
-                why=f"the bytes of {', '.join(f'`{name}`' for name in changed)} are not those that its manifest promises",
+                why=f"its manifest promises other bytes in {', '.join(f'`{name}`' for name in changed)}",
                 hint="build it again: `peftc show --commands` prints how",
             )
         return model.base
@@ -113,14 +112,20 @@ def _memory_digest(model: Model) -> str:
     return total.hexdigest()
 
 
-def identity(base: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]], request: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def identity(
+    base: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]], request: Mapping[str, Any], config: Mapping[str, Any]
+) -> str:
     """Return the id of an artifact: digest of its base, by content and not by place, and of every request."""
     content = {key: value for key, value in base.items() if key != "source"}
-    return manifest.digest({"base": content, "config": config, "requests": [step["request"] for step in earlier] + [request]})
+    return manifest.digest(
+        {"base": content, "config": config, "requests": [step["request"] for step in earlier] + [request]}
+    )
 
 
 @contextmanager
-def writing(model: Model, output: Path, request: dict[str, Any], *, overwrite: bool) -> Iterator[tuple[Job, dict[str, Any]]]:
+def writing(
+    model: Model, output: Path, request: dict[str, Any], *, overwrite: bool
+) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Open the output folder for a request on a model; yield the job and the base record."""
     base = base_record(model)
     earlier = model.manifest.steps if model.manifest else []
@@ -194,7 +199,11 @@ def verify(folder: Path, expected: Model) -> list[str]:
 
 
 def _differs(folder: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"the artifact in `{folder}` does not reload as it was written", why=why, hint="this is a bug in peftc: please report it")
+    return ArtifactError(
+        f"the artifact in `{folder}` does not reload as it was written",
+        why=why,
+        hint="this is a bug in peftc: please report it",
+    )
 
 
 def _outputs(model: Model, batch: Any) -> Tensor:
@@ -238,8 +247,10 @@ def already(job: Job, command: str) -> Report:
     """Return the report of a finished folder again."""
     known = job.result().get("report", {})
     return Report(
-        command, known.get("data", {}), job.output, [Table(**table) for table in known.get("tables", [])],
-        [*known.get("notes", []), f"already done: `{job.output}` was written by the same request"], known.get("warnings", []),
+        command, known.get("data", {}), artifact=job.output,
+        tables=[Table(**table) for table in known.get("tables", [])],
+        notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
+        warnings=known.get("warnings", []),
     )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
 """The demo trains once, runs the real steps on what it trained, and shows one table."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from peftc.errors import SourceError
 
@@ -13,15 +11,11 @@ demo_step = pytest.importorskip("peftc.steps.demo", exc_type=ImportError)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A smaller model, a shorter training, the fewest rounds, and one thread: two on busy cores wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller model, a shorter training and the fewest rounds."""
     monkeypatch.setattr(demo_step, "ARGUMENTS", {**demo_step.ARGUMENTS, "embed_dim": 32, "depth": 2})
     monkeypatch.setattr(demo_step, "EPOCHS", 2)
     monkeypatch.setattr(demo_step, "BENCH_ROUNDS", 5)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_chain_runs_and_ends_in_one_table(quick: None, tmp_path: Path) -> None:

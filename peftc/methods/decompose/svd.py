@@ -1,12 +1,14 @@
 """Truncated singular value decomposition: the best rank-r approximation in the Frobenius norm.
 
-Eckart and Young, "The approximation of one matrix by another of lower rank", 1936; PELA (arXiv 2310.10700), papers notes
-section 1.2, for its use and the balanced square-root split. Solved as an eigenproblem of the Gram matrix of the smaller side:
-with W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular values.
+Eckart and Young, "The approximation of one matrix by another of lower rank", 1936; PELA (arXiv 2310.10700), section 1.2
+of the papers notes, for its use and the balanced square-root split. Solved as an eigenproblem of the Gram matrix of the
+smaller side: with W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular
+values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,7 +28,7 @@ def svd(weight: Tensor) -> Spectrum:
     Returns:
         the spectrum; its truncations are within 1e-6 of the optimal squared error.
     """
-    rungs = {
+    rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
         "gram32": partial(_gram, dtype=torch.float32),
         "gram64": partial(_gram, dtype=torch.float64),
         "svd64": _direct,

@@ -59,7 +59,7 @@ class Tucker:
 
 
 def _basis(unfolded: Tensor) -> Tensor:
-    """Return orthonormal columns (n, n), most energy first, largest entry positive, of the left singular vectors of (n, m)."""
+    """Return the left singular vectors (n, n) of (n, m): most energy first, largest entry positive."""
     basis = torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return basis * torch.where(largest < 0, -1.0, 1.0)
