@@ -1,8 +1,8 @@
 """One execution of a writing step: its identity, its working folder, and the one rename that makes the result appear.
 
 ``OUT.partial/`` holds ``job.json`` (whose work it is), ``lock``, ``work/`` (finished parts, for a resume) and
-``artifact/`` (the folder to be). The last act is fsync and a rename of ``artifact/`` to OUT, so OUT never exists
-half-written; after a kill the same request goes on where it stopped.
+``artifact/`` (the folder to be), and for a moment ``replaced/`` (the one that makes room). The last act is fsync and a
+rename of ``artifact/`` to OUT, so OUT never exists half-written; after a kill the same request goes on from there.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftc import artifact, manifest
-from peftc.errors import ArtifactError, OutputError, PeftcError
+from peftc.errors import ArtifactError, OutputError, PeftcError, UsageError
 from peftc.source import MANIFEST
 
 CAUSES = {
@@ -70,6 +70,11 @@ class Job:
         return self.partial / "artifact"
 
     @property
+    def replaced(self) -> Path:
+        """Where the artifact that is being replaced waits until the new one stands."""
+        return self.partial / "replaced"
+
+    @property
     def seconds(self) -> float:
         """Wall-clock seconds since the step began."""
         return time.monotonic() - self.started
@@ -96,12 +101,15 @@ class Job:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         artifact.sync_folder(self.folder)
-        replaced = _replaced(self.output)
-        if self.output.exists():
-            self.output.rename(replaced)
+        if self.output.exists() or self.output.is_symlink():
+            self.output.rename(self.replaced)
         self.folder.rename(self.output)
         artifact.sync_folder(self.output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+    def restore(self) -> None:
+        """Undo a replacement that stopped between its two renames."""
+        if self.replaced.exists() and not self.output.exists():
+            self.replaced.rename(self.output)
 
     def result(self) -> dict[str, Any]:
         """Return what a finished folder's ``result.json`` holds; empty where it is gone."""
@@ -111,10 +119,6 @@ class Job:
             return {}
 
 
-def _replaced(output: Path) -> Path:
-    return output.with_name(output.name + ".replaced")
-
-
 @contextmanager
 def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterator[Job]:
     """Hold the output folder for one request, and leave nothing behind when the request is refused.
@@ -122,14 +126,20 @@ def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterat
     Raises:
         ArtifactError: the folder holds something else, or unfinished work of another request.
         OutputError: it cannot be written, or another run is writing it.
+        UsageError: the path ends in no name of its own.
     """
+    if output.name in ("", ".."):
+        raise UsageError(f"`{output}` names no folder of its own", hint="give it a name: `-o small`")
     job = Job(output, identity)
     with _told(output):
-        _restore(output)
+        _refuse_foreign(job)
+        if job.replaced.exists() and not output.exists():
+            with _locked(job):
+                job.restore()
         if output.exists() or output.is_symlink():
             job.done = _settle(output, identity, overwrite)
         if job.done:
-            shutil.rmtree(job.partial, ignore_errors=True)
+            _sweep(job)
             yield job
             return
         job.partial.mkdir(parents=True, exist_ok=True)
@@ -139,6 +149,7 @@ def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterat
             try:
                 yield job
             except (PeftcError, OSError):
+                job.restore()
                 if fresh:
                     shutil.rmtree(job.partial, ignore_errors=True)
                 raise
@@ -160,10 +171,31 @@ def _told(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _restore(output: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    if _replaced(output).exists() and not output.exists():
-        _replaced(output).rename(output)
+def _owner(job: Job) -> str | None:
+    """Return the id of the request whose work the partial folder holds, or None."""
+    try:
+        return str(json.loads((job.partial / "job.json").read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _refuse_foreign(job: Job) -> None:
+    """Refuse a folder in the place of unfinished work that peftc did not make."""
+    if not job.partial.exists() or _owner(job) is not None:
+        return
+    if {path.name for path in job.partial.iterdir()} - {"lock", "job.json"}:
+        raise ArtifactError(
+            f"`{job.partial}` is in the way",
+            why="it is no unfinished work of peftc, so peftc neither writes into it nor deletes it",
+            hint="write elsewhere with `-o`",
+        )
+
+
+def _sweep(job: Job) -> None:
+    """Remove what a finished request left behind, unless another run works there."""
+    if _owner(job) == job.id:
+        with suppress(OutputError), _locked(job):
+            shutil.rmtree(job.partial, ignore_errors=True)
 
 
 def _settle(output: Path, identity: str, overwrite: bool) -> bool:
@@ -212,23 +244,19 @@ def _locked(job: Job) -> Iterator[None]:
 
 def _claim(job: Job, overwrite: bool) -> bool:
     """Make the partial folder this request's own; return whether it starts from nothing."""
-    note = job.partial / "job.json"
-    try:
-        owner = json.loads(note.read_text(encoding="utf-8")).get("id")
-    except (OSError, ValueError, AttributeError):
-        owner = None
+    owner = _owner(job)
     if owner not in (None, job.id) and not overwrite:
         raise ArtifactError(
             f"`{job.partial}` holds unfinished work of another request",
-            why=f"its id is {str(owner)[:12]}, this request's is {job.id[:12]}",
+            why=f"its id is {owner[:12]}, this request's is {job.id[:12]}",
             hint=f"finish that request, or drop its work with `--overwrite` (or `rm -r {job.partial}`)",
             request=job.id,
         )
     if owner != job.id:
         shutil.rmtree(job.work, ignore_errors=True)
-        shutil.rmtree(job.folder, ignore_errors=True)
-        artifact.write_json(note, {"id": job.id})
-    shutil.rmtree(job.folder, ignore_errors=True)
+        artifact.write_json(job.partial / "job.json", {"id": job.id})
+    for leftover in (job.folder, job.replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     job.work.mkdir(exist_ok=True)
     job.folder.mkdir()
     return bool(owner != job.id)

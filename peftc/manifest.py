@@ -74,7 +74,7 @@ def read(folder: Path) -> Manifest:
         raise ArtifactError(f"cannot read `{path}`", why=str(error)) from None
     if not isinstance(value, dict):
         raise _damaged(path, "it does not hold a JSON object")
-    if value.get("schema_version") != SCHEMA_VERSION:
+    if value.get("schema_version") is True or value.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}",
             hint="open it with the version of peftc that wrote it: `pip install -U peftc`",
@@ -87,12 +87,33 @@ def read(folder: Path) -> Manifest:
         raise _damaged(path, f"it has unknown fields: {', '.join(unknown)}")
     for name, entry in value["files"].items():
         _check_file_name(path, name)
-        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+        if not _has(entry, {"sha256": str, "bytes": int}):
             raise _damaged(path, f"its entry for file `{name}` has no sha256 and bytes")
+    for step in value["steps"]:
+        request = step.get("request") if isinstance(step, dict) else None
+        if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+            raise _damaged(path, "one of its steps has no request with a command")
+        if not isinstance(request.get("budget") or {}, dict):
+            raise _damaged(path, "one of its steps has a budget that is no map")
     for name, edit in value["modules"].items():
-        if not isinstance(edit, dict) or not {"form", "rank"} <= edit.keys():
+        if not _has(edit, {"form": str}) or not _is_rank(edit.get("rank")):
             raise _damaged(path, f"its entry for module `{name}` has no form and rank")
+    if not _has(value["base"], {"library": str, "architecture": str}):
+        raise _damaged(path, "its base has no library and architecture")
+    if not all(_has(step, {"id": str}) for step in value["steps"]):
+        raise _damaged(path, "one of its steps has no id")
+    if not all(isinstance(name, str) for name in value["tied"].values()):
+        raise _damaged(path, "one of its tied names is no text")
     return Manifest(**value)
+
+
+def _has(entry: Any, fields: dict[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+
+
+def _is_rank(value: Any) -> bool:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(number) is int and number >= 1 for number in numbers)
 
 
 def _check_file_name(path: Path, name: str) -> None:

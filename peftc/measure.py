@@ -77,7 +77,12 @@ def work(model: Model, batch: Any = None) -> Work:
         batch: one sample, as `probe` makes it; None takes `probe`'s own.
     """
     batch = probe(model) if batch is None else batch
-    with _positions(model.module) as positions, _every_product_visible(), FlopCounterMode(display=False) as counter:
+    with (
+        _positions(model.module) as positions,
+        _every_product_visible(),
+        _without_gradients(model.module),
+        FlopCounterMode(display=False) as counter,
+    ):
         outputs(model, batch)
     by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
@@ -116,6 +121,19 @@ def _positions(module: nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """Freeze parameters: the counter puts gradient hooks on any that is handed to a module, and inference has none."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

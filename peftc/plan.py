@@ -87,7 +87,7 @@ class Target:
         form: how its weight is seen as a matrix.
         shape: of the weight.
         aliases: other modules that share the weight.
-        positions: how often the weight is applied to one sample.
+        uses: how the weight is applied to one sample, by this module and its aliases: (form, positions) each.
         stride: of a convolution.
     """
 
@@ -95,7 +95,7 @@ class Target:
     form: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
-    positions: int = 1
+    uses: tuple[tuple[str, int], ...] = ()
     stride: tuple[int, int] = (1, 1)
 
     @property
@@ -106,7 +106,7 @@ class Target:
     def cost(self, rank: Rank | None, unit: str) -> int:
         """Return the entries, or with unit ``macs`` the multiply-adds, at ``rank``; None is dense."""
         if unit == "macs":
-            return allocate.macs(self.shape, self.form, rank, self.positions, self.stride)
+            return sum(allocate.macs(self.shape, form, rank, positions, self.stride) for form, positions in self.uses)
         return allocate.entries(self.shape, self.form, rank)
 
 
@@ -146,7 +146,7 @@ def read(path: Path) -> Plan:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(
             f"cannot read the plan `{path}`",
             why=str(error),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,27 @@ def short(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:,.3g} P"
+
+
+DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+AMOUNTS = {**DECIMAL, "B": 10**9}  # 7B parameters
+SIZES = {f"{prefix}{end}": scale for prefix, scale in DECIMAL.items() for end in ("", "B")}
+SIZES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def scaled(text: str, units: dict[str, int]) -> int:
+    """Read a number with a unit, ``100MB`` or ``1.5e9``: the opposite of `short` and `size`.
+
+    Raises:
+        ValueError: it is no such number, or less than 1.
+    """
+    found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE]\+?[0-9]{1,2})?) ?([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in units:
+        raise ValueError("is not a number with a known unit")
+    value = round(float(found[1]) * units[found[2]])
+    if value < 1:
+        raise ValueError("is less than 1")
+    return value
 
 
 def percent(share: float) -> str:

@@ -16,21 +16,14 @@ from typer import Argument, BadParameter, Context, Option
 
 from peftc import config
 from peftc.errors import UsageError
-
-DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-AMOUNTS = {**DECIMAL, "B": 10**9}  # 7B parameters
-SIZES = {f"{prefix}{end}": scale for prefix, scale in DECIMAL.items() for end in ("", "B")}
-SIZES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+from peftc.report import AMOUNTS, SIZES, scaled
 
 
 def _scaled(text: Any, units: dict[str, int], example: str) -> int:
-    found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE]\+?[0-9]{1,2})?) ?([A-Za-z]*)", str(text).strip())
-    if found is None or found[2] not in units:
-        raise BadParameter(f"`{text}` is not a number like {example}")
-    value = round(float(found[1]) * units[found[2]])
-    if value < 1:
-        raise BadParameter(f"`{text}` is less than 1")
-    return value
+    try:
+        return scaled(str(text), units)
+    except ValueError as error:
+        raise BadParameter(f"`{text}` {error}: write it like {example}") from None
 
 
 def amount(text: Any) -> int:
@@ -184,7 +177,7 @@ Ratio = Annotated[
 ]
 Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
 Energy = Annotated[
-    float | None, Option(parser=share, metavar="SHARE", help="share of the squared singular values to keep")
+    str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
 ]
 TargetParams = Annotated[int | None, Option(parser=amount, metavar="N", help="parameters of the whole result, as 22M")]
 TargetMacs = Annotated[
@@ -199,8 +192,8 @@ Allocation = Annotated[
     str,
     Option(
         parser=choice("uniform", "global", "energy", "convex"),
-        metavar="global|uniform",
-        help="one budget for all, or the same share each",
+        metavar="NAME",
+        help="how modules share the budget: uniform, global, energy or convex",
     ),
 ]
 Method = Annotated[str, Option(metavar="NAME", help="how to factor matrices, see `peftc methods`")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from peftc.nn.lowrank import Factors
 TOLERANCE = 1e-6  # accepted excess of the squared error over the optimum, relative to the optimum
 FLOOR = 1e-13  # the same relative to the squared norm: float32 factors cannot be closer than that
 PROBES = 16
+CANCELS = 1e-3  # below this share of the norm, the error is not measured as a difference
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Spectrum:
 
     def resume(self, solution: Solution, climbed: list[str]) -> None:
         """Go on from a solution that was computed before, and from the rungs that failed before it."""
-        for text in climbed:
-            rung, _, why = text.partition(": ")
-            self._fail(rung, why)
+        self.climbed = list(climbed)
+        failed = {text.partition(": ")[0] for text in climbed}
+        self._left = [name for name in self.rungs if name not in failed]
         self._vectors = solution
 
     def truncate(self, rank: int) -> Truncation:
@@ -128,10 +129,10 @@ class Spectrum:
             try:
                 solution = self.rungs[rung](self.weight, vectors)
             except torch.linalg.LinAlgError as error:
-                self._fail(rung, str(error).splitlines()[0])
+                self._fail(rung, (str(error) or "it did not converge").splitlines()[0])
                 continue
             if solution is not None and torch.isfinite(solution.values).all():
-                return solution
+                return replace(solution, rung=rung)
             self._fail(rung, "its precision does not resolve the small singular values")
         raise torch.linalg.LinAlgError("; ".join(self.climbed))
 
@@ -157,7 +158,9 @@ def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ..
     thin, wide = image * scale.to(image.dtype), kept * (root * _signs(kept)).to(kept.dtype)[:, None]
     factors = Factors(thin.to(dtype), wide.to(dtype)) if tall else Factors(wide.T.to(dtype), thin.T.to(dtype))
     tail = max(total - float(sigma2.sum()), 0.0)
-    excess = 0.0 if solution.exact else _excess(matrix, basis, image, solution.values.square(), total)
+    if tail < CANCELS * total:  # the difference of two nearly equal sums: look at the factors themselves
+        tail = _residual(weight, factors)
+    excess = 0.0 if solution.exact else _excess(matrix, basis, image, solution.values.square(), (tail, total))
     return Truncation(factors, (tail / total) ** 0.5 if total else 0.0, excess, solution.rung, climbed)
 
 
@@ -168,6 +171,13 @@ def energy(weight: Tensor) -> float:
         entries = block.double().flatten()
         total += float(entries @ entries)
     return total
+
+
+def _residual(weight: Tensor, factors: Factors) -> float:
+    """Return the squared Frobenius norm of (weight - up @ down), in float64, a block at a time."""
+    rows, down = max(1, (1 << 22) // weight.shape[1]), factors.down.double()
+    pairs = zip(weight.split(rows), factors.up.split(rows), strict=True)
+    return sum(energy(part.double() - up.double() @ down) for part, up in pairs)
 
 
 def _signs(kept: Tensor) -> Tensor:
@@ -187,33 +197,37 @@ def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str
     return Truncation(factors, float(rest / total) if total else 0.0, None, solution.rung, climbed)
 
 
-def _excess(matrix: Tensor, basis: Tensor, image: Tensor, energies: Tensor, total: float) -> float:
+def _excess(matrix: Tensor, basis: Tensor, image: Tensor, energies: Tensor, achieved: tuple[float, float]) -> float:
     """Bound how far the squared error lies above the optimum, relative to it.
 
     With H = V G V^T, G the Gram matrix and V the computed basis, split at the rank: kept block H11, rest H22, coupling
     B. For theta = the smallest kept eigenvalue and rest eigenvalues h_j < theta, the largest possible kept energy is at
     most tr(H11) + sum_j |B_j|^2 / (theta - h_j): by a Schur complement, H11 + B^T (theta - H22)^-1 B dominates H.
     Where h_j is within rounding of theta, the nuclear norm of those rows of B bounds their share instead. The row norms
-    of B are estimated with 16 Gaussian probes, and the bound is doubled.
+    of B are estimated with 16 Gaussian probes; with them, too, what a basis adds that is orthonormal only within
+    rounding: |image D|^2 for V^T V = I + D. The sum is doubled; the optimum is at least the error achieved less that.
 
     Args:
         matrix: (m, n); basis: (k, n) orthonormal rows; image: (m, rank) = matrix @ basis[:rank]^T.
         energies: (k,) squared singular values.
-        total: squared Frobenius norm.
+        achieved: squared error of the factors, and squared Frobenius norm of the matrix.
     """
+    tail, total = achieved
     rank = image.shape[1]
-    rest = basis[rank:]
+    kept, rest = basis[:rank], basis[rank:]
     if not len(rest) or not total:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(rank, PROBES, generator=generator, dtype=torch.float32).to(image)
-    coupling = rest @ (matrix.to(image.dtype).T @ (image @ probes))  # (k - rank, probes)
-    rows = coupling.double().square().mean(dim=1)
+    unit = float(energies[0]) ** 0.5  # keeps products of two entries within float32, whatever the weight's size
+    coupling = rest @ (matrix.to(image.dtype).T @ (image / unit @ probes))  # (k - rank, probes)
+    rows = coupling.double().square().mean(dim=1) * unit**2
+    defect = image.double() @ (kept @ (kept.T @ probes) - probes).double()  # (m, probes)
     gaps = energies[rank - 1] - energies[rank:]
     resolution = 8 * torch.finfo(basis.dtype).eps * float(energies[0]) * len(energies) ** 0.5
     far = gaps > resolution
     bound = float((rows[far] / gaps[far]).sum()) + float((~far).sum() * rows[~far].sum()) ** 0.5
-    optimum = float(energies[rank:].sum())
-    if 2 * bound <= FLOOR * total:
+    bound = 2 * (bound + float(defect.square().sum()) / PROBES)
+    if bound <= FLOOR * total:
         return 0.0
-    return 2 * bound / optimum if optimum > 0 else float("inf")
+    return bound / (tail - bound) if tail > bound else float("inf")

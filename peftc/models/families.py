@@ -41,6 +41,11 @@ FAMILIES = (
     Family("timm", "swin*", {"attn.proj": "PELA leaves Swin's attention projection dense"}),
     Family("transformers", "swin*", {"attention.output.dense": "PELA leaves Swin's attention projection dense"}),
     Family("transformers", "*", {"pooler": "pooler"}),
+    Family(
+        "transformers",
+        "*t5*",
+        {"wo": "its parent reads the weight at every call, which would multiply the factors out"},
+    ),
     Family("transformers", "*clip*", {"*_projection": "contrastive projection"}),
     Family(
         "transformers",

@@ -51,7 +51,7 @@ def probe(
     dtype = surgery.uniform_dtype(model.module) or torch.float32
     generator = torch.Generator().manual_seed(seed)
     kind = model.kind
-    length = max_length or 32
+    length = max_length or min(32, _positions(model))
 
     def images() -> Tensor:
         shape = _image_shape(model, image_size)
@@ -86,13 +86,26 @@ def probe(
     return inputs
 
 
+def _positions(model: Model) -> int:
+    """Return how many tokens the network takes at most, as far as its config says."""
+    config: Any = getattr(model.module, "config", None)
+    config = getattr(config, "text_config", config)
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
+    limits = [int(limit) - 2 for limit in known if isinstance(limit, int) and limit > 2]  # RoBERTa's start at 2
+    return min(limits, default=32)
+
+
 def _image_shape(model: Model, image_size: int | None) -> tuple[int, int, int]:
     size = model.preprocess.get("input_size")
     conv = next((m for m in model.module.modules() if isinstance(m, nn.Conv2d)), None)
     channels = size[0] if size else conv.in_channels if conv is not None else 3
     if image_size is not None:
         return channels, image_size, image_size
-    return (channels, size[1], size[2]) if size else (channels, 224, 224)
+    if not size:
+        config: Any = getattr(model.module, "config", None)
+        side = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        size = (channels, side, side) if isinstance(side, int) else (channels, *side)
+    return channels, int(size[1]), int(size[2])
 
 
 def _vocabulary(model: Model) -> int:

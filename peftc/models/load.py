@@ -5,6 +5,7 @@ Nothing is copied: a loaded parameter is a window on its file. Loading is strict
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from torch import nn
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import build, weights
+from peftc.models.base import Base
 from peftc.models.inputs import kind_of, outputs, probe
 from peftc.nn import surgery
 from peftc.source import Located, Source, locate
@@ -103,6 +105,7 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     )  # fmt: skip
     if weights and base.weights is not None:
         found = build.fill(base)
+        loaded.module, loaded.notes = base.module, list(base.notes)  # transformers' own loader makes another network
         loaded.infos = {name: base.weights.infos[there] for name, there in found.items() if there in base.weights.infos}
         loaded.files = base.weights.files
     loaded.module.eval()
@@ -122,6 +125,16 @@ def load_module(model: str | Path | Source | nn.Module | Model, *, allow_code: b
     return load(replace(source, allow_code=source.allow_code or allow_code)).module
 
 
+def refuse_unbuildable(model: Model) -> None:
+    """Refuse a live network that could not be built again from what an artifact would keep.
+
+    Raises:
+        SourceError: with what to do instead.
+    """
+    base = Base(model.module, model.library, model.name, model.base, model.config)
+    build.refuse_unbuildable(base)
+
+
 def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     known = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
     for key in changes:
@@ -129,13 +142,18 @@ def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[
             raise UsageError(f"unknown setting `{key}` for `--preprocess`", why=f"it takes {', '.join(known)}")
     merged = {**preprocess, **changes}
     channels = (merged.get("input_size") or [3])[0]
-    for key in ("mean", "std"):
-        if isinstance(merged.get(key), int | float):
-            merged[key] = [float(merged[key])] * channels
-        elif key in merged:
-            merged[key] = [float(value) for value in merged[key]]
-    if "input_size" in merged:
-        merged["input_size"] = [int(side) for side in merged["input_size"]]
+    try:
+        for key in ("mean", "std"):
+            if isinstance(merged.get(key), int | float):
+                merged[key] = [float(merged[key])] * channels
+            elif key in merged:
+                merged[key] = [float(value) for value in merged[key]]
+        if "input_size" in merged:
+            merged["input_size"] = [int(side) for side in merged["input_size"]]
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"`{key}` of `--preprocess` is {merged[key]!r}", why="it takes numbers, as `mean=0.5`"
+        ) from None
     return merged
 
 
@@ -167,12 +185,20 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
     return loaded
 
 
+def detached(module: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares its tensors, so that moving or editing it leaves the original alone."""
+    memo: dict[int, Any] = {id(buffer): buffer.detach() for buffer in module.buffers()}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)
+
+
 def _live(module: nn.Module) -> Model:
-    base = build.from_live(module)
+    base = build.from_live(detached(module))
     source = Source(f"a live {type(module).__name__}")
     return Model(
-        module=module.eval(), source=source, library=base.library, config=base.config, base=base.record, name=base.name,
-        preprocess=base.preprocess, labels=base.labels,
+        module=base.module.eval(), source=source, library=base.library, config=base.config, base=base.record,
+        name=base.name, preprocess=base.preprocess, labels=base.labels,
     )  # fmt: skip
 
 

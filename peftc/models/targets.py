@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from peftc.errors import UsageError
 from peftc.models import families
-from peftc.nn import lowrank
+from peftc.nn import lowrank, surgery
 from peftc.plan import Target
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def targets(
             reasons[name] = defaults[name]
         elif id(module.weight) in taken:
             continue
+        elif bound := _bound(model.module, name, module, skip):
+            reasons[name] = bound
         else:
             found[name] = _target(model.module, name, module, conv_method)
             taken[id(module.weight)] = name
@@ -110,6 +112,20 @@ def _target(network: nn.Module, name: str, module: Any, conv_method: str) -> Tar
     return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same), stride=stride)
 
 
+def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> str | None:
+    """Return why a weight that others share has to stay dense, or None."""
+    for alias in surgery.stored_names(network).get(f"{name}.weight", [])[1:]:
+        other = alias.removesuffix(".weight")
+        owner = network.get_submodule(alias.rpartition(".")[0])
+        if not (alias.endswith(".weight") and _kind(owner)):
+            return f"its weight is also `{alias}`"
+        if any(families.matches(other, pattern) for pattern in skip):
+            return f"it shares its weight with `{other}`, which is skipped as asked"
+        if why := _impossible(network, other, owner):
+            return f"it shares its weight with `{other}`: {why}"
+    return None
+
+
 def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
     """Return why a module cannot be factored at all, or None."""
     path = name.split(".")
@@ -118,6 +134,8 @@ def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
         return "already factored"
     if any(isinstance(parent, READS_WEIGHTS) for parent in parents[-1:]):
         return f"its parent `{type(parents[-1]).__name__}` reads the weight directly"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "it has no weight before its first call"
     if isinstance(module, nn.Conv1d | nn.Conv3d):
         return f"no method here factors a {type(module).__name__}"
     if isinstance(module, nn.Conv2d) and module.groups > 1:

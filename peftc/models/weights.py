@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,13 +75,15 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise WeightError(
             f"`{path}` holds more than tensors",
-            why=str(error).splitlines()[0],
+            why=f"it asks for `{found[1]}`" if found else "it is a pickle of objects",
             hint="peftc runs no pickled code: save the plain `state_dict()` and name that file",
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise WeightError(f"cannot read `{path}`", why=str(error).splitlines()[0]) from None
+    except (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError) as error:
+        why = f"it is no checkpoint of torch, or damaged ({type(error).__name__})"
+        raise WeightError(f"cannot read `{path}`", why=why) from None
     for _ in range(4):  # checkpoints nest: {"state_dict": {"module.conv.weight": ...}}
         inner = next(
             (value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)), None
@@ -88,7 +91,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         if inner is None:
             break
         value = inner
-    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()) or not value:
+    sound = isinstance(value, dict) and all(isinstance(t, Tensor) and isinstance(n, str) for n, t in value.items())
+    if not sound or not value:
         raise WeightError(f"`{path}` holds no state dict", why="it is not a map from names to tensors")
     while all(name.startswith("module.") for name in value):
         value = {name.removeprefix("module."): tensor for name, tensor in value.items()}

@@ -128,9 +128,10 @@ def build(module: Any, form: str, rank: Any) -> nn.Module:
 
 
 def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv2d:
-    make = type(conv)  # timm's Conv2dSame pads by its own rule; the k x k part has to keep it
+    # timm's Conv2dSame pads by its own rule, which the k x k part has to keep; it takes no padding mode
+    make: Any = type(conv) if type(conv).__name__ == "Conv2dSame" else nn.Conv2d
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    padding, mode = conv.padding, {"padding_mode": conv.padding_mode}
+    padding, mode = conv.padding, {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
     ph, pw = (padding, padding) if isinstance(padding, str) else padding
     if form == "channel":
         down = make(conv.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)

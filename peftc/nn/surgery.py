@@ -23,14 +23,21 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
     """Replace the modules named in ``edits`` (name -> form and rank) by low-rank ones on the meta device.
 
     Raises:
-        ArtifactError: a name is not in the network.
+        ArtifactError: a name is not in the network, or its module does not fit the edit.
     """
     for name, edit in edits.items():
         try:
             old = network.get_submodule(name)
         except AttributeError:
             raise ArtifactError(f"the artifact factors `{name}`, which its base network does not have") from None
-        replace(network, old, lowrank.build(old, edit["form"], rank_of(edit)))
+        try:
+            new = lowrank.build(old, edit["form"], rank_of(edit))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"the artifact factors `{name}` as `{edit['form']}` at rank {edit['rank']}",
+                why=f"in its base network that is a {type(old).__name__}: {error}",
+            ) from error
+        replace(network, old, new)
 
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -50,15 +57,27 @@ def place(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> N
 
 
 def tie(network: nn.Module, tied: Mapping[str, str]) -> None:
-    """Make each alias in ``tied`` the same parameter as the name that it points to."""
+    """Make each alias in ``tied`` the same parameter as the name that it points to.
+
+    Raises:
+        ArtifactError: the network lacks one of the two.
+    """
     for alias, name in tied.items():
-        owner, leaf = _owner(network, alias)
-        owner._parameters[leaf] = network.get_parameter(name)
+        try:
+            owner, leaf = _owner(network, alias)
+            owner._parameters[leaf] = network.get_parameter(name)
+        except AttributeError:
+            raise ArtifactError(f"the artifact ties `{alias}` to `{name}`, which its base network lacks") from None
 
 
 def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return network.get_submodule(path), leaf
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer by name; a module's extra state that is no tensor is left out."""
+    return {name: value for name, value in network.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
 def stored_names(network: nn.Module) -> dict[str, list[str]]:
@@ -67,9 +86,8 @@ def stored_names(network: nn.Module) -> dict[str, list[str]]:
     Parameters and persistent buffers; tied or shared ones appear once.
     """
     groups: dict[int, list[str]] = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            groups.setdefault(id(tensor), []).append(name)
+    for name, tensor in tensors_of(network).items():
+        groups.setdefault(id(tensor), []).append(name)
     return {names[0]: names for names in groups.values()}
 
 
@@ -164,5 +182,5 @@ def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
 
 def uniform_dtype(network: nn.Module) -> torch.dtype | None:
     """Return the one dtype of all floating parameters and buffers, or None where they differ."""
-    dtypes = {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in tensors_of(network).values() if tensor.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None

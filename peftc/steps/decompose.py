@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,10 +15,10 @@ from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError, one_of
 from peftc.manifest import Manifest
-from peftc.models.load import Model, device_of, load
+from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
-from peftc.report import Report, Table, count, percent, short
+from peftc.report import SIZES, Report, Table, count, percent, scaled, short
 from peftc.report import size as bytes_text
 from peftc.source import Source
 from peftc.steps import spectra, write
@@ -89,13 +87,15 @@ def decompose(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
     factorize = spectra.factorizer(method, conv_method, settings)
-    shard_bytes = bytes_of(max_shard_size)
+    shard_bytes = _shard_bytes(max_shard_size)
     place = device_of(device)
 
     by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
     loaded = load(model, weights=not (dry_run and by_shape))
-    if isinstance(model, nn.Module):
-        loaded = replace(loaded, module=copy.deepcopy(loaded.module))
+    if isinstance(model, Model):
+        loaded = replace(loaded, module=detached(loaded.module))
+    if isinstance(model, nn.Module) and not dry_run:
+        refuse_unbuildable(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
     if given is not None:
@@ -119,7 +119,7 @@ def decompose(
         "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
         "device": place.type, "seed": seed,
     }  # fmt: skip
-    output = Path(output_dir) if output_dir is not None else write.default_output(loaded, "decompose")
+    output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
             report = write.already(job, "decompose")
@@ -192,17 +192,11 @@ def eligible(
     return targets, reasons
 
 
-def bytes_of(text: str | int, option: str = "--max-shard-size") -> int:
-    """Return a number of bytes from ``5GB``, ``300MB`` or a plain number.
-
-    Raises:
-        UsageError: it is neither, or less than one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", str(text).strip())
-    value = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if value < 1:
-        raise UsageError(f"`{option} {text}` is no size", hint=f"write it as `{option} 5GB`")
-    return int(value)
+def _shard_bytes(text: str | int) -> int:
+    try:
+        return scaled(str(text), SIZES)
+    except ValueError as error:
+        raise UsageError(f"`--max-shard-size {text}` {error}", hint="write it as `--max-shard-size 5GB`") from None
 
 
 def _report(

@@ -55,11 +55,11 @@ class Factoring:
         total = measure.parameters(self.model.module)
         try:
             work = measure.work(write.one_dtype(self.model))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, PeftcError):
+        except (PeftcError, *write.DOES_NOT_RUN):
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
-            runs = sum(work.positions.get(each, 0) for each in (name, *target.aliases))
-            self.targets[name] = replace(target, positions=runs)
+            uses = [(self._form(each, name), work.positions.get(each, 0)) for each in (name, *target.aliases)]
+            self.targets[name] = replace(target, uses=tuple(uses))
         return Whole(total, work.macs)
 
     def decide(
@@ -91,7 +91,7 @@ class Factoring:
             if note is None:
                 solution = found.solution
                 basis = {"values": solution.values, "up": solution.up, "down": solution.down}
-                note = {"rung": solution.rung, "exact": solution.exact, "climbed": found.climbed}
+                note = {"rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed)}
                 write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
         read = _read(part)
         found.resume(
@@ -169,8 +169,8 @@ class Factoring:
 def _stored_error(dense: Tensor, named: dict[str, Tensor], target: Target) -> float:
     """Return the relative error of factors as stored, after rounding to half precision."""
     product = lowrank.dense_weight({key: tensor.float() for key, tensor in named.items()}, target.shape, target.form)
-    total = torch.linalg.vector_norm(dense, dtype=torch.float32)
-    return float(torch.linalg.vector_norm(dense.float() - product) / total) if total else 0.0
+    total = torch.linalg.vector_norm(dense.detach(), dtype=torch.float32)
+    return float(torch.linalg.vector_norm(dense.detach().float() - product) / total) if total else 0.0
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from peftc.report import Report, Table, count, size
 
 if TYPE_CHECKING:
     from peftc.source import Source
+
+DEFAULT_SHARD = 5_000_000_000
 
 
 def show(model: str | Path | Source, *, commands: bool = False) -> Report:
@@ -66,16 +69,12 @@ def command_lines(record: Manifest) -> list[str]:
     lines = []
     for number, step in enumerate(record.steps, 1):
         request = step["request"]
-        words = [
-            "peftc",
-            request["command"],
-            *model,
-            *_request_options(request),
-            "-o",
-            f"{number:02d}-{request['command']}",
-        ]
-        lines.append(shlex.join(words))
-        model = [f"{number:02d}-{request['command']}"]
+        name = f"{number:02d}-{request['command']}"
+        if request.get("plan"):
+            lines.append(f"cat >{name}.json <<'PLAN'\n{json.dumps(request['plan'])}\nPLAN")
+            model += ["--plan", f"{name}.json"]
+        lines.append(shlex.join(["peftc", request["command"], *model, *_request_options(request), "-o", name]))
+        model = [name, *(["--allow-code"] if record.base["library"] == "python" else [])]
     return lines
 
 
@@ -88,7 +87,7 @@ def _source_options(source: dict[str, Any]) -> list[str]:
         for name, value in source.get(key, {}).items():
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words += [f"--{key.replace('_', '-')}", f"{name}={text}"]
-    return words
+    return [*words, *(["--trust-remote-code"] if source.get("trust_remote_code") else [])]
 
 
 def _request_options(request: dict[str, Any]) -> list[str]:
@@ -96,8 +95,8 @@ def _request_options(request: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for kind, amount in (request.get("budget") or {}).items():
         words += [f"--{kind}", str(amount)]
-    if request.get("plan"):
-        words += ["--plan", "plan.json"]
+    if request.get("max_shard_bytes", DEFAULT_SHARD) != DEFAULT_SHARD:
+        words += ["--max-shard-size", str(request["max_shard_bytes"])]
     for key in ("allocation", "method", "conv_method", "device", "seed"):
         if request.get(key) is not None:
             words += [f"--{key.replace('_', '-')}", str(request[key])]

@@ -80,7 +80,9 @@ def refuse_non_finite(model: Model) -> None:
         WeightError: naming every such tensor.
     """
     bad = [
-        name for name, tensor in model.module.state_dict().items() if tensor.is_floating_point() and not _finite(tensor)
+        name
+        for name, tensor in surgery.tensors_of(model.module).items()
+        if tensor.is_floating_point() and not _finite(tensor)
     ]
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftc import __version__, artifact, manifest
 from peftc.artifact import Piece
-from peftc.errors import ArtifactError, SourceError, WeightError
+from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
 from peftc.header import encode_header, read_header
 from peftc.job import Job, execution
 from peftc.manifest import Manifest
@@ -35,6 +35,8 @@ DTYPE_NAMES = {
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 NOT_COMPANIONS = ("config.json", "peftc.json", artifact.RESULT, "data_config.json")
 LOCK = "this folder holds low-rank factors: load it with peftc.load"
+# what a network may raise on an input that was made up for it
+DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 
 
@@ -181,15 +183,19 @@ def verify(folder: Path, expected: Model) -> list[str]:
     """
     source = Source(str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code)
     written = models.load(source)
-    theirs = written.module.state_dict()
-    for name, tensor in expected.module.state_dict().items():
+    theirs = surgery.tensors_of(written.module)
+    for name, tensor in surgery.tensors_of(expected.module).items():
         if not torch.equal(tensor.cpu(), theirs[name]):
             raise _differs(folder, f"tensor `{name}` is not what was written")
     try:
         batch = models.probe(expected)
-    except SourceError as error:
-        return [f"outputs were not compared, only tensors: {error.what}"]
-    before, after = _outputs(expected, batch), _outputs(written, batch)
+        before = _outputs(expected, batch)
+    except (PeftcError, *DOES_NOT_RUN) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return [
+            f"outputs were not compared, only tensors: no random input could be made up that the model takes ({why})"
+        ]
+    after = _outputs(written, batch)
     if not torch.isfinite(before).all():
         return ["the outputs on a random input are not finite, in the model itself; they were compared all the same"]
     gap = float((before - after).abs().max()) if before.numel() else 0.0
@@ -246,14 +252,24 @@ def _plain(report: Report) -> Report:
 def already(job: Job, command: str) -> Report:
     """Return the report of a finished folder again."""
     known = job.result().get("report", {})
+    record = manifest.read(job.output)
+    weight_bytes = sum(entry["bytes"] for name, entry in record.files.items() if name.endswith(".safetensors"))
+    known.setdefault("data", {}).setdefault("size", {"after": {"parameters": record.parameters, "bytes": weight_bytes}})
     return Report(
-        command, known.get("data", {}), artifact=job.output,
+        command, known["data"], artifact=job.output,
         tables=[Table(**table) for table in known.get("tables", [])],
         notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
         warnings=known.get("warnings", []),
     )  # fmt: skip
 
 
-def default_output(model: Model, command: str) -> Path:
-    """Return ``<model>-<step>`` in the working folder."""
-    return Path(f"{model.name}-{command}")
+def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:
+    """Return the folder that was asked for, or ``<model>-<step>`` in the working folder.
+
+    Raises:
+        UsageError: it names no folder of its own.
+    """
+    folder = Path(asked) if asked is not None else Path(f"{model.name}-{command}")
+    if not folder.name or folder.name == "..":
+        raise UsageError(f"`-o {asked}` is no folder to be made", hint="name a new one: `-o small`")
+    return folder

@@ -34,9 +34,9 @@ def one(name: str, real: Real, ratio: str, allocation: str, conv_method: str) ->
             seen = peftc.evaluate(small, data=real.data, against=real.source).data
         except PeftcError as error:
             return f"| {name} | {ratio} | {allocation} | {conv_method} | {error.what} |"
-    dense, agreement = seen["against"]["metrics"][real.metric]["value"], seen["against"]["agreement"]
-    figures = [seen["metrics"][real.metric]["value"], dense, agreement, seen["against"]["divergence"]]
-    texts = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+    other = seen["against"]
+    figures = [seen["metrics"][real.metric], other["metrics"][real.metric], other["agreement"], other["divergence"]]
+    texts = ["" if figure is None else f"{figure['value']:.3f}" for figure in figures]
     kept = made.data["ratio"]["eligible"]
     return f"| {name} | {ratio} | {kept:.3f} | {allocation} | {conv_method} | {' | '.join(texts)} |"
 

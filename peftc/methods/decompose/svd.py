@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,7 +33,7 @@ def svd(weight: Tensor) -> Spectrum:
         "gram32": partial(_gram, dtype=torch.float32),
         "gram64": partial(_gram, dtype=torch.float64),
         "svd64": _direct,
-        "svd64-cpu": lambda weight, vectors: _direct(weight.cpu(), vectors),
+        "svd64-cpu": _direct_on_cpu,
     }
     if weight.dtype == torch.float64:
         del rungs["gram32"]
@@ -91,3 +92,9 @@ def _direct(weight: Tensor, vectors: bool) -> Solution:
     up, values, down = torch.linalg.svd(weight.double(), full_matrices=False)
     out, in_ = weight.shape
     return Solution(values, None if out >= in_ else up, down if out >= in_ else None, "svd64", exact=True)
+
+
+def _direct_on_cpu(weight: Tensor, vectors: bool) -> Solution:
+    found = _direct(weight.cpu(), vectors)
+    back = [None if part is None else part.to(weight.device) for part in (found.values, found.up, found.down)]
+    return replace(found, values=back[0], up=back[1], down=back[2])

@@ -28,7 +28,7 @@ class Tucker:
     """Mode bases of a weight (out, in, kh, kw), and on demand its core and factors."""
 
     def __init__(self, weight: Tensor, sweeps: int) -> None:
-        self.weight, self.sweeps = weight.double(), sweeps
+        self.weight, self.sweeps, self.dtype = weight.double(), sweeps, weight.dtype
         self.left = _basis(self.weight.flatten(1))  # (out, out)
         self.right = _basis(self.weight.transpose(0, 1).flatten(1))  # (in, in)
 
@@ -50,11 +50,11 @@ class Tucker:
         core = torch.einsum("oihw,oa,ib->abhw", self.weight, left, right)
         total = float(self.weight.square().sum())
         tail = max(total - float(core.square().sum()), 0.0)
-        size = float(core.square().sum()) ** (1 / 6)  # three parts of equal norm train alike
-        up = left * size / rank_out**0.5 if size else left
-        down = right.T * size / rank_in**0.5 if size else right.T
-        core = core * ((rank_out * rank_in) ** 0.5 / size**2) if size else core
-        factors = Factors(up.float(), down.float(), core.float())
+        norm = (float(core.square().sum()) * rank_out * rank_in) ** (1 / 6)  # three parts of equal norm train alike
+        up = left * norm / rank_out**0.5 if norm else left
+        down = right.T * norm / rank_in**0.5 if norm else right.T
+        core = core * ((rank_out * rank_in) ** 0.5 / norm**2) if norm else core
+        factors = Factors(up.to(self.dtype), down.to(self.dtype), core.to(self.dtype))
         return Truncation(factors, (tail / total) ** 0.5 if total else 0.0, None, f"hooi{self.sweeps}")
 
 

@@ -1,0 +1,98 @@
+"""Peak anonymous memory of a data-free `decompose` of a 2 GB checkpoint, the check of what was written included.
+
+    python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
+
+Makes a sharded Llama (every side at most 2,048) on the spot and polls RssAnon of the command: mapped file pages do not
+count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIDE = 2048
+
+
+def make(folder: Path, gigabytes: float, dtype: str) -> int:
+    """Write a sharded Llama checkpoint of about that size, one tensor in memory at a time; return its bytes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peftc.models.base import parameters_on_meta
+
+    kind = getattr(torch, dtype)
+    per_layer = 7 * SIDE * SIDE * kind.itemsize
+    config = LlamaConfig(
+        hidden_size=SIDE, intermediate_size=SIDE, num_hidden_layers=max(1, round(gigabytes * 1e9 / per_layer)),
+        num_attention_heads=16, num_key_value_heads=16, vocab_size=SIDE, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with parameters_on_meta():
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    where, shard, total = {}, {}, 0
+    names = list(shapes)
+    number = 0
+    for name in names:
+        scale = SIDE**-0.5 if len(shapes[name]) == 2 else 1.0
+        tensor = torch.randn(shapes[name], generator=generator) * scale
+        shard[name] = tensor.to(kind) if len(shapes[name]) == 2 else torch.ones(shapes[name], dtype=kind)
+        if sum(t.nbytes for t in shard.values()) > 2.5e8 or name == names[-1]:
+            number += 1
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            where.update(dict.fromkeys(shard, file))
+            total += sum(t.nbytes for t in shard.values())
+            shard = {}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def peak(command: list[str]) -> tuple[float, float, int]:
+    """Run a command; return its peak RssAnon in MB, its seconds and its exit code."""
+    start, highest = time.monotonic(), 0
+    process = subprocess.Popen(command)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        try:
+            match = re.search(r"RssAnon:\s+(\d+)", status.read_text())
+        except OSError:
+            break
+        highest = max(highest, int(match[1]) if match else 0)
+        time.sleep(0.005)
+    return highest * 1024 / 1e6, time.monotonic() - start, process.wait()
+
+
+def main() -> None:
+    """Print one row."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--allocation", default="energy")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        size = make(model, options.gigabytes, options.dtype)
+        imports, _, _ = peak([sys.executable, "-c", "import torch, timm, transformers"])
+        command = [sys.executable, "-m", "peftc", "decompose", str(model), "--ratio", "0.5", "-q"]
+        command += ["--allocation", options.allocation, "-o", str(Path(folder) / "small")]
+        highest, seconds, code = peak(command)
+    print("| checkpoint | dtype | allocation | imports alone | peak RssAnon | seconds | exit |")
+    print("|--:|---|---|--:|--:|--:|--:|")
+    row = [f"{size / 1e9:.2f} GB", options.dtype, options.allocation, f"{imports:.0f} MB", f"{highest:.0f} MB"]
+    print(f"| {' | '.join(row)} | {seconds:.0f} | {code} |")
+
+
+if __name__ == "__main__":
+    main()
