@@ -45,24 +45,34 @@ def entries(shape: Shape, form: str, rank: Rank | None) -> int:
     return rank * entries_per_rank(shape, form)
 
 
-def macs(shape: Shape, form: str, rank: Rank | None, positions: int, stride: tuple[int, int] = (1, 1)) -> int:
-    """Return the multiply-adds of one sample.
+@dataclass(frozen=True)
+class Use:
+    """How one sample runs through a weight.
 
-    Args:
-        shape: of the dense weight.
-        form: how it is factored.
-        rank: None is the dense weight.
-        positions: how often the dense weight is applied: tokens, or output pixels.
-        stride: of a convolution; the first thin one may run on more pixels than come out.
+    Attributes:
+        form: as which module: a tied weight may be an embedding here and an output head there.
+        positions: how often it is applied: tokens, or output pixels.
+        before: input pixels of a convolution, on which the first part of a Tucker-2 form runs.
+        between: output rows times input columns, on which the first part of a spatial form runs.
     """
+
+    form: str
+    positions: int
+    before: int = 0
+    between: int = 0
+
+
+def macs(shape: Shape, use: Use, rank: Rank | None) -> int:
+    """Return the multiply-adds of one sample for one use of a weight of ``shape``; rank None is the dense weight."""
+    form, positions = use.form, use.positions
     if form == "embedding":  # the look-up is free, the expansion is not
         return 0 if rank is None else positions * int(rank) * shape[1]  # type: ignore[arg-type]
     if rank is None or form in ("linear", "transposed", "channel"):
         return positions * entries(shape, form, rank)
     out, in_, kh, kw = shape
     if isinstance(rank, tuple):
-        return positions * (stride[0] * stride[1] * rank[1] * in_ + rank[0] * rank[1] * kh * kw + out * rank[0])
-    return positions * rank * (stride[1] * in_ * kh + out * kw)
+        return use.before * rank[1] * in_ + positions * (rank[0] * rank[1] * kh * kw + out * rank[0])
+    return rank * (use.between * in_ * kh + positions * out * kw)
 
 
 def break_even_rank(shape: Shape, form: str) -> int:

@@ -142,6 +142,7 @@ def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterat
             _sweep(job)
             yield job
             return
+        missing = [folder for folder in job.partial.parents if not folder.exists()]
         job.partial.mkdir(parents=True, exist_ok=True)
         with _locked(job):
             fresh = _claim(job, overwrite)
@@ -152,6 +153,9 @@ def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterat
                 job.restore()
                 if fresh:
                     shutil.rmtree(job.partial, ignore_errors=True)
+                    for folder in missing:
+                        with suppress(OSError):  # somebody else may have put something there
+                            folder.rmdir()
                 raise
             shutil.rmtree(job.partial, ignore_errors=True)
 

@@ -62,11 +62,13 @@ class Work:
         macs: multiply-adds of products, convolutions and attention; look-ups and element-wise work count nothing.
         by_module: multiply-adds inside each module that has any, its children included, by dotted name.
         positions: how often each Linear, Conv or Embedding weight is applied (rows, pixels, ids); 0 = never called.
+        grids: for each 2-D convolution, its input pixels, and output rows times input columns.
     """
 
     macs: int
     by_module: dict[str, int]
     positions: dict[str, int]
+    grids: dict[str, tuple[int, int]]
 
 
 def work(model: Model, batch: Any = None) -> Work:
@@ -78,7 +80,7 @@ def work(model: Model, batch: Any = None) -> Work:
     """
     batch = probe(model) if batch is None else batch
     with (
-        _positions(model.module) as positions,
+        _positions(model.module) as (positions, grids),
         _every_product_visible(),
         _without_gradients(model.module),
         FlopCounterMode(display=False) as counter,
@@ -86,7 +88,7 @@ def work(model: Model, batch: Any = None) -> Work:
         outputs(model, batch)
     by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
-    return Work(by_name.get("Global", 0), by_module, positions)
+    return Work(by_name.get("Global", 0), by_module, positions, grids)
 
 
 def macs(model: Model, batch: Any = None) -> tuple[int, dict[str, int]]:
@@ -101,8 +103,9 @@ def positions(model: Model, batch: Any = None) -> dict[str, int]:
 
 
 @contextmanager
-def _positions(module: nn.Module) -> Iterator[dict[str, int]]:
+def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, tuple[int, int]]]]:
     counts: dict[str, int] = {}
+    grids: dict[str, tuple[int, int]] = {}
     hooks = []
     for name, child in module.named_modules():
         weight = child._parameters.get("weight")
@@ -111,13 +114,16 @@ def _positions(module: nn.Module) -> Iterator[dict[str, int]]:
         counts[name] = 0
         axis = 1 if isinstance(child, nn.modules.conv._ConvNd) else -1
 
-        def add(_: nn.Module, __: Any, output: Any, name: str = name, axis: int = axis) -> None:
+        def add(child: nn.Module, inputs: Any, output: Any, name: str = name, axis: int = axis) -> None:
             if isinstance(output, Tensor):
                 counts[name] += output.numel() // output.shape[axis]
+            if isinstance(child, nn.Conv2d) and inputs:
+                (high, wide), (before, between) = inputs[0].shape[-2:], grids.get(name, (0, 0))
+                grids[name] = (before + high * wide, between + output.shape[-2] * wide)
 
         hooks.append(child.register_forward_hook(add))
     try:
-        yield counts
+        yield counts, grids
     finally:
         for hook in hooks:
             hook.remove()

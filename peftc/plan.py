@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from peftc import allocate
-from peftc.allocate import Rank
+from peftc.allocate import Rank, Use
 from peftc.errors import PlanError, UsageError
+from peftc.report import AMOUNTS, scaled
 
 SCHEMA_VERSION = 1
 
@@ -45,9 +46,13 @@ def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction
     return share
 
 
-def _positive(option: str, value: float) -> int:
+def _positive(option: str, asked: Any) -> int:
+    try:
+        value = float(asked) if not isinstance(asked, str) else scaled(asked, AMOUNTS)
+    except (TypeError, ValueError):
+        value = math.nan
     if not math.isfinite(value) or value < 1 or value != int(value):
-        raise UsageError(f"`{option} {value}` is out of range", why="it is a whole number, 1 or more")
+        raise UsageError(f"`{option} {asked}` is out of range", why="it is a whole number, 1 or more")
     return int(value)
 
 
@@ -75,7 +80,7 @@ def budget(
     ((kind, amount),) = given.items()
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))
-    return Budget(kind, _positive(f"--{kind}", float(amount)))
+    return Budget(kind, _positive(f"--{kind}", amount))
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,14 @@ class Target:
         form: how its weight is seen as a matrix.
         shape: of the weight.
         aliases: other modules that share the weight.
-        uses: how the weight is applied to one sample, by this module and its aliases: (form, positions) each.
-        stride: of a convolution.
+        uses: how one sample runs through the weight, by this module and its aliases.
     """
 
     name: str
     form: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
-    uses: tuple[tuple[str, int], ...] = ()
-    stride: tuple[int, int] = (1, 1)
+    uses: tuple[Use, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -106,7 +109,7 @@ class Target:
     def cost(self, rank: Rank | None, unit: str) -> int:
         """Return the entries, or with unit ``macs`` the multiply-adds, at ``rank``; None is dense."""
         if unit == "macs":
-            return sum(allocate.macs(self.shape, form, rank, positions, self.stride) for form, positions in self.uses)
+            return sum(allocate.macs(self.shape, use, rank) for use in self.uses)
         return allocate.entries(self.shape, self.form, rank)
 
 
@@ -183,7 +186,7 @@ def check(plan: Plan, targets: Mapping[str, Target]) -> None:
     """Refuse a plan that does not fit the eligible modules of a model.
 
     Raises:
-        PlanError: it names an unknown module, another form, or a rank above the largest possible one.
+        PlanError: it names an unknown module, another form, or a rank at which a module would not become smaller.
     """
     for name, rank in plan.ranks.items():
         if rank is None:
@@ -200,14 +203,24 @@ def check(plan: Plan, targets: Mapping[str, Target]) -> None:
                 f"the plan factors `{name}` as `{plan.forms[name]}`; now it would be `{target.form}`",
                 hint=f"use the plan's form: `--conv-method {plan.forms[name]}`",
             )
-        limits = target.shape[:2] if isinstance(rank, tuple) else (allocate.max_rank(target.shape, target.form),)
-        ranks = rank if isinstance(rank, tuple) else (rank,)
-        if isinstance(rank, tuple) != (target.form == "tucker2") or any(
-            r > limit for r, limit in zip(ranks, limits, strict=True)
-        ):
+        why = _misfit(target, rank)
+        if why:
             raise PlanError(
                 f"cannot decompose `{name}` at rank {rank}",
-                why=f"its weight is {' x '.join(map(str, target.shape))}; "
-                f"as `{target.form}` its ranks end at {', '.join(map(str, limits))}",
-                hint="lower it in the plan, or set it to null to leave the module dense",
+                why=f"its weight is {' x '.join(map(str, target.shape))}; {why}",
+                hint="lower the rank in the plan, or set it to null to leave the module dense",
             )
+
+
+def _misfit(target: Target, rank: Rank) -> str | None:
+    """Return why a rank does not suit a module, or None."""
+    pair = isinstance(rank, tuple)
+    if pair != (target.form == "tucker2"):
+        return f"as `{target.form}` it takes {'one rank' if pair else 'a pair of ranks'}"
+    if isinstance(rank, tuple):
+        if any(r > limit for r, limit in zip(rank, target.shape[:2], strict=True)):
+            return f"as `tucker2` its ranks end at {target.shape[0]} and {target.shape[1]}"
+        grows = allocate.entries(target.shape, target.form, rank) >= target.entries
+        return "at these ranks the factors hold no fewer entries than the weight" if grows else None
+    limit = allocate.break_even_rank(target.shape, target.form)
+    return f"above rank {limit} the factors hold no fewer entries than the weight" if rank > limit else None

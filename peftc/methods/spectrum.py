@@ -132,7 +132,8 @@ class Spectrum:
                 self._fail(rung, (str(error) or "it did not converge").splitlines()[0])
                 continue
             if solution is not None and torch.isfinite(solution.values).all():
-                return replace(solution, rung=rung)
+                up, down = (None if part is None else part.contiguous() for part in (solution.up, solution.down))
+                return replace(solution, rung=rung, up=up, down=down)  # one layout, also when read back from disk
             self._fail(rung, "its precision does not resolve the small singular values")
         raise torch.linalg.LinAlgError("; ".join(self.climbed))
 
@@ -149,7 +150,7 @@ def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ..
     tall = solution.down is not None  # the orthonormal basis is on the input side
     basis: Tensor = solution.down if tall else solution.up.T  # type: ignore[assignment, union-attr]
     matrix = weight if tall else weight.T
-    kept = basis[:rank]  # (rank, n)
+    kept = basis[:rank].clone(memory_format=torch.contiguous_format)  # (rank, n); one layout, and so one rounding
     image = matrix.to(kept.dtype) @ kept.T  # (m, rank), columns of length sigma
     sigma2 = torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).square()
     total = energy(weight)

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
 from peftc.models import from_timm, from_transformers, hub, weights
-from peftc.models.base import Base, on_meta
+from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
 from peftc.source import Located, Source, read_json
 

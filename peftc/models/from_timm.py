@@ -9,7 +9,7 @@ from torch import nn
 
 from peftc.errors import SourceError, UsageError
 from peftc.models import hub, weights
-from peftc.models.base import Base, on_meta
+from peftc.models.skeleton import Base, on_meta
 from peftc.source import Located, Source, read_json
 
 

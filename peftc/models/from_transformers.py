@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import SourceError, WeightError
-from peftc.models.base import Base, on_meta
+from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
 from peftc.source import Source, read_json
 

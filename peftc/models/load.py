@@ -18,8 +18,8 @@ from torch import nn
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import build, weights
-from peftc.models.base import Base
 from peftc.models.inputs import kind_of, outputs, probe
+from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.source import Located, Source, locate
 
@@ -248,6 +248,11 @@ def device_of(device: str) -> torch.device:
     if not there:
         raise SourceError(f"there is no `{device}` on this machine", hint="run on `--device auto`")
     return chosen
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Return where to factor: the device itself, or the CPU for one without float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Model:

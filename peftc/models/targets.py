@@ -33,6 +33,7 @@ def targets(
     Raises:
         UsageError: a pattern matches no module, or includes one that cannot be factored.
     """
+    include, skip = ([each] if isinstance(each, str) else list(each) for each in (include, skip))
     modules = {name: module for name, module in model.module.named_modules() if _kind(module)}
     for option, patterns in (("--include", include), ("--skip", skip)):
         for pattern in patterns:
@@ -108,13 +109,16 @@ def _target(network: nn.Module, name: str, module: Any, conv_method: str) -> Tar
     same = [
         n for n, m in network.named_modules() if n != name and getattr(m, "weight", None) is module.weight and _kind(m)
     ]
-    stride = module.stride if isinstance(module, nn.Conv2d) else (1, 1)
-    return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same), stride=stride)
+    return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same))
 
 
 def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> str | None:
     """Return why a weight that others share has to stay dense, or None."""
-    for alias in surgery.stored_names(network).get(f"{name}.weight", [])[1:]:
+    weight = f"{name}.weight"
+    group = next((names for names in surgery.stored_names(network).values() if weight in names), [])
+    for alias in group:
+        if alias == weight:
+            continue
         other = alias.removesuffix(".weight")
         owner = network.get_submodule(alias.rpartition(".")[0])
         if not (alias.endswith(".weight") and _kind(owner)):
@@ -180,7 +184,10 @@ def _heads(model: Model, modules: dict[str, Any]) -> set[str]:
     """Return the modules that turn features into outputs."""
     if model.library == "timm":
         names = (model.config.get("pretrained_cfg") or {}).get("classifier") or ()
-        return set((names,) if isinstance(names, str) else names)
+        asked = model.module.get_classifier() if hasattr(model.module, "get_classifier") else ()
+        heads = asked if isinstance(asked, tuple) else (asked,)
+        found = {name for name, module in modules.items() if any(module is head for head in heads)}
+        return found | set((names,) if isinstance(names, str) else names)
     if model.library == "transformers":
         network: Any = model.module
         body = getattr(network, "base_model_prefix", "")

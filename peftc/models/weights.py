@@ -120,7 +120,7 @@ def _from_shards(folder: Path, index: Path) -> Weights:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"cannot read `{index}`", why=repr(error)) from None
     weights = Weights(str(folder))
-    for name in sorted(set(where.values())):
+    for name in sorted(set(map(str, where.values()))):
         if "/" in name or "\\" in name or not (folder / name).is_file():
             raise SourceError(f"`{folder}` lacks the shard `{name}`", why=f"`{index.name}` lists it")
         shard = from_file(folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,13 +17,14 @@ from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
-from peftc.models.load import Model, device_of, load
+from peftc.models.load import Model, device_of, load, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Plan, Target
 from peftc.report import Report, Table, count, percent
 from peftc.source import Source
 from peftc.steps import spectra
+from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring, grouped
 from peftc.steps.spectra import Decomposed, Factorizer
 
@@ -39,9 +41,9 @@ def analyze(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
-    allocation: str = "global",
+    allocation: str = "energy",
     method: str = "svd",
-    conv_method: str = "channel",
+    conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -79,11 +81,12 @@ def analyze(
     for option, path in (("--plan", plan), ("--plot", plot)):
         _refuse_unwritable(option, path)
     factorize = spectra.factorizer(method, conv_method, settings)
-    place = device_of(device)
+    place = solver_device(device_of(device))
 
     loaded = load(model)
     spectra.refuse_non_finite(loaded)
-    targets, reasons = find_targets(loaded, conv_method=conv_method, include=include, skip=skip)
+    find = find_targets if budget is None else eligible
+    targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, factorize, place)
     total = measure.parameters(loaded.module)
@@ -93,6 +96,7 @@ def analyze(
     )
     if budget is not None:
         work = Factoring(loaded, targets, factorize, place)
+        work.leave_uncalled(reasons, include)
         known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2"}
         ranks = work.decide(budget, allocation, known)
         _say_plan(report, work.targets, ranks, str(budget), allocation)
@@ -164,7 +168,7 @@ def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict
         "name": target.name, "form": target.form, "shape": list(target.shape), "parameters": target.entries,
         "share": target.entries / total, "max_rank": largest,
         "break_even_rank": allocate.break_even_rank(target.shape, form),
-        "effective_rank": float(torch.tensor(entropy).exp()) if energy else 0.0,
+        "effective_rank": math.exp(entropy) if energy else 0.0,
         "stable_rank": float(energy / squares[0]) if energy else 0.0,
         **{f"rank_{level}": min(int((kept < level / 100).sum()) + 1, largest) if energy else 0 for level in ENERGIES},
         "largest": float(values[0]), "smallest": float(values[-1]),

@@ -15,7 +15,7 @@ from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError, one_of
 from peftc.manifest import Manifest
-from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable
+from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, percent, scaled, short
@@ -35,9 +35,9 @@ def decompose(
     target_params: float | None = None,
     target_macs: float | None = None,
     plan: str | Path | Plan | None = None,
-    allocation: str = "global",
+    allocation: str = "energy",
     method: str = "svd",
-    conv_method: str = "channel",
+    conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -88,7 +88,7 @@ def decompose(
     )  # fmt: skip
     factorize = spectra.factorizer(method, conv_method, settings)
     shard_bytes = _shard_bytes(max_shard_size)
-    place = device_of(device)
+    place = solver_device(device_of(device))
 
     by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
     loaded = load(model, weights=not (dry_run and by_shape))
@@ -103,6 +103,7 @@ def decompose(
     if not next(loaded.module.parameters()).is_meta:
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
+    work.leave_uncalled(reasons, include)
     asked = f"{budget}, {allocation}" if budget else f"--plan {plan}"
 
     def ranks() -> dict[str, Rank | None]:
@@ -131,7 +132,7 @@ def decompose(
             pieces, modules = work.edit(decided)
             record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
             report.warnings += write.verify(job.folder, loaded)
-            _check_size(report, record)
+            _check_size(report, record, loaded, budget)
             write.finish(job, record, report, place)
             report.artifact = output
     report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
@@ -303,13 +304,17 @@ def _size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("size", ["", "before", "after", "kept"], lines)
 
 
-def _check_size(report: Report, record: Manifest) -> None:
-    """Complete the sizes with what was written, and refuse to report a count that the folder does not have."""
+def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
+    """Complete the sizes with what was written and measured; refuse to report a count that the folder does not have."""
     after = report.data["size"]["after"]
     if record.parameters != after["parameters"]:
         raise ArtifactError(
             f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
             hint="this is a bug in peftc: please report it",
         )
+    if after["macs"] is not None:
+        after["macs"] = measure.work(write.one_dtype(model)).macs
+        if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
+            report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
     after["bytes"] = sum(entry["bytes"] for name, entry in record.files.items() if name.endswith(".safetensors"))
     report.tables[-1] = _size_table(report.data["size"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from peftc import measure, progress
-from peftc.allocate import Rank
+from peftc.allocate import Rank, Use
 from peftc.artifact import Piece, from_file
 from peftc.errors import MethodError, PeftcError
 from peftc.header import read_header
 from peftc.job import Job
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
+from peftc.models.families import matches
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.plan import Budget, Target
@@ -58,9 +59,21 @@ class Factoring:
         except (PeftcError, *write.DOES_NOT_RUN):
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
-            uses = [(self._form(each, name), work.positions.get(each, 0)) for each in (name, *target.aliases)]
+            uses = [
+                Use(self._form(each, name), work.positions.get(each, 0), *work.grids.get(each, (0, 0)))
+                for each in (name, *target.aliases)
+            ]
             self.targets[name] = replace(target, uses=tuple(uses))
         return Whole(total, work.macs)
+
+    def leave_uncalled(self, reasons: dict[str, str], include: Sequence[str]) -> None:
+        """Leave modules dense that a forward pass never calls: factors would be multiplied out, or never be used."""
+        if self.whole.macs is None:
+            return
+        for name, target in list(self.targets.items()):
+            if not any(use.positions for use in target.uses) and not any(matches(name, each) for each in include):
+                del self.targets[name]
+                reasons[name] = "never called on a random input: its parent reads the weight itself, or it did not run"
 
     def decide(
         self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None
@@ -93,7 +106,9 @@ class Factoring:
                 basis = {"values": solution.values, "up": solution.up, "down": solution.down}
                 note = {"rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed)}
                 write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
-        read = _read(part)
+        read = {
+            name: tensor.clone() for name, tensor in _read(part).items()
+        }  # aligned as memory is: same kernels, same bits
         found.resume(
             Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"]), note["climbed"]
         )

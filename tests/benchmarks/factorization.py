@@ -3,8 +3,8 @@
     python tests/benchmarks/factorization.py [--rounds 5] [--threads 2]
 
 All block linears of ViT-B/16 (timm's initialisation, and a power-law spectrum i^-0.5 in the same shapes), of the
-trained ViT-Ti and of MiniLM. Interleaved in one run, in rotating order, with the loop twice (A/A control). The reference
-error is that of float64 singular values.
+trained ViT-Ti and of MiniLM. Interleaved in one run, in rotating order, with the loop twice (A/A control). The
+reference error is that of float64 singular values.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def make(folder: Path, gigabytes: float, dtype: str) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peftc.models.base import parameters_on_meta
+    from peftc.models.skeleton import parameters_on_meta
 
     kind = getattr(torch, dtype)
     per_layer = 7 * SIDE * SIDE * kind.itemsize

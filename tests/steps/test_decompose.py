@@ -128,6 +128,8 @@ class Deep(nn.Module):
 
 
 BERT = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+LLAMA = {**BERT, "num_key_value_heads": 1, "tie_word_embeddings": True}
+RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 VISION = {**BERT, "image_size": 32, "patch_size": 8}
 CLIP_TEXT = {**BERT, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -137,9 +139,9 @@ GPT2 = {"vocab_size": 40, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head
 NETWORKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "bert": ("hf", "BertModel", {**BERT, "max_position_embeddings": 64}, {}),
     "bert-mlm-decoder": ("hf", "BertForMaskedLM", {**BERT, "max_position_embeddings": 64}, {"include": ["cls"]}),
-    "llama": ("hf", "LlamaForCausalLM", {**BERT, "num_key_value_heads": 1, "tie_word_embeddings": True}, {}),
+    "llama": ("hf", "LlamaForCausalLM", LLAMA, {}),
     "llama-head": (
-        "hf", "LlamaForCausalLM", {**BERT, "num_key_value_heads": 1, "tie_word_embeddings": True}, {"include": ["lm_head"]},
+        "hf", "LlamaForCausalLM", LLAMA, {"include": ["lm_head"]},
     ),
     "gpt2": ("hf", "GPT2LMHeadModel", {**GPT2, "bos_token_id": 0, "eos_token_id": 0}, {}),
     "gpt2-embedding": ("hf", "GPT2LMHeadModel", {**GPT2, "bos_token_id": 0, "eos_token_id": 0}, {"include": ["wte"]}),
@@ -158,15 +160,15 @@ NETWORKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}, {},
     ),
     "convnext": ("timm", "convnext_atto", {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}, {}),
-    "resnet-channel": ("timm", "resnet26", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}, {}),
+    "resnet-channel": ("timm", "resnet26", RESNET, {}),
     "resnet-spatial": (
-        "timm", "resnet26", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}, {"conv_method": "spatial"},
+        "timm", "resnet26", RESNET, {"conv_method": "spatial"},
     ),
     "resnet-tucker2": (
-        "timm", "resnet26", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}, {"conv_method": "tucker2"},
+        "timm", "resnet26", RESNET, {"conv_method": "tucker2"},
     ),
     "same-padding": (
-        "timm", "tf_efficientnet_b0", {"channel_multiplier": 0.2, "depth_multiplier": 0.1},
+        "timm", "tf_mobilenetv3_small_minimal_100", {},
         {"conv_method": "spatial", "include": ["conv_stem"]},
     ),
     "convolutions-channel": ("python", "Convolutions", {}, {}),
@@ -181,7 +183,7 @@ NETWORKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def save_network(folder: Path, library: str, name: str, arguments: dict[str, Any]) -> Source:
     """Write a network with seeded weights and return it as a source."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     if library == "hf":
         import transformers
@@ -433,10 +435,10 @@ def test_a_dry_run_plans_the_same_and_writes_nothing(made, tmp_path: Path, monke
 
 def test_shards_hold_the_same_tensors(tiny_vit: Path, tmp_path: Path) -> None:
     decompose(tiny_vit, output_dir=tmp_path / "one", ratio=0.5)
-    decompose(tiny_vit, output_dir=tmp_path / "many", ratio=0.5, max_shard_size="20kB")
+    decompose(tiny_vit, output_dir=tmp_path / "many", ratio=0.5, max_shard_size="30kB")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 2
-    assert all(sum(t.nbytes for t in load_file(shard).values()) <= 20_000 for shard in shards)
+    assert all(sum(t.nbytes for t in load_file(shard).values()) <= 30_000 for shard in shards)
     one, many = models.load(tmp_path / "one").module.state_dict(), models.load(tmp_path / "many").module.state_dict()
     assert all(torch.equal(one[key], many[key]) for key in one) and one.keys() == many.keys()
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import peftc
-from peftc.models.base import parameters_on_meta
+from peftc.models.skeleton import parameters_on_meta
 
 VIT = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SWIN = "swin_base_patch4_window7_224"

@@ -9,7 +9,18 @@ from fractions import Fraction
 import pytest
 
 from peftc import allocate
-from peftc.allocate import Curve, Rank, break_even_rank, entries, fitting, max_rank, spend, tucker_path, uniform_rank
+from peftc.allocate import (
+    Curve,
+    Rank,
+    Use,
+    break_even_rank,
+    entries,
+    fitting,
+    max_rank,
+    spend,
+    tucker_path,
+    uniform_rank,
+)
 from peftc.errors import PlanError
 
 HALF = Fraction(1, 2)
@@ -90,12 +101,20 @@ def test_entries_are_those_of_the_factors() -> None:
 
 def test_multiply_adds_follow_the_pixels() -> None:
     shape, pixels = (16, 12, 3, 5), 49
-    assert allocate.macs(shape, "channel", None, pixels) == pixels * math.prod(shape)
-    assert allocate.macs(shape, "channel", 4, pixels, (2, 2)) == pixels * entries(shape, "channel", 4)
-    assert allocate.macs(shape, "spatial", 4, pixels, (2, 3)) == pixels * 4 * (3 * 12 * 3 + 16 * 5)
-    assert allocate.macs(shape, "tucker2", (5, 4), pixels, (2, 2)) == pixels * (4 * 4 * 12 + 5 * 4 * 15 + 16 * 5)
-    assert allocate.macs((1000, 64), "embedding", None, 7) == 0
-    assert allocate.macs((1000, 64), "embedding", 8, 7) == 7 * 8 * 64
+    before, between = 4 * pixels, 3 * pixels  # a stride of 2 by 2; rows of the output, columns of the input
+
+    def macs(form: str, rank: Rank | None) -> int:
+        return allocate.macs(shape, Use(form, pixels, before, between), rank)
+
+    assert macs("channel", None) == pixels * math.prod(shape)
+    assert macs("channel", 4) == pixels * entries(shape, "channel", 4)
+    assert macs("spatial", 4) == 4 * (between * 12 * 3 + pixels * 16 * 5)
+    assert macs("tucker2", (5, 4)) == before * 4 * 12 + pixels * (5 * 4 * 15 + 16 * 5)
+
+
+def test_a_look_up_is_free_until_it_is_factored() -> None:
+    assert allocate.macs((1000, 64), Use("embedding", 7), None) == 0
+    assert allocate.macs((1000, 64), Use("embedding", 7), 8) == 7 * 8 * 64
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 3, 3), (5, 40, 3, 3), (7, 7, 1, 1)])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from peftc import plan as plans
+from peftc.allocate import Use
 from peftc.errors import PlanError, UsageError
 from peftc.plan import Budget, Plan, Target, budget, check, ratio_of, read
 
@@ -124,8 +125,10 @@ def test_a_plan_that_cannot_be_opened_is_refused_with_how_to_write_one(tmp_path:
         ({"fc": 21}, {}, "cannot decompose `fc` at rank 21"),
         ({"fc": (3, 3)}, {}, "cannot decompose `fc` at rank"),
         ({"core": 3}, {}, "cannot decompose `core` at rank 3"),
-        ({"core": (9, 2)}, {}, "as `tucker2` its ranks end at 8, 6"),
+        ({"core": (9, 2)}, {}, "as `tucker2` its ranks end at 8 and 6"),
         ({"core": (2, 7)}, {}, "its weight is 8 x 6 x 3 x 3"),
+        ({"core": (8, 6)}, {}, "at these ranks the factors hold no fewer entries than the weight"),
+        ({"fc": 13}, {}, "above rank 11 the factors hold no fewer entries than the weight"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(ranks: Any, forms: dict[str, str], message: str) -> None:
@@ -134,7 +137,7 @@ def test_a_plan_for_another_model_is_refused(ranks: Any, forms: dict[str, str], 
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("ranks", [{"gone": None}, {"fc": 20}, {"core": (8, 6)}, {}])
+@pytest.mark.parametrize("ranks", [{"gone": None}, {"fc": 11}, {"core": (4, 3)}, {}])
 def test_a_plan_that_fits_is_accepted(ranks: Any) -> None:
     check(Plan(ranks, {}), TARGETS)
 
@@ -147,14 +150,14 @@ def test_a_plan_is_readable_json(tmp_path: Path) -> None:
 
 
 def test_a_target_knows_its_costs() -> None:
-    target = Target("fc", "linear", (20, 30), uses=(("linear", 7),))
+    target = Target("fc", "linear", (20, 30), uses=(Use("linear", 7),))
     assert target.entries == target.cost(None, "entries") == 600
     assert target.cost(3, "entries") == 150
     assert target.cost(3, "macs") == 7 * 150
 
 
 def test_every_use_of_a_shared_weight_costs_multiply_adds_in_its_own_form() -> None:
-    tied = Target("words", "embedding", (100, 8), ("head",), uses=(("embedding", 5), ("linear", 4)))
+    tied = Target("words", "embedding", (100, 8), ("head",), uses=(Use("embedding", 5), Use("linear", 4)))
     assert tied.cost(None, "macs") == 4 * 800
     assert tied.cost(2, "macs") == 5 * 2 * 8 + 4 * 2 * 108
     assert tied.cost(2, "entries") == 2 * 108
