@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peftc.errors import MethodError
 from peftc.nn.lowrank import Factors
 
 TOLERANCE = 1e-6  # accepted excess of the squared error over the optimum, relative to the optimum
@@ -78,7 +79,17 @@ class Spectrum:
 
     @classmethod
     def of(cls, weight: Tensor, values: Tensor, up: Tensor, down: Tensor) -> Spectrum:
-        """Return a spectrum from ready factors: up (out, k), down (k, in), most important component first."""
+        """Return a spectrum from ready factors: up (out, k), down (k, in), most important component first.
+
+        Raises:
+            MethodError: k is less than min(out, in): a budget may ask for any rank.
+        """
+        full = min(weight.shape)
+        if not len(values) == up.shape[1] == down.shape[0] == full:
+            raise MethodError(
+                f"a method gave {up.shape[1]} of {full} components",
+                why="a budget may ask for any rank up to the full one",
+            )
         return cls(weight, {"given": lambda _weight, _vectors: Solution(values.double(), up, down, "given")})
 
     @property
@@ -188,14 +199,14 @@ def _signs(kept: Tensor) -> Tensor:
 
 
 def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...]) -> Truncation:
+    """Cut factors that a method brought along, and measure them: nothing is known of their optimum."""
     assert solution.up is not None and solution.down is not None
-    up, down = solution.up[:, :rank], solution.down[:rank]  # type: ignore[index]
+    up, down = solution.up[:, :rank].double(), solution.down[:rank].double()
     long, wide = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
     scale = torch.where((long > 0) & (wide > 0), (wide / long).sqrt(), torch.ones_like(long))
     factors = Factors((up * scale).to(weight.dtype), (down / scale[:, None]).to(weight.dtype))
-    rest = torch.linalg.vector_norm(weight - factors.up @ factors.down, dtype=torch.float64)
-    total = torch.linalg.vector_norm(weight, dtype=torch.float64)
-    return Truncation(factors, float(rest / total) if total else 0.0, None, solution.rung, climbed)
+    rest, total = _residual(weight, factors), energy(weight)
+    return Truncation(factors, (rest / total) ** 0.5 if total else 0.0, None, solution.rung, climbed)
 
 
 def _excess(matrix: Tensor, basis: Tensor, image: Tensor, energies: Tensor, achieved: tuple[float, float]) -> float:

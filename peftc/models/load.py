@@ -108,8 +108,19 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
         loaded.module, loaded.notes = base.module, list(base.notes)  # transformers' own loader makes another network
         loaded.infos = {name: base.weights.infos[there] for name, there in found.items() if there in base.weights.infos}
         loaded.files = base.weights.files
+    _refuse_lazy(loaded)
     loaded.module.eval()
     return loaded
+
+
+def _refuse_lazy(model: Model) -> None:
+    lazy = [name for name, parameter in model.module.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise SourceError(
+            f"`{lazy[0]}` of `{model.name}` has no shape yet",
+            why="a lazy module takes its shape from the first input, and has seen none",
+            hint="let the factory run the network once before it returns it",
+        )
 
 
 def load_module(model: str | Path | Source | nn.Module | Model, *, allow_code: bool = False) -> nn.Module:

@@ -307,12 +307,17 @@ def test_a_resumed_spectrum_goes_on_with_the_same_bits() -> None:
 
 
 def test_ready_factors_are_balanced_and_kept() -> None:
-    up, down = random(9, 4) * 100, random(4, 6)
+    up, down = random(9, 6) * 100, random(6, 6)
     weight = up @ down
-    cut = Spectrum.of(weight, torch.linalg.svdvals(weight)[:4], up, down).truncate(4)
+    cut = Spectrum.of(weight, torch.linalg.svdvals(weight), up, down).truncate(6)
     assert cut.excess is None
     torch.testing.assert_close(cut.factors.up.norm(dim=0), cut.factors.down.norm(dim=1))
     torch.testing.assert_close(cut.factors.up @ cut.factors.down, weight)
+
+
+def test_ready_factors_of_too_few_components_are_refused() -> None:
+    with pytest.raises(MethodError, match="a method gave 4 of 6 components"):
+        Spectrum.of(random(9, 6), torch.ones(4), random(9, 4), random(4, 6))
 
 
 @pytest.mark.parametrize("method", [channel, spatial])

@@ -65,7 +65,7 @@ def test_every_figure_is_that_of_torchs_own_decomposition(request, model: str, c
         assert row["break_even_rank"] * (out + in_) < out * in_ or row["max_rank"] == row["break_even_rank"]
         assert (row["break_even_rank"] + 1) * (out + in_) >= out * in_ or row["max_rank"] == row["break_even_rank"]
         assert row["effective_rank"] == pytest.approx(
-            float((-(share * share.clamp_min(1e-300).log()).sum()).exp()), rel=1e-5
+            float((-(share * share.clamp_min(1e-300).log()).sum()).exp()), rel=1e-3
         )
         assert row["stable_rank"] == pytest.approx(float(energy.sum() / energy[0]), rel=1e-5)
         assert row["largest"] == pytest.approx(float(values[0]), rel=1e-6)

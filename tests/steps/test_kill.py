@@ -49,7 +49,11 @@ def whole():
     return all(hashlib.sha256((out / n).read_bytes()).hexdigest() == e["sha256"] for n, e in files.items())
 
 def parts():
-    return len(list((out.with_name(out.name + ".partial") / "work").glob("*.safetensors")))
+    try:
+        names = os.listdir(out.with_name(out.name + ".partial") / "work")
+    except FileNotFoundError:
+        return 0
+    return sum(name.endswith(".safetensors") for name in names)
 
 def wait(child, seconds, enough=1000):
     # returns the exit code, None where it was killed: after seconds, or with enough parts; OUT is watched

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from peftc.methods.spectrum import Solution, Spectrum
 
-UNRESOLVED = 1e-4  # accepted share of the energy that lies below the resolution of the eigenvalues
+UNRESOLVED_ENERGY = 1e-4  # accepted share of the energy below the resolution, for factors, which are certified apart
+UNRESOLVED_VALUES = 5e-5  # accepted share of the summed singular values below it, where the values are the answer
 
 
 def svd(weight: Tensor) -> Spectrum:
@@ -54,10 +55,14 @@ def _gram(weight: Tensor, vectors: bool, *, dtype: torch.dtype) -> Solution | No
     energies, basis = _eigh(_gram_matrix(matrix), vectors)
     energies = energies.flip(0).double().clamp_min(0)
     resolution = 64 * torch.finfo(dtype).eps * float(energies[0])
-    blurred = float((energies < resolution).sum()) * resolution
-    if dtype == torch.float32 and blurred > UNRESOLVED * float(energies.sum()):
-        return None
     values = energies.sqrt() * scale
+    blurred = float((energies < resolution).sum())
+    if vectors:
+        resolved = blurred * resolution <= UNRESOLVED_ENERGY * float(energies.sum())
+    else:
+        resolved = blurred * resolution**0.5 <= UNRESOLVED_VALUES * float(energies.sqrt().sum())
+    if dtype == torch.float32 and not resolved:
+        return None
     if basis is None:
         return Solution(values, None, None, f"gram{torch.finfo(dtype).bits}")
     rows = basis.flip(1).T.contiguous()  # (k, n)

@@ -1,0 +1,259 @@
+"""README and help say what the program does: every command runs, every word in a table exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import peftc
+from peftc import allocate, config, report, source
+from peftc.cli import app as program
+from peftc.methods import METHODS
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CHANGELOG = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
+PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block and the headings that it stands under."""
+
+    language: str
+    text: str
+    headings: tuple[str, ...]
+
+
+def blocks(text: str) -> list[Block]:
+    found, headings, inside = [], [""] * 6, None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = None if inside else (line[3:], [])
+            if inside:
+                found.append((inside, tuple(filter(None, headings))))
+        elif inside:
+            inside[1].append(line)
+        elif heading := re.fullmatch(r"(#+) (.*)", line):
+            level = len(heading[1]) - 1
+            headings[level:] = [heading[2], *[""] * (5 - level)]
+    return [Block(language, "\n".join(lines), above) for (language, lines), above in found]
+
+
+def table(heading: str, columns: str) -> list[list[str]]:
+    """Return the rows of the table under a heading whose first line is ``columns``."""
+    section = README.split(f"# {heading}\n", 1)[1]
+    lines = section.split(f"| {columns} |\n", 1)[1].splitlines()[1:]
+    rows = lines[: next(at for at, line in enumerate([*lines, ""]) if not line.startswith("|"))]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def bullets(before: str) -> list[str]:
+    """Return the first code word of each bullet in the list after a sentence."""
+    lines = README.split(before, 1)[1].split("\n\n")[1].splitlines()
+    return [line.split("`")[1] for line in lines if line.startswith("- ")]
+
+
+TOUR = [block for block in blocks(README) if block.language in ("sh", "python")]
+
+
+# the tour
+
+
+def take_the_tour(folder: Path) -> dict[str, str]:
+    """Run every block in order, as a reader would; return heading -> what it printed."""
+    bin_ = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    printed = {}
+    for block in TOUR:
+        shell = ["bash", "-e", "-o", "pipefail", "-c", block.text]
+        words = shell if block.language == "sh" else [sys.executable, "-c", block.text]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block.text}\n{done.stdout}{done.stderr}"
+        printed[block.headings[-1]] = done.stdout
+    return printed
+
+
+def check_the_tour(folder: Path, printed: dict[str, str]) -> None:
+    assert printed["decompose"] == "small\n"
+    assert "exit code 3" in printed["Pipes, gates and JSON"]
+    assert "'parameters'" in printed["From Python"]
+    assert (folder / "plan.json").is_file() and (folder / "spectra.png").is_file()
+    listed = re.findall(
+        r"^  ([a-z]+\.\w+)", next(b.text for b in blocks(README) if b.headings[-1] == "The artifact"), re.M
+    )
+    assert {file.name for file in (folder / "small").iterdir()} == set(listed)
+
+
+def test_the_tour_runs_on_a_model_that_stands_in(tmp_path: Path) -> None:
+    import timm
+
+    from peftc.steps import demo
+
+    network = timm.create_model(demo.ARCHITECTURE, num_classes=10, **demo.ARGUMENTS)
+    demo._write(tmp_path / "peftc-demo" / "dense-seed-0", network)  # what the first command would train in a minute
+    check_the_tour(tmp_path, take_the_tour(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path: Path) -> None:
+    check_the_tour(tmp_path, take_the_tour(tmp_path))
+
+
+@pytest.mark.parametrize("word", COMMANDS)
+def test_a_command_has_its_heading_and_an_example_in_the_tour(word: str) -> None:
+    examples = [b.text for b in TOUR if b.headings[-2:] == ("A ten-minute tour", word)]
+    assert examples, f"no `### {word}` with an example"
+    assert f"peftc {word}" in examples[0]
+
+
+# commands and options
+
+
+@pytest.mark.parametrize("word", COMMANDS)
+def test_the_example_in_the_help_parses(word: str, peftc: Any) -> None:
+    lines = re.findall(rf"^ +(peftc {word}.*)", peftc(word, "--help").stdout, re.M)
+    assert lines
+    for line in lines:
+        COMMANDS[word].make_context(word, shlex.split(line)[2:])  # raises where an option or a value is wrong
+
+
+@pytest.mark.parametrize("block", [b for b in TOUR if b.language == "sh"], ids=lambda block: block.headings[-1])
+def test_the_options_of_the_tour_exist(block: Block) -> None:
+    lines = [line for line in re.split(r"\n|&&|\|\|?", block.text) if line.strip().startswith("peftc ")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        COMMANDS[words[1]].make_context(words[1], words[2:])
+
+
+def test_every_option_in_the_text_exists() -> None:
+    known = {opt for command in COMMANDS.values() for param in command.params for opt in param.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PROSE + CHANGELOG)) <= known
+
+
+def test_the_gates_are_those_of_the_commands() -> None:
+    there = {
+        (param.opts[0], word)
+        for word, command in COMMANDS.items()
+        for param in command.params
+        if (param.help or "").startswith("gate:")
+    }
+    told = {
+        (gate.strip("`").split()[0], word)
+        for gate, words, _ in table("Exit codes and gates", "gate | on | fails when")
+        for word in words.split(", ")
+    }
+    assert told == there
+
+
+def test_the_exit_codes_are_those_of_the_program() -> None:
+    there = dict(re.findall(r"^(\d+) +(.*)", program.__doc__ or "", re.M))
+    told = dict(table("Exit codes and gates", "code | means"))
+    assert told.keys() == there.keys()
+    for code, meaning in there.items():
+        assert told[code].startswith(meaning.split(";")[0]), code
+
+
+# the other tables
+
+MODELS = {
+    "`timm/NAME`": ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "timm"),
+    "`timm:NAME`": ("timm:vit_tiny_patch16_224", "timm-arch"),
+    "`ORG/NAME[@REVISION]`": ("google/vit-base@main", "transformers"),
+    "`hf:ORG/NAME`": ("hf:google/vit-base", "transformers"),
+    "`python:package.module:factory`": ("python:cifar_resnet:CifarResNet", "python"),
+}
+
+
+def test_the_forms_of_a_model_are_those_of_the_program(tmp_path: Path) -> None:
+    told = [form for forms, _ in table("What MODEL takes", "form | is") for form in forms.split(", ")]
+    others = {
+        "a folder with `peftc.json`", "a folder with `config.json` and safetensors",
+        "`file.safetensors --arch timm:NAME`", "`-`", "nothing",
+    }  # fmt: skip
+    assert set(told) == MODELS.keys() | others
+    for spec, kind in MODELS.values():
+        assert source.locate(source.Source(spec)).kind == kind, spec
+    for form in re.findall(r"`([^`]+)`", source.FORMS):
+        assert form in README, form
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert source.locate(source.Source(str(tmp_path))).kind == "transformers"
+    (tmp_path / "config.json").write_text('{"architecture": "resnet26"}')
+    assert source.locate(source.Source(str(tmp_path))).kind == "timm"
+    (tmp_path / "peftc.json").write_text("{}")
+    assert source.locate(source.Source(str(tmp_path))).kind == "artifact"
+    (tmp_path / "file.safetensors").touch()
+    bare = source.Source(str(tmp_path / "file.safetensors"), arch="timm:resnet26")
+    assert source.locate(bare).kind == "timm-arch"
+
+
+def test_the_forms_of_data_are_those_of_the_program() -> None:
+    from peftc import data
+    from peftc.data import tables
+    from peftc.steps import evaluate
+
+    told = " ".join(form for form, _ in table("What --data takes", "form | is"))
+    assert set(tables.ENDINGS) <= set(re.findall(r"`(\.\w+)`", told))
+    for form in re.findall(r"`([^`]+)`|(\.\w+)", data.FORMS):
+        assert (form[0] or form[1]) in told, form
+    assert f"`{evaluate.GENERATED}N`" in told
+
+
+def test_the_lists_of_choices_are_those_of_the_program() -> None:
+    from peftc.tasks import TASKS
+
+    budgets = [option.strip("`").split()[0][2:] for option, _ in table("How much to keep", "option | keeps")]
+    assert {option.replace("-", "_") for option in budgets} == set(config.BUDGET)
+    assert bullets("`--allocation` says") == list(allocate.ALLOCATIONS)
+    assert set(bullets("For convolutions")) == METHODS["decompose_conv"].keys()
+    assert set(re.findall(r"`--method (\w+)`", README)) == METHODS["decompose"].keys()
+    told = re.split(r",\s+|\s+and\s+", README.split("`--task` is one of ")[1].split(";")[0])
+    assert set(told) == set(TASKS)
+
+
+def test_the_json_object_has_the_keys_that_are_listed() -> None:
+    told = README.split("With `--json` you get one object: ")[1].split(" and the figures")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == report.Report("show").to_json().keys()
+    assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
+
+
+def test_what_is_named_is_there() -> None:
+    for path in re.findall(r"`(examples/[^`]*)`", README):
+        assert (REPOSITORY / path).exists(), path
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for goal in re.findall(r"make (\w+)[`,]", README):
+        assert re.search(rf"^{goal}:", makefile, re.M), goal
+    package = (REPOSITORY / "examples/third_party_method/pyproject.toml").read_text()
+    assert next(block.text for block in blocks(README) if block.language == "toml") in package
+
+
+# prose
+
+
+def test_the_changelog_names_every_command_and_function() -> None:
+    assert "\n## [Unreleased]\n" in CHANGELOG
+    for word in COMMANDS:
+        assert f"`peftc {word}`" in CHANGELOG
+    for name in peftc.__all__:
+        if name[0].islower():
+            assert f"`peftc.{name}`" in CHANGELOG
+
+
+@pytest.mark.parametrize("text", [PROSE, CHANGELOG], ids=["README", "CHANGELOG"])
+def test_the_prose_keeps_to_the_rules(text: str) -> None:
+    assert not re.findall(r"\b(simply|we|our|us|just|easily)\b", text, re.I)
+
+
+def test_lines_of_the_text_end_in_time() -> None:
+    assert [line for line in (README + CHANGELOG).splitlines() if len(line) > 140] == []

@@ -1,0 +1,209 @@
+"""The examples run as they stand: two pipelines, a network of your own, a method of another package."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PACKAGE = EXAMPLES / "third_party_method"
+METHOD = "peftc_randomised_svd"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the variables of a shell in which `peftc` is this interpreter's."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+def run(script: str, *words: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+    line = ["bash", str(EXAMPLES / script), *map(str, words)]
+    return subprocess.run(line, cwd=folder, env=environment(ROUNDS="5"), capture_output=True, text=True)
+
+
+def check_pipeline(done: subprocess.CompletedProcess[str], out: Path, task: str) -> dict[str, Any]:
+    """Check what both pipelines leave behind, and return the report on quality."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{out.name}/small"
+    plan, quality, speed = (json.loads((out / f"{name}.json").read_text()) for name in ("plan", "quality", "speed"))
+    factored = json.loads((out / "small" / "peftc.json").read_text())["modules"]
+    assert {name: edit["rank"] for name, edit in factored.items()} == {
+        name: rank for name, rank in plan["ranks"].items() if rank is not None
+    }
+    assert quality["task"] == task and "against" in quality
+    assert speed["model"]["parameters"] < speed["against"]["parameters"]
+    return quality
+
+
+# pipelines
+
+
+def test_the_timm_pipeline_runs(tiny_vit: Path, tmp_path: Path) -> None:
+    done = run("timm_pipeline.sh", tiny_vit, "sklearn:digits", "out", folder=tmp_path)
+    check_pipeline(done, tmp_path / "out", "image-classification")
+
+
+def test_the_transformers_pipeline_runs(tiny_bert_classifier: Path, tmp_path: Path) -> None:
+    rows = [("the cat sang", "positive"), ("a dog ran", "negative"), ("the bird sat", "neutral")] * 4
+    (tmp_path / "test.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    done = run("transformers_pipeline.sh", tiny_bert_classifier, "test.csv", "out", folder=tmp_path)
+    check_pipeline(done, tmp_path / "out", "text-classification")
+
+
+@pytest.mark.real
+def test_the_transformers_pipeline_halves_a_sentence_model(minilm: Path, data_folder: Path, tmp_path: Path) -> None:
+    data = data_folder / "sets/stsb_en/stsb-en-test.csv"
+    done = run("transformers_pipeline.sh", minilm, data, "out", folder=tmp_path)
+    quality = check_pipeline(done, tmp_path / "out", "sentence-similarity")
+    assert quality["against"]["metrics"]["spearman"]["value"] == pytest.approx(0.8203, abs=5e-4)  # as published
+    assert quality["metrics"]["spearman"]["value"] > 0.7
+
+
+def test_a_pipeline_without_its_arguments_says_how_to_call_it(tmp_path: Path) -> None:
+    done = run("transformers_pipeline.sh", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage:" in done.stderr and "MODEL DATA" in done.stderr
+
+
+def test_a_pipeline_stops_where_a_command_fails(tmp_path: Path) -> None:
+    done = run("timm_pipeline.sh", "nowhere/at/all", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert [path.name for path in (tmp_path / "timm-pipeline").iterdir()] == []
+
+
+# a network of your own
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018)])
+def test_a_network_of_your_own_is_decomposed(
+    depth: int, parameters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftc: Callable[..., Any]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    from cifar_resnet import CifarResNet
+
+    torch.manual_seed(0)
+    network = CifarResNet(depth)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, "resnet.th")
+    words = ["python:cifar_resnet:CifarResNet", "--arch-set", f"depth={depth}", "--weights", "resnet.th"]
+    done = peftc("decompose", *words, "--ratio", 0.5, "-o", "small")
+    assert (done.exit_code, done.stdout) == (0, "small\n"), done.stderr
+    refused = peftc("bench", "small")
+    assert refused.exit_code == 1 and "--allow-code" in refused.stderr
+
+    import peftc as package
+
+    images = torch.randn(2, 3, 32, 32)
+    assert package.load("small", allow_code=True)(images).shape == (2, 10)
+
+
+# a method of another package
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The package as an installer leaves it, without one: its folder and its metadata on the path."""
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "site" / f"{METHOD}-{project['version']}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = [f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+             for group, points in project["entry-points"].items()]  # fmt: skip
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    for folder in (PACKAGE, metadata.parent):
+        monkeypatch.syspath_prepend(folder)
+    yield f"{PACKAGE}{os.pathsep}{metadata.parent}"
+    sys.modules.pop(METHOD, None)
+
+
+def test_the_method_of_another_package_is_listed(installed: str) -> None:
+    line = [sys.executable, "-m", "peftc", "methods", "decompose"]
+    done = subprocess.run(line, env=environment(PYTHONPATH=installed), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["svd", "randomised_svd"]
+    assert [point.name for point in entry_points(group="peftc.decompose")] == ["randomised_svd"]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "energy", "convex"])
+def test_the_method_of_another_package_decomposes(
+    allocation: str, installed: str, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftc: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--method", "randomised_svd", "--set", "power_iterations=1", "--allocation", allocation]
+    done = peftc("decompose", tiny_vit, "--ratio", 0.5, *words, "-o", "small")
+    assert (done.exit_code, done.stdout) == (0, "small\n"), done.stderr
+    request = json.loads(Path("small/peftc.json").read_text())["steps"][0]["request"]
+    assert request["method"] == "randomised_svd" and request["settings"] == {"power_iterations": 1}
+
+
+def test_its_settings_are_checked(installed: str, tiny_vit: Path, tmp_path: Path, peftc: Any) -> None:
+    words = ["--method", "randomised_svd", "--set", "power=1", "-o", tmp_path / "small"]
+    done = peftc("decompose", tiny_vit, "--ratio", 0.5, *words)
+    assert done.exit_code == 2
+    assert "`power_iterations` (2), `oversampling` (8), `seed` (0)" in done.stderr
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.fixture
+def randomised_svd(installed: str) -> Callable[..., Any]:
+    from importlib import import_module
+
+    return import_module(METHOD).randomised_svd
+
+
+def with_spectrum(out: int, in_: int, exponent: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(out * in_)
+    k = min(out, in_)
+    left, right = (torch.linalg.qr(torch.randn(side, k, generator=generator).double())[0] for side in (out, in_))
+    return (left * torch.arange(1, k + 1).double() ** exponent) @ right.T
+
+
+@pytest.mark.parametrize("exponent", [0, -0.5, -2])
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40), (300, 20), (1, 32), (32, 1), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rank_has_an_answer_with_its_true_error(
+    shape: tuple[int, int], exponent: float, dtype: torch.dtype, randomised_svd: Callable[..., Any]
+) -> None:
+    weight = with_spectrum(*shape, exponent).to(dtype)
+    spectrum = randomised_svd(weight)
+    values = torch.linalg.svdvals(weight.double())
+    assert (spectrum.values.diff() <= 0).all()
+    for rank in range(1, min(shape) + 1):
+        cut = spectrum.truncate(rank)
+        assert cut.factors.up.shape == (shape[0], rank) and cut.factors.down.shape == (rank, shape[1])
+        error = float(torch.linalg.norm(weight.double() - cut.factors.up.double() @ cut.factors.down.double()))
+        assert error == pytest.approx(cut.error * float(torch.linalg.norm(weight)), abs=1e-5)
+        assert error == pytest.approx(math.sqrt(float(spectrum.losses()[rank])), abs=1e-5)
+        if rank <= shape[0] * shape[1] // sum(shape):  # where the sketch reaches
+            assert error <= 1.02 * float(torch.linalg.norm(values[rank:])) + 1e-5
+    assert error <= 1e-5, "full rank is not exact"
+
+
+def test_power_iterations_bring_it_closer_to_the_best(randomised_svd: Callable[..., Any]) -> None:
+    weight = with_spectrum(96, 64, -0.5)
+    errors = [randomised_svd(weight, power_iterations=q, oversampling=0).truncate(30).error for q in range(4)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1.001 * errors[-1]
+
+
+def test_the_same_seed_gives_the_same_factors(randomised_svd: Callable[..., Any]) -> None:
+    weight = with_spectrum(48, 32, -1)
+    one, same, other = (randomised_svd(weight, seed=seed).truncate(8).factors.up for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
