@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +120,9 @@ class Job:
 
 
 @contextmanager
-def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterator[Job]:
+def execution(
+    output: Path, identity: str, request: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> Iterator[Job]:
     """Hold the output folder for one request, and leave nothing behind when the request is refused.
 
     Raises:
@@ -137,7 +139,7 @@ def execution(output: Path, identity: str, *, overwrite: bool = False) -> Iterat
             with _locked(job):
                 job.restore()
         if output.exists() or output.is_symlink():
-            job.done = _settle(output, identity, overwrite)
+            job.done = _settle(output, identity, request or {}, overwrite)
         if job.done:
             _sweep(job)
             yield job
@@ -202,7 +204,7 @@ def _sweep(job: Job) -> None:
             shutil.rmtree(job.partial, ignore_errors=True)
 
 
-def _settle(output: Path, identity: str, overwrite: bool) -> bool:
+def _settle(output: Path, identity: str, request: Mapping[str, Any], overwrite: bool) -> bool:
     """Return whether ``output`` already is the answer; refuse when it is something else that may not be replaced."""
     if output.is_dir() and (output / MANIFEST).is_file():
         found = None
@@ -218,7 +220,7 @@ def _settle(output: Path, identity: str, overwrite: bool) -> bool:
             return False
         raise ArtifactError(
             f"`{output}` holds the artifact of another request",
-            why=f"its id is {found.id[:12] if found else 'unreadable'}, this request's is {identity[:12]}",
+            why=_difference(found.steps[-1]["request"] if found and found.steps else {}, request),
             hint="write elsewhere with `-o`, or replace it with `--overwrite`",
             request=identity,
         )
@@ -230,6 +232,19 @@ def _settle(output: Path, identity: str, overwrite: bool) -> bool:
         why="it is no artifact of peftc, so peftc neither writes into it nor deletes it",
         hint="write elsewhere with `-o`",
     )
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Say in which options two requests differ, or that they are about another base."""
+    differ = [key for key in here if there.get(key) != here[key]]
+    if not differ:
+        return "it was made from another base, or by another chain of steps"
+    return "; ".join(f"{key} was {_text(there.get(key))}, now it is {_text(here[key])}" for key in differ[:3])
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 @contextmanager

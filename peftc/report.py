@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,3 +131,21 @@ def scaled(text: str, units: dict[str, int]) -> int:
 def percent(share: float) -> str:
     """Write a share in [0, 1] as ``53.3 %``."""
     return f"{100 * share:.1f} %"
+
+
+def kind_of_module(name: str) -> str:
+    """Return a dotted name with its numbers as stars: ``blocks.*.attn.qkv``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return kind of module -> names, in order of first appearance."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(kind_of_module(name), []).append(name)
+    return groups
+
+
+def span(texts: Sequence[str]) -> str:
+    """Write the first and last of ordered texts as ``3 to 9``, or the one where they agree."""
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"

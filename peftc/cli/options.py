@@ -218,7 +218,7 @@ MaxLength = Annotated[int | None, Option(min=1, metavar="TOKENS", help="longest 
 ImageColumn = Annotated[str | None, Option(metavar="NAME", help="column of images (default: guessed)")]
 TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (default: guessed)")]
 LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
-Rounds = Annotated[int, Option(min=1, metavar="N", help="timed rounds")]
+Rounds = Annotated[int, Option(min=5, metavar="N", help="timed rounds, 5 or more")]
 
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]

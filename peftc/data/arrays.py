@@ -192,7 +192,7 @@ def sklearn(name: str) -> Splits:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    one_of("--data sklearn:", name, ["digits"])
+    one_of("--data", f"sklearn:{name}", ["sklearn:digits"])
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)

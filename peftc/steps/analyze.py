@@ -21,11 +21,11 @@ from peftc.models.load import Model, device_of, load, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Plan, Target
-from peftc.report import Report, Table, count, percent
+from peftc.report import Report, Table, count, grouped, percent
 from peftc.source import Source
 from peftc.steps import spectra
 from peftc.steps.decompose import eligible
-from peftc.steps.factoring import Factoring, grouped
+from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Decomposed, Factorizer
 
 ENERGIES = (90, 95, 99)

@@ -18,11 +18,11 @@ from peftc.manifest import Manifest
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
-from peftc.report import SIZES, Report, Table, count, percent, scaled, short
+from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
 from peftc.source import Source
 from peftc.steps import spectra, write
-from peftc.steps.factoring import Factoring, grouped
+from peftc.steps.factoring import Factoring
 
 
 def decompose(
@@ -188,7 +188,9 @@ def eligible(
         raise PlanError(
             f"`{model.name}` has no eligible module",
             why=f"left dense: {listed}" if listed else "it has no Linear, Conv2d or Embedding module",
-            hint="make some eligible: `--include PATTERN`",
+            hint="make some eligible: `--include PATTERN`"
+            if model.manifest is None or not model.manifest.modules
+            else "what could be factored is: decompose its base again, to another budget",
         )
     return targets, reasons
 
@@ -206,8 +208,13 @@ def _report(
 ) -> Report:  # fmt: skip
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
+    by_formula = ", uniform" in asked or asked.startswith("--rank")
+    why_dense = (
+        "its factors would not be smaller" if by_formula else "the budget keeps it, or its factors would not shrink"
+    )
+    why_dense = "the plan keeps it" if asked.startswith("--plan") else why_dense
     ranks = {name: ranks.get(name) for name in work.targets}
-    rows = [_module(targets[name], rank, cuts.get(name, {})) for name, rank in ranks.items()]
+    rows = [_module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
     kept = sum(row["parameters_after"] for row in rows)
     dense = sum(row["parameters_before"] for row in rows)
     saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
@@ -242,8 +249,8 @@ def _report(
     return report
 
 
-def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any]) -> dict[str, Any]:
-    reason = None if rank is not None else "dense within the budget, or its factors would not be smaller"
+def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
+    reason = None if rank is not None else why_dense
     return {
         "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
         "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
@@ -254,15 +261,16 @@ def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any]) -> dict[s
 
 
 def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Group modules of one kind, shape and form: a line each, with the span of their ranks and errors."""
+    """Group modules of one kind: a line each, with the span of their ranks and of their relative errors."""
     lines = []
-    for kind, names in grouped(row["name"] for row in rows if row["rank"] is not None).items():
-        some = [row for row in rows if row["name"] in set(names)]
+    by_name = {row["name"]: row for row in rows if row["rank"] is not None}
+    for kind, names in grouped(by_name).items():
+        some = [by_name[name] for name in names]
         kept = sum(row["parameters_after"] for row in some) / sum(row["parameters_before"] for row in some)
         shapes = {"x".join(map(str, row["shape"])) for row in some}
         errors = [row["error"] for row in some if row["error"] is not None]
-        error = "" if not errors else _span([f"{e:.3f}" for e in sorted(errors)])
-        ranks = _span([_rank_text(row["rank"]) for row in sorted(some, key=lambda row: row["parameters_after"])])
+        error = "" if not errors else span([f"{e:.3f}" for e in sorted(errors)])
+        ranks = span([_rank_text(rank) for rank in sorted((row["rank"] for row in some), key=_rank_order)])
         lines.append(
             [
                 kind,
@@ -274,15 +282,15 @@ def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 error,
             ]
         )
-    return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "error"], lines)
+    return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "relative error"], lines)
+
+
+def _rank_order(rank: Any) -> list[int]:
+    return rank if isinstance(rank, list) else [rank]
 
 
 def _rank_text(rank: Any) -> str:
     return "x".join(map(str, rank)) if isinstance(rank, list) else str(rank)
-
-
-def _span(texts: Sequence[str]) -> str:
-    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def _dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> Table:

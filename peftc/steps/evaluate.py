@@ -350,4 +350,4 @@ def _gates(row: Task, report: Report, max_drop: float | None, min_quality: float
     judge("--min-quality", min_quality, value)
     if max_drop is not None:
         difference = report.data["against"]["difference"][metric.name]["value"]
-        report.at_most("--max-drop", max_drop, -difference if metric.higher_is_better else difference)
+        report.at_most("--max-drop", max_drop, 0.0 - difference if metric.higher_is_better else difference)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,16 +200,3 @@ def _named(name: str) -> Iterator[None]:
 def _read(part: Path) -> dict[str, Tensor]:
     with safe_open(part, "pt") as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
-
-
-def kind_of_module(name: str) -> str:
-    """Return a dotted name with its numbers as stars: ``blocks.*.attn.qkv``."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return kind -> names, in order of first appearance."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[kind_of_module(name)].append(name)
-    return dict(groups)

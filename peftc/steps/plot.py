@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import UsageError
-from peftc.steps.factoring import grouped
+from peftc.report import grouped
 
 
 def draw_spectra(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
-from peftc.report import Report, Table, count, size
+from peftc.report import Report, Table, count, grouped, size, span
+from peftc.source import MANIFEST
 
 if TYPE_CHECKING:
     from peftc.source import Source
@@ -31,6 +32,9 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     folder = Path(getattr(model, "spec", model))  # type: ignore[arg-type]
     if not folder.is_dir():
         raise ArtifactError(f"there is no artifact at `{folder}`", why="`peftc show` reads artifact folders only")
+    if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
+        hint = f"look into it with `peftc analyze {folder}`"
+        raise ArtifactError(f"`{folder}` is a model, not an artifact of peftc", hint=hint)
     record = manifest.read(folder)
     tensors = artifact.tensor_table(folder, record)
     lines = command_lines(record)
@@ -51,15 +55,19 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     ]
     report.tables.insert(0, Table(str(folder), ["", ""], [fact for fact in facts if fact[1]]))
     if record.modules:
-        rows = [[name, edit["form"], str(edit["rank"]).strip("[]").replace(", ", "x")]
-                for name, edit in sorted(record.modules.items(), key=lambda item: _natural(item[0]))]  # fmt: skip
-        report.tables.insert(1, Table("factored modules", ["module", "form", "rank"], rows))
+        report.tables.insert(1, _modules(record))
     return report
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts ``layers.10`` after ``layers.9``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def _modules(record: Manifest) -> Table:
+    """Group factored modules of one kind and form, with the span of their ranks."""
+    rows = []
+    for kind, names in grouped(record.modules).items():
+        edits = [record.modules[name] for name in names]
+        ranks = sorted((edit["rank"] for edit in edits), key=lambda rank: rank if isinstance(rank, list) else [rank])
+        texts = [str(rank).strip("[]").replace(", ", "x") for rank in ranks]
+        rows.append([kind, len(names), edits[0]["form"], span(texts)])
+    return Table("factored modules", ["module", "count", "form", "rank"], rows)
 
 
 def command_lines(record: Manifest) -> list[str]:

@@ -131,7 +131,7 @@ def writing(
     """Open the output folder for a request on a model; yield the job and the base record."""
     base = base_record(model)
     earlier = model.manifest.steps if model.manifest else []
-    with execution(output, identity(base, earlier, request, model.config), overwrite=overwrite) as job:
+    with execution(output, identity(base, earlier, request, model.config), request, overwrite=overwrite) as job:
         yield job, base
 
 

@@ -360,7 +360,7 @@ def test_the_embedded_digits_are_split_once_and_for_all() -> None:
     assert (len(train), len(test), test.split) == (1437, 360, "test")
     assert test.classes == [str(digit) for digit in range(10)]
     assert set(map(test.content, test.rows)) - set(map(train.content, train.rows))
-    with pytest.raises(UsageError, match="unknown value `iris`"):
+    with pytest.raises(UsageError, match="unknown value `sklearn:iris`"):
         open_data("sklearn:iris")
 
 

@@ -119,9 +119,17 @@ def test_the_artifact_of_another_request_is_refused_and_kept(output: Path) -> No
     with pytest.raises(ArtifactError, match="holds the artifact of another request") as refusal:
         build(output, OTHER)
     assert refusal.value.request == OTHER
-    assert refusal.match("its id is 111111111111, this request's is 222222222222")
+    assert refusal.match("made from another base, or by another chain of steps")
     assert holds(output) == ONE
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_a_refusal_says_in_which_options_the_requests_differ(output: Path) -> None:
+    build(output)
+    asked = {"command": "decompose", "budget": {"ratio": "3/5"}}
+    with pytest.raises(ArtifactError) as refusal, execution(output, OTHER, asked):
+        pass
+    assert "budget was " in str(refusal.value) and 'now it is {"ratio": "3/5"}' in str(refusal.value)
 
 
 def test_overwrite_replaces_the_artifact_only_when_the_new_one_is_whole(output: Path) -> None:
