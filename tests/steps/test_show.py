@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from peftc.errors import ArtifactError, PeftcError
+from peftc.report import span
 from peftc.steps.decompose import decompose
 from peftc.steps.show import show
 
 PROBE = """
 import sys
 from peftc.steps.show import show
-from peftc.report import span
 report = show(sys.argv[1])
 assert report.tables and report.data["commands"]
 print(sorted({"torch", "timm", "transformers", "numpy", "safetensors"} & sys.modules.keys()))
