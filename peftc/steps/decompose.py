@@ -24,6 +24,8 @@ from peftc.source import Source
 from peftc.steps import spectra, write
 from peftc.steps.factoring import Factoring
 
+FEW_SAMPLES = 8
+
 
 def decompose(
     model: str | Path | Source | nn.Module | Model,
@@ -113,6 +115,12 @@ def decompose(
         report = _report(work, ranks(), {}, reasons, asked)
         report.notes.append("dry run: nothing was written")
         return report
+    quality = {
+        "data": data, "task": task, "batch_size": batch_size, "image_size": image_size, "max_length": max_length,
+        "device": device, "seed": seed,
+    }  # fmt: skip
+    if data is not None:
+        _refuse_unfit_data(loaded, **quality)
     request = {
         "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
         "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
@@ -139,11 +147,8 @@ def decompose(
     report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
     if data is not None:
         against = model if isinstance(model, nn.Module | Model) else loaded.source
-        _add_quality(
-            report, loaded.source, data=data, against=against, task=task, num_samples=num_samples,
-            batch_size=batch_size, image_size=image_size, max_length=max_length, max_drop=max_drop,
-            min_quality=min_quality, device=device, seed=seed,
-        )  # fmt: skip
+        limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
+        _add_quality(report, loaded.source, against=against, **quality, **limits)
     return report
 
 
@@ -159,6 +164,13 @@ def _budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
             hint="give one of them",
         )
     return None
+
+
+def _refuse_unfit_data(model: Model, **options: Any) -> None:
+    """Evaluate the model itself on a few samples, so that data that does not fit it is refused before the work."""
+    from peftc.steps.evaluate import evaluate
+
+    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **options)
 
 
 def _add_quality(report: Report, source: Source, **options: Any) -> None:
@@ -218,12 +230,21 @@ def _report(
     kept = sum(row["parameters_after"] for row in rows)
     dense = sum(row["parameters_before"] for row in rows)
     saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
+    saved_bytes = sum(
+        (row["parameters_before"] - row["parameters_after"])
+        * work.model.module.get_submodule(row["name"]).weight.element_size()  # type: ignore[union-attr, operator]
+        for row in rows
+    )
     after = whole.parameters - dense + kept
     factored = sum(rank is not None for rank in ranks.values())
     before_bytes = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
     size = {
         "before": {"parameters": whole.parameters, "macs": whole.macs, "bytes": before_bytes},
-        "after": {"parameters": after, "macs": None if whole.macs is None else whole.macs - saved_macs, "bytes": None},
+        "after": {
+            "parameters": after,
+            "macs": None if whole.macs is None else whole.macs - saved_macs,
+            "bytes": before_bytes - saved_bytes,
+        },
     }
     achieved = {"asked": asked, "eligible": round(kept / dense, 6), "model": round(after / whole.parameters, 6)}
     others = [{"name": name, "reason": reason} for name, reason in reasons.items()]

@@ -716,3 +716,33 @@ def test_verify_notices_what_was_not_written_right(tiny_vit: Path, tmp_path: Pat
     model.module.blocks[0].attn.qkv.weight = nn.Parameter(torch.zeros(96, 32))  # type: ignore[index, union-attr]
     with pytest.raises(ArtifactError, match=r"blocks\.0\.attn\.qkv\.weight"):
         write.verify(tmp_path / "out", model)
+
+
+def test_gates_judge_the_quality_on_held_out_data_and_leave_the_result_in_place(
+    peftc, tiny_bert_classifier: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "held.csv"
+    rows = ["the cat sat on the mat .,negative", "a small dog ran !,neutral", "the red bird sang .,positive"]
+    data.write_text("text,label\n" + "\n".join(rows) + "\n")
+    words = ("decompose", tiny_bert_classifier, "--ratio", "0.5", "--data", data, "--task", "text-classification")
+    met = peftc(*words, "-o", tmp_path / "one", "--max-drop", "1", "--json")
+    assert met.exit_code == 0, met.stderr
+    assert json.loads(met.stdout)["quality"]["metrics"]["accuracy"]["value"] >= 0
+    missed = peftc(*words, "-o", tmp_path / "two", "--min-quality", "1.1")
+    assert missed.exit_code == 3 and "not met" in missed.stderr
+    assert (tmp_path / "two" / "peftc.json").is_file()
+
+
+def test_data_that_does_not_fit_the_model_is_refused_before_anything_is_written(
+    peftc, tiny_bert_classifier: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "other.csv"
+    data.write_text("text,label\nthe cat sat .,sport\nthe dog ran .,art\n")
+    refused = peftc("decompose", tiny_bert_classifier, "--ratio", "0.5", "--data", data, "-o", tmp_path / "no")
+    assert refused.exit_code == 1 and "sport" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_quality_gate_without_data_is_a_wrong_command_line(peftc, tiny_vit: Path, tmp_path: Path) -> None:
+    refused = peftc("decompose", tiny_vit, "--ratio", "0.5", "--max-drop", "0.1", "-o", tmp_path / "no")
+    assert refused.exit_code == 2 and "--data DATA" in refused.stderr
