@@ -229,7 +229,7 @@ def test_the_json_object_has_the_keys_that_are_listed() -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    for path in re.findall(r"`(examples/[^`]*)`", README):
+    for path in re.findall(r"`((?:examples|tests)/[^`]*)`", README):
         assert (REPOSITORY / path).exists(), path
     makefile = (REPOSITORY / "Makefile").read_text()
     for goal in re.findall(r"make (\w+)[`,]", README):

@@ -69,7 +69,7 @@ def decompose(
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
         plan: ranks decided before, as `analyze` writes them.
-        allocation: ``uniform`` (PELA's formula), ``global`` or ``energy`` (one greedy pass over all modules).
+        allocation: ``uniform`` (PELA's formula), or ``global``, ``energy``, ``convex`` (one greedy pass over all modules).
         method, conv_method, settings: how to factor.
         include, skip: patterns over dotted names; a skip beats an include.
         data, task, num_samples, batch_size, image_size, max_length: held-out data to measure the result on.
@@ -106,7 +106,8 @@ def decompose(
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
-    asked = f"{budget}, {allocation}" if budget else f"--plan {plan}"
+    shared = budget is not None and budget.kind not in ("rank", "energy")  # these two leave nothing to allocate
+    asked = f"{budget}, {allocation}" if shared else str(budget or f"--plan {plan}")
 
     def ranks() -> dict[str, Rank | None]:
         return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
@@ -220,7 +221,7 @@ def _report(
 ) -> Report:  # fmt: skip
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
-    by_formula = ", uniform" in asked or asked.startswith("--rank")
+    by_formula = "uniform" in asked or asked.startswith(("--rank", "--energy"))
     why_dense = (
         "its factors would not be smaller" if by_formula else "the budget keeps it, or its factors would not shrink"
     )
