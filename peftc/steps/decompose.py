@@ -69,7 +69,7 @@ def decompose(
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
         plan: ranks decided before, as `analyze` writes them.
-        allocation: ``uniform`` (PELA's formula), or ``global``, ``energy``, ``convex`` (one greedy pass over all modules).
+        allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``.
         method, conv_method, settings: how to factor.
         include, skip: patterns over dotted names; a skip beats an include.
         data, task, num_samples, batch_size, image_size, max_length: held-out data to measure the result on.
