@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-REAL_DATA = Path(os.environ.get("PEFTC_DATA") or REPOSITORY.parent / "shared" / "data")
+REAL_DATA = Path(os.environ.get("REAL_DATA") or REPOSITORY.parent / "shared" / "data")
 for variable in [name for name in os.environ if name.startswith("PEFTC_")]:
-    del os.environ[variable]  # they are options, and `PEFTC_DATA` would be `--data` of every command under test
+    del os.environ[variable]  # they are options of every command under test
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_COLOR="1")
 os.environ.update(TOKENIZERS_PARALLELISM="false")
 
@@ -63,7 +63,7 @@ def peftc() -> Callable[..., Any]:
 def data_folder() -> Path:
     """The real weights and data; the test skips where they are absent."""
     if not (REAL_DATA / "MANIFEST.md").is_file():
-        pytest.skip(f"no real data at `{REAL_DATA}`; point `PEFTC_DATA` at it")
+        pytest.skip(f"no real data at `{REAL_DATA}`; point the variable `REAL_DATA` at it")
     return REAL_DATA
 
 

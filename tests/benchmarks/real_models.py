@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftc import Source
 
-ROOT = Path(os.environ.get("PEFTC_DATA", Path(__file__).parents[3] / "shared" / "data"))
+ROOT = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WEIGHTS, SETS = ROOT / "weights", ROOT / "sets"
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.py, the user's own module
 
@@ -35,7 +35,7 @@ def sentence_model() -> Path:
 def real_models() -> dict[str, Real]:
     """Return every trained model, or end with a sentence where the data folder is absent."""
     if not WEIGHTS.is_dir():
-        raise SystemExit(f"no real data at {ROOT}: set PEFTC_DATA")
+        raise SystemExit(f"no real data at {ROOT}: set REAL_DATA")
     images = f"{SETS}/imagenet_sample/imagenet_sample_150.zip"
     cifar = f"{SETS}/cifar10_jpg/cifar10_jpg_5k2k.zip@test"
 
