@@ -53,6 +53,11 @@ class Manifest:
     labels: list[str] | None = None
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def weight_bytes(self) -> int:
+        """Number of bytes of the weight files."""
+        return sum(entry["bytes"] for name, entry in self.files.items() if name.endswith(".safetensors"))
+
     def write(self, folder: Path) -> None:
         """Write ``peftc.json`` into ``folder``, with sorted keys."""
         text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -106,14 +106,13 @@ def decompose(
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
-    shared = budget is not None and budget.kind not in ("rank", "energy")  # these two leave nothing to allocate
-    asked = f"{budget}, {allocation}" if shared else str(budget or f"--plan {plan}")
+    asked, why_dense = _words(budget, allocation, plan)
 
     def ranks() -> dict[str, Rank | None]:
         return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
 
     if dry_run:
-        report = _report(work, ranks(), {}, reasons, asked)
+        report = _report(work, ranks(), {}, reasons, asked, why_dense)
         report.notes.append("dry run: nothing was written")
         return report
     quality = {
@@ -137,7 +136,7 @@ def decompose(
             work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
             decided = ranks()
-            report = _report(work, decided, work.factor(decided), reasons, asked)
+            report = _report(work, decided, work.factor(decided), reasons, asked, why_dense)
             pieces, modules = work.edit(decided)
             record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
             report.warnings += write.verify(job.folder, loaded)
@@ -165,6 +164,16 @@ def _budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
             hint="give one of them",
         )
     return None
+
+
+def _words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
+    """Return what was asked, and why a module stays dense under it."""
+    if budget is None:
+        return f"--plan {plan}", "the plan keeps it"
+    if budget.kind in ("rank", "energy"):  # these two leave nothing to allocate
+        return str(budget), "its factors would not be smaller"
+    greedy = "the budget keeps it, or its factors would not shrink"
+    return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
 
 
 def _refuse_unfit_data(model: Model, **options: Any) -> None:
@@ -217,15 +226,10 @@ def _shard_bytes(text: str | int) -> int:
 
 def _report(
     work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
-    reasons: Mapping[str, str], asked: str,
+    reasons: Mapping[str, str], asked: str, why_dense: str,
 ) -> Report:  # fmt: skip
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
-    by_formula = "uniform" in asked or asked.startswith(("--rank", "--energy"))
-    why_dense = (
-        "its factors would not be smaller" if by_formula else "the budget keeps it, or its factors would not shrink"
-    )
-    why_dense = "the plan keeps it" if asked.startswith("--plan") else why_dense
     ranks = {name: ranks.get(name) for name in work.targets}
     rows = [_module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
     kept = sum(row["parameters_after"] for row in rows)
@@ -346,5 +350,5 @@ def _check_size(report: Report, record: Manifest, model: Model, budget: Budget |
         after["macs"] = measure.work(write.one_dtype(model)).macs
         if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
             report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
-    after["bytes"] = sum(entry["bytes"] for name, entry in record.files.items() if name.endswith(".safetensors"))
+    after["bytes"] = record.weight_bytes
     report.tables[-1] = _size_table(report.data["size"])

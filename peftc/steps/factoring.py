@@ -104,12 +104,10 @@ class Factoring:
                 basis = {"values": solution.values, "up": solution.up, "down": solution.down}
                 note = {"rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed)}
                 write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
-        read = {
-            name: tensor.clone() for name, tensor in _read(part).items()
-        }  # aligned as memory is: same kernels, same bits
-        found.resume(
-            Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"]), note["climbed"]
-        )
+        # clones are aligned as fresh memory is: same kernels, same bits
+        read = {name: tensor.clone() for name, tensor in _read(part).items()}
+        solution = Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"])
+        found.resume(solution, note["climbed"])
         return found
 
     def _part(self, target: Target, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from peftc import allocate, methods
 from peftc.allocate import Curve, Rank
-from peftc.errors import MethodError, PlanError, WeightError
+from peftc.errors import MethodError, PlanError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Spectrum
 from peftc.models.load import Model
@@ -37,16 +38,15 @@ class Factorizer:
     """The chosen methods with their settings, applied to one weight after another."""
 
     decompose: Callable[..., Spectrum]
-    name: str
-    conv_method: str
     settings: Mapping[str, Any]
 
     def __call__(self, weight: Tensor, target: Target) -> Decomposed:
         """Decompose a weight, float32 or float64, in the target's form."""
-        if target.form == "tucker2":
-            return methods.find("decompose_conv", "tucker2", "--conv-method")(weight)
-        matrix = lowrank.matrix(weight, target.form).contiguous()
-        return self.decompose(matrix, **self.settings)
+        decompose = functools.partial(self.decompose, **self.settings)
+        if target.form not in methods.METHODS["decompose_conv"]:
+            return decompose(lowrank.matrix(weight, target.form).contiguous())
+        by_form = methods.find("decompose_conv", target.form, "--conv-method")
+        return by_form(weight) if target.form == "tucker2" else by_form(weight.contiguous(), decompose)
 
 
 def factorizer(method: str, conv_method: str, settings: Mapping[str, Any] | None) -> Factorizer:
@@ -57,14 +57,14 @@ def factorizer(method: str, conv_method: str, settings: Mapping[str, Any] | None
         MethodError: the method needs statistics of a calibration set.
     """
     function = methods.find("decompose", method, "--method")
-    methods.find("decompose_conv", conv_method, "--conv-method")
+    one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
     needs = methods.needs_of(function)
     if needs:
         raise MethodError(
             f"`{method}` needs {', '.join(needs)} of a calibration set", why="this version of peftc collects none",
             hint="decompose without data: `--method svd`",
         )  # fmt: skip
-    return Factorizer(function, method, conv_method, methods.with_settings(function, method, settings or {}))
+    return Factorizer(function, methods.with_settings(function, method, settings or {}))
 
 
 def weight_of(model: Model, target: Target, device: torch.device) -> Tensor:
@@ -241,9 +241,3 @@ def _pareto(target: Target, losses: Tensor, unit: str) -> list[Rank]:
             best = loss
             kept.append(pair)
     return list(kept)
-
-
-def stored_dtype(model: Model) -> str:
-    """Return the dtype of the model's floating tensors in words."""
-    dtype = surgery.uniform_dtype(model.module)
-    return "mixed" if dtype is None else str(dtype).removeprefix("torch.")

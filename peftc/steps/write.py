@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import __version__, artifact, manifest
+from peftc import __version__, artifact, manifest, measure
 from peftc.artifact import Piece
 from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
 from peftc.header import encode_header, read_header
@@ -55,7 +55,7 @@ def piece(tensor: Tensor) -> Piece:
 
 def pieces_of(model: Model) -> dict[str, Piece]:
     """Return every stored tensor of a model: byte ranges of its files where there are such, memory otherwise."""
-    state = model.module.state_dict(keep_vars=True)
+    state = surgery.tensors_of(model.module)
     return {
         name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
         for name in surgery.stored_names(model.module)
@@ -106,7 +106,7 @@ def base_record(model: Model) -> dict[str, Any]:
 
 def _memory_digest(model: Model) -> str:
     total = hashlib.sha256()
-    state = model.module.state_dict(keep_vars=True)
+    state = surgery.tensors_of(model.module)
     for name in surgery.stored_names(model.module):
         total.update(f"{name}:{tuple(state[name].shape)};".encode())
         for block in piece(state[name]).blocks():
@@ -164,7 +164,7 @@ def write_artifact(
     earlier = model.manifest.steps if model.manifest else []
     record = Manifest(
         id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
-        parameters=sum(parameter.numel() for parameter in model.module.parameters()), modules=modules,
+        parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels,
     )  # fmt: skip
@@ -253,8 +253,8 @@ def already(job: Job, command: str) -> Report:
     """Return the report of a finished folder again."""
     known = job.result().get("report", {})
     record = manifest.read(job.output)
-    weight_bytes = sum(entry["bytes"] for name, entry in record.files.items() if name.endswith(".safetensors"))
-    known.setdefault("data", {}).setdefault("size", {"after": {"parameters": record.parameters, "bytes": weight_bytes}})
+    size = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
+    known.setdefault("data", {}).setdefault("size", size)
     return Report(
         command, known["data"], artifact=job.output,
         tables=[Table(**table) for table in known.get("tables", [])],
