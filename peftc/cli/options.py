@@ -191,7 +191,7 @@ Plot = Annotated[Path | None, Option(metavar="FILE", help="draw the spectra to t
 Allocation = Annotated[
     str,
     Option(
-        parser=choice("uniform", "global", "energy", "convex"),
+        parser=choice("auto", "uniform", "global", "energy", "convex"),
         metavar="NAME",
         help="how modules share the budget: uniform, global, energy or convex",
     ),
@@ -209,6 +209,14 @@ Data = Annotated[
     str, Option(metavar="DATA", help="folder, table file, hf:NAME or sklearn:digits; @split picks a split")
 ]
 OptionalData = Annotated[str | None, Option("--data", metavar="DATA", help="samples for statistics and gates")]
+Statistics = Annotated[Path | None, Option(metavar="DIR", help="what `peftc calibrate` collected")]
+CalibrationSamples = Annotated[int, Option(min=1, metavar="N", help="calibrate on at most this many samples")]
+CalibrationTokens = Annotated[
+    int | None, Option(parser=amount, metavar="N", help="calibrate on about this many tokens or patches, as 64k")
+]
+BiasCorrection = Annotated[
+    bool, Option("--bias-correction/--no-bias-correction", help="let biases make up for the mean of the inputs")
+]
 Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
 Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
 NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]

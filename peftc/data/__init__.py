@@ -30,6 +30,7 @@ def open_data(
     text_column: str | None = None,
     label_column: str | None = None,
     task: str | None = None,
+    role: str = "evaluation",
 ) -> Dataset:
     """Return the samples that a `--data` spec names.
 
@@ -40,6 +41,7 @@ def open_data(
         seed: of the subset.
         image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`.
         task: for `sentence-similarity` labels are scores; for language models rows are never dropped.
+        role: ``evaluation`` or ``calibration``, which prefer different splits.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it does not hold what was asked for.
@@ -48,7 +50,7 @@ def open_data(
     if not Path(name).exists() and "@" in name:
         name, _, at = name.rpartition("@")
     splits = _splits(name, Columns(image_column, text_column, label_column), task)
-    chosen, note = choose(name, splits, at or split)
+    chosen, note = choose(name, splits, at or split, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
     return dataset if task in WINDOWED else dataset.take(num_samples, seed=seed)

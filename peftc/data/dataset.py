@@ -16,7 +16,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "t10k"),
     "validation": ("validation", "val", "valid", "dev"),
     "train": ("train", "training"),
-}  # in the order in which an evaluation prefers them
+}
 
 
 @dataclass
@@ -88,8 +88,18 @@ def split_word(text: str) -> str | None:
     return next((word for word, known in SPLIT_WORDS.items() if any(part in known for part in parts)), None)
 
 
-def choose(name: str, splits: Iterable[str], asked: str | None) -> tuple[str, str]:
-    """Return the split to use, and a sentence that says so: the one asked for, else test, validation, the only one."""
+PREFERRED = {"evaluation": ("test", "validation"), "calibration": ("train", "validation")}
+
+
+def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "evaluation") -> tuple[str, str]:
+    """Return the split to use, and a sentence that says so: the one asked for, else the role's first, or the only one.
+
+    Args:
+        name: of the data.
+        splits: there are.
+        asked: by the user.
+        role: ``evaluation`` prefers test, then validation; ``calibration`` train, then validation.
+    """
     names = list(splits)
     if asked is not None:
         for same in (lambda split: split == asked, lambda split: split_word(split) == (split_word(asked) or asked)):
@@ -97,7 +107,7 @@ def choose(name: str, splits: Iterable[str], asked: str | None) -> tuple[str, st
             if len(found) == 1:
                 return found[0], f"data: split `{found[0]}` of `{name}`, as asked"
         raise DataError(f"`{name}` has no split `{asked}`", why=f"it has {_listed(names)}", hint=_hint(name, names))
-    for word in ("test", "validation"):
+    for word in PREFERRED[role]:
         found = [split for split in names if split == word] or [split for split in names if split_word(split) == word]
         if len(found) == 1 and len(names) > 1:
             others = _listed([split for split in names if split != found[0]])

@@ -16,6 +16,10 @@ from peftc.errors import MethodError, UsageError, one_of
 METHODS: dict[str, dict[str, str]] = {
     "decompose": {
         "svd": "peftc.methods.decompose.svd",
+        "whitened": "peftc.methods.decompose.whitened",
+        "kfac": "peftc.methods.decompose.kfac",
+        "asvd": "peftc.methods.decompose.asvd",
+        "fwsvd": "peftc.methods.decompose.fwsvd",
     },
     "decompose_conv": {
         "channel": "peftc.methods.decompose_conv.channel",

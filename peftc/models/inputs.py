@@ -121,7 +121,11 @@ def _vocabulary(model: Model) -> int:
 def outputs(model: Model, batch: Batch) -> Tensor:
     """Return the network's main output for a batch: logits, or the last hidden state; no gradient is kept."""
     with torch.inference_mode():
-        value: Any = model.module(**batch) if isinstance(batch, dict) else model.module(batch)
+        return main_output(model, model.module(**batch) if isinstance(batch, dict) else model.module(batch))
+
+
+def main_output(model: Model, value: Any) -> Tensor:
+    """Return the tensor that matters of what a network returned."""
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         if getattr(value, name, None) is not None:
             return getattr(value, name)
@@ -133,3 +137,20 @@ def outputs(model: Model, batch: Batch) -> Tensor:
         else:
             raise SourceError(f"`{model.name}` returns a {type(value).__name__}, in which peftc finds no tensor")
     return value
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Return the device of a network's first parameter; the CPU where it has none."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def moved(model: Model, inputs: Batch) -> Batch:
+    """Return inputs on the model's device, floating ones in its dtype."""
+    device = place_of(model.module)
+    floating = next((each.dtype for each in model.module.parameters() if each.is_floating_point()), torch.float32)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)
+
+    return {name: move(tensor) for name, tensor in inputs.items()} if isinstance(inputs, dict) else move(inputs)

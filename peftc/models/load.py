@@ -18,7 +18,7 @@ from torch import nn
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import build, weights
-from peftc.models.inputs import kind_of, outputs, probe
+from peftc.models.inputs import kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.source import Located, Source, locate
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from peftc.header import TensorInfo
     from peftc.manifest import Manifest
 
-__all__ = ["Model", "base_source", "load", "load_module", "outputs", "probe", "runnable"]
+__all__ = [
+    "Model", "base_source", "load", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
+]  # fmt: skip
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,

@@ -41,8 +41,8 @@ def analyze(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
-    allocation: str = "energy",
-    method: str = "svd",
+    allocation: str = "auto",
+    method: str = "auto",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
@@ -64,7 +64,7 @@ def analyze(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    one_of("--allocation", allocation, allocate.ALLOCATIONS)
+    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     budgets = {
         "ratio": ratio,
         "rank": rank,
@@ -81,6 +81,7 @@ def analyze(
     for option, path in (("--plan", plan), ("--plot", plot)):
         _refuse_unwritable(option, path)
     factorize = spectra.factorizer(method, conv_method, settings)
+    allocation = spectra.allocation_of(allocation, factorize)
     place = solver_device(device_of(device))
 
     loaded = load(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +14,7 @@ from torch import nn
 from peftc import allocate, measure
 from peftc import plan as plans
 from peftc.allocate import Rank
-from peftc.errors import ArtifactError, PlanError, UsageError, one_of
+from peftc.errors import ArtifactError, DataError, PlanError, UsageError, one_of
 from peftc.manifest import Manifest
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
@@ -22,6 +23,7 @@ from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, 
 from peftc.report import size as bytes_text
 from peftc.source import Source
 from peftc.steps import spectra, write
+from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 
 FEW_SAMPLES = 8
@@ -37,13 +39,17 @@ def decompose(
     target_params: float | None = None,
     target_macs: float | None = None,
     plan: str | Path | Plan | None = None,
-    allocation: str = "energy",
-    method: str = "svd",
+    allocation: str = "auto",
+    method: str = "auto",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
     data: str | None = None,
+    statistics: str | Path | None = None,
+    calibration_samples: int = 512,
+    calibration_tokens: float | None = None,
+    bias_correction: bool = True,
     task: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -69,10 +75,16 @@ def decompose(
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
         plan: ranks decided before, as `analyze` writes them.
-        allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``.
-        method, conv_method, settings: how to factor.
+        allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``; ``auto`` is
+            ``convex`` for a method whose losses compare across modules (`kfac`), else ``energy``.
+        method, conv_method, settings: how to factor; ``auto`` is `kfac` with data or statistics, else `svd`.
         include, skip: patterns over dotted names; a skip beats an include.
-        data, task, num_samples, batch_size, image_size, max_length: held-out data to measure the result on.
+        data: calibrates a method that needs statistics, on its train split where it has one, and measures the result
+            on its test split.
+        statistics: what `calibrate` collected before, instead of a calibration here.
+        calibration_samples, calibration_tokens: at most so many are calibrated on.
+        bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
+        task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
         max_drop, min_quality, max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
         device, seed: where and with which random numbers to compute.
@@ -82,17 +94,21 @@ def decompose(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    one_of("--allocation", allocation, allocate.ALLOCATIONS)
+    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     if data is None and (max_drop is not None or min_quality is not None):
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = _budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
-    factorize = spectra.factorizer(method, conv_method, settings)
+    with_data = data is not None or statistics is not None
+    factorize = spectra.factorizer(
+        method, conv_method, settings, with_data=with_data, correct_bias=bias_correction
+    )  # fmt: skip
+    allocation = spectra.allocation_of(allocation, factorize)
     shard_bytes = _shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
-    by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
+    by_shape = not factorize.needs and (budget is None or not spectra.needs_spectra(budget, allocation))
     loaded = load(model, weights=not (dry_run and by_shape))
     if isinstance(model, Model):
         loaded = replace(loaded, module=detached(loaded.module))
@@ -107,27 +123,34 @@ def decompose(
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     asked, why_dense = _words(budget, allocation, plan)
+    reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
+    calibration = calibrating.source(
+        loaded, factorize.needs, data, statistics, device,
+        samples=calibration_samples, tokens=calibration_tokens, **reading,
+    )  # fmt: skip
 
-    def ranks() -> dict[str, Rank | None]:
+    def ranks(folder: Path) -> dict[str, Rank | None]:
+        if calibration is not None:
+            work.use(calibrating.obtain(calibration, work.targets, factorize.needs, folder), reasons)
         return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
 
     if dry_run:
-        report = _report(work, ranks(), {}, reasons, asked, why_dense)
+        with tempfile.TemporaryDirectory() as folder:
+            report = _report(work, ranks(Path(folder)), {}, reasons, asked, why_dense)
         report.notes.append("dry run: nothing was written")
         return report
-    quality = {
-        "data": data, "task": task, "batch_size": batch_size, "image_size": image_size, "max_length": max_length,
-        "device": device, "seed": seed,
-    }  # fmt: skip
-    if data is not None:
-        _refuse_unfit_data(loaded, **quality)
+    quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
+    gated = max_drop is not None or min_quality is not None
+    measured = data is not None and _is_measurable(loaded, quality, required=gated or not factorize.needs)
     request = {
         "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
         "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
-        "method": method, "conv_method": conv_method, "settings": dict(factorize.settings),
+        "method": factorize.name, "conv_method": conv_method, "settings": dict(factorize.settings),
         "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
         "device": place.type, "seed": seed,
     }  # fmt: skip
+    if calibration is not None:
+        request |= {"statistics": calibrating.identity(calibration), "bias_correction": bias_correction}
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -135,7 +158,7 @@ def decompose(
         else:
             work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
-            decided = ranks()
+            decided = ranks(job.work)
             report = _report(work, decided, work.factor(decided), reasons, asked, why_dense)
             pieces, modules = work.edit(decided)
             record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
@@ -145,7 +168,7 @@ def decompose(
             report.artifact = output
     report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
     report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
-    if data is not None:
+    if measured:
         against = model if isinstance(model, nn.Module | Model) else loaded.source
         limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
         _add_quality(report, loaded.source, against=against, **quality, **limits)
@@ -176,11 +199,20 @@ def _words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, s
     return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
 
 
-def _refuse_unfit_data(model: Model, **options: Any) -> None:
-    """Evaluate the model itself on a few samples, so that data that does not fit it is refused before the work."""
+def _is_measurable(model: Model, options: Mapping[str, Any], *, required: bool) -> bool:
+    """Evaluate the model itself on a few samples, so that data that does not fit it is refused before the work.
+
+    Data for calibration need no labels: without gates, they are then not measured on.
+    """
     from peftc.steps.evaluate import evaluate
 
-    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **options)
+    try:
+        evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **options)
+    except DataError:
+        if required:
+            raise
+        return False
+    return True
 
 
 def _add_quality(report: Report, source: Source, **options: Any) -> None:
@@ -281,7 +313,7 @@ def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense
         "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
         "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
         "parameters_before": target.entries, "parameters_after": target.cost(rank, "entries"),
-        "error": cut.get("error", 0.0 if rank is None else None), "excess": cut.get("excess"),
+        "error": cut.get("error", 0.0 if rank is None else None), "loss": cut.get("loss"), "excess": cut.get("excess"),
         "rung": cut.get("rung"), "climbed": cut.get("climbed", []),
     }  # fmt: skip
 

@@ -244,17 +244,7 @@ def _mapped(side: _Side, batch: Batch) -> Batch:
 
 def _forward(model: Model, batch: Batch) -> Tensor:
     """Return the outputs for a batch, moved to the model's device and dtype first."""
-    parameters = list(model.module.parameters())
-    device = parameters[0].device if parameters else torch.device("cpu")
-    floating = next((each.dtype for each in parameters if each.is_floating_point()), torch.float32)
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)
-
-    inputs = batch.inputs
-    logits = load.outputs(
-        model, {k: moved(v) for k, v in inputs.items()} if isinstance(inputs, dict) else moved(inputs)
-    )
+    logits = load.outputs(model, load.moved(model, batch.inputs))
     if not torch.isfinite(logits).all():
         dtype = str(logits.dtype).removeprefix("torch.")
         raise WeightError(

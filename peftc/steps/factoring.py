@@ -23,9 +23,11 @@ from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
+from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Target
 from peftc.steps import spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
+from peftc.steps.statistics import Statistics
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -64,6 +66,13 @@ class Factoring:
             self.targets[name] = replace(target, uses=tuple(uses))
         return Whole(total, work.macs)
 
+    def use(self, known: Statistics, reasons: dict[str, str]) -> None:
+        """Take statistics; a module that the calibration set never reached stays dense."""
+        for name in [name for name in self.targets if name not in known]:
+            del self.targets[name]
+            reasons[name] = "the calibration set never reaches it"
+        self.factorize = replace(self.factorize, statistics=known)
+
     def leave_uncalled(self, reasons: dict[str, str], include: Sequence[str]) -> None:
         """Leave modules dense that a forward pass never calls: factors would be multiplied out, or never be used."""
         if self.whole.macs is None:
@@ -94,7 +103,7 @@ class Factoring:
         """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
         weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
-            found = self.factorize(weight, target)
+            found = self.factorize(weight, target, has_bias=self._bias(target) is not None)
             if self.job is None or not isinstance(found, Spectrum):
                 return found
             part = self._part(target, "spectrum")
@@ -130,11 +139,12 @@ class Factoring:
 
     def _factor(self, target: Target, rank: Rank, part: Path) -> dict[str, Any]:
         kept_basis = self._part(target, "spectrum").is_file()
+        weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
             found = (
                 self.spectrum(target)
                 if kept_basis
-                else self.factorize(spectra.weight_of(self.model, target, self.device), target)
+                else self.factorize(weight, target, has_bias=self._bias(target) is not None)
             )
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
         dense = self.model.module.get_submodule(target.name).weight
@@ -143,9 +153,34 @@ class Factoring:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
             raise MethodError(f"the factors of `{target.name}` do not fit into {dense.dtype}")  # type: ignore[union-attr]
         error = cut.error if dense.dtype not in HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
-        note = {"error": error, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed)}
-        write.save_part(part, named, note)
+        losses = found.losses()
+        total = float(losses.flatten()[0])
+        weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
+        note = {
+            "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
+        }  # fmt: skip
+        bias = self._corrected_bias(target, weight, cut.factors)
+        write.save_part(part, named if bias is None else {**named, "bias": bias}, note)
         return note
+
+    def _bias(self, target: Target) -> Tensor | None:
+        """Return the bias that may make up for what factors lose of the mean: the target's own, and nobody else's."""
+        bias = getattr(self.model.module.get_submodule(target.name), "bias", None)
+        return bias if isinstance(bias, Tensor) and not target.aliases else None
+
+    def _corrected_bias(self, target: Target, weight: Tensor, factors: Factors) -> Tensor | None:
+        """Return bias + (W - up down) E[x], or None where nothing is corrected."""
+        bias, by = self._bias(target), self.factorize
+        if bias is None or "second_moment" not in by.needs or not by.correct_bias or by.statistics is None:
+            return None
+        mean = by.statistics.of(target.name, self.device).mean
+        if mean is None:
+            return None
+        up, down = factors.up.double(), factors.down.double()
+        lost = lowrank.matrix(weight, target.form).double() @ mean - up @ (down @ mean)
+        if target.form == "spatial":  # (out kw,): every column of the kernel adds its own
+            lost = lost.view(target.shape[0], -1).sum(1)
+        return (bias.detach().double().cpu() + lost.cpu()).to(bias.dtype)
 
     def edit(self, ranks: Mapping[str, Rank | None]) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
         """Put the kept factors into the network; return all tensors to be stored and the manifest's module entries."""
@@ -158,14 +193,18 @@ class Factoring:
             part = self._part(self.targets[name], "factors")
             infos = read_header(part)[0]
             factors = {key: nn.Parameter(tensor) for key, tensor in _read(part).items()}
+            corrected = factors.pop("bias", None)
             for each in (name, *self.targets[name].aliases):
                 form = self._form(each, name)
                 old = network.get_submodule(each)
                 new = lowrank.build(old, form, rank)
                 surgery.replace(network, old, new)
-                surgery.place(new, {**factors, "up.bias": getattr(old, "bias", None)})
-                pieces.update({f"{each}.{key}": from_file(info) for key, info in infos.items()})
-                if f"{each}.bias" in pieces:
+                bias = getattr(old, "bias", None) if corrected is None else corrected
+                surgery.place(new, {**factors, "up.bias": bias})
+                pieces.update({f"{each}.{key}": from_file(info) for key, info in infos.items() if key != "bias"})
+                if corrected is not None:
+                    pieces[f"{each}.up.bias"] = from_file(infos["bias"])
+                elif f"{each}.bias" in pieces:
                     pieces[f"{each}.up.bias"] = pieces[f"{each}.bias"]
                 modules[each] = {"form": form, "rank": list(rank) if isinstance(rank, tuple) else rank}
         return {name: pieces[name] for name in surgery.stored_names(network)}, modules

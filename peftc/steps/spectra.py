@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from peftc import allocate, methods
+from peftc import allocate, calibrate, methods
 from peftc.allocate import Curve, Rank
-from peftc.errors import MethodError, PlanError, WeightError, one_of
+from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
-from peftc.methods.spectrum import Spectrum
+from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.plan import Budget, Target
+from peftc.steps.statistics import Statistics
 
 Decomposed = Spectrum | Tucker
 
@@ -35,36 +36,102 @@ FINITE_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Factorizer:
-    """The chosen methods with their settings, applied to one weight after another."""
+    """The chosen methods with their settings, applied to one weight after another.
 
+    Attributes:
+        name: of the matrix method.
+        decompose: the matrix method.
+        settings: of it.
+        needs: statistics that it asks for.
+        statistics: where they are; None before the calibration, and for a method without needs.
+        correct_bias: let the bias of a module make up for the mean of its inputs, where it has one.
+    """
+
+    name: str
     decompose: Callable[..., Spectrum]
     settings: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    statistics: Statistics | None = None
+    correct_bias: bool = True
 
-    def __call__(self, weight: Tensor, target: Target) -> Decomposed:
+    def __call__(self, weight: Tensor, target: Target, *, has_bias: bool = False) -> Decomposed:
         """Decompose a weight, float32 or float64, in the target's form."""
-        decompose = functools.partial(self.decompose, **self.settings)
+        given: dict[str, Any] = dict(self.settings)
+        if self.needs:
+            assert self.statistics is not None
+            found = self.statistics.of(target.name, weight.device)
+            given |= found.of(self.needs, centred=self.correct_bias and has_bias)
+            if self.statistics.is_lookup(target.name):
+                flat = lowrank.matrix(weight, target.form)
+                return transposed(self.decompose(flat.T.contiguous(), **given), flat)
+        decompose = functools.partial(self.decompose, **given)
         if target.form not in methods.METHODS["decompose_conv"]:
             return decompose(lowrank.matrix(weight, target.form).contiguous())
         by_form = methods.find("decompose_conv", target.form, "--conv-method")
         return by_form(weight) if target.form == "tucker2" else by_form(weight.contiguous(), decompose)
 
 
-def factorizer(method: str, conv_method: str, settings: Mapping[str, Any] | None) -> Factorizer:
+def transposed(spectrum: Spectrum, weight: Tensor) -> Spectrum:
+    """Return the spectrum of a weight, given that of its transpose."""
+
+    def turned(weight: Tensor, vectors: bool, rung: str) -> Solution | None:
+        found = spectrum.rungs[rung](weight.T.contiguous(), vectors)
+        if found is None:
+            return None
+        up, down = (None if part is None else part.T for part in (found.down, found.up))
+        return replace(found, up=up, down=down)
+
+    return Spectrum(weight, {rung: functools.partial(turned, rung=rung) for rung in spectrum.rungs})
+
+
+def factorizer(
+    method: str,
+    conv_method: str,
+    settings: Mapping[str, Any] | None,
+    *,
+    with_data: bool = False,
+    correct_bias: bool = True,
+) -> Factorizer:
     """Find the methods by name and check the settings.
 
+    Args:
+        method: ``auto`` is `kfac` where there are statistics, and `svd` where there are none.
+        conv_method: the form of k x k convolutions.
+        settings: of the method.
+        with_data: whether a calibration set or its statistics were given.
+        correct_bias: as for `Factorizer`.
+
     Raises:
-        UsageError: a name or setting is unknown.
-        MethodError: the method needs statistics of a calibration set.
+        UsageError: a name or setting is unknown, or the method needs data and there are none.
     """
-    function = methods.find("decompose", method, "--method")
+    chosen = method if method != "auto" else "kfac" if with_data else "svd"
+    function = methods.find("decompose", chosen, "--method")
     one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
-    needs = methods.needs_of(function)
-    if needs:
+    needs = tuple(methods.needs_of(function))
+    unknown = [name for name in needs if name not in calibrate.STATISTICS]
+    if unknown:
         raise MethodError(
-            f"`{method}` needs {', '.join(needs)} of a calibration set", why="this version of peftc collects none",
-            hint="decompose without data: `--method svd`",
-        )  # fmt: skip
-    return Factorizer(function, methods.with_settings(function, method, settings or {}))
+            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(calibrate.STATISTICS)}"
+        )
+    if needs and not with_data:
+        raise UsageError(
+            f"`--method {chosen}` needs {', '.join(needs)} of a calibration set",
+            hint="name one: `--data DATA`, or collected statistics: `--statistics DIR`",
+        )
+    if needs and conv_method == "tucker2":
+        raise UsageError(
+            f"`--conv-method tucker2` takes no statistics, and `--method {chosen}` is made of them",
+            hint="choose `--conv-method channel` or `spatial`, or `--method svd`",
+        )
+    return Factorizer(
+        chosen, function, methods.with_settings(function, chosen, settings or {}), needs, correct_bias=correct_bias
+    )
+
+
+def allocation_of(allocation: str, factorize: Factorizer) -> str:
+    """Return the allocation that ``auto`` means for a method (figures in tests/benchmarks/RESULTS.md)."""
+    comparable = "output_gradient_gram" in factorize.needs  # losses in nats, whatever the module
+    return allocation if allocation != "auto" else "convex" if comparable else "energy"
 
 
 def weight_of(model: Model, target: Target, device: torch.device) -> Tensor:

@@ -1,0 +1,387 @@
+"""Statistics over a calibration set, for methods that ask for them by name; the only forward hooks.
+
+Activations are never kept: each batch goes into running sums and is gone. Scatter matrices are accumulated around
+their mean in float64, batch by batch (Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm"), so
+that features with a mean far from zero lose nothing. Modules that read the same tensor share one moment; where its
+outputs are fewer than its inputs a module's own second moment is taken of the outputs, before the bias.
+
+=====================  ==============================  ===================================================
+statistic              shape                           is
+=====================  ==============================  ===================================================
+second_moment          (in, in) or (out, out)          E[x x^T], or E[W x x^T W^T]
+input_magnitude        (in,)                           E|x|
+output_gradient_gram   (out, out), or () where large   gradients of the loss, summed over a sample's positions
+weight_fisher          (in,)                           squared gradients of a sample, summed over outputs
+=====================  ==============================  ===================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.methods.weighted import Moment
+from peftc.models.load import Model
+from peftc.plan import Target
+
+STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
+OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")
+LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradients is kept
+
+
+@dataclass
+class Running:
+    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64."""
+
+    size: int
+    scatter: Tensor | None
+    mean: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device, *, scatter: bool) -> Running:
+        """Return one that has seen nothing."""
+        matrix = torch.zeros(size, size, dtype=torch.float64, device=device) if scatter else None
+        return cls(size, matrix, torch.zeros(size, dtype=torch.float64, device=device))
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (n, d), float32 or float64."""
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        centred = rows - mean
+        scatter = None if self.scatter is None else (centred.T @ centred).double()
+        self.merge(Running(self.size, scatter, mean.double(), len(rows)))
+
+    def merge(self, other: Running) -> None:
+        """Add what another one has seen."""
+        total = self.count + other.count
+        if not other.count:
+            return
+        gap = other.mean - self.mean
+        if self.scatter is not None and other.scatter is not None:
+            self.scatter += other.scatter
+            self.scatter += torch.outer(gap, gap) * (self.count * other.count / total)
+        self.mean += gap * (other.count / total)
+        self.count = total
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is collected for one target.
+
+    Attributes:
+        target: the module.
+        leader: the target whose inputs it shares; itself where it shares none.
+        side: of its second moment.
+    """
+
+    target: Target
+    leader: str
+    side: str
+
+
+@dataclass
+class Sums:
+    """Running sums by ``<module>.<statistic>``, and how many samples went into them."""
+
+    running: dict[str, Running] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums of other samples."""
+        for name, seen in other.running.items():
+            if name in self.running:
+                self.running[name].merge(seen)
+            else:
+                self.running[name] = seen
+        for name, total in other.totals.items():
+            self.totals[name] = self.totals[name] + total if name in self.totals else total
+        self.samples += other.samples
+
+
+def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]) -> dict[str, Site]:
+    """Return where each target's statistics come from, in the order in which the modules run.
+
+    Args:
+        model: whose modules are watched.
+        targets: by name.
+        run: a forward pass on a batch, however small.
+    """
+    seen: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that identity means what it says
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, inputs: seen.append((name, inputs[0]))
+
+    with _hooks(
+        model.module.get_submodule(each).register_forward_pre_hook(watch(name))
+        for name, target in targets.items()
+        for each in called(model, target)
+    ):
+        run()
+    leaders: dict[tuple[int, str, tuple[int, ...]], str] = {}
+    leader_of: dict[str, str] = {}
+    for name, tensor in seen:
+        target = targets[name]
+        kind = (id(tensor), *_reading(model, target))
+        leader_of.setdefault(name, leaders.setdefault(kind, name))
+    found = {}
+    for name, leader in leader_of.items():
+        members = [targets[each] for each, first in leader_of.items() if first == leader]
+        outs, in_ = [matrix_shape(each)[0] for each in members], matrix_shape(targets[name])[1]
+        spatial = targets[name].form == "spatial"
+        side = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
+        found[name] = Site(targets[name], leader, side)
+    return found
+
+
+def called(model: Model, target: Target) -> list[str]:
+    """Return the modules through which a target's matrix is read: of tied ones, those that multiply, if any does."""
+    every = [target.name, *target.aliases]
+    products = [each for each in every if not isinstance(model.module.get_submodule(each), nn.Embedding)]
+    return products or every
+
+
+def is_lookup(model: Model, target: Target) -> bool:
+    """Return whether a target is only ever looked up, so that its matrix maps words (in) to features (out)."""
+    return isinstance(model.module.get_submodule(called(model, target)[0]), nn.Embedding)
+
+
+def matrix_shape(target: Target) -> tuple[int, int]:
+    """Return (out, in) of the matrix that a method sees; of an embedding, that of the look-up (width, words)."""
+    if target.form == "transposed":
+        return target.shape[1], target.shape[0]
+    if target.form == "spatial":
+        out, in_, kh, kw = target.shape
+        return out * kw, in_ * kh
+    rest = 1
+    for size in target.shape[1:]:
+        rest *= size
+    return target.shape[0], rest
+
+
+def _reading(model: Model, target: Target) -> tuple[str, tuple[int, ...]]:
+    """Return what two modules must have in common, beside their input, to share its moment."""
+    module: Any = model.module.get_submodule(called(model, target)[0])
+    if not isinstance(module, nn.Conv2d):
+        return "rows", ()
+    return target.form, (*module.kernel_size, *module.stride, *module.dilation, *_pair(module.padding))
+
+
+def _pair(padding: Any) -> tuple[int, ...]:
+    return (hash(padding),) if isinstance(padding, str) else tuple(padding)
+
+
+@contextmanager
+def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+    kept = list(handles)
+    try:
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
+
+
+class Collector:
+    """Hooks on the modules of some sites; each forward pass, and the backward passes after it, add to ``sums``.
+
+    Args:
+        model: in eval mode; the hooks are on while the collector is used as a context.
+        sites: what to watch.
+        needs: statistics to collect.
+    """
+
+    def __init__(self, model: Model, sites: Mapping[str, Site], needs: Collection[str]) -> None:
+        self.model, self.sites, self.needs = model, sites, needs
+        self.sums = Sums()
+        self.mask: Tensor | None = None  # (batch, tokens), False at padding, of the batch that runs next
+        self.gradients = any(need in OF_GRADIENTS for need in needs)
+
+    @contextmanager
+    def watching(self) -> Iterator[Sums]:
+        """Keep the hooks on."""
+        with _hooks(
+            self.model.module.get_submodule(each).register_forward_hook(self._hook(site))
+            for site in self.sites.values()
+            for each in called(self.model, site.target)
+        ):
+            yield self.sums
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        leads = site.leader == site.target.name
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            x = inputs[0].detach()
+            keep = self._kept(x)
+            if leads and not isinstance(module, nn.Embedding):
+                self._inputs(site, module, x, keep)
+            if site.side == "output" and "second_moment" in self.needs:
+                rows = _rows(output.detach(), module)
+                self._add(f"{site.target.name}.output", rows if keep is None else rows[keep], scatter=True)
+            if not self.gradients:
+                return None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+            output.register_hook(lambda gradient: self._gradient(site, module, x, keep, gradient))
+            return output
+
+        return hook
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """Return which rows are no padding (n,), or None for all of them."""
+        if self.mask is None:
+            return None
+        tokens = self.mask.numel()
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape
+        if tuple(leading) == tuple(self.mask.shape) or leading.numel() == tokens:
+            return self.mask.flatten()
+        return None
+
+    def _inputs(self, site: Site, module: Any, x: Tensor, keep: Tensor | None) -> None:
+        scatter = "second_moment" in self.needs and site.side == "input"
+        only_mean = not scatter and "input_magnitude" not in self.needs
+        if only_mean and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            mean = _patches(x.mean(0, keepdim=True), module, site.target.form).mean(0, keepdim=True)
+            self._add(f"{site.leader}.input", mean.expand(1, -1), scatter=False)
+            return
+        rows = _patches(x, module, site.target.form)
+        rows = rows if keep is None else rows[keep]
+        self._add(f"{site.leader}.input", rows, scatter=scatter)
+        if "input_magnitude" in self.needs:
+            self._total(f"{site.leader}.magnitude", rows.abs().double().sum(0))
+
+    def _gradient(self, site: Site, module: nn.Module, x: Tensor, keep: Tensor | None, gradient: Tensor) -> None:
+        name = site.target.name
+        rows = _rows(gradient, module)
+        if "output_gradient_gram" in self.needs:
+            rows = rows if keep is None else rows[keep]
+            rows = rows * 2.0**12  # far from the subnormal numbers of half precision
+            gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
+            self._total(f"{name}.gradient", gram.double() / 2.0**24)
+        if "weight_fisher" in self.needs and not isinstance(module, nn.Embedding):
+            squares = 0.0
+            for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
+                by_sample = _rows(other, module).T @ _patches(one, module, site.target.form)  # (out, in)
+                squares = squares + by_sample.double().square().sum(0)
+            self._total(f"{name}.fisher", squares)
+
+    def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:
+        rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+        if name not in self.sums.running:
+            self.sums.running[name] = Running.empty(rows.shape[1], rows.device, scatter=scatter)
+        self.sums.running[name].add(rows)
+
+    def _total(self, name: str, value: Any) -> None:
+        self.sums.totals[name] = self.sums.totals[name] + value if name in self.sums.totals else value
+
+
+def _rows(output: Tensor, module: nn.Module) -> Tensor:
+    """Return outputs or their gradients as rows (n, out), float32 at least."""
+    output = output if output.dtype == torch.float64 else output.float()
+    return output.movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else output.flatten(0, -2)
+
+
+def _patches(x: Tensor, module: Any, form: str) -> Tensor:
+    """Return what a module multiplies its matrix with, as rows (n, in), float32 at least."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if not isinstance(module, nn.Conv2d):
+        return x.flatten(0, -2)
+    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    if (kh, kw) == (1, 1):
+        return x[:, :, ::sh, ::sw].movedim(1, -1).flatten(0, -2)
+    x = _padded(x, module)
+    if form == "spatial":  # columns of kernel height
+        kw, sw, dw = 1, 1, 1
+    columns = nn.functional.unfold(x, (kh, kw), (dh, dw), 0, (sh, sw))  # (batch, in kh kw, positions)
+    return columns.movedim(1, -1).flatten(0, -2)
+
+
+def _padded(x: Tensor, conv: Any) -> Tensor:
+    """Pad an input (batch, in, h, w) as its convolution does."""
+    if type(conv).__name__ == "Conv2dSame":
+        from timm.layers import pad_same
+
+        return pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
+    if conv.padding == "valid":
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+
+
+# -- what comes of the sums -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """The statistics of one target.
+
+    Attributes:
+        side: of the second moment.
+        mean: (in,) of its inputs; None for a look-up.
+        covariance: (in, in) or (out, out), around the mean; None where it was not asked for.
+        output_mean: (out,) before the bias, where ``side`` is ``output``.
+        others: the remaining statistics by name.
+        rows: how many inputs were seen.
+    """
+
+    side: str
+    mean: Tensor | None
+    covariance: Tensor | None
+    output_mean: Tensor | None
+    others: dict[str, Tensor]
+    rows: int
+
+    def of(self, needs: Sequence[str], *, centred: bool) -> dict[str, Any]:
+        """Return what a method asks for; ``centred`` leaves the mean to the bias and takes the moment around it."""
+        values: dict[str, Any] = {name: self.others[name] for name in needs if name in self.others}
+        if "second_moment" in needs:
+            assert self.covariance is not None
+            mean = self.mean if self.side == "input" else self.output_mean
+            moment = self.covariance.double()
+            if not centred and mean is not None:
+                moment = moment + torch.outer(mean.double(), mean.double())
+            values["second_moment"] = Moment(moment, self.side)
+        return values
+
+
+def tensors(sums: Sums, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+    """Return the statistics of all sites as tensors to store, float32 but for the means, by name.
+
+    Args:
+        sums: over the whole calibration set.
+        sites: as collected.
+        weight_of: the weight of a target as a matrix, to take the bias out of the mean of its outputs.
+    """
+    found: dict[str, Tensor] = {}
+    for name, seen in sums.running.items():
+        found[f"{name}.mean"] = seen.mean
+        if seen.scatter is not None:
+            found[f"{name}.covariance"] = (seen.scatter / max(seen.count, 1)).float()
+    for site in sites.values():
+        name = site.target.name
+        if f"{name}.output.mean" in found and f"{site.leader}.input.mean" in found:
+            mean = found[f"{site.leader}.input.mean"]
+            weight = weight_of(site.target).double()
+            found[f"{name}.output.mean"] = weight @ mean.to(weight.device)
+        if f"{name}.gradient" in sums.totals:
+            found[f"{name}.gradient"] = sums.totals[f"{name}.gradient"] / max(sums.samples, 1)
+        if f"{name}.fisher" in sums.totals:
+            found[f"{name}.fisher"] = sums.totals[f"{name}.fisher"] / max(sums.samples, 1)
+        if f"{site.leader}.magnitude" in sums.totals:
+            rows = sums.running[f"{site.leader}.input"].count
+            found[f"{site.leader}.magnitude"] = sums.totals[f"{site.leader}.magnitude"] / max(rows, 1)
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:
+    """Return the samples of each batch: in order, or shortest texts first, so that padding stays small."""
+    order = list(range(size))
+    if lengths is not None:
+        order.sort(key=lambda index: lengths[index])
+    return [order[start : start + batch_size] for start in range(0, size, batch_size)]

@@ -1,0 +1,28 @@
+"""Activation-aware SVD: be accurate where the inputs are large.
+
+Objective: ||(W - W') diag(s)||_F^2 with s_i = (E|x_i|)^alpha. Yuan et al., "ASVD: Activation-aware Singular Value
+Decomposition for Compressing Large Language Models", 2023, arXiv 2312.05821, section 3.2. For comparison: `whitened`
+knows how inputs vary together, not only how large each is.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftc.methods.decompose.svd import svd
+from peftc.methods.spectrum import Spectrum
+from peftc.methods.weighted import scaled
+
+SMALLEST = 1e-6  # of the largest scale, so that undoing it stays finite
+
+
+def asvd(weight: Tensor, *, input_magnitude: Tensor, alpha: float = 0.5) -> Spectrum:
+    """Decompose ``weight`` with its columns scaled by the magnitude of their inputs.
+
+    Args:
+        weight: (out, in), float32 or float64, finite.
+        input_magnitude: (in,), mean |x| of each input feature.
+        alpha: exponent of the magnitude; 0 is plain SVD.
+    """
+    scale = input_magnitude.double() ** alpha
+    return scaled(svd, weight, scale.clamp_min(SMALLEST * float(scale.max()) or 1.0))
