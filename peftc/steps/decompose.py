@@ -19,7 +19,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import factored, spectra, write
+from peftc.steps import factored, ordered, spectra, write
 from peftc.steps.factoring import Factoring
 
 FEW_SAMPLES = 8
@@ -35,6 +35,7 @@ def decompose(
     target_params: float | None = None,
     target_macs: float | None = None,
     plan: str | Path | Plan | None = None,
+    keep_all_ranks: bool = False,
     allocation: str = "energy",
     method: str = "svd",
     conv_method: str = "spatial",
@@ -67,6 +68,7 @@ def decompose(
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
         plan: ranks decided before, as `analyze` writes them.
+        keep_all_ranks: in place of a budget, keep the weights and store the factors of every rank for `truncate`.
         allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``.
         method, conv_method, settings: how to factor.
         include, skip: patterns over dotted names; a skip beats an include.
@@ -83,15 +85,19 @@ def decompose(
     one_of("--allocation", allocation, allocate.ALLOCATIONS)
     if data is None and (max_drop is not None or min_quality is not None):
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budget = factored.asked_budget(
-        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
-    )  # fmt: skip
+    budgets = {
+        "ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs,
+    }  # fmt: skip
+    if keep_all_ranks:
+        ordered.refuse_budget(**budgets, plan=plan)
+    budget = None if keep_all_ranks else factored.asked_budget(plan, **budgets)
     factorize = spectra.factorizer(method, conv_method, settings)
     shard_bytes = factored.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
     by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
     loaded = load(model, weights=not (dry_run and by_shape))
+    ordered.refuse_ordered(loaded)
     if isinstance(model, Model):
         loaded = replace(loaded, module=detached(loaded.module))
     if isinstance(model, nn.Module) and not dry_run:
@@ -104,13 +110,18 @@ def decompose(
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
+    if keep_all_ranks:
+        ordered.refuse_pairs(work.targets)
     asked, why_dense = factored.words(budget, allocation, plan)
 
     def ranks() -> dict[str, Rank | None]:
         return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
 
     if dry_run:
-        report = factored.report_on("decompose", work, ranks(), {}, reasons, asked, why_dense)
+        if keep_all_ranks:
+            report = ordered.report_on(work, {}, reasons)
+        else:
+            report = factored.report_on("decompose", work, ranks(), {}, reasons, asked, why_dense)
         report.notes.append("dry run: nothing was written")
         return report
     quality = {
@@ -124,12 +135,16 @@ def decompose(
         "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
         "method": method, "conv_method": conv_method, "settings": dict(factorize.settings),
         "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
-        "device": place.type, "seed": seed,
+        "device": place.type, "seed": seed, **({"keep_all_ranks": True} if keep_all_ranks else {}),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
             report = write.already(job, "decompose")
+        elif keep_all_ranks:
+            work.job = job
+            report = ordered.keep_all(work, base, request, reasons, max_shard_bytes=shard_bytes)
+            report.artifact = output
         else:
             work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))

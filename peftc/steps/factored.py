@@ -62,7 +62,7 @@ def report_on(
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
     ranks = {name: ranks.get(name) for name in work.targets}
-    rows = [_module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
+    rows = [module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
     kept = sum(row["parameters_after"] for row in rows)
     dense = sum(row["parameters_before"] for row in rows)
     saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
@@ -100,13 +100,17 @@ def report_on(
         report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
     if not factored:
         report.warnings.append("no module was factored: none would become smaller at this budget")
-    for row in rows:
-        for climb in row["climbed"]:
-            report.warnings.append(f"`{row['name']}`: {climb}; computed by {row['rung']} instead")
+    report.warnings += climbs(rows)
     return report
 
 
-def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
+def climbs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a warning for each way of computing a module's factors that failed."""
+    return [f"`{row['name']}`: {climb}; computed by {row['rung']} instead" for row in rows for climb in row["climbed"]]
+
+
+def module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
+    """Return the figures of one module."""
     reason = None if rank is not None else why_dense
     return {
         "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
