@@ -147,8 +147,8 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
     report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
     report.tables += [_table(rows), factored.dense_table([], reasons), factored.size_table(size)]
     report.notes += [
-        f"{sum(rank > 0 for rank in ranks.values())} of {len(ranks)} eligible modules can be cut to any rank that makes "
-        "them smaller; until then they keep their weights",
+        f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
+        "smaller; until then they keep their weights",
         *work.model.notes,
     ]
     report.warnings += factored.climbs(rows)
