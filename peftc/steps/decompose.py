@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from peftc import allocate, measure
-from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import PlanError, UsageError, one_of
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
@@ -85,12 +84,10 @@ def decompose(
     one_of("--allocation", allocation, allocate.ALLOCATIONS)
     if data is None and (max_drop is not None or min_quality is not None):
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budgets = {
-        "ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs,
-    }  # fmt: skip
-    if keep_all_ranks:
-        ordered.refuse_budget(**budgets, plan=plan)
-    budget = None if keep_all_ranks else factored.asked_budget(plan, **budgets)
+    budget = factored.asked_budget(
+        plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
+        target_macs=target_macs,
+    )  # fmt: skip
     factorize = spectra.factorizer(method, conv_method, settings)
     shard_bytes = factored.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
@@ -103,9 +100,7 @@ def decompose(
     if isinstance(model, nn.Module) and not dry_run:
         refuse_unbuildable(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
-    if given is not None:
-        plans.check(given, targets)
+    given = factored.asked_plan(plan, targets)
     if not next(loaded.module.parameters()).is_meta:
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
@@ -139,25 +134,17 @@ def decompose(
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
+        work.job = job
         if job.done:
             report = write.already(job, "decompose")
         elif keep_all_ranks:
-            work.job = job
             report = ordered.keep_all(work, base, request, reasons, max_shard_bytes=shard_bytes)
-            report.artifact = output
         else:
-            work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
             decided = ranks()
             report = factored.report_on("decompose", work, decided, work.factor(decided), reasons, asked, why_dense)
-            pieces, modules = work.edit(decided)
-            record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
-            report.warnings += write.verify(job.folder, loaded)
-            factored.check_size(report, record, loaded, budget)
-            write.finish(job, record, report, place)
-            report.artifact = output
-    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
-    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
+            factored.carry_out(report, work, decided, base, request, budget, max_shard_bytes=shard_bytes)
+    factored.gate_size(report, max_params, max_bytes)
     if data is not None:
         against = model if isinstance(model, nn.Module | Model) else loaded.source
         limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,25 @@ from peftc.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
 from peftc.steps import write
-from peftc.steps.factoring import Factoring
+from peftc.steps.factoring import Factoring, Kept
 
 
-def asked_budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
-    """Return the budget, or None where a plan says the ranks; refuse both at once."""
-    if plan is None:
+def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False, **asked: Any) -> Budget | None:
+    """Return the budget, or None where a plan says the ranks or all of them are kept; refuse two of these at once.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    if plan is None and not keep_all_ranks:
         return plans.budget(**asked)
     given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
+    if keep_all_ranks and (given or plan is not None):
+        other = given[0] if given else "`--plan`"
+        raise UsageError(
+            f"`--keep-all-ranks` takes no budget, but {other} is given",
+            why="every rank is kept; the budget comes when they are cut",
+            hint=f"leave {other} out here, and give it to `peftc truncate`",
+        )
     if given:
         raise UsageError(
             f"`--plan` and {given[0]} contradict each other",
@@ -31,6 +42,14 @@ def asked_budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
             hint="give one of them",
         )
     return None
+
+
+def asked_plan(plan: str | Path | Plan | None, targets: Mapping[str, Target]) -> Plan | None:
+    """Return the plan that was asked for, checked against the eligible modules."""
+    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    if given is not None:
+        plans.check(given, targets)
+    return given
 
 
 def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
@@ -175,7 +194,36 @@ def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("size", ["", "before", "after", "kept"], lines)
 
 
-def check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
+def gate_size(report: Report, max_params: float | None, max_bytes: float | None) -> None:
+    """Add the gates on the size of the result."""
+    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
+    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
+
+
+def carry_out(
+    report: Report, work: Factoring, ranks: Mapping[str, Rank | None], base: dict[str, Any], request: dict[str, Any],
+    budget: Budget | None, *, max_shard_bytes: int, kept: Callable[[str, Rank], Kept] | None = None,
+) -> None:  # fmt: skip
+    """Put factors into the network, write it, reload it, and complete the report with what came of it.
+
+    Args:
+        report: of the plan.
+        work: with a job.
+        ranks: of each module.
+        base, request, budget: what the manifest records.
+        max_shard_bytes: per weight file.
+        kept: where the factors are; `Factoring.factor` made them when None.
+    """
+    assert work.job is not None
+    pieces, modules = work.edit(ranks, kept)
+    record = write.write_artifact(work.job, work.model, base, request, pieces, modules, max_shard_bytes=max_shard_bytes)
+    report.warnings += write.verify(work.job.folder, work.model)
+    _check_size(report, record, work.model, budget)
+    write.finish(work.job, record, report, work.device)
+    report.artifact = work.job.output
+
+
+def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
     """Complete the sizes with what was written and measured; refuse to report a count that the folder does not have."""
     after = report.data["size"]["after"]
     if record.parameters != after["parameters"]:

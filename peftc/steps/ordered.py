@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftc import allocate, artifact, measure, progress
-from peftc.errors import ArtifactError, MethodError, UsageError
+from peftc.errors import ArtifactError, MethodError
 from peftc.manifest import Manifest
 from peftc.models import weights
 from peftc.models.load import Model
@@ -25,26 +25,10 @@ from peftc.report import Report, Table, grouped, span
 from peftc.steps import factored, write
 from peftc.steps.factoring import Factoring, Kept
 
-OPTION = "--keep-all-ranks"
 MAKE = "make one: `peftc decompose MODEL --keep-all-ranks -o all`"
 
 
 # -- what cannot be kept ----------------------------------------------------------------------------------------------
-
-
-def refuse_budget(**budgets: Any) -> None:
-    """Refuse any budget beside ``--keep-all-ranks``.
-
-    Raises:
-        UsageError: naming it.
-    """
-    given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
-    if given:
-        raise UsageError(
-            f"`{OPTION}` takes no budget, but `{given[0]}` is given",
-            why="every rank is kept; the budget comes when they are cut",
-            hint=f"leave `{given[0]}` out here, and give it to `peftc truncate`",
-        )
 
 
 def refuse_ordered(model: Model) -> None:
@@ -56,7 +40,7 @@ def refuse_ordered(model: Model) -> None:
     if model.manifest is not None and model.manifest.ordered:
         raise ArtifactError(
             f"`{model.folder}` already holds the factors of every rank",
-            why=f"it was written with `{OPTION}`, so no budget needs another decomposition",
+            why="it was written with `--keep-all-ranks`, so no budget needs another decomposition",
             hint=f"cut it: `peftc truncate {model.folder} --ratio 0.5 -o small`",
         )
 
@@ -71,7 +55,7 @@ def refuse_pairs(targets: Mapping[str, Target]) -> None:
     if pairs:
         more = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
         raise MethodError(
-            f"`{OPTION}` cannot keep `{pairs[0]}`{more} as `tucker2`",
+            f"`--keep-all-ranks` cannot keep `{pairs[0]}`{more} as `tucker2`",
             why="each pair of ranks is refined on its own, so the factors of one are no part of those of another",
             hint="take `--conv-method spatial` or `channel`, or leave these modules dense with `--skip`",
         )
@@ -117,6 +101,7 @@ def keep_all(
     report.tables[-1] = factored.size_table(report.data["size"])
     report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
     write.finish(job, record, report, work.device)
+    report.artifact = job.output
     return report
 
 
@@ -143,7 +128,7 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
     same = {"parameters": whole.parameters, "macs": whole.macs}
     size = {"before": {**same, "bytes": before}, "after": {**same, "bytes": before + _factor_bytes(work, ranks)}}
     others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
-    achieved = {"asked": OPTION, "eligible": 1.0, "model": 1.0}
+    achieved = {"asked": "--keep-all-ranks", "eligible": 1.0, "model": 1.0}
     report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
     report.tables += [_table(rows), factored.dense_table([], reasons), factored.size_table(size)]
     report.notes += [
@@ -214,7 +199,9 @@ def refuse_unordered(model: Model) -> Manifest:
         raise ArtifactError(f"`{model.name}` is a model, not an artifact with factors of every rank", hint=MAKE)
     if not model.manifest.ordered:
         raise ArtifactError(
-            f"`{model.folder}` holds no factors of every rank", why=f"it was not written with `{OPTION}`", hint=MAKE
+            f"`{model.folder}` holds no factors of every rank",
+            why="it was not written with `--keep-all-ranks`",
+            hint=MAKE,
         )
     return model.manifest
 

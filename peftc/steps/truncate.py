@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from peftc import allocate, measure
-from peftc import plan as plans
 from peftc.errors import one_of
 from peftc.methods.spectrum import Spectrum
 from peftc.models.load import Model, detached, load
@@ -60,22 +59,19 @@ def truncate(
     budget = factored.asked_budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
-    shard_bytes, place = factored.shard_bytes(max_shard_size), torch.device("cpu")
+    shard_bytes = factored.shard_bytes(max_shard_size)
 
     loaded = load(model)
     record = ordered.refuse_unordered(loaded)
     loaded = replace(loaded, module=detached(loaded.module), notes=[])
     targets, reasons = ordered.ordered_targets(loaded, record)
     known = ordered.stored(loaded, record, targets)
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
-    if given is not None:
-        plans.check(given, targets)
-    work = Factoring(loaded, targets, Factorizer(_solved, {}), place)
+    given = factored.asked_plan(plan, targets)
+    work = Factoring(loaded, targets, Factorizer(_solved, {}), torch.device("cpu"))
     decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
     cuts = {name: {"error": known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
-    report = factored.report_on(
-        "truncate", work, decided, cuts, reasons, *factored.words(budget, allocation, plan)
-    )  # fmt: skip
+    asked, why_dense = factored.words(budget, allocation, plan)
+    report = factored.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
     if dry_run:
         report.notes.append("dry run: nothing was written")
         return report
@@ -89,15 +85,13 @@ def truncate(
         if job.done:
             report = write.already(job, "truncate")
         else:
+            work.job = job
             job.require(measure.tensor_bytes(loaded.module))
-            pieces, modules = work.edit(decided, lambda name, cut: known[name].kept(int(cut)))  # type: ignore[arg-type]
-            made = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
-            report.warnings += write.verify(job.folder, loaded)
-            factored.check_size(report, made, loaded, budget)
-            write.finish(job, made, report, place)
-            report.artifact = output
-    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
-    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
+            factored.carry_out(
+                report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
+                kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
+            )  # fmt: skip
+    factored.gate_size(report, max_params, max_bytes)
     return report
 
 
