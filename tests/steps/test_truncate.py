@@ -40,6 +40,7 @@ NAMES = [
     "shared",
     "attention",
 ]
+EVERY_BUDGET = ("vit", "bert", "llama-head", "resnet-spatial", "resnet-channel")
 BUDGETS: list[dict[str, Any]] = [
     *({"ratio": "0.4", "allocation": allocation} for allocation in allocate.ALLOCATIONS),
     {"rank": 5}, {"energy": "0.7"}, {"target_params": True}, {"target_macs": True},
@@ -95,7 +96,7 @@ def close(ours: Path, theirs: Path, tolerance: float = 1e-6) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_slice_has_the_ranks_and_factors_of_a_direct_decompose(kept, tmp_path: Path, name: str) -> None:
     source, artifact, _ = kept(name)
-    for number, asked in enumerate(BUDGETS):
+    for number, asked in enumerate(BUDGETS if name in EVERY_BUDGET else BUDGETS[2:3]):
         budget = budget_for(artifact, asked)
         direct = decompose(source, output_dir=tmp_path / f"{number}-direct", **budget, **NETWORKS[name][3])
         cut = truncate(read(artifact), output_dir=tmp_path / f"{number}-cut", **budget)
