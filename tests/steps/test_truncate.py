@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from peftc import allocate, manifest
 from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
@@ -46,6 +47,19 @@ BUDGETS: list[dict[str, Any]] = [
     {"rank": 5}, {"energy": "0.7"}, {"target_params": True}, {"target_macs": True},
     {"target_params": True, "allocation": "uniform"},
 ]  # fmt: skip
+
+
+class Thin(nn.Module):
+    """A linear of one input, which no rank makes smaller, among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1, 48)
+        self.middle = nn.Linear(48, 48)
+        self.last = nn.Linear(48, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x)))
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +184,18 @@ def test_tied_weights_are_cut_once_and_stay_tied(kept, tmp_path: Path) -> None:
     assert (
         sum("lm_head" in name or "embed_tokens" in name for name in load_file(tmp_path / "out/model.safetensors")) == 2
     )
+
+
+def test_a_module_that_no_rank_makes_smaller_stays_dense_and_counts(tmp_path: Path) -> None:
+    torch.save(Thin().state_dict(), tmp_path / "weights.pth")
+    source = Source("python:tests.steps.test_truncate:Thin", weights=tmp_path / "weights.pth", allow_code=True)
+    decompose(source, keep_all_ranks=True, output_dir=tmp_path / "all")
+    assert manifest.read(tmp_path / "all").ordered["first"] == {"form": "linear", "rank": 0}
+    for number, asked in enumerate(({"ratio": 0.5}, {"energy": 0.5}, {"ratio": 0.5, "allocation": "uniform"})):
+        direct = decompose(source, output_dir=tmp_path / f"direct-{number}", **asked)  # type: ignore[arg-type]
+        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **asked)  # type: ignore[arg-type]
+        assert ranks(cut) == ranks(direct) and ranks(cut)["first"] is None
+        close(tmp_path / f"cut-{number}", tmp_path / f"direct-{number}")
 
 
 def test_shards_hold_the_same_factors(kept, all_ranks: Path, tmp_path: Path) -> None:
