@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["PeftcError", "Report", "Source", "analyze", "bench", "decompose", "demo", "evaluate", "load", "show"]
+__all__ = [
+    "PeftcError",
+    "Report",
+    "Source",
+    "analyze",
+    "bench",
+    "decompose",
+    "demo",
+    "evaluate",
+    "load",
+    "show",
+    "truncate",
+]
 
 if TYPE_CHECKING:
     from peftc.errors import PeftcError
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.evaluate import evaluate
     from peftc.steps.show import show
+    from peftc.steps.truncate import truncate
 
 _HOMES = {"PeftcError": "peftc.errors", "Report": "peftc.report", "Source": "peftc.source"}
 

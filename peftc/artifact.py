@@ -15,7 +15,7 @@ from peftc.errors import ArtifactError
 from peftc.header import DTYPE_BITS, TensorInfo, encode_header, read_header
 from peftc.manifest import Manifest
 
-WEIGHTS, INDEX, RESULT = "model.safetensors", "model.safetensors.index.json", "result.json"
+MODEL, FACTORS, RESULT = "model", "factors", "result.json"  # the first two are stems of safetensors files
 BLOCK = 1 << 20
 
 
@@ -54,7 +54,7 @@ def from_file(info: TensorInfo) -> Piece:
 
 
 def write_weights(
-    folder: Path, pieces: dict[str, Piece], identity: str, max_shard_bytes: int
+    folder: Path, pieces: dict[str, Piece], identity: str, max_shard_bytes: int, stem: str = MODEL
 ) -> dict[str, dict[str, Any]]:
     """Write ``pieces`` as one safetensors file, or as shards with an index, and return sha256 and bytes per file.
 
@@ -71,15 +71,17 @@ def write_weights(
         shards[-1].append(name)
         filled += pieces[name].size
     if len(shards) == 1:
-        return {WEIGHTS: _write_shard(folder / WEIGHTS, {name: pieces[name] for name in order}, identity)}
+        whole = f"{stem}.safetensors"
+        return {whole: _write_shard(folder / whole, {name: pieces[name] for name in order}, identity)}
     files: dict[str, dict[str, Any]] = {}
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         files[file] = _write_shard(folder / file, {name: pieces[name] for name in names}, identity)
         where.update(dict.fromkeys(names, file))
     total = sum(piece.size for piece in pieces.values())
-    files[INDEX] = write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    index = f"{stem}.safetensors.index.json"
+    files[index] = write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": where})
     return files
 
 
@@ -118,8 +120,12 @@ def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
-def tensor_table(folder: Path, manifest: Manifest) -> dict[str, TensorInfo]:
+def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> dict[str, TensorInfo]:
     """Return every tensor of an artifact by name, from the headers of the files that its manifest lists.
+
+    Args:
+        folder, manifest: of the artifact; all of its files are checked.
+        factors: return the ordered factors beside the network, not the network's own tensors.
 
     Raises:
         ArtifactError: a file is missing, has another length, or was written for another artifact.
@@ -142,12 +148,15 @@ def tensor_table(folder: Path, manifest: Manifest) -> dict[str, TensorInfo]:
                 f"`{path}` belongs to another artifact",
                 why=f"it was written for `{metadata.get('peftc', 'none')}`, the manifest is `{manifest.id}`",
             )
+        if name.startswith(FACTORS) != factors:
+            continue
         twice = sorted(table.keys() & tensors.keys())
         if twice:
             raise ArtifactError(f"`{twice[0]}` stands in two files of `{folder}`")
         table.update(tensors)
     if not table:
-        raise ArtifactError(f"`{folder}` holds no weights", why="its manifest lists no safetensors file")
+        what = "factors" if factors else "weights"
+        raise ArtifactError(f"`{folder}` holds no {what}", why="its manifest lists no safetensors file of them")
     return table
 
 

@@ -34,7 +34,7 @@ CHAIN = "chain.json"
 PREFIX = "PEFTC_"
 TOP = ("model", "runs", "data", "teacher")
 # of these a user means one: naming one on a higher level drops the others from the levels below
-BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "plan")
+BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "plan", "keep_all_ranks")
 
 Options = Mapping[str, Mapping[str, str]]  # command -> spelling -> parameter
 
@@ -85,7 +85,8 @@ def load(command: str, options: Options, file: Path | None = None, environ: Mapp
 
 def override(command: str, lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
     """Lay ``higher`` over ``lower``; a budget in it replaces every budget below."""
-    budgets = BUDGET if command != "analyze" else BUDGET[:-1]  # `analyze --plan` names the file to write
+    written = ("plan",) if command == "analyze" else ()  # `analyze --plan` names the file to write
+    budgets = [name for name in BUDGET if name not in written]
     dropped = budgets if any(name in higher for name in budgets) else ()
     return {**{name: value for name, value in lower.items() if name not in dropped}, **higher}
 

@@ -24,6 +24,7 @@ FIELDS = {
     "preprocess": dict,
     "labels": list | None,
 }  # `manifest.schema.json` says the same in full, and a test compares the two
+OPTIONAL = {"ordered": dict}  # manifests from before these fields lack them
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Manifest:
         parameters: number of parameters, tied ones counted once.
         preprocess: how images become inputs; empty for text.
         labels: class names in output order, where known.
+        ordered: dotted name -> ``{"form", "rank"}`` of each dense module whose factors of every rank up to that one lie
+            in ``factors.safetensors``, for `truncate`; rank 0 where no factors would be smaller.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Manifest:
     tied: dict[str, str] = field(default_factory=dict)
     preprocess: dict[str, Any] = field(default_factory=dict)
     labels: list[str] | None = None
+    ordered: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -87,7 +91,10 @@ def read(folder: Path) -> Manifest:
     for name, kind in FIELDS.items():
         if name not in value or not isinstance(value[name], kind):
             raise _damaged(path, f"its field `{name}` is missing or of the wrong type")
-    unknown = sorted(value.keys() - FIELDS.keys())
+    for name, kind in OPTIONAL.items():
+        if not isinstance(value.get(name, kind()), kind):
+            raise _damaged(path, f"its field `{name}` is of the wrong type")
+    unknown = sorted(value.keys() - FIELDS.keys() - OPTIONAL.keys())
     if unknown:
         raise _damaged(path, f"it has unknown fields: {', '.join(unknown)}")
     for name, entry in value["files"].items():
@@ -103,6 +110,9 @@ def read(folder: Path) -> Manifest:
     for name, edit in value["modules"].items():
         if not _has(edit, {"form": str}) or not _is_rank(edit.get("rank")):
             raise _damaged(path, f"its entry for module `{name}` has no form and rank")
+    for name, entry in value.get("ordered", {}).items():
+        if not _has(entry, {"form": str}) or type(entry.get("rank")) is not int or entry["rank"] < 0:
+            raise _damaged(path, f"its entry for the ordered factors of `{name}` has no form and rank")
     if not _has(value["base"], {"library": str, "architecture": str}):
         raise _damaged(path, "its base has no library and architecture")
     if not all(_has(step, {"id": str}) for step in value["steps"]):

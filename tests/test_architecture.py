@@ -13,7 +13,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
     {"methods", "calibrate", "train", "measure"},
-    {"nn", "models", "data", "tasks"},
+    {"nn", "models", "data", "tasks", "unlabelled"},
     {"job", "artifact", "manifest", "plan", "allocate", "source", "config"},
     {"errors", "header", "progress", "report", "intervals"},
 ]

@@ -30,6 +30,7 @@ from peftc.cli.demo import demo
 from peftc.cli.evaluate import evaluate
 from peftc.cli.methods import methods
 from peftc.cli.show import show
+from peftc.cli.truncate import truncate
 from peftc.errors import PeftcError
 
 FULL = "free some space, or write to another disk with `-o`"
@@ -154,7 +155,7 @@ def peftc(
     """
 
 
-for command in (analyze, decompose, evaluate, bench, demo, show, methods):
+for command in (analyze, decompose, truncate, evaluate, bench, demo, show, methods):
     app.command(no_args_is_help=False)(command)
 
 

@@ -15,6 +15,7 @@ def decompose(
     target_params: o.TargetParams = None,
     target_macs: o.TargetMacs = None,
     plan: o.Plan = None,
+    keep_all_ranks: o.KeepAllRanks = False,
     allocation: o.Allocation = "auto",
     method: o.Method = "auto",
     conv_method: o.ConvMethod = "spatial",
@@ -43,7 +44,8 @@ def decompose(
 ) -> Step:
     """Replace dense modules by low-rank factors.
 
-    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
+    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan; or
+    --keep-all-ranks, for peftc truncate to cut.
 
     \b
     Example:

@@ -184,6 +184,7 @@ TargetMacs = Annotated[
     int | None, Option(parser=amount, metavar="N", help="multiply-adds of the whole result, as 4.6G")
 ]
 Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
+KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: store every rank for `peftc truncate`")]
 PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
 Plot = Annotated[Path | None, Option(metavar="FILE", help="draw the spectra to this .png or .svg")]
 

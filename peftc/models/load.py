@@ -194,6 +194,10 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
         found = surgery.fill(loaded.module, tensors.names(), tensors.read, where=str(folder))
         loaded.infos = {name: table[there] for name, there in found.items()}
         loaded.files = tensors.files
+    if record.ordered:
+        loaded.notes.append(
+            f"`{folder}` computes what its base computes; the factors beside its weights are for `peftc truncate`"
+        )
     loaded.module.eval()
     return loaded
 

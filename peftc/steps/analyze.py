@@ -81,7 +81,7 @@ def analyze(
     for option, path in (("--plan", plan), ("--plot", plot)):
         _refuse_unwritable(option, path)
     factorize = spectra.factorizer(method, conv_method, settings)
-    allocation = spectra.allocation_of(allocation, factorize)
+    allocation = spectra.allocation_of(allocation, factorize.needs)
     place = solver_device(device_of(device))
 
     loaded = load(model)

@@ -230,7 +230,7 @@ def _report(
         f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds; "
         + ", ".join(f"{name} {list(shape)}" for name, shape in data["input"].items())
     )
-    report.notes.append(_noise_text(data["noise"], largest))
+    report.notes += [_noise_text(data["noise"], largest), *subject.notes]
     widest = max(band["high"] for band in data["noise"].values())
     if widest > NOISY:
         report.warnings.append(

@@ -12,19 +12,18 @@ from typing import Any
 from torch import nn
 
 from peftc import allocate, measure
-from peftc import plan as plans
 from peftc.allocate import Rank
-from peftc.errors import ArtifactError, DataError, PlanError, UsageError, one_of
-from peftc.manifest import Manifest
+from peftc.errors import PlanError, UsageError, one_of
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
-from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
-from peftc.report import size as bytes_text
+from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import spectra, write
+from peftc.steps import factored, ordered, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
+from peftc.steps.spectra import Factorizer
+from peftc.steps.statistics import Prepared
 
 FEW_SAMPLES = 8
 
@@ -39,6 +38,7 @@ def decompose(
     target_params: float | None = None,
     target_macs: float | None = None,
     plan: str | Path | Plan | None = None,
+    keep_all_ranks: bool = False,
     allocation: str = "auto",
     method: str = "auto",
     conv_method: str = "spatial",
@@ -75,6 +75,7 @@ def decompose(
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
         plan: ranks decided before, as `analyze` writes them.
+        keep_all_ranks: in place of a budget, keep the weights and store the factors of every rank for `truncate`.
         allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``; ``auto`` is
             ``convex`` for a method whose losses compare across modules (`kfac`), else ``energy``.
         method, conv_method, settings: how to factor; ``auto`` is `kfac` with data or statistics, else `svd`.
@@ -95,79 +96,73 @@ def decompose(
         PeftcError: with the cause; nothing is written then.
     """
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    if data is None and (max_drop is not None or min_quality is not None):
+    gated = max_drop is not None or min_quality is not None
+    if data is None and gated:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budget = _budget(
-        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
+    budget = factored.asked_budget(
+        plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
+        target_macs=target_macs,
     )  # fmt: skip
-    with_data = data is not None or statistics is not None
     factorize = spectra.factorizer(
-        method, conv_method, settings, with_data=with_data, correct_bias=bias_correction
+        method, conv_method, settings, with_data=data is not None or statistics is not None,
+        correct_bias=bias_correction,
     )  # fmt: skip
-    allocation = spectra.allocation_of(allocation, factorize)
-    shard_bytes = _shard_bytes(max_shard_size)
+    allocation = spectra.allocation_of(allocation, factorize.needs)
+    shard_bytes = factored.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
     by_shape = not factorize.needs and (budget is None or not spectra.needs_spectra(budget, allocation))
-    loaded = load(model, weights=not (dry_run and by_shape))
-    if isinstance(model, Model):
-        loaded = replace(loaded, module=detached(loaded.module))
-    if isinstance(model, nn.Module) and not dry_run:
-        refuse_unbuildable(loaded)
+    loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
-    if given is not None:
-        plans.check(given, targets)
-    if not next(loaded.module.parameters()).is_meta:
-        spectra.refuse_non_finite(loaded)
+    given = factored.asked_plan(plan, targets)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
-    asked, why_dense = _words(budget, allocation, plan)
+    if keep_all_ranks:
+        ordered.refuse_pairs(work.targets)
+    asked, why_dense = factored.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
-    calibration = calibrating.source(
+    quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
+    source = calibrating.source(
         loaded, factorize.needs, data, statistics, device,
         samples=calibration_samples, tokens=calibration_tokens, **reading,
     )  # fmt: skip
+    measured = not dry_run and _is_measured(loaded, source, quality, gated)
 
     def ranks(folder: Path) -> dict[str, Rank | None]:
-        if calibration is not None:
-            work.use(calibrating.obtain(calibration, work.targets, factorize.needs, folder), reasons)
+        if source is not None:
+            work.use(calibrating.obtain(source, work.targets, factorize.needs, folder), reasons)
+        if keep_all_ranks:
+            return {}
         return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
 
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            report = _report(work, ranks(Path(folder)), {}, reasons, asked, why_dense)
+            decided = ranks(Path(folder))
+        if keep_all_ranks:
+            report = ordered.report_on(work, {}, reasons)
+        else:
+            report = factored.report_on("decompose", work, decided, {}, reasons, asked, why_dense)
         report.notes.append("dry run: nothing was written")
         return report
-    quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
-    gated = max_drop is not None or min_quality is not None
-    measured = data is not None and _is_measurable(loaded, quality, required=gated or not factorize.needs)
     request = {
-        "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
-        "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
-        "method": factorize.name, "conv_method": conv_method, "settings": dict(factorize.settings),
-        "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
-        "device": place.type, "seed": seed,
+        **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
+        "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
+        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source),
     }  # fmt: skip
-    if calibration is not None:
-        request |= {"statistics": calibrating.identity(calibration), "bias_correction": bias_correction}
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
+        work.job = job
         if job.done:
             report = write.already(job, "decompose")
         else:
-            work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
             decided = ranks(job.work)
-            report = _report(work, decided, work.factor(decided), reasons, asked, why_dense)
-            pieces, modules = work.edit(decided)
-            record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
-            report.warnings += write.verify(job.folder, loaded)
-            _check_size(report, record, loaded, budget)
-            write.finish(job, record, report, place)
-            report.artifact = output
-    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
-    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
+            if keep_all_ranks:
+                report = ordered.keep_all(work, base, request, reasons, max_shard_bytes=shard_bytes)
+            else:
+                report = factored.report_on("decompose", work, decided, work.factor(decided), reasons, asked, why_dense)
+                factored.carry_out(report, work, decided, base, request, budget, max_shard_bytes=shard_bytes)
+    factored.gate_size(report, max_params, max_bytes)
     if measured:
         against = model if isinstance(model, nn.Module | Model) else loaded.source
         limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
@@ -175,43 +170,39 @@ def decompose(
     return report
 
 
-def _budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
-    """Return the budget, or None where a plan says the ranks; refuse both at once."""
-    if plan is None:
-        return plans.budget(**asked)
-    given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
-    if given:
-        raise UsageError(
-            f"`--plan` and {given[0]} contradict each other",
-            why="a plan already says the ranks",
-            hint="give one of them",
-        )
-    return None
+def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
+    """Return what of a request says how to factor and how far."""
+    question = {
+        "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None, "plan": plan.to_json() if plan else None,
+        "method": factorize.name, "settings": dict(factorize.settings),
+    }  # fmt: skip
+    return {**question, "bias_correction": factorize.correct_bias} if factorize.needs else question
 
 
-def _words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
-    """Return what was asked, and why a module stays dense under it."""
-    if budget is None:
-        return f"--plan {plan}", "the plan keeps it"
-    if budget.kind in ("rank", "energy"):  # these two leave nothing to allocate
-        return str(budget), "its factors would not be smaller"
-    greedy = "the budget keeps it, or its factors would not shrink"
-    return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
+def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, stored: bool) -> Model:
+    """Load a model that may be edited, refusing one that cannot be decomposed or, where it will be, not be stored."""
+    loaded = load(model, weights=weights)
+    ordered.refuse_ordered(loaded)
+    if isinstance(model, Model):
+        loaded = replace(loaded, module=detached(loaded.module))
+    if isinstance(model, nn.Module) and stored:
+        refuse_unbuildable(loaded)
+    if not next(loaded.module.parameters()).is_meta:
+        spectra.refuse_non_finite(loaded)
+    return loaded
 
 
-def _is_measurable(model: Model, options: Mapping[str, Any], *, required: bool) -> bool:
-    """Evaluate the model itself on a few samples, so that data that does not fit it is refused before the work.
+def _is_measured(model: Model, source: Any, quality: Mapping[str, Any], gated: bool) -> bool:
+    """Return whether the data measure the result: they have labels, or measure is all that they are for.
 
-    Data for calibration need no labels: without gates, they are then not measured on.
+    The model itself is evaluated on a few samples, so that data that does not fit is refused before the work.
     """
     from peftc.steps.evaluate import evaluate
 
-    try:
-        evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **options)
-    except DataError:
-        if required:
-            raise
+    if quality["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
         return False
+    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **quality)
     return True
 
 
@@ -247,140 +238,3 @@ def eligible(
             else "what could be factored is: decompose its base again, to another budget",
         )
     return targets, reasons
-
-
-def _shard_bytes(text: str | int) -> int:
-    try:
-        return scaled(str(text), SIZES)
-    except ValueError as error:
-        raise UsageError(f"`--max-shard-size {text}` {error}", hint="write it as `--max-shard-size 5GB`") from None
-
-
-def _report(
-    work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
-    reasons: Mapping[str, str], asked: str, why_dense: str,
-) -> Report:  # fmt: skip
-    """Say what is done with every module, and what becomes of the whole."""
-    targets, whole = work.targets, work.whole
-    ranks = {name: ranks.get(name) for name in work.targets}
-    rows = [_module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
-    kept = sum(row["parameters_after"] for row in rows)
-    dense = sum(row["parameters_before"] for row in rows)
-    saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
-    saved_bytes = sum(
-        (row["parameters_before"] - row["parameters_after"])
-        * work.model.module.get_submodule(row["name"]).weight.element_size()  # type: ignore[union-attr, operator]
-        for row in rows
-    )
-    after = whole.parameters - dense + kept
-    factored = sum(rank is not None for rank in ranks.values())
-    before_bytes = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
-    size = {
-        "before": {"parameters": whole.parameters, "macs": whole.macs, "bytes": before_bytes},
-        "after": {
-            "parameters": after,
-            "macs": None if whole.macs is None else whole.macs - saved_macs,
-            "bytes": before_bytes - saved_bytes,
-        },
-    }
-    achieved = {"asked": asked, "eligible": round(kept / dense, 6), "model": round(after / whole.parameters, 6)}
-    others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
-    report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
-    report.tables += [_modules_table(rows), _dense_table(rows, reasons), _size_table(size)]
-    report.notes += [
-        f"{factored} of {len(targets)} eligible modules factored ({asked}); kept {percent(achieved['eligible'])} of "
-        f"their weights, {percent(achieved['model'])} of the model's parameters",
-        *work.model.notes,
-    ]
-    tied = [
-        f"`{name}` with {', '.join(f'`{a}`' for a in t.aliases)}"
-        for name, t in targets.items()
-        if t.aliases and ranks[name]
-    ]
-    if tied:
-        report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
-    if not factored:
-        report.warnings.append("no module was factored: none would become smaller at this budget")
-    for row in rows:
-        for climb in row["climbed"]:
-            report.warnings.append(f"`{row['name']}`: {climb}; computed by {row['rung']} instead")
-    return report
-
-
-def _module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
-    reason = None if rank is not None else why_dense
-    return {
-        "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
-        "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
-        "parameters_before": target.entries, "parameters_after": target.cost(rank, "entries"),
-        "error": cut.get("error", 0.0 if rank is None else None), "loss": cut.get("loss"), "excess": cut.get("excess"),
-        "rung": cut.get("rung"), "climbed": cut.get("climbed", []),
-    }  # fmt: skip
-
-
-def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Group modules of one kind: a line each, with the span of their ranks and of their relative errors."""
-    lines = []
-    by_name = {row["name"]: row for row in rows if row["rank"] is not None}
-    for kind, names in grouped(by_name).items():
-        some = [by_name[name] for name in names]
-        kept = sum(row["parameters_after"] for row in some) / sum(row["parameters_before"] for row in some)
-        shapes = {"x".join(map(str, row["shape"])) for row in some}
-        errors = [row["error"] for row in some if row["error"] is not None]
-        error = "" if not errors else span([f"{e:.3f}" for e in sorted(errors)])
-        ranks = span([_rank_text(rank) for rank in sorted((row["rank"] for row in some), key=_rank_order)])
-        lines.append(
-            [
-                kind,
-                len(some),
-                " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes",
-                some[0]["form"],
-                ranks,
-                percent(kept),
-                error,
-            ]
-        )
-    return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "relative error"], lines)
-
-
-def _rank_order(rank: Any) -> list[int]:
-    return rank if isinstance(rank, list) else [rank]
-
-
-def _rank_text(rank: Any) -> str:
-    return "x".join(map(str, rank)) if isinstance(rank, list) else str(rank)
-
-
-def _dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> Table:
-    dense = {row["name"]: row["reason"] for row in rows if row["rank"] is None} | dict(reasons)
-    lines = []
-    for kind, names in grouped(dense).items():
-        for reason in dict.fromkeys(dense[name] for name in names):
-            lines.append([kind, sum(dense[name] == reason for name in names), reason])
-    return Table("modules left dense", ["module", "count", "why"], lines)
-
-
-def _size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
-    lines = []
-    for name, write_number in (("parameters", count), ("macs", short), ("bytes", bytes_text)):
-        before, after = sizes["before"][name], sizes["after"][name]
-        share = percent(after / before) if before and after is not None else ""
-        texts = ["" if value is None else write_number(value) for value in (before, after)]
-        lines.append(["multiply-adds" if name == "macs" else name, *texts, share])
-    return Table("size", ["", "before", "after", "kept"], lines)
-
-
-def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
-    """Complete the sizes with what was written and measured; refuse to report a count that the folder does not have."""
-    after = report.data["size"]["after"]
-    if record.parameters != after["parameters"]:
-        raise ArtifactError(
-            f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
-            hint="this is a bug in peftc: please report it",
-        )
-    if after["macs"] is not None:
-        after["macs"] = measure.work(write.one_dtype(model)).macs
-        if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
-            report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
-    after["bytes"] = record.weight_bytes
-    report.tables[-1] = _size_table(report.data["size"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from peftc.steps import spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics
 
+Kept = tuple[dict[str, Tensor], dict[str, Piece]]  # factors by their names in `nn.lowrank.build`, and as stored
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -160,7 +161,7 @@ class Factoring:
             "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
         }  # fmt: skip
         bias = self._corrected_bias(target, weight, cut.factors)
-        write.save_part(part, named if bias is None else {**named, "bias": bias}, note)
+        write.save_part(part, named if bias is None else {**named, "up.bias": bias}, note)
         return note
 
     def _bias(self, target: Target) -> Tensor | None:
@@ -182,30 +183,37 @@ class Factoring:
             lost = lost.view(target.shape[0], -1).sum(1)
         return (bias.detach().double().cpu() + lost.cpu()).to(bias.dtype)
 
-    def edit(self, ranks: Mapping[str, Rank | None]) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
-        """Put the kept factors into the network; return all tensors to be stored and the manifest's module entries."""
+    def kept(self, name: str, _rank: Rank) -> Kept:
+        """Return the factors of a module that `factor` kept, and its bias where it was corrected, mapped."""
+        part = self._part(self.targets[name], "factors")
+        return _read(part), {key: from_file(info) for key, info in read_header(part)[0].items()}
+
+    def edit(
+        self, ranks: Mapping[str, Rank | None], kept: Callable[[str, Rank], Kept] | None = None
+    ) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
+        """Put factors into the network; return all tensors to be stored and the manifest's module entries.
+
+        Args:
+            ranks: module -> rank, None to leave it as it is.
+            kept: (module, rank) -> its factors, and a new ``up.bias`` if any; those of `factor` when None.
+        """
         network = self.model.module
         pieces = write.pieces_of(self.model)
         modules = dict(self.model.manifest.modules) if self.model.manifest else {}
         for name, rank in ranks.items():
             if rank is None:
                 continue
-            part = self._part(self.targets[name], "factors")
-            infos = read_header(part)[0]
-            factors = {key: nn.Parameter(tensor) for key, tensor in _read(part).items()}
-            corrected = factors.pop("bias", None)
+            tensors, parts = (kept or self.kept)(name, rank)
+            factors = {key: nn.Parameter(tensor) for key, tensor in tensors.items()}
             for each in (name, *self.targets[name].aliases):
                 form = self._form(each, name)
                 old = network.get_submodule(each)
                 new = lowrank.build(old, form, rank)
                 surgery.replace(network, old, new)
-                bias = getattr(old, "bias", None) if corrected is None else corrected
-                surgery.place(new, {**factors, "up.bias": bias})
-                pieces.update({f"{each}.{key}": from_file(info) for key, info in infos.items() if key != "bias"})
-                if corrected is not None:
-                    pieces[f"{each}.up.bias"] = from_file(infos["bias"])
-                elif f"{each}.bias" in pieces:
+                surgery.place(new, {"up.bias": getattr(old, "bias", None), **factors})
+                if f"{each}.bias" in pieces:
                     pieces[f"{each}.up.bias"] = pieces[f"{each}.bias"]
+                pieces.update({f"{each}.{key}": part for key, part in parts.items()})
                 modules[each] = {"form": form, "rank": list(rank) if isinstance(rank, tuple) else rank}
         return {name: pieces[name] for name in surgery.stored_names(network)}, modules
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +54,26 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
         ["files", ", ".join(sorted(record.files))],
         ["classes", count(len(record.labels)) if record.labels else ""],
     ]
+    if record.ordered:
+        kept = artifact.tensor_table(folder, record, factors=True)
+        facts.append(["factors", f"{len(kept)} tensors, {size(sum(info.stop - info.start for info in kept.values()))}"])
+        report.tables.append(_modules("ordered factors, up to rank", record.ordered))
+        report.notes.append(f"cut it to any budget: `peftc truncate {folder} --ratio 0.5 -o small`")
     report.tables.insert(0, Table(str(folder), ["", ""], [fact for fact in facts if fact[1]]))
     if record.modules:
-        report.tables.insert(1, _modules(record))
+        report.tables.insert(1, _modules("factored modules", record.modules))
     return report
 
 
-def _modules(record: Manifest) -> Table:
-    """Group factored modules of one kind and form, with the span of their ranks."""
+def _modules(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
+    """Group modules of one kind and form, with the span of their ranks."""
     rows = []
-    for kind, names in grouped(record.modules).items():
-        edits = [record.modules[name] for name in names]
+    for kind, names in grouped(modules).items():
+        edits = [modules[name] for name in names]
         ranks = sorted((edit["rank"] for edit in edits), key=lambda rank: rank if isinstance(rank, list) else [rank])
         texts = [str(rank).strip("[]").replace(", ", "x") for rank in ranks]
         rows.append([kind, len(names), edits[0]["form"], span(texts)])
-    return Table("factored modules", ["module", "count", "form", "rank"], rows)
+    return Table(title, ["module", "count", "form", "rank"], rows)
 
 
 def command_lines(record: Manifest) -> list[str]:
@@ -103,6 +109,8 @@ def _request_options(request: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for kind, amount in (request.get("budget") or {}).items():
         words += [f"--{kind}", str(amount)]
+    if request.get("keep_all_ranks"):
+        words.append("--keep-all-ranks")
     if request.get("max_shard_bytes", DEFAULT_SHARD) != DEFAULT_SHARD:
         words += ["--max-shard-size", str(request["max_shard_bytes"])]
     for key in ("allocation", "method", "conv_method", "device", "seed"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
@@ -128,9 +128,9 @@ def factorizer(
     )
 
 
-def allocation_of(allocation: str, factorize: Factorizer) -> str:
+def allocation_of(allocation: str, needs: Sequence[str]) -> str:
     """Return the allocation that ``auto`` means for a method (figures in tests/benchmarks/RESULTS.md)."""
-    comparable = "output_gradient_gram" in factorize.needs  # losses in nats, whatever the module
+    comparable = "output_gradient_gram" in needs  # losses in nats, whatever the module
     return allocation if allocation != "auto" else "convex" if comparable else "energy"
 
 

@@ -121,6 +121,7 @@ class Prepared:
         request: what was asked.
         encoded: the samples.
         data: what identifies them.
+        labelled: whether they could measure quality as well.
         notes: what people should know about them.
     """
 
@@ -129,6 +130,7 @@ class Prepared:
     request: Request
     encoded: Encoded
     data: dict[str, Any]
+    labelled: bool
     notes: list[str]
 
 
@@ -140,8 +142,8 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
     """
     subject = load.runnable(replace(model, module=detached(model.module)), device=device)
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
-    encoded, data, notes = _encode(subject, task, request)
-    return Prepared(subject, task, request, encoded, data, notes)
+    encoded, data, labelled, notes = _encode(subject, task, request)
+    return Prepared(subject, task, request, encoded, data, labelled, notes)
 
 
 def source(
@@ -166,11 +168,13 @@ def obtain(
     return source if isinstance(source, Statistics) else collect(source, targets, needs, folder)
 
 
-def identity(source: Prepared | Statistics) -> dict[str, Any]:
+def identity(source: Prepared | Statistics | None) -> dict[str, Any]:
     """Return what of the statistics makes two requests the same question."""
+    if source is None:
+        return {}
     if isinstance(source, Statistics):
-        return {"data": source.note["data"], "request": source.note["request"]}
-    return {"data": source.data, "request": asdict(source.request)}
+        return {"statistics": {"data": source.note["data"], "request": source.note["request"]}}
+    return {"statistics": {"data": source.data, "request": asdict(source.request)}}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
@@ -225,8 +229,8 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     return Statistics(path, note, list(note["notes"]), too_few(note))
 
 
-def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], list[str]]:
-    """Return the samples as the model reads them, what identifies them, and notes."""
+def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
+    """Return the samples as the model reads them, what identifies them, whether they have labels, and notes."""
     if request.data.startswith(GENERATED):
         number = request.data.removeprefix(GENERATED)
         if not number.isdecimal() or int(number) < 1:
@@ -245,7 +249,7 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
     encoded = unlabelled.encode(model, dataset, task, settings)
     about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest, "samples": encoded.size}
     said = [f"calibration: {encoded.size} samples of split `{dataset.split}` of `{request.data}`"]
-    return encoded, about, said
+    return encoded, about, windows or dataset.labels is not None, said
 
 
 def _lanes(prepared: Prepared, runs: list[list[int]], collector: Collector, folder: Path) -> Sums:

@@ -149,11 +149,14 @@ def companions(model: Model) -> dict[str, bytes]:
 
 def write_artifact(
     job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
-    modules: dict[str, dict[str, Any]], *, max_shard_bytes: int,
+    modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
+    factors: dict[str, Piece] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be."""
     groups = surgery.stored_names(model.module)
     files = artifact.write_weights(job.folder, pieces, job.id, max_shard_bytes)
+    if factors:
+        files |= artifact.write_weights(job.folder, factors, job.id, max_shard_bytes, artifact.FACTORS)
     if model.library != "python":
         config = dict(model.config)
         if model.library == "transformers" and modules:
@@ -166,7 +169,7 @@ def write_artifact(
         id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
         parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
-        preprocess=model.preprocess, labels=model.labels,
+        preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
     )  # fmt: skip
     record.write(job.folder)
     return record
@@ -186,7 +189,7 @@ def verify(folder: Path, expected: Model) -> list[str]:
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
         if not torch.equal(tensor.cpu(), theirs[name]):
-            raise _differs(folder, f"tensor `{name}` is not what was written")
+            raise differs(folder, f"tensor `{name}` is not what was written")
     try:
         batch = models.probe(expected)
         before = _outputs(expected, batch)
@@ -200,11 +203,12 @@ def verify(folder: Path, expected: Model) -> list[str]:
         return ["the outputs on a random input are not finite, in the model itself; they were compared all the same"]
     gap = float((before - after).abs().max()) if before.numel() else 0.0
     if before.shape != after.shape or gap > CLOSE * float(before.abs().max()):
-        raise _differs(folder, f"its outputs on a random input differ by {gap:.2g}")
+        raise differs(folder, f"its outputs on a random input differ by {gap:.2g}")
     return []
 
 
-def _differs(folder: Path, why: str) -> ArtifactError:
+def differs(folder: Path, why: str) -> ArtifactError:
+    """Return the refusal of a folder that is not what was written."""
     return ArtifactError(
         f"the artifact in `{folder}` does not reload as it was written",
         why=why,

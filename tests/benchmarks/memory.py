@@ -1,4 +1,4 @@
-"""Peak anonymous memory of a data-free `decompose` of a 2 GB checkpoint, the check of what was written included.
+"""Peak anonymous memory of a data-free `decompose` and of `truncate` on a 2 GB checkpoint, their checks included.
 
     python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
 
@@ -75,23 +75,30 @@ def peak(command: list[str]) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    """Print one row."""
+    """Print a row per command."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--allocation", default="energy")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
+    print("| checkpoint | dtype | command | imports alone | peak RssAnon | seconds | exit |")
+    print("|--:|---|---|--:|--:|--:|--:|")
+    budget = ["--ratio", "0.5", "--allocation", options.allocation]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         size = make(model, options.gigabytes, options.dtype)
         imports, _, _ = peak([sys.executable, "-c", "import torch, timm, transformers"])
-        command = [sys.executable, "-m", "peftc", "decompose", str(model), "--ratio", "0.5", "-q"]
-        command += ["--allocation", options.allocation, "-o", str(Path(folder) / "small")]
-        highest, seconds, code = peak(command)
-    print("| checkpoint | dtype | allocation | imports alone | peak RssAnon | seconds | exit |")
-    print("|--:|---|---|--:|--:|--:|--:|")
-    row = [f"{size / 1e9:.2f} GB", options.dtype, options.allocation, f"{imports:.0f} MB", f"{highest:.0f} MB"]
-    print(f"| {' | '.join(row)} | {seconds:.0f} | {code} |")
+        for number, words in enumerate((
+            ["decompose", str(model), *budget],
+            ["decompose", str(model), "--keep-all-ranks"],
+            ["truncate", str(Path(folder) / "1"), *budget],
+        )):  # fmt: skip
+            highest, seconds, code = peak(
+                [sys.executable, "-m", "peftc", *words, "-q", "-o", str(Path(folder) / str(number))]
+            )
+            told = " ".join([words[0], *words[2:]])
+            row = [f"{size / 1e9:.2f} GB", options.dtype, told, f"{imports:.0f} MB", f"{highest:.0f} MB"]
+            print(f"| {' | '.join(row)} | {seconds:.0f} | {code} |", flush=True)
 
 
 if __name__ == "__main__":

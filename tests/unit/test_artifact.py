@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from peftc import artifact
-from peftc.artifact import INDEX, WEIGHTS, Piece, changed_files, from_file, tensor_table, write_weights
+from peftc.artifact import Piece, changed_files, from_file, tensor_table, write_weights
 from peftc.errors import ArtifactError, WeightError
 from peftc.header import DTYPE_BITS, read_header
 from peftc.manifest import Manifest
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def piece(*numbers: float, dtype: str = "F32") -> Piece:

@@ -10,7 +10,7 @@ import pytest
 
 from peftc import manifest
 from peftc.errors import ArtifactError
-from peftc.manifest import FIELDS, Manifest
+from peftc.manifest import FIELDS, OPTIONAL, Manifest
 
 SCHEMA = json.loads((Path(manifest.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
 SHA = "a" * 64
@@ -26,6 +26,7 @@ def example(**changes: Any) -> Manifest:
         "parameters": 2,
         "modules": {"fc": {"form": "linear", "rank": 3}, "conv": {"form": "tucker2", "rank": [2, 3]}},
         "labels": ["cat", "größer"],
+        "ordered": {"head": {"form": "linear", "rank": 0}},
     }
     return Manifest(**{**fields, **changes})
 
@@ -41,6 +42,10 @@ def written(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     example().write(tmp_path)
     assert manifest.read(tmp_path) == example()
+
+
+def test_a_manifest_from_before_ordered_factors_is_read(tmp_path: Path) -> None:
+    assert manifest.read(written(tmp_path, lambda value: value.pop("ordered"))) == example(ordered={})
 
 
 def test_equal_manifests_are_equal_bytes(tmp_path: Path) -> None:
@@ -80,6 +85,10 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("module `fc` has no form and rank", lambda value: value["modules"]["fc"].update(rank=0)),
     ("module `fc` has no form and rank", lambda value: value["modules"]["fc"].update(rank="9")),
     ("module `conv` has no form and rank", lambda value: value["modules"]["conv"].update(rank=[1, 2, 3])),
+    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].pop("form")),
+    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].update(rank=-1)),
+    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].update(rank=[1, 2])),
+    ("field `ordered` is of the wrong type", lambda value: value.update(ordered=[])),
     ("its base has no library and architecture", lambda value: value["base"].pop("library")),
     ("no request with a command", lambda value: value["steps"].append({"id": SHA})),
     ("no request with a command", lambda value: value["steps"].append({"id": SHA, "request": {}})),
@@ -133,9 +142,10 @@ def test_a_file_digest_is_the_sha256_of_its_bytes(tmp_path: Path) -> None:
 
 
 def test_the_schema_names_the_fields_that_python_checks() -> None:
-    assert SCHEMA["properties"].keys() == FIELDS.keys() == set(SCHEMA["required"])
+    assert SCHEMA["properties"].keys() == FIELDS.keys() | OPTIONAL.keys()
+    assert FIELDS.keys() == set(SCHEMA["required"])
     assert SCHEMA["properties"]["schema_version"]["const"] == manifest.SCHEMA_VERSION
-    for name, kind in FIELDS.items():
+    for name, kind in (FIELDS | OPTIONAL).items():
         said = SCHEMA["properties"][name]
         if name not in ("schema_version", "id"):
             expected = [JSON_TYPES[each] for each in getattr(kind, "__args__", (kind,))]

@@ -1,0 +1,35 @@
+"""peftc truncate."""
+
+from peftc.cli import options as o
+from peftc.cli.run import Step, command
+
+
+@command(writes=True)
+def truncate(
+    model: o.Model = None,
+    *,
+    output_dir: o.OutputDir = None,
+    ratio: o.Ratio = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    target_params: o.TargetParams = None,
+    target_macs: o.TargetMacs = None,
+    plan: o.Plan = None,
+    allocation: o.Allocation = "auto",
+    max_params: o.MaxParams = None,
+    max_bytes: o.MaxBytes = None,
+    max_shard_size: o.MaxShardSize = "5GB",
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+) -> Step:
+    """Cut an artifact of decompose --keep-all-ranks to a budget, in seconds.
+
+    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
+
+    \b
+    Example:
+      peftc truncate all --ratio 0.4 -o small
+    """
+    from peftc.steps.truncate import truncate as step
+
+    return step

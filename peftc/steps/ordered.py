@@ -1,0 +1,270 @@
+"""Ordered factors: every rank of every eligible module, solved once, stored beside the dense weights, cut in seconds.
+
+The factors of rank r are the first r columns of ``up`` and rows of ``down`` of those of any larger rank. They are
+stored up to the break-even rank, above which a module is smaller dense, with the squared errors of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc import allocate, artifact, measure, progress
+from peftc.errors import ArtifactError, MethodError
+from peftc.manifest import Manifest
+from peftc.models import weights
+from peftc.models.load import Model
+from peftc.models.targets import targets as find_targets
+from peftc.nn import lowrank
+from peftc.plan import Target
+from peftc.report import Report, Table, grouped, span
+from peftc.steps import factored, write
+from peftc.steps.factoring import Factoring, Kept
+
+MAKE = "make one: `peftc decompose MODEL --keep-all-ranks -o all`"
+
+
+# -- what cannot be kept ----------------------------------------------------------------------------------------------
+
+
+def refuse_ordered(model: Model) -> None:
+    """Refuse to decompose what already holds the factors of every rank.
+
+    Raises:
+        ArtifactError: with the command that cuts it.
+    """
+    if model.manifest is not None and model.manifest.ordered:
+        raise ArtifactError(
+            f"`{model.folder}` already holds the factors of every rank",
+            why="it was written with `--keep-all-ranks`, so no budget needs another decomposition",
+            hint=f"cut it: `peftc truncate {model.folder} --ratio 0.5 -o small`",
+        )
+
+
+def refuse_pairs(targets: Mapping[str, Target]) -> None:
+    """Refuse modules whose factors at one rank are no part of those at a larger one.
+
+    Raises:
+        MethodError: naming them.
+    """
+    pairs = [name for name, target in targets.items() if target.form == "tucker2"]
+    if pairs:
+        more = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+        raise MethodError(
+            f"`--keep-all-ranks` cannot keep `{pairs[0]}`{more} as `tucker2`",
+            why="each pair of ranks is refined on its own, so the factors of one are no part of those of another",
+            hint="take `--conv-method spatial` or `channel`, or leave these modules dense with `--skip`",
+        )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def every_rank(targets: Mapping[str, Target]) -> dict[str, int]:
+    """Return the largest rank of each module that makes it smaller; 0 where none does."""
+    return {name: allocate.break_even_rank(target.shape, target.form) for name, target in targets.items()}
+
+
+def keep_all(
+    work: Factoring, base: dict[str, Any], request: dict[str, Any], reasons: Mapping[str, str], *, max_shard_bytes: int
+) -> Report:
+    """Write a model with the factors of every rank beside its weights, which stay as they are.
+
+    Raises:
+        PeftcError: a module cannot be decomposed, or the folder does not reload as it was written.
+    """
+    job, model = work.job, work.model
+    assert job is not None
+    job.require(4 * measure.tensor_bytes(model.module))
+    losses, ranks = {}, every_rank(work.targets)
+    with progress.track("spectra", len(ranks)) as advance:
+        for name, target in work.targets.items():
+            losses[f"{name}.losses"] = work.spectrum(target).losses().cpu()
+            advance(name)
+    cuts = work.factor({name: rank or None for name, rank in ranks.items()})
+    factors = {name: write.piece(tensor) for name, tensor in losses.items()}
+    for name in cuts:
+        factors |= {f"{name}.{key}": part for key, part in work.kept(name, ranks[name])[1].items()}
+    modules = dict(model.manifest.modules) if model.manifest else {}
+    record = write.write_artifact(
+        job, model, base, request, write.pieces_of(model), modules, max_shard_bytes=max_shard_bytes, factors=factors,
+        ordered={name: {"form": work.targets[name].form, "rank": rank} for name, rank in ranks.items()},
+    )  # fmt: skip
+    report = report_on(work, cuts, reasons)
+    report.warnings += write.verify(job.folder, model)
+    _verify(job.folder, record, work, losses)
+    report.data["size"]["after"]["bytes"] = record.weight_bytes
+    report.tables[-1] = factored.size_table(report.data["size"])
+    report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
+    write.finish(job, record, report, work.device)
+    report.artifact = job.output
+    return report
+
+
+def _verify(folder: Any, record: Manifest, work: Factoring, losses: Mapping[str, Tensor]) -> None:
+    """Read written factors back and compare them with what was computed."""
+    table = artifact.tensor_table(folder, record, factors=True)
+    there = weights.from_infos(str(folder), table)
+    for name, entry in record.ordered.items():
+        known = {f"{name}.losses": losses[f"{name}.losses"]}
+        if entry["rank"]:
+            known |= {f"{name}.{key}": tensor for key, tensor in work.kept(name, entry["rank"])[0].items()}
+        for key, tensor in known.items():
+            if key not in table or not torch.equal(tensor, there.read(key)):
+                raise write.differs(folder, f"the factor `{key}` is not what was written")
+
+
+def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> Report:
+    """Say up to which rank each module can be cut, and what the folder takes."""
+    whole, targets, ranks = work.whole, work.targets, every_rank(work.targets)
+    rows = [factored.module(targets[name], None, cuts.get(name, {}), "kept with all ranks") for name in targets]
+    for row in rows:
+        row["stored_rank"] = ranks[row["name"]]
+    before = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
+    same = {"parameters": whole.parameters, "macs": whole.macs}
+    size = {"before": {**same, "bytes": before}, "after": {**same, "bytes": before + _factor_bytes(work, ranks)}}
+    others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    achieved = {"asked": "--keep-all-ranks", "eligible": 1.0, "model": 1.0}
+    report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
+    report.tables += [_table(rows), factored.dense_table([], reasons), factored.size_table(size)]
+    report.notes += [
+        f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
+        "smaller; until then they keep their weights",
+        *work.model.notes,
+    ]
+    report.warnings += factored.climbs(rows)
+    return report
+
+
+def _factor_bytes(work: Factoring, ranks: Mapping[str, int]) -> int:
+    return sum(
+        target.cost(ranks[name], "entries") * work.model.module.get_submodule(name).weight.element_size()  # type: ignore[union-attr, operator]
+        + 8 * (allocate.max_rank(target.shape, target.form) + 1)
+        for name, target in work.targets.items()
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    by_name = {row["name"]: row for row in rows}
+    lines = []
+    for kind, names in grouped(by_name).items():
+        some = [by_name[name] for name in names]
+        shapes = {"x".join(map(str, row["shape"])) for row in some}
+        ranks = span([str(rank) for rank in sorted(row["stored_rank"] for row in some)])
+        shape = " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes"
+        lines.append([kind, len(some), shape, some[0]["form"], ranks])
+    return Table("ordered factors", ["module", "count", "shape", "form", "up to rank"], lines)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """The ordered factors of one module, windows on their file.
+
+    Attributes:
+        tensors: ``losses`` (k + 1,), squared errors at ranks 0 to the full one, float64; beside them, where factors
+            make the module smaller, ``up.weight`` and ``down.weight`` as the module of `nn.lowrank.build` holds them.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def losses(self) -> Tensor:
+        """Return (k + 1,) squared errors at ranks 0 to k."""
+        return self.tensors["losses"]
+
+    def error(self, rank: int) -> float:
+        """Return the error at ``rank``, relative to the module's norm, as the method measures both."""
+        losses = self.losses()
+        return float((losses[rank] / losses[0]).sqrt()) if losses[0] else 0.0
+
+    def kept(self, rank: int) -> Kept:
+        """Return the factors of the ``rank`` most important components: windows, copied only when written."""
+        cut = {"up.weight": self.tensors["up.weight"][:, :rank], "down.weight": self.tensors["down.weight"][:rank]}
+        return cut, {name: write.piece(tensor) for name, tensor in cut.items()}
+
+
+def refuse_unordered(model: Model) -> Manifest:
+    """Return the manifest of an artifact with ordered factors; refuse anything else.
+
+    Raises:
+        ArtifactError: it holds none.
+    """
+    if model.manifest is None:
+        raise ArtifactError(f"`{model.name}` is a model, not an artifact with factors of every rank", hint=MAKE)
+    if not model.manifest.ordered:
+        raise ArtifactError(
+            f"`{model.folder}` holds no factors of every rank",
+            why="it was not written with `--keep-all-ranks`",
+            hint=MAKE,
+        )
+    return model.manifest
+
+
+def request_of(record: Manifest) -> dict[str, Any]:
+    """Return the request that kept all ranks."""
+    return next(step["request"] for step in reversed(record.steps) if step["request"].get("keep_all_ranks"))
+
+
+def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return the modules whose factors are stored, in the network's order, and why the others stay dense.
+
+    Raises:
+        ArtifactError: a module is not there, or not of the form that is stored.
+    """
+    asked = request_of(record)
+    found, reasons = find_targets(
+        model, conv_method=asked.get("conv_method", "spatial"), include=asked.get("include", ()),
+        skip=asked.get("skip", ()),
+    )  # fmt: skip
+    for name, entry in record.ordered.items():
+        target = found.get(name)
+        there = target and (target.form, allocate.break_even_rank(target.shape, target.form))
+        if there != (entry["form"], entry["rank"]):
+            raise ArtifactError(
+                f"`{model.folder}` holds factors of `{name}` as `{entry['form']}` up to rank {entry['rank']}",
+                why=f"in its network that is `{there[0]}` up to rank {there[1]}" if there else "it may not be factored",
+                hint="build it again: `peftc show --commands` prints how",
+            )
+    reasons |= dict.fromkeys(found.keys() - record.ordered.keys(), "no factors of it are stored")
+    return {name: target for name, target in found.items() if name in record.ordered}, reasons
+
+
+def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dict[str, Ordered]:
+    """Return the ordered factors of each module, mapped from their files.
+
+    Raises:
+        ArtifactError: a tensor is missing, left over, or of another shape than the network needs.
+    """
+    assert model.folder is not None
+    table = artifact.tensor_table(model.folder, record, factors=True)
+    needed = {name: _shapes(model, target, record.ordered[name]["rank"]) for name, target in targets.items()}
+    expected = {f"{name}.{key}": shape for name, shapes in needed.items() for key, shape in shapes.items()}
+    for key in sorted(expected.keys() | table.keys()):
+        there = table[key].shape if key in table else None
+        if there != expected.get(key):
+            raise ArtifactError(
+                f"`{key}` among the factors of `{model.folder}` is {_text(there)}, not {_text(expected.get(key))}",
+                hint="build it again: `peftc show --commands` prints how",
+            )
+    files = weights.from_infos(str(model.folder), table)
+    return {name: Ordered({key: files.read(f"{name}.{key}") for key in shapes}) for name, shapes in needed.items()}
+
+
+def _shapes(model: Model, target: Target, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what is stored of one module."""
+    shapes: dict[str, tuple[int, ...]] = {"losses": (allocate.max_rank(target.shape, target.form) + 1,)}
+    if rank:
+        module = lowrank.build(model.module.get_submodule(target.name), target.form, rank)
+        shapes |= {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        shapes.pop("up.bias", None)
+    return shapes
+
+
+def _text(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"

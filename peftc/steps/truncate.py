@@ -1,0 +1,101 @@
+"""Artifact with ordered factors > Plan > slices > surgery > Artifact > Report: one decomposition, any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftc import allocate, measure, methods
+from peftc.errors import one_of
+from peftc.methods.spectrum import Spectrum
+from peftc.models.load import Model, detached, load
+from peftc.plan import Plan
+from peftc.report import Report
+from peftc.source import Source
+from peftc.steps import factored, ordered, spectra, write
+from peftc.steps.factoring import Factoring
+from peftc.steps.spectra import Factorizer
+
+
+def truncate(
+    model: str | Path | Source | Model,
+    *,
+    output_dir: str | Path | None = None,
+    ratio: str | float | Fraction | None = None,
+    rank: int | None = None,
+    energy: str | float | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    plan: str | Path | Plan | None = None,
+    allocation: str = "auto",
+    max_params: float | None = None,
+    max_bytes: float | None = None,
+    max_shard_size: str | int = "5GB",
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Cut the factors of an artifact that `decompose` wrote with ``keep_all_ranks`` to a budget: a slice, no solving.
+
+    The ranks and, within rounding, the factors are those that `decompose` finds for the same budget.
+
+    Args:
+        model: the artifact; it is not changed.
+        output_dir: the artifact's folder; ``<model>-truncate`` when None.
+        ratio, rank, energy, target_params, target_macs, plan: the budget, as for `decompose`.
+        allocation: as for `decompose`.
+        max_params, max_bytes: gates.
+        max_shard_size: bytes per weight file, as ``5GB``.
+        dry_run: stop at the plan and write nothing.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
+    budget = factored.asked_budget(
+        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
+    )  # fmt: skip
+    shard_bytes = factored.shard_bytes(max_shard_size)
+
+    loaded = load(model)
+    record = ordered.refuse_unordered(loaded)
+    method = methods.find("decompose", ordered.request_of(record)["method"], "--method")
+    allocation = spectra.allocation_of(allocation, methods.needs_of(method))
+    loaded = replace(loaded, module=detached(loaded.module), notes=[])
+    targets, reasons = ordered.ordered_targets(loaded, record)
+    known = ordered.stored(loaded, record, targets)
+    given = factored.asked_plan(plan, targets)
+    work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"))
+    decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
+    cuts = {name: {"error": known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
+    asked, why_dense = factored.words(budget, allocation, plan)
+    report = factored.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
+    if dry_run:
+        report.notes.append("dry run: nothing was written")
+        return report
+    request = {
+        "command": "truncate", "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
+        "max_shard_bytes": shard_bytes,
+    }  # fmt: skip
+    output = write.output_folder(output_dir, loaded, "truncate")
+    with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            report = write.already(job, "truncate")
+        else:
+            work.job = job
+            job.require(measure.tensor_bytes(loaded.module))
+            factored.carry_out(
+                report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
+                kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
+            )  # fmt: skip
+    factored.gate_size(report, max_params, max_bytes)
+    return report
+
+
+def _solved(_weight: Tensor) -> Spectrum:
+    raise AssertionError("unreachable: the factors of every module are stored")
