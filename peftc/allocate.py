@@ -80,15 +80,24 @@ def break_even_rank(shape: Shape, form: str) -> int:
     return min((math.prod(shape) - 1) // entries_per_rank(shape, form), max_rank(shape, form))
 
 
-def tucker_path(shape: Shape) -> list[tuple[int, int]]:
-    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one."""
+def in_multiples(rank: int, multiple: int) -> int:
+    """Return the largest multiple that is at most ``rank``, but at least one multiple."""
+    return max(rank // multiple, 1) * multiple
+
+
+def tucker_path(shape: Shape, multiple: int = 1) -> list[tuple[int, int]]:
+    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one.
+
+    With a ``multiple`` both are multiples of it; a pair that would exceed the shape is left out.
+    """
     out, in_ = shape[:2]
     longest = max(out, in_)
-    pairs = [(max(1, out * step // longest), max(1, in_ * step // longest)) for step in range(1, longest + 1)]
-    return list(dict.fromkeys(pairs))
+    sides = ((out * step // longest, in_ * step // longest) for step in range(1, longest + 1))
+    pairs = [(in_multiples(a, multiple), in_multiples(b, multiple)) for a, b in sides]
+    return list(dict.fromkeys(pair for pair in pairs if pair[0] <= out and pair[1] <= in_))
 
 
-def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
+def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) -> Rank | None:
     """Return the rank that keeps at most ``ratio`` of one module's entries, or None where it stays dense.
 
     PELA, section 1.2 of the papers notes: floor(out in / (c (out + in))) with c = 1 / ratio, at least 1. A module whose
@@ -97,21 +106,22 @@ def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
     if ratio >= 1:
         return None
     if form == "tucker2":
-        return best_pair(shape, ratio * math.prod(shape))
-    rank = max(1, math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form)))
-    return fitting(shape, form, rank)
+        return best_pair(shape, ratio * math.prod(shape), multiple)
+    rank = math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form))
+    return fitting(shape, form, rank, multiple)
 
 
-def best_pair(shape: Shape, limit: Fraction | int) -> tuple[int, int] | None:
+def best_pair(shape: Shape, limit: Fraction | int, multiple: int = 1) -> tuple[int, int] | None:
     """Return the largest pair of the Tucker path within ``limit`` entries, or the smallest; None if it would grow."""
-    path = tucker_path(shape)
-    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=path[0])
-    return pair if entries(shape, "tucker2", pair) < math.prod(shape) else None
+    path = tucker_path(shape, multiple)
+    smallest = path[0] if path else None
+    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=smallest)
+    return pair if pair is not None and entries(shape, "tucker2", pair) < math.prod(shape) else None
 
 
-def fitting(shape: Shape, form: str, rank: int) -> int | None:
-    """Return ``rank``, cut where it is exact, or None where its factors would not be smaller than the weight."""
-    rank = min(rank, max_rank(shape, form))
+def fitting(shape: Shape, form: str, rank: int, multiple: int = 1) -> int | None:
+    """Return ``rank``, cut where it is exact and to a multiple, or None where its factors would not be smaller."""
+    rank = in_multiples(min(rank, max_rank(shape, form)), multiple)
     return rank if rank * entries_per_rank(shape, form) < math.prod(shape) else None
 
 

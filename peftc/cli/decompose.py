@@ -14,8 +14,10 @@ def decompose(
     energy: o.Energy = None,
     target_params: o.TargetParams = None,
     target_macs: o.TargetMacs = None,
+    speedup: o.Speedup = None,
     plan: o.Plan = None,
     allocation: o.Allocation = "energy",
+    rank_multiple: o.RankMultiple = 1,
     method: o.Method = "svd",
     conv_method: o.ConvMethod = "spatial",
     settings: o.Settings = None,
@@ -39,7 +41,8 @@ def decompose(
 ) -> Step:
     """Replace dense modules by low-rank factors.
 
-    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
+    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs, --speedup and
+    --plan.
 
     \b
     Example:

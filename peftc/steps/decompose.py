@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from peftc.report import size as bytes_text
 from peftc.source import Source
 from peftc.steps import spectra, write
 from peftc.steps.factoring import Factoring
+from peftc.steps.speedup import Decision, Input, decide, unusual
 
 FEW_SAMPLES = 8
 
@@ -36,8 +37,10 @@ def decompose(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
+    speedup: str | float | None = None,
     plan: str | Path | Plan | None = None,
     allocation: str = "energy",
+    rank_multiple: int = 1,
     method: str = "svd",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
@@ -68,8 +71,11 @@ def decompose(
         rank: the same rank in every eligible module, >= 1.
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
+        speedup: how many times faster the whole model is to be, > 1, as measured here on random batches of
+            ``batch_size`` (16 when None) samples of ``image_size`` or ``max_length``.
         plan: ranks decided before, as `analyze` writes them.
         allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``.
+        rank_multiple: every rank is a multiple of it, >= 1, for hardware that works in blocks.
         method, conv_method, settings: how to factor.
         include, skip: patterns over dotted names; a skip beats an include.
         data, task, num_samples, batch_size, image_size, max_length: held-out data to measure the result on.
@@ -86,39 +92,38 @@ def decompose(
     if data is None and (max_drop is not None or min_quality is not None):
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = _budget(
-        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
+        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs,
+        speedup=speedup,
     )  # fmt: skip
+    multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
+    sample = Input(batch_size, image_size, max_length, device, seed)
     factorize = spectra.factorizer(method, conv_method, settings)
     shard_bytes = _shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
-    by_shape = budget is None or not spectra.needs_spectra(budget, allocation)
+    by_shape = budget is None or not spectra.needs_weights(budget, allocation)
     loaded = load(model, weights=not (dry_run and by_shape))
     if isinstance(model, Model):
         loaded = replace(loaded, module=detached(loaded.module))
     if isinstance(model, nn.Module) and not dry_run:
         refuse_unbuildable(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
-    if given is not None:
-        plans.check(given, targets)
+    given = _given(plan, targets)
     if not next(loaded.module.parameters()).is_meta:
         spectra.refuse_non_finite(loaded)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     asked, why_dense = _words(budget, allocation, plan)
 
-    def ranks() -> dict[str, Rank | None]:
-        return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
+    def decided() -> Decision:
+        return Decision(given.ranks) if given else decide(work, budget, allocation, multiple, sample)  # type: ignore[arg-type]
 
     if dry_run:
-        report = _report(work, ranks(), {}, reasons, asked, why_dense)
+        found = decided()
+        report = found.say(_report(work, found.ranks, {}, reasons | found.slow, asked, why_dense))
         report.notes.append("dry run: nothing was written")
         return report
-    quality = {
-        "data": data, "task": task, "batch_size": batch_size, "image_size": image_size, "max_length": max_length,
-        "device": device, "seed": seed,
-    }  # fmt: skip
+    quality: dict[str, Any] = {"data": data, "task": task, **asdict(sample)}
     if data is not None:
         _refuse_unfit_data(loaded, **quality)
     request = {
@@ -126,7 +131,7 @@ def decompose(
         "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
         "method": method, "conv_method": conv_method, "settings": dict(factorize.settings),
         "include": list(include), "skip": list(skip), "max_shard_bytes": shard_bytes,
-        "device": place.type, "seed": seed,
+        "device": place.type, "seed": seed, **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
@@ -135,9 +140,11 @@ def decompose(
         else:
             work.job = job
             job.require(2 * measure.tensor_bytes(loaded.module))
-            decided = ranks()
-            report = _report(work, decided, work.factor(decided), reasons, asked, why_dense)
-            pieces, modules = work.edit(decided)
+            found = decided()
+            reasons |= found.slow
+            request = found.settle(job, loaded, base, request, work.plan(found.ranks, reasons, method, str(budget)))
+            report = found.say(_report(work, found.ranks, work.factor(found.ranks), reasons, asked, why_dense))
+            pieces, modules = work.edit(found.ranks)
             record = write.write_artifact(job, loaded, base, request, pieces, modules, max_shard_bytes=shard_bytes)
             report.warnings += write.verify(job.folder, loaded)
             _check_size(report, record, loaded, budget)
@@ -164,6 +171,14 @@ def _budget(plan: str | Path | Plan | None, **asked: Any) -> Budget | None:
             hint="give one of them",
         )
     return None
+
+
+def _given(plan: str | Path | Plan | None, targets: Mapping[str, Target]) -> Plan | None:
+    """Return the plan that was given, if one was and it fits the eligible modules."""
+    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    if given is not None:
+        plans.check(given, targets)
+    return given
 
 
 def _words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
