@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -217,3 +218,31 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
         if at + 1 < len(ways[name]):
             heapq.heappush(queue, (-ways[name][at + 1][0], name, at + 1))
     return ranks
+
+
+def fill(curves: Mapping[str, Curve], ranks: Mapping[str, Rank | None], budget: int) -> dict[str, Rank | None]:
+    """Spend what `spend` left over: where a step between two corners of a hull did not fit, a part of it may.
+
+    Args:
+        curves: by module, their costs rising.
+        ranks: as `spend` returned them.
+        budget: the same.
+    """
+    filled = dict(ranks)
+    places = {name: {rank: place for place, rank in enumerate(curve.ranks)} for name, curve in curves.items()}
+    at = {name: places[name].get(rank, 0) for name, rank in ranks.items()}  # type: ignore[arg-type]
+    left = budget - sum(curve.dense if filled[n] is None else curve.costs[at[n]] for n, curve in curves.items())
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, curve in curves.items():
+            if filled[name] is None or not curve.costs:
+                continue
+            to = bisect_right(curve.costs, curve.costs[at[name]] + left) - 1
+            gain = curve.losses[at[name]] - curve.losses[to]
+            if to > at[name] and (best is None or gain > best[0]):
+                best = (gain, name, to)
+        if best is None:
+            return filled
+        _, name, to = best
+        left -= curves[name].costs[to] - curves[name].costs[at[name]]
+        filled[name], at[name] = curves[name].ranks[to], to

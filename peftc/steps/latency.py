@@ -26,9 +26,9 @@ from peftc.steps import write
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
 SHAPE_ROUNDS = 9
-MODEL_SECONDS = 30.0  # for one run of whole models, as far as the rounds below allow
+MODEL_SECONDS = 20.0  # for one run of whole models, as far as the rounds below allow
 MODEL_ROUNDS = (7, 30)
-RUNS = 4  # at most, one after another, until what they say together is steady
+RUNS = 3  # at most, one after another, until what they say together is steady
 STEADY = 1.03
 
 FormOf = Callable[[str, str], str]  # name of a module, name of the target whose weight it uses -> form
@@ -273,7 +273,7 @@ def compare(dense: Model, candidate: Model, batch: Any, rounds: int) -> Measured
     Args:
         dense, candidate: the two models.
         batch: their input.
-        rounds: of one run; there are up to four.
+        rounds: of one run; there are up to three.
     """
     place = next(dense.module.parameters()).device
     calls = {

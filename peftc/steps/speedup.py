@@ -221,7 +221,12 @@ def _solver(
             losses = (known.get(name) or work.spectrum(target)).losses()
             curves[name] = paces[name].curve(losses, relative=question.allocation == "energy")
             advance(name)
-    return lambda limit: allocate.spend(curves, limit, foresee_dense=question.allocation == "convex")
+
+    def greedy(limit: int) -> Ranks:
+        ranks = allocate.spend(curves, limit, foresee_dense=question.allocation == "convex")
+        return allocate.fill(curves, ranks, limit)
+
+    return greedy
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
