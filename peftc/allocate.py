@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,15 +81,24 @@ def break_even_rank(shape: Shape, form: str) -> int:
     return min((math.prod(shape) - 1) // entries_per_rank(shape, form), max_rank(shape, form))
 
 
-def tucker_path(shape: Shape) -> list[tuple[int, int]]:
-    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one."""
+def in_multiples(rank: int, multiple: int) -> int:
+    """Return the largest multiple that is at most ``rank``, but at least one multiple."""
+    return max(rank // multiple, 1) * multiple
+
+
+def tucker_path(shape: Shape, multiple: int = 1) -> list[tuple[int, int]]:
+    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one.
+
+    With a ``multiple`` both are multiples of it; a pair that would exceed the shape is left out.
+    """
     out, in_ = shape[:2]
     longest = max(out, in_)
-    pairs = [(max(1, out * step // longest), max(1, in_ * step // longest)) for step in range(1, longest + 1)]
-    return list(dict.fromkeys(pairs))
+    sides = ((out * step // longest, in_ * step // longest) for step in range(1, longest + 1))
+    pairs = [(in_multiples(a, multiple), in_multiples(b, multiple)) for a, b in sides]
+    return list(dict.fromkeys(pair for pair in pairs if pair[0] <= out and pair[1] <= in_))
 
 
-def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
+def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) -> Rank | None:
     """Return the rank that keeps at most ``ratio`` of one module's entries, or None where it stays dense.
 
     PELA, section 1.2 of the papers notes: floor(out in / (c (out + in))) with c = 1 / ratio, at least 1. A module whose
@@ -97,21 +107,22 @@ def uniform_rank(shape: Shape, form: str, ratio: Fraction) -> Rank | None:
     if ratio >= 1:
         return None
     if form == "tucker2":
-        return best_pair(shape, ratio * math.prod(shape))
-    rank = max(1, math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form)))
-    return fitting(shape, form, rank)
+        return best_pair(shape, ratio * math.prod(shape), multiple)
+    rank = math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form))
+    return fitting(shape, form, rank, multiple)
 
 
-def best_pair(shape: Shape, limit: Fraction | int) -> tuple[int, int] | None:
+def best_pair(shape: Shape, limit: Fraction | int, multiple: int = 1) -> tuple[int, int] | None:
     """Return the largest pair of the Tucker path within ``limit`` entries, or the smallest; None if it would grow."""
-    path = tucker_path(shape)
-    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=path[0])
-    return pair if entries(shape, "tucker2", pair) < math.prod(shape) else None
+    path = tucker_path(shape, multiple)
+    smallest = path[0] if path else None
+    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=smallest)
+    return pair if pair is not None and entries(shape, "tucker2", pair) < math.prod(shape) else None
 
 
-def fitting(shape: Shape, form: str, rank: int) -> int | None:
-    """Return ``rank``, cut where it is exact, or None where its factors would not be smaller than the weight."""
-    rank = min(rank, max_rank(shape, form))
+def fitting(shape: Shape, form: str, rank: int, multiple: int = 1) -> int | None:
+    """Return ``rank``, cut where it is exact and to a multiple, or None where its factors would not be smaller."""
+    rank = in_multiples(min(rank, max_rank(shape, form)), multiple)
     return rank if rank * entries_per_rank(shape, form) < math.prod(shape) else None
 
 
@@ -207,3 +218,31 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
         if at + 1 < len(ways[name]):
             heapq.heappush(queue, (-ways[name][at + 1][0], name, at + 1))
     return ranks
+
+
+def fill(curves: Mapping[str, Curve], ranks: Mapping[str, Rank | None], budget: int) -> dict[str, Rank | None]:
+    """Spend what `spend` left over: where a step between two corners of a hull did not fit, a part of it may.
+
+    Args:
+        curves: by module, their costs rising.
+        ranks: as `spend` returned them.
+        budget: the same.
+    """
+    filled = dict(ranks)
+    places = {name: {rank: place for place, rank in enumerate(curve.ranks)} for name, curve in curves.items()}
+    at = {name: places[name].get(rank, 0) for name, rank in ranks.items()}  # type: ignore[arg-type]
+    left = budget - sum(curve.dense if filled[n] is None else curve.costs[at[n]] for n, curve in curves.items())
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, curve in curves.items():
+            if filled[name] is None or not curve.costs:
+                continue
+            to = bisect_right(curve.costs, curve.costs[at[name]] + left) - 1
+            gain = curve.losses[at[name]] - curve.losses[to]
+            if to > at[name] and (best is None or gain > best[0]):
+                best = (gain, name, to)
+        if best is None:
+            return filled
+        _, name, to = best
+        left -= curves[name].costs[to] - curves[name].costs[at[name]]
+        filled[name], at[name] = curves[name].ranks[to], to

@@ -34,7 +34,7 @@ CHAIN = "chain.json"
 PREFIX = "PEFTC_"
 TOP = ("model", "runs", "data", "teacher")
 # of these a user means one: naming one on a higher level drops the others from the levels below
-BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "plan", "keep_all_ranks")
+BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "speedup", "plan", "keep_all_ranks")
 
 Options = Mapping[str, Mapping[str, str]]  # command -> spelling -> parameter
 

@@ -44,12 +44,16 @@ class Job:
     Attributes:
         output: the folder to be.
         id: digest of base and requests.
+        request: what was asked.
+        asked: id and request as they came, where the answer depended on the clock and `id` is that of the answer.
         done: the folder is already there, from the same request.
         resumed: parts of an earlier, interrupted run are there.
     """
 
     output: Path
     id: str
+    request: Mapping[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] | None = None
     done: bool = False
     resumed: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -93,6 +97,11 @@ class Job:
                 hint="free space, or write elsewhere with `-o`",
             )
 
+    def settle(self, identity: str) -> None:
+        """Take the id of what the request resolved to; its folder and unfinished work stay those of the request."""
+        self.asked = {"id": self.id, "request": dict(self.request)}
+        self.id = identity
+
     def finish(self, record: manifest.Manifest, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
@@ -132,14 +141,14 @@ def execution(
     """
     if output.name in ("", ".."):
         raise UsageError(f"`{output}` names no folder of its own", hint="give it a name: `-o small`")
-    job = Job(output, identity)
+    job = Job(output, identity, request or {})
     with _told(output):
         _refuse_foreign(job)
         if job.replaced.exists() and not output.exists():
             with _locked(job):
                 job.restore()
         if output.exists() or output.is_symlink():
-            job.done = _settle(output, identity, request or {}, overwrite)
+            job.done = _is_done(job, overwrite)
         if job.done:
             _sweep(job)
             yield job
@@ -204,13 +213,14 @@ def _sweep(job: Job) -> None:
             shutil.rmtree(job.partial, ignore_errors=True)
 
 
-def _settle(output: Path, identity: str, request: Mapping[str, Any], overwrite: bool) -> bool:
-    """Return whether ``output`` already is the answer; refuse when it is something else that may not be replaced."""
+def _is_done(job: Job, overwrite: bool) -> bool:
+    """Return whether the output already is the answer; refuse when it is something else that may not be replaced."""
+    output, asked = job.output, job.result().get("asked") or {}
     if output.is_dir() and (output / MANIFEST).is_file():
         found = None
         try:
             found = manifest.read(output)
-            if found.id == identity:
+            if job.id in (found.id, asked.get("id")):
                 artifact.tensor_table(output, found)
                 return True
         except PeftcError:
@@ -220,9 +230,11 @@ def _settle(output: Path, identity: str, request: Mapping[str, Any], overwrite: 
             return False
         raise ArtifactError(
             f"`{output}` holds the artifact of another request",
-            why=_difference(found.steps[-1]["request"] if found and found.steps else {}, request),
+            why=_difference(
+                asked.get("request") or (found.steps[-1]["request"] if found and found.steps else {}), job.request
+            ),
             hint="write elsewhere with `-o`, or replace it with `--overwrite`",
-            request=identity,
+            request=job.id,
         )
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
@@ -236,10 +248,10 @@ def _settle(output: Path, identity: str, request: Mapping[str, Any], overwrite: 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Say in which options two requests differ, or that they are about another base."""
-    differ = [key for key in here if there.get(key) != here[key]]
+    differ = [key for key in {**here, **there} if there.get(key) != here.get(key)]
     if not differ:
         return "it was made from another base, or by another chain of steps"
-    return "; ".join(f"{key} was {_text(there.get(key))}, now it is {_text(here[key])}" for key in differ[:3])
+    return "; ".join(f"{key} was {_text(there.get(key))}, now it is {_text(here.get(key))}" for key in differ[:3])
 
 
 def _text(value: Any) -> str:

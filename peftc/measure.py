@@ -211,7 +211,7 @@ def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> in
                 typical = _warm_up(call, device)
                 seconds = min(_time_block(call, device, typical) for _ in range(3))
             except RuntimeError as error:
-                if batch == 1 or not _out_of_memory(error):
+                if batch == 1 or not out_of_memory(error):
                     raise
                 break
             advance(f"{batch}: {batch / seconds:.1f}/s")
@@ -224,7 +224,8 @@ def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> in
     return best
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch says, in one of its ways, that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
 
 

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of ratio, rank, energy, target-params, target-macs, and its amount."""
+    """Exactly one of ratio, rank, energy, target-params, target-macs, speedup, and its amount."""
 
     kind: str
     amount: Fraction | int
@@ -56,6 +56,34 @@ def _positive(option: str, asked: Any) -> int:
     return int(value)
 
 
+def _above_one(option: str, asked: Any) -> Fraction:
+    try:
+        value = Fraction(str(asked)).limit_denominator(1_000_000)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = Fraction(0)
+    if value <= 1:
+        raise UsageError(
+            f"`{option} {asked}` is out of range", why="it is how many times faster the model is to be: above 1, as 1.5"
+        )
+    return value
+
+
+def multiple_of(asked: Any, *, planned: bool = False) -> int:
+    """Return the number that ranks are to be multiples of.
+
+    Raises:
+        UsageError: it is no whole number from 1, or the ranks are already ``planned``.
+    """
+    multiple = _positive("--rank-multiple", asked)
+    if planned and multiple > 1:
+        raise UsageError(
+            "`--plan` and `--rank-multiple` contradict each other",
+            why="a plan already says the ranks",
+            hint="give `--rank-multiple` where the plan is made: `peftc analyze MODEL --plan FILE --rank-multiple N`",
+        )
+    return multiple
+
+
 def budget(
     *,
     ratio: str | float | Fraction | None = None,
@@ -63,13 +91,17 @@ def budget(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
+    speedup: str | float | None = None,
 ) -> Budget:
     """Return the one budget that was asked for.
 
     Raises:
         UsageError: none or several were, or its amount is out of range.
     """
-    asked = {"ratio": ratio, "rank": rank, "energy": energy, "target-params": target_params, "target-macs": target_macs}
+    asked = {
+        "ratio": ratio, "rank": rank, "energy": energy, "target-params": target_params, "target-macs": target_macs,
+        "speedup": speedup,
+    }  # fmt: skip
     given = {kind: amount for kind, amount in asked.items() if amount is not None}
     if len(given) != 1:
         options = ", ".join(f"`--{kind}`" for kind in given or asked)
@@ -80,6 +112,8 @@ def budget(
     ((kind, amount),) = given.items()
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))
+    if kind == "speedup":
+        return Budget(kind, _above_one(f"--{kind}", amount))
     return Budget(kind, _positive(f"--{kind}", amount))
 
 

@@ -14,9 +14,11 @@ def decompose(
     energy: o.Energy = None,
     target_params: o.TargetParams = None,
     target_macs: o.TargetMacs = None,
+    speedup: o.Speedup = None,
     plan: o.Plan = None,
     keep_all_ranks: o.KeepAllRanks = False,
     allocation: o.Allocation = "auto",
+    rank_multiple: o.RankMultiple = 1,
     method: o.Method = "auto",
     conv_method: o.ConvMethod = "spatial",
     settings: o.Settings = None,
@@ -44,8 +46,8 @@ def decompose(
 ) -> Step:
     """Replace dense modules by low-rank factors.
 
-    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan; or
-    --keep-all-ranks, for peftc truncate to cut.
+    How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs, --speedup and
+    --plan; or --keep-all-ranks, for peftc truncate to cut.
 
     \b
     Example:

@@ -89,6 +89,13 @@ def not_negative(text: Any) -> float:
     return value
 
 
+def above_one_text(text: Any) -> str:
+    """Check a finite number above 1 and leave it as it was written."""
+    if number(text) <= 1:
+        raise BadParameter(f"`{text}` is not above 1: it is how many times faster the model is to be")
+    return str(text)
+
+
 def choice(*known: str, pattern: str = "(?!)") -> Callable[[Any], str]:
     """Return a reader of one of ``known``, or of whatever matches ``pattern``."""
 
@@ -183,6 +190,9 @@ TargetParams = Annotated[int | None, Option(parser=amount, metavar="N", help="pa
 TargetMacs = Annotated[
     int | None, Option(parser=amount, metavar="N", help="multiply-adds of the whole result, as 4.6G")
 ]
+Speedup = Annotated[
+    str | None, Option(parser=above_one_text, metavar="X", help="how many times faster, as measured here, as 1.5")
+]
 Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
 KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: store every rank for `peftc truncate`")]
 PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
@@ -197,6 +207,7 @@ Allocation = Annotated[
         help="how modules share the budget: uniform, global, energy or convex",
     ),
 ]
+RankMultiple = Annotated[int, Option(min=1, metavar="N", help="every rank is a multiple of N")]
 Method = Annotated[str, Option(metavar="NAME", help="how to factor matrices, see `peftc methods`")]
 ConvMethod = Annotated[str, Option(metavar="NAME", help="how to factor convolutions")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="a setting of the method, repeatable")]

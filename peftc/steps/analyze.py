@@ -20,13 +20,14 @@ from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import Model, device_of, load, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Plan, Target
+from peftc.plan import Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.source import Source
 from peftc.steps import spectra
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Decomposed, Factorizer
+from peftc.steps.speedup import Input, decide
 
 ENERGIES = (90, 95, 99)
 
@@ -41,12 +42,17 @@ def analyze(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
+    speedup: str | float | None = None,
     allocation: str = "auto",
+    rank_multiple: int = 1,
     method: str = "auto",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Report:
@@ -58,8 +64,9 @@ def analyze(
         model: any form of MODEL.
         plan: where to write the plan that `decompose` takes; without a budget, for ``ratio`` 0.5.
         plot: where to draw the spectra, as PNG or SVG by its ending.
-        ratio, rank, energy, target_params, target_macs: the budget of the plan, at most one.
-        allocation, method, conv_method, settings, include, skip, device, seed: as for `decompose`.
+        ratio, rank, energy, target_params, target_macs, speedup: the budget of the plan, at most one.
+        allocation, rank_multiple, method, conv_method, settings, include, skip, device, seed: as for `decompose`.
+        batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 
     Raises:
         PeftcError: with the cause; nothing is written then.
@@ -71,7 +78,9 @@ def analyze(
         "energy": energy,
         "target_params": target_params,
         "target_macs": target_macs,
+        "speedup": speedup,
     }
+    multiple = plans.multiple_of(rank_multiple)
     asked = any(value is not None for value in budgets.values())
     notes = []
     if plan is not None and not asked:
@@ -99,18 +108,12 @@ def analyze(
         work = Factoring(loaded, targets, factorize, place)
         work.leave_uncalled(reasons, include)
         known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2"}
-        ranks = work.decide(budget, allocation, known)
-        _say_plan(report, work.targets, ranks, str(budget), allocation)
-        made = Plan(
-            ranks,
-            {n: t.form for n, t in targets.items()},
-            dict(reasons),
-            method,
-            dict(factorize.settings),
-            f"{budget} {allocation}",
-        )
+        timed = Input(batch_size, image_size, max_length, device, seed)
+        decided = decide(work, budget, allocation, multiple, timed, known)
+        _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
+        decided.say(report)
         if plan is not None:
-            made.write(Path(plan))
+            work.plan(decided.ranks, reasons | decided.slow, factorize.name, f"{budget} {allocation}").write(Path(plan))
             report.artifact = Path(plan)
     if plot is not None:
         from peftc.steps.plot import draw_spectra

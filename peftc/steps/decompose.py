@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from peftc import allocate, measure
-from peftc.allocate import Rank
+from peftc import plan as plans
 from peftc.errors import PlanError, UsageError, one_of
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
@@ -23,9 +23,42 @@ from peftc.steps import factored, ordered, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
-from peftc.steps.statistics import Prepared
+from peftc.steps.speedup import Decision, Input, decide, unusual
+from peftc.steps.statistics import Prepared, Statistics
 
 FEW_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be decided: the ranks of the eligible modules, and what to say of them."""
+
+    work: Factoring
+    reasons: dict[str, str]
+    budget: Budget | None
+    allocation: str
+    multiple: int
+    plan: Plan | None
+    keep_all_ranks: bool
+    source: Prepared | Statistics | None
+    timed: Input
+    words: tuple[str, str]
+
+    def decide(self, folder: Path) -> Decision:
+        """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
+        if self.source is not None:
+            needs = self.work.factorize.needs
+            self.work.use(calibrating.obtain(self.source, self.work.targets, needs, folder), self.reasons)
+        if self.budget is None:
+            return Decision(self.plan.ranks if self.plan else {})
+        return decide(self.work, self.budget, self.allocation, self.multiple, self.timed)
+
+    def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
+        """Say what becomes of every module."""
+        if self.keep_all_ranks:
+            return ordered.report_on(self.work, cuts, self.reasons)
+        reasons = self.reasons | found.slow
+        return found.say(factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words))
 
 
 def decompose(
@@ -37,9 +70,11 @@ def decompose(
     energy: str | float | None = None,
     target_params: float | None = None,
     target_macs: float | None = None,
+    speedup: str | float | None = None,
     plan: str | Path | Plan | None = None,
     keep_all_ranks: bool = False,
     allocation: str = "auto",
+    rank_multiple: int = 1,
     method: str = "auto",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
@@ -74,10 +109,13 @@ def decompose(
         rank: the same rank in every eligible module, >= 1.
         energy: share of each module's squared singular values to keep, in (0, 1].
         target_params, target_macs: size of the whole model.
+        speedup: how many times faster the whole model is to be, > 1, as measured here on random batches of
+            ``batch_size`` (16 when None) samples of ``image_size`` or ``max_length``.
         plan: ranks decided before, as `analyze` writes them.
         keep_all_ranks: in place of a budget, keep the weights and store the factors of every rank for `truncate`.
         allocation: ``uniform`` (PELA's formula), or one greedy pass: ``global``, ``energy``, ``convex``; ``auto`` is
             ``convex`` for a method whose losses compare across modules (`kfac`), else ``energy``.
+        rank_multiple: every rank is a multiple of it, >= 1, for hardware that works in blocks.
         method, conv_method, settings: how to factor; ``auto`` is `kfac` with data or statistics, else `svd`.
         include, skip: patterns over dotted names; a skip beats an include.
         data: calibrates a method that needs statistics, on its train split where it has one, and measures the result
@@ -101,8 +139,10 @@ def decompose(
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = factored.asked_budget(
         plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
-        target_macs=target_macs,
+        target_macs=target_macs, speedup=speedup,
     )  # fmt: skip
+    multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
+    sample = Input(batch_size, image_size, max_length, device, seed)
     factorize = spectra.factorizer(
         method, conv_method, settings, with_data=data is not None or statistics is not None,
         correct_bias=bias_correction,
@@ -111,7 +151,7 @@ def decompose(
     shard_bytes = factored.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
-    by_shape = not factorize.needs and (budget is None or not spectra.needs_spectra(budget, allocation))
+    by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = factored.asked_plan(plan, targets)
@@ -119,7 +159,7 @@ def decompose(
     work.leave_uncalled(reasons, include)
     if keep_all_ranks:
         ordered.refuse_pairs(work.targets)
-    asked, why_dense = factored.words(budget, allocation, plan)
+    words = factored.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
@@ -128,26 +168,17 @@ def decompose(
     )  # fmt: skip
     measured = not dry_run and _is_measured(loaded, source, quality, gated)
 
-    def ranks(folder: Path) -> dict[str, Rank | None]:
-        if source is not None:
-            work.use(calibrating.obtain(source, work.targets, factorize.needs, folder), reasons)
-        if keep_all_ranks:
-            return {}
-        return given.ranks if given else work.decide(budget, allocation)  # type: ignore[arg-type]
-
+    question = Question(work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            decided = ranks(Path(folder))
-        if keep_all_ranks:
-            report = ordered.report_on(work, {}, reasons)
-        else:
-            report = factored.report_on("decompose", work, decided, {}, reasons, asked, why_dense)
+            report = question.report(question.decide(Path(folder)), {})
         report.notes.append("dry run: nothing was written")
         return report
     request = {
         **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
         "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
         **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source),
+        **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
@@ -156,12 +187,14 @@ def decompose(
             report = write.already(job, "decompose")
         else:
             job.require(2 * measure.tensor_bytes(loaded.module))
-            decided = ranks(job.work)
+            found = question.decide(job.work)
             if keep_all_ranks:
                 report = ordered.keep_all(work, base, request, reasons, max_shard_bytes=shard_bytes)
             else:
-                report = factored.report_on("decompose", work, decided, work.factor(decided), reasons, asked, why_dense)
-                factored.carry_out(report, work, decided, base, request, budget, max_shard_bytes=shard_bytes)
+                plan_made = work.plan(found.ranks, reasons | found.slow, factorize.name, str(budget))
+                request = found.settle(job, loaded, base, request, plan_made)
+                report = question.report(found, work.factor(found.ranks))
+                factored.carry_out(report, work, found.ranks, base, request, budget, max_shard_bytes=shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     if measured:
         against = model if isinstance(model, nn.Module | Model) else loaded.source

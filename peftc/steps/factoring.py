@@ -24,7 +24,7 @@ from peftc.models.families import matches
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
-from peftc.plan import Budget, Target
+from peftc.plan import Budget, Plan, Target
 from peftc.steps import spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics
@@ -61,7 +61,7 @@ class Factoring:
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
             uses = [
-                Use(self._form(each, name), work.positions.get(each, 0), *work.grids.get(each, (0, 0)))
+                Use(self.form_of(each, name), work.positions.get(each, 0), *work.grids.get(each, (0, 0)))
                 for each in (name, *target.aliases)
             ]
             self.targets[name] = replace(target, uses=tuple(uses))
@@ -84,12 +84,12 @@ class Factoring:
                 reasons[name] = "never called on a random input: its parent reads the weight itself, or it did not run"
 
     def decide(
-        self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None
+        self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None, multiple: int = 1
     ) -> dict[str, Rank | None]:
         """Return the rank of each eligible module under a budget; spectra that are ``known`` are not computed again."""
         whole = self.whole
         if not spectra.needs_spectra(budget, allocation):
-            return spectra.decide(self.targets, budget, allocation, self.spectrum, whole)
+            return spectra.decide(self.targets, budget, allocation, self.spectrum, whole, multiple)
         with progress.track("spectra", len(self.targets)) as advance:
 
             def seen(target: Target) -> Losses:
@@ -98,7 +98,12 @@ class Factoring:
                 advance(target.name)
                 return found
 
-            return spectra.decide(self.targets, budget, allocation, seen, whole)
+            return spectra.decide(self.targets, budget, allocation, seen, whole, multiple)
+
+    def plan(self, ranks: Mapping[str, Rank | None], reasons: dict[str, str], method: str, asked: str) -> Plan:
+        """Return what was decided as a plan, which leads to the same ranks whatever they hung on."""
+        forms = {name: target.form for name, target in self.targets.items()}
+        return Plan(dict(ranks), forms, dict(reasons), method, dict(self.factorize.settings), asked)
 
     def spectrum(self, target: Target) -> Decomposed:
         """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
@@ -206,7 +211,7 @@ class Factoring:
             tensors, parts = (kept or self.kept)(name, rank)
             factors = {key: nn.Parameter(tensor) for key, tensor in tensors.items()}
             for each in (name, *self.targets[name].aliases):
-                form = self._form(each, name)
+                form = self.form_of(each, name)
                 old = network.get_submodule(each)
                 new = lowrank.build(old, form, rank)
                 surgery.replace(network, old, new)
@@ -217,7 +222,7 @@ class Factoring:
                 modules[each] = {"form": form, "rank": list(rank) if isinstance(rank, tuple) else rank}
         return {name: pieces[name] for name in surgery.stored_names(network)}, modules
 
-    def _form(self, each: str, name: str) -> str:
+    def form_of(self, each: str, name: str) -> str:
         """Return the form of a module; one tied to it may be an embedding where it is an output head."""
         if isinstance(self.model.module.get_submodule(each), nn.Embedding):
             return "embedding"

@@ -116,6 +116,8 @@ def _request_options(request: dict[str, Any]) -> list[str]:
     for key in ("allocation", "method", "conv_method", "device", "seed"):
         if request.get(key) is not None:
             words += [f"--{key.replace('_', '-')}", str(request[key])]
+    if "rank_multiple" in request:
+        words += ["--rank-multiple", str(request["rank_multiple"])]
     for name, value in request.get("settings", {}).items():
         words += ["--set", f"{name}={value}"]
     for key in ("include", "skip"):

@@ -172,55 +172,72 @@ class Whole:
     macs: int | None
 
 
+def needs_weights(budget: Budget, allocation: str) -> bool:
+    """Return whether a network without numbers is not enough to decide."""
+    return budget.kind == "speedup" or needs_spectra(budget, allocation)
+
+
 def needs_spectra(budget: Budget, allocation: str) -> bool:
     """Return whether ranks depend on the weights, not on their shapes alone."""
     return budget.kind == "energy" or (budget.kind != "rank" and allocation != "uniform")
 
 
 def decide(
-    targets: Mapping[str, Target], budget: Budget, allocation: str, spectra: Callable[[Target], Losses], whole: Whole
+    targets: Mapping[str, Target],
+    budget: Budget,
+    allocation: str,
+    spectra: Callable[[Target], Losses],
+    whole: Whole,
+    multiple: int = 1,
 ) -> dict[str, Rank | None]:
-    """Return the rank of each eligible module under a budget; None leaves it dense.
+    """Return the rank of each eligible module under a budget, in multiples; None leaves it dense.
 
     Raises:
         PlanError: the budget is out of reach.
     """
     if budget.kind == "rank":
-        return {name: _at_rank(target, int(budget.amount)) for name, target in targets.items()}
+        return {name: _at_rank(target, int(budget.amount), multiple) for name, target in targets.items()}
     if budget.kind == "energy":
-        return {name: _at_energy(target, spectra(target), float(budget.amount)) for name, target in targets.items()}
+        share = float(budget.amount)
+        return {name: _at_energy(target, spectra(target), share, multiple) for name, target in targets.items()}
     unit = "macs" if budget.kind == "target-macs" else "entries"
     limit = _limit(targets, budget, unit, whole)
     if allocation == "uniform":
         if budget.kind == "ratio":
-            return _uniform(targets, Fraction(budget.amount))
-        return _uniform_within(targets, limit, unit)
+            return _uniform(targets, Fraction(budget.amount), multiple)
+        return uniform_within(targets, limit, lambda target, rank: target.cost(rank, unit), multiple)
+    relative = allocation == "energy"
     curves = {
-        name: curve(target, spectra(target), unit, relative=allocation == "energy") for name, target in targets.items()
+        name: curve(target, spectra(target), unit, relative=relative, multiple=multiple)
+        for name, target in targets.items()
     }
     return allocate.spend(curves, limit, foresee_dense=allocation == "convex")
 
 
-def _at_rank(target: Target, rank: int) -> Rank | None:
+def _at_rank(target: Target, rank: int, multiple: int) -> Rank | None:
     if target.form == "tucker2":
-        pair = (min(rank, target.shape[0]), min(rank, target.shape[1]))
-        return pair if target.cost(pair, "entries") < target.entries else None
-    return allocate.fitting(target.shape, target.form, rank)
+        out, in_ = target.shape[:2]
+        pair = (allocate.in_multiples(min(rank, out), multiple), allocate.in_multiples(min(rank, in_), multiple))
+        fits = pair[0] <= out and pair[1] <= in_
+        return pair if fits and target.cost(pair, "entries") < target.entries else None
+    return allocate.fitting(target.shape, target.form, rank, multiple)
 
 
-def _at_energy(target: Target, spectrum: Losses, share: float) -> Rank | None:
+def _at_energy(target: Target, spectrum: Losses, share: float, multiple: int) -> Rank | None:
+    """Return the smallest multiple that keeps the share, or None where its factors would not be smaller."""
     losses = spectrum.losses()
     allowed = (1 - share) * float(losses.flatten()[0])
     if target.form == "tucker2":
-        pairs = allocate.tucker_path(target.shape)
-        pair = next((pair for pair in pairs if float(losses[pair]) <= allowed), pairs[-1])
-        return pair if target.cost(pair, "entries") < target.entries else None
-    rank = max(1, int((losses > allowed).sum()))
-    return allocate.fitting(target.shape, target.form, rank)
+        pairs = allocate.tucker_path(target.shape, multiple)
+        pair = next((pair for pair in pairs if float(losses[pair]) <= allowed), None)
+        return pair if pair is not None and target.cost(pair, "entries") < target.entries else None
+    least = max(1, int((losses > allowed).sum()))
+    rank = -(-least // multiple) * multiple
+    return rank if rank <= allocate.break_even_rank(target.shape, target.form) else None
 
 
-def _uniform(targets: Mapping[str, Target], ratio: Fraction) -> dict[str, Rank | None]:
-    return {name: allocate.uniform_rank(target.shape, target.form, ratio) for name, target in targets.items()}
+def _uniform(targets: Mapping[str, Target], ratio: Fraction, multiple: int) -> dict[str, Rank | None]:
+    return {name: allocate.uniform_rank(t.shape, t.form, ratio, multiple) for name, t in targets.items()}
 
 
 def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whole) -> int:
@@ -241,30 +258,39 @@ def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whol
     return limit
 
 
-def _uniform_within(targets: Mapping[str, Target], limit: int, unit: str) -> dict[str, Rank | None]:
-    """Return uniform ranks at the largest ratio, in steps of 1e-6, whose cost is within ``limit``."""
+def uniform_within(
+    targets: Mapping[str, Target], limit: int, price: Callable[[Target, Rank | None], int], multiple: int
+) -> dict[str, Rank | None]:
+    """Return uniform ranks at the largest ratio, in steps of 1e-6, whose prices sum to at most ``limit``.
+
+    Raises:
+        PlanError: even the smallest rank everywhere costs more.
+    """
+
+    def at(share: int) -> dict[str, Rank | None]:
+        return _uniform(targets, Fraction(share, 1_000_000), multiple)
 
     def cost(ranks: Mapping[str, Rank | None]) -> int:
-        return sum(targets[name].cost(rank, unit) for name, rank in ranks.items())
+        return sum(price(targets[name], rank) for name, rank in ranks.items())
 
     low, high = 1, 1_000_000
-    if cost(_uniform(targets, Fraction(low, high))) > limit:
-        smallest = cost(_uniform(targets, Fraction(low, high)))
+    if cost(at(low)) > limit:
         raise PlanError(
-            f"the budget leaves {limit:,} for the eligible modules", why=f"rank 1 in each takes {smallest:,}"
+            f"the budget leaves {limit:,} for the eligible modules",
+            why=f"rank {multiple} in each takes {cost(at(low)):,}",
         )
-    if cost(_uniform(targets, Fraction(1))) <= limit:
-        return _uniform(targets, Fraction(1))
+    if cost(at(high)) <= limit:
+        return at(high)
     while high - low > 1:
         middle = (low + high) // 2
-        if cost(_uniform(targets, Fraction(middle, 1_000_000))) <= limit:
+        if cost(at(middle)) <= limit:
             low = middle
         else:
             high = middle
-    return _uniform(targets, Fraction(low, 1_000_000))
+    return at(low)
 
 
-def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool) -> Curve:
+def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool, multiple: int = 1) -> Curve:
     """Return loss against cost of one module, without the ranks that would make it grow.
 
     Args:
@@ -272,32 +298,33 @@ def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool) -> Cur
         spectrum: its decomposition.
         unit: ``entries`` or ``macs``.
         relative: divide the losses by the module's energy.
+        multiple: consider only ranks that are multiples of it.
     """
     losses = spectrum.losses()
     energy = float(losses.flatten()[0])
     scale = (1 / energy if energy else 0.0) if relative else 1.0
     ranks: list[Rank]
     if target.form == "tucker2":
-        ranks = _pareto(target, losses, unit)
+        ranks = _pareto(target, losses, unit, multiple)
         kept = [float(losses[rank]) * scale for rank in ranks]
     else:
         largest = allocate.break_even_rank(target.shape, target.form)
-        ranks = list(range(1, largest + 1))
-        kept = (losses[1 : largest + 1] * scale).tolist()
+        ranks = list(range(multiple, largest + 1, multiple))
+        kept = (losses[multiple : largest + 1 : multiple] * scale).tolist()
     costs = [target.cost(rank, unit) for rank in ranks]
     dense = target.cost(None, unit)
     useful = [at for at, cost in enumerate(costs) if cost < dense]
-    following = len(ranks) + 1
+    following = (len(ranks) + 1) * multiple
     next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
     return Curve(
         [ranks[at] for at in useful], [costs[at] for at in useful], [kept[at] for at in useful], dense, next_loss
     )
 
 
-def _pareto(target: Target, losses: Tensor, unit: str) -> list[Rank]:
+def _pareto(target: Target, losses: Tensor, unit: str, multiple: int) -> list[Rank]:
     """Return the rank pairs of a Tucker-2 module that no cheaper pair beats, cheapest first."""
     out, in_ = target.shape[:2]
-    pairs = [(a, b) for a in range(1, out + 1) for b in range(1, in_ + 1)]
+    pairs = [(a, b) for a in range(multiple, out + 1, multiple) for b in range(multiple, in_ + 1, multiple)]
     pairs = [pair for pair in pairs if target.cost(pair, "entries") < target.entries]
     table = losses.tolist()
     pairs.sort(key=lambda pair: (target.cost(pair, unit), table[pair[0]][pair[1]]))

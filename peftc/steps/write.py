@@ -135,6 +135,13 @@ def writing(
         yield job, base
 
 
+def settle(job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Let a job write under the request that its own resolved to, and return that; the result keeps what was asked."""
+    earlier = model.manifest.steps if model.manifest else []
+    job.settle(identity(base, earlier, request, model.config))
+    return request
+
+
 def companions(model: Model) -> dict[str, bytes]:
     """Return the small files that travel with a model: tokenizer, processor, generation settings."""
     if model.folder is None:
@@ -246,7 +253,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> None:
     """Write the result beside the manifest and let the folder appear."""
     result = {"seconds": round(job.seconds, 3), **environment(device), "report": asdict(_plain(report))}
-    job.finish(record, result)
+    job.finish(record, result | ({"asked": job.asked} if job.asked else {}))
 
 
 def _plain(report: Report) -> Report:

@@ -61,6 +61,7 @@ REQUESTS: dict[str, list[str]] = {
     "energy": ["--energy", "0.9"],
     "target": ["--target-params", "20k"],
     "macs": ["--target-macs", "400k", "--allocation", "energy"],
+    "multiple": ["--ratio", "0.5", "--rank-multiple", "4"],
     "shards": ["--ratio", "0.5", "--max-shard-size", "20kB"],
 }
 

@@ -15,7 +15,9 @@ from peftc.allocate import (
     Use,
     break_even_rank,
     entries,
+    fill,
     fitting,
+    in_multiples,
     max_rank,
     spend,
     tucker_path,
@@ -204,6 +206,47 @@ def test_on_convex_curves_every_stop_of_the_pass_is_optimal_for_its_cost(seed: i
 def test_the_whole_budget_leaves_everything_dense(foresee_dense: bool) -> None:
     curves = convex(0)
     assert set(spend(curves, total(curves), foresee_dense=foresee_dense).values()) == {None}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_left_is_filled_without_a_loss_or_a_debt(seed: int) -> None:
+    curves = convex(seed)
+    for share in (0.4, 0.6, 0.8, 0.95):
+        floor = sum(curve.costs[0] for curve in curves.values())
+        budget = floor + int(share * (total(curves) - floor))
+        before = spend(curves, budget, foresee_dense=False)
+        after = fill(curves, before, budget)
+
+        def price(ranks: dict[str, Rank | None]) -> int:
+            return sum(c.dense if ranks[n] is None else c.costs[c.ranks.index(ranks[n])] for n, c in curves.items())
+
+        def loss(ranks: dict[str, Rank | None]) -> float:
+            return sum(0 if ranks[n] is None else c.losses[c.ranks.index(ranks[n])] for n, c in curves.items())
+
+        assert price(after) <= budget and loss(after) <= loss(before)
+
+
+def test_a_part_of_a_step_that_does_not_fit_is_taken() -> None:
+    curve = Curve([1, 2, 3, 4], [10, 20, 30, 40], [9.0, 8.9, 8.8, 1.0], 50)
+    assert spend({"a": curve}, 35, foresee_dense=False) == {"a": 1}
+    assert fill({"a": curve}, {"a": 1}, 35) == {"a": 3}
+    assert fill({"a": curve}, {"a": None}, 60) == {"a": None}
+
+
+def test_multiples_are_rounded_down_but_are_one_at_least() -> None:
+    assert [in_multiples(rank, 8) for rank in (1, 7, 8, 15, 16)] == [8, 8, 8, 8, 16]
+    assert uniform_rank((64, 48), "linear", HALF, 8) == 8 and uniform_rank((64, 48), "linear", HALF) == 13
+    assert uniform_rank((64, 48), "linear", Fraction(1, 100), 16) == 16
+    assert uniform_rank((64, 48), "linear", HALF, 32) is None, "at rank 32 it would grow"
+    assert fitting((64, 48), "linear", 27, 4) == 24
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 16])
+def test_pairs_of_multiples_stay_within_the_shape(multiple: int) -> None:
+    path = tucker_path((40, 12, 3, 3), multiple)
+    assert all(a % multiple == b % multiple == 0 and a <= 40 and b <= 12 for a, b in path)
+    assert bool(path) == (multiple <= 12)
+    assert multiple <= 12 or uniform_rank((40, 12, 3, 3), "tucker2", HALF, multiple) is None
 
 
 def test_a_dent_in_a_curve_is_stepped_over() -> None:

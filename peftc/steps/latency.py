@@ -1,0 +1,291 @@
+"""How long modules and models take on a device, dense and with factors of some rank in their place.
+
+The time of a product does not depend on the numbers in it, so no weight is factored to be timed: random factors serve.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import allocate, measure
+from peftc.allocate import Curve, Rank
+from peftc.errors import PlanError
+from peftc.measure import Speedup
+from peftc.models.load import Model, detached, outputs
+from peftc.nn import lowrank, surgery
+from peftc.plan import Target
+from peftc.steps import write
+
+SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
+SHAPE_ROUNDS = 9
+MODEL_SECONDS = 20.0  # for one run of whole models, as far as the rounds below allow
+MODEL_ROUNDS = (7, 30)
+RUNS = 3  # at most, one after another, until what they say together is steady
+STEADY = 1.03
+
+FormOf = Callable[[str, str], str]  # name of a module, name of the target whose weight it uses -> form
+
+
+# -- one module -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """All that decides how long one call of a module takes.
+
+    Attributes:
+        form: as what its factors would be built.
+        module: the module in words: class, sizes, stride, padding, bias.
+        given: shape of the input.
+    """
+
+    form: str
+    module: str
+    given: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SiteTimes:
+    """Seconds of one call at a site, each the least that was seen: what other programs take is not the module's.
+
+    Attributes:
+        dense: of the module itself.
+        noise: what the module shows against itself, at least 1.01; a smaller factor is no difference.
+        ranks, seconds: of the low-rank modules that were timed, smallest first.
+    """
+
+    dense: float
+    noise: float
+    ranks: tuple[Rank, ...]
+    seconds: tuple[float, ...]
+
+
+def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: FormOf) -> dict[str, list[Site]]:
+    """Return what is called for each target in one forward pass, once per call; a target that is not called has none.
+
+    Raises:
+        PlanError: the model does not run on the batch.
+    """
+    found: dict[str, list[Site]] = {name: [] for name in targets}
+    hooks = []
+    for name, target in targets.items():
+        for each in (name, *target.aliases):
+            module, form = model.module.get_submodule(each), form_of(each, name)
+
+            def add(
+                module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], name: str = name, form: str = form
+            ) -> None:
+                tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+                found[name] += [Site(form, repr(module), tuple(first.shape)) for first in tensors[:1]]
+
+            hooks.append(module.register_forward_pre_hook(add, with_kwargs=True))
+    try:
+        with _runs(model):
+            outputs(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _runs(model: Model) -> Iterator[None]:
+    try:
+        yield
+    except write.DOES_NOT_RUN as error:
+        if isinstance(error, RuntimeError) and measure.out_of_memory(error):
+            raise
+        raise PlanError(
+            f"`{model.name}` cannot be timed",
+            why=f"it does not run on a random input: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            hint="give another budget, as `--target-macs` or `--ratio`",
+        ) from error
+
+
+def candidates(target: Target, multiple: int) -> list[Rank]:
+    """Return the ranks, in multiples, at which a module has fewer entries, smallest first; Tucker-2's in proportion."""
+    if target.form == "tucker2":
+        pairs = allocate.tucker_path(target.shape, multiple)
+        return [pair for pair in pairs if target.cost(pair, "entries") < target.entries]
+    return list(range(multiple, allocate.break_even_rank(target.shape, target.form) + 1, multiple))
+
+
+def grid(ranks: Sequence[Rank]) -> list[Rank]:
+    """Return the few of ``ranks`` that are timed, the first and the last among them."""
+    return list(dict.fromkeys(ranks[round(share * (len(ranks) - 1))] for share in SHARES)) if ranks else []
+
+
+def time_site(module: nn.Module, site: Site, ranks: Sequence[Rank], title: str) -> SiteTimes:
+    """Time a module and its low-rank stand-ins on random inputs, all in one interleaved run, the dense one twice."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if isinstance(module, nn.Embedding):
+        given = torch.randint(0, module.num_embeddings, site.given, device=weight.device)
+    else:
+        given = torch.randn(site.given, device=weight.device, dtype=weight.dtype)
+
+    def call(module: nn.Module) -> Callable[[], object]:
+        def forward() -> object:
+            with torch.inference_mode():
+                return module(given)
+
+        return forward
+
+    calls = {"dense": call(module), "control": call(module)}
+    calls |= {str(rank): call(stand_in(module, site.form, rank)) for rank in ranks}
+    least = dict.fromkeys(calls, math.inf)
+    for _ in range(RUNS):
+        times = measure.latency(calls, rounds=SHAPE_ROUNDS, device=weight.device, title=title)
+        least = {label: min(*times[label].seconds, seconds) for label, seconds in least.items()}
+        dense, control = sorted((least["dense"], least["control"]))
+        if control / dense <= STEADY:
+            break
+    noise = max(control / dense, 1 + measure.FLOOR)
+    return SiteTimes(dense, noise, tuple(ranks), tuple(least[str(rank)] for rank in ranks))
+
+
+def stand_in(module: nn.Module, form: str, rank: Rank) -> nn.Module:
+    """Return a low-rank module with random factors, where the dense one is and in its dtype."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    new = lowrank.build(module, form, rank).to(weight.dtype).to_empty(device=weight.device)
+    for parameter in new.parameters():
+        parameter.requires_grad_(False)
+        fan_in = max(parameter.shape[1:].numel(), 1)
+        # outputs of ordinary size: numbers that vanish or overflow have speeds of their own
+        parameter.normal_(std=fan_in**-0.5)
+    return new
+
+
+# -- from a few ranks to all ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Nanoseconds that a target takes in one forward pass, by rank.
+
+    Attributes:
+        costs: of each rank at which it is measurably faster than dense, rising; empty where none is.
+        dense: of the dense module.
+    """
+
+    costs: Mapping[Rank, int]
+    dense: int
+
+    def cost(self, rank: Rank | None) -> int:
+        """Return the nanoseconds at a rank; where that is not measurably faster, the module is to stay dense."""
+        return self.dense if rank is None else self.costs.get(rank, self.dense)
+
+    def curve(self, losses: Tensor, *, relative: bool) -> Curve:
+        """Return loss against time; of ranks that take the same time only the largest.
+
+        Args:
+            losses: squared errors by rank.
+            relative: divide them by the module's energy.
+        """
+        energy = float(losses.flatten()[0])
+        scale = (1 / energy if energy else 0.0) if relative else 1.0
+        by_cost = {cost: rank for rank, cost in self.costs.items()}
+        kept = [float(losses[rank]) * scale for rank in by_cost.values()]
+        return Curve(tuple(by_cost.values()), tuple(by_cost), kept, self.dense)
+
+
+def pace(ranks: Sequence[Rank], calls: Sequence[SiteTimes]) -> Pace:
+    """Return the time of a target at each of ``ranks``, from the few that were timed.
+
+    Times are made to rise with rank, and between two timed ranks time is taken to rise evenly.
+
+    Args:
+        ranks: candidates, smallest first.
+        calls: times of every call in one forward pass, all at the same ranks.
+    """
+    dense = sum(each.dense for each in calls)
+    if not ranks or not calls:
+        return Pace({}, round(1e9 * dense))
+    at = [ranks.index(rank) for rank in calls[0].ranks]
+    rising = isotonic([sum(seconds) for seconds in zip(*(each.seconds for each in calls), strict=True)])
+    fast = dense / max(each.noise for each in calls)
+    seconds = {rank: _between(at, rising, index) for index, rank in enumerate(ranks)}
+    return Pace({rank: round(1e9 * each) for rank, each in seconds.items() if each < fast}, round(1e9 * dense))
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """Return the rising sequence that is nearest to ``values`` in squared distance (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, n), (b, m) = pools[-2:]
+            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [value for value, length in pools for _ in range(length)]
+
+
+def _between(at: Sequence[int], values: Sequence[float], index: int) -> float:
+    after = bisect_left(at, index)
+    if at[after] == index:
+        return values[after]
+    share = (index - at[after - 1]) / (at[after] - at[after - 1])
+    return values[after - 1] + share * (values[after] - values[after - 1])
+
+
+# -- the whole model --------------------------------------------------------------------------------------------------
+
+
+def factored(model: Model, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], form_of: FormOf) -> Model:
+    """Return a copy of a model with random factors of some ranks; it shares all other tensors with the original."""
+    network = detached(model.module)
+    for name, rank in ranks.items():
+        for each in (name, *targets[name].aliases) if rank is not None else ():
+            old = network.get_submodule(each)
+            surgery.replace(network, old, stand_in(old, form_of(each, name), rank))  # type: ignore[arg-type]
+    return replace(model, module=network)
+
+
+def model_seconds(model: Model, batch: Any) -> float:
+    """Return the seconds of one forward pass, the median of three."""
+    place = next(model.module.parameters()).device
+    calls = {"dense": lambda: outputs(model, batch)}
+    return measure.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
+
+
+def rounds_for(seconds: float) -> int:
+    """Return how many rounds of three calls a comparison takes whose calls last so long."""
+    fewest, most = MODEL_ROUNDS
+    return max(fewest, min(most, round(MODEL_SECONDS / (3 * max(seconds, 1e-6)))))
+
+
+@dataclass(frozen=True)
+class Measured(Speedup):
+    """A speed-up, and how many rounds it was measured in."""
+
+    rounds: int
+
+
+def compare(dense: Model, candidate: Model, batch: Any, rounds: int) -> Measured:
+    """Time a model, the same once more, and its factored copy, interleaved, until the interval is narrow.
+
+    Args:
+        dense, candidate: the two models.
+        batch: their input.
+        rounds: of one run; there are up to three.
+    """
+    place = next(dense.module.parameters()).device
+    calls = {
+        "dense": lambda: outputs(dense, batch),
+        "control": lambda: outputs(dense, batch),
+        "factored": lambda: outputs(candidate, batch),
+    }
+    seconds: dict[str, tuple[float, ...]] = dict.fromkeys(calls, ())
+    for _ in range(RUNS):
+        times = measure.latency(calls, rounds=rounds, device=place, title="timing the factored model")
+        seconds = {label: before + times[label].seconds for label, before in seconds.items()}
+        found = measure.speedup(seconds["dense"], seconds["control"], seconds["factored"])
+        if found.high / found.low <= STEADY:
+            break
+    return Measured(**asdict(found), rounds=len(seconds["dense"]))

@@ -1,0 +1,373 @@
+"""From a speed-up that is asked for to ranks: time the modules, solve, then measure the whole model and correct.
+
+The times of modules by themselves do not add up to the time of the model, so they only say where to look. What counts
+is the ratio measured on the whole model. The outcome is a plan, and a plan no longer depends on the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from peftc import allocate, artifact, progress
+from peftc.allocate import Rank
+from peftc.errors import PlanError
+from peftc.job import Job
+from peftc.models.load import Model, detached, probe, runnable
+from peftc.plan import Budget, Plan
+from peftc.report import Report, Table, grouped
+from peftc.steps import latency, spectra, write
+from peftc.steps.factoring import Factoring
+from peftc.steps.latency import Measured, Pace, Site, SiteTimes
+from peftc.steps.spectra import Losses
+
+BATCH_SIZE = 16
+MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
+TRIES = 6
+NOISY = 1.05  # a noise band that reaches further leaves the last digits open
+KEPT = "speedup.json"
+CLOCK = ("timed", "rank_multiple")  # of a request, what only says how its ranks were found
+
+Ranks = Mapping[str, Rank | None]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the model is timed on.
+
+    Attributes:
+        batch_size: samples at once; 16 when None.
+        image_size, max_length: of a sample, in pixels and tokens; the model's own when None.
+        device: where, as `--device` says it.
+        seed: of the random sample.
+    """
+
+    batch_size: int | None
+    image_size: int | None
+    max_length: int | None
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked: a speed-up, how modules share the loss, and in which multiples."""
+
+    budget: Budget
+    allocation: str
+    multiple: int
+    given: Input
+
+    @property
+    def wanted(self) -> float:
+        """How many times faster the model is to be."""
+        return float(self.budget.amount)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The rank of every eligible module, and for a speed-up what was measured.
+
+    Attributes:
+        ranks: None is dense.
+        slow: module -> why it stays dense, for those whose factors are not faster.
+        figures: what was measured, JSON-ready; empty where nothing was.
+    """
+
+    ranks: dict[str, Rank | None]
+    slow: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def settle(
+        self, job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any], plan: Plan
+    ) -> dict[str, Any]:
+        """Return the request to be recorded: for a plan, where ranks were measured, else ``request`` itself.
+
+        So the same command line may end in other ranks on another day, but what an artifact records always ends in it.
+        """
+        if not self.figures:
+            return request
+        kept = {key: value for key, value in request.items() if key not in CLOCK}
+        return write.settle(job, model, base, {**kept, "budget": None, "allocation": None, "plan": plan.to_json()})
+
+    def say(self, report: Report) -> Report:
+        """Add what was measured to a report."""
+        if not self.figures:
+            return report
+        found = report.data["speedup"] = self.figures
+        for row in report.data["modules"]:
+            row["reason"] = self.slow.get(row["name"], row["reason"])
+        report.tables.insert(0, _table(found["shapes"]))
+        noise = f"noise {found['noise_low']:.3f} to {found['noise_high']:.3f}"
+        report.notes.append(
+            f"measured {found['value']:.3f}x ({found['low']:.3f} to {found['high']:.3f}; {noise}) where "
+            f"{found['asked']:g}x was asked: batches of {found['batch_size']}, {found['rounds']} rounds on "
+            f"{found['device']}, threads: {found['threads']}; {found['tries']} plans were measured"
+        )
+        if found["noise_high"] > NOISY:
+            report.warnings.append(f"this machine is busy ({noise}): measure again with `peftc bench`")
+        return report
+
+
+def unusual(budget: Budget | None, multiple: int, given: Input) -> dict[str, Any]:
+    """Return what a request says besides, where it is not as always; requests of earlier versions keep their ids."""
+    said: dict[str, Any] = {"rank_multiple": multiple} if multiple > 1 else {}
+    if budget is not None and budget.kind == "speedup":
+        said["timed"] = [given.batch_size or BATCH_SIZE, given.image_size, given.max_length]
+    return said
+
+
+def decide(
+    work: Factoring, budget: Budget, allocation: str, multiple: int, given: Input,
+    known: Mapping[str, Losses] | None = None,
+) -> Decision:  # fmt: skip
+    """Decide the ranks under a budget; those for a speed-up are kept with the job, so that a resume measures nothing.
+
+    Args:
+        work: the eligible modules.
+        budget, allocation, multiple: as the options say.
+        given: what a speed-up is timed on.
+        known: spectra that need not be computed again.
+
+    Raises:
+        PlanError: the budget is out of reach, or the model cannot be timed.
+    """
+    if budget.kind != "speedup":
+        return Decision(work.decide(budget, allocation, known, multiple))
+    kept = None if work.job is None else work.job.work / KEPT
+    if kept is not None and kept.is_file():
+        there = json.loads(kept.read_text(encoding="utf-8"))
+        ranks = {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in there["ranks"].items()}
+        return Decision(ranks, there["slow"], there["figures"])
+    found = _measured(work, Question(budget, allocation, multiple, given), known or {})
+    if kept is not None:
+        unfinished = kept.with_suffix(".tmp")
+        artifact.write_bytes(unfinished, json.dumps(asdict(found)).encode())
+        unfinished.replace(kept)
+    return found
+
+
+def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) -> Decision:
+    given = question.given
+    model = runnable(replace(work.model, module=detached(work.model.module)), device=given.device)
+    size = given.batch_size or BATCH_SIZE
+    batch = probe(model, batch=size, image_size=given.image_size, max_length=given.max_length, seed=given.seed)
+    sites = latency.sites_of(model, work.targets, batch, work.form_of)
+    ranks = {name: latency.candidates(target, question.multiple) for name, target in work.targets.items()}
+    times = _time_sites(model, sites, ranks)
+    paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
+    fast = {name: each for name, each in paces.items() if each.costs}
+    if not fast:
+        raise _unreachable(question.wanted, 1.0, "no eligible module gets measurably faster by factors of any rank")
+    solve = _solver(work, question, fast, known)
+    seconds = latency.model_seconds(model, batch)
+    rounds = latency.rounds_for(seconds)
+
+    def measured(ranks: Ranks) -> Measured:
+        return latency.compare(model, latency.factored(model, work.targets, ranks, work.form_of), batch, rounds)
+
+    tries = search(question.wanted, fast, round(1e9 * seconds), solve, measured)
+    best = tries[-1]
+    figures = {
+        "asked": question.wanted, **asdict(best.measured), "batch_size": size,
+        "tries": len(tries), **_place(model), "shapes": _shapes(sites, times, paces),
+    }  # fmt: skip
+    decided = {name: best.ranks.get(name) for name in work.targets}
+    slow = {name: _why_slow(sites[name], ranks[name]) for name in work.targets if name not in fast}
+    return Decision(decided, slow, figures)
+
+
+def _why_slow(sites: Sequence[Site], ranks: Sequence[Rank]) -> str:
+    if not ranks:
+        return "its factors would not be smaller"
+    return "its factors are not measurably faster here" if sites else "not called on a random input"
+
+
+def _time_sites(
+    model: Model, sites: Mapping[str, Sequence[Site]], ranks: Mapping[str, Sequence[Rank]]
+) -> dict[Site, SiteTimes]:
+    """Time each distinct site once."""
+    modules = {repr(module): module for module in model.module.modules()}
+    chosen = {site: latency.grid(ranks[name]) for name, each in sites.items() for site in each if ranks[name]}
+    found = {}
+    for number, (site, some) in enumerate(chosen.items(), 1):
+        title = f"timing shape {number} of {len(chosen)}"
+        found[site] = latency.time_site(modules[site.module], site, some, title)
+    return found
+
+
+def _solver(
+    work: Factoring, question: Question, paces: Mapping[str, Pace], known: Mapping[str, Losses]
+) -> Callable[[int], Ranks]:
+    """Return a function from nanoseconds to the ranks that lose least within them."""
+    targets = {name: work.targets[name] for name in paces}
+    if question.allocation == "uniform":
+
+        def uniform(limit: int) -> Ranks:
+            ranks = spectra.uniform_within(
+                targets, limit, lambda target, rank: paces[target.name].cost(rank), question.multiple
+            )
+            return {name: rank if rank in paces[name].costs else None for name, rank in ranks.items()}
+
+        return uniform
+    curves = {}
+    with progress.track("spectra", len(targets)) as advance:
+        for name, target in targets.items():
+            losses = (known.get(name) or work.spectrum(target)).losses()
+            curves[name] = paces[name].curve(losses, relative=question.allocation == "energy")
+            advance(name)
+
+    def greedy(limit: int) -> Ranks:
+        ranks = allocate.spend(curves, limit, foresee_dense=question.allocation == "convex")
+        return allocate.fill(curves, ranks, limit)
+
+    return greedy
+
+
+# -- the search -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Try:
+    """A plan, the nanoseconds that its modules take by themselves, and the speed-up of the model under it."""
+
+    ranks: Ranks
+    cost: int
+    measured: Measured
+
+
+def search(
+    asked: float,
+    paces: Mapping[str, Pace],
+    whole: int,
+    solve: Callable[[int], Ranks],
+    measured: Callable[[Ranks], Measured],
+) -> list[Try]:
+    """Return the plans that were measured, the chosen one last.
+
+    Args:
+        asked: above 1.
+        paces: of the modules that get faster.
+        whole: nanoseconds of the dense model.
+        solve: the ranks for so many nanoseconds in these modules.
+        measured: speed-up of the whole model at some ranks.
+
+    Raises:
+        PlanError: no plan comes close enough; the message says what was measured.
+    """
+    dense = sum(pace.dense for pace in paces.values())
+    floor = sum(min(pace.costs.values()) for pace in paces.values())
+    allowed = min(MISSED, (asked - 1) / 2)  # of a speed-up of 1.02, 5 % less would be none at all
+    limit = dense - whole * (1 - 1 / asked)
+    tries: list[Try] = []
+    while len(tries) < TRIES:
+        ranks = solve(max(floor, min(dense, math.floor(limit))))
+        if any(ranks == before.ranks for before in tries):
+            break
+        cost = sum(paces[name].cost(rank) for name, rank in ranks.items())
+        tries.append(Try(ranks, cost, measured(ranks)))
+        value = tries[-1].measured.value
+        _refuse_noise(asked, tries[-1].measured)
+        if abs(value / asked - 1) <= allowed / 2:
+            return tries
+        if cost <= floor and value < asked * (1 - allowed):
+            raise _unreachable(asked, value, "the lowest ranks that were timed, in every module that gets faster")
+        limit = next_limit(asked, dense, tries)
+    best = min(tries, key=lambda each: abs(math.log(each.measured.value / asked)))
+    if abs(best.measured.value / asked - 1) > allowed:
+        raise _missed(asked, tries)
+    return [each for each in tries if each is not best] + [best]
+
+
+def next_limit(asked: float, dense: int, tries: Sequence[Try]) -> float:
+    """Return the nanoseconds to try next: on the line through the two plans that enclose what is asked.
+
+    The dense model, at a speed-up of 1, is one end of the first line; without a plan that is fast enough the line
+    through it and the fastest one is followed beyond.
+    """
+    points = [(float(dense), 1.0), *((float(each.cost), 1 / each.measured.value) for each in tries)]
+    wanted = 1 / asked
+    slower = min(point for point in points if point[1] >= wanted)
+    faster = max((point for point in points if point[1] < wanted), default=None)
+    if faster is None:
+        slope = (1 - slower[1]) / max(dense - slower[0], 1)
+        return dense - (1 - wanted) / slope if slope > 0 else 0.0
+    return faster[0] + (slower[0] - faster[0]) * (wanted - faster[1]) / (slower[1] - faster[1])
+
+
+def _refuse_noise(asked: float, measured: Measured) -> None:
+    if measured.noise_high >= asked:
+        raise PlanError(
+            f"a speed-up of {asked:g}x cannot be told from noise here: {measured.value:.2f}x was measured",
+            why=f"the model against itself shows {measured.noise_low:.2f}x to {measured.noise_high:.2f}x "
+            f"in {measured.rounds} rounds",
+            hint="end other programs and run again, or time larger batches with `--batch-size`",
+        )
+
+
+def _unreachable(asked: float, best: float, why: str) -> PlanError:
+    within = math.floor(100 * best * (1 - MISSED / 2)) / 100
+    return PlanError(
+        f"`--speedup {asked:g}` is out of reach: the best that was measured is {best:.2f}x",
+        why=why,
+        hint=f"ask for at most `--speedup {within:g}`, or make more modules eligible with `--include`"
+        if within > 1.02
+        else "make more modules eligible with `--include`, or time larger batches with `--batch-size`",
+    )
+
+
+def _missed(asked: float, tries: Sequence[Try]) -> PlanError:
+    measured = sorted(each.measured.value for each in tries)
+    noise = max(each.measured.noise_high for each in tries)
+    return PlanError(
+        f"`--speedup {asked:g}` was not met: {', '.join(f'{value:.2f}x' for value in measured)} were measured",
+        why=f"the best that was measured is {measured[-1]:.2f}x; the model against itself shows up to {noise:.2f}x",
+        hint="end other programs and run again, or time larger batches with `--batch-size`",
+    )
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def _place(model: Model) -> dict[str, Any]:
+    device = next(model.module.parameters()).device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": named, "threads": torch.get_num_threads()}
+
+
+def _shapes(
+    sites: Mapping[str, Sequence[Site]], times: Mapping[Site, SiteTimes], paces: Mapping[str, Pace]
+) -> list[dict[str, Any]]:
+    """Return what was timed, one entry per distinct shape."""
+    rows = []
+    for site, each in times.items():
+        names = [name for name, called in sites.items() if site in called]
+        fast = list(paces[names[0]].costs)
+        rows.append({
+            "modules": list(grouped(names)), "count": sum(list(called).count(site) for called in sites.values()),
+            "form": site.form, "input": list(site.given), "dense_seconds": each.dense, "noise_high": each.noise,
+            "ranks": list(each.ranks), "seconds": list(each.seconds), "faster_to_rank": fast[-1] if fast else None,
+        })  # fmt: skip
+    return rows
+
+
+def _table(shapes: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for row in shapes:
+        kinds, some = row["modules"], list(zip(row["ranks"], row["seconds"], strict=True))
+        others = f" and {len(kinds) - 1} like it" if len(kinds) > 1 else ""
+        lines.append([
+            kinds[0] + others, row["count"], "x".join(map(str, row["input"])), f"{1000 * row['dense_seconds']:.3g}",
+            ", ".join(f"{1000 * seconds:.3g} at {_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]),
+            "none" if row["faster_to_rank"] is None else _text(row["faster_to_rank"]),
+        ])  # fmt: skip
+    return Table("timed shapes", ["module", "calls", "input", "dense, ms", "ms at rank", "faster to rank"], lines)
+
+
+def _text(rank: Any) -> str:
+    return "x".join(map(str, rank)) if isinstance(rank, list | tuple) else str(rank)
