@@ -76,14 +76,44 @@ def loss_of_own_prediction(
     """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     outputs = outputs.float()
-    if task is not None and (task.has_classes or task.name.endswith("-lm")):
+    if _has_classes(task):
         rows = outputs.flatten(0, -2)
         if mask is not None and outputs.ndim == 3:
             rows = rows[mask.flatten().bool()]
         chances = rows.detach().softmax(-1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(rows.device)
         return F.cross_entropy(rows, drawn, reduction="sum")
-    if outputs.ndim == 3 and mask is not None:
-        weights = mask[..., None].float()
-        outputs = F.normalize((outputs * weights).sum(1) / weights.sum(1).clamp_min(1), dim=1)
+    outputs = _vectors(outputs, mask)
     return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum()
+
+
+def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Mapping[str, Tensor] | Tensor) -> Tensor:
+    """Return (batch,) divergences from the reference's outputs, in nats per sample; what `kfac` predicts.
+
+    Of classes and tokens the Kullback-Leibler divergence, summed over a sample's tokens; of vectors half the squared
+    distance, the divergence of two Gaussians of unit variance.
+
+    Args:
+        task, inputs: as for `loss_of_own_prediction`.
+        reference, outputs: (batch, classes), (batch, tokens, vocabulary), or vectors.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = None if mask is None else mask.to(outputs.device)
+    one, other = reference.double(), outputs.double()
+    if _has_classes(task):
+        p, q = one.log_softmax(-1), other.log_softmax(-1)
+        each = (p.exp() * (p - q)).sum(-1)
+        return (each if mask is None or each.ndim == 1 else each * mask).reshape(len(each), -1).sum(1)
+    return (_vectors(one, mask) - _vectors(other, mask)).square().flatten(1).sum(1) / 2
+
+
+def _has_classes(task: Task | None) -> bool:
+    return task is not None and (task.has_classes or task.name.endswith("-lm"))
+
+
+def _vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what of the outputs matters: of tokens their normalised mean (batch, width)."""
+    if outputs.ndim != 3 or mask is None:
+        return outputs
+    weights = mask[..., None].to(outputs.dtype)
+    return F.normalize((outputs * weights).sum(1) / weights.sum(1).clamp_min(1), dim=1)

@@ -20,6 +20,7 @@ from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
 from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import sensitivity as measuring
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -43,6 +44,7 @@ class Question:
     source: Prepared | Statistics | None
     timed: Input
     words: tuple[str, str]
+    sensitivity: int
 
     def decide(self, folder: Path) -> Decision:
         """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
@@ -51,7 +53,10 @@ class Question:
             self.work.use(calibrating.obtain(self.source, self.work.targets, needs, folder), self.reasons)
         if self.budget is None:
             return Decision(self.plan.ranks if self.plan else {})
-        return decide(self.work, self.budget, self.allocation, self.multiple, self.timed)
+        known = None
+        if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
+            known = measuring.corrected(self.work, self.source, self.sensitivity, folder)
+        return decide(self.work, self.budget, self.allocation, self.multiple, self.timed, known)
 
     def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
         """Say what becomes of every module."""
@@ -85,6 +90,7 @@ def decompose(
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
     bias_correction: bool = True,
+    sensitivity: int = 16,
     task: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -123,6 +129,8 @@ def decompose(
         statistics: what `calibrate` collected before, instead of a calibration here.
         calibration_samples, calibration_tokens: at most so many are calibrated on.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
+        sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
+            by it; 0 trusts the prediction.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
         max_drop, min_quality, max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -168,7 +176,9 @@ def decompose(
     )  # fmt: skip
     measured = not dry_run and _is_measured(loaded, source, quality, gated)
 
-    question = Question(work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words)
+    question = Question(
+        work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words, sensitivity
+    )
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             report = question.report(question.decide(Path(folder)), {})
@@ -177,7 +187,7 @@ def decompose(
     request = {
         **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
         "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
-        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source),
+        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source, sensitivity),
         **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")

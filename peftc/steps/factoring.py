@@ -165,7 +165,7 @@ class Factoring:
         note = {
             "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
         }  # fmt: skip
-        bias = self._corrected_bias(target, weight, cut.factors)
+        bias = self.corrected_bias(target, cut.factors)
         write.save_part(part, named if bias is None else {**named, "up.bias": bias}, note)
         return note
 
@@ -174,7 +174,7 @@ class Factoring:
         bias = getattr(self.model.module.get_submodule(target.name), "bias", None)
         return bias if isinstance(bias, Tensor) and not target.aliases else None
 
-    def _corrected_bias(self, target: Target, weight: Tensor, factors: Factors) -> Tensor | None:
+    def corrected_bias(self, target: Target, factors: Factors) -> Tensor | None:
         """Return bias + (W - up down) E[x], or None where nothing is corrected."""
         bias, by = self._bias(target), self.factorize
         if bias is None or "second_moment" not in by.needs or not by.correct_bias or by.statistics is None:
@@ -182,6 +182,7 @@ class Factoring:
         mean = by.statistics.of(target.name, self.device).mean
         if mean is None:
             return None
+        weight = spectra.weight_of(self.model, target, self.device)
         up, down = factors.up.double(), factors.down.double()
         lost = lowrank.matrix(weight, target.form).double() @ mean - up @ (down @ mean)
         if target.form == "spatial":  # (out kw,): every column of the kernel adds its own

@@ -168,13 +168,13 @@ def obtain(
     return source if isinstance(source, Statistics) else collect(source, targets, needs, folder)
 
 
-def identity(source: Prepared | Statistics | None) -> dict[str, Any]:
+def identity(source: Prepared | Statistics | None, sensitivity: int = 0) -> dict[str, Any]:
     """Return what of the statistics makes two requests the same question."""
     if source is None:
         return {}
     if isinstance(source, Statistics):
         return {"statistics": {"data": source.note["data"], "request": source.note["request"]}}
-    return {"statistics": {"data": source.data, "request": asdict(source.request)}}
+    return {"statistics": {"data": source.data, "request": asdict(source.request)}, "sensitivity": sensitivity}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:

@@ -1,0 +1,141 @@
+"""Measure what each module's own factors do to the outputs, and correct the predicted losses by it.
+
+A method's loss is a second-order, module-by-module prediction. Here every module is cut to one rank, alone, and the
+divergence of the model's outputs from the dense model's is measured on a few calibration samples; the whole curve of
+that module is then scaled by measured / predicted. One evaluation per module bounds the cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc import allocate, artifact, calibrate, progress
+from peftc.methods.spectrum import Spectrum
+from peftc.models import load
+from peftc.nn import lowrank
+from peftc.plan import Target
+from peftc.steps.factoring import Factoring
+from peftc.steps.spectra import Losses
+from peftc.steps.statistics import Prepared
+from peftc.tasks import Batch
+from peftc.unlabelled import divergence
+
+KEPT = "sensitivity.json"
+SHARE = 0.7  # of the break-even rank, at which a module is tried
+LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """Losses of a module, times what was measured of them."""
+
+    known: Losses
+    scale: float
+
+    def losses(self) -> Tensor:
+        """Return (k + 1,) corrected squared errors at ranks 0 to k."""
+        return self.known.losses() * self.scale
+
+
+def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, Losses]:
+    """Return the losses of every module, corrected by one measurement each.
+
+    Args:
+        work: with statistics; its network is not changed.
+        prepared: the calibration set, and a runnable copy of the model.
+        samples: of the calibration set, for each measurement.
+        folder: where measurements are kept for a resume.
+    """
+    path = folder / KEPT
+    scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    spectra: dict[str, Losses] = {}
+    batches = _batches(prepared, samples)
+    dense: list[Tensor] = []
+    with progress.track("sensitivity", len(work.targets)) as advance:
+        for name, target in work.targets.items():
+            found = work.spectrum(target)
+            losses = _Kept(found.losses().cpu())
+            if name not in scales and isinstance(found, Spectrum):
+                dense = dense or [_outputs(prepared, batch) for batch in batches]
+                scales[name] = _scale(work, prepared, target, found, batches, dense)
+                artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
+                path.with_suffix(".tmp").replace(path)
+            spectra[name] = Corrected(losses, scales.get(name, 1.0))
+            advance(name)
+    return spectra
+
+
+@dataclass(frozen=True)
+class _Kept:
+    values: Tensor
+
+    def losses(self) -> Tensor:
+        return self.values
+
+
+def _batches(prepared: Prepared, samples: int) -> list[Batch]:
+    size = prepared.encoded.size
+    chosen = [at * size // min(samples, size) for at in range(min(samples, size))]  # spread over the set
+    lengths = prepared.encoded.lengths
+    runs = calibrate.batches(
+        None if lengths is None else [lengths[at] for at in chosen], len(chosen), prepared.request.batch_size
+    )
+    return [prepared.encoded.batch([chosen[at] for at in run]) for run in runs]
+
+
+def _scale(
+    work: Factoring, prepared: Prepared, target: Target, found: Spectrum, batches: list[Batch], dense: list[Tensor]
+) -> float:
+    """Return the measured divergence over the predicted one, of one module at one rank."""
+    rank = max(1, int(SHARE * allocate.break_even_rank(target.shape, target.form)))
+    predicted = float(found.losses()[rank]) / 2
+    if not predicted:
+        return 1.0
+    with _cut(work, prepared.model.module, target, found, rank):
+        parts = [
+            divergence(prepared.task, one, _outputs(prepared, batch), batch.inputs)
+            for one, batch in zip(dense, batches, strict=True)
+        ]
+    measured = float(torch.cat(parts).mean())
+    return min(max(measured / predicted, 1 / LARGEST), LARGEST)
+
+
+class _cut:
+    """Give a module the product of its factors as weight, for the length of a context."""
+
+    def __init__(self, work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> None:
+        self.module: Any = network.get_submodule(target.name)
+        factors = found.truncate(rank).factors
+        product = lowrank.dense_weight(lowrank.tensors(factors, target.shape, target.form), target.shape, target.form)
+        self.changes: Mapping[str, Any] = {
+            "weight": product,
+            "bias": work.corrected_bias(target, factors),
+        }
+
+    def __enter__(self) -> None:
+        self.before = {}
+        for name, tensor in self.changes.items():
+            parameter = getattr(self.module, name, None)
+            if tensor is not None and parameter is not None:
+                self.before[name] = parameter.data
+                parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        for name, data in self.before.items():
+            getattr(self.module, name).data = data
+
+
+def _outputs(prepared: Prepared, batch: Batch) -> Tensor:
+    return load.outputs(prepared.model, load.moved(prepared.model, batch.inputs))
+
+
+def is_possible(work: Factoring) -> bool:
+    """Return whether losses are divergences, so that a measured one corrects them."""
+    return "output_gradient_gram" in work.factorize.needs
