@@ -17,7 +17,7 @@ weight_fisher          (in,)                           squared gradients of a sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.methods.weighted import Moment
-from peftc.models.load import Model
+from peftc.models.load import Model, place_of
 from peftc.plan import Target
 
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
@@ -119,7 +119,7 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
     def watch(name: str) -> Callable[..., None]:
         return lambda _module, inputs: seen.append((name, inputs[0]))
 
-    with _hooks(
+    with hooks(
         model.module.get_submodule(each).register_forward_pre_hook(watch(name))
         for name, target in targets.items()
         for each in called(model, target)
@@ -179,7 +179,8 @@ def _pair(padding: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Register hooks, and remove them again."""
     kept = list(handles)
     try:
         yield
@@ -203,10 +204,15 @@ class Collector:
         self.mask: Tensor | None = None  # (batch, tokens), False at padding, of the batch that runs next
         self.gradients = any(need in OF_GRADIENTS for need in needs)
 
+    def see(self, inputs: Tensor | Mapping[str, Tensor]) -> None:
+        """Look at the next batch: which of its tokens are padding."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        self.mask = None if mask is None or bool(mask.all()) else mask.bool().to(place_of(self.model.module))
+
     @contextmanager
     def watching(self) -> Iterator[Sums]:
         """Keep the hooks on."""
-        with _hooks(
+        with hooks(
             self.model.module.get_submodule(each).register_forward_hook(self._hook(site))
             for site in self.sites.values()
             for each in called(self.model, site.target)
@@ -336,6 +342,14 @@ class Found:
     output_mean: Tensor | None
     others: dict[str, Tensor]
     rows: int
+
+    def to(self, device: torch.device) -> Found:
+        """Return the same on a device."""
+        mean, covariance, output_mean = (
+            None if each is None else each.to(device) for each in (self.mean, self.covariance, self.output_mean)
+        )
+        others = {name: value.to(device) for name, value in self.others.items()}
+        return Found(self.side, mean, covariance, output_mean, others, self.rows)
 
     def of(self, needs: Sequence[str], *, centred: bool) -> dict[str, Any]:
         """Return what a method asks for; ``centred`` leaves the mean to the bias and takes the moment around it."""

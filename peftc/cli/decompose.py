@@ -30,6 +30,7 @@ def decompose(
     calibration_tokens: o.CalibrationTokens = None,
     bias_correction: o.BiasCorrection = True,
     sensitivity: o.Sensitivity = 16,
+    sequential: o.Sequential = False,
     task: o.Task = None,
     num_samples: o.NumSamples = None,
     batch_size: o.BatchSize = None,

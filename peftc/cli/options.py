@@ -232,6 +232,9 @@ BiasCorrection = Annotated[
 Sensitivity = Annotated[
     int, Option(min=0, metavar="N", help="measure what each module loses on this many samples; 0 only predicts it")
 ]
+Sequential = Annotated[
+    bool, Option("--sequential", help="fit each module on what the factored modules before it produce")
+]
 Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
 Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
 NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]

@@ -21,6 +21,7 @@ from peftc.report import Report, grouped
 from peftc.source import Source
 from peftc.steps import factored, ordered, spectra, write
 from peftc.steps import sensitivity as measuring
+from peftc.steps import sequential as in_order
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -45,6 +46,7 @@ class Question:
     timed: Input
     words: tuple[str, str]
     sensitivity: int
+    sequential: bool
 
     def decide(self, folder: Path) -> Decision:
         """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
@@ -57,6 +59,12 @@ class Question:
         if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
             known = measuring.corrected(self.work, self.source, self.sensitivity, folder)
         return decide(self.work, self.budget, self.allocation, self.multiple, self.timed, known)
+
+    def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
+        """Compute and keep the factors at the decided ranks."""
+        if self.sequential and isinstance(self.source, Prepared):
+            return in_order.factor(self.work, self.source, found.ranks)
+        return self.work.factor(found.ranks)
 
     def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
         """Say what becomes of every module."""
@@ -91,6 +99,7 @@ def decompose(
     calibration_tokens: float | None = None,
     bias_correction: bool = True,
     sensitivity: int = 16,
+    sequential: bool = False,
     task: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -131,6 +140,7 @@ def decompose(
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
             by it; 0 trusts the prediction.
+        sequential: fit each module on the inputs that the modules before it, already factored, produce.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
         max_drop, min_quality, max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -174,10 +184,23 @@ def decompose(
         loaded, factorize.needs, data, statistics, device,
         samples=calibration_samples, tokens=calibration_tokens, **reading,
     )  # fmt: skip
+    if sequential:
+        in_order.refuse(source, keep_all_ranks=keep_all_ranks)
     measured = not dry_run and _is_measured(loaded, source, quality, gated)
 
     question = Question(
-        work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words, sensitivity
+        work,
+        reasons,
+        budget,
+        allocation,
+        multiple,
+        given,
+        keep_all_ranks,
+        source,
+        sample,
+        words,
+        sensitivity,
+        sequential,
     )
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +210,7 @@ def decompose(
     request = {
         **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
         "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
-        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source, sensitivity),
+        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source, sensitivity, sequential),
         **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
@@ -203,7 +226,7 @@ def decompose(
             else:
                 plan_made = work.plan(found.ranks, reasons | found.slow, factorize.name, str(budget))
                 request = found.settle(job, loaded, base, request, plan_made)
-                report = question.report(found, work.factor(found.ranks))
+                report = question.report(found, question.factor(found))
                 factored.carry_out(report, work, found.ranks, base, request, budget, max_shard_bytes=shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     if measured:

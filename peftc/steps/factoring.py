@@ -112,7 +112,7 @@ class Factoring:
             found = self.factorize(weight, target, has_bias=self._bias(target) is not None)
             if self.job is None or not isinstance(found, Spectrum):
                 return found
-            part = self._part(target, "spectrum")
+            part = self.part(target, "spectrum")
             note = write.read_note(part)
             if note is None:
                 solution = found.solution
@@ -125,7 +125,8 @@ class Factoring:
         found.resume(solution, note["climbed"])
         return found
 
-    def _part(self, target: Target, kind: str) -> Path:
+    def part(self, target: Target, kind: str) -> Path:
+        """Return the file in which something finished about a module is kept."""
         assert self.job is not None
         return self.job.work / f"{list(self.targets).index(target.name):05d}-{kind}.safetensors"
 
@@ -135,23 +136,27 @@ class Factoring:
         chosen = {name: rank for name, rank in ranks.items() if rank is not None}
         with progress.track("factors", len(chosen)) as advance:
             for name, rank in chosen.items():
-                part = self._part(self.targets[name], "factors")
+                part = self.part(self.targets[name], "factors")
                 note = write.read_note(part)
                 if note is None:
-                    note = self._factor(self.targets[name], rank, part)
+                    note = self.factor_one(self.targets[name], rank, part)
                 cuts[name] = note
                 advance(name)
         return cuts
 
-    def _factor(self, target: Target, rank: Rank, part: Path) -> dict[str, Any]:
-        kept_basis = self._part(target, "spectrum").is_file()
+    def factor_one(self, target: Target, rank: Rank, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
+        """Compute the factors of one module and keep them in ``part``; return what `factor` says of it.
+
+        Args:
+            target, rank: of the module.
+            part: where the factors go.
+            factorize: other statistics than those that the kept spectra stand on.
+        """
+        by = factorize or self.factorize
+        kept_basis = factorize is None and self.part(target, "spectrum").is_file()
         weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
-            found = (
-                self.spectrum(target)
-                if kept_basis
-                else self.factorize(weight, target, has_bias=self._bias(target) is not None)
-            )
+            found = self.spectrum(target) if kept_basis else by(weight, target, has_bias=self._bias(target) is not None)
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
         dense = self.model.module.get_submodule(target.name).weight
         named = lowrank.tensors(cut.factors, target.shape, target.form)
@@ -165,7 +170,7 @@ class Factoring:
         note = {
             "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
         }  # fmt: skip
-        bias = self.corrected_bias(target, cut.factors)
+        bias = self.corrected_bias(target, cut.factors, by)
         write.save_part(part, named if bias is None else {**named, "up.bias": bias}, note)
         return note
 
@@ -174,9 +179,9 @@ class Factoring:
         bias = getattr(self.model.module.get_submodule(target.name), "bias", None)
         return bias if isinstance(bias, Tensor) and not target.aliases else None
 
-    def corrected_bias(self, target: Target, factors: Factors) -> Tensor | None:
+    def corrected_bias(self, target: Target, factors: Factors, factorize: Factorizer | None = None) -> Tensor | None:
         """Return bias + (W - up down) E[x], or None where nothing is corrected."""
-        bias, by = self._bias(target), self.factorize
+        bias, by = self._bias(target), factorize or self.factorize
         if bias is None or "second_moment" not in by.needs or not by.correct_bias or by.statistics is None:
             return None
         mean = by.statistics.of(target.name, self.device).mean
@@ -191,7 +196,7 @@ class Factoring:
 
     def kept(self, name: str, _rank: Rank) -> Kept:
         """Return the factors of a module that `factor` kept, and its bias where it was corrected, mapped."""
-        part = self._part(self.targets[name], "factors")
+        part = self.part(self.targets[name], "factors")
         return _read(part), {key: from_file(info) for key, info in read_header(part)[0].items()}
 
     def edit(

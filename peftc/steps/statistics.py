@@ -168,13 +168,14 @@ def obtain(
     return source if isinstance(source, Statistics) else collect(source, targets, needs, folder)
 
 
-def identity(source: Prepared | Statistics | None, sensitivity: int = 0) -> dict[str, Any]:
+def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequential: bool = False) -> dict[str, Any]:
     """Return what of the statistics makes two requests the same question."""
     if source is None:
         return {}
     if isinstance(source, Statistics):
         return {"statistics": {"data": source.note["data"], "request": source.note["request"]}}
-    return {"statistics": {"data": source.data, "request": asdict(source.request)}, "sensitivity": sensitivity}
+    extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
+    return {"statistics": {"data": source.data, "request": asdict(source.request)}, **extra}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
@@ -223,7 +224,7 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
         sites = calibrate.sites(subject, targets, lambda: _forward(subject, encoded.batch(runs[0][:1])))
         collector = Collector(subject, sites, needs)
         sums = _lanes(prepared, runs, collector, folder)
-        found = calibrate.tensors(sums, sites, lambda target: _matrix(subject, target))
+        found = calibrate.tensors(sums, sites, lambda target: matrix_of(subject, target))
         note = _note(sums, sites, needs, prepared)
         write.save_part(path, {key: tensor.cpu() for key, tensor in found.items()}, note)
     return Statistics(path, note, list(note["notes"]), too_few(note))
@@ -279,13 +280,12 @@ def _lanes(prepared: Prepared, runs: list[list[int]], collector: Collector, fold
 def _run_lane(
     prepared: Prepared, runs: list[list[int]], collector: Collector, tokens: int | None, advance: Callable[[str], None]
 ) -> None:
-    model, place = prepared.model, load.place_of(prepared.model.module)
+    model = prepared.model
     with collector.watching() as sums:
         for indices in runs:
             if tokens is None or _seen(sums) < tokens:
                 batch = prepared.encoded.batch(indices)
-                mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-                collector.mask = None if mask is None or bool(mask.all()) else mask.bool().to(place)
+                collector.see(batch.inputs)
                 if collector.gradients:
                     _backward(model, prepared.task, batch, seed=prepared.request.seed * 1_000_003 + indices[0])
                 else:
@@ -327,7 +327,8 @@ def _refuse_non_finite(model: Model, outputs: Tensor) -> None:
         )
 
 
-def _matrix(model: Model, target: Target) -> Tensor:
+def matrix_of(model: Model, target: Target) -> Tensor:
+    """Return a module's weight as the matrix that calibration counts rows and columns of."""
     weight: Any = model.module.get_submodule(target.name).weight
     return lowrank.matrix(weight.detach(), target.form)
 

@@ -1,0 +1,165 @@
+"""Fit each module on the inputs that the modules before it, already factored, produce.
+
+Ranks are decided on the dense model. Then the network is walked in the order in which it runs: for every set of modules
+that share an input, one pass over the calibration set, ended as soon as they have been called, collects the second
+moments that they see now; they are factored under those and put into the network, and the walk goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftc import calibrate, progress
+from peftc.allocate import Rank
+from peftc.calibrate import Collector, Found, Site
+from peftc.errors import UsageError
+from peftc.models import load
+from peftc.nn import lowrank
+from peftc.steps import write
+from peftc.steps.factoring import Factoring
+from peftc.steps.statistics import Prepared, matrix_of
+
+NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's
+
+
+class _Reached(Exception):
+    """All modules of a stage have been called: the rest of the pass is of no use."""
+
+
+def refuse(source: object, *, keep_all_ranks: bool) -> None:
+    """Refuse a sequential fit that cannot be done.
+
+    Raises:
+        UsageError: there is no calibration set to run, or every rank would be wanted.
+    """
+    if keep_all_ranks:
+        raise UsageError(
+            "`--sequential` and `--keep-all-ranks` contradict each other",
+            why="each module is fitted to the ranks of those before it",
+            hint="leave one of them out",
+        )
+    if not isinstance(source, Prepared):
+        raise UsageError(
+            "`--sequential` needs a calibration set to run, and a method with statistics",
+            hint="name it: `--data DATA`, with `--method kfac` or `whitened`",
+        )
+
+
+@dataclass(frozen=True)
+class _Now:
+    """Statistics of the modules of one stage as they are now, with the dense model's gradients.
+
+    It stands in for `Statistics` while they are factored.
+    """
+
+    found: Mapping[str, Found]
+    lookups: frozenset[str]
+
+    def is_lookup(self, name: str) -> bool:
+        """Return whether a module only looks rows up."""
+        return name in self.lookups
+
+    def of(self, name: str, device: torch.device) -> Found:
+        """Return the statistics of one module; they are on the device where they were collected."""
+        return self.found[name].to(device)
+
+
+def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
+    """Compute and keep the factors of every module with a rank, in order; return what `Factoring.factor` does.
+
+    Args:
+        work: with statistics of the dense model and a job.
+        prepared: the calibration set, and a copy of the model that takes the factors as they come.
+        ranks: by module.
+    """
+    model = prepared.model
+    runs = calibrate.batches(prepared.encoded.lengths, prepared.encoded.size, prepared.request.batch_size)
+    sites = calibrate.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
+    cuts: dict[str, dict[str, Any]] = {}
+    with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:
+        for _, group in groupby(sites.values(), key=lambda site: site.leader):
+            some = list(group)  # what else shares the input but runs later is a stage of its own
+            stage = {site.target.name: replace(site, leader=some[0].target.name) for site in some}
+            chosen = [name for name in stage if ranks.get(name) is not None]
+            parts = {name: work.part(work.targets[name], "factors") for name in chosen}
+            if chosen and not all(part.is_file() for part in parts.values()):
+                now = replace(work.factorize, statistics=_collect(work, prepared, stage, runs))
+                for name in chosen:
+                    work.factor_one(work.targets[name], ranks[name], parts[name], now)  # type: ignore[arg-type]
+            for name in chosen:
+                cuts[name] = _placed(work, model.module, name, parts[name])
+                advance(name)
+    return {name: cuts[name] for name in work.targets if name in cuts}
+
+
+def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], runs: list[list[int]]) -> Any:
+    """Return the statistics of one stage, from one pass over the calibration set."""
+    known = work.factorize.statistics
+    assert known is not None
+    needs = [need for need in NEEDS if need in work.factorize.needs]
+    collector = Collector(prepared.model, stage, needs)
+    with collector.watching() as sums:
+        _pass(prepared, runs, collector)
+    tensors = calibrate.tensors(sums, stage, lambda target: matrix_of(prepared.model, target))
+    found = {}
+    for name, site in stage.items():
+        before = known.of(name, work.device)
+        kind = f"{site.leader}.input" if site.side == "input" else f"{name}.output"
+        others = {key: value for key, value in before.others.items() if key not in needs}
+        if f"{site.leader}.magnitude" in tensors:
+            others["input_magnitude"] = tensors[f"{site.leader}.magnitude"]
+        found[name] = Found(
+            site.side, tensors.get(f"{site.leader}.input.mean"), tensors.get(f"{kind}.covariance"),
+            tensors.get(f"{name}.output.mean"), others, before.rows,
+        )  # fmt: skip
+    return _Now(found, frozenset(name for name in stage if known.is_lookup(name)))
+
+
+def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None) -> None:
+    """Run the calibration set forward, each batch as far as the watched modules."""
+    model = prepared.model
+    last = (
+        []
+        if collector is None
+        else [each for site in collector.sites.values() for each in calibrate.called(model, site.target)]
+    )
+    waiting: set[str] = set()
+
+    def reached(name: str) -> Any:
+        def hook(*_: object) -> None:
+            waiting.discard(name)
+            if not waiting:
+                raise _Reached
+
+        return hook
+
+    with calibrate.hooks(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
+        for indices in runs:
+            batch = prepared.encoded.batch(indices)
+            if collector is not None:
+                collector.see(batch.inputs)
+            waiting.update(last)
+            try:
+                load.outputs(model, load.moved(model, batch.inputs))
+            except _Reached:
+                continue
+
+
+def _placed(work: Factoring, network: Any, name: str, part: Path) -> dict[str, Any]:
+    """Give a module of the running network the product of its factors, and return the note about them."""
+    target, module = work.targets[name], network.get_submodule(name)
+    tensors = {key: tensor.to(module.weight) for key, tensor in work.kept(name, 0)[0].items()}
+    bias = tensors.pop("up.bias", None)
+    for each in (name, *target.aliases):
+        network.get_submodule(each).weight.data = lowrank.dense_weight(tensors, target.shape, target.form)
+    if bias is not None:
+        module.bias.data = bias
+    note = write.read_note(part)
+    assert note is not None
+    return note
