@@ -30,6 +30,7 @@ BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
 TRIES = 6
 NOISY = 1.05  # a noise band that reaches further leaves the last digits open
+BUSY = 1.25  # what a module may show against itself at most, in the least of its times
 KEPT = "speedup.json"
 CLOCK = ("timed", "rank_multiple")  # of a request, what only says how its ranks were found
 
@@ -160,6 +161,7 @@ def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) 
     sites = latency.sites_of(model, work.targets, batch, work.form_of)
     ranks = {name: latency.candidates(target, question.multiple) for name, target in work.targets.items()}
     times = _time_sites(model, sites, ranks)
+    _refuse_busy(question.wanted, times)
     paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
     fast = {name: each for name, each in paces.items() if each.costs}
     if not fast:
@@ -180,6 +182,17 @@ def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) 
     decided = {name: best.ranks.get(name) for name in work.targets}
     slow = {name: _why_slow(sites[name], ranks[name]) for name in work.targets if name not in fast}
     return Decision(decided, slow, figures)
+
+
+def _refuse_busy(asked: float, times: Mapping[Site, SiteTimes]) -> None:
+    """Refuse where the same module takes such different times that those of its factors would mean nothing."""
+    noisiest = max(times.items(), key=lambda item: item[1].noise, default=None)
+    if noisiest is not None and noisiest[1].noise > BUSY:
+        raise PlanError(
+            f"a speed-up of {asked:g}x cannot be told from noise here",
+            why=f"{noisiest[0].module} shows a difference of {noisiest[1].noise:.2f}x against itself",
+            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
+        )
 
 
 def _why_slow(sites: Sequence[Site], ranks: Sequence[Rank]) -> str:
@@ -306,7 +319,7 @@ def _refuse_noise(asked: float, measured: Measured) -> None:
             f"a speed-up of {asked:g}x cannot be told from noise here: {measured.value:.2f}x was measured",
             why=f"the model against itself shows {measured.noise_low:.2f}x to {measured.noise_high:.2f}x "
             f"in {measured.rounds} rounds",
-            hint="end other programs and run again, or time larger batches with `--batch-size`",
+            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
         )
 
 
