@@ -30,6 +30,7 @@ BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
 TRIES = 6
 NOISY = 1.05  # a noise band that reaches further leaves the last digits open
+BUSY = 1.2  # what modules may show against themselves at most, in the least of their times
 KEPT = "speedup.json"
 CLOCK = ("timed", "rank_multiple")  # of a request, what only says how its ranks were found
 
@@ -160,6 +161,7 @@ def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) 
     sites = latency.sites_of(model, work.targets, batch, work.form_of)
     ranks = {name: latency.candidates(target, question.multiple) for name, target in work.targets.items()}
     times = _time_sites(model, sites, ranks)
+    _refuse_busy(question.wanted, sites, times)
     paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
     fast = {name: each for name, each in paces.items() if each.costs}
     if not fast:
@@ -180,6 +182,19 @@ def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) 
     decided = {name: best.ranks.get(name) for name in work.targets}
     slow = {name: _why_slow(sites[name], ranks[name]) for name in work.targets if name not in fast}
     return Decision(decided, slow, figures)
+
+
+def _refuse_busy(asked: float, sites: Mapping[str, Sequence[Site]], times: Mapping[Site, SiteTimes]) -> None:
+    """Refuse where modules take such different times from themselves that those of their factors would mean nothing."""
+    called = [times[site] for each in sites.values() for site in each if site in times]
+    total = sum(each.dense for each in called)
+    noise = sum(each.dense * each.noise for each in called) / total if called else 1.0
+    if noise > BUSY:
+        raise PlanError(
+            f"a speed-up of {asked:g}x cannot be told from noise here",
+            why=f"the time of a module was measured to be {noise:.2f}x its own, in the mean over all modules",
+            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
+        )
 
 
 def _why_slow(sites: Sequence[Site], ranks: Sequence[Rank]) -> str:
@@ -306,7 +321,7 @@ def _refuse_noise(asked: float, measured: Measured) -> None:
             f"a speed-up of {asked:g}x cannot be told from noise here: {measured.value:.2f}x was measured",
             why=f"the model against itself shows {measured.noise_low:.2f}x to {measured.noise_high:.2f}x "
             f"in {measured.rounds} rounds",
-            hint="end other programs and run again, or time larger batches with `--batch-size`",
+            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
         )
 
 
