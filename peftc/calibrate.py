@@ -125,18 +125,21 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
         for each in called(model, target)
     ):
         run()
-    leaders: dict[tuple[int, str, tuple[int, ...]], str] = {}
-    leader_of: dict[str, str] = {}
+    reads: dict[str, list[int]] = {}
     for name, tensor in seen:
-        target = targets[name]
-        kind = (id(tensor), *_reading(model, target))
-        leader_of.setdefault(name, leaders.setdefault(kind, name))
+        reads.setdefault(name, []).append(id(tensor))
+    leaders: dict[tuple[object, ...], str] = {}
+    leader_of = {
+        name: leaders.setdefault((tuple(tensors), *_reading(model, targets[name])), name)
+        for name, tensors in reads.items()
+    }
     found = {}
     for name, leader in leader_of.items():
         members = [targets[each] for each, first in leader_of.items() if first == leader]
         outs, in_ = [matrix_shape(each)[0] for each in members], matrix_shape(targets[name])[1]
         spatial = targets[name].form == "spatial"
-        side = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
+        smaller = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
+        side = "output" if is_lookup(model, targets[name]) else smaller
         found[name] = Site(targets[name], leader, side)
     return found
 
@@ -154,7 +157,7 @@ def is_lookup(model: Model, target: Target) -> bool:
 
 
 def matrix_shape(target: Target) -> tuple[int, int]:
-    """Return (out, in) of the matrix that a method sees; of an embedding, that of the look-up (width, words)."""
+    """Return (out, in) of the matrix that a method sees; of an embedding (words, width)."""
     if target.form == "transposed":
         return target.shape[1], target.shape[0]
     if target.form == "spatial":
@@ -166,16 +169,13 @@ def matrix_shape(target: Target) -> tuple[int, int]:
     return target.shape[0], rest
 
 
-def _reading(model: Model, target: Target) -> tuple[str, tuple[int, ...]]:
+def _reading(model: Model, target: Target) -> tuple[object, ...]:
     """Return what two modules must have in common, beside their input, to share its moment."""
     module: Any = model.module.get_submodule(called(model, target)[0])
     if not isinstance(module, nn.Conv2d):
-        return "rows", ()
-    return target.form, (*module.kernel_size, *module.stride, *module.dilation, *_pair(module.padding))
-
-
-def _pair(padding: Any) -> tuple[int, ...]:
-    return (hash(padding),) if isinstance(padding, str) else tuple(padding)
+        return ("rows",)
+    grid = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode
+    return target.form, type(module), *grid
 
 
 @contextmanager
@@ -226,8 +226,8 @@ class Collector:
                 self._add(f"{site.target.name}.output", rows if keep is None else rows[keep], scatter=True)
             if not self.gradients:
                 return None
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
+            if not output.requires_grad:  # a copy, so that an activation may change it in place
+                output = output.detach().requires_grad_(True).clone()
             output.register_hook(lambda gradient: self._gradient(site, module, x, keep, gradient))
             return output
 
@@ -247,14 +247,21 @@ class Collector:
         scatter = "second_moment" in self.needs and site.side == "input"
         only_mean = not scatter and "input_magnitude" not in self.needs
         if only_mean and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-            mean = _patches(x.mean(0, keepdim=True), module, site.target.form).mean(0, keepdim=True)
-            self._add(f"{site.leader}.input", mean.expand(1, -1), scatter=False)
+            self._mean_patch(f"{site.leader}.input", x, module)
             return
         rows = _patches(x, module, site.target.form)
         rows = rows if keep is None else rows[keep]
         self._add(f"{site.leader}.input", rows, scatter=scatter)
+        if site.target.form == "spatial":
+            self._mean_patch(f"{site.leader}.patch", x, module)
         if "input_magnitude" in self.needs:
             self._total(f"{site.leader}.magnitude", rows.abs().double().sum(0))
+
+    def _mean_patch(self, name: str, x: Tensor, module: Any) -> None:
+        """Add the mean of the whole patches (in kh kw,), which is linear and so needs those of the mean image only."""
+        rows = _patches(x.mean(0, keepdim=True), module, "channel")
+        seen = Running(rows.shape[1], None, rows.mean(0).double(), len(rows) * len(x))
+        self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
 
     def _gradient(self, site: Site, module: nn.Module, x: Tensor, keep: Tensor | None, gradient: Tensor) -> None:
         name = site.target.name
@@ -293,9 +300,9 @@ def _patches(x: Tensor, module: Any, form: str) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    x = _padded(x, module)
     if (kh, kw) == (1, 1):
         return x[:, :, ::sh, ::sw].movedim(1, -1).flatten(0, -2)
-    x = _padded(x, module)
     if form == "spatial":  # columns of kernel height
         kw, sw, dw = 1, 1, 1
     columns = nn.functional.unfold(x, (kh, kw), (dh, dw), 0, (sh, sw))  # (batch, in kh kw, positions)
@@ -328,6 +335,7 @@ class Found:
         output_mean: (out,) before the bias, where ``side`` is ``output``.
         others: the remaining statistics by name.
         rows: how many inputs were seen.
+        patch: (in kh kw,) mean of whole patches, of a spatial convolution, whose inputs are columns.
     """
 
     side: str
@@ -336,6 +344,7 @@ class Found:
     output_mean: Tensor | None
     others: dict[str, Tensor]
     rows: int
+    patch: Tensor | None = None
 
     def of(self, needs: Sequence[str], *, centred: bool) -> dict[str, Any]:
         """Return what a method asks for; ``centred`` leaves the mean to the bias and takes the moment around it."""

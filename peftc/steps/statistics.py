@@ -108,6 +108,7 @@ class Statistics:
             return Found(
                 about["side"], read(f"{leader}.input.mean"), read(covariance), read(f"{name}.output.mean"),
                 {key: value for key, value in others.items() if value is not None}, about["rows"],
+                read(f"{leader}.patch.mean"),
             )  # fmt: skip
 
 
@@ -362,12 +363,16 @@ def _note(sums: Sums, sites: Mapping[str, Site], needs: Sequence[str], prepared:
     modules: dict[str, dict[str, Any]] = {}
     for name, site in sites.items():
         seen = sums.running.get(f"{site.leader}.input") or sums.running.get(f"{name}.output")
-        if seen is None or not seen.count:
+        sums_of = {
+            "output_gradient_gram": f"{name}.gradient", "weight_fisher": f"{name}.fisher",
+            "input_magnitude": f"{site.leader}.magnitude",
+        }  # fmt: skip
+        lacking = [need for need in needs if need in sums_of and sums_of[need] not in sums.totals]
+        if seen is None or not seen.count or lacking:
             continue
-        out, in_ = calibrate.matrix_shape(site.target)
         modules[name] = {
             "leader": site.leader, "side": site.side, "lookup": calibrate.is_lookup(prepared.model, site.target),
-            "rows": seen.count, "width": in_ if site.side == "input" else out,
+            "rows": seen.count, "width": (sums.running.get(f"{name}.output") or seen).size,
         }  # fmt: skip
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {
