@@ -53,10 +53,13 @@ class Running:
         """Add rows (n, d), float32 or float64."""
         if not len(rows):
             return
-        mean = rows.mean(0)
-        centred = rows - mean
-        scatter = None if self.scatter is None else (centred.T @ centred).double()
-        self.merge(Running(self.size, scatter, mean.double(), len(rows)))
+        mean = rows.mean(0, dtype=torch.float64)
+        scatter = None
+        if self.scatter is not None:
+            centred = rows - mean.to(rows.dtype)
+            rounding = mean - mean.to(rows.dtype).double()
+            scatter = (centred.T @ centred).double() - torch.outer(rounding, rounding) * len(rows)
+        self.merge(Running(self.size, scatter, mean, len(rows)))
 
     def merge(self, other: Running) -> None:
         """Add what another one has seen."""
@@ -260,7 +263,7 @@ class Collector:
     def _mean_patch(self, name: str, x: Tensor, module: Any) -> None:
         """Add the mean of the whole patches (in kh kw,), which is linear and so needs those of the mean image only."""
         rows = _patches(x.mean(0, keepdim=True), module, "channel")
-        seen = Running(rows.shape[1], None, rows.mean(0).double(), len(rows) * len(x))
+        seen = Running(rows.shape[1], None, rows.mean(0, dtype=torch.float64), len(rows) * len(x))
         self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
 
     def _gradient(self, site: Site, module: nn.Module, x: Tensor, keep: Tensor | None, gradient: Tensor) -> None:

@@ -288,7 +288,8 @@ def _run_lane(
                 mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
                 collector.mask = None if mask is None or bool(mask.all()) else mask.bool().to(place)
                 if collector.gradients:
-                    _backward(model, prepared.task, batch, seed=prepared.request.seed * 1_000_003 + indices[0])
+                    seeds = [prepared.request.seed * 1_000_003 + index for index in indices]
+                    _backward(model, prepared.task, batch, seeds)
                 else:
                     _forward(model, batch)
                 sums.samples += len(indices)
@@ -305,9 +306,9 @@ def _forward(model: Model, batch: Batch) -> Tensor:
     return outputs
 
 
-def _backward(model: Model, task: Task | None, batch: Batch, *, seed: int) -> None:
+def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int]) -> None:
     """Run forward once, and backward from each of two draws of the model's own prediction."""
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = load.moved(model, batch.inputs)
     with torch.enable_grad():
         outputs = main_output(model, model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs))
@@ -315,7 +316,7 @@ def _backward(model: Model, task: Task | None, batch: Batch, *, seed: int) -> No
         if not outputs.requires_grad:
             return
         for draw in range(DRAWS):
-            loss = unlabelled.loss_of_own_prediction(task, outputs, inputs, generator)
+            loss = unlabelled.loss_of_own_prediction(task, outputs, inputs, generators)
             (loss / DRAWS**0.5).backward(retain_graph=draw + 1 < DRAWS)
 
 
