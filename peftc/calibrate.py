@@ -275,10 +275,12 @@ class Collector:
             gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
             self._total(f"{name}.gradient", gram.double() / 2.0**24)
         if "weight_fisher" in self.needs and not isinstance(module, nn.Embedding):
-            squares = 0.0
+            squares: Any = 0.0
             for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
-                by_sample = _rows(other, module).T @ _patches(one, module, site.target.form)  # (out, in)
+                by_sample = _rows(other, module).T @ _patches(one, module, "channel")  # (out, in)
                 squares = squares + by_sample.double().square().sum(0)
+            if site.target.form == "spatial":  # (in kh kw,) to (in kh,): the columns of the kernel are outputs
+                squares = squares.view(-1, site.target.shape[3]).sum(1)
             self._total(f"{name}.fisher", squares)
 
     def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:

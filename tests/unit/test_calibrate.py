@@ -306,6 +306,24 @@ def test_what_a_convolution_multiplies_gives_its_own_outputs(make: Any, form: st
 
 
 @pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("name", ["padded", "strided", "dilated", "Conv2dSame", "1x1 strided"])
+def test_the_fisher_of_a_convolution_is_that_of_its_weight_sample_by_sample(name: str, form: str) -> None:
+    torch.manual_seed(0)
+    network: Any = Conv(CONVOLUTIONS[name]())
+    x = random(3, 3, 9, 10)
+    sites, found = found_by(
+        network, [x[:1], x[1:]], ["weight_fisher"], form=form, loss=lambda outputs: outputs.square().sum()
+    )
+    expected = torch.zeros(network.conv.weight[0].shape).double()
+    for sample in x.split(1):
+        network.zero_grad()
+        network(sample).square().sum().backward()
+        expected += network.conv.weight.grad.double().square().sum(0) / 3
+    expected = expected.sum(-1) if sites["conv"].target.form == "spatial" else expected
+    torch.testing.assert_close(found["conv.fisher"], expected.flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
 def test_images_weigh_alike_in_batches_of_different_sizes(form: str) -> None:
     torch.manual_seed(0)
     network = Conv(nn.Conv2d(20, 12, 3, padding=1))
