@@ -53,10 +53,13 @@ class Running:
         """Add rows (n, d), float32 or float64."""
         if not len(rows):
             return
-        mean = rows.mean(0)
-        centred = rows - mean
-        scatter = None if self.scatter is None else (centred.T @ centred).double()
-        self.merge(Running(self.size, scatter, mean.double(), len(rows)))
+        mean = rows.mean(0, dtype=torch.float64)
+        scatter = None
+        if self.scatter is not None:
+            centred = rows - mean.to(rows.dtype)
+            rounding = mean - mean.to(rows.dtype).double()
+            scatter = (centred.T @ centred).double() - torch.outer(rounding, rounding) * len(rows)
+        self.merge(Running(self.size, scatter, mean, len(rows)))
 
     def merge(self, other: Running) -> None:
         """Add what another one has seen."""
@@ -125,18 +128,21 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
         for each in called(model, target)
     ):
         run()
-    leaders: dict[tuple[int, str, tuple[int, ...]], str] = {}
-    leader_of: dict[str, str] = {}
+    reads: dict[str, list[int]] = {}
     for name, tensor in seen:
-        target = targets[name]
-        kind = (id(tensor), *_reading(model, target))
-        leader_of.setdefault(name, leaders.setdefault(kind, name))
+        reads.setdefault(name, []).append(id(tensor))
+    leaders: dict[tuple[object, ...], str] = {}
+    leader_of = {
+        name: leaders.setdefault((tuple(tensors), *_reading(model, targets[name])), name)
+        for name, tensors in reads.items()
+    }
     found = {}
     for name, leader in leader_of.items():
         members = [targets[each] for each, first in leader_of.items() if first == leader]
         outs, in_ = [matrix_shape(each)[0] for each in members], matrix_shape(targets[name])[1]
         spatial = targets[name].form == "spatial"
-        side = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
+        smaller = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
+        side = "output" if is_lookup(model, targets[name]) else smaller
         found[name] = Site(targets[name], leader, side)
     return found
 
@@ -154,7 +160,7 @@ def is_lookup(model: Model, target: Target) -> bool:
 
 
 def matrix_shape(target: Target) -> tuple[int, int]:
-    """Return (out, in) of the matrix that a method sees; of an embedding, that of the look-up (width, words)."""
+    """Return (out, in) of the matrix that a method sees; of an embedding (words, width)."""
     if target.form == "transposed":
         return target.shape[1], target.shape[0]
     if target.form == "spatial":
@@ -166,16 +172,13 @@ def matrix_shape(target: Target) -> tuple[int, int]:
     return target.shape[0], rest
 
 
-def _reading(model: Model, target: Target) -> tuple[str, tuple[int, ...]]:
+def _reading(model: Model, target: Target) -> tuple[object, ...]:
     """Return what two modules must have in common, beside their input, to share its moment."""
     module: Any = model.module.get_submodule(called(model, target)[0])
     if not isinstance(module, nn.Conv2d):
-        return "rows", ()
-    return target.form, (*module.kernel_size, *module.stride, *module.dilation, *_pair(module.padding))
-
-
-def _pair(padding: Any) -> tuple[int, ...]:
-    return (hash(padding),) if isinstance(padding, str) else tuple(padding)
+        return ("rows",)
+    grid = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode
+    return target.form, type(module), *grid
 
 
 @contextmanager
@@ -232,8 +235,8 @@ class Collector:
                 self._add(f"{site.target.name}.output", rows if keep is None else rows[keep], scatter=True)
             if not self.gradients:
                 return None
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
+            if not output.requires_grad:  # a copy, so that an activation may change it in place
+                output = output.detach().requires_grad_(True).clone()
             output.register_hook(lambda gradient: self._gradient(site, module, x, keep, gradient))
             return output
 
@@ -253,14 +256,21 @@ class Collector:
         scatter = "second_moment" in self.needs and site.side == "input"
         only_mean = not scatter and "input_magnitude" not in self.needs
         if only_mean and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-            mean = _patches(x.mean(0, keepdim=True), module, site.target.form).mean(0, keepdim=True)
-            self._add(f"{site.leader}.input", mean.expand(1, -1), scatter=False)
+            self._mean_patch(f"{site.leader}.input", x, module)
             return
         rows = _patches(x, module, site.target.form)
         rows = rows if keep is None else rows[keep]
         self._add(f"{site.leader}.input", rows, scatter=scatter)
+        if site.target.form == "spatial":
+            self._mean_patch(f"{site.leader}.patch", x, module)
         if "input_magnitude" in self.needs:
             self._total(f"{site.leader}.magnitude", rows.abs().double().sum(0))
+
+    def _mean_patch(self, name: str, x: Tensor, module: Any) -> None:
+        """Add the mean of the whole patches (in kh kw,), which is linear and so needs those of the mean image only."""
+        rows = _patches(x.mean(0, keepdim=True), module, "channel")
+        seen = Running(rows.shape[1], None, rows.mean(0, dtype=torch.float64), len(rows) * len(x))
+        self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
 
     def _gradient(self, site: Site, module: nn.Module, x: Tensor, keep: Tensor | None, gradient: Tensor) -> None:
         name = site.target.name
@@ -271,10 +281,12 @@ class Collector:
             gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
             self._total(f"{name}.gradient", gram.double() / 2.0**24)
         if "weight_fisher" in self.needs and not isinstance(module, nn.Embedding):
-            squares = 0.0
+            squares: Any = 0.0
             for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
-                by_sample = _rows(other, module).T @ _patches(one, module, site.target.form)  # (out, in)
+                by_sample = _rows(other, module).T @ _patches(one, module, "channel")  # (out, in)
                 squares = squares + by_sample.double().square().sum(0)
+            if site.target.form == "spatial":  # (in kh kw,) to (in kh,): the columns of the kernel are outputs
+                squares = squares.view(-1, site.target.shape[3]).sum(1)
             self._total(f"{name}.fisher", squares)
 
     def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:
@@ -299,9 +311,9 @@ def _patches(x: Tensor, module: Any, form: str) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    x = _padded(x, module)
     if (kh, kw) == (1, 1):
         return x[:, :, ::sh, ::sw].movedim(1, -1).flatten(0, -2)
-    x = _padded(x, module)
     if form == "spatial":  # columns of kernel height
         kw, sw, dw = 1, 1, 1
     columns = nn.functional.unfold(x, (kh, kw), (dh, dw), 0, (sh, sw))  # (batch, in kh kw, positions)
@@ -334,6 +346,7 @@ class Found:
         output_mean: (out,) before the bias, where ``side`` is ``output``.
         others: the remaining statistics by name.
         rows: how many inputs were seen.
+        patch: (in kh kw,) mean of whole patches, of a spatial convolution, whose inputs are columns.
     """
 
     side: str
@@ -342,14 +355,14 @@ class Found:
     output_mean: Tensor | None
     others: dict[str, Tensor]
     rows: int
+    patch: Tensor | None = None
 
     def to(self, device: torch.device) -> Found:
         """Return the same on a device."""
-        mean, covariance, output_mean = (
-            None if each is None else each.to(device) for each in (self.mean, self.covariance, self.output_mean)
-        )
+        every = (self.mean, self.covariance, self.output_mean, self.patch)
+        mean, covariance, output_mean, patch = (None if each is None else each.to(device) for each in every)
         others = {name: value.to(device) for name, value in self.others.items()}
-        return Found(self.side, mean, covariance, output_mean, others, self.rows)
+        return Found(self.side, mean, covariance, output_mean, others, self.rows, patch)
 
     def of(self, needs: Sequence[str], *, centred: bool) -> dict[str, Any]:
         """Return what a method asks for; ``centred`` leaves the mean to the bias and takes the moment around it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,10 @@ def _texts(model: Model, data: Dataset, task: Task | None, settings: Settings) -
 
 
 def loss_of_own_prediction(
-    task: Task | None, outputs: Tensor, inputs: Mapping[str, Tensor] | Tensor, generator: torch.Generator
+    task: Task | None,
+    outputs: Tensor,
+    inputs: Mapping[str, Tensor] | Tensor,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Return a scalar whose gradient, squared and averaged over draws, is the Fisher information; a sum over samples.
 
@@ -72,19 +75,22 @@ def loss_of_own_prediction(
         task: tells what the outputs are; None means vectors.
         outputs: (batch, classes), (batch, tokens, vocabulary), or vectors.
         inputs: of the batch; ``attention_mask`` says which tokens count.
-        generator: on the CPU, so that every device draws the same.
+        generators: one per sample, so that what is drawn depends on no other; on the CPU, the same for every device.
     """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     outputs = outputs.float()
     if _has_classes(task):
-        rows = outputs.flatten(0, -2)
-        if mask is not None and outputs.ndim == 3:
-            rows = rows[mask.flatten().bool()]
-        chances = rows.detach().softmax(-1).cpu()
-        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(rows.device)
-        return F.cross_entropy(rows, drawn, reduction="sum")
+        total = outputs.new_zeros(())
+        for index, (scores, generator) in enumerate(zip(outputs, generators, strict=True)):
+            rows = scores.reshape(-1, scores.shape[-1])
+            if mask is not None and outputs.ndim == 3:
+                rows = rows[mask[index].bool()]
+            drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(rows.device)
+            total = total + F.cross_entropy(rows, drawn, reduction="sum")
+        return total
     outputs = _vectors(outputs, mask)
-    return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum()
+    drawn = torch.stack([torch.randn(outputs.shape[1:], generator=generator) for generator in generators])
+    return (outputs * drawn.to(outputs.device)).sum()
 
 
 def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Mapping[str, Tensor] | Tensor) -> Tensor:

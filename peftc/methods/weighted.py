@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftc.methods.spectrum import Solution, Spectrum
 
-RESIDUAL = 1e-9  # accepted |S U - U diag(e)| relative to |S|, both Frobenius norms
+RESIDUAL = 1e-9  # accepted |S - U diag(e) U^T| relative to |S|, and |I - U U^T| to |I|, Frobenius norms
+PROBES = 16  # Gaussian vectors that they are estimated with
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
 
 
@@ -61,61 +63,84 @@ def weighted(weight: Tensor, moment: Moment, gram: Tensor | None = None, *, damp
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | None, damping: float) -> Solution | None:
-    """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
-    out, in_ = weight.shape
+def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | None, damping: float) -> Solution:
+    """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in).
+
+    What the moment knows nothing of (fewer rows than features) comes last, in the order of a plain SVD.
+    """
+    full = min(weight.shape)
     wide = weight.double()
-    root, inverse = _roots(gram, damping, solver)
+    scale, root, inverse = _roots(gram, damping, solver)
     metric = wide if root is None else root @ wide  # L W
-    if out <= in_ or moment.side == "output":
+    if full == len(wide) or moment.side == "output":
         outer = moment.of_outputs(wide)
-        outer = outer if root is None else _symmetric(root @ outer @ root)
-        found = _descending(outer, solver)
-        if found is None:
-            return None
-        energies, basis = found
-        energies, basis = energies[: min(out, in_)], basis[:, : min(out, in_)]
+        energies, basis = _descending(outer if root is None else _symmetric(root @ outer @ root), solver)
+        energies, basis = energies[:full], basis[:, :full]
     else:
-        squares, axes = solver(moment.matrix)
-        image = metric @ (axes * squares.clamp_min(0).sqrt()) @ axes.T  # L W C^(1/2), (out, in)
-        found = _descending(_symmetric(image.T @ image), solver)
-        if found is None:
-            return None
-        energies, right = found
-        length = energies.sqrt()
-        kept = energies > VANISHING * energies[0]
-        basis = image @ right * torch.where(kept, 1 / length, 0.0)
+        squares, axes = _descending(moment.matrix, solver)
+        energies, basis = _left(metric @ (axes * squares.sqrt()), solver)
+    known = int((energies > VANISHING * energies[0]).sum())
+    if known < full:
+        basis = basis[:, :known]
+        rest = _left(metric - basis @ (basis.T @ metric), solver)[1]
+        basis = torch.linalg.qr(torch.cat([basis, rest[:, : full - known]], 1))[0]
+        energies = torch.cat([energies[:known], energies.new_zeros(full - known)])
     up = basis if inverse is None else inverse @ basis
-    down = basis.T @ metric
-    return Solution(energies.sqrt(), up.to(weight.dtype), down.to(weight.dtype), "")
+    return Solution(energies.sqrt() * scale, up.to(weight.dtype), (basis.T @ metric).to(weight.dtype), "")
 
 
-def _roots(gram: Tensor | None, damping: float, solver: Solver) -> tuple[Tensor | None, Tensor | None]:
-    """Return the square root of the damped gram matrix and its inverse; None for the identity."""
+def _left(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Return squared singular values (k,), descending, and left singular vectors (out, k) of a matrix (out, in)."""
+    if len(matrix) <= matrix.shape[1]:
+        return _descending(matrix @ matrix.T, solver)
+    energies, right = _descending(matrix.T @ matrix, solver)
+    image = matrix @ right
+    length = torch.linalg.vector_norm(image, dim=0)
+    return energies, image / torch.where(length > 0, length, 1.0)
+
+
+def _roots(gram: Tensor | None, damping: float, solver: Solver) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Return the square root of the damped gram matrix as a number times a matrix, and the inverse of that matrix.
+
+    None stands for the identity.
+    """
     if gram is None:
-        return None, None
-    if gram.ndim == 0 or not bool(gram.any()):
-        scale = gram.flatten()[0].clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-        return scale.reshape(1, 1), (1 / scale).reshape(1, 1)
-    squares, axes = solver(gram)
-    squares = squares.clamp_min(0) + max(damping, VANISHING) * gram.diagonal().mean()
-    return (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T
+        return 1.0, None, None
+    gram = gram.double()
+    mean = gram.diagonal().mean() if gram.ndim else gram
+    if not gram.ndim or not bool(gram.any()):
+        return (mean * (1 + damping)).sqrt(), None, None
+    squares, axes = _descending(gram / mean, solver)
+    squares = squares + max(damping, VANISHING)
+    return mean.sqrt(), (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T
 
 
-def _descending(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor] | None:
-    """Return eigenvalues, descending, and eigenvectors of a symmetric matrix, or None where they are not its own."""
+def _descending(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, descending and >= 0, and eigenvectors of a symmetric, positive semidefinite matrix.
+
+    Raises:
+        torch.linalg.LinAlgError: what the solver found does not multiply back to the matrix.
+    """
     energies, basis = solver(matrix)
     energies, basis = energies.flip(0), basis.flip(1)
-    residual = torch.linalg.vector_norm(matrix @ basis - basis * energies)
-    if not residual <= RESIDUAL * torch.linalg.vector_norm(matrix):  # NaN is no solution either
-        return None
+    probes = torch.randn(len(matrix), PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probes = probes.to(matrix.device)
+    seen = basis.T @ probes
+    wrong = torch.linalg.vector_norm(matrix @ probes - basis @ (energies[:, None] * seen))
+    skewed = torch.linalg.vector_norm(probes - basis @ seen)
+    size = torch.linalg.vector_norm(matrix) * PROBES**0.5
+    if not (wrong <= RESIDUAL * size and skewed <= RESIDUAL * torch.linalg.vector_norm(probes)):  # NaN is wrong too
+        raise torch.linalg.LinAlgError("its eigenvectors do not multiply back to the matrix")
     return energies.clamp_min(0), basis
 
 
 def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what ``eigh`` would for a symmetric, positive semidefinite matrix."""
-    basis, values, _ = torch.linalg.svd(matrix)
-    return values.flip(0), basis.flip(1)
+    """Return what ``eigh`` would; shifted, as rounding may have left eigenvalues below zero."""
+    shift = torch.linalg.vector_norm(matrix)
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    basis, values, _ = torch.linalg.svd(shifted)
+    return (values - shift).flip(0), basis.flip(1)
 
 
 def _by_svd_on_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +160,8 @@ def scaled(spectrum: Callable[[Tensor], Spectrum], weight: Tensor, scale: Tensor
         weight: (out, in).
         scale: (in,), positive.
     """
-    inner = spectrum((weight.double() * scale).to(weight.dtype))
+    inner = spectrum(weight.double() * scale)  # float64: nothing certifies these factors
+    largest = scale.max()
 
     def undone(weight: Tensor, _vectors: bool, rung: str) -> Solution | None:
         solution = inner.rungs[rung](inner.weight, True)
@@ -146,6 +172,7 @@ def scaled(spectrum: Callable[[Tensor], Spectrum], weight: Tensor, scale: Tensor
             up, down = solution.up, solution.up.T @ inner.weight.to(solution.up.dtype)
         else:
             up, down = inner.weight.to(solution.down.dtype) @ solution.down.T, solution.down
-        return replace(solution, up=up.to(weight.dtype), down=(down.double() / scale).to(weight.dtype), exact=False)
+        up, down = up / largest, down.double() * (largest / scale)
+        return replace(solution, up=up.to(weight.dtype), down=down.to(weight.dtype), exact=False)
 
     return Spectrum(weight, {rung: partial(undone, rung=rung) for rung in inner.rungs})

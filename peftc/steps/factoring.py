@@ -68,10 +68,10 @@ class Factoring:
         return Whole(total, work.macs)
 
     def use(self, known: Statistics, reasons: dict[str, str]) -> None:
-        """Take statistics; a module that the calibration set never reached stays dense."""
+        """Take statistics; a module without them stays dense."""
         for name in [name for name in self.targets if name not in known]:
             del self.targets[name]
-            reasons[name] = "the calibration set never reaches it"
+            reasons[name] = "calibration gives no statistics of it: it was not reached, or no gradient comes back"
         self.factorize = replace(self.factorize, statistics=known)
 
     def leave_uncalled(self, reasons: dict[str, str], include: Sequence[str]) -> None:
@@ -184,14 +184,15 @@ class Factoring:
         bias, by = self._bias(target), factorize or self.factorize
         if bias is None or "second_moment" not in by.needs or not by.correct_bias or by.statistics is None:
             return None
-        mean = by.statistics.of(target.name, self.device).mean
-        if mean is None:
+        found = by.statistics.of(target.name, self.device)
+        if found.mean is None:
             return None
         weight = spectra.weight_of(self.model, target, self.device)
-        up, down = factors.up.double(), factors.down.double()
-        lost = lowrank.matrix(weight, target.form).double() @ mean - up @ (down @ mean)
-        if target.form == "spatial":  # (out kw,): every column of the kernel adds its own
-            lost = lost.view(target.shape[0], -1).sum(1)
+        spatial = target.form == "spatial"  # every column of the kernel meets columns of its own
+        named = lowrank.tensors(Factors(factors.up.double(), factors.down.double()), target.shape, target.form)
+        error = weight.double() - lowrank.dense_weight(named, target.shape, target.form)
+        mean: Any = found.patch if spatial else found.mean
+        lost = lowrank.matrix(error, "channel" if spatial else target.form) @ mean
         return (bias.detach().double().cpu() + lost.cpu()).to(bias.dtype)
 
     def kept(self, name: str, _rank: Rank) -> Kept:

@@ -108,6 +108,7 @@ class Statistics:
             return Found(
                 about["side"], read(f"{leader}.input.mean"), read(covariance), read(f"{name}.output.mean"),
                 {key: value for key, value in others.items() if value is not None}, about["rows"],
+                read(f"{leader}.patch.mean"),
             )  # fmt: skip
 
 
@@ -287,7 +288,8 @@ def _run_lane(
                 batch = prepared.encoded.batch(indices)
                 collector.see(batch.inputs)
                 if collector.gradients:
-                    _backward(model, prepared.task, batch, seed=prepared.request.seed * 1_000_003 + indices[0])
+                    seeds = [prepared.request.seed * 1_000_003 + index for index in indices]
+                    _backward(model, prepared.task, batch, seeds)
                 else:
                     _forward(model, batch)
                 sums.samples += len(indices)
@@ -304,9 +306,9 @@ def _forward(model: Model, batch: Batch) -> Tensor:
     return outputs
 
 
-def _backward(model: Model, task: Task | None, batch: Batch, *, seed: int) -> None:
+def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int]) -> None:
     """Run forward once, and backward from each of two draws of the model's own prediction."""
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = load.moved(model, batch.inputs)
     with torch.enable_grad():
         outputs = main_output(model, model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs))
@@ -314,7 +316,7 @@ def _backward(model: Model, task: Task | None, batch: Batch, *, seed: int) -> No
         if not outputs.requires_grad:
             return
         for draw in range(DRAWS):
-            loss = unlabelled.loss_of_own_prediction(task, outputs, inputs, generator)
+            loss = unlabelled.loss_of_own_prediction(task, outputs, inputs, generators)
             (loss / DRAWS**0.5).backward(retain_graph=draw + 1 < DRAWS)
 
 
@@ -363,12 +365,16 @@ def _note(sums: Sums, sites: Mapping[str, Site], needs: Sequence[str], prepared:
     modules: dict[str, dict[str, Any]] = {}
     for name, site in sites.items():
         seen = sums.running.get(f"{site.leader}.input") or sums.running.get(f"{name}.output")
-        if seen is None or not seen.count:
+        sums_of = {
+            "output_gradient_gram": f"{name}.gradient", "weight_fisher": f"{name}.fisher",
+            "input_magnitude": f"{site.leader}.magnitude",
+        }  # fmt: skip
+        lacking = [need for need in needs if need in sums_of and sums_of[need] not in sums.totals]
+        if seen is None or not seen.count or lacking:
             continue
-        out, in_ = calibrate.matrix_shape(site.target)
         modules[name] = {
             "leader": site.leader, "side": site.side, "lookup": calibrate.is_lookup(prepared.model, site.target),
-            "rows": seen.count, "width": in_ if site.side == "input" else out,
+            "rows": seen.count, "width": (sums.running.get(f"{name}.output") or seen).size,
         }  # fmt: skip
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {
