@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peftc import allocate, calibrate, methods
+from peftc import allocate, hooks, methods
 from peftc.allocate import Curve, Rank
 from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
@@ -108,10 +108,10 @@ def factorizer(
     function = methods.find("decompose", chosen, "--method")
     one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
     needs = tuple(methods.needs_of(function))
-    unknown = [name for name in needs if name not in calibrate.STATISTICS]
+    unknown = [name for name in needs if name not in hooks.STATISTICS]
     if unknown:
         raise MethodError(
-            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(calibrate.STATISTICS)}"
+            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(hooks.STATISTICS)}"
         )
     if needs and not with_data:
         raise UsageError(
