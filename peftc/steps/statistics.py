@@ -259,7 +259,7 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
             raise UsageError(f"`--data {request.data}` asks for no number of sequences", hint="as `generated:64`")
         if task is None or task.name != "causal-lm":
             raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
-        length = window(model, request.max_length or GENERATED_LENGTH)
+        length = min(window(model, request.max_length), request.max_length or GENERATED_LENGTH)
         dataset = sample(model, int(number), length, seed=request.seed + 1)  # an evaluation draws with the seed itself
     else:
         dataset = open_data(request.data, seed=request.seed, task=task.name if task else None, role="calibration")
