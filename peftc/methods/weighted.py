@@ -19,6 +19,7 @@ from torch import Tensor
 from peftc.methods.spectrum import Solution, Spectrum
 
 RESIDUAL = 1e-9  # accepted |S U - U diag(e)| relative to |S|, both Frobenius norms
+LEAST_GRADIENT = 1e-30  # of a module whose outputs no sample depends on: it counts, but for next to nothing
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
 
 
@@ -66,6 +67,7 @@ def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | Non
     out, in_ = weight.shape
     wide = weight.double()
     root, inverse = _roots(gram, damping, solver)
+    unit = 1.0 if gram is None or root is not None else max(float(gram.flatten()[0]), LEAST_GRADIENT)
     metric = wide if root is None else root @ wide  # L W
     if out <= in_ or moment.side == "output":
         outer = moment.of_outputs(wide)
@@ -87,16 +89,13 @@ def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | Non
         basis = image @ right * torch.where(kept, 1 / length, 0.0)
     up = basis if inverse is None else inverse @ basis
     down = basis.T @ metric
-    return Solution(energies.sqrt(), up.to(weight.dtype), down.to(weight.dtype), "")
+    return Solution((unit * energies).sqrt(), up.to(weight.dtype), down.to(weight.dtype), "")
 
 
 def _roots(gram: Tensor | None, damping: float, solver: Solver) -> tuple[Tensor | None, Tensor | None]:
-    """Return the square root of the damped gram matrix and its inverse; None for the identity."""
-    if gram is None:
+    """Return the square root of the damped gram matrix and its inverse; None for a multiple of the identity."""
+    if gram is None or gram.ndim == 0 or not bool(gram.any()):
         return None, None
-    if gram.ndim == 0 or not bool(gram.any()):
-        scale = gram.flatten()[0].clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-        return scale.reshape(1, 1), (1 / scale).reshape(1, 1)
     squares, axes = solver(gram)
     squares = squares.clamp_min(0) + max(damping, VANISHING) * gram.diagonal().mean()
     return (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T

@@ -61,6 +61,9 @@ class Factorizer:
             assert self.statistics is not None
             found = self.statistics.of(target.name, weight.device)
             given |= found.of(self.needs, centred=self.correct_bias and has_bias)
+            gram = given.get("output_gradient_gram")
+            if target.form == "spatial" and gram is not None and gram.ndim:  # every column of the kernel meets it
+                given["output_gradient_gram"] = torch.kron(gram, torch.eye(target.shape[3]).to(gram))
             if self.statistics.is_lookup(target.name):
                 flat = lowrank.matrix(weight, target.form)
                 return transposed(self.decompose(flat.T.contiguous(), **given), flat)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import peftc as public
 from peftc import manifest
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
+from peftc.methods.weighted import Moment, weighted
 from peftc.steps import statistics, write
 from peftc.steps.calibrate import calibrate
 from peftc.steps.decompose import decompose
@@ -411,3 +412,22 @@ def test_bytes_that_change_on_the_way_are_noticed(tiny_vit: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match="does not reload as it was written"):
         calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
     assert not list(tmp_path.iterdir())
+
+
+# -- modules that the outputs hardly depend on ------------------------------------------------------------------------
+
+
+def test_a_multiple_of_the_identity_scales_the_losses_and_no_gradient_leaves_next_to_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(6, 9, generator=generator), torch.randn(40, 9, generator=generator)
+    moment = Moment((rows.T @ rows).double())
+    plain = weighted(weight, moment)
+    four, none = (
+        weighted(weight, moment, torch.tensor(4.0).double()),
+        weighted(weight, moment, torch.zeros(6, 6).double()),
+    )
+    assert torch.allclose(four.losses(), 4 * plain.losses())
+    assert 0 < float(none.losses()[0]) < 1e-20
+    for found in (four, none):
+        assert torch.equal(found.truncate(3).factors.up, plain.truncate(3).factors.up)
+        assert torch.equal(found.truncate(3).factors.down, plain.truncate(3).factors.down)
