@@ -101,6 +101,22 @@ def test_windows_of_a_language_model(tiny_llama: Path, texts: Path, tmp_path: Pa
     assert any(ranks(cut).values())
 
 
+def test_images_in_no_class_folders_calibrate_and_measure_nothing(tiny_vit: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for shade in range(6):
+        Image.new("RGB", (40, 36), (shade * 40, 90, 200)).save(tmp_path / "photos" / f"{shade}.png")
+    report = calibrate(tiny_vit, data=str(tmp_path / "photos"), output_dir=tmp_path / "stats")
+    assert report.data["samples"] == 6
+    cut = decompose(tiny_vit, data=str(tmp_path / "photos"), ratio=0.5, output_dir=tmp_path / "small")
+    assert any(ranks(cut).values()) and "quality" not in cut.data
+    with pytest.raises(DataError, match="has no class folders and no label column"):
+        evaluate(tiny_vit, data=str(tmp_path / "photos"))
+    with pytest.raises(DataError, match="has no class folders and no label column"):
+        decompose(tiny_vit, data=str(tmp_path / "photos"), ratio=0.5, max_drop=0.1, output_dir=tmp_path / "gated")
+
+
 def test_generated_text_is_no_longer_than_the_model_takes(tiny_llama: Path, tmp_path: Path) -> None:
     report = calibrate(tiny_llama, data="generated:2", output_dir=tmp_path / "stats")
     assert {about["rows"] for about in report.data["modules"].values()} == {2 * 64}
