@@ -15,6 +15,7 @@ __all__ = [
     "Source",
     "analyze",
     "bench",
+    "calibrate",
     "decompose",
     "demo",
     "evaluate",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from peftc.source import Source
     from peftc.steps.analyze import analyze
     from peftc.steps.bench import bench
+    from peftc.steps.calibrate import calibrate
     from peftc.steps.decompose import decompose
     from peftc.steps.demo import demo
     from peftc.steps.evaluate import evaluate

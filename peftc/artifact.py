@@ -160,6 +160,24 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
     return table
 
 
+def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return what is known of the statistics that `calibrate` wrote.
+
+    Raises:
+        ArtifactError: the folder holds none, or is damaged.
+    """
+    name = f"{manifests.STATISTICS}.json"
+    if not manifest.holds_statistics or name not in manifest.files:
+        raise ArtifactError(
+            f"`{folder}` holds no statistics", why=f"its manifest lists no `{manifests.STATISTICS}.safetensors`",
+            hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
+        )  # fmt: skip
+    try:
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"cannot read `{folder / name}`", why=str(error), hint="collect them again") from None
+
+
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:
     """Return the names of files whose bytes are no longer those that the manifest promises."""
     return [

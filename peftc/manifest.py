@@ -12,6 +12,7 @@ from peftc.errors import ArtifactError
 from peftc.source import MANIFEST
 
 SCHEMA_VERSION = 1
+STATISTICS = "statistics"  # stem of the files that `calibrate` writes
 FIELDS = {
     "schema_version": int,
     "id": str,
@@ -61,6 +62,11 @@ class Manifest:
     def weight_bytes(self) -> int:
         """Number of bytes of the weight files."""
         return sum(entry["bytes"] for name, entry in self.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def holds_statistics(self) -> bool:
+        """Whether the folder holds statistics of a model, not a model."""
+        return f"{STATISTICS}.safetensors" in self.files
 
     def write(self, folder: Path) -> None:
         """Write ``peftc.json`` into ``folder``, with sorted keys."""

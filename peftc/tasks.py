@@ -142,7 +142,10 @@ def _fixed_size(model: Model, image_size: int | None) -> None:
 
 def _need_classes(data: Dataset, task: str) -> None:
     if data.labels is None or data.classes is None:
-        why = "it has no label column of a usual name" if data.labels is None else "its labels are scores"
+        none = (
+            "its images lie in no class folders" if data.kind == "image" else "it has no label column of a usual name"
+        )
+        why = none if data.labels is None else "its labels are scores"
         raise DataError(
             f"`{task}` needs a class for each sample of `{data.name}`",
             why=why,

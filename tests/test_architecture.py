@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
-    {"methods", "calibrate", "train", "measure"},
+    {"methods", "hooks", "train", "measure"},
     {"nn", "models", "data", "tasks", "unlabelled"},
     {"job", "artifact", "manifest", "plan", "allocate", "source", "config"},
     {"errors", "header", "progress", "report", "intervals"},

@@ -25,6 +25,7 @@ from peftc import __version__
 from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
+from peftc.cli.calibrate import calibrate
 from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.evaluate import evaluate
@@ -155,7 +156,7 @@ def peftc(
     """
 
 
-for command in (analyze, decompose, truncate, evaluate, bench, demo, show, methods):
+for command in (analyze, calibrate, decompose, truncate, evaluate, bench, demo, show, methods):
     app.command(no_args_is_help=False)(command)
 
 

@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,14 +61,16 @@ def zip_tree(path: Path) -> Tree:
 
 
 def class_folders(tree: Tree) -> Splits:
-    """Return the splits of a tree of class folders.
+    """Return the splits of a tree of class folders; images without any folder are one split without labels.
 
     Raises:
-        DataError: it holds no images, images outside class folders, or an empty class folder.
+        DataError: it holds no images, images beside class folders, or an empty class folder.
     """
     images = [name for name in tree.files if name.lower().endswith(ENDINGS)]
     if not images:
         raise DataError(f"`{tree.name}` holds no images", why=f"{len(tree.files)} other files lie in it", hint=LAYOUT)
+    if not any("/" in name for name in images) and not tree.folders:
+        return {"all": partial(_dataset, tree, "all", images)}
     root = _root(images)
     tops = sorted(
         {name[len(root) :].split("/")[0] for name in [*images, *tree.folders] if name.startswith(root)} - {""}
@@ -122,16 +124,20 @@ def _split(tree: Tree, split: str, base: str, files: list[str], classes: list[st
             hint="fill or remove them",
         )
     index = {name: number for number, name in enumerate(classes)}
+    found = _dataset(tree, split, files)
+    notes = [f"data: left out beside the splits: {named(left_out)}"] if left_out else []
+    return replace(found, classes=classes, labels=[index[parts[0]] for parts in owners], notes=notes)
+
+
+def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
+    """Return images without labels."""
     return Dataset(
         kind="image",
         name=tree.name,
         split=split,
         rows=range(len(files)),
-        classes=classes,
-        labels=[index[parts[0]] for parts in owners],
         read=lambda row: decode(_bytes(tree, files[row]), f"{tree.name}/{files[row]}"),
         content=lambda row: files[row].encode() + b"\0" + _bytes(tree, files[row]),
-        notes=[f"data: left out beside the splits: {named(left_out)}"] if left_out else [],
     )
 
 

@@ -174,6 +174,11 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
     folder = located.folder
     assert folder is not None
     record = manifest.read(folder)
+    if record.holds_statistics:
+        raise ArtifactError(
+            f"`{folder}` holds statistics of a model, not a model", why="`peftc calibrate` wrote it",
+            hint=f"decompose the model with it: `peftc decompose MODEL --statistics {folder} --ratio 0.5 -o small`",
+        )  # fmt: skip
     if record.base["library"] == "python" and not source.allow_code:
         raise ArtifactError(
             f"`{folder}` needs code of yours to be loaded",

@@ -161,7 +161,7 @@ def _generated(
             f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
             "add `--against`"
         )
-    length = window(author, settings.max_length or GENERATED_LENGTH)
+    length = min(window(author, settings.max_length), settings.max_length or GENERATED_LENGTH)
     report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {settings.seed}")
     return sample(author, int(number), length, seed=settings.seed).take(settings.num_samples, seed=settings.seed)
 

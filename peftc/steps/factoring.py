@@ -68,10 +68,10 @@ class Factoring:
         return Whole(total, work.macs)
 
     def use(self, known: Statistics, reasons: dict[str, str]) -> None:
-        """Take statistics; a module without them stays dense."""
+        """Take statistics; a module without any stays dense."""
         for name in [name for name in self.targets if name not in known]:
             del self.targets[name]
-            reasons[name] = "calibration gives no statistics of it: it was not reached, or no gradient comes back"
+            reasons[name] = known.why_not(name)
         self.factorize = replace(self.factorize, statistics=known)
 
     def leave_uncalled(self, reasons: dict[str, str], include: Sequence[str]) -> None:

@@ -22,9 +22,10 @@ from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
 from peftc.plan import Target
 from peftc.report import Report, Table, grouped, span
-from peftc.steps import factored, write
+from peftc.steps import factored, spectra, write
 from peftc.steps.factoring import Factoring, Kept
 
+MEANS = ("weight_mean", "down_mean")
 MAKE = "make one: `peftc decompose MODEL --keep-all-ranks -o all`"
 
 
@@ -80,15 +81,18 @@ def keep_all(
     job, model = work.job, work.model
     assert job is not None
     job.require(4 * measure.tensor_bytes(model.module))
-    losses, ranks = {}, every_rank(work.targets)
+    beside, ranks = {}, every_rank(work.targets)
     with progress.track("spectra", len(ranks)) as advance:
         for name, target in work.targets.items():
-            losses[f"{name}.losses"] = work.spectrum(target).losses().cpu()
+            beside[f"{name}.losses"] = work.spectrum(target).losses().cpu()
             advance(name)
     cuts = work.factor({name: rank or None for name, rank in ranks.items()})
-    factors = {name: write.piece(tensor) for name, tensor in losses.items()}
     for name in cuts:
-        factors |= {f"{name}.{key}": part for key, part in work.kept(name, ranks[name])[1].items()}
+        beside |= {f"{name}.{key}": mean for key, mean in _means(work, name, ranks[name]).items()}
+    factors = {name: write.piece(tensor) for name, tensor in beside.items()}
+    for name in cuts:
+        parts = work.kept(name, ranks[name])[1]
+        factors |= {f"{name}.{key}": part for key, part in parts.items() if key != "up.bias"}
     modules = dict(model.manifest.modules) if model.manifest else {}
     record = write.write_artifact(
         job, model, base, request, write.pieces_of(model), modules, max_shard_bytes=max_shard_bytes, factors=factors,
@@ -96,7 +100,7 @@ def keep_all(
     )  # fmt: skip
     report = report_on(work, cuts, reasons)
     report.warnings += write.verify(job.folder, model)
-    _verify(job.folder, record, work, losses)
+    _verify(job.folder, record, work, beside)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
     report.tables[-1] = factored.size_table(report.data["size"])
     report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
@@ -105,17 +109,34 @@ def keep_all(
     return report
 
 
-def _verify(folder: Any, record: Manifest, work: Factoring, losses: Mapping[str, Tensor]) -> None:
+def _means(work: Factoring, name: str, rank: int) -> dict[str, Tensor]:
+    """Return what the bias of any rank is corrected by, float64, or nothing for a module whose bias stays.
+
+    Returns:
+        ``weight_mean`` (out,), the mean of the outputs without the bias, and ``down_mean`` (rank,), that of what the
+        rows of ``down`` make of the same inputs.
+    """
+    factors, target, known = work.kept(name, rank)[0], work.targets[name], work.factorize.statistics
+    mean = known.of(name, work.device).mean if known is not None and "up.bias" in factors else None
+    if mean is None:
+        return {}
+    weight = lowrank.matrix(spectra.weight_of(work.model, target, work.device), target.form).double()
+    columns = target.shape[3] if target.form == "spatial" else 1  # every column of the kernel adds its own
+    down = factors["down.weight"].to(work.device).double().flatten(1)
+    return {"weight_mean": (weight @ mean).view(-1, columns).sum(1).cpu(), "down_mean": (down @ mean).cpu()}
+
+
+def _verify(folder: Any, record: Manifest, work: Factoring, beside: Mapping[str, Tensor]) -> None:
     """Read written factors back and compare them with what was computed."""
     table = artifact.tensor_table(folder, record, factors=True)
     there = weights.from_infos(str(folder), table)
+    known = dict(beside)
     for name, entry in record.ordered.items():
-        known = {f"{name}.losses": losses[f"{name}.losses"]}
-        if entry["rank"]:
-            known |= {f"{name}.{key}": tensor for key, tensor in work.kept(name, entry["rank"])[0].items()}
-        for key, tensor in known.items():
-            if key not in table or not torch.equal(tensor, there.read(key)):
-                raise write.differs(folder, f"the factor `{key}` is not what was written")
+        factors = work.kept(name, entry["rank"])[0] if entry["rank"] else {}
+        known |= {f"{name}.{key}": tensor for key, tensor in factors.items() if key != "up.bias"}
+    for key, tensor in known.items():
+        if key not in table or not torch.equal(tensor, there.read(key)):
+            raise write.differs(folder, f"the factor `{key}` is not what was written")
 
 
 def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> Report:
@@ -135,8 +156,10 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
         f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
         "smaller; until then they keep their weights",
         *work.model.notes,
+        *(work.factorize.statistics.notes if work.factorize.statistics else []),
     ]
     report.warnings += factored.climbs(rows)
+    report.warnings += work.factorize.statistics.warnings if work.factorize.statistics else []
     return report
 
 
@@ -169,10 +192,13 @@ class Ordered:
 
     Attributes:
         tensors: ``losses`` (k + 1,), squared errors at ranks 0 to the full one, float64; beside them, where factors
-            make the module smaller, ``up.weight`` and ``down.weight`` as the module of `nn.lowrank.build` holds them.
+            make the module smaller, ``up.weight`` and ``down.weight`` as the module of `nn.lowrank.build` holds them,
+            and where the bias makes up for the mean of what a rank loses ``weight_mean`` and ``down_mean``.
+        bias: (out,) of the dense module, or None.
     """
 
     tensors: Mapping[str, Tensor]
+    bias: Tensor | None = None
 
     def losses(self) -> Tensor:
         """Return (k + 1,) squared errors at ranks 0 to k."""
@@ -184,8 +210,15 @@ class Ordered:
         return float((losses[rank] / losses[0]).sqrt()) if losses[0] else 0.0
 
     def kept(self, rank: int) -> Kept:
-        """Return the factors of the ``rank`` most important components: windows, copied only when written."""
+        """Return the factors of the ``rank`` most important components, windows, and the bias that goes with them."""
         cut = {"up.weight": self.tensors["up.weight"][:, :rank], "down.weight": self.tensors["down.weight"][:rank]}
+        if self.bias is not None and MEANS[0] in self.tensors:
+            up = cut["up.weight"].double()
+            lost = (
+                self.tensors["weight_mean"]
+                - (up.flatten(2).sum(2) if up.ndim > 2 else up) @ self.tensors["down_mean"][:rank]
+            )
+            cut["up.bias"] = (self.bias.detach().double() + lost).to(self.bias.dtype)
         return cut, {name: write.piece(tensor) for name, tensor in cut.items()}
 
 
@@ -243,7 +276,10 @@ def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dic
     """
     assert model.folder is not None
     table = artifact.tensor_table(model.folder, record, factors=True)
-    needed = {name: _shapes(model, target, record.ordered[name]["rank"]) for name, target in targets.items()}
+    needed = {
+        name: _shapes(model, target, record.ordered[name]["rank"], corrected=f"{name}.{MEANS[0]}" in table)
+        for name, target in targets.items()
+    }
     expected = {f"{name}.{key}": shape for name, shapes in needed.items() for key, shape in shapes.items()}
     for key in sorted(expected.keys() | table.keys()):
         there = table[key].shape if key in table else None
@@ -253,16 +289,24 @@ def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dic
                 hint="build it again: `peftc show --commands` prints how",
             )
     files = weights.from_infos(str(model.folder), table)
-    return {name: Ordered({key: files.read(f"{name}.{key}") for key in shapes}) for name, shapes in needed.items()}
+    return {
+        name: Ordered(
+            {key: files.read(f"{name}.{key}") for key in shapes},
+            getattr(model.module.get_submodule(name), "bias", None),  # type: ignore[arg-type]
+        )
+        for name, shapes in needed.items()
+    }
 
 
-def _shapes(model: Model, target: Target, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model, target: Target, rank: int, *, corrected: bool) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what is stored of one module."""
     shapes: dict[str, tuple[int, ...]] = {"losses": (allocate.max_rank(target.shape, target.form) + 1,)}
     if rank:
         module = lowrank.build(model.module.get_submodule(target.name), target.form, rank)
         shapes |= {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        shapes.pop("up.bias", None)
+        bias = shapes.pop("up.bias", None)
+        if bias is not None and corrected:
+            shapes |= dict(zip(MEANS, (bias, (rank,)), strict=True))
     return shapes
 
 

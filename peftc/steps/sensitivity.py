@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import allocate, artifact, calibrate, progress
+from peftc import allocate, artifact, hooks, progress
 from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
@@ -84,7 +84,7 @@ def _batches(prepared: Prepared, samples: int) -> list[Batch]:
     size = prepared.encoded.size
     chosen = [at * size // min(samples, size) for at in range(min(samples, size))]  # spread over the set
     lengths = prepared.encoded.lengths
-    runs = calibrate.batches(
+    runs = hooks.batches(
         None if lengths is None else [lengths[at] for at in chosen], len(chosen), prepared.request.batch_size
     )
     return [prepared.encoded.batch([chosen[at] for at in run]) for run in runs]

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from peftc import calibrate, progress
+from peftc import hooks, progress
 from peftc.allocate import Rank
-from peftc.calibrate import Collector, Found, Site
 from peftc.errors import UsageError
+from peftc.hooks import Collector, Found, Site
 from peftc.models import load
 from peftc.nn import lowrank
 from peftc.steps import write
@@ -79,8 +79,8 @@ def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None]
         ranks: by module.
     """
     model = prepared.model
-    runs = calibrate.batches(prepared.encoded.lengths, prepared.encoded.size, prepared.request.batch_size)
-    sites = calibrate.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
+    runs = hooks.batches(prepared.encoded.lengths, prepared.encoded.size, prepared.request.batch_size)
+    sites = hooks.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
     cuts: dict[str, dict[str, Any]] = {}
     with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:
         for _, group in groupby(sites.values(), key=lambda site: site.leader):
@@ -106,7 +106,7 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
     collector = Collector(prepared.model, stage, needs)
     with collector.watching() as sums:
         _pass(prepared, runs, collector)
-    tensors = calibrate.tensors(sums, stage, lambda target: matrix_of(prepared.model, target))
+    tensors = hooks.tensors(sums, stage, lambda target: matrix_of(prepared.model, target))
     found = {}
     for name, site in stage.items():
         before = known.of(name, work.device)
@@ -127,7 +127,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
     last = (
         []
         if collector is None
-        else [each for site in collector.sites.values() for each in calibrate.called(model, site.target)]
+        else [each for site in collector.sites.values() for each in hooks.called(model, site.target)]
     )
     waiting: set[str] = set()
 
@@ -139,7 +139,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
 
         return hook
 
-    with calibrate.hooks(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
+    with hooks.registered(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
         for indices in runs:
             batch = prepared.encoded.batch(indices)
             if collector is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
-from peftc.report import Report, Table, count, grouped, size, span
+from peftc.report import Cell, Report, Table, count, grouped, size, span
 from peftc.source import MANIFEST
 
 if TYPE_CHECKING:
@@ -45,15 +45,18 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
         return report
     report.notes += [f"rebuilt by: {line}" for line in lines]
     base = record.base
+    stored = size(sum(info.stop - info.start for info in tensors.values()))
     facts = [
         ["id", record.id[:16]],
         ["base", f"{base['library']} {base['architecture']}"],
         ["from", base.get("source", {}).get("spec", "a live network")],
         ["parameters", count(record.parameters)],
-        ["weights", f"{len(tensors)} tensors, {size(sum(info.stop - info.start for info in tensors.values()))}"],
+        ["statistics" if record.holds_statistics else "weights", f"{len(tensors)} tensors, {stored}"],
         ["files", ", ".join(sorted(record.files))],
         ["classes", count(len(record.labels)) if record.labels else ""],
     ]
+    if record.holds_statistics:
+        _add_statistics(report, facts, folder, artifact.statistics_note(folder, record))
     if record.ordered:
         kept = artifact.tensor_table(folder, record, factors=True)
         facts.append(["factors", f"{len(kept)} tensors, {size(sum(info.stop - info.start for info in kept.values()))}"])
@@ -76,6 +79,29 @@ def _modules(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
     return Table(title, ["module", "count", "form", "rank"], rows)
 
 
+def statistics_table(modules: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Group modules of one kind: whose second moment is kept, of how many features, over how many rows."""
+    lines: list[list[Cell]] = []
+    for kind, names in grouped(modules).items():
+        some = [modules[name] for name in names]
+        widths, rows = ([count(n) for n in sorted({each[key] for each in some})] for key in ("width", "rows"))
+        sides = " and ".join(sorted({f"{each['side']}s" for each in some}))
+        lines.append([kind, len(some), sides, span(widths), span(rows)])
+    return Table("statistics", ["module", "count", "of its", "features", "rows"], lines)
+
+
+def _add_statistics(report: Report, facts: list[list[str]], folder: Path, note: Mapping[str, Any]) -> None:
+    """Say what a folder of `calibrate` holds."""
+    data = note["data"]
+    facts += [
+        ["calibrated on", f"{count(note['samples'])} samples of split `{data['split']}` of `{data['spec']}`"],
+        ["for", f"`--method {note['method']}`: {', '.join(note['needs'])}"],
+    ]
+    report.data["statistics"] = dict(note)
+    report.tables.append(statistics_table(note["modules"]))
+    report.notes.append(f"use it at any budget: `peftc decompose MODEL --statistics {folder} --ratio 0.5 -o small`")
+
+
 def command_lines(record: Manifest) -> list[str]:
     """Return the shell lines that rebuild an artifact, one per step."""
     source = record.base.get("source", {})
@@ -87,6 +113,11 @@ def command_lines(record: Manifest) -> list[str]:
         if request.get("plan"):
             lines.append(f"cat >{name}.json <<'PLAN'\n{json.dumps(request['plan'])}\nPLAN")
             model += ["--plan", f"{name}.json"]
+        collected = request.get("statistics", {}).get("collected")
+        if collected:
+            calibrated = f"{number:02d}-calibrate"
+            lines.append(shlex.join(["peftc", "calibrate", *model, *_request_options(collected), "-o", calibrated]))
+            model += ["--statistics", calibrated]
         lines.append(shlex.join(["peftc", request["command"], *model, *_request_options(request), "-o", name]))
         model = [name, *(["--allow-code"] if record.base["library"] == "python" else [])]
     return lines
@@ -118,9 +149,24 @@ def _request_options(request: dict[str, Any]) -> list[str]:
             words += [f"--{key.replace('_', '-')}", str(request[key])]
     if "rank_multiple" in request:
         words += ["--rank-multiple", str(request["rank_multiple"])]
+    if request.get("bias_correction") is False:
+        words.append("--no-bias-correction")
+    words += _calibration_options(request)
     for name, value in request.get("settings", {}).items():
         words += ["--set", f"{name}={value}"]
     for key in ("include", "skip"):
         for pattern in request.get(key, []):
             words += [f"--{key}", pattern]
     return words
+
+
+def _calibration_options(request: dict[str, Any]) -> list[str]:
+    """Return the options of the calibration set that a request read itself."""
+    asked = request.get("statistics", {}).get("request") or {}
+    options = {
+        "data": asked.get("data"), "task": asked.get("task"), "calibration-samples": asked.get("samples"),
+        "calibration-tokens": asked.get("tokens"), "image-size": asked.get("image_size"),
+        "max-length": asked.get("max_length"),
+        "batch-size": asked.get("batch_size") if request["command"] == "calibrate" else None,
+    }  # fmt: skip
+    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]

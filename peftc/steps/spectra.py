@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peftc import allocate, calibrate, methods
+from peftc import allocate, hooks, methods
 from peftc.allocate import Curve, Rank
 from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
@@ -62,7 +62,7 @@ class Factorizer:
             found = self.statistics.of(target.name, weight.device)
             given |= found.of(self.needs, centred=self.correct_bias and has_bias)
             gram = given.get("output_gradient_gram")
-            if gram is not None and gram.ndim and target.form == "spatial":  # its rows are (out, kw)
+            if target.form == "spatial" and gram is not None and gram.ndim:  # every column of the kernel meets it
                 given["output_gradient_gram"] = torch.kron(gram, torch.eye(target.shape[3]).to(gram))
             if self.statistics.is_lookup(target.name):
                 flat = lowrank.matrix(weight, target.form)
@@ -111,10 +111,10 @@ def factorizer(
     function = methods.find("decompose", chosen, "--method")
     one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
     needs = tuple(methods.needs_of(function))
-    unknown = [name for name in needs if name not in calibrate.STATISTICS]
+    unknown = [name for name in needs if name not in hooks.STATISTICS]
     if unknown:
         raise MethodError(
-            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(calibrate.STATISTICS)}"
+            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(hooks.STATISTICS)}"
         )
     if needs and not with_data:
         raise UsageError(

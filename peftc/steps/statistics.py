@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import artifact, calibrate, manifest, progress, tasks, unlabelled
-from peftc.calibrate import Collector, Found, Running, Site, Sums
+from peftc import artifact, hooks, manifest, progress, tasks, unlabelled
 from peftc.data import open_data
 from peftc.data.tokens import sample, window
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
+from peftc.hooks import Collector, Found, Running, Site, Sums
 from peftc.models import load
 from peftc.models.inputs import main_output
 from peftc.models.load import Model, detached
@@ -74,7 +74,8 @@ class Statistics:
 
     Attributes:
         path: the safetensors file.
-        note: ``needs``, ``samples``, ``rows``, ``data``, ``modules`` (name -> leader, side, lookup, rows).
+        note: ``needs``, ``samples``, ``rows``, ``data``, ``modules`` (name -> leader, side, form, lookup, rows);
+            of those that `calibrate` wrote also ``method``, ``eligible`` (names) and ``collected`` (its request).
         notes, warnings: what people should know about them.
     """
 
@@ -85,6 +86,13 @@ class Statistics:
 
     def __contains__(self, name: str) -> bool:
         return name in self.note["modules"]
+
+    def why_not(self, name: str) -> str:
+        """Return why there are no statistics of a module."""
+        calibrated = name in self.note.get("eligible", (name,))
+        return (
+            "the calibration set never reaches it" if calibrated else "it was left out when statistics were collected"
+        )
 
     def is_lookup(self, name: str) -> bool:
         """Return whether a module only looks rows up: its matrix is then (width, words)."""
@@ -165,8 +173,26 @@ def source(
 def obtain(
     source: Prepared | Statistics, targets: Mapping[str, Target], needs: Sequence[str], folder: Path
 ) -> Statistics:
-    """Return the statistics, collected now where they are not there yet."""
-    return source if isinstance(source, Statistics) else collect(source, targets, needs, folder)
+    """Return the statistics, collected now where they are not there yet.
+
+    Raises:
+        ArtifactError: those that are there are of none of the modules, or of another form.
+    """
+    if not isinstance(source, Statistics):
+        return collect(source, targets, needs, folder)
+    there = {name: source.note["modules"][name]["form"] for name in targets if name in source}
+    if not there:
+        raise ArtifactError(
+            f"`{source.path.parent}` holds statistics of none of the modules that are to be factored",
+            hint="collect them again, with the same `--include` and `--skip`",
+        )
+    other = next((name for name, form in there.items() if form != targets[name].form), None)
+    if other is not None:
+        raise ArtifactError(
+            f"`{source.path.parent}` holds statistics of `{other}` as `{there[other]}`, not as `{targets[other].form}`",
+            hint=f"add `--conv-method {there[other]}`, or collect them again",
+        )
+    return source
 
 
 def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequential: bool = False) -> dict[str, Any]:
@@ -174,7 +200,7 @@ def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequent
     if source is None:
         return {}
     if isinstance(source, Statistics):
-        return {"statistics": {"data": source.note["data"], "request": source.note["request"]}}
+        return {"statistics": {"collected": source.note["collected"]}}
     extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
     return {"statistics": {"data": source.data, "request": asdict(source.request)}, **extra}
 
@@ -186,15 +212,11 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
         ArtifactError: the folder holds none, or those of another model, or lacks what the method needs.
     """
     record = manifest.read(folder)
-    if FILE not in record.files:
-        raise ArtifactError(
-            f"`{folder}` holds no statistics", why=f"its manifest lists no `{FILE}`",
-            hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
-        )  # fmt: skip
+    note = artifact.statistics_note(folder, record)
     artifact.tensor_table(folder, record)
-    note = write.read_note(folder / FILE)
-    assert note is not None
-    if record.base.get("files") != write.base_record(model).get("files"):
+    theirs = record.base.get("files"), [step["id"] for step in record.steps[:-1]]
+    earlier = model.manifest.steps if model.manifest else []
+    if theirs != (write.base_record(model).get("files"), [step["id"] for step in earlier]):
         raise ArtifactError(
             f"the statistics in `{folder}` were collected on another model", why="its weights have other digests",
             hint="collect them again: `peftc calibrate MODEL --data DATA -o stats`",
@@ -221,11 +243,11 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     note = write.read_note(path)
     if note is None:
         subject, encoded = prepared.model, prepared.encoded
-        runs = calibrate.batches(encoded.lengths, encoded.size, prepared.request.batch_size)
-        sites = calibrate.sites(subject, targets, lambda: _forward(subject, encoded.batch(runs[0][:1])))
+        runs = hooks.batches(encoded.lengths, encoded.size, prepared.request.batch_size)
+        sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(runs[0][:1])))
         collector = Collector(subject, sites, needs)
         sums = _lanes(prepared, runs, collector, folder)
-        found = calibrate.tensors(sums, sites, lambda target: matrix_of(subject, target))
+        found = hooks.tensors(sums, sites, lambda target: matrix_of(subject, target))
         note = _note(sums, sites, needs, prepared)
         write.save_part(path, {key: tensor.cpu() for key, tensor in found.items()}, note)
     return Statistics(path, note, list(note["notes"]), too_few(note))
@@ -239,7 +261,7 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
             raise UsageError(f"`--data {request.data}` asks for no number of sequences", hint="as `generated:64`")
         if task is None or task.name != "causal-lm":
             raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
-        length = window(model, request.max_length or GENERATED_LENGTH)
+        length = min(window(model, request.max_length), request.max_length or GENERATED_LENGTH)
         dataset = sample(model, int(number), length, seed=request.seed + 1)  # an evaluation draws with the seed itself
     else:
         dataset = open_data(request.data, seed=request.seed, task=task.name if task else None, role="calibration")
@@ -373,8 +395,9 @@ def _note(sums: Sums, sites: Mapping[str, Site], needs: Sequence[str], prepared:
         if seen is None or not seen.count or lacking:
             continue
         modules[name] = {
-            "leader": site.leader, "side": site.side, "lookup": calibrate.is_lookup(prepared.model, site.target),
-            "rows": seen.count, "width": (sums.running.get(f"{name}.output") or seen).size,
+            "leader": site.leader, "side": site.side, "form": site.target.form,
+            "lookup": hooks.is_lookup(prepared.model, site.target), "rows": seen.count,
+            "width": (sums.running.get(f"{name}.output") or seen).size,
         }  # fmt: skip
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {

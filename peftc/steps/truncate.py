@@ -64,14 +64,16 @@ def truncate(
     loaded = load(model)
     record = ordered.refuse_unordered(loaded)
     method = methods.find("decompose", ordered.request_of(record)["method"], "--method")
-    allocation = spectra.allocation_of(allocation, methods.needs_of(method))
+    needs = methods.needs_of(method)
+    allocation = spectra.allocation_of(allocation, needs)
     loaded = replace(loaded, module=detached(loaded.module), notes=[])
     targets, reasons = ordered.ordered_targets(loaded, record)
     known = ordered.stored(loaded, record, targets)
     given = factored.asked_plan(plan, targets)
     work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"))
     decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
-    cuts = {name: {"error": known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
+    error = "loss" if needs else "error"  # weighted by statistics it is no error of the weights
+    cuts = {name: {error: known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
     asked, why_dense = factored.words(budget, allocation, plan)
     report = factored.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
     if dry_run:

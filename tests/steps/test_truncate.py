@@ -1,5 +1,6 @@
 """One decomposition of every rank, cut to any budget: the ranks and the factors that a direct decompose finds."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.show import show
 from peftc.steps.truncate import truncate
-from tests.steps.test_decompose import NETWORKS, promised, ranks, read, save_network
+from tests.steps.test_decompose import NETWORKS, Convolutions, promised, ranks, read, save_network
 
 NAMES = [
     "vit",
@@ -214,6 +216,87 @@ def test_what_was_factored_before_stays_when_the_rest_is_kept_and_cut(kept, tmp_
     record = manifest.read(tmp_path / "two")
     assert {edit["rank"] for edit in record.modules.values()} == {4, 6} and record.ordered == {}
     assert [step["request"]["command"] for step in record.steps] == ["decompose", "decompose", "truncate"]
+
+
+# -- calibrated factors -----------------------------------------------------------------------------------------------
+
+
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "vit": {"data": "sklearn:digits", "calibration_samples": 48},
+    "vit-bfloat16": {"data": "sklearn:digits", "calibration_samples": 48},
+    "conv-spatial": {"include": ["odd", "strided"]},
+    "conv-channel": {"include": ["odd", "strided"], "conv_method": "channel"},
+}
+
+
+def calibrated(name: str, vit: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a network with biases and what to calibrate it with."""
+    options = CALIBRATED[name]
+    if name == "vit":
+        return vit, options
+    if name == "vit-bfloat16":
+        half = shutil.copytree(vit, folder / "half")
+        state = {key: tensor.bfloat16() for key, tensor in load_file(half / "model.safetensors").items()}
+        save_file(state, half / "model.safetensors")
+        return half, options
+    torch.manual_seed(0)
+    torch.save(Convolutions().state_dict(), folder / "weights.pth")
+    save_file({"x_train": torch.randn(32, 3, 64, 64) + 1}, folder / "images.safetensors")
+    source = Source("python:tests.steps.test_decompose:Convolutions", weights=folder / "weights.pth", allow_code=True)
+    return source, {**options, "data": str(folder / "images.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["kfac", "whitened"])
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_slice_of_calibrated_factors_has_the_corrected_bias(
+    tiny_vit: Path, tmp_path: Path, name: str, method: str
+) -> None:
+    source, options = calibrated(name, tiny_vit, tmp_path)
+    decompose(source, output_dir=tmp_path / "all", keep_all_ranks=True, method=method, **options)
+    dense = models.load(source).module.state_dict()
+    for number, budget in enumerate(({"ratio": 0.5}, {"rank": 3}, {"energy": 0.9})):
+        direct = decompose(source, output_dir=tmp_path / f"direct-{number}", method=method, **budget, **options)  # type: ignore[arg-type]
+        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **budget)  # type: ignore[arg-type]
+        assert ranks(cut) == ranks(direct) and any(ranks(cut).values())
+        ours, theirs = (load_file(tmp_path / f"{kind}-{number}" / "model.safetensors") for kind in ("cut", "direct"))
+        assert ours.keys() == theirs.keys()
+        tolerance = 5e-2 if name == "vit-bfloat16" else 1e-5  # a slice makes up for the rounding of its factors too
+        for key, tensor in ours.items():
+            gap = float((tensor.double() - theirs[key].double()).norm() / theirs[key].double().norm().clamp_min(1e-30))
+            assert gap <= tolerance, (key, gap)
+        corrected = [key for key in ours if key.endswith(".up.bias")]
+        assert len(corrected) == sum(map(bool, ranks(cut).values()))
+        assert all(not torch.equal(ours[key], dense[key.replace(".up.bias", ".bias")]) for key in corrected)
+        for a, b in zip(cut.data["modules"], direct.data["modules"], strict=True):
+            assert (a["loss"] or 0) == pytest.approx(b["loss"] or 0, rel=1e-3, abs=1e-6)
+
+
+def test_without_bias_correction_a_slice_keeps_the_bias(tiny_vit: Path, tmp_path: Path) -> None:
+    options = {**CALIBRATED["vit"], "bias_correction": False}
+    report = decompose(tiny_vit, output_dir=tmp_path / "all", keep_all_ranks=True, **options)
+    assert any("calibration:" in note for note in report.notes)
+    truncate(tmp_path / "all", ratio=0.5, output_dir=tmp_path / "cut")
+    decompose(tiny_vit, ratio=0.5, output_dir=tmp_path / "direct", **options)
+    ours, dense = load_file(tmp_path / "cut" / "model.safetensors"), load_file(tiny_vit / "model.safetensors")
+    biases = [key for key in ours if key.endswith(".up.bias")]
+    assert biases and all(torch.equal(ours[key], dense[key.replace(".up.bias", ".bias")]) for key in biases)
+    close(tmp_path / "cut", tmp_path / "direct", tolerance=1e-5)
+
+
+def test_half_of_a_correction_is_refused(tiny_vit: Path, tmp_path: Path) -> None:
+    decompose(tiny_vit, output_dir=tmp_path / "all", keep_all_ranks=True, **CALIBRATED["vit"])
+    path = tmp_path / "all" / "factors.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    factors = load_file(path)
+    del factors["blocks.0.attn.qkv.down_mean"]
+    save_file(factors, path, metadata=metadata)
+    record = json.loads((tmp_path / "all" / "peftc.json").read_text())
+    content = path.read_bytes()
+    record["files"][path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (tmp_path / "all" / "peftc.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"`blocks\.0\.attn\.qkv\.down_mean` among the factors .* is absent"):
+        truncate(tmp_path / "all", ratio=0.5, output_dir=tmp_path / "cut")
 
 
 # -- no solving, no data ----------------------------------------------------------------------------------------------

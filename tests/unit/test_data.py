@@ -92,6 +92,17 @@ def test_a_zip_reads_like_its_folder_with_or_without_a_folder_around_it(tmp_path
     assert all(np.array_equal(np.array(data[2][0]), np.array(datas[0][2][0])) for data in datas)
 
 
+def test_images_in_no_folder_have_no_labels(tmp_path: Path) -> None:
+    flat = fill(tmp_path / "flat", ["1.png", "2.png", "3.png"])
+    for path in (flat, zipped(flat, tmp_path / "flat.zip")):
+        data = open_data(str(path), num_samples=2)
+        assert (data.kind, data.labels, data.classes, data.split, len(data)) == ("image", None, None, "all", 2)
+        assert data[0][0].size == (12, 10) and data[0][1] is None
+    (flat / "empty").mkdir()
+    with pytest.raises(DataError, match="3 images of .* outside class folders"):
+        open_data(str(flat))
+
+
 def test_classes_are_those_of_all_splits(tmp_path: Path) -> None:
     data = open_data(str(fill(tmp_path, ["train/ant/1.png", "train/bee/2.png", "test/bee/3.png"])))
     assert (data.classes, data[0][1]) == (["ant", "bee"], 1)

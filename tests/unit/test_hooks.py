@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import calibrate, tasks, unlabelled
-from peftc.calibrate import Collector, Running, Site
+from peftc import hooks, tasks, unlabelled
 from peftc.errors import WeightError
+from peftc.hooks import Collector, Running, Site
 from peftc.models import load as models
 from peftc.models.load import Model
 from peftc.models.targets import targets as eligible
@@ -94,7 +94,7 @@ def found_by(
     """Collect statistics of every weight of a network over some batches, with a loss of its outputs if any."""
     model: Model = models.load(network.eval())
     every = calibrate_targets(model, form)
-    sites = calibrate.sites(model, every, lambda: model.module(runs[0]))
+    sites = hooks.sites(model, every, lambda: model.module(runs[0]))
     collector = Collector(model, sites, needs)
     with collector.watching() as sums:
         for batch in runs:
@@ -107,7 +107,7 @@ def found_by(
     def weight_of(target: Target) -> Tensor:
         return lowrank.matrix(model.module.get_submodule(target.name).weight.detach(), target.form)  # type: ignore[arg-type, union-attr]
 
-    return sites, calibrate.tensors(sums, sites, weight_of)
+    return sites, hooks.tensors(sums, sites, weight_of)
 
 
 def calibrate_targets(model: Model, form: str) -> dict[str, Target]:
@@ -199,7 +199,7 @@ def test_a_gram_too_large_keeps_its_mean_eigenvalue(monkeypatch: pytest.MonkeyPa
     network, runs = Wide(), [random(3, 4, 6)]
     needs = ["output_gradient_gram"]
     full = found_by(network, runs, needs, loss=lambda outputs: outputs.square().sum())[1]["other.gradient"]
-    monkeypatch.setattr(calibrate, "LARGEST_GRAM", 23)
+    monkeypatch.setattr(hooks, "LARGEST_GRAM", 23)
     mean = found_by(network, runs, needs, loss=lambda outputs: outputs.square().sum())[1]["other.gradient"]
     assert mean.shape == ()
     torch.testing.assert_close(mean, full.diagonal().mean(), rtol=1e-5, atol=0.0)
@@ -284,7 +284,7 @@ def test_what_a_convolution_multiplies_gives_its_own_outputs(make: Any, form: st
     torch.testing.assert_close(conv.weight.detach().flatten(1).double() @ whole, mean, rtol=1e-5, atol=1e-6)
     if form == "spatial":
         assert site.side == "input"
-        padded = calibrate._padded(x, conv)
+        padded = hooks._padded(x, conv)
         columns = []
         high = (padded.shape[2] - (kh - 1) * conv.dilation[0] - 1) // conv.stride[0] + 1
         for image in padded:
@@ -357,7 +357,7 @@ def test_convolutions_share_a_moment_only_where_they_cut_the_same_patches() -> N
 def sites_of(folder: Path, *, include: Sequence[str] = ()) -> dict[str, Site]:
     model = models.runnable(models.load(folder), device="cpu")
     found, _ = eligible(model, conv_method="spatial", include=include)
-    return calibrate.sites(model, found, lambda: models.outputs(model, models.probe(model)))
+    return hooks.sites(model, found, lambda: models.outputs(model, models.probe(model)))
 
 
 def test_query_key_and_value_share_one_moment_and_the_last_linear_is_seen_from_its_outputs(tiny_bert: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_fused_projection_has_a_moment_of_its_inputs(tiny_vit: Path) -> None:
 
 
 def statistics_of(
-    folder: Path | nn.Module, data: Path, out: Path, needs: Sequence[str] = calibrate.STATISTICS, **asked: Any
+    folder: Path | nn.Module, data: Path, out: Path, needs: Sequence[str] = hooks.STATISTICS, **asked: Any
 ) -> Statistics:
     include = asked.pop("include", ())
     out.mkdir(exist_ok=True)
@@ -498,8 +498,8 @@ def test_transposed_weights_of_gpt2_are_seen_as_linears(tmp_path: Path) -> None:
     network.transformer.h[0].mlp.c_fc.register_forward_pre_hook(lambda _m, given: inputs.append(given[0].detach()))
     model = models.load(network)
     targets, _ = eligible(model, conv_method="spatial")
-    sites = calibrate.sites(model, targets, lambda: model.module(ids))
-    assert calibrate.matrix_shape(targets["transformer.h.0.mlp.c_fc"]) == (64, 16)
+    sites = hooks.sites(model, targets, lambda: model.module(ids))
+    assert hooks.matrix_shape(targets["transformer.h.0.mlp.c_fc"]) == (64, 16)
     assert sites["transformer.h.0.mlp.c_proj"].side == "output"
     collector = Collector(model, sites, ["second_moment"])
     with torch.no_grad(), collector.watching() as sums:

@@ -122,7 +122,7 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
     def watch(name: str) -> Callable[..., None]:
         return lambda _module, inputs: seen.append((name, inputs[0]))
 
-    with hooks(
+    with registered(
         model.module.get_submodule(each).register_forward_pre_hook(watch(name))
         for name, target in targets.items()
         for each in called(model, target)
@@ -182,7 +182,7 @@ def _reading(model: Model, target: Target) -> tuple[object, ...]:
 
 
 @contextmanager
-def hooks(handles: Iterable[Any]) -> Iterator[None]:
+def registered(handles: Iterable[Any]) -> Iterator[None]:
     """Register hooks, and remove them again."""
     kept = list(handles)
     try:
@@ -215,7 +215,7 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[Sums]:
         """Keep the hooks on."""
-        with hooks(
+        with registered(
             self.model.module.get_submodule(each).register_forward_hook(self._hook(site))
             for site in self.sites.values()
             for each in called(self.model, site.target)

@@ -1,0 +1,36 @@
+"""peftc calibrate."""
+
+from peftc.cli import options as o
+from peftc.cli.run import Step, command
+
+
+@command()
+def calibrate(
+    model: o.Model = None,
+    *,
+    output_dir: o.OutputDir = None,
+    data: o.Data,
+    method: o.Method = "auto",
+    conv_method: o.ConvMethod = "spatial",
+    include: o.Include = o.EMPTY,
+    skip: o.Skip = o.EMPTY,
+    calibration_samples: o.CalibrationSamples = 512,
+    calibration_tokens: o.CalibrationTokens = None,
+    task: o.Task = None,
+    batch_size: o.BatchSize = 8,
+    image_size: o.ImageSize = None,
+    max_length: o.MaxLength = None,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+) -> Step:
+    """Collect statistics of a model once, for decompose --statistics at any budget.
+
+    \b
+    Example:
+      peftc calibrate timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --data photos -o stats
+    """
+    from peftc.steps.calibrate import calibrate as step
+
+    return step

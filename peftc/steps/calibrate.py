@@ -1,0 +1,153 @@
+"""Source > Model > statistics over a calibration set > a folder that many decompositions reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import artifact, hooks, measure
+from peftc.errors import UsageError
+from peftc.header import read_header
+from peftc.job import Job
+from peftc.manifest import STATISTICS, Manifest
+from peftc.models.load import Model, device_of, load, solver_device
+from peftc.plan import Target
+from peftc.report import Report, size
+from peftc.source import Source
+from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import statistics as calibrating
+from peftc.steps.decompose import eligible
+from peftc.steps.factoring import Factoring
+from peftc.steps.show import statistics_table
+from peftc.steps.statistics import Statistics
+
+ONE_FILE = 1 << 62  # bytes: the statistics are never cut into shards, because a module's are read on their own anyway
+
+
+def calibrate(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    output_dir: str | Path | None = None,
+    data: str,
+    method: str = "auto",
+    conv_method: str = "spatial",
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    calibration_samples: int = 512,
+    calibration_tokens: float | None = None,
+    task: str | None = None,
+    batch_size: int = 8,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Collect the statistics that a method asks for, once, for `decompose` to use at any budget.
+
+    Args:
+        model: any form of MODEL; it is not changed.
+        output_dir: the folder of the statistics; ``<model>-calibrate`` when None.
+        data: the calibration set: samples whose labels, if any, are not looked at, or ``generated:N``; its train split
+            where it has one.
+        method: whose statistics; ``auto`` is `kfac`, and what it asks for serves `whitened` too.
+        conv_method: the form in which k x k convolutions will be factored.
+        include, skip: patterns over dotted names; a skip beats an include.
+        calibration_samples, calibration_tokens: at most so many.
+        task: what the model is for; guessed when None.
+        batch_size: samples at once, >= 1.
+        image_size, max_length: how to read the data.
+        device, seed: where and with which random numbers to compute.
+        dry_run: open the data, and write nothing.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    factorize = spectra.factorizer(method, conv_method, None, with_data=True)
+    if not factorize.needs:
+        raise UsageError(
+            f"`--method {factorize.name}` needs no statistics", why="it takes the weights alone",
+            hint=f"decompose at once: `peftc decompose MODEL --method {factorize.name}`",
+        )  # fmt: skip
+    asked = calibrating.Request(
+        data, task, calibration_samples, None if calibration_tokens is None else int(calibration_tokens), batch_size,
+        image_size, max_length, seed,
+    )  # fmt: skip
+    loaded = load(model)
+    ordered.refuse_ordered(loaded)
+    spectra.refuse_non_finite(loaded)
+    targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
+    work = Factoring(loaded, targets, factorize, solver_device(device_of(device)))
+    work.leave_uncalled(reasons, include)
+    prepared = calibrating.prepare(loaded, asked, device)
+    if dry_run:
+        report = Report("calibrate", {"eligible": list(work.targets), "data": prepared.data})
+        report.tables.append(factored.dense_table([], reasons))
+        report.notes += [
+            *prepared.notes, f"{len(work.targets)} modules: {', '.join(factorize.needs)}, for `{factorize.name}`",
+            "dry run: nothing was written",
+        ]  # fmt: skip
+        return report
+    request = {
+        "command": "calibrate", "method": factorize.name, "conv_method": conv_method, "include": list(include),
+        "skip": list(skip), "device": device_of(device).type, "seed": seed, **calibrating.identity(prepared),
+    }  # fmt: skip
+    output = write.output_folder(output_dir, loaded, "calibrate")
+    with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            return write.already(job, "calibrate")
+        job.require(_least_bytes(work.targets, factorize.needs))
+        found = calibrating.collect(prepared, work.targets, factorize.needs, job.work)
+        found.note |= {"method": factorize.name, "eligible": list(work.targets), "collected": request}
+        report = _report(found, work.targets, reasons)
+        _write(job, loaded, base, request, found, report, work)
+    return report
+
+
+def _least_bytes(targets: Mapping[str, Target], needs: Sequence[str]) -> int:
+    """Return what the gradients of the outputs alone take, in every part, their sum and the folder."""
+    outs = [hooks.matrix_shape(target)[0] for target in targets.values()]
+    grams = sum(out**2 for out in outs if out <= hooks.LARGEST_GRAM)
+    return 8 * (calibrating.LANES + 2) * grams if "output_gradient_gram" in needs else 0
+
+
+def _write(
+    job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], found: Statistics, report: Report,
+    work: Factoring,
+) -> None:  # fmt: skip
+    """Write the statistics and what is known of them, check the bytes, and let the folder appear."""
+    pieces = {name: artifact.from_file(info) for name, info in read_header(found.path)[0].items()}
+    files = artifact.write_weights(job.folder, pieces, job.id, ONE_FILE, STATISTICS)
+    files[f"{STATISTICS}.json"] = artifact.write_json(job.folder / f"{STATISTICS}.json", found.note)
+    earlier = model.manifest.steps if model.manifest else []
+    record = Manifest(
+        id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
+        parameters=measure.parameters(model.module), preprocess=model.preprocess, labels=model.labels,
+    )  # fmt: skip
+    changed = artifact.changed_files(job.folder, record)
+    if changed:
+        raise write.differs(job.folder, f"`{changed[0]}` holds other bytes")
+    report.data["bytes"] = record.weight_bytes
+    report.notes += [
+        f"the folder takes {size(record.weight_bytes)}",
+        f"use it at any budget: `peftc decompose MODEL --statistics {job.output} --ratio 0.5 -o small`",
+    ]
+    write.finish(job, record, report, work.device)
+    report.artifact = job.output
+
+
+def _report(found: Statistics, targets: Mapping[str, Target], reasons: Mapping[str, str]) -> Report:
+    """Say of which modules there are statistics, and over how many rows."""
+    about = found.note["modules"]
+    never = {name: found.why_not(name) for name in targets if name not in found}
+    report = Report("calibrate", {key: found.note[key] for key in ("method", "needs", "data", "samples", "modules")})
+    report.data["dense"] = [{"name": name, "reason": reason} for name, reason in {**reasons, **never}.items()]
+    report.tables += [statistics_table(about), factored.dense_table([], {**reasons, **never})]
+    report.notes += [*found.notes, f"for `--method {found.note['method']}`: {', '.join(found.note['needs'])}"]
+    report.warnings += found.warnings
+    return report
