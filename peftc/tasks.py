@@ -142,9 +142,8 @@ def _fixed_size(model: Model, image_size: int | None) -> None:
 
 def _need_classes(data: Dataset, task: str) -> None:
     if data.labels is None or data.classes is None:
-        none = (
-            "its images lie in no class folders" if data.kind == "image" else "it has no label column of a usual name"
-        )
+        column = "no label column of a usual name"
+        none = f"it has no class folders and {column}" if data.kind == "image" else f"it has {column}"
         why = none if data.labels is None else "its labels are scores"
         raise DataError(
             f"`{task}` needs a class for each sample of `{data.name}`",
