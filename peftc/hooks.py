@@ -17,6 +17,7 @@ weight_fisher          (in,)                           squared gradients of a sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,10 +167,7 @@ def matrix_shape(target: Target) -> tuple[int, int]:
     if target.form == "spatial":
         out, in_, kh, kw = target.shape
         return out * kw, in_ * kh
-    rest = 1
-    for size in target.shape[1:]:
-        rest *= size
-    return target.shape[0], rest
+    return target.shape[0], math.prod(target.shape[1:])
 
 
 def _reading(model: Model, target: Target) -> tuple[object, ...]:
