@@ -29,6 +29,7 @@ def decompose(
     calibration_samples: o.CalibrationSamples = 512,
     calibration_tokens: o.CalibrationTokens = None,
     bias_correction: o.BiasCorrection = True,
+    joint: o.Joint = False,
     task: o.Task = None,
     num_samples: o.NumSamples = None,
     batch_size: o.BatchSize = None,

@@ -229,6 +229,9 @@ CalibrationTokens = Annotated[
 BiasCorrection = Annotated[
     bool, Option("--bias-correction/--no-bias-correction", help="let biases make up for the mean of the inputs")
 ]
+Joint = Annotated[
+    bool, Option("--joint/--no-joint", help="modules that read one input, as q, k, v, share a down factor")
+]
 Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
 Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
 NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]

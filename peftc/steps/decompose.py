@@ -20,6 +20,7 @@ from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
 from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import joint as joining
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -47,10 +48,10 @@ class Question:
     def decide(self, folder: Path) -> Decision:
         """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
         if self.source is not None:
-            needs = self.work.factorize.needs
-            self.work.use(calibrating.obtain(self.source, self.work.targets, needs, folder), self.reasons)
+            work, needs = self.work, self.work.factorize.needs
+            work.use(joining.calibrated(work.model, work.targets, self.source, needs, folder), self.reasons)
         if self.budget is None:
-            return Decision(self.plan.ranks if self.plan else {})
+            return Decision(joining.gathered(self.plan).ranks if self.plan else {})
         return decide(self.work, self.budget, self.allocation, self.multiple, self.timed)
 
     def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
@@ -85,6 +86,7 @@ def decompose(
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
     bias_correction: bool = True,
+    joint: bool = False,
     task: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -123,6 +125,7 @@ def decompose(
         statistics: what `calibrate` collected before, instead of a calibration here.
         calibration_samples, calibration_tokens: at most so many are calibrated on.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
+        joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
         max_drop, min_quality, max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -141,6 +144,7 @@ def decompose(
         plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
         target_macs=target_macs, speedup=speedup,
     )  # fmt: skip
+    joining.refuse_with(joint, keep_all_ranks=keep_all_ranks, plan=plan, budget=budget)
     multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
     sample = Input(batch_size, image_size, max_length, device, seed)
     factorize = spectra.factorizer(
@@ -154,7 +158,7 @@ def decompose(
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = factored.asked_plan(plan, targets)
+    given = factored.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     if keep_all_ranks:
@@ -177,7 +181,8 @@ def decompose(
     request = {
         **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
         "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
-        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source),
+        **({"keep_all_ranks": True} if keep_all_ranks else {}), **({"joint": True} if joint else {}),
+        **calibrating.identity(source),
         **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")
