@@ -20,6 +20,9 @@ from peftc.methods.spectrum import Solution, Spectrum
 
 RESIDUAL = 1e-9  # accepted |S U - U diag(e)| relative to |S|, both Frobenius norms
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
+FAINT = 1e-8  # least damping of a block, as a share of the mean eigenvalue of all blocks, so that inverses keep digits
+
+Gram = Tensor | tuple[Tensor, ...]  # several are the blocks of a block diagonal matrix
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class Moment:
         return self.matrix if self.side == "output" else _symmetric(weight @ self.matrix @ weight.T)
 
 
-def weighted(weight: Tensor, moment: Moment, gram: Tensor | None = None, *, damping: float = 0.0) -> Spectrum:
+def weighted(weight: Tensor, moment: Moment, gram: Gram | None = None, *, damping: float = 0.0) -> Spectrum:
     """Decompose ``weight`` under the norm that a second moment, and a gram matrix on the output side, define.
 
     Args:
         weight: (out, in), float32 or float64, finite.
         moment: of the inputs or outputs.
-        gram: metric on the outputs: (out, out), or () for a multiple of the identity; None is the identity.
-        damping: >= 0, share of the gram matrix's mean eigenvalue that is added to all of them.
+        gram: metric on the outputs: (out, out), or () for a multiple of the identity, or the blocks of a block diagonal
+            matrix; None is the identity.
+        damping: >= 0, share of the gram matrix's, or each block's, mean eigenvalue that is added to all of them.
     """
     solve = partial(_solve, moment=moment, gram=gram, damping=damping)
     rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
@@ -61,7 +65,7 @@ def weighted(weight: Tensor, moment: Moment, gram: Tensor | None = None, *, damp
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | None, damping: float) -> Solution | None:
+def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Gram | None, damping: float) -> Solution | None:
     """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
     out, in_ = weight.shape
     wide = weight.double()
@@ -90,15 +94,24 @@ def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | Non
     return Solution(energies.sqrt(), up.to(weight.dtype), down.to(weight.dtype), "")
 
 
-def _roots(gram: Tensor | None, damping: float, solver: Solver) -> tuple[Tensor | None, Tensor | None]:
+def _roots(gram: Gram | None, damping: float, solver: Solver) -> tuple[Tensor | None, Tensor | None]:
     """Return the square root of the damped gram matrix and its inverse; None for the identity."""
     if gram is None:
         return None, None
+    if isinstance(gram, tuple):
+        total = sum(float(block.diagonal().sum()) for block in gram) / sum(len(block) for block in gram)
+        pairs = [_damped_roots(block, damping, FAINT * total, solver) for block in gram]
+        return torch.block_diag(*(root for root, _ in pairs)), torch.block_diag(*(inverse for _, inverse in pairs))
     if gram.ndim == 0 or not bool(gram.any()):
         scale = gram.flatten()[0].clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         return scale.reshape(1, 1), (1 / scale).reshape(1, 1)
+    return _damped_roots(gram, damping, 0.0, solver)
+
+
+def _damped_roots(gram: Tensor, damping: float, least: float, solver: Solver) -> tuple[Tensor, Tensor]:
     squares, axes = solver(gram)
-    squares = squares.clamp_min(0) + max(damping, VANISHING) * gram.diagonal().mean()
+    shift = (max(damping, VANISHING) * gram.diagonal().mean()).clamp_min(max(least, torch.finfo(gram.dtype).tiny))
+    squares = squares.clamp_min(0) + shift
     return (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T
 
 

@@ -206,7 +206,7 @@ def statistics_of(known: Statistics, target: Target, device: torch.device) -> Fo
             gram if gram.ndim else gram * torch.eye(out, dtype=gram.dtype, device=device)
             for gram, out in zip(grams, target.outs, strict=True)
         ]
-        others["output_gradient_gram"] = torch.block_diag(*blocks)
+        others["output_gradient_gram"] = tuple(blocks)  # type: ignore[assignment]
     if "weight_fisher" in others:
         others["weight_fisher"] = torch.stack([each.others["weight_fisher"] for each in found]).sum(0)
     return replace(found[0], others=others)
