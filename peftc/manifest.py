@@ -112,7 +112,7 @@ def read(folder: Path) -> Manifest:
         if not _has(edit, {"form": str}) or not _is_rank(edit.get("rank")):
             raise _damaged(path, f"its entry for module `{name}` has no form and rank")
         if "shares" in edit and not _shares(value["modules"], edit):
-            raise _damaged(path, f"module `{name}` shares the down factor of {edit['shares']!r}, which has no such factor")
+            raise _damaged(path, f"`{name}` shares the down factor of {edit['shares']!r}, which has none of that rank")
     for name, entry in value.get("ordered", {}).items():
         if not _has(entry, {"form": str}) or type(entry.get("rank")) is not int or entry["rank"] < 0:
             raise _damaged(path, f"its entry for the ordered factors of `{name}` has no form and rank")
@@ -132,7 +132,7 @@ def _has(entry: Any, fields: dict[str, type]) -> bool:
 def _shares(modules: dict[str, Any], edit: dict[str, Any]) -> bool:
     """Return whether the module that an entry names leads a group of the same rank."""
     first = modules.get(edit["shares"]) if isinstance(edit["shares"], str) else None
-    return _has(first, {"shares": str}) and (first["shares"], first["rank"]) == (edit["shares"], edit["rank"])
+    return isinstance(first, dict) and (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
 
 
 def _is_rank(value: Any) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ RESIDUAL = 1e-9  # accepted |S U - U diag(e)| relative to |S|, both Frobenius no
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
 FAINT = 1e-8  # least damping of a block, as a share of the mean eigenvalue of all blocks, so that inverses keep digits
 
-Gram = Tensor | tuple[Tensor, ...]  # several are the blocks of a block diagonal matrix
+Gram: TypeAlias = Tensor | tuple[Tensor, ...]  # several are the blocks of a block diagonal matrix
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,12 @@ class SharedDown(nn.Linear):
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """Return what else a product hangs on; compared by identity where it is an object."""
         weight, kind = self.weight, x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (
             None if x.is_inference() else x._version,
             weight, None if weight.is_inference() else weight._version, weight.dtype, weight.device,
             weight.requires_grad, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-            *_saved_tensor_hooks(),
+            autocast, *_saved_tensor_hooks(),
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

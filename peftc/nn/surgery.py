@@ -42,7 +42,7 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
         try:
             shared.share([network.get_submodule(name) for name in names])
         except (AttributeError, TypeError, ValueError) as error:
-            raise ArtifactError(f"the artifact lets modules share the down factor of `{first}`", why=str(error)) from error
+            raise ArtifactError(f"modules cannot share the down factor of `{first}`", why=str(error)) from error
 
 
 def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -67,7 +67,8 @@ def analyze(
         plan: where to write the plan that `decompose` takes; without a budget, for ``ratio`` 0.5.
         plot: where to draw the spectra, as PNG or SVG by its ending.
         ratio, rank, energy, target_params, target_macs, speedup: the budget of the plan, at most one.
-        allocation, rank_multiple, method, conv_method, settings, joint, include, skip, device, seed: as for `decompose`.
+        allocation, rank_multiple, method, conv_method, settings, joint, include, skip, device, seed: as for
+            `decompose`.
         batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 
     Raises:
@@ -111,7 +112,9 @@ def analyze(
         joining.arrange(loaded, targets, None, joint)
         work = Factoring(loaded, targets, factorize, place)
         work.leave_uncalled(reasons, include)
-        known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2" and not target.members}
+        known = {
+            name: _Known(found[name]) for name, each in targets.items() if each.form != "tucker2" and not each.members
+        }
         timed = Input(batch_size, image_size, max_length, device, seed)
         decided = decide(work, budget, allocation, multiple, timed, known)
         _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
@@ -224,12 +227,14 @@ def _say_plan(
     kept = sum(targets[name].cost(rank, "entries") for name, rank in ranks.items())
     dense = sum(target.entries for target in targets.values())
     total = report.data["parameters"]
+    by_module = {each: rank for name, rank in ranks.items() for each in targets[name].members or (name,)}
     for row in report.data["modules"]:
-        if row["name"] in ranks:
-            rank = ranks[row["name"]]
+        if row["name"] in by_module:
+            rank = by_module[row["name"]]
             row["planned_rank"] = list(rank) if isinstance(rank, tuple) else rank
     after, share = total - dense + kept, kept / dense if dense else 1.0
     report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": after, "eligible": share}
+    report.notes += joining.said(targets, ranks)
     factored = sum(rank is not None for rank in ranks.values())
     report.notes.append(
         f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, "

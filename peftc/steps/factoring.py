@@ -178,7 +178,7 @@ class Factoring:
     def _by_member(
         self, target: Target, weight: Tensor, factors: Factors, named: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the factors of a group's stack as those of its members, ``<place>.up.weight`` and one ``down.weight``."""
+        """Return the factors of a group's stack as its members' ``<place>.up.weight`` and one ``down.weight``."""
         parts = {"down.weight": named["down.weight"]}
         ups = zip(named["up.weight"].split(target.outs), factors.up.split(target.outs), strict=True)
         for at, (stored, up) in enumerate(ups):

@@ -279,5 +279,7 @@ def spelled_out(plan: Plan, model: Model, targets: Mapping[str, Target]) -> Plan
 def said(targets: Mapping[str, Target], ranks: Mapping[str, Rank | None]) -> list[str]:
     """Return a note on the groups that share a down factor, a kind of them at a time."""
     groups = {name: target for name, target in targets.items() if target.members and ranks[name] is not None}
-    kinds = [f"`{kind}` and {len(groups[names[0]].members) - 1} more ({len(names)})" for kind, names in grouped(groups).items()]
+    kinds = [
+        f"`{kind}` and {len(groups[some[0]].members) - 1} more ({len(some)})" for kind, some in grouped(groups).items()
+    ]
     return [f"modules that read one input share their down factor: {'; '.join(kinds)}"] if kinds else []

@@ -17,6 +17,7 @@ from peftc.steps import decompose as step
 from peftc.steps import statistics
 from peftc.steps.evaluate import evaluate
 
+FIGURES = ("spearman", "divergence", "agreement")
 NEEDS = ("second_moment", "output_gradient_gram")
 
 
@@ -36,7 +37,7 @@ def quality(folder: Path, model: str, data: str) -> dict[str, Any]:
     generated = data.startswith("generated:")
     found = evaluate(folder, data=data, against=model if generated else None, seed=0, device="cpu").data
     measured = {**found["metrics"], **found.get("against", {})}
-    return {name: round(measured[name]["value"], 4) for name in ("spearman", "divergence", "agreement") if name in measured}
+    return {name: round(one["value"], 4) for name, one in measured.items() if name in FIGURES}
 
 
 def main() -> None:
