@@ -36,7 +36,8 @@ class Manifest:
         id: digest of the base and of every request: same question, same id.
         base: library, class and constructor arguments of the base network; source, revision and sha256 of its files.
         steps: one ``{"id", "request"}`` per step, oldest first.
-        modules: dotted name -> ``{"form", "rank"}`` of each factored module.
+        modules: dotted name -> ``{"form", "rank"}`` of each factored module, and ``shares``, the first member of its
+            group, for one whose down factor is that of all members.
         tied: alias -> stored name, for tensors that are one and the same.
         files: file name -> ``{"sha256", "bytes"}`` of everything in the folder but this file and ``result.json``.
         parameters: number of parameters, tied ones counted once.
@@ -116,6 +117,8 @@ def read(folder: Path) -> Manifest:
     for name, edit in value["modules"].items():
         if not _has(edit, {"form": str}) or not _is_rank(edit.get("rank")):
             raise _damaged(path, f"its entry for module `{name}` has no form and rank")
+        if "shares" in edit and not _shares(value["modules"], edit):
+            raise _damaged(path, f"`{name}` shares the down factor of {edit['shares']!r}, which has none of that rank")
     for name, entry in value.get("ordered", {}).items():
         if not _has(entry, {"form": str}) or type(entry.get("rank")) is not int or entry["rank"] < 0:
             raise _damaged(path, f"its entry for the ordered factors of `{name}` has no form and rank")
@@ -130,6 +133,12 @@ def read(folder: Path) -> Manifest:
 
 def _has(entry: Any, fields: dict[str, type]) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+
+
+def _shares(modules: dict[str, Any], edit: dict[str, Any]) -> bool:
+    """Return whether the module that an entry names leads a group of the same rank."""
+    first = modules.get(edit["shares"]) if isinstance(edit["shares"], str) else None
+    return isinstance(first, dict) and (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
 
 
 def _is_rank(value: Any) -> bool:

@@ -119,14 +119,16 @@ def budget(
 
 @dataclass(frozen=True)
 class Target:
-    """One eligible module.
+    """One eligible module, or a group of them that share their input and are to share one down factor.
 
     Attributes:
-        name: dotted.
-        form: how its weight is seen as a matrix.
-        shape: of the weight.
+        name: dotted; of a group, that of its first member.
+        form: how its weight is seen as a matrix; ``linear`` for a group.
+        shape: of the weight; of a group (sum of the members' outputs, in), that of the stack of their matrices.
         aliases: other modules that share the weight.
         uses: how one sample runs through the weight, by this module and its aliases.
+        members: of a group, its modules in the order of the stack; else empty.
+        outs: of a group, how many outputs each member has.
     """
 
     name: str
@@ -134,6 +136,8 @@ class Target:
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     uses: tuple[Use, ...] = ()
+    members: tuple[str, ...] = ()
+    outs: tuple[int, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -157,6 +161,7 @@ class Plan:
         reasons: module -> why it stays dense.
         method, settings: of the decomposition; empty in a plan written by hand.
         asked: the budget and allocation that led here, in words.
+        joint: the groups of modules that share one down factor, and so their rank.
     """
 
     ranks: dict[str, Rank | None]
@@ -165,10 +170,12 @@ class Plan:
     method: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     asked: str = ""
+    joint: list[list[str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        """Return the plan as JSON-ready values; ``joint`` only where there is a group."""
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return values if self.joint else {key: value for key, value in values.items() if key != "joint"}
 
     def write(self, path: Path) -> None:
         """Write the plan for people to read and edit."""
@@ -200,8 +207,26 @@ def read(path: Path) -> Plan:
             f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
         )
     ranks = {name: _rank(path, name, rank) for name, rank in value["ranks"].items()}
-    known = {"forms", "reasons", "method", "settings", "asked"}
+    _check_joint(path, value.get("joint", []), ranks)
+    known = {"forms", "reasons", "method", "settings", "asked", "joint"}
     return Plan(ranks, **{"forms": {}, **{key: value[key] for key in known & value.keys()}})
+
+
+def _check_joint(path: Path, groups: Any, ranks: Mapping[str, Rank | None]) -> None:
+    if not isinstance(groups, list) or not all(isinstance(names, list) and len(names) > 1 for names in groups):
+        raise PlanError(f"`{path}` is no plan", why="`joint` is not a list of groups of two or more modules")
+    together = [name for names in groups for name in names]
+    if len(set(map(str, together))) < len(together) or not all(isinstance(name, str) for name in together):
+        raise PlanError(f"`{path}` is no plan", why="a module stands twice in `joint`, or is not named by a text")
+    for names in groups:
+        several = {ranks.get(name) for name in names}
+        if len(several) > 1:
+            listed = ", ".join(f"`{name}` {ranks.get(name) or 'dense'}" for name in names)
+            raise PlanError(
+                f"`{path}` gives different ranks to modules that share a down factor: {listed}",
+                why="one factor has one rank",
+                hint="give them one rank, or take the group out of `joint`",
+            )
 
 
 def _rank(path: Path, name: str, value: Any) -> Rank | None:

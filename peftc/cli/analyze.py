@@ -21,6 +21,7 @@ def analyze(
     method: o.Method = "auto",
     conv_method: o.ConvMethod = "spatial",
     settings: o.Settings = None,
+    joint: o.Joint = False,
     include: o.Include = o.EMPTY,
     skip: o.Skip = o.EMPTY,
     batch_size: o.BatchSize = None,

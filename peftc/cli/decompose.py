@@ -31,6 +31,7 @@ def decompose(
     bias_correction: o.BiasCorrection = True,
     sensitivity: o.Sensitivity = 16,
     sequential: o.Sequential = False,
+    joint: o.Joint = False,
     task: o.Task = None,
     num_samples: o.NumSamples = None,
     batch_size: o.BatchSize = None,

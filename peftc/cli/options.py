@@ -235,6 +235,9 @@ Sensitivity = Annotated[
 Sequential = Annotated[
     bool, Option("--sequential", help="fit each module on what the factored modules before it produce")
 ]
+Joint = Annotated[
+    bool, Option("--joint/--no-joint", help="modules that read one input, as q, k, v, share a down factor")
+]
 Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
 Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
 NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from peftc.methods.spectrum import Solution, Spectrum
 RESIDUAL = 1e-9  # accepted |S - U diag(e) U^T| relative to |S|, and |I - U U^T| to |I|, Frobenius norms
 PROBES = 16  # Gaussian vectors that they are estimated with
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
+FAINT = 1e-8  # least damping of a block, as a share of the mean eigenvalue of all blocks, so that inverses keep digits
+
+Gram: TypeAlias = Tensor | tuple[Tensor, ...]  # several are the blocks of a block diagonal matrix
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,15 @@ class Moment:
         return self.matrix if self.side == "output" else _symmetric(weight @ self.matrix @ weight.T)
 
 
-def weighted(weight: Tensor, moment: Moment, gram: Tensor | None = None, *, damping: float = 0.0) -> Spectrum:
+def weighted(weight: Tensor, moment: Moment, gram: Gram | None = None, *, damping: float = 0.0) -> Spectrum:
     """Decompose ``weight`` under the norm that a second moment, and a gram matrix on the output side, define.
 
     Args:
         weight: (out, in), float32 or float64, finite.
         moment: of the inputs or outputs.
-        gram: metric on the outputs: (out, out), or () for a multiple of the identity; None is the identity.
-        damping: >= 0, share of the gram matrix's mean eigenvalue that is added to all of them.
+        gram: metric on the outputs: (out, out), or () for a multiple of the identity, or the blocks of a block diagonal
+            matrix; None is the identity.
+        damping: >= 0, share of the gram matrix's, or each block's, mean eigenvalue that is added to all of them.
     """
     solve = partial(_solve, moment=moment, gram=gram, damping=damping)
     rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
@@ -63,7 +67,7 @@ def weighted(weight: Tensor, moment: Moment, gram: Tensor | None = None, *, damp
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Tensor | None, damping: float) -> Solution:
+def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Gram | None, damping: float) -> Solution:
     """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in).
 
     What the moment knows nothing of (fewer rows than features) comes last, in the order of a plain SVD.
@@ -99,20 +103,27 @@ def _left(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
     return energies, image / torch.where(length > 0, length, 1.0)
 
 
-def _roots(gram: Tensor | None, damping: float, solver: Solver) -> tuple[Any, Tensor | None, Tensor | None]:
+def _roots(gram: Gram | None, damping: float, solver: Solver) -> tuple[Any, Tensor | None, Tensor | None]:
     """Return the square root of the damped gram matrix as a number times a matrix, and the inverse of that matrix.
 
-    None stands for the identity.
+    None stands for the identity; every block of several is damped by its own mean.
     """
     if gram is None:
         return 1.0, None, None
-    gram = gram.double()
-    mean = gram.diagonal().mean() if gram.ndim else gram
-    if not gram.ndim or not bool(gram.any()):
-        return (mean * (1 + damping)).sqrt(), None, None
-    squares, axes = _descending(gram / mean, solver)
-    squares = squares + max(damping, VANISHING)
-    return mean.sqrt(), (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T
+    blocks = [block.double() for block in (gram if isinstance(gram, tuple) else (gram,))]
+    if blocks[0].ndim == 0:
+        return (blocks[0] * (1 + damping)).sqrt(), None, None
+    mean = torch.cat([block.diagonal() for block in blocks]).mean()
+    if not bool(mean > 0):
+        return mean.sqrt(), None, None
+    pairs = [_block_roots(block / mean, damping, FAINT if len(blocks) > 1 else VANISHING, solver) for block in blocks]
+    return mean.sqrt(), torch.block_diag(*(root for root, _ in pairs)), torch.block_diag(*(inv for _, inv in pairs))
+
+
+def _block_roots(block: Tensor, damping: float, least: float, solver: Solver) -> tuple[Tensor, Tensor]:
+    squares, axes = _descending(block, solver)
+    squares = squares + (damping * block.diagonal().mean()).clamp_min(least)
+    return (axes * squares.sqrt()) @ axes.T, (axes / squares.sqrt()) @ axes.T
 
 
 def _descending(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:

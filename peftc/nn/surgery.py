@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, WeightError
-from peftc.nn import lowrank
+from peftc.nn import lowrank, shared
 
 
 def rank_of(edit: Mapping[str, Any]) -> Rank:
@@ -38,6 +38,20 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
                 why=f"in its base network that is a {type(old).__name__}: {error}",
             ) from error
         replace(network, old, new)
+    for first, names in sharing(edits).items():
+        try:
+            shared.share([network.get_submodule(name) for name in names])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ArtifactError(f"modules cannot share the down factor of `{first}`", why=str(error)) from error
+
+
+def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return first member -> all members of each group of ``edits`` that shares a down factor."""
+    groups: dict[str, list[str]] = {}
+    for name, edit in edits.items():
+        if "shares" in edit:
+            groups.setdefault(edit["shares"], []).append(name)
+    return groups
 
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

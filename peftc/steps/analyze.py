@@ -23,6 +23,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.source import Source
+from peftc.steps import joint as joining
 from peftc.steps import spectra
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
@@ -48,6 +49,7 @@ def analyze(
     method: str = "auto",
     conv_method: str = "spatial",
     settings: Mapping[str, Any] | None = None,
+    joint: bool = False,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
     batch_size: int | None = None,
@@ -65,7 +67,8 @@ def analyze(
         plan: where to write the plan that `decompose` takes; without a budget, for ``ratio`` 0.5.
         plot: where to draw the spectra, as PNG or SVG by its ending.
         ratio, rank, energy, target_params, target_macs, speedup: the budget of the plan, at most one.
-        allocation, rank_multiple, method, conv_method, settings, include, skip, device, seed: as for `decompose`.
+        allocation, rank_multiple, method, conv_method, settings, joint, include, skip, device, seed: as for
+            `decompose`.
         batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 
     Raises:
@@ -87,6 +90,7 @@ def analyze(
         budgets["ratio"], asked = "0.5", True
         notes.append("no budget was given: planned for `--ratio 0.5`")
     budget = plans.budget(**budgets) if asked else None  # type: ignore[arg-type]
+    joining.refuse_with(joint, keep_all_ranks=False, plan=None, budget=budget)
     for option, path in (("--plan", plan), ("--plot", plot)):
         _refuse_unwritable(option, path)
     factorize = spectra.factorizer(method, conv_method, settings)
@@ -105,9 +109,12 @@ def analyze(
         "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes
     )
     if budget is not None:
+        joining.arrange(loaded, targets, None, joint)
         work = Factoring(loaded, targets, factorize, place)
         work.leave_uncalled(reasons, include)
-        known = {name: _Known(found[name]) for name, target in targets.items() if target.form != "tucker2"}
+        known = {
+            name: _Known(found[name]) for name, each in targets.items() if each.form != "tucker2" and not each.members
+        }
         timed = Input(batch_size, image_size, max_length, device, seed)
         decided = decide(work, budget, allocation, multiple, timed, known)
         _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
@@ -220,12 +227,14 @@ def _say_plan(
     kept = sum(targets[name].cost(rank, "entries") for name, rank in ranks.items())
     dense = sum(target.entries for target in targets.values())
     total = report.data["parameters"]
+    by_module = {each: rank for name, rank in ranks.items() for each in targets[name].members or (name,)}
     for row in report.data["modules"]:
-        if row["name"] in ranks:
-            rank = ranks[row["name"]]
+        if row["name"] in by_module:
+            rank = by_module[row["name"]]
             row["planned_rank"] = list(rank) if isinstance(rank, tuple) else rank
     after, share = total - dense + kept, kept / dense if dense else 1.0
     report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": after, "eligible": share}
+    report.notes += joining.said(targets, ranks)
     factored = sum(rank is not None for rank in ranks.values())
     report.notes.append(
         f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, "

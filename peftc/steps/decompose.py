@@ -20,6 +20,7 @@ from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
 from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
 from peftc.steps import statistics as calibrating
@@ -51,10 +52,10 @@ class Question:
     def decide(self, folder: Path) -> Decision:
         """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
         if self.source is not None:
-            needs = self.work.factorize.needs
-            self.work.use(calibrating.obtain(self.source, self.work.targets, needs, folder), self.reasons)
+            work, needs = self.work, self.work.factorize.needs
+            work.use(joining.calibrated(work.model, work.targets, self.source, needs, folder), self.reasons)
         if self.budget is None:
-            return Decision(self.plan.ranks if self.plan else {})
+            return Decision(joining.gathered(self.plan).ranks if self.plan else {})
         known = None
         if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
             known = measuring.corrected(self.work, self.source, self.sensitivity, folder)
@@ -100,6 +101,7 @@ def decompose(
     bias_correction: bool = True,
     sensitivity: int = 16,
     sequential: bool = False,
+    joint: bool = False,
     task: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -141,6 +143,7 @@ def decompose(
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
             by it; 0 trusts the prediction.
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
+        joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
         max_drop, min_quality, max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -159,6 +162,7 @@ def decompose(
         plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
         target_macs=target_macs, speedup=speedup,
     )  # fmt: skip
+    joining.refuse_with(joint, keep_all_ranks=keep_all_ranks, plan=plan, budget=budget)
     multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
     sample = Input(batch_size, image_size, max_length, device, seed)
     factorize = spectra.factorizer(
@@ -172,7 +176,7 @@ def decompose(
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = factored.asked_plan(plan, targets)
+    given = factored.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     if keep_all_ranks:
@@ -210,7 +214,8 @@ def decompose(
     request = {
         **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
         "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
-        **({"keep_all_ranks": True} if keep_all_ranks else {}), **calibrating.identity(source, sensitivity, sequential),
+        **({"keep_all_ranks": True} if keep_all_ranks else {}), **({"joint": True} if joint else {}),
+        **calibrating.identity(source, sensitivity, sequential),
         **unusual(budget, multiple, sample),
     }  # fmt: skip
     output = write.output_folder(output_dir, loaded, "decompose")

@@ -9,12 +9,13 @@ from typing import Any
 from peftc import measure
 from peftc import plan as plans
 from peftc.allocate import Rank
-from peftc.errors import ArtifactError, UsageError
+from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.manifest import Manifest
 from peftc.models.load import Model
 from peftc.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
+from peftc.steps import joint as joining
 from peftc.steps import write
 from peftc.steps.factoring import Factoring, Kept
 
@@ -44,11 +45,27 @@ def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False
     return None
 
 
-def asked_plan(plan: str | Path | Plan | None, targets: Mapping[str, Target]) -> Plan | None:
-    """Return the plan that was asked for, checked against the eligible modules."""
+def asked_plan(
+    plan: str | Path | Plan | None, targets: dict[str, Target], model: Model | None = None, *, joint: bool = False
+) -> Plan | None:
+    """Return the plan that was asked for, checked against the eligible modules.
+
+    Args:
+        plan: as it was asked for.
+        targets: those that share a down factor by the plan, or are ``joint``, become one.
+        model: whose they are; None where factors cannot be shared.
+        joint: whether modules that read one input are to share a down factor.
+    """
     given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    if model is not None:
+        joining.arrange(model, targets, given, joint)
+    elif given is not None and given.joint:
+        raise PlanError(
+            "the plan lets modules share a down factor, and ordered factors are kept apart",
+            hint="decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`",
+        )
     if given is not None:
-        plans.check(given, targets)
+        plans.check(joining.gathered(given), targets)
     return given
 
 
@@ -118,6 +135,7 @@ def report_on(
     ]
     if tied:
         report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
+    report.notes += joining.said(targets, ranks)
     if not factored:
         report.warnings.append("no module was factored: none would become smaller at this budget")
     report.warnings += climbs(rows)
@@ -135,6 +153,7 @@ def module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense:
     reason = None if rank is not None else why_dense
     return {
         "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
+        **({"members": list(target.members)} if target.members else {}),
         "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
         "parameters_before": target.entries, "parameters_after": target.cost(rank, "entries"),
         "error": cut.get("error", 0.0 if rank is None else None), "loss": cut.get("loss"), "excess": cut.get("excess"),

@@ -25,7 +25,7 @@ from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Plan, Target
-from peftc.steps import spectra, write
+from peftc.steps import joint, spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics
 
@@ -103,7 +103,8 @@ class Factoring:
     def plan(self, ranks: Mapping[str, Rank | None], reasons: dict[str, str], method: str, asked: str) -> Plan:
         """Return what was decided as a plan, which leads to the same ranks whatever they hung on."""
         forms = {name: target.form for name, target in self.targets.items()}
-        return Plan(dict(ranks), forms, dict(reasons), method, dict(self.factorize.settings), asked)
+        plan = Plan(dict(ranks), forms, dict(reasons), method, dict(self.factorize.settings), asked)
+        return joint.spelled_out(plan, self.model, self.targets)
 
     def spectrum(self, target: Target) -> Decomposed:
         """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
@@ -159,6 +160,8 @@ class Factoring:
             found = self.spectrum(target) if kept_basis else by(weight, target, has_bias=self._bias(target) is not None)
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
         dense = self.model.module.get_submodule(target.name).weight
+        if target.members:
+            dense = joint.stacked(self.model, target, torch.device("cpu"), dense.dtype)  # type: ignore[union-attr, arg-type]
         named = lowrank.tensors(cut.factors, target.shape, target.form)
         named = {key: tensor.to(dense.dtype).cpu() for key, tensor in named.items()}  # type: ignore[union-attr, arg-type]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
@@ -170,14 +173,31 @@ class Factoring:
         note = {
             "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
         }  # fmt: skip
-        bias = self.corrected_bias(target, cut.factors, by)
-        write.save_part(part, named if bias is None else {**named, "up.bias": bias}, note)
+        if target.members:
+            named = self._by_member(target, cut.factors, named, by)
+        elif (bias := self.corrected_bias(target, cut.factors, by)) is not None:
+            named = {**named, "up.bias": bias}
+        write.save_part(part, named, note)
         return note
+
+    def _by_member(
+        self, target: Target, factors: Factors, named: dict[str, Tensor], by: Factorizer
+    ) -> dict[str, Tensor]:
+        """Return the factors of a group's stack as its members' ``<place>.up.weight`` and one ``down.weight``."""
+        parts = {"down.weight": named["down.weight"]}
+        ups = zip(named["up.weight"].split(target.outs), factors.up.split(target.outs), strict=True)
+        for at, (stored, up) in enumerate(ups):
+            parts[f"{at}.up.weight"] = stored.contiguous()
+            bias = self.corrected_bias(joint.member(self.model, target, at), Factors(up, factors.down), by)
+            if bias is not None:
+                parts[f"{at}.up.bias"] = bias
+        return parts
 
     def _bias(self, target: Target) -> Tensor | None:
         """Return the bias that may make up for what factors lose of the mean: the target's own, and nobody else's."""
-        bias = getattr(self.model.module.get_submodule(target.name), "bias", None)
-        return bias if isinstance(bias, Tensor) and not target.aliases else None
+        owners = [self.model.module.get_submodule(name) for name in target.members or (target.name,)]
+        biases = [bias for owner in owners if isinstance(bias := getattr(owner, "bias", None), Tensor)]
+        return biases[0] if len(biases) == len(owners) and not target.aliases else None
 
     def corrected_bias(self, target: Target, factors: Factors, factorize: Factorizer | None = None) -> Tensor | None:
         """Return bias + (W - up down) E[x], or None where nothing is corrected."""
@@ -216,6 +236,9 @@ class Factoring:
             if rank is None:
                 continue
             tensors, parts = (kept or self.kept)(name, rank)
+            if self.targets[name].members:
+                modules |= joint.edit(network, self.targets[name], rank, tensors, parts, pieces)
+                continue
             factors = {key: nn.Parameter(tensor) for key, tensor in tensors.items()}
             for each in (name, *self.targets[name].aliases):
                 form = self.form_of(each, name)

@@ -8,7 +8,8 @@ that module is then scaled by measured / predicted. One evaluation per module bo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from peftc import allocate, artifact, hooks, progress
 from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
+from peftc.nn.lowrank import Factors
 from peftc.plan import Target
+from peftc.steps import joint
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Losses
 from peftc.steps.statistics import Prepared
@@ -107,29 +110,28 @@ def _scale(
     return min(max(measured / predicted, 1 / LARGEST), LARGEST)
 
 
-class _cut:
-    """Give a module the product of its factors as weight, for the length of a context."""
-
-    def __init__(self, work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> None:
-        self.module: Any = network.get_submodule(target.name)
-        factors = found.truncate(rank).factors
-        product = lowrank.dense_weight(lowrank.tensors(factors, target.shape, target.form), target.shape, target.form)
-        self.changes: Mapping[str, Any] = {
-            "weight": product,
-            "bias": work.corrected_bias(target, factors),
-        }
-
-    def __enter__(self) -> None:
-        self.before = {}
-        for name, tensor in self.changes.items():
-            parameter = getattr(self.module, name, None)
-            if tensor is not None and parameter is not None:
-                self.before[name] = parameter.data
+@contextmanager
+def _cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> Iterator[None]:
+    """Give a module, or every member of a group, the product of its factors as weight, for the length of a context."""
+    factors = found.truncate(rank).factors
+    ups = factors.up.split(target.outs) if target.members else (factors.up,)
+    before: list[tuple[Any, Tensor]] = []
+    for at, up in enumerate(ups):
+        one = joint.member(work.model, target, at) if target.members else target
+        module = network.get_submodule(one.name)
+        mine = Factors(up, factors.down)
+        product = lowrank.dense_weight(lowrank.tensors(mine, one.shape, one.form), one.shape, one.form)
+        changes: list[tuple[Any, Tensor | None]] = [(module.weight, product)]
+        changes.append((getattr(module, "bias", None), work.corrected_bias(one, mine)))
+        for parameter, tensor in changes:
+            if tensor is not None:
+                before.append((parameter, parameter.data))
                 parameter.data = tensor.to(parameter.device, parameter.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        for name, data in self.before.items():
-            getattr(self.module, name).data = data
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 def _outputs(prepared: Prepared, batch: Batch) -> Tensor:

@@ -142,6 +142,8 @@ def _request_options(request: dict[str, Any]) -> list[str]:
         words += [f"--{kind}", str(amount)]
     if request.get("keep_all_ranks"):
         words.append("--keep-all-ranks")
+    if request.get("joint"):
+        words.append("--joint")
     if request.get("max_shard_bytes", DEFAULT_SHARD) != DEFAULT_SHARD:
         words += ["--max-shard-size", str(request["max_shard_bytes"])]
     for key in ("allocation", "method", "conv_method", "device", "seed"):

@@ -19,6 +19,7 @@ from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.plan import Budget, Target
+from peftc.steps import joint
 from peftc.steps.statistics import Statistics
 
 Decomposed = Spectrum | Tucker
@@ -59,7 +60,7 @@ class Factorizer:
         given: dict[str, Any] = dict(self.settings)
         if self.needs:
             assert self.statistics is not None
-            found = self.statistics.of(target.name, weight.device)
+            found = joint.statistics_of(self.statistics, target, weight.device)
             given |= found.of(self.needs, centred=self.correct_bias and has_bias)
             gram = given.get("output_gradient_gram")
             if target.form == "spatial" and gram is not None and gram.ndim:  # every column of the kernel meets it
@@ -139,6 +140,8 @@ def allocation_of(allocation: str, needs: Sequence[str]) -> str:
 
 def weight_of(model: Model, target: Target, device: torch.device) -> Tensor:
     """Return a module's weight on a device, as float32 unless it is stored as float64."""
+    if target.members:
+        return joint.stacked(model, target, device)
     weight = model.module.get_submodule(target.name).weight.detach()
     return weight.to(device, weight.dtype if weight.dtype == torch.float64 else torch.float32)  # type: ignore[union-attr]
 

@@ -24,7 +24,7 @@ def example(**changes: Any) -> Manifest:
         "steps": [{"id": SHA, "request": {"command": "decompose", "seed": 0}}],
         "files": {"model.safetensors": {"sha256": SHA, "bytes": 8}},
         "parameters": 2,
-        "modules": {"fc": {"form": "linear", "rank": 3}, "conv": {"form": "tucker2", "rank": [2, 3]}},
+        "modules": {"fc": {"form": "linear", "rank": 3, "shares": "fc"}, "conv": {"form": "tucker2", "rank": [2, 3]}},
         "labels": ["cat", "größer"],
         "ordered": {"head": {"form": "linear", "rank": 0}},
     }

@@ -15,16 +15,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftc.methods.spectrum import Spectrum
-from peftc.methods.weighted import Moment, weighted
+from peftc.methods.weighted import Gram, Moment, weighted
 
 
-def kfac(weight: Tensor, *, second_moment: Moment, output_gradient_gram: Tensor, damping: float = 0.3) -> Spectrum:
+def kfac(weight: Tensor, *, second_moment: Moment, output_gradient_gram: Gram, damping: float = 0.3) -> Spectrum:
     """Decompose ``weight`` so that each truncation changes the loss least, to second order.
 
     Args:
         weight: (out, in), float32 or float64, finite.
         second_moment: of the inputs, (in, in), or of the outputs before the bias, (out, out).
-        output_gradient_gram: (out, out), or () where only its mean eigenvalue is known.
+        output_gradient_gram: (out, out), or () where only its mean eigenvalue is known, or the blocks of a stack.
         damping: >= 0, share of the gram matrix's mean eigenvalue that is added to all of them.
     """
     return weighted(weight, second_moment, output_gradient_gram, damping=damping)

@@ -1,0 +1,286 @@
+"""Groups of modules that read the same input, factored as one stack with one shared down factor.
+
+The stack [W_q; W_k; W_v] (sum of outs, in) is one matrix to every method, so its factors of rank r are the best under
+the method's own objective for all members together; up is cut into the members' rows, down is theirs in common. That
+costs r (in + sum of outs) entries and, since the product with down is computed once, as many multiply-adds an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.allocate import Rank
+from peftc.artifact import Piece
+from peftc.errors import PeftcError, PlanError, UsageError
+from peftc.hooks import Found
+from peftc.models.inputs import main_output, probe
+from peftc.models.load import Model
+from peftc.nn import lowrank, shared, surgery
+from peftc.plan import Budget, Plan, Target
+from peftc.report import grouped
+from peftc.steps import statistics, write
+from peftc.steps.statistics import Prepared, Statistics
+
+FORMS = ("linear", "transposed")
+
+
+def refuse_with(asked: bool, *, keep_all_ranks: bool, plan: object, budget: Budget | None) -> None:
+    """Refuse what cannot go with ``--joint``.
+
+    Raises:
+        UsageError: naming the other option.
+    """
+    if not asked:
+        return
+    others = {
+        "--keep-all-ranks": (keep_all_ranks, "the ordered factors of a module are kept apart, so that each can be cut"),
+        "--plan": (plan is not None, "a plan says itself which modules share a factor, under `joint`"),
+        "--speedup": (
+            budget is not None and budget.kind == "speedup",
+            "modules are timed one by one, and a shared factor is not the time of any one of them",
+        ),
+    }
+    for option, (given, why) in others.items():
+        if given:
+            raise UsageError(f"`--joint` and `{option}` cannot be combined", why=why, hint="leave one of them out")
+
+
+def arrange(model: Model, targets: dict[str, Target], plan: Plan | None, asked: bool) -> list[list[str]]:
+    """Put the groups that a plan names, or that share an input, in the place of their members; return their names."""
+    if plan is not None:
+        groups = plan.joint
+        _check_planned(model, targets, groups)
+    else:
+        groups = of_one_input(model, targets) if asked else []
+    _group(model, targets, groups)
+    return groups
+
+
+def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]:
+    """Return the groups of two or more eligible modules that read the same tensor, once each, in one forward pass.
+
+    Plain linear maps that share their weight with nobody take part, on the meta device too. A model for which no input
+    can be made up has no group.
+    """
+    fit = [name for name, target in targets.items() if target.form in FORMS and not target.aliases]
+    subject = write.one_dtype(model)
+    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in fit}
+    try:
+        batch = probe(subject)
+        with _watching(subject.module, seen), torch.no_grad():  # inference tensors have no version
+            network = subject.module
+            main_output(subject, network(**batch) if isinstance(batch, dict) else network(batch))
+    except (PeftcError, *write.DOES_NOT_RUN):
+        return []
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, calls in seen.items():
+        if len(calls) == 1:
+            tensor, version = calls[0]
+            groups.setdefault((id(tensor), version), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+@contextmanager
+def _watching(network: nn.Module, seen: Mapping[str, list[tuple[Tensor, int]]]) -> Iterator[None]:
+    """Note each named module's input and its version; the tensors are kept, so that identity means what it says."""
+
+    def watch(calls: list[tuple[Tensor, int]]) -> Callable[..., None]:
+        def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs:
+                calls.append((inputs[0], inputs[0]._version))
+
+        return note
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(watch(calls)) for name, calls in seen.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_planned(model: Model, targets: Mapping[str, Target], groups: Sequence[Sequence[str]]) -> None:
+    for names in groups:
+        unknown = [name for name in names if name not in targets]
+        if unknown:
+            raise PlanError(
+                f"the plan lets `{unknown[0]}` share a down factor, but it is not among the eligible modules",
+                hint=f"include it: `--include {unknown[0]}`, or take the group out of `joint`",
+            )
+        some = [targets[name] for name in names]
+        if any(each.form not in FORMS or each.aliases for each in some) or len({_in(each) for each in some}) > 1:
+            raise PlanError(
+                f"the plan lets {', '.join(f'`{name}`' for name in names)} share a down factor",
+                why="only linear modules of one input width that share their weight with no other can",
+                hint="take the group out of `joint`",
+            )
+
+
+def _in(target: Target) -> int:
+    return target.shape[1] if target.form == "linear" else target.shape[0]
+
+
+def _group(model: Model, targets: dict[str, Target], groups: Sequence[Sequence[str]]) -> None:
+    """Replace members by their group, at the place of the first one."""
+    leads = {names[0]: names for names in groups}
+    others = {name for names in groups for name in names[1:]}
+    arranged = {}
+    for name, target in targets.items():
+        if name in leads:
+            some = [targets[each] for each in leads[name]]
+            outs = tuple(each.entries // _in(each) for each in some)
+            target = Target(name, "linear", (sum(outs), _in(target)), members=tuple(leads[name]), outs=outs)
+        if name not in others:
+            arranged[name] = target
+    targets.clear()
+    targets.update(arranged)
+
+
+def one_by_one(model: Model, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Return the targets with every group as its members again."""
+    found = {}
+    for name, target in targets.items():
+        for at, each in enumerate(target.members or (name,)):
+            found[each] = member(model, target, at) if target.members else target
+    return found
+
+
+def member(model: Model, target: Target, at: int) -> Target:
+    """Return a member of a group as a target of its own."""
+    weight: Any = model.module.get_submodule(target.members[at]).weight
+    form = form_of(model.module.get_submodule(target.members[at]))
+    uses = tuple(replace(use, form=form) for use in target.uses)
+    return Target(target.members[at], form, tuple(weight.shape), uses=uses)
+
+
+def form_of(module: nn.Module) -> str:
+    """Return the form of a member."""
+    return "linear" if isinstance(module, nn.Linear) else "transposed"
+
+
+def calibrated(
+    model: Model, targets: dict[str, Target], source: Prepared | Statistics, needs: Sequence[str], folder: Path
+) -> Statistics:
+    """Return the statistics of all targets, of a group's members one by one; take apart groups that have none as one.
+
+    These are groups of few outputs, of which only the second moments of each member's outputs are kept, and members
+    that read different tensors on the calibration set.
+    """
+    known = statistics.obtain(source, one_by_one(model, targets), needs, folder)
+    apart = []
+    arranged: dict[str, Target] = {}
+    for name, target in targets.items():
+        about = [known.note["modules"].get(member) for member in target.members]
+        if not target.members or {each and (each["side"], each["leader"]) for each in about} <= {("input", name)}:
+            arranged[name] = target
+        else:
+            arranged |= one_by_one(model, {name: target})
+            apart.append(name)
+    targets.clear()
+    targets.update(arranged)
+    if apart:
+        listed = ", ".join(f"`{name}`" for name in apart[:4]) + (" and others" if len(apart) > 4 else "")
+        known.notes.append(f"factored apart, for want of statistics of the group's common input: the group of {listed}")
+    return known
+
+
+def statistics_of(known: Statistics, target: Target, device: torch.device) -> Found:
+    """Return the statistics of a target; of a group those of its stack.
+
+    The input side is common to the members. The stack's gram matrix is taken as block diagonal: how gradients of
+    different members vary together is not collected. The Fisher information of an input feature is summed.
+    """
+    if not target.members:
+        return known.of(target.name, device)
+    found = [known.of(name, device) for name in target.members]
+    others = dict(found[0].others)
+    if "output_gradient_gram" in others:
+        grams = [each.others["output_gradient_gram"] for each in found]
+        blocks = [
+            gram if gram.ndim else gram * torch.eye(out, dtype=gram.dtype, device=device)
+            for gram, out in zip(grams, target.outs, strict=True)
+        ]
+        others["output_gradient_gram"] = tuple(blocks)  # type: ignore[assignment]
+    if "weight_fisher" in others:
+        others["weight_fisher"] = torch.stack([each.others["weight_fisher"] for each in found]).sum(0)
+    return replace(found[0], others=others)
+
+
+def stacked(model: Model, target: Target, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the members' matrices (out, in) one above the other, as float32 unless stored as float64 or said."""
+    weights: list[Any] = [model.module.get_submodule(name) for name in target.members]
+    parts = [lowrank.matrix(each.weight.detach(), form_of(each)) for each in weights]
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    return torch.cat([part.to(device, dtype or wide) for part in parts])
+
+
+def edit(
+    network: nn.Module, target: Target, rank: Rank, tensors: Mapping[str, Tensor], parts: Mapping[str, Piece],
+    pieces: MutableMapping[str, Piece],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Put a group's factors into the network and their pieces beside the others; return its manifest entries.
+
+    Args:
+        network: edited in place.
+        target: a group.
+        rank: of the shared factor.
+        tensors, parts: ``down.weight``, and for each place in the group ``<place>.up.weight`` and maybe ``.up.bias``.
+        pieces: all that is to be stored.
+    """
+    members: list[Any] = []
+    entries = {}
+    for at, name in enumerate(target.members):
+        old = network.get_submodule(name)
+        new = lowrank.build(old, form_of(old), rank)
+        surgery.replace(network, old, new)
+        mine = {key.removeprefix(f"{at}."): nn.Parameter(t) for key, t in tensors.items() if key.startswith(f"{at}.")}
+        surgery.place(new, {"up.bias": getattr(old, "bias", None), **mine})
+        if f"{name}.bias" in pieces:
+            pieces[f"{name}.up.bias"] = pieces[f"{name}.bias"]
+        for key, part in parts.items():
+            if key == "down.weight" or key.startswith(f"{at}."):
+                pieces[f"{name}.{key.removeprefix(f'{at}.')}"] = part
+        entries[name] = {"form": form_of(old), "rank": rank, "shares": target.name}
+        members.append(new)
+    down = shared.share(members)
+    down.weight = nn.Parameter(tensors["down.weight"])
+    return entries
+
+
+def gathered(plan: Plan) -> Plan:
+    """Return a plan with one rank for each group, under the name of its first member."""
+    others = {name for names in plan.joint for name in names[1:]}
+    if not others:
+        return plan
+    forms = {name: form for name, form in plan.forms.items() if name not in others}
+    forms |= {names[0]: "linear" for names in plan.joint}
+    return replace(plan, ranks={name: rank for name, rank in plan.ranks.items() if name not in others}, forms=forms)
+
+
+def spelled_out(plan: Plan, model: Model, targets: Mapping[str, Target]) -> Plan:
+    """Return a plan that names every member of a group, and says what the groups are."""
+    groups = [list(target.members) for target in targets.values() if target.members]
+    if not groups:
+        return plan
+    ranks, forms = {}, {}
+    for name, rank in plan.ranks.items():
+        for each in targets[name].members or (name,):
+            ranks[each] = rank
+            forms[each] = form_of(model.module.get_submodule(each)) if targets[name].members else plan.forms[name]
+    return replace(plan, ranks=ranks, forms=forms, joint=groups)
+
+
+def said(targets: Mapping[str, Target], ranks: Mapping[str, Rank | None]) -> list[str]:
+    """Return a note on the groups that share a down factor, a kind of them at a time."""
+    groups = {name: target for name, target in targets.items() if target.members and ranks[name] is not None}
+    kinds = [
+        f"`{kind}` and {len(groups[some[0]].members) - 1} more ({len(some)})" for kind, some in grouped(groups).items()
+    ]
+    return [f"modules that read one input share their down factor: {'; '.join(kinds)}"] if kinds else []
