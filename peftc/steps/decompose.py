@@ -19,7 +19,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import factored, ordered, prediction, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -58,7 +58,9 @@ class Question:
         if self.keep_all_ranks:
             return ordered.report_on(self.work, cuts, self.reasons)
         reasons = self.reasons | found.slow
-        return found.say(factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words))
+        report = factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
+        prediction.add(report, self.work, found.ranks, cuts)
+        return found.say(report)
 
 
 def decompose(
