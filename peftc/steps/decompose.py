@@ -19,7 +19,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import factored, ordered, prediction, spectra, write
+from peftc.steps import estimate, factored, ordered, prediction, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -52,6 +52,12 @@ class Question:
         if self.budget is None:
             return Decision(self.plan.ranks if self.plan else {})
         return decide(self.work, self.budget, self.allocation, self.multiple, self.timed)
+
+    def rehearse(self, folder: Path) -> Report:
+        """Say what would become of every module, and about what that would take."""
+        report = self.report(self.decide(folder), {})
+        estimate.add(report, self.work, self.source)
+        return report
 
     def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
         """Say what becomes of every module."""
@@ -173,7 +179,7 @@ def decompose(
     question = Question(work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            report = question.report(question.decide(Path(folder)), {})
+            report = question.rehearse(Path(folder))
         report.notes.append("dry run: nothing was written")
         return report
     request = {

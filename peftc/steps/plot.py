@@ -130,6 +130,7 @@ def _draw_curve(part: Any, curve: Mapping[str, Any], plan: Mapping[str, Any] | N
         )  # fmt: skip
         axes.set_xlabel(label)
         axes.set_yscale("log")
+        axes.margins(0.08, 0.1)
         axes.xaxis.set_major_formatter(_scaled())
         axes.grid(alpha=0.25, linewidth=0.5, which="both")
     part.supylabel(curve["unit"])
