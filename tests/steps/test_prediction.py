@@ -22,8 +22,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return fill(tmp_path_factory.mktemp("images"))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "convex"])
-@pytest.mark.parametrize("method", ["svd", "kfac"])
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("svd", "uniform"), ("svd", "energy"), ("kfac", "uniform"), ("kfac", "convex")]
+)
 def test_more_ratio_never_predicts_more_loss_and_all_of_it_none(
     tiny_vit: Path, images: str, method: str, allocation: str
 ) -> None:
