@@ -96,7 +96,9 @@ def add(
 def said(value: float, unit: str) -> str:
     """Write a predicted loss with what it means."""
     if unit == NATS:
-        return f"{value:g} nats per sample of divergence from the dense model (good while it is small)"
+        return (
+            f"{value:g} nats per sample of divergence from the dense model (to second order; too low with few samples)"
+        )
     return f"{value:g} relative squared error, the mean over the eligible modules"
 
 
@@ -143,4 +145,6 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int) -
     title = f"predicted loss ({unit}) against ratio, {work.factorize.name}, {allocation}"
     report.tables.append(Table(title, ["ratio", "predicted", "factored", "parameters", "multiply-adds"], rows))
     if unit == NATS:
-        report.notes.append("predicted losses are to second order: good while they are small")
+        report.notes.append(
+            "predicted losses are to second order, and too low with few samples: compare budgets by them"
+        )
