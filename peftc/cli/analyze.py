@@ -24,13 +24,19 @@ def analyze(
     joint: o.Joint = False,
     include: o.Include = o.EMPTY,
     skip: o.Skip = o.EMPTY,
+    data: o.OptionalData = None,
+    statistics: o.Statistics = None,
+    calibration_samples: o.CalibrationSamples = 512,
+    calibration_tokens: o.CalibrationTokens = None,
+    bias_correction: o.BiasCorrection = True,
+    task: o.Task = None,
     batch_size: o.BatchSize = None,
     image_size: o.ImageSize = None,
     max_length: o.MaxLength = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
 ) -> Step:
-    """Look at the rank spectra of a model: where is the slack?
+    """Look at the rank spectra of a model, and at the predicted loss of each ratio: where is the slack?
 
     \b
     Example:

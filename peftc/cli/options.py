@@ -196,7 +196,7 @@ Speedup = Annotated[
 Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
 KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: store every rank for `peftc truncate`")]
 PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
-Plot = Annotated[Path | None, Option(metavar="FILE", help="draw the spectra to this .png or .svg")]
+Plot = Annotated[Path | None, Option(metavar="FILE", help="draw spectra and predicted losses to this .png or .svg")]
 
 # how to choose and factor
 Allocation = Annotated[

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import Model, device_of, load, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Target
+from peftc.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.source import Source
 from peftc.steps import joint as joining
-from peftc.steps import spectra
+from peftc.steps import prediction, spectra
+from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Decomposed, Factorizer
@@ -52,23 +54,31 @@ def analyze(
     joint: bool = False,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
+    data: str | None = None,
+    statistics: str | Path | None = None,
+    calibration_samples: int = 512,
+    calibration_tokens: float | None = None,
+    bias_correction: bool = True,
+    task: str | None = None,
     batch_size: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Report:
-    """Measure the rank spectrum of every Linear, Conv and Embedding module; with a budget, plan ranks for it.
+    """Measure the rank spectrum of every Linear, Conv and Embedding module, and predict what each ratio loses.
 
-    One weight is read at a time; the model is never held.
+    With a budget, plan ranks for it. One weight is read at a time; only a calibration holds the model.
 
     Args:
         model: any form of MODEL.
         plan: where to write the plan that `decompose` takes; without a budget, for ``ratio`` 0.5.
-        plot: where to draw the spectra, as PNG or SVG by its ending.
+        plot: where to draw the spectra and the predicted losses, as PNG or SVG by its ending.
         ratio, rank, energy, target_params, target_macs, speedup: the budget of the plan, at most one.
         allocation, rank_multiple, method, conv_method, settings, joint, include, skip, device, seed: as for
             `decompose`.
+        data, statistics, calibration_samples, calibration_tokens, bias_correction, task: what predictions and plans
+            are calibrated on, as for `decompose`; the spectra in the table stay those of the weights alone.
         batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 
     Raises:
@@ -93,7 +103,12 @@ def analyze(
     joining.refuse_with(joint, keep_all_ranks=False, plan=None, budget=budget)
     for option, path in (("--plan", plan), ("--plot", plot)):
         _refuse_unwritable(option, path)
-    factorize = spectra.factorizer(method, conv_method, settings)
+    factorize = spectra.factorizer(
+        method, conv_method, settings, with_data=data is not None or statistics is not None,
+        correct_bias=bias_correction,
+    )  # fmt: skip
+    if data is not None and not factorize.needs:
+        raise UsageError("`--data` is of no use here", why=f"`--method {factorize.name}` takes the weights alone")
     allocation = spectra.allocation_of(allocation, factorize.needs)
     place = solver_device(device_of(device))
 
@@ -101,33 +116,58 @@ def analyze(
     spectra.refuse_non_finite(loaded)
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
+    source = calibrating.source(
+        loaded, factorize.needs, data, statistics, device, samples=calibration_samples, tokens=calibration_tokens,
+        task=task, image_size=image_size, max_length=max_length, seed=seed,
+    )  # fmt: skip
     weights = {**every_weight(loaded), **targets}
-    found = _spectra(loaded, weights, factorize, place)
+    found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
     total = measure.parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
     report = Report(
         "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes
     )
-    if budget is not None:
-        joining.arrange(loaded, targets, None, joint)
-        work = Factoring(loaded, targets, factorize, place)
-        work.leave_uncalled(reasons, include)
-        known = {
-            name: _Known(found[name]) for name, each in targets.items() if each.form != "tucker2" and not each.members
-        }
+    joining.arrange(loaded, targets, None, joint)
+    work = Factoring(loaded, targets, factorize, place)
+    work.leave_uncalled(reasons, include)
+    with tempfile.TemporaryDirectory() as folder:
+        if source is not None:
+            work.use(joining.calibrated(loaded, work.targets, source, factorize.needs, Path(folder)), reasons)
+            report.notes += work.factorize.statistics.notes  # type: ignore[union-attr]
+            report.warnings += work.factorize.statistics.warnings  # type: ignore[union-attr]
+        elif factorize.name == "svd":
+            alone = [n for n, each in targets.items() if each.form != "tucker2" and not each.members]
+            work.losses |= {name: tail_energies(found[name]) for name in alone}
         timed = Input(batch_size, image_size, max_length, device, seed)
-        decided = decide(work, budget, allocation, multiple, timed, known)
-        _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
-        decided.say(report)
-        if plan is not None:
-            work.plan(decided.ranks, reasons | decided.slow, factorize.name, f"{budget} {allocation}").write(Path(plan))
-            report.artifact = Path(plan)
+        _foresee(report, work, budget, allocation, multiple, timed, reasons, plan)
     if plot is not None:
         from peftc.steps.plot import draw_spectra
 
-        draw_spectra({name: values.tolist() for name, values in found.items()}, rows, Path(plot), loaded.name)
-        report.notes.append(f"spectra drawn in `{plot}`")
+        values = {name: each.tolist() for name, each in found.items()}
+        draw_spectra(values, rows, Path(plot), loaded.name, report.data.get("curve"), report.data.get("plan"))
+        report.notes.append(f"spectra and predicted losses drawn in `{plot}`")
     return report
+
+
+def _foresee(
+    report: Report, work: Factoring, budget: Budget | None, allocation: str, multiple: int, timed: Input,
+    reasons: dict[str, str], plan: str | Path | None,
+) -> None:  # fmt: skip
+    """Add the curve of predicted losses, and under a budget the plan and what it is predicted to lose."""
+    if work.targets:
+        prediction.add_curve(report, work, allocation, multiple)
+    if budget is None:
+        return
+    known = {name: prediction.Held(work.losses_of(name)) for name in work.targets}
+    decided = decide(work, budget, allocation, multiple, timed, known)
+    _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
+    prediction.add(report, work, decided.ranks, {})
+    report.data["plan"]["predicted"] = report.data.pop("predicted")["value"]
+    decided.say(report)
+    if plan is not None:
+        name, asked = work.factorize.name, f"{budget} {allocation}"
+        work.plan(decided.ranks, reasons | decided.slow, name, asked).write(Path(plan))
+        report.artifact = Path(plan)
 
 
 def _refuse_unwritable(option: str, path: str | Path | None) -> None:
@@ -135,16 +175,6 @@ def _refuse_unwritable(option: str, path: str | Path | None) -> None:
         raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
     if option == "--plot" and path is not None and Path(path).suffix not in (".png", ".svg"):
         raise UsageError(f"`--plot {path}` has no known ending", why="a picture is drawn as `.png` or `.svg`")
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A spectrum whose weight has been let go."""
-
-    values: Tensor
-
-    def losses(self) -> Tensor:
-        return tail_energies(self.values)
 
 
 def _spectra(

@@ -19,12 +19,13 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import estimate, factored, ordered, prediction, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
+from peftc.steps.prediction import Held
 from peftc.steps.spectra import Factorizer
 from peftc.steps.speedup import Decision, Input, decide, unusual
 from peftc.steps.statistics import Prepared, Statistics
@@ -56,9 +57,9 @@ class Question:
             work.use(joining.calibrated(work.model, work.targets, self.source, needs, folder), self.reasons)
         if self.budget is None:
             return Decision(joining.gathered(self.plan).ranks if self.plan else {})
-        known = None
         if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
-            known = measuring.corrected(self.work, self.source, self.sensitivity, folder)
+            self.work.losses |= measuring.corrected(self.work, self.source, self.sensitivity, folder)
+        known = {name: Held(losses) for name, losses in self.work.losses.items()}
         return decide(self.work, self.budget, self.allocation, self.multiple, self.timed, known)
 
     def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
@@ -67,12 +68,20 @@ class Question:
             return in_order.factor(self.work, self.source, found.ranks)
         return self.work.factor(found.ranks)
 
+    def rehearse(self, folder: Path) -> Report:
+        """Say what would become of every module, and about what that would take."""
+        report = self.report(self.decide(folder), {})
+        estimate.add(report, self.work, self.source)
+        return report
+
     def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
         """Say what becomes of every module."""
         if self.keep_all_ranks:
             return ordered.report_on(self.work, cuts, self.reasons)
         reasons = self.reasons | found.slow
-        return found.say(factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words))
+        report = factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
+        prediction.add(report, self.work, found.ranks, {} if self.work.losses else cuts)
+        return found.say(report)
 
 
 def decompose(
@@ -193,22 +202,12 @@ def decompose(
     measured = not dry_run and _is_measured(loaded, source, quality, gated)
 
     question = Question(
-        work,
-        reasons,
-        budget,
-        allocation,
-        multiple,
-        given,
-        keep_all_ranks,
-        source,
-        sample,
-        words,
-        sensitivity,
+        work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words, sensitivity,
         sequential,
-    )
+    )  # fmt: skip
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            report = question.report(question.decide(Path(folder)), {})
+            report = question.rehearse(Path(folder))
         report.notes.append("dry run: nothing was written")
         return report
     request = {

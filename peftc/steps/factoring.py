@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Factoring:
         factorize: the methods.
         device: where to compute.
         job: where finished parts are kept; None keeps them in memory (analysis, dry runs).
+        losses: module -> squared errors by rank, of every spectrum that a decision has seen.
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Factoring:
     factorize: Factorizer
     device: torch.device
     job: Job | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def whole(self) -> Whole:
@@ -94,11 +96,17 @@ class Factoring:
 
             def seen(target: Target) -> Losses:
                 found = (known or {}).get(target.name) or self.spectrum(target)
-                found.losses()
+                self.losses[target.name] = found.losses().cpu()
                 advance(target.name)
                 return found
 
             return spectra.decide(self.targets, budget, allocation, seen, whole, multiple)
+
+    def losses_of(self, name: str) -> Tensor:
+        """Return the squared errors of a module by rank, from its spectrum where they are not known yet."""
+        if name not in self.losses:
+            self.losses[name] = self.spectrum(self.targets[name]).losses().cpu()
+        return self.losses[name]
 
     def plan(self, ranks: Mapping[str, Rank | None], reasons: dict[str, str], method: str, asked: str) -> Plan:
         """Return what was decided as a plan, which leads to the same ranks whatever they hung on."""
@@ -172,6 +180,7 @@ class Factoring:
         weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
         note = {
             "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
+            "squared": [float(losses[rank]), total],
         }  # fmt: skip
         if target.members:
             named = self._by_member(target, cut.factors, named, by)

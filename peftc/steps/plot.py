@@ -12,15 +12,24 @@ from peftc.report import grouped
 
 
 def draw_spectra(
-    values: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, Any]], path: Path, title: str
+    values: Mapping[str, Sequence[float]],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    curve: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> None:
     """Draw one small multiple per module kind: normalised singular values against the share of the full rank.
+
+    Below them, predicted loss against parameters and against multiply-adds.
 
     Args:
         values: module -> singular values, descending.
         rows: figures per module, as `analyze` reports them.
         path: ``.png`` or ``.svg``.
         title: of the picture.
+        curve: predicted losses, as `analyze` reports them; None draws none.
+        plan: the plan to mark on the curve, if any.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -35,17 +44,23 @@ def draw_spectra(
     columns = min(4, len(kinds)) or 1
     lines = math.ceil(len(kinds) / columns)
     with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(3.1 * columns, 2.5 * lines + 0.6), layout="constrained")
-        grid: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        below = 3.4 if curve and curve["points"] else 0.0
+        width = max(3.1 * columns, 7.0)
+        figure = Figure(figsize=(width, 2.5 * lines + 0.6 + below), layout="constrained")
+        heights = [2.5 * lines + 0.6, below] if below else [1.0]
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        grid: Any = parts[0].subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (kind, names) in zip(grid.flat, kinds.items(), strict=False):
             _draw_kind(axes, kind, names, values, figures)
         for axes in list(grid.flat)[len(kinds) :]:
             axes.set_visible(False)
-        figure.suptitle(
+        parts[0].suptitle(
             f"{title}: singular values by module kind (dark = early, bright = late; dots: 90 % and 99 % energy)"
         )
-        figure.supxlabel("share of the full rank")
-        figure.supylabel("singular value / largest")
+        parts[0].supxlabel("share of the full rank")
+        parts[0].supylabel("singular value / largest")
+        if curve and below:
+            _draw_curve(parts[1], curve, plan)
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -88,3 +103,42 @@ def _draw_kind(
     axes.set_ylim(1e-4, 1.3)
     axes.set_xlim(0, 1.02)
     axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _draw_curve(part: Any, curve: Mapping[str, Any], plan: Mapping[str, Any] | None) -> None:
+    """Draw predicted loss, on a logarithmic scale, against both sizes; what loses nothing is left out."""
+    points = [one for one in curve["points"] if one["predicted"] > 0]
+    sizes = [("parameters", "parameters of the model"), ("macs", "multiply-adds of one sample")]
+    sizes = [(key, label) for key, label in sizes if curve["points"][0][key] is not None]
+    for axes, (key, label) in zip(part.subplots(1, len(sizes), squeeze=False, sharey=True).flat, sizes, strict=True):
+        axes.plot([one[key] for one in points], [one["predicted"] for one in points], "o-", markersize=4, linewidth=1.2)
+        for one in points:
+            axes.annotate(
+                f"{one['ratio']:g}", (one[key], one["predicted"]), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+        if plan is not None and key == "parameters" and plan.get("predicted"):
+            axes.plot(plan["parameters"], plan["predicted"], "D", color="C3", markersize=6, zorder=0)
+            axes.annotate(
+                "plan", (plan["parameters"], plan["predicted"]), xytext=(-6, -10), textcoords="offset points",
+                fontsize=7, color="C3", ha="right",
+            )  # fmt: skip
+        dense = curve["points"][-1][key]
+        axes.axvline(dense, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            "dense", (dense, 0.97), xycoords=("data", "axes fraction"), rotation=90, fontsize=6, color="0.4",
+            ha="right", va="top",
+        )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_yscale("log")
+        axes.margins(0.08, 0.1)
+        axes.xaxis.set_major_formatter(_scaled())
+        axes.grid(alpha=0.25, linewidth=0.5, which="both")
+    part.supylabel(curve["unit"])
+    how = f"{curve['method']}, {curve['allocation']}"
+    part.suptitle(f"predicted loss against size ({how}; at each point the ratio of eligible weights kept)")
+
+
+def _scaled() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep=" ")

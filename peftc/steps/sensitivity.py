@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from peftc.nn.lowrank import Factors
 from peftc.plan import Target
 from peftc.steps import joint
 from peftc.steps.factoring import Factoring
-from peftc.steps.spectra import Losses
 from peftc.steps.statistics import Prepared
 from peftc.tasks import Batch
 from peftc.unlabelled import divergence
@@ -35,20 +33,8 @@ SHARE = 0.7  # of the break-even rank, at which a module is tried
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
-@dataclass(frozen=True)
-class Corrected:
-    """Losses of a module, times what was measured of them."""
-
-    known: Losses
-    scale: float
-
-    def losses(self) -> Tensor:
-        """Return (k + 1,) corrected squared errors at ranks 0 to k."""
-        return self.known.losses() * self.scale
-
-
-def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, Losses]:
-    """Return the losses of every module, corrected by one measurement each.
+def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, Tensor]:
+    """Return (k + 1,) squared errors by rank of every module, corrected by one measurement each.
 
     Args:
         work: with statistics; its network is not changed.
@@ -58,29 +44,20 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
     """
     path = folder / KEPT
     scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    spectra: dict[str, Losses] = {}
+    found_losses: dict[str, Tensor] = {}
     batches = _batches(prepared, samples)
     dense: list[Tensor] = []
     with progress.track("sensitivity", len(work.targets)) as advance:
         for name, target in work.targets.items():
             found = work.spectrum(target)
-            losses = _Kept(found.losses().cpu())
             if name not in scales and isinstance(found, Spectrum):
                 dense = dense or [_outputs(prepared, batch) for batch in batches]
                 scales[name] = _scale(work, prepared, target, found, batches, dense)
                 artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
                 path.with_suffix(".tmp").replace(path)
-            spectra[name] = Corrected(losses, scales.get(name, 1.0))
+            found_losses[name] = found.losses().cpu() * scales.get(name, 1.0)
             advance(name)
-    return spectra
-
-
-@dataclass(frozen=True)
-class _Kept:
-    values: Tensor
-
-    def losses(self) -> Tensor:
-        return self.values
+    return found_losses
 
 
 def _batches(prepared: Prepared, samples: int) -> list[Batch]:

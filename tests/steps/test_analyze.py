@@ -141,6 +141,27 @@ def test_spectra_are_drawn(tiny_vit: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "spectra.svg").read_text()[:1000]
 
 
+def test_a_picture_shows_the_curve_below_the_spectra(tiny_vit: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    analyze(tiny_vit, ratio=0.5, plot=tmp_path / "both.svg")
+    analyze(tiny_vit, ratio=0.5, plot=tmp_path / "both.png")
+    words = (tmp_path / "both.svg").read_text()
+    assert "<!-- plan -->" in words and "<!-- multiply-adds of one sample -->" in words
+    below = imread(tmp_path / "both.png")[-400:, :, :3]  # where the curve is
+    assert float(below.std()) > 0.05 and len({tuple(p) for p in below.reshape(-1, 3).tolist()}) > 50
+
+
+def test_data_that_calibrate_nothing_are_refused(tiny_vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`--method svd` takes the weights alone"):
+        analyze(tiny_vit, method="svd", data=str(tmp_path))
+    with pytest.raises(UsageError, match="needs second_moment"):
+        analyze(tiny_vit, method="kfac")
+    with pytest.raises(UsageError, match="of no use here"):
+        analyze(tiny_vit, method="svd", statistics=tmp_path)
+
+
 def test_analysis_holds_no_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {f"tables.{i}.weight": torch.randn(40_000, 16) for i in range(40)}  # 102 MB

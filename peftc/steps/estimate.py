@@ -1,0 +1,151 @@
+"""What carrying out a plan will take: memory and time, counted from shapes and a rate measured in a moment. Estimates.
+
+Counted are eigenproblems and products of the factors, and the passes of a calibration; building and checking a network
+take a second or so that nothing here knows of.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc import hooks, measure
+from peftc.models.load import Model, detached
+from peftc.plan import Target
+from peftc.report import Report, size
+from peftc.steps.factoring import Factoring
+from peftc.steps.statistics import DRAWS, Prepared, Statistics
+
+PROBE = 384  # side of the eigenproblem and of the product that are timed
+DOUBLE = 8  # bytes
+COPIES = 6  # float64 matrices of a module's shape, and of each eigenproblem's, that live at once while it is solved
+SUMS = 3  # running sums that live at once: of a lane, of all before it, and what is stored of them
+LIVE = 4  # outputs that live at once in a pass without gradients
+PRODUCTS = 6  # products of weight by small side for the factors, their balance and their certificate
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this machine, one after the other.
+
+    Attributes:
+        eigen: seconds of an eigenproblem in float64, divided by the cube of its side.
+        product: seconds per multiply-add in float64.
+        single: seconds per multiply-add in float32.
+    """
+
+    eigen: float
+    product: float
+    single: float
+
+
+def rates(device: torch.device) -> Rates:
+    """Time an eigenproblem and two products."""
+    matrix = torch.randn(PROBE, PROBE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    square, single = matrix @ matrix.T, matrix.float()
+    cube = PROBE**3
+    return Rates(
+        _seconds(lambda: torch.linalg.eigh(square)) / cube,
+        _seconds(lambda: matrix @ matrix) / cube,
+        _seconds(lambda: single @ single) / cube,
+    )
+
+
+def _seconds(call: Any) -> float:
+    """Return the shortest of three runs; reading a number off the result waits for a device."""
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        found = call()
+        float((found[0] if isinstance(found, tuple) else found).flatten()[0])
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def eigenproblems(target: Target, needs: tuple[str, ...]) -> list[int]:
+    """Return the sides of the eigenproblems of one module."""
+    out, in_ = hooks.matrix_shape(target)
+    if "second_moment" not in needs:
+        return [min(out, in_)]
+    sides = [out] if "output_gradient_gram" in needs and out <= hooks.LARGEST_GRAM else []
+    return [*sides, out] if out <= in_ else [*sides, in_, in_]
+
+
+def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:
+    """Add estimates of peak memory and seconds to the report of a dry run."""
+    at = rates(work.device)
+    seconds, largest = 0.0, 0
+    for target in work.targets.values():
+        out, in_ = hooks.matrix_shape(target)
+        sides = eigenproblems(target, work.factorize.needs)
+        products = PRODUCTS * out * in_ * min(out, in_) * at.product
+        seconds += sum(side**3 for side in sides) * at.eigen + products
+        largest = max(largest, COPIES * DOUBLE * (out * in_ + sum(side**2 for side in set(sides))))
+    memory = largest
+    if isinstance(source, Prepared):
+        passes = _calibration(work, source)
+        memory = max(memory, passes.memory)
+        seconds += passes.multiplied * at.single
+    found = {"peak_memory_bytes": int(float(f"{memory:.2g}")), "seconds": float(f"{seconds:.2g}")}
+    report.data["estimate"] = found
+    report.notes.append(
+        f"estimated for the real run, beside what its imports take: about {size(found['peak_memory_bytes'])} of memory "
+        f"at the peak, {found['seconds']:g} s on this machine"
+    )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What running a calibration set through a model takes.
+
+    Attributes:
+        memory: bytes, the running sums and what one batch leaves for its backward pass.
+        multiplied: multiply-adds.
+    """
+
+    memory: int
+    multiplied: float
+
+
+def _calibration(work: Factoring, source: Prepared) -> Passes:
+    """Count on the meta device, with the batch of the longest samples for all of them in proportion."""
+    runs = hooks.batches(source.encoded.lengths, source.encoded.size, source.request.batch_size)
+    longest, lengths = runs[-1 if source.encoded.lengths else 0], source.encoded.lengths
+    inputs = source.encoded.batch(longest).inputs
+    meta = {key: each.to("meta") for key, each in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")
+    subject = replace(source.model, module=detached(source.model.module).to("meta"))
+    there = max(lengths[each] for each in longest) * len(longest) if lengths else len(longest)
+    share = (sum(lengths) if lengths else source.encoded.size) / there
+    needs, gradients = work.factorize.needs, any(n in hooks.OF_GRADIENTS for n in work.factorize.needs)
+    counted = measure.work(subject, meta)
+    outer, sums = 0, 0
+    for name, target in work.targets.items():
+        out, in_ = hooks.matrix_shape(target)
+        side = min(out, in_) if "second_moment" in needs else 0
+        gram = out if "output_gradient_gram" in needs and out <= hooks.LARGEST_GRAM else 0
+        outer += counted.positions.get(name, 0) * (side**2 + DRAWS * gram**2)
+        sums += DOUBLE * (side**2 + gram**2)
+    multiplied = counted.macs * (1 + 2 * DRAWS if gradients else 1) + outer
+    return Passes(SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share)
+
+
+def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:
+    """Return the bytes that a forward pass keeps for a backward pass; without one, those of the largest outputs."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs)
+    del outputs
+    return sum(kept.values()) if gradients else max(kept.values(), default=0) * LIVE

@@ -1,0 +1,127 @@
+"""Predicted losses fall as more is kept, vanish at full size, and are those of the plan that decompose carries out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftc.models import load as models
+from peftc.steps.analyze import analyze
+from peftc.steps.decompose import decompose
+from peftc.steps.evaluate import evaluate
+from tests.steps.test_evaluate import fill
+
+CALIBRATED: dict[str, Any] = {"calibration_samples": 24, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return fill(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("svd", "uniform"), ("svd", "energy"), ("kfac", "uniform"), ("kfac", "convex")]
+)
+def test_more_ratio_never_predicts_more_loss_and_all_of_it_none(
+    tiny_vit: Path, images: str, method: str, allocation: str
+) -> None:
+    data = {"data": images, **CALIBRATED} if method == "kfac" else {}
+    report = analyze(tiny_vit, method=method, allocation=allocation, **data)
+    points = report.data["curve"]["points"]
+    assert len(points) > 5 and [one["ratio"] for one in points] == sorted(one["ratio"] for one in points)
+    losses = [one["predicted"] for one in points]
+    assert losses == sorted(losses, reverse=True) and losses[0] > 0 and losses[-1] == 0
+    whole = models.load(tiny_vit).module
+    assert points[-1]["parameters"] == sum(p.numel() for p in whole.parameters())
+    for key in ("parameters", "macs"):
+        sizes = [one[key] for one in points]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("method", ["svd", "whitened", "kfac"])
+def test_the_curve_is_what_decompose_plans_and_then_does(
+    tiny_vit: Path, images: str, method: str, tmp_path: Path
+) -> None:
+    data = {"data": images, **CALIBRATED} if method != "svd" else {}
+    curve = analyze(tiny_vit, method=method, **data).data["curve"]
+    for ratio in (0.5, 0.9):
+        point = next(one for one in curve["points"] if one["ratio"] == ratio)
+        dry = decompose(tiny_vit, method=method, ratio=str(ratio), dry_run=True, **data).data
+        assert dry["size"]["after"]["parameters"] == point["parameters"]
+        assert dry["size"]["after"]["macs"] == point["macs"]
+        assert dry["predicted"]["unit"] == curve["unit"]
+        assert dry["predicted"]["value"] == pytest.approx(point["predicted"], rel=2e-3)
+    done = decompose(tiny_vit, method=method, ratio="0.9", output_dir=tmp_path / "out", **data).data
+    assert done["predicted"]["value"] == pytest.approx(dry["predicted"]["value"], rel=2e-3)
+    assert [row["rank"] for row in done["modules"]] == [row["rank"] for row in dry["modules"]]
+    assert "estimate" in dry and "estimate" not in done
+
+
+class Noisy(nn.Module):
+    """One matrix whose outputs are the logits: the second order of the divergence is all there is to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(3 * 8 * 8, 48, bias=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(x.flatten(1)))
+
+
+def test_the_share_of_svd_is_the_mean_of_the_modules_squared_errors(tiny_vit: Path, tmp_path: Path) -> None:
+    done = decompose(tiny_vit, ratio="0.5", method="svd", output_dir=tmp_path / "out").data
+    errors = [row["error"] ** 2 for row in done["modules"]]
+    assert done["predicted"]["unit"] == "relative squared error"
+    assert done["predicted"]["value"] == pytest.approx(sum(errors) / len(errors), rel=1e-3)
+
+
+def test_half_the_squared_losses_are_about_the_measured_divergence(images: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from peftc.source import Source
+
+    save_file(Noisy().state_dict(), tmp_path / "noisy.safetensors")
+    source = Source(
+        "python:tests.steps.test_prediction:Noisy", weights=tmp_path / "noisy.safetensors", allow_code=True,
+        preprocess={"input_size": [3, 8, 8], "mean": 0.5, "std": 0.5},
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "include": ["mix"],
+        "skip": ["head"],
+        "settings": {"damping": 0.0},
+        "task": "image-classification",
+    }
+    made = decompose(source, rank=2, data=images, output_dir=tmp_path / "small", **options, **CALIBRATED)
+    predicted = made.data["predicted"]
+    small = Source(str(tmp_path / "small"), allow_code=True)
+    measured = evaluate(small, data=images, against=source, device="cpu").data["against"]["divergence"]["value"]
+    assert predicted["unit"] == "nats per sample" and measured > 0
+    assert 1 / 2 < predicted["value"] / measured < 2
+
+
+def test_a_dry_run_without_weights_predicts_nothing_and_says_so(tiny_vit: Path) -> None:
+    report = decompose(tiny_vit, rank=4, dry_run=True)
+    assert report.data["predicted"] is None
+    assert any("without reading a weight" in note for note in report.notes)
+    assert report.data["estimate"]["seconds"] > 0
+
+
+def test_a_dry_run_estimates_more_for_more_work(tiny_vit: Path, images: str) -> None:
+    plain = decompose(tiny_vit, ratio="0.5", dry_run=True).data["estimate"]
+    calibrated = decompose(tiny_vit, ratio="0.5", dry_run=True, data=images, **CALIBRATED).data["estimate"]
+    assert set(plain) == {"peak_memory_bytes", "seconds"}
+    assert calibrated["peak_memory_bytes"] > plain["peak_memory_bytes"] > 0
+
+
+def test_reports_are_json_and_say_that_it_is_a_prediction(peftc, tiny_vit: Path) -> None:
+    found = peftc("analyze", tiny_vit, "--ratio", 0.5, "--json")
+    assert found.exit_code == 0
+    read = json.loads(found.stdout)
+    assert read["curve"]["points"][-1]["predicted"] == 0 and read["plan"]["predicted"] > 0
+    dry = peftc("decompose", tiny_vit, "--ratio", 0.5, "--dry-run", "--json")
+    assert any("predicted loss, not measured" in note for note in json.loads(dry.stdout)["notes"])
