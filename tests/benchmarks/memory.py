@@ -1,7 +1,7 @@
 """Peak anonymous memory of `decompose` and `truncate` on a 2 GB checkpoint, their checks included.
 
     python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
-    python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac]    calibrated on 4 sequences of 16 tokens
+    python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac]    on 4 sequences of 16 tokens
 
 Makes a sharded Llama (every side at most 2,048) on the spot and polls RssAnon of the command: mapped file pages do not
 count.
