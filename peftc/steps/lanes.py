@@ -15,6 +15,7 @@ from peftc.calibrate import Running, Site, Sums
 from peftc.plan import Target
 from peftc.steps import write
 
+ROWS = 256  # of a weight that are turned into float64 at once
 LANES = 4  # parts of the calibration set that are summed apart, so that a resume and other processes add in one order
 
 
@@ -105,8 +106,10 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
     for site in sites.values():
         name = site.target.name
         if f"{name}.output" in means and f"{site.leader}.input" in means:
-            weight = weight_of(site.target).double()
-            found[f"{name}.output.mean"] = write.piece(weight @ means[f"{site.leader}.input"].to(weight.device))
+            weight = weight_of(site.target)
+            mean = means[f"{site.leader}.input"].to(weight.device)
+            rows = [block.double() @ mean for block in weight.split(ROWS)]
+            found[f"{name}.output.mean"] = write.piece(torch.cat(rows))
         for kind, by, number in (
             ("gradient", name, samples), ("fisher", name, samples),
             ("magnitude", site.leader, max(lanes.count(f"{site.leader}.input"), 1)),
