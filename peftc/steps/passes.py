@@ -6,6 +6,7 @@ depend on the moment. The sums of all modules may be larger than the memory; the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ PROCESS = (
     500_000_000  # bytes that Python and the libraries hold, at most as a rule: a fixed number decides the same again
 )
 SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
+MMAP_THRESHOLD = -3  # of glibc's mallopt
 Run = Callable[[Collector, list[int]], None]
 
 
@@ -57,6 +59,19 @@ def limit(text: str | float | None) -> int | None:
         return None if text is None else scaled(str(text), SIZES)
     except ValueError as error:
         raise UsageError(f"`--max-memory {text}` {error}", hint="write it as `--max-memory 8GB`") from None
+
+
+def return_freed() -> None:
+    """Let the C library, where it is glibc, give blocks of a megabyte and more back to the system once they are freed.
+
+    Without, the copies of half-precision weights leave holes in the heap that count as taken.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(MMAP_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
 
 
 def planned(

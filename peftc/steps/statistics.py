@@ -24,7 +24,7 @@ from peftc.plan import Target
 from peftc.report import grouped
 from peftc.steps import lanes, write
 from peftc.steps.lanes import LANES, Lanes
-from peftc.steps.passes import planned
+from peftc.steps.passes import planned, return_freed
 from peftc.tasks import Batch, Encoded, Settings, Task
 
 FILE = "statistics.safetensors"
@@ -144,6 +144,8 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
         DataError: the data cannot be read, or the model cannot read it.
     """
     limit = request.max_memory
+    if limit is not None:
+        return_freed()
     subject = load.runnable(replace(model, module=detached(model.module), max_memory=limit), device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
