@@ -32,6 +32,7 @@ from peftc.plan import Target
 
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
 OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")
+BLOCK = 1 << 20  # numbers of a matrix that are worked on at once where it is large
 LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradients is kept
 
 
@@ -69,8 +70,11 @@ class Running:
             return
         gap = other.mean - self.mean
         if self.scatter is not None and other.scatter is not None:
-            self.scatter += other.scatter
-            self.scatter += torch.outer(gap, gap) * (self.count * other.count / total)
+            share = self.count * other.count / total
+            for rows in torch.arange(self.size).split(max(1, BLOCK // self.size)):
+                block = slice(int(rows[0]), int(rows[-1]) + 1)
+                self.scatter[block] += other.scatter[block]
+                self.scatter[block] += torch.outer(gap[block], gap) * share
         self.mean += gap * (other.count / total)
         self.count = total
 
@@ -97,17 +101,6 @@ class Sums:
     running: dict[str, Running] = field(default_factory=dict)
     totals: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
-
-    def merge(self, other: Sums) -> None:
-        """Add the sums of other samples."""
-        for name, seen in other.running.items():
-            if name in self.running:
-                self.running[name].merge(seen)
-            else:
-                self.running[name] = seen
-        for name, total in other.totals.items():
-            self.totals[name] = self.totals[name] + total if name in self.totals else total
-        self.samples += other.samples
 
 
 def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]) -> dict[str, Site]:
@@ -197,9 +190,11 @@ class Collector:
         model: in eval mode; the hooks are on while the collector is used as a context.
         sites: what to watch.
         needs: statistics to collect.
+        keep: add to the sums; without, everything is computed and nothing kept, to see what that takes.
     """
 
-    def __init__(self, model: Model, sites: Mapping[str, Site], needs: Collection[str]) -> None:
+    def __init__(self, model: Model, sites: Mapping[str, Site], needs: Collection[str], *, keep: bool = True) -> None:
+        self.keep = keep
         self.model, self.sites, self.needs = model, sites, needs
         self.sums = Sums()
         self.mask: Tensor | None = None  # (batch, tokens), False at padding, of the batch that runs next
@@ -235,7 +230,8 @@ class Collector:
                 return None
             if not output.requires_grad:  # a copy, so that an activation may change it in place
                 output = output.detach().requires_grad_(True).clone()
-            output.register_hook(lambda gradient: self._gradient(site, module, x, keep, gradient))
+            seen = x if "weight_fisher" in self.needs else None
+            output.register_hook(lambda gradient: self._gradient(site, module, seen, keep, gradient))
             return output
 
         return hook
@@ -270,7 +266,7 @@ class Collector:
         seen = Running(rows.shape[1], None, rows.mean(0, dtype=torch.float64), len(rows) * len(x))
         self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
 
-    def _gradient(self, site: Site, module: nn.Module, x: Tensor, keep: Tensor | None, gradient: Tensor) -> None:
+    def _gradient(self, site: Site, module: nn.Module, x: Tensor | None, keep: Any, gradient: Tensor) -> None:
         name = site.target.name
         rows = _rows(gradient, module)
         if "output_gradient_gram" in self.needs:
@@ -278,7 +274,7 @@ class Collector:
             rows = rows * 2.0**12  # far from the subnormal numbers of half precision
             gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
             self._total(f"{name}.gradient", gram.double() / 2.0**24)
-        if "weight_fisher" in self.needs and not isinstance(module, nn.Embedding):
+        if x is not None and not isinstance(module, nn.Embedding):
             squares: Any = 0.0
             for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
                 by_sample = _rows(other, module).T @ _patches(one, module, "channel")  # (out, in)
@@ -289,12 +285,18 @@ class Collector:
 
     def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:
         rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+        if not self.keep:
+            Running.empty(rows.shape[1], rows.device, scatter=scatter).add(rows)
+            return
         if name not in self.sums.running:
             self.sums.running[name] = Running.empty(rows.shape[1], rows.device, scatter=scatter)
         self.sums.running[name].add(rows)
 
     def _total(self, name: str, value: Any) -> None:
-        self.sums.totals[name] = self.sums.totals[name] + value if name in self.sums.totals else value
+        if name in self.sums.totals:
+            self.sums.totals[name] += value
+        elif self.keep:
+            self.sums.totals[name] = value
 
 
 def _rows(output: Tensor, module: nn.Module) -> Tensor:
@@ -373,35 +375,6 @@ class Found:
                 moment = moment + torch.outer(mean.double(), mean.double())
             values["second_moment"] = Moment(moment, self.side)
         return values
-
-
-def tensors(sums: Sums, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Tensor]:
-    """Return the statistics of all sites as tensors to store, float32 but for the means, by name.
-
-    Args:
-        sums: over the whole calibration set.
-        sites: as collected.
-        weight_of: the weight of a target as a matrix, to take the bias out of the mean of its outputs.
-    """
-    found: dict[str, Tensor] = {}
-    for name, seen in sums.running.items():
-        found[f"{name}.mean"] = seen.mean
-        if seen.scatter is not None:
-            found[f"{name}.covariance"] = (seen.scatter / max(seen.count, 1)).float()
-    for site in sites.values():
-        name = site.target.name
-        if f"{name}.output.mean" in found and f"{site.leader}.input.mean" in found:
-            mean = found[f"{site.leader}.input.mean"]
-            weight = weight_of(site.target).double()
-            found[f"{name}.output.mean"] = weight @ mean.to(weight.device)
-        if f"{name}.gradient" in sums.totals:
-            found[f"{name}.gradient"] = sums.totals[f"{name}.gradient"] / max(sums.samples, 1)
-        if f"{name}.fisher" in sums.totals:
-            found[f"{name}.fisher"] = sums.totals[f"{name}.fisher"] / max(sums.samples, 1)
-        if f"{site.leader}.magnitude" in sums.totals:
-            rows = sums.running[f"{site.leader}.input"].count
-            found[f"{site.leader}.magnitude"] = sums.totals[f"{site.leader}.magnitude"] / max(rows, 1)
-    return {key: value.contiguous() for key, value in found.items()}
 
 
 def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"methods", "hooks", "train", "measure"},
     {"nn", "models", "data", "tasks", "unlabelled"},
     {"job", "artifact", "manifest", "plan", "allocate", "source", "config"},
-    {"errors", "header", "progress", "report", "intervals"},
+    {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
 BANNED_STARTS = ("do_", "handle_", "process_")

@@ -21,7 +21,7 @@ from typer import Exit, Option, Typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer vendors click and exports no base class
 from typer.core import TyperGroup
 
-from peftc import __version__
+from peftc import __version__, processes
 from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
@@ -70,7 +70,8 @@ class Boundary(TyperGroup):
             console.error(_usage(problem))
             code = 2
         except PeftcError as problem:
-            console.error(str(problem))
+            if processes.rank() == 0:  # it hears of what went wrong in the others
+                console.error(str(problem))
             code = problem.exit_code
         except KeyboardInterrupt:
             console.error("interrupted\n  hint: run the same command again to resume")

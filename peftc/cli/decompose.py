@@ -28,6 +28,7 @@ def decompose(
     statistics: o.Statistics = None,
     calibration_samples: o.CalibrationSamples = 512,
     calibration_tokens: o.CalibrationTokens = None,
+    max_memory: o.MaxMemory = None,
     bias_correction: o.BiasCorrection = True,
     sensitivity: o.Sensitivity = 16,
     sequential: o.Sequential = False,

@@ -12,7 +12,7 @@ from typing import Any
 
 from typer import Context, Exit
 
-from peftc import config
+from peftc import config, processes
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, SOURCE, settings
 from peftc.errors import ArtifactError, ChainError, UsageError
@@ -39,7 +39,7 @@ def command(*, source: bool = True, writes: bool = False) -> Callable[[Callable[
         @functools.wraps(declare)
         def call(ctx: Context, **given: Any) -> None:
             shared = {name: given.pop(name) for name in extra}
-            console.setup(quiet=shared["quiet"], verbose=shared["verbose"])
+            console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
             _run(ctx, functools.partial(declare, **given), _tidy(ctx, given), shared, writes=writes)
 
         parameters = [inspect.Parameter("ctx", KEYWORD, annotation=Context)]
@@ -88,8 +88,9 @@ def _run(
         if "against" in options:
             options["against"] = sources[1]
         outcome = _in_place(find, sources[0], options, place, str(ctx.info_name))
-    console.report(outcome, json=shared["json"], quiet=shared["quiet"])
-    if not outcome.passed:
+    if processes.rank() == 0:
+        console.report(outcome, json=shared["json"], quiet=shared["quiet"])
+    if not processes.agreed(lambda: outcome.passed):
         raise Exit(3)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from peftc import progress
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, UsageError, WeightError
+from peftc.models.inputs import place_of
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
@@ -144,7 +145,7 @@ def masked(windows: Tensor, tokenizer: Any, *, seed: int) -> tuple[Tensor, Tenso
     return whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
 
 
-def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int = 32) -> Dataset:
+def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int | None = None) -> Dataset:
     """Draw sequences from a causal language model: ancestral sampling at temperature 1, from its first token on.
 
     Every sequence has ``length`` tokens, whatever they are: the expected excess nll of another model on them is then
@@ -155,7 +156,7 @@ def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int
         number: sequences, >= 1.
         length: tokens, the given first one included.
         seed: of the draw.
-        batch_size: sequences drawn together.
+        batch_size: sequences drawn together; 32 when None, and one where memory is short.
     """
     config = model.config.get("text_config", model.config)
     start = next((config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None), None)
@@ -164,6 +165,7 @@ def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int
         raise DataError(f"cannot draw text from `{model.name}`", why="its config names no first token (`bos_token_id`)")
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
+    batch_size = batch_size or (32 if model.max_memory is None else 1)
     with progress.track("drawing text from the model", number) as advance:
         while (done := sum(len(part) for part in parts)) < number:
             parts.append(_draw(model, start, min(batch_size, number - done), length, generator))
@@ -181,7 +183,7 @@ def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int
 
 
 def _draw(model: Model, start: int, number: int, length: int, generator: torch.Generator) -> Tensor:
-    device = next(model.module.parameters()).device
+    device = place_of(model.module)
     tokens = torch.full((number, 1), start, device=device)
     cache: Any = None
     with torch.inference_mode():

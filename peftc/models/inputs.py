@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import SourceError
+from peftc.models.streaming import PLACE
 from peftc.nn import surgery
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ def main_output(model: Model, value: Any) -> Tensor:
 
 
 def place_of(module: nn.Module) -> torch.device:
-    """Return the device of a network's first parameter; the CPU where it has none."""
+    """Return the device on which a network computes: of its first parameter; the CPU where it has none."""
+    if PLACE in module.__dict__:
+        return module.__dict__[PLACE][0]  # type: ignore[no-any-return]
     first = next(module.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -149,6 +152,7 @@ def moved(model: Model, inputs: Batch) -> Batch:
     """Return inputs on the model's device, floating ones in its dtype."""
     device = place_of(model.module)
     floating = next((each.dtype for each in model.module.parameters() if each.is_floating_point()), torch.float32)
+    floating = model.module.__dict__.get(PLACE, (device, floating))[1]
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftc import artifact, manifest
+from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import build, weights
+from peftc.models import build, streaming, weights
 from peftc.models.inputs import kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
@@ -54,6 +54,7 @@ class Model:
         infos: stored tensor name -> byte range in its file; absent for tensors that only live in memory.
         files: the weight files.
         notes: what people should know about how it was loaded.
+        max_memory: bytes that running it may take; None for no limit.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Model:
     infos: dict[str, TensorInfo] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    max_memory: int | None = None
 
     @property
     def kind(self) -> str:
@@ -256,14 +258,14 @@ def device_of(device: str) -> torch.device:
         UsageError: it is none of these, or is not there.
     """
     if device == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UsageError(
             f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`"
         )
     chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None and processes.size() > 1 and torch.cuda.is_available():
+        chosen = torch.device("cuda", processes.place() % torch.cuda.device_count())
     there = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(
         chosen.type, torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
     )
@@ -291,5 +293,18 @@ def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Mode
         wanted = DTYPES[dtype]
     else:
         raise UsageError(f"unknown value `{dtype}` for `--dtype`", why=f"it is `auto` or one of {', '.join(DTYPES)}")
-    model.module.to(place, wanted)
+    if _is_streamed(model, place, wanted):
+        streaming.install(model.module, place, wanted)
+    else:
+        model.module.to(place, wanted)
     return model
+
+
+def _is_streamed(model: Model, place: torch.device, wanted: torch.dtype) -> bool:
+    """Return whether a copy of all weights, in another dtype or on a device, is more than the memory is for."""
+    if model.max_memory is None:
+        return False
+    floating = [each for each in surgery.tensors_of(model.module).values() if each.is_floating_point()]
+    if place.type == "cpu":  # what is as it is stored stays mapped
+        return any(each.dtype != wanted for each in floating)
+    return sum(each.numel() for each in floating) * wanted.itemsize > model.max_memory // 2

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import artifact, hooks, measure
+from peftc import artifact, hooks, measure, processes
 from peftc.errors import UsageError
 from peftc.header import read_header
 from peftc.job import Job
@@ -21,6 +21,7 @@ from peftc.steps import factored, ordered, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
+from peftc.steps.lanes import LANES
 from peftc.steps.show import statistics_table
 from peftc.steps.statistics import Statistics
 
@@ -105,7 +106,8 @@ def calibrate(
         found = calibrating.collect(prepared, work.targets, factorize.needs, job.work)
         found.note |= {"method": factorize.name, "eligible": list(work.targets), "collected": request}
         report = _report(found, work.targets, reasons)
-        _write(job, loaded, base, request, found, report, work)
+        if processes.rank() == 0:
+            _write(job, loaded, base, request, found, report, work)
     return report
 
 
@@ -113,7 +115,7 @@ def _least_bytes(targets: Mapping[str, Target], needs: Sequence[str]) -> int:
     """Return what the gradients of the outputs alone take, in every part, their sum and the folder."""
     outs = [hooks.matrix_shape(target)[0] for target in targets.values()]
     grams = sum(out**2 for out in outs if out <= hooks.LARGEST_GRAM)
-    return 8 * (calibrating.LANES + 2) * grams if "output_gradient_gram" in needs else 0
+    return 8 * (LANES + 2) * grams if "output_gradient_gram" in needs else 0
 
 
 def _write(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import allocate, measure
+from peftc import allocate, measure, processes
 from peftc import plan as plans
 from peftc.errors import PlanError, UsageError, one_of
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
@@ -19,7 +19,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import estimate, factored, ordered, prediction, spectra, write
+from peftc.steps import estimate, factored, ordered, passes, prediction, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
@@ -57,15 +57,22 @@ class Question:
             work.use(joining.calibrated(work.model, work.targets, self.source, needs, folder), self.reasons)
         if self.budget is None:
             return Decision(joining.gathered(self.plan).ranks if self.plan else {})
+        budget = self.budget
+        if spectra.needs_spectra(budget, self.allocation):
+            self.work.share_spectra()
+        return processes.agreed(lambda: self._decide(budget, folder))
+
+    def _decide(self, budget: Budget, folder: Path) -> Decision:
         if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
             self.work.losses |= measuring.corrected(self.work, self.source, self.sensitivity, folder)
         known = {name: Held(losses) for name, losses in self.work.losses.items()}
-        return decide(self.work, self.budget, self.allocation, self.multiple, self.timed, known)
+        return decide(self.work, budget, self.allocation, self.multiple, self.timed, known)
 
     def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
         """Compute and keep the factors at the decided ranks."""
-        if self.sequential and isinstance(self.source, Prepared):
-            return in_order.factor(self.work, self.source, found.ranks)
+        source = self.source
+        if self.sequential and isinstance(source, Prepared):
+            return processes.agreed(lambda: in_order.factor(self.work, source, found.ranks))
         return self.work.factor(found.ranks)
 
     def rehearse(self, folder: Path) -> Report:
@@ -107,6 +114,7 @@ def decompose(
     statistics: str | Path | None = None,
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
+    max_memory: str | float | None = None,
     bias_correction: bool = True,
     sensitivity: int = 16,
     sequential: bool = False,
@@ -148,6 +156,7 @@ def decompose(
             on its test split.
         statistics: what `calibrate` collected before, instead of a calibration here.
         calibration_samples, calibration_tokens: at most so many are calibrated on.
+        max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate within.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
             by it; 0 trusts the prediction.
@@ -184,6 +193,7 @@ def decompose(
 
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
+    loaded.max_memory = passes.limit(max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = factored.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
@@ -195,7 +205,7 @@ def decompose(
     quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
         loaded, factorize.needs, data, statistics, device,
-        samples=calibration_samples, tokens=calibration_tokens, **reading,
+        samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
     )  # fmt: skip
     if sequential:
         in_order.refuse(source, keep_all_ranks=keep_all_ranks)
@@ -207,7 +217,7 @@ def decompose(
     )  # fmt: skip
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            report = question.rehearse(Path(folder))
+            report = question.rehearse(Path(processes.agreed(lambda: folder)))
         report.notes.append("dry run: nothing was written")
         return report
     request = {
@@ -234,9 +244,9 @@ def decompose(
                 factored.carry_out(report, work, found.ranks, base, request, budget, max_shard_bytes=shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     if measured:
-        against = model if isinstance(model, nn.Module | Model) else loaded.source
+        against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
         limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-        _add_quality(report, loaded.source, against=against, **quality, **limits)
+        _add_quality(report, loaded, against=against, **quality, **limits)
     return report
 
 
@@ -276,11 +286,17 @@ def _is_measured(model: Model, source: Any, quality: Mapping[str, Any], gated: b
     return True
 
 
-def _add_quality(report: Report, source: Source, **options: Any) -> None:
+def _add_quality(report: Report, model: Model, *, against: nn.Module | Model, **options: Any) -> None:
     """Evaluate what was written against what it was made from, and add what came of it."""
     from peftc.steps.evaluate import evaluate
 
-    quality = evaluate(replace(source, spec=str(report.artifact), allow_code=True), **options)
+    if report.artifact is None:  # the first process has it
+        return
+    written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
+    if model.max_memory is not None:
+        written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
+        options["batch_size"] = options["batch_size"] or 1
+    quality = evaluate(written, against=against, **options)
     report.data["quality"] = quality.data
     report.tables += quality.tables
     report.notes += quality.notes

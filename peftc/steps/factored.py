@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import measure
+from peftc import measure, processes
 from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError
@@ -225,7 +225,7 @@ def carry_out(
     report: Report, work: Factoring, ranks: Mapping[str, Rank | None], base: dict[str, Any], request: dict[str, Any],
     budget: Budget | None, *, max_shard_bytes: int, kept: Callable[[str, Rank], Kept] | None = None,
 ) -> None:  # fmt: skip
-    """Put factors into the network, write it, reload it, and complete the report with what came of it.
+    """Put factors into the network, write it, reload it, and complete the report: the first process does.
 
     Args:
         report: of the plan.
@@ -235,6 +235,8 @@ def carry_out(
         max_shard_bytes: per weight file.
         kept: where the factors are; `Factoring.factor` made them when None.
     """
+    if processes.rank():
+        return
     assert work.job is not None
     pieces, modules = work.edit(ranks, kept)
     record = write.write_artifact(work.job, work.model, base, request, pieces, modules, max_shard_bytes=max_shard_bytes)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peftc import measure, progress
+from peftc import measure, processes, progress
 from peftc.allocate import Rank, Use
 from peftc.artifact import Piece, from_file
 from peftc.errors import MethodError, PeftcError
@@ -139,19 +139,33 @@ class Factoring:
         assert self.job is not None
         return self.job.work / f"{list(self.targets).index(target.name):05d}-{kind}.safetensors"
 
-    def factor(self, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
-        """Compute and keep the factors of every module with a rank; return error, excess, rung and climbs of each."""
-        cuts = {}
-        chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-        with progress.track("factors", len(chosen)) as advance:
-            for name, rank in chosen.items():
-                part = self.part(self.targets[name], "factors")
-                note = write.read_note(part)
-                if note is None:
-                    note = self.factor_one(self.targets[name], rank, part)
-                cuts[name] = note
+    def share_spectra(self) -> None:
+        """Of several processes, let each compute and keep the decompositions of its share of the modules."""
+        if self.job is None or processes.size() == 1:
+            return
+        mine = processes.share(list(self.targets))
+        with processes.together(), progress.track("spectra", len(mine)) as advance:
+            for name in mine:
+                if not self.part(self.targets[name], "spectrum").is_file():
+                    self.spectrum(self.targets[name])
                 advance(name)
-        return cuts
+
+    def factor(self, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
+        """Compute and keep the factors of every module with a rank, each process those of its share.
+
+        Returns:
+            error, excess, rung and climbs of each; nothing to any process but the first.
+        """
+        chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+        mine = processes.share(list(chosen))
+        with processes.together(), progress.track("factors", len(mine)) as advance:
+            for name in mine:
+                part = self.part(self.targets[name], "factors")
+                if not part.is_file():
+                    self.factor_one(self.targets[name], chosen[name], part)
+                advance(name)
+        notes = {} if processes.rank() else {name: self.part(self.targets[name], "factors") for name in chosen}
+        return {name: dict(write.read_note(part) or {}) for name, part in notes.items()}
 
     def factor_one(self, target: Target, rank: Rank, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
         """Compute the factors of one module and keep them in ``part``; return what `factor` says of it.

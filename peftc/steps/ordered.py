@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import allocate, artifact, measure, progress
+from peftc import allocate, artifact, measure, processes, progress
 from peftc.errors import ArtifactError, MethodError
 from peftc.manifest import Manifest
 from peftc.models import weights
@@ -82,11 +82,14 @@ def keep_all(
     assert job is not None
     job.require(4 * measure.tensor_bytes(model.module))
     beside, ranks = {}, every_rank(work.targets)
+    work.share_spectra()
     with progress.track("spectra", len(ranks)) as advance:
-        for name, target in work.targets.items():
+        for name, target in work.targets.items() if processes.rank() == 0 else ():
             beside[f"{name}.losses"] = work.spectrum(target).losses().cpu()
             advance(name)
     cuts = work.factor({name: rank or None for name, rank in ranks.items()})
+    if processes.rank():
+        return report_on(work, cuts, reasons)
     for name in cuts:
         beside |= {f"{name}.{key}": mean for key, mean in _means(work, name, ranks[name]).items()}
     factors = {name: write.piece(tensor) for name, tensor in beside.items()}

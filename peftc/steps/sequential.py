@@ -106,18 +106,24 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
     collector = Collector(prepared.model, stage, needs)
     with collector.watching() as sums:
         _pass(prepared, runs, collector)
-    tensors = hooks.tensors(sums, stage, lambda target: matrix_of(prepared.model, target))
     found = {}
     for name, site in stage.items():
-        before = known.of(name, work.device)
-        kind = f"{site.leader}.input" if site.side == "input" else f"{name}.output"
-        others = {key: value for key, value in before.others.items() if key not in needs}
-        if f"{site.leader}.magnitude" in tensors:
-            others["input_magnitude"] = tensors[f"{site.leader}.magnitude"]
+        before, inputs = known.of(name, work.device), sums.running.get(f"{site.leader}.input")
+        seen = sums.running[f"{name}.output"] if site.side == "output" else inputs
+        mean = None if inputs is None else inputs.mean
+        output_mean = None
+        if site.side == "output":
+            output_mean = sums.running[f"{name}.output"].mean
+            if mean is not None:  # without the bias
+                output_mean = matrix_of(prepared.model, site.target).double() @ mean
+        others = dict(before.others)
+        if f"{site.leader}.magnitude" in sums.totals and inputs is not None:
+            others["input_magnitude"] = sums.totals[f"{site.leader}.magnitude"] / inputs.count
+        covariance = None if seen is None or seen.scatter is None else (seen.scatter / seen.count).float()
+        patch = sums.running.get(f"{site.leader}.patch")
         found[name] = Found(
-            site.side, tensors.get(f"{site.leader}.input.mean"), tensors.get(f"{kind}.covariance"),
-            tensors.get(f"{name}.output.mean"), others, before.rows,
-        )  # fmt: skip
+            site.side, mean, covariance, output_mean, others, before.rows, None if patch is None else patch.mean
+        )
     return _Now(found, frozenset(name for name in stage if known.is_lookup(name)))
 
 

@@ -11,23 +11,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import artifact, hooks, manifest, progress, tasks, unlabelled
+from peftc import artifact, hooks, manifest, processes, progress, tasks, unlabelled
 from peftc.data import open_data
 from peftc.data.tokens import sample, window
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
-from peftc.hooks import Collector, Found, Running, Site, Sums
-from peftc.models import load
+from peftc.hooks import Collector, Found, Site, Sums
+from peftc.models import load, streaming
 from peftc.models.inputs import main_output
 from peftc.models.load import Model, detached
 from peftc.nn import lowrank
 from peftc.plan import Target
 from peftc.report import grouped
-from peftc.steps import write
+from peftc.steps import lanes, write
+from peftc.steps.lanes import LANES, Lanes
+from peftc.steps.passes import planned, return_freed
 from peftc.tasks import Batch, Encoded, Settings, Task
 
 FILE = "statistics.safetensors"
 GENERATED, GENERATED_LENGTH = "generated:", 128
-LANES = 4  # parts of the calibration set that are summed apart, so that a resume and other processes add in one order
 DRAWS = 2  # of the model's own predictions, for every sample
 ENOUGH = 4  # rows per feature, below which a moment is a poor estimate
 
@@ -44,6 +45,7 @@ class Request:
         batch_size: samples at once.
         image_size, max_length: as for an evaluation.
         seed: of the choice of samples and of drawn predictions.
+        max_memory: bytes of anonymous memory, those of Python and its libraries included, or of the device.
     """
 
     data: str
@@ -54,6 +56,7 @@ class Request:
     image_size: int | None = None
     max_length: int | None = None
     seed: int = 0
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range.
@@ -102,7 +105,7 @@ class Statistics:
         """Return the statistics of one module on a device."""
         about = self.note["modules"][name]
         leader = about["leader"]
-        with safe_open(self.path, "pt") as file:
+        with safe_open(self.path.with_name(about.get("file", self.path.name)), "pt") as file:
             there = set(file.keys())
 
             def read(key: str) -> Tensor | None:
@@ -149,7 +152,11 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
     Raises:
         DataError: the data cannot be read, or the model cannot read it.
     """
-    subject = load.runnable(replace(model, module=detached(model.module)), device=device)
+    limit = request.max_memory
+    if limit is not None:
+        return_freed()
+    subject = load.runnable(replace(model, module=detached(model.module), max_memory=limit), device=device)
+    subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
     encoded, data, labelled, notes = _encode(subject, task, request)
     return Prepared(subject, task, request, encoded, data, labelled, notes)
@@ -202,7 +209,11 @@ def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequent
     if isinstance(source, Statistics):
         return {"statistics": {"collected": source.note["collected"]}}
     extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
-    return {"statistics": {"data": source.data, "request": asdict(source.request)}, **extra}
+    return {"statistics": {"data": source.data, "request": _asked(source.request)}, **extra}
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    return {key: value for key, value in asdict(request).items() if key != "max_memory" or value is not None}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
@@ -239,18 +250,92 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     Raises:
         WeightError: the model gives NaN or infinite outputs.
     """
-    path = folder / FILE
+    path, subject, encoded = folder / FILE, prepared.model, prepared.encoded
     note = write.read_note(path)
+    processes.wait()  # none writes before all have looked
     if note is None:
-        subject, encoded = prepared.model, prepared.encoded
-        runs = hooks.batches(encoded.lengths, encoded.size, prepared.request.batch_size)
-        sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(runs[0][:1])))
-        collector = Collector(subject, sites, needs)
-        sums = _lanes(prepared, runs, collector, folder)
-        found = hooks.tensors(sums, sites, lambda target: matrix_of(subject, target))
-        note = _note(sums, sites, needs, prepared)
-        write.save_part(path, {key: tensor.cpu() for key, tensor in found.items()}, note)
+        order = [index for run in hooks.batches(encoded.lengths, encoded.size, 1) for index in run]
+        sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1])))
+
+        def run(collector: Collector, indices: list[int]) -> None:
+            _run_lane(prepared, [indices], collector, lambda _: False, lambda _: None)
+
+        size = prepared.request.batch_size
+        chosen = processes.agreed(lambda: planned(subject, sites, needs, order, size, run, folder))
+        prepared = replace(prepared, request=replace(prepared.request, batch_size=chosen.batch_size))
+        if len(chosen.groups) == 1:
+            note = _pass(prepared, sites, needs, path, 0, None)
+        else:
+            note = _passes(prepared, sites, needs, path, chosen.groups)
     return Statistics(path, note, list(note["notes"]), too_few(note))
+
+
+def _passes(
+    prepared: Prepared, sites: Mapping[str, Site], needs: Sequence[str], path: Path, groups: list[list[str]]
+) -> dict[str, Any]:
+    """Go through the calibration set once per group of sites, each into a file of its own; return the whole note."""
+    notes: list[dict[str, Any]] = []
+    for number, names in enumerate(groups):
+        file = path.with_name(f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}{path.suffix}")
+        some = {name: sites[name] for name in names}
+        note = write.read_note(file) or _pass(prepared, some, needs, file, number, notes[0] if notes else None)
+        notes.append(
+            {**note, "modules": {name: {**about, "file": file.name} for name, about in note["modules"].items()}}
+        )
+    whole = {
+        **notes[0], "modules": {name: about for note in notes for name, about in note["modules"].items()},
+        "rows": max(note["rows"] for note in notes),
+    }  # fmt: skip
+    if processes.rank() == 0:
+        write.save_part(path, {}, whole)
+    return whole
+
+
+def _pass(
+    prepared: Prepared, sites: Mapping[str, Site], needs: Sequence[str], path: Path, number: int, first: Any
+) -> dict[str, Any]:
+    """Sum over the calibration set, lane by lane, and write the statistics of some sites; return their note.
+
+    Args:
+        prepared, needs: as for `collect`.
+        sites: of this pass.
+        path: of the file.
+        number: of the pass, from 0.
+        first: note of the first pass, whose lanes this one's equal; None for the first itself.
+    """
+    request, encoded = prepared.request, prepared.encoded
+    runs = hooks.batches(encoded.lengths, encoded.size, request.batch_size)
+    parts = [path.with_name(f"lane-{number}-{lane}.safetensors") for lane in range(LANES)]
+    mine = processes.share(range(LANES))
+    with processes.together(), progress.track("calibrating", sum(len(runs[lane::LANES]) for lane in mine)) as advance:
+        for lane in mine:
+            if write.read_note(parts[lane]) is None:
+                collector = Collector(prepared.model, sites, needs)
+                enough = _enough(request.tokens, first["lanes"][lane] if first else None)
+                _run_lane(prepared, runs[lane::LANES], collector, enough, advance)
+                lanes.save(parts[lane], collector.sums)
+            else:
+                for _ in runs[lane::LANES]:
+                    advance("")
+
+    def merge() -> dict[str, Any]:
+        added = Lanes(parts, load.place_of(prepared.model.module))
+        if not sum(added.samples):
+            raise DataError(f"`{request.data}` holds no sample to calibrate on")
+        note = _note(added, sites, needs, prepared)
+        write.save_part(path, lanes.stored(added, sites, lambda target: matrix_of(prepared.model, target)), note)
+        for part in parts:
+            part.unlink()
+        return note
+
+    return processes.agreed(merge)
+
+
+def _enough(tokens: int | None, samples: int | None) -> Callable[[Sums], bool]:
+    """Return whether a lane has seen its share of the tokens, or as many samples as it had in an earlier pass."""
+    if samples is not None:
+        return lambda sums: sums.samples >= samples
+    return lambda sums: tokens is not None and _seen(sums) >= -(-tokens // LANES)
 
 
 def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
@@ -276,37 +361,14 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
     return encoded, about, windows or dataset.labels is not None, said
 
 
-def _lanes(prepared: Prepared, runs: list[list[int]], collector: Collector, folder: Path) -> Sums:
-    """Sum over the batches, lane by lane, and add the lanes in order."""
-    total = Sums()
-    budget = prepared.request.tokens
-    with progress.track("calibrating", len(runs)) as advance:
-        for lane in range(LANES):
-            part = folder / f"lane-{lane}.safetensors"
-            mine = runs[lane::LANES]
-            if write.read_note(part) is None:
-                share = None if budget is None else -(-budget // LANES)
-                _run_lane(prepared, mine, collector, share, advance)
-                _save(part, collector.sums)
-                collector.sums = Sums()
-            else:
-                for _ in mine:
-                    advance("")
-            total.merge(_read(part, load.place_of(prepared.model.module)))
-    for lane in range(LANES):
-        (folder / f"lane-{lane}.safetensors").unlink(missing_ok=True)
-    if not total.samples:
-        raise DataError(f"`{prepared.request.data}` holds no sample to calibrate on")
-    return total
-
-
 def _run_lane(
-    prepared: Prepared, runs: list[list[int]], collector: Collector, tokens: int | None, advance: Callable[[str], None]
-) -> None:
+    prepared: Prepared, runs: list[list[int]], collector: Collector, enough: Callable[[Sums], bool],
+    advance: Callable[[str], None],
+) -> None:  # fmt: skip
     model = prepared.model
     with collector.watching() as sums:
         for indices in runs:
-            if tokens is None or _seen(sums) < tokens:
+            if not enough(sums):
                 batch = prepared.encoded.batch(indices)
                 collector.see(batch.inputs)
                 if collector.gradients:
@@ -332,7 +394,7 @@ def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int
     """Run forward once, and backward from each of two draws of the model's own prediction."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = load.moved(model, batch.inputs)
-    with torch.enable_grad():
+    with torch.enable_grad(), streaming.recomputing(model.module):
         outputs = main_output(model, model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs))
         _refuse_non_finite(model, outputs)
         if not outputs.requires_grad:
@@ -357,52 +419,27 @@ def matrix_of(model: Model, target: Target) -> Tensor:
     return lowrank.matrix(weight.detach(), target.form)
 
 
-def _save(path: Path, sums: Sums) -> None:
-    tensors: dict[str, Tensor] = {f"total:{name}": value for name, value in sums.totals.items()}
-    for name, seen in sums.running.items():
-        tensors[f"mean:{name}"] = seen.mean
-        if seen.scatter is not None:
-            tensors[f"scatter:{name}"] = seen.scatter
-    counts = {name: seen.count for name, seen in sums.running.items()}
-    write.save_part(path, tensors, {"samples": sums.samples, "counts": counts})
-
-
-def _read(path: Path, device: torch.device) -> Sums:
-    note = write.read_note(path)
-    assert note is not None
-    sums = Sums(samples=note["samples"])
-    with safe_open(path, "pt") as file:
-        there = set(file.keys())
-        for name, count in note["counts"].items():
-            mean = file.get_tensor(f"mean:{name}").to(device).clone()
-            scatter = file.get_tensor(f"scatter:{name}").to(device).clone() if f"scatter:{name}" in there else None
-            sums.running[name] = Running(len(mean), scatter, mean, count)
-        for key in sorted(there):
-            if key.startswith("total:"):
-                sums.totals[key.removeprefix("total:")] = file.get_tensor(key).to(device).clone()
-    return sums
-
-
-def _note(sums: Sums, sites: Mapping[str, Site], needs: Sequence[str], prepared: Prepared) -> dict[str, Any]:
+def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepared: Prepared) -> dict[str, Any]:
     modules: dict[str, dict[str, Any]] = {}
     for name, site in sites.items():
-        seen = sums.running.get(f"{site.leader}.input") or sums.running.get(f"{name}.output")
+        rows = added.count(f"{site.leader}.input") or added.count(f"{name}.output")
         sums_of = {
             "output_gradient_gram": f"{name}.gradient", "weight_fisher": f"{name}.fisher",
             "input_magnitude": f"{site.leader}.magnitude",
         }  # fmt: skip
-        lacking = [need for need in needs if need in sums_of and sums_of[need] not in sums.totals]
-        if seen is None or not seen.count or lacking:
+        lacking = [need for need in needs if need in sums_of and f"total:{sums_of[need]}" not in added.keys]
+        if not rows or lacking:
             continue
+        seen_at = f"{name}.output" if added.count(f"{name}.output") else f"{site.leader}.input"
         modules[name] = {
             "leader": site.leader, "side": site.side, "form": site.target.form,
-            "lookup": hooks.is_lookup(prepared.model, site.target), "rows": seen.count,
-            "width": (sums.running.get(f"{name}.output") or seen).size,
+            "lookup": hooks.is_lookup(prepared.model, site.target), "rows": rows,
+            "width": added.shape(f"mean:{seen_at}")[0],
         }  # fmt: skip
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {
-        "needs": sorted(needs), "samples": sums.samples, "rows": rows, "data": prepared.data,
-        "request": asdict(prepared.request), "modules": modules, "notes": prepared.notes,
+        "needs": sorted(needs), "samples": sum(added.samples), "lanes": added.samples, "rows": rows,
+        "data": prepared.data, "request": _asked(prepared.request), "modules": modules, "notes": prepared.notes,
     }  # fmt: skip
 
 

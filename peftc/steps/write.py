@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import __version__, artifact, manifest, measure
+from peftc import __version__, artifact, manifest, measure, processes
 from peftc.artifact import Piece
 from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
 from peftc.header import encode_header, read_header
@@ -62,9 +62,9 @@ def pieces_of(model: Model) -> dict[str, Piece]:
     }
 
 
-def save_part(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:
     """Write one finished part of a job, with a JSON note, so that it is there whole or not at all."""
-    pieces = {name: piece(tensor) for name, tensor in sorted(tensors.items())}
+    pieces = {name: each if isinstance(each, Piece) else piece(each) for name, each in sorted(tensors.items())}
     entries = {name: (part.dtype, part.shape) for name, part in pieces.items()}
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("wb") as file:
@@ -128,10 +128,18 @@ def identity(
 def writing(
     model: Model, output: Path, request: dict[str, Any], *, overwrite: bool
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Open the output folder for a request on a model; yield the job and the base record."""
+    """Open the output folder for a request on a model; yield the job and the base record.
+
+    Of several processes the first holds the folder; the others see its working folder and write parts alone.
+    """
     base = base_record(model)
-    earlier = model.manifest.steps if model.manifest else []
-    with execution(output, identity(base, earlier, request, model.config), request, overwrite=overwrite) as job:
+    identifier = identity(base, model.manifest.steps if model.manifest else [], request, model.config)
+    processes.wait()
+    if processes.rank():
+        yield Job(output, identifier, request, done=processes.agreed(lambda: False)), base
+        return
+    with execution(output, identifier, request, overwrite=overwrite) as job:
+        processes.agreed(lambda: job.done)
         yield job, base
 
 

@@ -1,6 +1,7 @@
-"""Peak anonymous memory of a data-free `decompose` and of `truncate` on a 2 GB checkpoint, their checks included.
+"""Peak anonymous memory of `decompose` and `truncate` on a 2 GB checkpoint, their checks included.
 
     python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
+    python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac]    on 4 sequences of 16 tokens
 
 Makes a sharded Llama (every side at most 2,048) on the spot and polls RssAnon of the command: mapped file pages do not
 count.
@@ -80,19 +81,25 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--allocation", default="energy")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-memory")
+    parser.add_argument("--methods", nargs="+", default=["whitened", "kfac"])
     options = parser.parse_args()
     print("| checkpoint | dtype | command | imports alone | peak RssAnon | seconds | exit |")
     print("|--:|---|---|--:|--:|--:|--:|")
     budget = ["--ratio", "0.5", "--allocation", options.allocation]
+    few = ["--data", "generated:4", "--max-length", "16", "--max-memory", options.max_memory]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         size = make(model, options.gigabytes, options.dtype)
         imports, _, _ = peak([sys.executable, "-c", "import torch, timm, transformers"])
-        for number, words in enumerate((
+        commands = [
             ["decompose", str(model), *budget],
             ["decompose", str(model), "--keep-all-ranks"],
             ["truncate", str(Path(folder) / "1"), *budget],
-        )):  # fmt: skip
+        ]
+        if options.max_memory:
+            commands = [["decompose", str(model), "--ratio", "0.5", "--method", m, *few] for m in options.methods]
+        for number, words in enumerate(commands):
             highest, seconds, code = peak(
                 [sys.executable, "-m", "peftc", *words, "-q", "-o", str(Path(folder) / str(number))]
             )

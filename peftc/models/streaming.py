@@ -1,0 +1,108 @@
+"""Run a network whose parameters, as it computes with them, would not fit into memory: a module at a time.
+
+Each module that owns parameters gets a copy of them on the device and in the dtype of the computation just before it
+runs, and loses it right after. A backward pass needs some of them again; they are copied again then, and not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLACE = "computes_on"  # attribute of a streamed network: (device, dtype)
+WHOLE = (nn.MultiheadAttention,)  # modules that read the parameters of their children without calling them
+
+
+@dataclass
+class Stream:
+    """The copies that are in place now.
+
+    Attributes:
+        device, dtype: of the computation; integers keep their dtype.
+        origin: address of a copy's memory -> what it is a copy of.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    origin: dict[int, Tensor] = field(default_factory=dict)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as it is computed with: itself where it already is so."""
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Stand in for a copied parameter that a backward pass will need: say where it comes from, and which view."""
+        there = self.origin.get(tensor.untyped_storage().data_ptr())
+        return tensor if there is None else (there, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Return what `pack` was given."""
+        if isinstance(kept, Tensor):
+            return kept
+        there, *view = kept
+        return self.copied(there).as_strided(*view)
+
+
+def install(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let a network compute on a device in a dtype while its parameters stay where they are.
+
+    Args:
+        network: its buffers are moved, they are small; its parameters need no gradient.
+        device, dtype: of the computation.
+    """
+    stream = Stream(device, dtype)
+    network.requires_grad_(False)
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else stream.copied(buffer)
+    inside = {id(child) for module in network.modules() if isinstance(module, WHOLE) for child in module.modules()}
+    inside -= {id(module) for module in network.modules() if isinstance(module, WHOLE)}
+    for module in network.modules():
+        owners = list(module.modules()) if isinstance(module, WHOLE) else [module]
+        if id(module) not in inside and any(owner._parameters for owner in owners):
+            _attach(module, owners, stream)
+    network.__dict__[PLACE] = (device, dtype)
+    network.__dict__["stream"] = stream
+
+
+def _attach(module: nn.Module, owners: list[nn.Module], stream: Stream) -> None:
+    stored: dict[tuple[int, str], nn.Parameter] = {}
+
+    def fetch(_module: nn.Module, _inputs: Any) -> None:
+        for at, owner in enumerate(owners):
+            for name, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                source = parameter.detach()
+                copy = stream.copied(source)
+                if copy is not source:
+                    stored[at, name] = parameter
+                    owner._parameters[name] = nn.Parameter(copy, requires_grad=False)
+                    stream.origin[copy.untyped_storage().data_ptr()] = source
+
+    def drop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for (at, name), parameter in stored.items():
+            copy: Any = owners[at]._parameters[name]
+            stream.origin.pop(copy.untyped_storage().data_ptr(), None)
+            owners[at]._parameters[name] = parameter
+        stored.clear()
+
+    module.register_forward_pre_hook(fetch, prepend=True)
+    module.register_forward_hook(drop, always_call=True)
+
+
+@contextmanager
+def recomputing(network: nn.Module) -> Iterator[None]:
+    """Keep no copy of a parameter for a backward pass; of a network that is not streamed, all as it is."""
+    stream: Stream | None = network.__dict__.get("stream")
+    if stream is None:
+        yield
+        return
+    pack: Callable[[Tensor], Any] = stream.pack
+    with torch.autograd.graph.saved_tensors_hooks(pack, stream.unpack):
+        yield

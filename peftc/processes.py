@@ -1,0 +1,122 @@
+"""The processes of one launch (`accelerate launch`, `torchrun`): who this one is, what it computes, where they meet.
+
+Parts of a job are files in its working folder, so processes share work by names and hand over results on disk; what
+they tell each other directly is small. A process on its own is the first of one, and none of this costs it an import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from peftc.errors import PeftcError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+Value = TypeVar("Value")
+PATIENCE = 30  # days that one process waits for another, as long as that one lives
+
+
+def size() -> int:
+    """Return how many processes there are."""
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+
+
+def rank() -> int:
+    """Return the place of this process among them, from 0."""
+    return int(os.environ.get("RANK") or 0) if size() > 1 else 0
+
+
+def place() -> int:
+    """Return the place of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK") or 0) if size() > 1 else 0
+
+
+def share(names: Sequence[Value]) -> list[Value]:
+    """Return what of some work, in an order that all agree on, is this process's."""
+    return list(names[rank() :: size()])
+
+
+def wait() -> None:
+    """Go on when all processes are here.
+
+    Raises:
+        PeftcError: one of them is gone.
+    """
+    with together():
+        pass
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Compute a share of some work, and go on when all processes have done theirs.
+
+    Raises:
+        PeftcError: another process failed; the one that did raises its own error.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if size() > 1:
+            _told(f"{problem}" if isinstance(problem, PeftcError) else f"{type(problem).__name__}: {problem}")
+        raise
+    if size() == 1:
+        return
+    failed = {number: text for number, text in enumerate(_told(None)) if text is not None}
+    if failed:
+        number, text = next(iter(failed.items()))
+        lines = text.splitlines() or [""]
+        raise PeftcError(f"process {number} of {size()} failed: {lines[0]}", why=" ".join(lines[1:]).strip() or None)
+
+
+def agreed(find: Callable[[], Value]) -> Value:
+    """Return what the first process finds; the others wait for it and do not look themselves.
+
+    Raises:
+        PeftcError: it failed.
+    """
+    if size() == 1:
+        return find()
+    held: list[Any] = [None]
+    with together():
+        if rank() == 0:
+            held = [find()]
+    from accelerate.utils import broadcast_object_list
+
+    with _gone():
+        broadcast_object_list(held)
+    return held[0]  # type: ignore[no-any-return]
+
+
+def _told(text: str | None) -> list[str | None]:
+    """Tell all processes how this one fared, and return what they tell."""
+    from accelerate.utils import gather_object
+
+    _state()
+    with _gone():
+        return list(gather_object([text]))
+
+
+def _state() -> PartialState:
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    with _gone():
+        return PartialState(cpu=True, timeout=timedelta(days=PATIENCE))  # words travel over the network, not the GPU
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    """Turn what the network says of a process that ended into a refusal."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeftcError(
+            "another process of this launch stopped",
+            why=(str(error).splitlines() or [type(error).__name__])[0],
+            hint="see what it said, and run the same command again to resume",
+        ) from error

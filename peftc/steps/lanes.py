@@ -1,0 +1,142 @@
+"""Sums of parts of a calibration set: kept as files, and added in one order, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from peftc.artifact import Piece
+from peftc.hooks import Running, Site, Sums
+from peftc.plan import Target
+from peftc.steps import write
+
+ROWS = 256  # of a weight that are turned into float64 at once
+LANES = 4  # parts of the calibration set that are summed apart, so that a resume and other processes add in one order
+
+
+def save(path: Path, sums: Sums) -> None:
+    """Keep the sums of one lane."""
+    tensors: dict[str, Tensor] = {f"total:{name}": value for name, value in sums.totals.items()}
+    for name, seen in sums.running.items():
+        tensors[f"mean:{name}"] = seen.mean
+        if seen.scatter is not None:
+            tensors[f"scatter:{name}"] = seen.scatter
+    counts = {name: seen.count for name, seen in sums.running.items()}
+    write.save_part(path, tensors, {"samples": sums.samples, "counts": counts})
+
+
+class Lanes:
+    """The lanes of one pass.
+
+    Args:
+        paths: in the order in which they are added.
+        device: where to add.
+    """
+
+    def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
+        self.device = device
+        self.files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self.notes: list[dict[str, Any]] = [write.read_note(path) or {} for path in paths]
+        self.samples = [int(note["samples"]) for note in self.notes]
+        self.keys = {key for file in self.files for key in file.keys()}  # noqa: SIM118  no mapping
+
+    def count(self, name: str) -> int:
+        """Return how many rows were seen."""
+        return sum(note["counts"].get(name, 0) for note in self.notes)
+
+    def names(self) -> list[str]:
+        """Return what there are running sums of."""
+        return sorted({name for note in self.notes for name in note["counts"]})
+
+    def running(self, name: str, *, scatter: bool) -> Running:
+        """Return a running sum over all lanes."""
+        found: Running | None = None
+        for number, note in enumerate(self.notes):
+            if name not in note["counts"]:
+                continue
+            kept = self._tensor(number, f"scatter:{name}") if scatter else None
+            mean = self._tensor(number, f"mean:{name}").to(self.device)
+            one = Running(len(mean), None if kept is None else kept.to(self.device), mean, note["counts"][name])
+            if found is None:
+                found = Running(one.size, None if one.scatter is None else one.scatter.clone(), mean.clone(), one.count)
+            else:
+                found.merge(one)
+        assert found is not None
+        return found
+
+    def total(self, name: str) -> Tensor:
+        """Return a plain sum over all lanes."""
+        found: Tensor | None = None
+        for number, file in enumerate(self.files):
+            if f"total:{name}" in file.keys():  # noqa: SIM118  no mapping
+                one = self._tensor(number, f"total:{name}").to(self.device)
+                found = one.clone() if found is None else found.add_(one)
+        assert found is not None
+        return found
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that the lanes hold."""
+        file = next(file for file in self.files if key in file.keys())  # noqa: SIM118  no mapping
+        return tuple(file.get_slice(key).get_shape())
+
+    def _tensor(self, number: int, key: str) -> Tensor:
+        tensor: Tensor = self.files[number].get_tensor(key)  # a window on the file
+        return tensor
+
+
+def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Piece]:
+    """Return the statistics of some sites by name, each computed when it is written; float32 but for the means.
+
+    Args:
+        lanes: of these sites.
+        sites: as collected.
+        weight_of: the weight of a target as a matrix, to take the bias out of the mean of its outputs.
+    """
+    means = {name: lanes.running(name, scatter=False).mean for name in lanes.names()}
+    found = {f"{name}.mean": write.piece(mean) for name, mean in means.items()}
+    for name in means:
+        if f"scatter:{name}" in lanes.keys:
+            found[f"{name}.covariance"] = _later("F32", lanes.shape(f"scatter:{name}"), _covariance(lanes, name))
+    samples = max(sum(lanes.samples), 1)
+    for site in sites.values():
+        name = site.target.name
+        if f"{name}.output" in means and f"{site.leader}.input" in means:
+            weight = weight_of(site.target)
+            mean = means[f"{site.leader}.input"].to(weight.device)
+            rows = [block.double() @ mean for block in weight.split(ROWS)]
+            found[f"{name}.output.mean"] = write.piece(torch.cat(rows))
+        for kind, by, number in (
+            ("gradient", name, samples), ("fisher", name, samples),
+            ("magnitude", site.leader, max(lanes.count(f"{site.leader}.input"), 1)),
+        ):  # fmt: skip
+            key = f"total:{by}.{kind}"
+            if key in lanes.keys:
+                found[f"{by}.{kind}"] = _later("F64", lanes.shape(key), _average(lanes, f"{by}.{kind}", number))
+    return found
+
+
+def _covariance(lanes: Lanes, name: str) -> Callable[[], Tensor]:
+    def compute() -> Tensor:
+        seen = lanes.running(name, scatter=True)
+        assert seen.scatter is not None
+        return seen.scatter.div_(max(seen.count, 1)).float()
+
+    return compute
+
+
+def _average(lanes: Lanes, name: str, number: int) -> Callable[[], Tensor]:
+    return lambda: lanes.total(name).div_(number)
+
+
+def _later(dtype: str, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> Piece:
+    """Return a tensor that is computed when it is written."""
+
+    def blocks() -> Iterator[Any]:
+        yield from write.piece(compute()).blocks()
+
+    return Piece(dtype, shape, blocks)

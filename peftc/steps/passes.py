@@ -1,0 +1,199 @@
+"""Fit a calibration into memory: how many samples at once, and which modules in which pass over the calibration set.
+
+What a forward (and backward) pass holds is measured on one and on two samples, tensor by tensor, so that it does not
+depend on the moment. The sums of all modules may be larger than the memory; then each pass collects those of some.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftc import artifact
+from peftc.errors import PlanError, UsageError
+from peftc.hooks import Collector, Site
+from peftc.models import load
+from peftc.models.load import Model
+from peftc.report import SIZES, scaled
+from peftc.report import size as bytes_text
+
+FILE = "passes.json"
+PROCESS = (
+    500_000_000  # bytes that Python and the libraries hold, at most as a rule: a fixed number decides the same again
+)
+SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
+MMAP_THRESHOLD = -3  # of glibc's mallopt
+Run = Callable[[Collector, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a calibration goes through its set.
+
+    Attributes:
+        batch_size: samples at once.
+        groups: names of the modules whose sums are collected in each pass.
+    """
+
+    batch_size: int
+    groups: list[list[str]]
+
+
+def limit(text: str | float | None) -> int | None:
+    """Read ``--max-memory``: bytes, or a number with a unit.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        return None if text is None else scaled(str(text), SIZES)
+    except ValueError as error:
+        raise UsageError(f"`--max-memory {text}` {error}", hint="write it as `--max-memory 8GB`") from None
+
+
+def return_freed() -> None:
+    """Let the C library, where it is glibc, give blocks of a megabyte and more back to the system once they are freed.
+
+    Without, the copies of half-precision weights leave holes in the heap that count as taken.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(MMAP_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+def planned(
+    model: Model, sites: Mapping[str, Site], needs: Sequence[str], order: Sequence[int], batch_size: int, run: Run,
+    folder: Path,
+) -> Passes:  # fmt: skip
+    """Return how to calibrate within the memory of a model; what was decided before in ``folder`` stays.
+
+    Args:
+        model: runnable.
+        sites: what is collected.
+        needs: statistics to collect.
+        order: of the samples, longest last.
+        batch_size: samples at once, at most.
+        run: a pass over some samples as one batch, watched by a collector.
+        folder: of the job.
+
+    Raises:
+        PlanError: one sample at a time and one module per pass take more.
+    """
+    if model.max_memory is None:
+        return Passes(batch_size, [list(sites)])
+    path = folder / FILE
+    if path.is_file():
+        return Passes(**json.loads(path.read_text(encoding="utf-8")))
+    collector = Collector(model, sites, needs, keep=False)
+    one, two = (_footprint(model.module, lambda n=n: run(collector, list(order[-n:]))) for n in (1, 2))  # type: ignore[misc]
+    each = max(two - one, one // 8, 1)
+    found = _fitted(model, _units(sites, needs), max(one - each, 0), each, batch_size)
+    artifact.write_json(path, asdict(found))
+    return found
+
+
+def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int, each: int, batch_size: int) -> Passes:
+    """Choose the batch size, then fill one pass after another."""
+    assert model.max_memory is not None
+    own = _held(load.place_of(model.module))
+    free = int((model.max_memory - own) * SPARE)
+    total, largest = (function(size for _, size in units.values()) for function in (sum, max))
+    if fixed + each + largest > free:
+        name = next(name for name, (_, size) in units.items() if size == largest)
+        needed = own + int((fixed + each + largest) / SPARE) + 1
+        raise PlanError(
+            f"`--max-memory` {bytes_text(model.max_memory)} is too little to calibrate `{model.name}`",
+            why=f"one sample takes {bytes_text(fixed + each)}, the sums of `{name}` {bytes_text(largest)}, and "
+            f"{bytes_text(own)} is held before",
+            hint=f"ask for `--max-memory {-(-needed // 10**6)}MB`, or take shorter samples",
+        )
+    if fixed + batch_size * each + total <= free:
+        return Passes(batch_size, [[name for names, _ in units.values() for name in names]])
+    room = min(free - largest, max(free // 2, fixed + each))
+    batch_size = max(1, min(batch_size, (room - fixed) // each))
+    left = free - fixed - batch_size * each
+    groups: list[list[str]] = []
+    taken = left + 1
+    for names, size in units.values():
+        if taken + size > left:
+            groups.append([])
+            taken = 0
+        groups[-1] += names
+        taken += size
+    return Passes(batch_size, groups)
+
+
+def _units(sites: Mapping[str, Site], needs: Sequence[str]) -> dict[str, tuple[list[str], int]]:
+    """Return, by leader, the modules that are collected together and the bytes of their sums."""
+    units: dict[str, tuple[list[str], int]] = {}
+    for name, site in sites.items():
+        out, in_ = hooks.matrix_shape(site.target)
+        names, size = units.get(site.leader, ([], 0))
+        width = {"input": in_ if name == site.leader else 0, "output": out}[site.side]
+        size += 8 * (in_ + width * (width + 1) * ("second_moment" in needs))
+        if "output_gradient_gram" in needs:
+            size += 8 * (out**2 if out <= hooks.LARGEST_GRAM else 1)
+        units[site.leader] = ([*names, name], size + 16 * in_)
+    return units
+
+
+def _held(device: torch.device) -> int:
+    """Return the bytes that are taken before anything is collected."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return PROCESS
+    anonymous = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+    return max(PROCESS, -(-anonymous // 100_000_000) * 100_000_000)
+
+
+def _footprint(network: nn.Module, call: Callable[[], None]) -> int:
+    """Return the most bytes of tensors that a call makes and holds at once, the network's own apart."""
+    with _Held(network) as held:
+        call()
+    return held.highest
+
+
+class _Held(TorchDispatchMode):
+    """Counts the memory of the tensors that operations return, until it is given back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        known = [*network.parameters(), *network.buffers()]
+        self.addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.now = self.highest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in self.addresses:
+            return
+        self.addresses.add(address)
+        self.now += size
+        self.highest = max(self.highest, self.now)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self.addresses.discard(address)
+        self.now -= size

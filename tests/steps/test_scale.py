@@ -1,0 +1,323 @@
+"""Calibration within a given memory, and one decompose by several processes: the same numbers, and no silence."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftc import processes
+from peftc.errors import PeftcError, PlanError, UsageError
+from peftc.models import load
+from peftc.models.load import Model
+from peftc.models.targets import targets as find_targets
+from peftc.steps import passes, statistics
+from peftc.steps.decompose import decompose
+from peftc.steps.statistics import Request, Statistics
+
+TEXT = "the cat sat on the mat . a small dog ran under the big tree ! then the red bird sang , and it was very blue . "
+NEEDS = ("second_moment", "output_gradient_gram")
+KFAC = {"method": "kfac", "ratio": 0.5, "max_length": 16, "calibration_samples": 12}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 12)
+    return str(path)
+
+
+@pytest.fixture
+def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count what a calibration takes, not what Python does, a byte as a thousand: tiny models become large."""
+    footprint, units = passes._footprint, passes._units
+    monkeypatch.setattr(passes, "_held", lambda device: 0)
+    monkeypatch.setattr(passes, "_footprint", lambda *given: 1000 * footprint(*given))
+    monkeypatch.setattr(
+        passes, "_units", lambda *given: {key: (names, 1000 * size) for key, (names, size) in units(*given).items()}
+    )
+
+
+@pytest.fixture
+def half_llama(tiny_llama: Path, tmp_path: Path) -> Path:
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path / "half"
+    LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(folder)
+    for path in tiny_llama.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def collected(model: Path, text: str, folder: Path, needs: Any = NEEDS, **asked: Any) -> Statistics:
+    loaded = load.load(model)
+    targets, _ = find_targets(loaded, conv_method="spatial", include=(), skip=())
+    request = Request(text, samples=12, max_length=16, **asked)
+    folder.mkdir(exist_ok=True)
+    return statistics.collect(statistics.prepare(loaded, request, "cpu"), targets, needs, folder)
+
+
+def tensors(known: Statistics) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in known.note["modules"]:
+        one = known.of(name, torch.device("cpu"))
+        found[name] = {**one.others, "mean": one.mean, "covariance": one.covariance, "output": one.output_mean}
+    return found
+
+
+def assert_same(one: Statistics, other: Statistics) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, values in ours.items():
+        assert values.keys() == theirs[name].keys()
+        for key, value in values.items():
+            assert (value is None) == (theirs[name][key] is None), (name, key)
+            assert value is None or torch.equal(value, theirs[name][key]), (name, key)
+
+
+def groups_of(folder: Path) -> list[list[str]]:
+    return list(json.loads((folder / passes.FILE).read_text())["groups"])
+
+
+# memory
+
+
+def least_memory(model: Path, text: str, folder: Path, **asked: Any) -> int:
+    """Return what the refusal of a single byte asks for."""
+    with pytest.raises(PlanError, match="is too little to calibrate `") as refusal:
+        collected(model, text, folder, max_memory=1, **asked)
+    assert "one sample takes" in str(refusal.value)
+    words = str(refusal.value.hint).split("`")[1].split()
+    assert words[0] == "--max-memory"
+    limit = passes.limit(words[1])
+    assert limit is not None
+    return limit
+
+
+@pytest.mark.usefixtures("empty_process")
+def test_passes_collect_what_one_pass_collects(tiny_llama: Path, text: str, tmp_path: Path) -> None:
+    least = least_memory(tiny_llama, text, tmp_path / "none", batch_size=1)
+    several = collected(tiny_llama, text, tmp_path / "several", batch_size=1, max_memory=least)
+    assert len(groups_of(tmp_path / "several")) > 1
+    assert {path.name for path in (tmp_path / "several").glob("lane-*")} == set()
+    once = collected(tiny_llama, text, tmp_path / "once", batch_size=1)
+    assert [path.name for path in (tmp_path / "once").iterdir()] == [statistics.FILE]
+    assert_same(several, once)
+    assert several.note["rows"] == once.note["rows"]
+
+
+@pytest.mark.usefixtures("empty_process")
+def test_an_interrupted_calibration_goes_on_with_the_passes_it_chose(
+    tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = least_memory(tiny_llama, text, tmp_path / "none", batch_size=1)
+    whole = collected(tiny_llama, text, tmp_path / "whole", batch_size=1, max_memory=least)
+    save, kept = statistics.lanes.save, []
+
+    def stop(path: Path, sums: Any) -> None:
+        if len(kept) == 6:
+            raise KeyboardInterrupt
+        kept.append(path)
+        save(path, sums)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(statistics.lanes, "save", stop)
+        collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
+    monkeypatch.setattr(passes, "_held", lambda device: 1 << 40)  # it would be refused if it were chosen again
+    resumed = collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
+    assert_same(resumed, whole)
+
+
+@pytest.mark.usefixtures("empty_process")
+def test_every_pass_sees_the_samples_of_the_first(tiny_llama: Path, text: str, tmp_path: Path) -> None:
+    least = least_memory(tiny_llama, text, tmp_path / "none", batch_size=1)
+    several = collected(tiny_llama, text, tmp_path / "several", batch_size=1, max_memory=least, tokens=64)
+    assert several.note["samples"] == 4  # of 16 tokens, one in each lane
+    assert {about["rows"] for about in several.note["modules"].values()} == {64}
+
+
+@pytest.mark.usefixtures("empty_process")
+def test_less_memory_means_smaller_batches_and_says_so(tiny_llama: Path, text: str, tmp_path: Path) -> None:
+    least = least_memory(tiny_llama, text, tmp_path / "none")
+    tight = collected(tiny_llama, text, tmp_path / "tight", max_memory=least)
+    roomy = collected(tiny_llama, text, tmp_path / "roomy", max_memory=1 << 40)
+    assert tight.note["request"]["batch_size"] < roomy.note["request"]["batch_size"] == 8
+    assert len(groups_of(tmp_path / "roomy")) == 1
+    assert tight.note["rows"] == roomy.note["rows"]
+
+
+def test_enough_memory_changes_nothing_but_the_request(tiny_llama: Path, text: str, tmp_path: Path) -> None:
+    for name, limit in (("free", None), ("bound", "4GB")):
+        decompose(tiny_llama, output_dir=tmp_path / name, data=text, max_memory=limit, **KFAC)
+    free, bound = (json.loads((tmp_path / name / "peftc.json").read_text()) for name in ("free", "bound"))
+    assert bound["files"]["model.safetensors"]["sha256"] != ""
+    request = bound["steps"][0]["request"]["statistics"]["request"]
+    assert request.pop("max_memory") == 4_000_000_000
+    assert request == free["steps"][0]["request"]["statistics"]["request"]
+    ours, theirs = (load.load(tmp_path / name).module.state_dict() for name in ("free", "bound"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("value", ["lots", "0"])
+def test_a_memory_that_is_no_size_is_refused(tiny_llama: Path, text: str, tmp_path: Path, value: str) -> None:
+    with pytest.raises(UsageError, match=f"`--max-memory {value}` is"):
+        decompose(tiny_llama, output_dir=tmp_path / "out", data=text, max_memory=value, **KFAC)
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(peftc, tiny_llama: Path, text: str, tmp_path: Path) -> None:
+    words = ("decompose", tiny_llama, "--ratio", 0.5, "--data", text, "--max-length", 16, "-o", tmp_path / "out")
+    result = peftc(*words, "--max-memory", "100MB")
+    assert result.exit_code == 1
+    assert "`--max-memory` 100 MB is too little" in result.stderr
+    assert not (tmp_path / "out").exists()
+    hint = next(line for line in result.stderr.splitlines() if "hint:" in line)
+    assert peftc(*words, "--max-memory", hint.split("`")[1].split()[1]).exit_code == 0
+
+
+def test_half_precision_runs_a_module_at_a_time(half_llama: Path, text: str) -> None:
+    streamed = load.runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
+    whole = load.runnable(load.load(half_llama), device="cpu")
+    batch = load.probe(whole)
+    assert torch.equal(load.outputs(streamed, batch), load.outputs(whole, batch))
+    assert {each.dtype for each in streamed.module.parameters()} == {torch.bfloat16}
+    assert not streamed.module.__dict__["stream"].origin
+
+
+def test_half_precision_calibrates_as_its_float32_copy_does(half_llama: Path, text: str, tmp_path: Path) -> None:
+    assert_same(
+        collected(half_llama, text, tmp_path / "streamed", max_memory=2 << 30),
+        collected(half_llama, text, tmp_path / "whole"),
+    )
+
+
+def test_a_backward_pass_keeps_no_copy_of_a_weight(half_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftc.models import streaming
+
+    model: Model = load.runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
+    ids = torch.arange(1, 9)[None]
+    unpacked = []
+    unpack = streaming.Stream.unpack
+    monkeypatch.setattr(
+        streaming.Stream, "unpack", lambda self, kept: unpacked.append(isinstance(kept, tuple)) or unpack(self, kept)
+    )
+    embedded = model.module.get_input_embeddings()(ids).requires_grad_(True)
+    with streaming.recomputing(model.module):
+        model.module(inputs_embeds=embedded).logits.square().sum().backward()
+    whole = load.runnable(load.load(half_llama), device="cpu").module
+    other = embedded.detach().requires_grad_(True)
+    whole(inputs_embeds=other).logits.square().sum().backward()
+    assert sum(unpacked) >= 14  # seven matrices in each of two layers
+    assert torch.equal(embedded.grad, other.grad)
+
+
+# processes
+
+FAILS = """
+import os, sys
+from peftc.errors import MethodError
+from peftc.steps.factoring import Factoring
+work = Factoring._factor
+def factor(self, target, rank, part):
+    if os.environ["RANK"] == "1":
+        {how}
+    return work(self, target, rank, part)
+Factoring._factor = factor
+from peftc.cli.app import main
+sys.argv[0] = "peftc"
+main()
+"""
+
+
+def launch(number: int, *words: Any, code: str | None = None) -> list[tuple[int, str, str]]:
+    """Start processes as a launcher does; return exit code, stdout and stderr of each."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, *(["-m", "peftc"] if code is None else ["-c", code]), *map(str, words)]
+    running = [
+        subprocess.Popen(
+            start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **(shared if number > 1 else {"OMP_NUM_THREADS": "1"}),
+                 **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {})},
+        )
+        for rank in range(number)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
+
+
+def test_two_processes_write_the_bytes_of_one(tiny_vit: Path, tmp_path: Path) -> None:
+    words = ["decompose", tiny_vit, "--data", "sklearn:digits", "--calibration-samples", 40, "--ratio", 0.5, "-o"]
+    (alone,) = launch(1, *words, tmp_path / "one")
+    first, second = launch(2, *words, tmp_path / "two")
+    assert (alone[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
+    assert first[1].strip() == str(tmp_path / "two")
+    assert "factored modules" in first[2]
+    assert second[1:] == ("", "")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()}
+    for name in names - {"result.json"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    again, other = launch(2, *words, tmp_path / "two")
+    assert (again[0], other[0]) == (0, 0)
+    assert "already done" in again[2]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ('raise MethodError("cannot do mine")', "process 1 of 2 failed: cannot do mine"),
+        ("os._exit(9)", "another process of this launch stopped"),
+    ],
+)
+def test_when_one_process_fails_all_do(tiny_vit: Path, tmp_path: Path, how: str, said: str) -> None:
+    words = ["decompose", tiny_vit, "--rank", 4, "-o", tmp_path / "out"]
+    first, second = launch(2, *words, code=FAILS.format(how=how))
+    assert first[0] == 1, first[2]
+    assert second[0] != 0
+    assert f"error: {said}" in first[2]
+    assert "Traceback" not in first[2] + second[2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_first_process_refuses_ends_the_others(tiny_vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    first, second = launch(2, "decompose", tiny_vit, "--rank", 4, "-o", tmp_path / "out")
+    assert (first[0], second[0]) == (1, 1)
+    assert "is in the way" in first[2]
+    assert second[1:] == ("", "")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_process_alone_is_the_first_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (processes.rank(), processes.size(), processes.place()) == (0, 1, 0)
+    assert processes.share([1, 2, 3]) == [1, 2, 3]
+    assert processes.agreed(lambda: 7) == 7
+    with pytest.raises(PeftcError, match="mine"), processes.together():
+        raise PeftcError("mine")
+
+
+def test_shares_are_all_of_the_work_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares += processes.share(list(range(8)))
+    assert sorted(shares) == list(range(8))
