@@ -14,6 +14,7 @@ from torch import nn
 from peftc import allocate, measure, processes
 from peftc import plan as plans
 from peftc.errors import PlanError, UsageError, one_of
+from peftc.job import Job
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
@@ -74,6 +75,17 @@ class Question:
         if self.sequential and isinstance(source, Prepared):
             return processes.agreed(lambda: in_order.factor(self.work, source, found.ranks))
         return self.work.factor(found.ranks)
+
+    def carry_out(self, job: Job, base: dict[str, Any], request: dict[str, Any], shard_bytes: int) -> Report:
+        """Decide, factor, write and verify."""
+        work, found = self.work, self.decide(job.work)
+        if self.keep_all_ranks:
+            return ordered.keep_all(work, base, request, self.reasons, max_shard_bytes=shard_bytes)
+        plan = work.plan(found.ranks, self.reasons | found.slow, work.factorize.name, str(self.budget))
+        request = found.settle(job, work.model, base, request, plan)
+        report = self.report(found, self.factor(found))
+        factored.carry_out(report, work, found.ranks, base, request, self.budget, max_shard_bytes=shard_bytes)
+        return report
 
     def rehearse(self, folder: Path) -> Report:
         """Say what would become of every module, and about what that would take."""
@@ -234,14 +246,7 @@ def decompose(
             report = write.already(job, "decompose")
         else:
             job.require(2 * measure.tensor_bytes(loaded.module))
-            found = question.decide(job.work)
-            if keep_all_ranks:
-                report = ordered.keep_all(work, base, request, reasons, max_shard_bytes=shard_bytes)
-            else:
-                plan_made = work.plan(found.ranks, reasons | found.slow, factorize.name, str(budget))
-                request = found.settle(job, loaded, base, request, plan_made)
-                report = question.report(found, question.factor(found))
-                factored.carry_out(report, work, found.ranks, base, request, budget, max_shard_bytes=shard_bytes)
+            report = question.carry_out(job, base, request, shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     if measured:
         against = model if isinstance(model, nn.Module | Model) else load(loaded.source)

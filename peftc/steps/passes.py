@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftc import artifact
+from peftc import artifact, hooks
 from peftc.errors import PlanError, UsageError
 from peftc.hooks import Collector, Site
 from peftc.models import load
