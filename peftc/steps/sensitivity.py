@@ -29,7 +29,7 @@ from peftc.tasks import Batch
 from peftc.unlabelled import divergence
 
 KEPT = "sensitivity.json"
-SHARE = 0.7  # of the break-even rank, at which a module is tried
+SHARE = 0.45  # of the break-even rank, at which a module is tried
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
@@ -45,13 +45,13 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
     path = folder / KEPT
     scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found_losses: dict[str, Tensor] = {}
-    batches = _batches(prepared, samples)
+    batches = samples_of(prepared, samples)
     dense: list[Tensor] = []
     with progress.track("sensitivity", len(work.targets)) as advance:
         for name, target in work.targets.items():
             found = work.spectrum(target)
             if name not in scales and isinstance(found, Spectrum):
-                dense = dense or [_outputs(prepared, batch) for batch in batches]
+                dense = dense or [outputs(prepared, batch) for batch in batches]
                 scales[name] = _scale(work, prepared, target, found, batches, dense)
                 artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
                 path.with_suffix(".tmp").replace(path)
@@ -60,7 +60,8 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
     return found_losses
 
 
-def _batches(prepared: Prepared, samples: int) -> list[Batch]:
+def samples_of(prepared: Prepared, samples: int) -> list[Batch]:
+    """Return so many samples, spread over the calibration set, in batches."""
     size = prepared.encoded.size
     chosen = [at * size // min(samples, size) for at in range(min(samples, size))]  # spread over the set
     lengths = prepared.encoded.lengths
@@ -74,21 +75,26 @@ def _scale(
     work: Factoring, prepared: Prepared, target: Target, found: Spectrum, batches: list[Batch], dense: list[Tensor]
 ) -> float:
     """Return the measured divergence over the predicted one, of one module at one rank."""
-    rank = max(1, int(SHARE * allocate.break_even_rank(target.shape, target.form)))
+    rank = rank_of(target)
     predicted = float(found.losses()[rank]) / 2
     if not predicted:
         return 1.0
-    with _cut(work, prepared.model.module, target, found, rank):
+    with cut(work, prepared.model.module, target, found, rank):
         parts = [
-            divergence(prepared.task, one, _outputs(prepared, batch), batch.inputs)
+            divergence(prepared.task, one, outputs(prepared, batch), batch.inputs)
             for one, batch in zip(dense, batches, strict=True)
         ]
     measured = float(torch.cat(parts).mean())
     return min(max(measured / predicted, 1 / LARGEST), LARGEST)
 
 
+def rank_of(target: Target) -> int:
+    """Return the rank at which a module is tried."""
+    return max(1, int(SHARE * allocate.break_even_rank(target.shape, target.form)))
+
+
 @contextmanager
-def _cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> Iterator[None]:
+def cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> Iterator[None]:
     """Give a module, or every member of a group, the product of its factors as weight, for the length of a context."""
     factors = found.truncate(rank).factors
     ups = factors.up.split(target.outs) if target.members else (factors.up,)
@@ -111,7 +117,8 @@ def _cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: i
             parameter.data = data
 
 
-def _outputs(prepared: Prepared, batch: Batch) -> Tensor:
+def outputs(prepared: Prepared, batch: Batch) -> Tensor:
+    """Return what the model gives for a batch."""
     return load.outputs(prepared.model, load.moved(prepared.model, batch.inputs))
 
 

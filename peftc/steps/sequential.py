@@ -32,7 +32,7 @@ class _Reached(Exception):
     """All modules of a stage have been called: the rest of the pass is of no use."""
 
 
-def refuse(source: object, *, keep_all_ranks: bool) -> None:
+def refuse(source: object, *, keep_all_ranks: bool, joint: bool) -> None:
     """Refuse a sequential fit that cannot be done.
 
     Raises:
@@ -42,6 +42,12 @@ def refuse(source: object, *, keep_all_ranks: bool) -> None:
         raise UsageError(
             "`--sequential` and `--keep-all-ranks` contradict each other",
             why="each module is fitted to the ranks of those before it",
+            hint="leave one of them out",
+        )
+    if joint:
+        raise UsageError(
+            "`--sequential` and `--joint` cannot be combined yet",
+            why="the statistics of a group's members are not collected again",
             hint="leave one of them out",
         )
     if not isinstance(source, Prepared):
