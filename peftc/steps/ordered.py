@@ -116,17 +116,18 @@ def _means(work: Factoring, name: str, rank: int) -> dict[str, Tensor]:
     """Return what the bias of any rank is corrected by, float64, or nothing for a module whose bias stays.
 
     Returns:
-        ``weight_mean`` (out,), the mean of the outputs without the bias, and ``down_mean`` (rank,), that of what the
-        rows of ``down`` make of the same inputs.
+        ``weight_mean`` (out,), the mean of the outputs without the bias, and ``down_mean`` (rank, columns), that of
+        what the rows of ``down`` make of the same inputs; a spatial kernel meets every column with other pixels.
     """
     factors, target, known = work.kept(name, rank)[0], work.targets[name], work.factorize.statistics
-    mean = known.of(name, work.device).mean if known is not None and "up.bias" in factors else None
-    if mean is None:
+    if known is None or "up.bias" not in factors:
         return {}
-    weight = lowrank.matrix(spectra.weight_of(work.model, target, work.device), target.form).double()
-    columns = target.shape[3] if target.form == "spatial" else 1  # every column of the kernel adds its own
+    found, spatial = known.of(name, work.device), target.form == "spatial"
+    mean: Any = found.patch if spatial else found.mean
+    weight = lowrank.matrix(spectra.weight_of(work.model, target, work.device), "channel" if spatial else target.form)
+    inputs = mean.view(-1, target.shape[3]) if spatial else mean[:, None]  # (in kh, kw) or (in, 1)
     down = factors["down.weight"].to(work.device).double().flatten(1)
-    return {"weight_mean": (weight @ mean).view(-1, columns).sum(1).cpu(), "down_mean": (down @ mean).cpu()}
+    return {"weight_mean": (weight.double() @ mean).cpu(), "down_mean": (down @ inputs).cpu()}
 
 
 def _verify(folder: Any, record: Manifest, work: Factoring, beside: Mapping[str, Tensor]) -> None:
@@ -217,10 +218,9 @@ class Ordered:
         cut = {"up.weight": self.tensors["up.weight"][:, :rank], "down.weight": self.tensors["down.weight"][:rank]}
         if self.bias is not None and MEANS[0] in self.tensors:
             up = cut["up.weight"].double()
-            lost = (
-                self.tensors["weight_mean"]
-                - (up.flatten(2).sum(2) if up.ndim > 2 else up) @ self.tensors["down_mean"][:rank]
-            )
+            up = up.flatten(2) if up.ndim > 2 else up[:, :, None]  # (out, rank, columns)
+            made = torch.einsum("orc,rc->o", up, self.tensors["down_mean"][:rank])
+            lost = self.tensors["weight_mean"] - made
             cut["up.bias"] = (self.bias.detach().double() + lost).to(self.bias.dtype)
         return cut, {name: write.piece(tensor) for name, tensor in cut.items()}
 
@@ -309,7 +309,8 @@ def _shapes(model: Model, target: Target, rank: int, *, corrected: bool) -> dict
         shapes |= {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         bias = shapes.pop("up.bias", None)
         if bias is not None and corrected:
-            shapes |= dict(zip(MEANS, (bias, (rank,)), strict=True))
+            columns = target.shape[3] if target.form == "spatial" else 1
+            shapes |= dict(zip(MEANS, (bias, (rank, columns)), strict=True))
     return shapes
 
 
