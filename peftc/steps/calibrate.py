@@ -22,6 +22,7 @@ from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.lanes import LANES
+from peftc.steps.prepared import Request, prepare
 from peftc.steps.show import statistics_table
 from peftc.steps.statistics import Statistics
 
@@ -75,7 +76,7 @@ def calibrate(
             f"`--method {factorize.name}` needs no statistics", why="it takes the weights alone",
             hint=f"decompose at once: `peftc decompose MODEL --method {factorize.name}`",
         )  # fmt: skip
-    asked = calibrating.Request(
+    asked = Request(
         data, task, calibration_samples, None if calibration_tokens is None else int(calibration_tokens), batch_size,
         image_size, max_length, seed,
     )  # fmt: skip
@@ -85,7 +86,7 @@ def calibrate(
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     work = Factoring(loaded, targets, factorize, solver_device(device_of(device)))
     work.leave_uncalled(reasons, include)
-    prepared = calibrating.prepare(loaded, asked, device)
+    prepared = prepare(loaded, asked, device)
     if dry_run:
         report = Report("calibrate", {"eligible": list(work.targets), "data": prepared.data})
         report.tables.append(factored.dense_table([], reasons))

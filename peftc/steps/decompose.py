@@ -27,9 +27,10 @@ from peftc.steps import sequential as in_order
 from peftc.steps import statistics as calibrating
 from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Held
+from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Factorizer
 from peftc.steps.speedup import Decision, Input, decide, unusual
-from peftc.steps.statistics import Prepared, Statistics
+from peftc.steps.statistics import Statistics
 
 FEW_SAMPLES = 8
 

@@ -18,7 +18,8 @@ from peftc.models.load import Model, detached
 from peftc.plan import Target
 from peftc.report import Report, size
 from peftc.steps.factoring import Factoring
-from peftc.steps.statistics import DRAWS, Prepared, Statistics
+from peftc.steps.prepared import Prepared
+from peftc.steps.statistics import DRAWS, Statistics
 
 PROBE = 384  # side of the eigenproblem and of the product that are timed
 DOUBLE = 8  # bytes

@@ -26,7 +26,8 @@ from peftc.nn import lowrank, shared, surgery
 from peftc.plan import Budget, Plan, Target
 from peftc.report import grouped
 from peftc.steps import statistics, write
-from peftc.steps.statistics import Prepared, Statistics
+from peftc.steps.prepared import Prepared
+from peftc.steps.statistics import Statistics
 
 FORMS = ("linear", "transposed")
 

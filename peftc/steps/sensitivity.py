@@ -24,7 +24,7 @@ from peftc.nn.lowrank import Factors
 from peftc.plan import Target
 from peftc.steps import joint
 from peftc.steps.factoring import Factoring
-from peftc.steps.statistics import Prepared
+from peftc.steps.prepared import Prepared
 from peftc.tasks import Batch
 from peftc.unlabelled import divergence
 

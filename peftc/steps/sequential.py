@@ -23,7 +23,8 @@ from peftc.models import load
 from peftc.nn import lowrank
 from peftc.steps import write
 from peftc.steps.factoring import Factoring
-from peftc.steps.statistics import Prepared, matrix_of
+from peftc.steps.prepared import Prepared
+from peftc.steps.statistics import matrix_of
 
 NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +11,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import artifact, hooks, manifest, processes, progress, tasks, unlabelled
-from peftc.data import open_data
-from peftc.data.tokens import sample, window
+from peftc import artifact, hooks, manifest, processes, progress, unlabelled
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.hooks import Collector, Found, Site, Sums
 from peftc.models import load, streaming
 from peftc.models.inputs import main_output
-from peftc.models.load import Model, detached
+from peftc.models.load import Model
 from peftc.nn import lowrank
 from peftc.plan import Target
 from peftc.report import grouped
 from peftc.steps import lanes, write
 from peftc.steps.lanes import LANES, Lanes
-from peftc.steps.passes import planned, return_freed
-from peftc.tasks import Batch, Encoded, Settings, Task
+from peftc.steps.passes import planned
+from peftc.steps.prepared import Prepared, Request, prepare
+from peftc.tasks import Batch, Task
 
 FILE = "statistics.safetensors"
-GENERATED, GENERATED_LENGTH = "generated:", 128
 DRAWS = 2  # of the model's own predictions, for every sample
 ENOUGH = 4  # rows per feature, below which a moment is a poor estimate
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked of the calibration.
-
-    Attributes:
-        data: a `--data` spec, or ``generated:N``.
-        task: a name of the task table; guessed from the model when None.
-        samples: at most.
-        tokens: at most, padding apart; image patches count as tokens of the first module that is watched.
-        batch_size: samples at once.
-        image_size, max_length: as for an evaluation.
-        seed: of the choice of samples and of drawn predictions.
-        max_memory: bytes of anonymous memory, those of Python and its libraries included, or of the device.
-    """
-
-    data: str
-    task: str | None = None
-    samples: int = 512
-    tokens: int | None = None
-    batch_size: int = 8
-    image_size: int | None = None
-    max_length: int | None = None
-    seed: int = 0
-    max_memory: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UsageError: naming the option.
-        """
-        for option in ("samples", "tokens", "batch_size"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                name = option if option == "batch_size" else f"calibration_{option}"
-                raise UsageError(f"`--{name.replace('_', '-')}` is {value}", why="at least one is needed")
 
 
 @dataclass
@@ -123,45 +83,6 @@ class Statistics:
             )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A calibration set as a runnable copy of the model reads it.
-
-    Attributes:
-        model: on its device.
-        task: of the model; None where nothing tells it.
-        request: what was asked.
-        encoded: the samples.
-        data: what identifies them.
-        labelled: whether they could measure quality as well.
-        notes: what people should know about them.
-    """
-
-    model: Model
-    task: Task | None
-    request: Request
-    encoded: Encoded
-    data: dict[str, Any]
-    labelled: bool
-    notes: list[str]
-
-
-def prepare(model: Model, request: Request, device: str) -> Prepared:
-    """Open the calibration set, so that data that does not fit is refused before any work.
-
-    Raises:
-        DataError: the data cannot be read, or the model cannot read it.
-    """
-    limit = request.max_memory
-    if limit is not None:
-        return_freed()
-    subject = load.runnable(replace(model, module=detached(model.module), max_memory=limit), device=device)
-    subject.module.requires_grad_(False)  # of weights none is needed
-    task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
-    encoded, data, labelled, notes = _encode(subject, task, request)
-    return Prepared(subject, task, request, encoded, data, labelled, notes)
-
-
 def source(
     model: Model, needs: Sequence[str], data: str | None, folder: str | Path | None, device: str, **asked: Any
 ) -> Prepared | Statistics | None:
@@ -209,11 +130,7 @@ def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequent
     if isinstance(source, Statistics):
         return {"statistics": {"collected": source.note["collected"]}}
     extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
-    return {"statistics": {"data": source.data, "request": _asked(source.request)}, **extra}
-
-
-def _asked(request: Request) -> dict[str, Any]:
-    return {key: value for key, value in asdict(request).items() if key != "max_memory" or value is not None}
+    return {"statistics": {"data": source.data, "request": source.request.asked()}, **extra}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
@@ -338,29 +255,6 @@ def _enough(tokens: int | None, samples: int | None) -> Callable[[Sums], bool]:
     return lambda sums: tokens is not None and _seen(sums) >= -(-tokens // LANES)
 
 
-def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
-    """Return the samples as the model reads them, what identifies them, whether they have labels, and notes."""
-    if request.data.startswith(GENERATED):
-        number = request.data.removeprefix(GENERATED)
-        if not number.isdecimal() or int(number) < 1:
-            raise UsageError(f"`--data {request.data}` asks for no number of sequences", hint="as `generated:64`")
-        if task is None or task.name != "causal-lm":
-            raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
-        length = min(window(model, request.max_length), request.max_length or GENERATED_LENGTH)
-        dataset = sample(model, int(number), length, seed=request.seed + 1)  # an evaluation draws with the seed itself
-    else:
-        dataset = open_data(request.data, seed=request.seed, task=task.name if task else None, role="calibration")
-    windows = task is not None and task.name.endswith("-lm")
-    both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
-    if not windows:  # of a pair both texts are samples
-        dataset = dataset.take(-(-request.samples // 2) if both else request.samples, seed=request.seed)
-    settings = Settings(request.image_size, request.max_length, request.samples, request.seed)
-    encoded = unlabelled.encode(model, dataset, task, settings)
-    about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest, "samples": encoded.size}
-    said = [f"calibration: {encoded.size} samples of split `{dataset.split}` of `{request.data}`"]
-    return encoded, about, windows or dataset.labels is not None, said
-
-
 def _run_lane(
     prepared: Prepared, runs: list[list[int]], collector: Collector, enough: Callable[[Sums], bool],
     advance: Callable[[str], None],
@@ -439,7 +333,7 @@ def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepare
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {
         "needs": sorted(needs), "samples": sum(added.samples), "lanes": added.samples, "rows": rows,
-        "data": prepared.data, "request": _asked(prepared.request), "modules": modules, "notes": prepared.notes,
+        "data": prepared.data, "request": prepared.request.asked(), "modules": modules, "notes": prepared.notes,
     }  # fmt: skip
 
 

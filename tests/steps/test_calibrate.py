@@ -20,6 +20,7 @@ from peftc.steps import statistics, write
 from peftc.steps.calibrate import calibrate
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
+from peftc.steps.lanes import LANES
 from peftc.steps.show import show
 from tests.conftest import WORDS
 from tests.steps.test_decompose import promised, ranks
@@ -370,16 +371,16 @@ def test_the_project_names_model_and_data(peftc, tiny_vit: Path, tmp_path: Path,
 
 KILLED = """
 import os, signal, sys
-from peftc.steps import statistics
+from peftc.steps import lanes
 from peftc.steps.calibrate import calibrate
-save, left = statistics._save, int(sys.argv[3])
+save, left = lanes.save, int(sys.argv[3])
 def kill(path, sums):
     global left
     save(path, sums)
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-statistics._save = kill
+lanes.save = kill
 calibrate(sys.argv[1], output_dir=sys.argv[2], data="sklearn:digits", calibration_samples=64)
 """
 
@@ -395,7 +396,7 @@ def test_a_kill_loses_no_finished_part_and_changes_no_byte(
     lanes, run = [], statistics._run_lane
     monkeypatch.setattr(statistics, "_run_lane", lambda *words: lanes.append(1) or run(*words))
     calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
-    assert len(lanes) == statistics.LANES - 2
+    assert len(lanes) == LANES - 2
     assert promised(tmp_path / "out") == promised(stats)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -445,7 +446,7 @@ def test_a_multiple_of_the_identity_scales_the_losses_and_no_gradient_leaves_nex
         weighted(weight, moment, torch.zeros(6, 6).double()),
     )
     assert torch.allclose(four.losses(), 4 * plain.losses())
-    assert 0 < float(none.losses()[0]) < 1e-20
+    assert not none.losses().any()
     for found in (four, none):
         assert torch.equal(found.truncate(3).factors.up, plain.truncate(3).factors.up)
         assert torch.equal(found.truncate(3).factors.down, plain.truncate(3).factors.down)

@@ -17,7 +17,7 @@ from peftc.models import load as models
 from peftc.models.targets import targets as eligible
 from peftc.steps import statistics
 from peftc.steps.decompose import decompose
-from peftc.steps.statistics import Request
+from peftc.steps.prepared import Request, prepare
 
 HERE = "python:tests.steps.test_calibrated"
 
@@ -135,7 +135,7 @@ def gpt2(folder: Path) -> Source:
 
 def means_of(dense: Source, small: Path, data: Path, **asked: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Return mean outputs of each factored module and of the dense one on the dense model's inputs, and their size."""
-    prepared = statistics.prepare(models.load(dense), Request(str(data), **asked), "cpu")
+    prepared = prepare(models.load(dense), Request(str(data), **asked), "cpu")
     factored = models.runnable(models.load(Source(str(small), allow_code=True)), device="cpu")
     assert factored.manifest is not None
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in factored.manifest.modules}
@@ -218,7 +218,7 @@ def test_without_a_bias_to_correct_the_moment_is_the_raw_one(correct: bool, imag
     losses = {row["name"]: row["loss"] for row in report.data["modules"]}
     network = models.load(source).module
     seen: dict[str, Tensor] = {}
-    prepared = statistics.prepare(models.load(source), Request(str(images)), "cpu")
+    prepared = prepare(models.load(source), Request(str(images)), "cpu")
     for name in ("first", "second", "third"):
         prepared.model.module.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, name=name: seen.update({name: inputs[0].flatten(0, -2).double()})
@@ -240,7 +240,7 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
     weights = data_folder / "weights/vit_tiny_patch16_224/model.safetensors"
     model = models.load(Source(str(weights), arch="timm:vit_tiny_patch16_224"))
     data = data_folder / "sets/imagenet_sample/imagenet_sample_150.zip"
-    prepared = statistics.prepare(model, Request(str(data), samples=24), "cpu")
+    prepared = prepare(model, Request(str(data), samples=24), "cpu")
     every, _ = eligible(prepared.model, conv_method="channel")
     targets = {name: target for name, target in every.items() if name.split(".")[1] in ("1", "4", "7")}
     needs = ("second_moment", "output_gradient_gram")

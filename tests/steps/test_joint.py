@@ -282,8 +282,7 @@ def test_joint_whitened_and_kfac_factors_beat_every_perturbed_competitor() -> No
 
 
 def test_a_stack_has_one_input_side_blocks_of_gradients_and_a_summed_fisher() -> None:
-    from peftc.calibrate import Found
-
+    from peftc.hooks import Found
     from peftc.plan import Target
 
     class Known:
@@ -312,7 +311,7 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
 
     class Known:
         def of(self, _name: str, _device: torch.device) -> Any:
-            from peftc.calibrate import Found
+            from peftc.hooks import Found
 
             return Found("input", mean, torch.eye(32), None, {}, 99)
 
@@ -321,7 +320,7 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
     work = Factoring(models.load(source), {names[0]: target}, by, torch.device("cpu"))
     weight = joining.stacked(work.model, target, torch.device("cpu"))
     factors = whitened(weight, second_moment=Moment(torch.eye(32, dtype=torch.float64))).truncate(9).factors
-    parts = work._by_member(target, weight, factors, {"up.weight": factors.up, "down.weight": factors.down})
+    parts = work._by_member(target, factors, {"up.weight": factors.up, "down.weight": factors.down}, by)
     for at, name in enumerate(names):
         dense: Any = network.get_submodule(name)
         now = parts[f"{at}.up.weight"].double() @ (parts["down.weight"].double() @ mean) + parts[f"{at}.up.bias"]
@@ -378,6 +377,6 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkey
         with pytest.raises(ZeroDivisionError):
             decompose(source, output_dir=tmp_path / "stopped", **options)
     with monkeypatch.context() as patched:  # factors that are there are not computed again
-        patched.setattr(factoring.Factoring, "_factor", lambda *_args: 1 / 0)
+        patched.setattr(factoring.Factoring, "factor_one", lambda *_args: 1 / 0)
         decompose(source, output_dir=tmp_path / "stopped", **options)
     assert promised(tmp_path / "straight") == promised(tmp_path / "stopped")

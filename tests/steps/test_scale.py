@@ -19,7 +19,8 @@ from peftc.models.load import Model
 from peftc.models.targets import targets as find_targets
 from peftc.steps import passes, statistics
 from peftc.steps.decompose import decompose
-from peftc.steps.statistics import Request, Statistics
+from peftc.steps.prepared import Request, prepare
+from peftc.steps.statistics import Statistics
 
 TEXT = "the cat sat on the mat . a small dog ran under the big tree ! then the red bird sang , and it was very blue . "
 NEEDS = ("second_moment", "output_gradient_gram")
@@ -60,7 +61,7 @@ def collected(model: Path, text: str, folder: Path, needs: Any = NEEDS, **asked:
     targets, _ = find_targets(loaded, conv_method="spatial", include=(), skip=())
     request = Request(text, samples=12, max_length=16, **asked)
     folder.mkdir(exist_ok=True)
-    return statistics.collect(statistics.prepare(loaded, request, "cpu"), targets, needs, folder)
+    return statistics.collect(prepare(loaded, request, "cpu"), targets, needs, folder)
 
 
 def tensors(known: Statistics) -> dict[str, dict[str, Any]]:
@@ -223,12 +224,12 @@ FAILS = """
 import os, sys
 from peftc.errors import MethodError
 from peftc.steps.factoring import Factoring
-work = Factoring._factor
-def factor(self, target, rank, part):
+work = Factoring.factor_one
+def factor(self, target, rank, part, factorize=None):
     if os.environ["RANK"] == "1":
         {how}
-    return work(self, target, rank, part)
-Factoring._factor = factor
+    return work(self, target, rank, part, factorize)
+Factoring.factor_one = factor
 from peftc.cli.app import main
 sys.argv[0] = "peftc"
 main()

@@ -15,6 +15,7 @@ from peftc.models.load import load
 from peftc.models.targets import targets as find_targets
 from peftc.steps import sensitivity, statistics
 from peftc.steps.factoring import Factoring
+from peftc.steps.prepared import Prepared, Request, prepare
 from peftc.steps.spectra import factorizer
 
 DATA = "sklearn:digits"
@@ -58,7 +59,7 @@ def test_a_module_is_fitted_on_what_the_factored_ones_produce(tiny_vit: Path, im
     made, dense = peftc.load(tmp_path / "out"), load(tiny_vit)
     seen: list[torch.Tensor] = []
     made.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    prepared = statistics.prepare(load(tiny_vit), statistics.Request(str(images), samples=64), "cpu")
+    prepared = prepare(load(tiny_vit), Request(str(images), samples=64), "cpu")
     with torch.no_grad():
         made(prepared.encoded.batch(range(64)).inputs)
     rows = seen[0].flatten(0, 1).double()
@@ -105,11 +106,11 @@ def test_texts_with_padding_are_fitted_in_order(tiny_bert_classifier: Path, tmp_
 # -- sensitivity ------------------------------------------------------------------------------------------------------
 
 
-def calibrated(model: Path, images: Path, folder: Path) -> tuple[Factoring, statistics.Prepared]:
+def calibrated(model: Path, images: Path, folder: Path) -> tuple[Factoring, Prepared]:
     loaded = load(model)
     targets, reasons = find_targets(loaded, conv_method="spatial")
     work = Factoring(loaded, targets, factorizer("kfac", "spatial", None, with_data=True), torch.device("cpu"))
-    prepared = statistics.prepare(loaded, statistics.Request(str(images), samples=64), "cpu")
+    prepared = prepare(loaded, Request(str(images), samples=64), "cpu")
     work.use(statistics.collect(prepared, targets, work.factorize.needs, folder), reasons)
     return work, prepared
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from peftc.models.load import Model
 from peftc.models.targets import targets as eligible
 from peftc.nn import lowrank
 from peftc.plan import Target
-from peftc.steps import statistics
-from peftc.steps.statistics import Request, Statistics
+from peftc.steps import lanes, statistics, write
+from peftc.steps.prepared import Request, prepare
+from peftc.steps.statistics import Statistics
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -107,7 +109,11 @@ def found_by(
     def weight_of(target: Target) -> Tensor:
         return lowrank.matrix(model.module.get_submodule(target.name).weight.detach(), target.form)  # type: ignore[arg-type, union-attr]
 
-    return sites, hooks.tensors(sums, sites, weight_of)
+    with tempfile.TemporaryDirectory() as folder:
+        lane, part = Path(folder) / "lane.safetensors", Path(folder) / "part.safetensors"
+        lanes.save(lane, sums)
+        write.save_part(part, lanes.stored(lanes.Lanes([lane], CPU), sites, weight_of), {})
+        return sites, {name: tensor.clone() for name, tensor in load_file(part).items()}
 
 
 def calibrate_targets(model: Model, form: str) -> dict[str, Target]:
@@ -392,7 +398,7 @@ def statistics_of(
     include = asked.pop("include", ())
     out.mkdir(exist_ok=True)
     model = models.load(folder)
-    prepared = statistics.prepare(model, Request(str(data), **asked), "cpu")
+    prepared = prepare(model, Request(str(data), **asked), "cpu")
     found, _ = eligible(model, conv_method="spatial", include=include)
     return statistics.collect(prepared, found, needs, out)
 
@@ -458,7 +464,7 @@ def test_embeddings_are_seen_from_what_they_look_up(tmp_path: Path, texts: Path)
     assert (about["side"], about["lookup"], about["width"]) == ("output", True, 8)
     found = known.of("embeddings.word_embeddings", CPU)
     model = models.load(narrow)
-    encoded = statistics.prepare(model, Request(str(texts)), "cpu").encoded
+    encoded = prepare(model, Request(str(texts)), "cpu").encoded
     ids = torch.cat([encoded.batch([index]).inputs["input_ids"].flatten() for index in range(encoded.size)])
     mean, covariance = second_moment(model.module.embeddings.word_embeddings.weight.detach()[ids])  # type: ignore[union-attr, index]
     assert about["rows"] == len(ids)

@@ -1,0 +1,121 @@
+"""A calibration set as a model reads it, opened before any work, so that data that does not fit is refused early."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from peftc import tasks, unlabelled
+from peftc.data import open_data
+from peftc.data.tokens import sample, window
+from peftc.errors import DataError, UsageError
+from peftc.models import load
+from peftc.models.load import Model, detached
+from peftc.steps.passes import return_freed
+from peftc.tasks import Encoded, Settings, Task
+
+GENERATED, GENERATED_LENGTH = "generated:", 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of the calibration.
+
+    Attributes:
+        data: a `--data` spec, or ``generated:N``.
+        task: a name of the task table; guessed from the model when None.
+        samples: at most.
+        tokens: at most, padding apart; image patches count as tokens of the first module that is watched.
+        batch_size: samples at once.
+        image_size, max_length: as for an evaluation.
+        seed: of the choice of samples and of drawn predictions.
+        max_memory: bytes of anonymous memory, those of Python and its libraries included, or of the device.
+    """
+
+    data: str
+    task: str | None = None
+    samples: int = 512
+    tokens: int | None = None
+    batch_size: int = 8
+    image_size: int | None = None
+    max_length: int | None = None
+    seed: int = 0
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        for option in ("samples", "tokens", "batch_size"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                name = option if option == "batch_size" else f"calibration_{option}"
+                raise UsageError(f"`--{name.replace('_', '-')}` is {value}", why="at least one is needed")
+
+    def asked(self) -> dict[str, Any]:
+        """Return what makes two calibrations the same question."""
+        return {key: value for key, value in asdict(self).items() if key != "max_memory" or value is not None}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A calibration set as a runnable copy of the model reads it.
+
+    Attributes:
+        model: on its device.
+        task: of the model; None where nothing tells it.
+        request: what was asked.
+        encoded: the samples.
+        data: what identifies them.
+        labelled: whether they could measure quality as well.
+        notes: what people should know about them.
+    """
+
+    model: Model
+    task: Task | None
+    request: Request
+    encoded: Encoded
+    data: dict[str, Any]
+    labelled: bool
+    notes: list[str]
+
+
+def prepare(model: Model, request: Request, device: str) -> Prepared:
+    """Open the calibration set, so that data that does not fit is refused before any work.
+
+    Raises:
+        DataError: the data cannot be read, or the model cannot read it.
+    """
+    limit = request.max_memory
+    if limit is not None:
+        return_freed()
+    subject = load.runnable(replace(model, module=detached(model.module), max_memory=limit), device=device)
+    subject.module.requires_grad_(False)  # of weights none is needed
+    task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
+    encoded, data, labelled, notes = _encode(subject, task, request)
+    return Prepared(subject, task, request, encoded, data, labelled, notes)
+
+
+def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
+    """Return the samples as the model reads them, what identifies them, whether they have labels, and notes."""
+    if request.data.startswith(GENERATED):
+        number = request.data.removeprefix(GENERATED)
+        if not number.isdecimal() or int(number) < 1:
+            raise UsageError(f"`--data {request.data}` asks for no number of sequences", hint="as `generated:64`")
+        if task is None or task.name != "causal-lm":
+            raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
+        length = min(window(model, request.max_length), request.max_length or GENERATED_LENGTH)
+        dataset = sample(model, int(number), length, seed=request.seed + 1)  # an evaluation draws with the seed itself
+    else:
+        dataset = open_data(request.data, seed=request.seed, task=task.name if task else None, role="calibration")
+    windows = task is not None and task.name.endswith("-lm")
+    both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
+    if not windows:  # of a pair both texts are samples
+        dataset = dataset.take(-(-request.samples // 2) if both else request.samples, seed=request.seed)
+    settings = Settings(request.image_size, request.max_length, request.samples, request.seed)
+    encoded = unlabelled.encode(model, dataset, task, settings)
+    about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest, "samples": encoded.size}
+    said = [f"calibration: {encoded.size} samples of split `{dataset.split}` of `{request.data}`"]
+    return encoded, about, windows or dataset.labels is not None, said
