@@ -65,7 +65,11 @@ class Question:
         return processes.agreed(lambda: self._decide(budget, folder))
 
     def _decide(self, budget: Budget, folder: Path) -> Decision:
-        if self.sensitivity and isinstance(self.source, Prepared) and measuring.is_possible(self.work):
+        if (
+            self.sensitivity
+            and isinstance(self.source, Prepared)
+            and measuring.is_of_use(self.work, budget, self.allocation)
+        ):
             self.work.losses |= measuring.corrected(self.work, self.source, self.sensitivity, folder)
         known = {name: Held(losses) for name, losses in self.work.losses.items()}
         return decide(self.work, budget, self.allocation, self.multiple, self.timed, known)

@@ -21,8 +21,8 @@ from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
-from peftc.plan import Target
-from peftc.steps import joint
+from peftc.plan import Budget, Target
+from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.tasks import Batch
@@ -30,6 +30,7 @@ from peftc.unlabelled import divergence
 
 KEPT = "sensitivity.json"
 SHARE = 0.45  # of the break-even rank, at which a module is tried
+FAINT = 1e-6  # of the whole loss, below which both the prediction and the measurement are rounding
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
@@ -77,7 +78,7 @@ def _scale(
     """Return the measured divergence over the predicted one, of one module at one rank."""
     rank = rank_of(target)
     predicted = float(found.losses()[rank]) / 2
-    if not predicted:
+    if predicted <= FAINT * float(found.losses()[0]) / 2:
         return 1.0
     with cut(work, prepared.model.module, target, found, rank):
         parts = [
@@ -122,6 +123,10 @@ def outputs(prepared: Prepared, batch: Batch) -> Tensor:
     return load.outputs(prepared.model, load.moved(prepared.model, batch.inputs))
 
 
-def is_possible(work: Factoring) -> bool:
-    """Return whether losses are divergences, so that a measured one corrects them."""
-    return "output_gradient_gram" in work.factorize.needs
+def is_of_use(work: Factoring, budget: Budget, allocation: str) -> bool:
+    """Return whether losses decide the ranks, and are divergences, so that a measured one corrects them."""
+    return (
+        spectra.needs_spectra(budget, allocation)
+        and budget.kind != "energy"
+        and "output_gradient_gram" in work.factorize.needs
+    )

@@ -391,7 +391,7 @@ def test_a_kill_loses_no_finished_part_and_changes_no_byte(
     done = subprocess.run([sys.executable, "-c", KILLED, str(tiny_vit), str(tmp_path / "out"), "2"], timeout=120)
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == [
-        "lane-0.safetensors", "lane-1.safetensors",
+        "lane-0-0.safetensors", "lane-0-1.safetensors",
     ]  # fmt: skip
     lanes, run = [], statistics._run_lane
     monkeypatch.setattr(statistics, "_run_lane", lambda *words: lanes.append(1) or run(*words))
