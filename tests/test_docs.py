@@ -138,7 +138,8 @@ def test_the_options_of_the_tour_exist(block: Block) -> None:
 
 
 def test_every_option_in_the_text_exists() -> None:
-    known = {opt for command in COMMANDS.values() for param in command.params for opt in param.opts}
+    params = [param for command in COMMANDS.values() for param in command.params]
+    known = {opt for param in params for opt in (*param.opts, *param.secondary_opts)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PROSE + CHANGELOG)) <= known
 
 
