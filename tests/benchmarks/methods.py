@@ -59,8 +59,8 @@ def cases(folder: Path) -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
         arch_set={"pad_type": "same", "bn_eps": 1e-3},
     )  # fmt: skip
     resnet = Source(
-        "python:cifar_resnet:resnet20", weights=WEIGHTS / "resnet_cifar10/resnet20-12fca82f.th",
-        allow_code=True, preprocess=CIFAR,
+        "python:cifar_resnet:CifarResNet", arch_set={"depth": 20}, allow_code=True, preprocess=CIFAR,
+        weights=WEIGHTS / "resnet_cifar10/resnet20-12fca82f.th",
     )  # fmt: skip
     return {
         "ViT-Ti": (vit, images, {}),
