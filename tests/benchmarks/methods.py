@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WEIGHTS, SETS = DATA / "weights", DATA / "sets"
 HALF = {"mean": 0.5, "std": 0.5, "crop_pct": 0.875}
-CIFAR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": [3, 32, 32]}
+CIFAR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": [3, 32, 32], "crop_pct": 1.0}
 METHODS = ("svd", "asvd", "fwsvd", "whitened", "kfac")
 
 
