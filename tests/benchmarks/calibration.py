@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         random = np.random.default_rng(0)
-        np.savez(images, x_train=random.normal(size=(asked.images, 224, 224, 3)).astype(np.float32))
+        np.savez(images, x_train=random.normal(size=(asked.images, 3, 224, 224)).astype(np.float32))
         prepared = prepare(model, Request(str(images), samples=asked.images), "cpu")
         runs = hooks.batches(None, prepared.encoded.size, prepared.request.batch_size)
 
