@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftc.allocate import Rank
 from peftc.artifact import Piece
 from peftc.errors import PeftcError, PlanError, UsageError
-from peftc.hooks import Found
+from peftc.hooks import Found, registered
 from peftc.models.inputs import main_output, probe
 from peftc.models.load import Model
 from peftc.nn import lowrank, shared, surgery
@@ -99,12 +99,9 @@ def _watching(network: nn.Module, seen: Mapping[str, list[tuple[Tensor, int]]]) 
 
         return note
 
-    handles = [network.get_submodule(name).register_forward_pre_hook(watch(calls)) for name, calls in seen.items()]
-    try:
+    watched = [(network.get_submodule(name), calls) for name, calls in seen.items()]
+    with registered(module.register_forward_pre_hook(watch(calls)) for module, calls in watched):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_planned(model: Model, targets: Mapping[str, Target], groups: Sequence[Sequence[str]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftc import allocate, measure
 from peftc.allocate import Curve, Rank
 from peftc.errors import PlanError
+from peftc.hooks import registered
 from peftc.measure import Speedup
 from peftc.models.load import Model, detached, outputs
 from peftc.nn import lowrank, surgery
@@ -75,7 +76,7 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
         PlanError: the model does not run on the batch.
     """
     found: dict[str, list[Site]] = {name: [] for name in targets}
-    hooks = []
+    handles = []
     for name, target in targets.items():
         for each in (name, *target.aliases):
             module, form = model.module.get_submodule(each), form_of(each, name)
@@ -86,13 +87,9 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
                 tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
                 found[name] += [Site(form, repr(module), tuple(first.shape)) for first in tensors[:1]]
 
-            hooks.append(module.register_forward_pre_hook(add, with_kwargs=True))
-    try:
-        with _runs(model):
-            outputs(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            handles.append(module.register_forward_pre_hook(add, with_kwargs=True))
+    with registered(handles), _runs(model):
+        outputs(model, batch)
     return found
 
 
