@@ -260,11 +260,16 @@ def _observe_pairs(hidden: Tensor, batch: Batch) -> Columns:
             f"the model gives outputs of shape {list(hidden.shape)}, not one vector per token",
             hint="choose another `--task`",
         )
-    mask = batch.inputs["attention_mask"].to(hidden.device)[..., None].float()
-    pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
-    vectors = torch.nn.functional.normalize(pooled, dim=1).view(len(batch.targets), 2, -1)
+    mask = batch.inputs["attention_mask"].to(hidden.device)
+    vectors = sentence_vectors(hidden.float(), mask).view(len(batch.targets), 2, -1)
     cosine = (vectors[:, 0].double() * vectors[:, 1].double()).sum(1)
     return {"cosine": cosine.cpu().numpy(), "score": batch.targets.numpy()}
+
+
+def sentence_vectors(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return (batch, width): the normalised mean of (batch, tokens, width) over the tokens that a mask keeps."""
+    weights = mask[..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp_min(1), dim=1)
 
 
 def _observe_tokens(logits: Tensor, batch: Batch) -> Columns:

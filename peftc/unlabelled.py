@@ -121,5 +121,4 @@ def _vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return what of the outputs matters: of tokens their normalised mean (batch, width)."""
     if outputs.ndim != 3 or mask is None:
         return outputs
-    weights = mask[..., None].to(outputs.dtype)
-    return F.normalize((outputs * weights).sum(1) / weights.sum(1).clamp_min(1), dim=1)
+    return tasks.sentence_vectors(outputs, mask)
