@@ -7,6 +7,7 @@ they tell each other directly is small. A process on its own is the first of one
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +49,13 @@ def wait() -> None:
     """
     with together():
         pass
+
+
+def leave() -> None:
+    """Disconnect from the others; left to the end of the interpreter, the threads of that may abort the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager

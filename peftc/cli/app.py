@@ -80,6 +80,7 @@ class Boundary(TyperGroup):
             if isinstance(problem, SystemExit):
                 raise
             code = _unplanned(problem)
+        processes.leave()
         sys.exit(code)
 
 
