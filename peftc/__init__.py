@@ -18,6 +18,7 @@ __all__ = [
     "calibrate",
     "decompose",
     "demo",
+    "distill",
     "evaluate",
     "load",
     "show",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from peftc.steps.calibrate import calibrate
     from peftc.steps.decompose import decompose
     from peftc.steps.demo import demo
+    from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate

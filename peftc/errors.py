@@ -9,6 +9,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   DataError                samples that cannot be read or do not fit the model
   ChainError               a pipe or a project with nothing to hand on
   OutputError              a folder that cannot be written
+  LostProcessError         another process of a launch that ended
   UsageError               exit 2: a value no run could accept, whatever the model
 """
 
@@ -80,6 +81,10 @@ class ChainError(PeftcError):
 
 class OutputError(PeftcError):
     """A folder cannot be written."""
+
+
+class LostProcessError(PeftcError):
+    """Another process of the same launch ended."""
 
 
 class UsageError(PeftcError):

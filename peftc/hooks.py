@@ -364,14 +364,18 @@ class Found:
         others = {name: value.to(device) for name, value in self.others.items()}
         return Found(self.side, mean, covariance, output_mean, others, self.rows, patch)
 
-    def of(self, needs: Sequence[str], *, centred: bool) -> dict[str, Any]:
-        """Return what a method asks for; ``centred`` leaves the mean to the bias and takes the moment around it."""
+    def of(self, needs: Sequence[str]) -> dict[str, Any]:
+        """Return what a method asks for.
+
+        The second moment is that around 0 even where the bias makes up for the mean of what is lost: factors that leave
+        the mean to the bias altogether fit the calibration set better and other samples worse.
+        """
         values: dict[str, Any] = {name: self.others[name] for name in needs if name in self.others}
         if "second_moment" in needs:
             assert self.covariance is not None
             mean = self.mean if self.side == "input" else self.output_mean
             moment = self.covariance.double()
-            if not centred and mean is not None:
+            if mean is not None:
                 moment = moment + torch.outer(mean.double(), mean.double())
             values["second_moment"] = Moment(moment, self.side)
         return values

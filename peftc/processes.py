@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftc.errors import PeftcError
+from peftc.errors import LostProcessError, PeftcError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 Value = TypeVar("Value")
+NETWORK = ("gloo", "nccl", "tcpstore", "connection", "broken pipe", "socket")  # in what torch says of lost ones
 PATIENCE = 30  # days that one process waits for another, as long as that one lives
 
 
@@ -118,13 +119,28 @@ def _state() -> PartialState:
 
 
 @contextmanager
-def _gone() -> Iterator[None]:
-    """Turn what the network says of a process that ended into a refusal."""
+def watched() -> Iterator[None]:
+    """Turn what the network says in the middle of other work of a process that ended into a refusal."""
     try:
         yield
     except RuntimeError as error:
-        raise PeftcError(
-            "another process of this launch stopped",
-            why=(str(error).splitlines() or [type(error).__name__])[0],
-            hint="see what it said, and run the same command again to resume",
-        ) from error
+        if size() == 1 or not any(word in str(error).lower() for word in NETWORK):
+            raise
+        raise _lost(error) from error
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    """Turn what the network says while processes talk into a refusal."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> LostProcessError:
+    return LostProcessError(
+        "another process of this launch stopped",
+        why=(str(error).splitlines() or [type(error).__name__])[0],
+        hint="see what it said, and run the same command again to resume",
+    )

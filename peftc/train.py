@@ -1,91 +1,424 @@
-"""The only training loop: AdamW, cosine with warm-up, gradient clipping; devices and processes are Accelerate's."""
+"""The only training loop: AdamW, cosine with warm-up, clipping, accumulation; devices and processes are Accelerate's.
+
+Everything random of a step is drawn from the seed and the number of the step, and the samples of a step follow from the
+seed and its epoch. So a run that was killed goes on from its last checkpoint to the same bytes, and a step learns from
+the same samples however many processes and parts share it.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, repeat
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
-from peftc import progress
+from peftc import processes, progress
 from peftc.errors import PeftcError
+from peftc.measure import out_of_memory
 from peftc.models.load import device_of
+from peftc.nn import surgery
+from peftc.recipe import Recipe, mixed, rate
 
-LARGEST_NORM = 1.0  # of the gradient
+CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "log.jsonl"
+SAVE_EVERY = 60.0  # seconds between checkpoints
+TIMED_STEPS = 3  # that say how many fit in the minutes asked for
+
+
+Terms = Mapping[str, Tensor]  # name -> scalar of a step, weighted; their sum is minimised
+
+
+@dataclass
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        losses: the sum of the terms at each step.
+        start: each term at the first step.
+        scores: (step, score) on the held-out samples, larger is better.
+        best: step whose weights are the result.
+        steps: how many there were.
+        seconds_per_step: mean wall-clock time of this process.
+        resumed: step from which an interrupted run went on; 0 for a run from the start.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    start: dict[str, float] = field(default_factory=dict)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    best: int = 0
+    steps: int = 0
+    seconds_per_step: float = 0.0
+    resumed: int = 0
 
 
 def fit(
     module: nn.Module,
-    dataset: Any,
-    loss: Callable[[nn.Module, Any], Tensor],
+    size: int,
+    batch: Callable[[Sequence[int]], Any],
+    loss: Callable[[nn.Module, Any], Tensor | Terms],
+    recipe: Recipe,
     *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    warmup: float = 0.1,
     device: str = "auto",
-    seed: int = 0,
-) -> list[float]:
-    """Train ``module`` in place, leave it in eval mode, and return the loss of each step.
-
-    The same seed, machine and thread count give the same weights; the caller's random state is left as it was.
+    score: Callable[[], float] | None = None,
+    folder: Path | None = None,
+    log_with: str | None = None,
+) -> Outcome:
+    """Train ``module`` in place and leave it in eval mode; the caller's random state is left as it was.
 
     Args:
-        module: what learns; parameters with two or more axes decay, norms and biases do not.
-        dataset: samples by index, of equal shapes, shuffled anew each epoch.
-        loss: maps the module and a collated batch to a scalar.
-        epochs: passes over the dataset; exactly one of ``epochs`` and ``steps``.
-        steps: optimizer steps.
-        batch_size: samples per step and process.
-        learning_rate: the highest, after warm-up; it ends at 0.
-        weight_decay: of AdamW.
-        warmup: share of the steps over which the rate rises, in [0, 1).
-        device: where to train.
-        seed: of order and dropout.
+        module: what learns; parameters with two or more axes decay.
+        size: number of samples.
+        batch: gives the collated batch of some samples, as drawn for this step where it is random.
+        loss: maps the module and a batch to a scalar, or to weighted terms, each a mean over the samples.
+        recipe: how.
+        device: where.
+        score: how good the module is on held-out samples; the best weights seen are kept. The last ones without it.
+        folder: for checkpoints, from which the same call goes on, and the log; nothing is kept when None.
+        log_with: a tracker that Accelerate knows, as ``tensorboard``.
 
     Raises:
-        PeftcError: the loss is NaN or infinite; nothing after that step is worth keeping.
+        PeftcError: the loss is NaN or infinite, a process of the launch is gone, or there is too little memory.
     """
-    if (epochs is None) == (steps is None):
-        raise ValueError("fit takes exactly one of epochs and steps")
-    accelerator = Accelerator(cpu=device_of(device).type == "cpu")
-    loader = DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(_groups(module, weight_decay), lr=learning_rate)
-    model, prepared, loader = accelerator.prepare(module, optimizer, loader)
-    total = steps if steps is not None else (epochs or 0) * len(loader)
-    # the schedule counts our steps, so it stays out of `prepare`, which would advance it once per process
-    schedule = LambdaLR(optimizer, lambda step: rate(step, total, warmup))
-    losses: list[float] = []
-    module.train()
-    with _seeded(seed, accelerator.device), progress.track("training", total) as advance:
-        for batch in islice(chain.from_iterable(repeat(loader)), total):
-            value = loss(model, batch)
-            losses.append(_finite(value, len(losses) + 1))
-            accelerator.backward(value)
-            accelerator.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-            prepared.step()
-            prepared.zero_grad()
-            advance(f"loss {losses[-1]:.3f}, rate {schedule.get_last_lr()[0]:.1e}")
-            schedule.step()
+    accelerator = _accelerator(recipe, device, folder, log_with)
+    module.to(accelerator.device)
+    optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate)
+    run = _Run(accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder)
+    with processes.watched(), _seeded(recipe.seed, accelerator.device):
+        run.total = run.resolve()
+        run.restore()
+        last = time.monotonic()
+        begun, first = last, run.step
+        title = f"training on {size} samples"
+        with progress.track(title, run.total) as advance:
+            for _ in range(run.step):
+                advance("")
+            while True:
+                if score is not None and run.step in run.moments():
+                    run.judge(score)
+                if run.step == run.total:
+                    break
+                terms = run.learn()
+                run.tell(terms, log_with)
+                advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}{_left(run, begun, first)}")
+                if folder is not None and time.monotonic() - last > SAVE_EVERY:
+                    run.save(CHECKPOINT)
+                    last = time.monotonic()
+        run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
+        run.end(score is not None)
+    if log_with:
+        accelerator.end_training()
     module.eval()
-    return losses
+    return run.outcome
 
 
-def rate(step: int, total: int, warmup: float) -> float:
-    """Return the share of the highest learning rate at ``step`` in [0, total): up in a line, down in half a cosine."""
-    rising = math.ceil(warmup * total)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+def _accelerator(recipe: Recipe, device: str, folder: Path | None, log_with: str | None) -> Accelerator:
+    place = device_of(device)
+    try:
+        accelerator = Accelerator(
+            cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
+            project_dir=None if folder is None else str(folder),
+        )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise PeftcError(
+            f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
+            hint="configure Accelerate for data parallel training",
+        )  # fmt: skip
+    if log_with:
+        if not accelerator.log_with:
+            raise PeftcError(f"`{log_with}` is not installed", hint=f"`pip install {log_with}`, or leave `--log-with`")
+        accelerator.init_trackers("peftc")
+    return accelerator
+
+
+@dataclass
+class _Run:
+    """The state of a training between two steps, and what moves it on."""
+
+    accelerator: Accelerator
+    module: nn.Module
+    optimizer: Any
+    size: int
+    batch: Callable[[Sequence[int]], Any]
+    loss: Callable[[nn.Module, Any], Tensor | Terms]
+    recipe: Recipe
+    folder: Path | None
+    total: int = 0
+    step: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.recipe.ema is not None:
+            self.average = {name: tensor.detach().clone() for name, tensor in self.learning().items()}
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name."""
+        return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    def rate(self) -> float:
+        """Return the learning rate of the step to come."""
+        return self.recipe.learning_rate * rate(self.step, self.total, self.recipe.warmup)
+
+    def moments(self) -> set[int]:
+        """Return the steps before which, and the last after which, the held-out samples are looked at."""
+        looks = self.recipe.evaluations
+        return {0} | {math.ceil(self.total * look / looks) for look in range(1, looks + 1)}
+
+    def samples(self, step: int) -> list[int]:
+        """Return the samples of a step: of a stream of epochs, each in an order of its own."""
+        size = self.recipe.batch_size
+        found: list[int] = []
+        position = step * size
+        while len(found) < size:
+            epoch, at = divmod(position + len(found), self.size)
+            generator = torch.Generator().manual_seed(mixed(self.recipe.seed, epoch, 0))
+            found += torch.randperm(self.size, generator=generator).tolist()[at : at + size - len(found)]
+        return found
+
+    def learn(self) -> dict[str, float]:
+        """Make one step on this process's share of the samples; return the terms, averaged over all."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        samples = self.samples(self.step)
+        terms = self.gradients(samples)
+        values = self.together(terms)
+        self.outcome.losses.append(self.finite(sum(values.values()), samples))
+        if self.step == 0:
+            self.outcome.start = values
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self.learning().items() if self.average else ():
+                self.average[name].lerp_(parameter, 1 - float(self.recipe.ema or 0))
+        self.step += 1
+        return values
+
+    def gradients(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        """Add up the gradients of the parts of this process's share; return the terms, averaged over the parts."""
+        share = processes.share(samples)
+        parts = self.recipe.accumulate
+        torch.manual_seed(mixed(self.recipe.seed, self.step, 1 + processes.rank()))
+        sums: dict[str, Tensor] = {}
+        for part in range(parts):
+            given = self.batch(share[part::parts])
+            with self.told_of_memory(len(share)):
+                with self.accelerator.autocast():
+                    terms = _terms(self.loss(self.module, given))
+                self.accelerator.backward(_sum(terms) / parts)
+            for name, each in terms.items():
+                sums[name] = sums.get(name, 0) + each.detach().float() / parts
+        if processes.size() > 1:
+            self.share_gradients()
+        return sums
+
+    def share_gradients(self) -> None:
+        """Average gradients over processes, here and not by a wrapper, which would have to know what a loss reaches."""
+        held = [each.grad for each in self.learning().values() if each.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([each.flatten() for each in held]), "mean")
+        for gradient, part in zip(held, flat.split([each.numel() for each in held]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def together(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return terms averaged over processes."""
+        values = torch.stack([each.to(self.accelerator.device) for each in terms.values()])
+        if processes.size() > 1:
+            values = self.accelerator.reduce(values, "mean")
+        return dict(zip(terms, values.tolist(), strict=True))
+
+    def finite(self, value: float, samples: Sequence[int]) -> float:
+        """Return the loss of a step, or stop there."""
+        if math.isfinite(value):
+            return value
+        kept = f"; the last checkpoint is `{self.folder}/{CHECKPOINT}`" if self.has_checkpoint() else ""
+        raise PeftcError(
+            f"the loss became {value} at step {self.step + 1}",
+            why=f"the samples of that step are {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
+            + kept,
+            hint="lower `--learning-rate`, or look at those samples",
+        )
+
+    @contextmanager
+    def told_of_memory(self, share: int) -> Iterator[None]:
+        """Turn a lack of memory into a refusal that says what to lower."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or out_of_memory(error)):
+                raise
+            parts = self.recipe.accumulate
+            hint = "use a smaller model, or another device"
+            if share // parts > 1:
+                hint = f"`--accumulate {2 * parts}` computes the same step in parts of half the size"
+            raise PeftcError(
+                f"out of memory at step {self.step + 1}",
+                why=f"{share // parts} samples at once do not fit with the gradients and the optimizer's state",
+                hint=hint,
+            ) from error
+
+    def resolve(self) -> int:
+        """Return the number of steps; of minutes, by timing some that are undone."""
+        recipe = self.recipe
+        if recipe.steps is not None:
+            return recipe.steps
+        if recipe.epochs is not None:
+            return max(1, round(recipe.epochs * self.size / recipe.batch_size))
+        kept = None if self.folder is None else self.folder / "steps.json"
+        known = processes.agreed(lambda: _kept(kept))
+        if not known:
+            found = self.timed()  # by all processes at once, as they will work
+            known = processes.agreed(lambda: _keep(kept, found))
+        return known
+
+    def timed(self) -> int:
+        """Time steps on copies of what they change, and return how many fit in the minutes."""
+        seconds = []
+        for _ in range(TIMED_STEPS + 1):
+            start = time.monotonic()
+            share = processes.share(self.samples(0))
+            with torch.random.fork_rng(devices=[]):
+                _sum(_terms(self.loss(self.module, self.batch(share)))).backward()
+            self.module.zero_grad()
+            seconds.append(time.monotonic() - start)
+        return max(1, int(float(self.recipe.minutes or 0) * 60 / min(seconds[1:])))
+
+    def judge(self, score: Callable[[], float]) -> None:
+        """Score the weights, or their average, and keep them where they are the best so far."""
+        if self.outcome.scores and self.outcome.scores[-1][0] == self.step:
+            return  # a resumed run has it
+        random = torch.get_rng_state()
+        self.module.eval()
+        with self.averaged():
+            value = processes.agreed(score)
+            better = not self.outcome.scores or value >= max(each for _, each in self.outcome.scores)
+            self.outcome.scores.append((self.step, value))
+            if better:
+                self.outcome.best = self.step
+                self.best = {name: each.detach().clone() for name, each in surgery.tensors_of(self.module).items()}
+        self.train()
+        torch.set_rng_state(random)
+        self.write({"step": self.step, "score": value})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the moving average in the place of the weights for a while."""
+        if not self.average:
+            yield
+            return
+        parameters = self.learning()
+        held = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        _copy(self.average, parameters)
+        try:
+            yield
+        finally:
+            _copy(held, parameters)
+
+    def tell(self, terms: Mapping[str, float], log_with: str | None) -> None:
+        """Write a line of the log."""
+        line = {"step": self.step, "loss": self.outcome.losses[-1], **terms, "rate": self.rate()}
+        self.write(line)
+        if log_with:
+            self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self.folder is not None and processes.rank() == 0:
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def end(self, judged: bool) -> None:
+        """Leave the best weights in the module, or else the average."""
+        if judged:
+            _copy(self.best, surgery.tensors_of(self.module))
+        elif self.average:
+            _copy(self.average, self.learning())
+        if not judged:
+            self.outcome.best = self.total
+        self.outcome.steps = self.total
+
+    def train(self) -> None:
+        """Switch to training mode: all of the network, or only what keeps running statistics."""
+        self.module.train(self.recipe.dropout)
+        for each in self.module.modules():
+            if isinstance(each, nn.modules.batchnorm._BatchNorm):
+                each.train()
+
+    def has_checkpoint(self) -> bool:
+        return self.folder is not None and (self.folder / CHECKPOINT).is_file()
+
+    def save(self, name: str) -> None:
+        """Write everything that the steps to come depend on, whole or not at all."""
+        if self.folder is None or processes.rank():
+            return
+        state = {
+            "step": self.step, "module": surgery.tensors_of(self.module), "optimizer": self.optimizer.state_dict(),
+            "average": self.average, "best": self.best, "outcome": vars(self.outcome),
+        }  # fmt: skip
+        unfinished = self.folder / f"{name}.tmp"
+        torch.save(state, unfinished)
+        unfinished.replace(self.folder / name)
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint, where there is one."""
+        if self.folder is not None and processes.agreed(self.has_checkpoint):
+            state = torch.load(self.folder / CHECKPOINT, map_location=self.accelerator.device, weights_only=True)
+            _copy(state["module"], surgery.tensors_of(self.module))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.best, self.step = state["average"], state["best"], state["step"]
+            self.outcome = Outcome(**state["outcome"])
+            self.outcome.resumed = self.step
+        if self.folder is not None and processes.rank() == 0:
+            _cut(self.folder / LOG, self.step)
+        self.train()
+
+
+def _terms(found: Tensor | Terms) -> dict[str, Tensor]:
+    return {"loss": found} if isinstance(found, Tensor) else dict(found)
+
+
+def _sum(terms: Terms) -> Tensor:
+    return torch.stack([each.float() for each in terms.values()]).sum()
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def _cut(log: Path, step: int) -> None:
+    """Drop what a log says of steps after the last checkpoint: they are made again."""
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
+def _kept(path: Path | None) -> int:
+    return int(json.loads(path.read_text())) if path is not None and path.is_file() else 0
+
+
+def _keep(path: Path | None, steps: int) -> int:
+    if path is not None:
+        path.write_text(json.dumps(steps))
+    return steps
+
+
+def _left(run: _Run, begun: float, first: int) -> str:
+    done = run.step - first
+    seconds = (time.monotonic() - begun) / done * (run.total - run.step)
+    return f", {seconds / 60:.1f} min left" if seconds >= 60 else f", {seconds:.0f} s left"
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -101,10 +434,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _finite(loss: Tensor, step: int) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise PeftcError(f"the loss became {value} at step {step}", hint="lower the learning rate")
-    return value

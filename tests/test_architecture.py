@@ -13,8 +13,8 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
     {"methods", "hooks", "train", "measure"},
-    {"nn", "models", "data", "tasks", "unlabelled"},
-    {"job", "artifact", "manifest", "plan", "allocate", "source", "config"},
+    {"nn", "models", "data", "tasks", "objectives", "unlabelled"},
+    {"job", "artifact", "manifest", "plan", "allocate", "source", "config", "recipe"},
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

@@ -13,7 +13,7 @@ HEAVY = {
     "PIL", "accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "onnx", "pydantic", "rich",
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
-TORCH_FILES = {"hooks.py", "train.py", "measure.py", "tasks.py", "unlabelled.py"}
+TORCH_FILES = {"hooks.py", "train.py", "measure.py", "tasks.py", "objectives.py", "unlabelled.py"}
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (

@@ -9,7 +9,7 @@ import peftc
 from peftc.cli.app import app
 from peftc.cli.options import OUTPUT, SOURCE
 
-STEPS = ["analyze", "calibrate", "decompose", "truncate", "evaluate", "bench", "demo", "show"]
+STEPS = ["analyze", "calibrate", "decompose", "truncate", "distill", "evaluate", "bench", "demo", "show"]
 
 
 def command(word: str) -> inspect.Signature:

@@ -28,11 +28,12 @@ from peftc.cli.bench import bench
 from peftc.cli.calibrate import calibrate
 from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
+from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
 from peftc.cli.methods import methods
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
-from peftc.errors import PeftcError
+from peftc.errors import LostProcessError, PeftcError
 
 FULL = "free some space, or write to another disk with `-o`"
 CLOSED = "check the permissions, or write to another folder with `-o`"
@@ -70,7 +71,7 @@ class Boundary(TyperGroup):
             console.error(_usage(problem))
             code = 2
         except PeftcError as problem:
-            if processes.rank() == 0:  # it hears of what went wrong in the others
+            if processes.rank() == 0 or isinstance(problem, LostProcessError):  # the first hears what the others met
                 console.error(str(problem))
             code = problem.exit_code
         except KeyboardInterrupt:
@@ -158,7 +159,7 @@ def peftc(
     """
 
 
-for command in (analyze, calibrate, decompose, truncate, evaluate, bench, demo, show, methods):
+for command in (analyze, calibrate, decompose, truncate, distill, evaluate, bench, demo, show, methods):
     app.command(no_args_is_help=False)(command)
 
 

@@ -12,7 +12,7 @@ Kind = Annotated[str | None, Argument(metavar="[KIND]", help="one kind of method
 
 
 def methods(kind: Kind = None, json: o.Json = False) -> None:
-    """List the methods that `--method` and its like accept.
+    """List the methods that `--method`, `--conv-method` and `--loss` accept.
 
     \b
     Example:

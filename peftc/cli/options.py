@@ -252,6 +252,32 @@ TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (
 LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
 Rounds = Annotated[int, Option(min=5, metavar="N", help="timed rounds, 5 or more")]
 
+# how to train
+Teacher = Annotated[str | None, Option(metavar="MODEL", help="who is imitated (default: the base of MODEL)")]
+Loss = Annotated[str | None, Option(metavar="NAME=WEIGHT,...", help="terms and weights, as features=1,task=0.5")]
+TermSettings = Annotated[
+    list[str] | None, Option("--set", metavar="TERM.KEY=VALUE", help="a setting of a term, repeatable")
+]
+Epochs = Annotated[float | None, Option(parser=positive, metavar="N", help="train for so many passes over the data")]
+Steps = Annotated[int | None, Option(min=1, metavar="N", help="train for so many steps")]
+Minutes = Annotated[float | None, Option(parser=positive, metavar="N", help="train for about so many minutes")]
+StepSize = Annotated[int, Option("--batch-size", min=1, metavar="N", help="samples of one step, over all processes")]
+Accumulate = Annotated[int, Option(min=1, metavar="N", help="compute each step in so many parts, to save memory")]
+LearningRate = Annotated[float, Option(parser=positive, metavar="X", help="highest learning rate")]
+WeightDecay = Annotated[float, Option(parser=not_negative, metavar="X", help="weight decay of AdamW")]
+Warmup = Annotated[float, Option(parser=not_negative, metavar="SHARE", help="share of the steps to warm up over")]
+Clip = Annotated[float, Option(parser=not_negative, metavar="X", help="largest norm of the gradient, 0 for none")]
+Ema = Annotated[float | None, Option(parser=not_negative, metavar="X", help="keep a moving average of this decay")]
+Dropout = Annotated[bool, Option("--dropout/--no-dropout", help="let dropout and drop-path act")]
+MixedPrecision = Annotated[
+    str, Option(parser=choice("no", "bf16", "fp16"), metavar="no|bf16|fp16", help="number format to multiply in")
+]
+HeldOut = Annotated[
+    float, Option(parser=not_negative, metavar="SHARE", help="share of the data that picks the best weights")
+]
+Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
+LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
+
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
 MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]

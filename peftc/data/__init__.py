@@ -11,7 +11,7 @@ from peftc.data.dataset import Dataset, Splits, choose, split_word
 from peftc.data.tables import Columns
 from peftc.errors import DataError
 
-__all__ = ["Dataset", "open_data"]
+__all__ = ["Dataset", "open_data", "parts_of", "split_names"]
 
 FORMS = (
     "a folder or .zip of class folders, a .csv .tsv .jsonl .parquet .txt .npz .safetensors or IDX file, "
@@ -46,14 +46,25 @@ def open_data(
     Raises:
         DataError: nothing is there, it cannot be read, or it does not hold what was asked for.
     """
-    name, at = str(spec), ""
-    if not Path(name).exists() and "@" in name:
-        name, _, at = name.rpartition("@")
+    name, at = parts_of(spec)
     splits = _splits(name, Columns(image_column, text_column, label_column), task)
     chosen, note = choose(name, splits, at or split, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
     return dataset if task in WINDOWED else dataset.take(num_samples, seed=seed)
+
+
+def parts_of(spec: str | Path) -> tuple[str, str]:
+    """Return what a `--data` spec names, and the split that it picks, or no text."""
+    name, at = str(spec), ""
+    if not Path(name).exists() and "@" in name:
+        name, _, at = name.rpartition("@")
+    return name, at
+
+
+def split_names(spec: str | Path) -> list[str]:
+    """Return all splits of what a `--data` spec names."""
+    return list(_splits(parts_of(spec)[0], Columns(None, None, None), None))
 
 
 def _splits(name: str, columns: Columns, task: str | None) -> Splits:

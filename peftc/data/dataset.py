@@ -88,7 +88,7 @@ def split_word(text: str) -> str | None:
     return next((word for word, known in SPLIT_WORDS.items() if any(part in known for part in parts)), None)
 
 
-PREFERRED = {"evaluation": ("test", "validation"), "calibration": ("train", "validation")}
+PREFERRED = {"evaluation": ("test", "validation"), "calibration": ("train", "validation"), "training": ("train",)}
 
 
 def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "evaluation") -> tuple[str, str]:
@@ -98,7 +98,8 @@ def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "eva
         name: of the data.
         splits: there are.
         asked: by the user.
-        role: ``evaluation`` prefers test, then validation; ``calibration`` train, then validation.
+        role: ``evaluation`` prefers test, then validation; ``calibration`` train, then validation; ``training``
+            train.
     """
     names = list(splits)
     if asked is not None:

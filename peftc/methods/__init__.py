@@ -26,6 +26,12 @@ METHODS: dict[str, dict[str, str]] = {
         "spatial": "peftc.methods.decompose_conv.spatial",
         "tucker2": "peftc.methods.decompose_conv.tucker2",
     },
+    "loss": {
+        "features": "peftc.methods.loss.features",
+        "perturbation": "peftc.methods.loss.perturbation",
+        "logits": "peftc.methods.loss.logits",
+        "embeddings": "peftc.methods.loss.embeddings",
+    },
 }
 
 

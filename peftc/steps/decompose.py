@@ -20,11 +20,12 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import estimate, factored, ordered, passes, prediction, spectra, write
+from peftc.steps import estimate, factored, ordered, passes, prediction, quality, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
 from peftc.steps import statistics as calibrating
+from peftc.steps.evaluate import evaluate
 from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Held
 from peftc.steps.prepared import Prepared
@@ -219,14 +220,14 @@ def decompose(
         ordered.refuse_pairs(work.targets)
     words = factored.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
-    quality = {"data": data, "batch_size": batch_size, "device": device, **reading}
+    on = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
         loaded, factorize.needs, data, statistics, device,
         samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
     )  # fmt: skip
     if sequential:
         in_order.refuse(source, keep_all_ranks=keep_all_ranks, joint=joint)
-    measured = not dry_run and _is_measured(loaded, source, quality, gated)
+    measured = not dry_run and _is_measured(loaded, source, on, gated)
 
     question = Question(
         work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words, sensitivity,
@@ -256,7 +257,7 @@ def decompose(
     if measured:
         against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
         limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-        _add_quality(report, loaded, against=against, **quality, **limits)
+        quality.add(report, loaded, against=against, **on, **limits)
     return report
 
 
@@ -283,35 +284,15 @@ def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, st
     return loaded
 
 
-def _is_measured(model: Model, source: Any, quality: Mapping[str, Any], gated: bool) -> bool:
+def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) -> bool:
     """Return whether the data measure the result: they have labels, or measure is all that they are for.
 
     The model itself is evaluated on a few samples, so that data that does not fit is refused before the work.
     """
-    from peftc.steps.evaluate import evaluate
-
-    if quality["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
+    if on["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
         return False
-    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **quality)
+    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **on)
     return True
-
-
-def _add_quality(report: Report, model: Model, *, against: nn.Module | Model, **options: Any) -> None:
-    """Evaluate what was written against what it was made from, and add what came of it."""
-    from peftc.steps.evaluate import evaluate
-
-    if report.artifact is None:  # the first process has it
-        return
-    written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
-    if model.max_memory is not None:
-        written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
-        options["batch_size"] = options["batch_size"] or 1
-    quality = evaluate(written, against=against, **options)
-    report.data["quality"] = quality.data
-    report.tables += quality.tables
-    report.notes += quality.notes
-    report.warnings += quality.warnings
-    report.gates += quality.gates
 
 
 def eligible(

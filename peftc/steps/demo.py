@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from peftc.data import open_data
 from peftc.data.images import transform
 from peftc.errors import SourceError
+from peftc.models.load import device_of
+from peftc.recipe import Recipe
 from peftc.report import Report, Table, count, percent, short
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
@@ -134,19 +135,16 @@ def _trained(seed: int, device: str) -> nn.Module:
         torch.manual_seed(seed)
         network = timm.create_model(ARCHITECTURE, num_classes=len(samples.classes or []), **ARGUMENTS)
 
-    def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
-        pixels, digits = batch
-        return nn.functional.cross_entropy(module(pixels + NOISE * torch.randn_like(pixels)), digits)
+    digits, place = torch.tensor(labels), device_of(device)
 
-    fit(
-        network,
-        TensorDataset(pixels, torch.tensor(labels)),
-        loss,
-        epochs=EPOCHS,
-        batch_size=32,
-        device=device,
-        seed=seed,
-    )
+    def batch(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return pixels[list(rows)].to(place), digits[list(rows)].to(place)
+
+    def loss(module: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        seen = given[0] + NOISE * torch.randn_like(given[0])
+        return nn.functional.cross_entropy(module(seen), given[1])
+
+    fit(network, len(pixels), batch, loss, Recipe(epochs=EPOCHS, batch_size=32, seed=seed), device=device)
     return network
 
 

@@ -118,7 +118,7 @@ class Factoring:
         """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
         weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
-            found = self.factorize(weight, target, has_bias=self._bias(target) is not None)
+            found = self.factorize(weight, target)
             if self.job is None or not isinstance(found, Spectrum):
                 return found
             part = self.part(target, "spectrum")
@@ -179,7 +179,7 @@ class Factoring:
         kept_basis = factorize is None and self.part(target, "spectrum").is_file()
         weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
-            found = self.spectrum(target) if kept_basis else by(weight, target, has_bias=self._bias(target) is not None)
+            found = self.spectrum(target) if kept_basis else by(weight, target)
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
         dense = self.model.module.get_submodule(target.name).weight
         if target.members:

@@ -137,7 +137,7 @@ def _source_options(source: dict[str, Any]) -> list[str]:
 
 def _request_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a request, leaving out what its keys do not say."""
-    words: list[str] = []
+    words: list[str] = _training_options(request) if "loss" in request else []
     for kind, amount in (request.get("budget") or {}).items():
         words += [f"--{kind}", str(amount)]
     if request.get("keep_all_ranks"):
@@ -160,6 +160,21 @@ def _request_options(request: dict[str, Any]) -> list[str]:
         for pattern in request.get(key, []):
             words += [f"--{key}", pattern]
     return words
+
+
+def _training_options(request: dict[str, Any]) -> list[str]:
+    """Return the options of a training: what it read, towards what, and how long."""
+    plain = (
+        "epochs", "steps", "minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "clip",
+        "ema", "mixed_precision", "held_out", "evaluations", "task", "num_samples", "image_size", "max_length",
+    )  # fmt: skip
+    options = {key.replace("_", "-"): request.get(key) for key in plain}
+    options["data"] = request["data"]["spec"]
+    options["loss"] = ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items())
+    if request.get("teacher"):
+        options["teacher"] = request["teacher"]["spec"]
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    return [*words, *([] if request.get("dropout", True) else ["--no-dropout"])]
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:

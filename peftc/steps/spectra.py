@@ -55,13 +55,13 @@ class Factorizer:
     statistics: Statistics | None = None
     correct_bias: bool = True
 
-    def __call__(self, weight: Tensor, target: Target, *, has_bias: bool = False) -> Decomposed:
+    def __call__(self, weight: Tensor, target: Target) -> Decomposed:
         """Decompose a weight, float32 or float64, in the target's form."""
         given: dict[str, Any] = dict(self.settings)
         if self.needs:
             assert self.statistics is not None
             found = joint.statistics_of(self.statistics, target, weight.device)
-            given |= found.of(self.needs, centred=self.correct_bias and has_bias)
+            given |= found.of(self.needs)
             gram = given.get("output_gradient_gram")
             if target.form == "spatial" and gram is not None and gram.ndim:  # every column of the kernel meets it
                 given["output_gradient_gram"] = torch.kron(gram, torch.eye(target.shape[3]).to(gram))

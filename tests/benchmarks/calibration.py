@@ -68,7 +68,7 @@ def main() -> None:
         def solves() -> None:
             for name in targets:
                 weight = lowrank.matrix(model.module.get_submodule(name).weight.detach(), "linear")  # type: ignore[arg-type]
-                moment = known[name].of(("second_moment",), centred=True)["second_moment"]
+                moment = known[name].of(("second_moment",))["second_moment"]
                 whitened(weight, second_moment=moment).truncate(64)
 
         def loops() -> None:

@@ -253,7 +253,7 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
         module: Any = prepared.model.module.get_submodule(name)
         weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
         found = known.of(name, torch.device("cpu"))
-        spectrum = kfac(weight, **found.of(needs, centred=True))
+        spectrum = kfac(weight, **found.of(needs))
         rank = min(weight.shape) * 2 // 3
         factors = spectrum.truncate(rank).factors
         lost = weight - factors.up @ factors.down

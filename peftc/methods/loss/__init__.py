@@ -1,0 +1,1 @@
+"""Loss terms: what of student, teacher and factors a term names -> scalar."""

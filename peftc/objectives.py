@@ -1,0 +1,45 @@
+"""What each task trains towards: from outputs and targets to a scalar, a mean over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftc.data.tokens import IGNORED
+from peftc.tasks import Batch, sentence_vectors
+
+Objective = Callable[[Tensor, Batch], Tensor]
+
+
+def classes(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the cross-entropy with classes (batch,), or with shares of classes (batch, classes) after mixing."""
+    return F.cross_entropy(logits.float(), batch.targets.to(logits.device))
+
+
+def tokens(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the negative log-likelihood of the tokens that count, averaged within each sample first."""
+    targets = batch.targets.to(logits.device)
+    kept = targets != IGNORED
+    each = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return (each.sum(1) / kept.sum(1).clamp_min(1)).mean()
+
+
+def pairs(hidden: Tensor, batch: Batch) -> Tensor:
+    """Return 1 - the correlation of the cosines of sentence pairs with their scores, within the batch."""
+    assert isinstance(batch.inputs, dict)
+    vectors = sentence_vectors(hidden.float(), batch.inputs["attention_mask"].to(hidden.device))
+    one, other = vectors.view(len(batch.targets), 2, -1).unbind(1)
+    cosines, scores = (one * other).sum(1), batch.targets.to(hidden.device, torch.float32)
+    return 1 - F.cosine_similarity(cosines - cosines.mean(), scores - scores.mean(), dim=0)
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "image-classification": classes,
+    "text-classification": classes,
+    "masked-lm": tokens,
+    "causal-lm": tokens,
+    "sentence-similarity": pairs,
+}

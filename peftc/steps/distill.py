@@ -1,0 +1,283 @@
+"""Source of student and of teacher > Data > train towards the teacher > Artifact > Report (PELA, step 2)."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import measure, processes, tasks, train
+from peftc.errors import DataError, UsageError
+from peftc.job import Job
+from peftc.models.load import Model, base_source, load, place_of, runnable
+from peftc.nn import surgery
+from peftc.recipe import Recipe
+from peftc.report import Report, Table
+from peftc.source import Source
+from peftc.steps import factored, imitation, ordered, quality, samples, write
+from peftc.steps.imitation import TASK, Imitation
+from peftc.tasks import Settings
+from peftc.train import Outcome
+
+QUIET = 0.01  # of the task's loss: a term below it hardly pulls
+PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
+
+
+def distill(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    output_dir: str | Path | None = None,
+    teacher: str | Path | Source | nn.Module | Model | None = None,
+    data: str,
+    loss: str | Mapping[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    batch_size: int = 32,
+    accumulate: int = 1,
+    learning_rate: float = 3e-4,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    ema: float | None = None,
+    dropout: bool = True,
+    mixed_precision: str = "no",
+    held_out: float = 0.1,
+    evaluations: int = 5,
+    log_with: str | None = None,
+    task: str | None = None,
+    num_samples: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    max_shard_size: str | int = "5GB",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Report:
+    """Train a compressed model to give what its teacher gives, and write the result as an artifact.
+
+    Args:
+        model: the student; a live network is copied, not changed.
+        output_dir: the artifact's folder; ``<model>-distill`` when None.
+        teacher: who is imitated; the base that the student's manifest records when None.
+        data: what to learn from: its train split. With a test split and labels the result is measured on that.
+        loss: weights of the terms, as ``features=1,task=1``: ``features``, ``perturbation``, ``logits``,
+            ``embeddings`` and ``task``. PELA's when None: features, perturbation and, with labels, the task; and
+            embeddings for a model that gives vectors.
+        settings: of the terms, as ``{"features.scale_free": True}``.
+        epochs, steps, minutes: how long, one of them; 5 epochs when all are None.
+        batch_size: samples that one step learns from, over all processes.
+        accumulate: parts that a process cuts its share of a step into.
+        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.recipe.Recipe`.
+        ema: decay of a moving average of the weights, which then is the result.
+        dropout: let the student's dropout and drop-path act, as PELA does.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        held_out: share of the train split that is not learnt from but says which weights are best, where the data has
+            no validation split; 0 keeps the last weights.
+        evaluations: how often the held-out samples are looked at.
+        log_with: a tracker of Accelerate's, as ``tensorboard``.
+        task, num_samples, image_size, max_length: how to read the data, and how much of it.
+        max_drop, min_quality: gates on the test split; a drop is against the teacher.
+        max_shard_size: bytes per weight file, as ``5GB``.
+        device, seed: where and with which random numbers to compute.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
+    if not any(length.values()):
+        length["epochs"] = 5
+    recipe = Recipe(
+        **length, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,  # type: ignore[arg-type]
+        weight_decay=weight_decay, warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision,
+        evaluations=evaluations, seed=seed,
+    )  # fmt: skip
+    shard_bytes = factored.shard_bytes(max_shard_size)
+    stored = load(model)
+    ordered.refuse_ordered(stored)
+    student = runnable(imitation.trainable(stored), device=device)
+    asked = weights_of(loss, student, data, task)
+    terms = imitation.terms(asked, settings or {})
+    reading = Settings(image_size, max_length, num_samples, seed)
+    given = samples.read(student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading)
+    weight = asked.get(TASK, 0.0) if given.labelled else 0.0
+    if loss is not None and asked.get(TASK) and not given.labelled:
+        raise DataError(
+            "the task's loss needs labels", why=f"`{data}` has none that the task reads",
+            hint="leave `task` out of `--loss`",
+        )  # fmt: skip
+    guide = _teacher(teacher, stored, terms, device)
+    pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
+    work = Imitation(student, guide, given, terms, weight, pairs)
+    work.check()
+
+    request = {
+        "command": "distill", "teacher": None if guide is None else _identity(guide), "data": given.about,
+        "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
+        "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, "task": task,
+        "image_size": image_size, "max_length": max_length, "num_samples": num_samples,
+        "max_shard_bytes": shard_bytes, "device": device,
+    }  # fmt: skip
+    output = write.output_folder(output_dir, stored, "distill")
+    with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            report = write.already(job, "distill")
+        else:
+            job.require(6 * measure.tensor_bytes(student.module))
+            report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
+    quality.measure_on_test(
+        report, stored, given, data=data, against=guide, max_drop=max_drop, min_quality=min_quality, task=task,
+        image_size=image_size, max_length=max_length, device=device, seed=seed,
+    )  # fmt: skip
+    return report
+
+
+def weights_of(loss: str | Mapping[str, float] | None, student: Model, data: str, task: str | None) -> dict[str, float]:
+    """Return the weight of each term that was asked for, or of those of PELA.
+
+    Raises:
+        UsageError: a weight is no number.
+    """
+    if loss is None:
+        row = tasks.named_task(task) if task else tasks.guess(student)
+        has_vectors = row is None or row.name == "sentence-similarity"
+        return PELA | ({"embeddings": 1.0} if has_vectors else {})
+    if isinstance(loss, Mapping):
+        return {name: float(weight) for name, weight in loss.items()}
+    found: dict[str, float] = {}
+    for part in loss.split(","):
+        name, equals, value = part.strip().partition("=")
+        try:
+            found[name] = float(value) if equals else 1.0
+        except ValueError:
+            raise UsageError(
+                f"`--loss {part}` has no weight", hint="write it as `--loss features=1,task=0.5`"
+            ) from None
+    return found
+
+
+def _teacher(
+    teacher: str | Path | Source | nn.Module | Model | None, student: Model, terms: Mapping[str, Any], device: str
+) -> Model | None:
+    """Return who is imitated, in its own precision; None where no term asks for one."""
+    if not any(set(term.needs) & set(imitation.OF_TEACHER) for term in terms.values()):
+        return None
+    if teacher is None and student.manifest is None:
+        raise UsageError(
+            f"`{student.name}` records no base that could teach it", hint="name a teacher: `--teacher MODEL`"
+        )
+    guide = runnable(load(base_source(student) if teacher is None else teacher), device=device)
+    guide.module.requires_grad_(False)
+    return guide
+
+
+def _identity(guide: Model) -> dict[str, Any]:
+    """Return what a request says of the teacher: what the user named, and a digest of its content."""
+    content = guide.manifest.id if guide.manifest is not None else write.base_record(guide)["files"]
+    return {"spec": guide.source.spec, "content": content}
+
+
+def _carry_out(
+    job: Job, base: dict[str, Any], request: dict[str, Any], work: Imitation, stored: Model, recipe: Recipe,
+    device: str, log_with: str | None, shard_bytes: int,
+) -> Report:  # fmt: skip
+    """Train, write and verify."""
+    report = Report("distill", notes=[*stored.notes, *work.samples.notes])
+    before = _standing(work, recipe, report)
+    held = work.samples.held
+    score = None if held is None else lambda: work.score(held, recipe.batch_size)
+    train_rows = work.samples.train
+    outcome = train.fit(
+        work.student.module, len(train_rows), train_rows.batch, work.loss, recipe, device=device, score=score,
+        folder=job.work, log_with=log_with,
+    )  # fmt: skip
+    if recipe.minutes is not None:
+        request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
+    tell(report, work, outcome, before)
+    if processes.rank():
+        return report
+    edited = replace(work.student, module=_as_stored(work.student.module, stored.module))
+    record = write.write_artifact(
+        job, edited, base, request, write.pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
+    )
+    report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
+    report.warnings += write.verify(job.folder, edited)
+    shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
+    write.finish(job, record, report, place_of(work.student.module))
+    report.artifact = job.output
+    return report
+
+
+def _as_stored(module: nn.Module, stored: nn.Module) -> nn.Module:
+    """Return a copy of a trained network in the precision that its weights were stored in, on the CPU."""
+    copied = copy.deepcopy(module).cpu()
+    types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
+    for name, tensor in surgery.tensors_of(copied).items():
+        tensor.data = tensor.data.to(types[name])
+    return copied.requires_grad_(False)
+
+
+def _standing(work: Imitation, recipe: Recipe, report: Report) -> dict[str, float]:
+    """Measure student and teacher on the held-out samples, and say where the teacher has nothing to teach."""
+    held = work.samples.held
+    teacher = work.teacher
+    if held is None or not work.samples.labelled or teacher is None:
+        return {}
+    found = processes.agreed(
+        lambda: {
+            "student": samples.figures(work.student, work.samples, held, recipe.batch_size),
+            "teacher": samples.figures(teacher, work.samples, held, recipe.batch_size),
+        }
+    )
+    chance = 1 / len(work.samples.outputs) if work.samples.outputs else None
+    if chance is not None and found["teacher"] <= chance:
+        report.warnings.append(
+            f"the teacher is no better than chance on the held-out samples: {found['teacher']:.3f} of {chance:.3f}"
+        )
+    elif found["teacher"] <= found["student"]:
+        report.warnings.append(
+            f"the teacher is no better than the student on the held-out samples: {found['teacher']:.4g} and "
+            f"{found['student']:.4g}"
+        )
+    return found
+
+
+def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str, float]) -> None:
+    """Say what the terms weighed at the start, and what the training came to."""
+    start = outcome.start
+    of_task = {name: value / start[TASK] for name, value in start.items()} if start.get(TASK) else {}
+    rows = [[name, f"{value:.4g}", f"{of_task[name]:.3g}" if of_task else ""] for name, value in start.items()]
+    report.tables.append(Table("terms at step 0, as weighted", ["term", "value", "of the task's"], rows))
+    quiet = [name for name, share in of_task.items() if share < QUIET]
+    if quiet:
+        report.notes.append(
+            f"{', '.join(f'`{name}`' for name in quiet)} weighed under {QUIET:.0%} of the task's loss at step 0: raise "
+            "its weight in `--loss` if it is to count"
+        )
+    report.data |= {
+        "terms": start, "steps": outcome.steps, "losses": [outcome.losses[0], outcome.losses[-1]],
+        "held_out": {"scores": [list(each) for each in outcome.scores], "best": outcome.best, "before": dict(before)},
+        "seconds_per_step": outcome.seconds_per_step,
+    }  # fmt: skip
+    if outcome.scores:
+        scores = dict(outcome.scores)
+        report.notes.append(
+            f"held out: {scores[0]:.4g} before, {scores[outcome.best]:.4g} after step {outcome.best}, the best"
+        )
+        if outcome.best == 0:
+            report.warnings.append(
+                "the training made nothing better: the weights are those it began with; train longer, or lower "
+                "`--learning-rate`"
+            )
+    if outcome.resumed:
+        report.notes.append(f"resumed at step {outcome.resumed} of {outcome.steps}")
+    report.notes.append(f"{outcome.steps} steps, {outcome.seconds_per_step:.3g} s each")

@@ -1,0 +1,224 @@
+"""One student forward, one teacher forward > the terms that a loss is made of."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import methods
+from peftc.errors import DataError, UsageError
+from peftc.models import layers, load
+from peftc.models.inputs import main_output
+from peftc.models.load import Model
+from peftc.nn import lowrank, surgery
+from peftc.objectives import OBJECTIVES
+from peftc.steps.samples import Held, Samples, figures
+from peftc.tasks import Batch, sentence_vectors
+
+TASK = "task"
+OF_TEACHER = ("teacher_features", "teacher_outputs", "teacher_vectors", "weights")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: its weight, its function, and what that asks for by name."""
+
+    weight: float
+    function: Callable[..., Tensor]
+    needs: tuple[str, ...]
+
+
+def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, Term]:
+    """Return the terms with a weight above 0, without the task's own.
+
+    Args:
+        asked: name -> weight.
+        settings: ``NAME.SETTING`` -> value.
+
+    Raises:
+        UsageError: an unknown term or setting, or a weight below 0.
+    """
+    known = methods.METHODS["loss"]
+    for key in settings:
+        if key.partition(".")[0] not in known:
+            raise UsageError(
+                f"`--set {key}` names no term", why=f"the terms with settings are {', '.join(f'`{n}`' for n in known)}",
+                hint="write it as `--set features.scale_free=true`",
+            )  # fmt: skip
+    found = {}
+    for name, weight in asked.items():
+        if not weight >= 0:
+            raise UsageError(f"the weight of `{name}` in `--loss` is {weight}", why="a weight is at least 0")
+        if name == TASK or not weight:
+            continue
+        function = methods.find("loss", name, "--loss")
+        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name}
+        chosen = methods.with_settings(function, name, own)
+        found[name] = Term(weight, functools.partial(function, **chosen), tuple(methods.needs_of(function)))
+    return found
+
+
+@dataclass
+class Imitation:
+    """What a student is trained on.
+
+    Attributes:
+        student: whose module learns.
+        teacher: who is imitated; None where no term asks for it.
+        samples: the data.
+        terms: weighted, the task's own apart.
+        task: weight of the task's loss; 0 leaves the labels alone.
+        pairs: (student layer, teacher layer), those whose features are compared.
+    """
+
+    student: Model
+    teacher: Model | None
+    samples: Samples
+    terms: Mapping[str, Term]
+    task: float
+    pairs: list[tuple[str, str]]
+
+    @property
+    def needs(self) -> set[str]:
+        """What the terms ask for."""
+        return {need for term in self.terms.values() for need in term.needs}
+
+    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms of a batch; the module is the student's."""
+        inputs = load.moved(self.student, batch.inputs)
+        known = {"mask": inputs.get("attention_mask") if isinstance(inputs, dict) else None}
+        outputs, features = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
+        known |= {"student_outputs": outputs, "student_features": features}
+        if self.needs & set(OF_TEACHER[:3]):
+            known |= self.taught(batch)
+        if "student_vectors" in self.needs:
+            known["student_vectors"] = vectors(outputs, known["mask"])
+        if "products" in self.needs:
+            with torch.autocast(outputs.device.type, enabled=False):
+                known |= self.products(module)
+        found = {}
+        if self.task:
+            assert self.samples.task is not None
+            objective = OBJECTIVES[self.samples.task.name]
+            found[TASK] = self.task * objective(outputs, self.samples.mapped(batch))
+        for name, term in self.terms.items():
+            with torch.autocast(outputs.device.type, enabled=False):
+                found[name] = term.weight * term.function(**{need: known[need] for need in term.needs})
+        return found
+
+    def taught(self, batch: Batch) -> dict[str, Any]:
+        """Return what the teacher gives for a batch, without gradients."""
+        assert self.teacher is not None
+        inputs = load.moved(self.teacher, batch.inputs)
+        with torch.no_grad():
+            outputs, features = self.forward(self.teacher, self.teacher.module, [two for _, two in self.pairs], inputs)
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        found = {"teacher_outputs": outputs, "teacher_features": features}
+        return found | ({"teacher_vectors": vectors(outputs, mask)} if "teacher_vectors" in self.needs else {})
+
+    def forward(self, model: Model, module: nn.Module, names: list[str], inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the outputs and the features after each layer, of one forward pass."""
+        with layers.watched(module, names) as features:
+            value = module(**inputs) if isinstance(inputs, dict) else module(inputs)
+        return main_output(model, value), features
+
+    def products(self, module: nn.Module) -> dict[str, Any]:
+        """Return the products of the student's factors, with gradients, and the teacher's weights they stand for."""
+        assert self.teacher is not None
+        device, names = load.place_of(module), factored(self.student)
+        return {
+            "products": {name: weight_of(self.student, module, name) for name in names},
+            "weights": {name: weight_of(self.teacher, self.teacher.module, name).to(device) for name in names},
+        }
+
+    def score(self, held: Held, batch_size: int) -> float:
+        """Return how good the student is on held-out samples: the task's metric, or without labels minus the loss."""
+        if self.task and self.samples.labelled:
+            return figures(self.student, self.samples, held, batch_size)
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(held), batch_size):
+                rows = range(start, min(start + batch_size, len(held)))
+                terms = self.loss(self.student.module, held.batch(rows))
+                total += len(rows) * float(sum(value for name, value in terms.items() if name != "perturbation"))
+        return -total / len(held)
+
+    def check(self) -> None:
+        """Try one sample, so that a teacher that does not fit is refused before the training.
+
+        Raises:
+            DataError: with the numbers that differ.
+        """
+        if self.teacher is None:
+            return
+        batch = self.samples.train.batch([0])
+        inputs = load.moved(self.student, batch.inputs)
+        with torch.no_grad():
+            mine, features = self.forward(self.student, self.student.module, [one for one, _ in self.pairs], inputs)
+        theirs = self.taught(batch)
+        for (one, _), student, teacher in zip(self.pairs, features, theirs["teacher_features"], strict=True):
+            if student.shape != teacher.shape:
+                raise DataError(
+                    f"student and teacher differ after `{one}`",
+                    why=f"for one sample the student gives {list(student.shape)}, the teacher {list(teacher.shape)}",
+                    hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1`",
+                )
+        outputs = theirs["teacher_outputs"]
+        if {"teacher_outputs", "teacher_vectors"} & self.needs and mine.shape != outputs.shape:
+            raise DataError(
+                "student and teacher give different outputs",
+                why=f"for one sample the student gives {list(mine.shape)}, the teacher {list(outputs.shape)}",
+                hint="choose a teacher with the same classes or vocabulary",
+            )
+
+
+def vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return (samples, width) vectors of length 1: of tokens their mean."""
+    if outputs.ndim == 3 and mask is not None:
+        return sentence_vectors(outputs.float(), mask)
+    return nn.functional.normalize(outputs.float().flatten(1), dim=1)
+
+
+def factored(model: Model) -> dict[str, dict[str, Any]]:
+    """Return the factored modules of a model, as its manifest names them."""
+    return dict(model.manifest.modules) if model.manifest is not None else {}
+
+
+def weight_of(model: Model, module: nn.Module, name: str) -> Tensor:
+    """Return the weight of one module of a network, float32, multiplied out where it is factored."""
+    edit = factored(model).get(name)
+    if edit is None:
+        return module.get_submodule(name).weight.float()  # type: ignore[union-attr, operator, return-value]
+    parts = {key: each.float() for key, each in module.get_submodule(name).named_parameters() if each.ndim > 1}
+    shape = (len(parts["up.weight"]), *parts["down.weight"].shape[1:])
+    return lowrank.dense_weight(parts, shape, edit["form"])
+
+
+def pair(student: Model, teacher: Model) -> list[tuple[str, str]]:
+    """Return the layers of student and teacher that stand for each other.
+
+    Raises:
+        DataError: they have none, or not as many.
+    """
+    mine, theirs = layers.layers(student), layers.layers(teacher)
+    if not mine or len(mine) != len(theirs):
+        raise DataError(
+            "the layers of student and teacher cannot be paired",
+            why=f"`{student.name}` has {len(mine)}, `{teacher.name}` has {len(theirs)}",
+            hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1,task=1`",
+        )
+    return list(zip(mine, theirs, strict=True))
+
+
+def trainable(model: Model) -> Model:
+    """Return a copy in memory whose every parameter learns, half precision widened to float32."""
+    module = copy.deepcopy(model.module)
+    if surgery.uniform_dtype(module) not in (torch.float32, torch.float64):
+        module.float()
+    return replace(model, module=module.requires_grad_(), infos={}, files=[])

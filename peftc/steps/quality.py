@@ -1,0 +1,55 @@
+"""Artifact > evaluate on held-out data > report: what a writing step adds where it has data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from peftc.data import parts_of, split_names
+from peftc.data.dataset import split_word
+from peftc.errors import DataError
+from peftc.models.load import Model, load
+from peftc.report import Report
+from peftc.steps.evaluate import evaluate
+from peftc.steps.samples import Samples
+
+
+def add(report: Report, model: Model, *, against: nn.Module | Model, **options: Any) -> None:
+    """Evaluate what was written against what it was made from, and add what came of it."""
+    if report.artifact is None:  # the first process has it
+        return
+    written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
+    if model.max_memory is not None:
+        written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
+        options["batch_size"] = options["batch_size"] or 1
+    quality = evaluate(written, against=against, **options)
+    report.data["quality"] = quality.data
+    report.tables += quality.tables
+    report.notes += quality.notes
+    report.warnings += quality.warnings
+    report.gates += quality.gates
+
+
+def measure_on_test(
+    report: Report, model: Model, given: Samples, *, data: str, against: Model | None, max_drop: float | None,
+    min_quality: float | None, **options: Any,
+) -> None:  # fmt: skip
+    """Evaluate what was written on the test split of what it learnt from, where there is one and it has labels.
+
+    Raises:
+        DataError: a gate asks for a measurement, and there is no such split.
+    """
+    test = [name for name in split_names(data) if split_word(name) == "test" and name != given.about["split"]]
+    if len(test) != 1 or not given.labelled:
+        if max_drop is not None or min_quality is not None:
+            raise DataError(
+                "`--max-drop` and `--min-quality` need a test split with labels", why=f"`{data}` has none",
+                hint="measure apart: `peftc evaluate`",
+            )  # fmt: skip
+        return
+    add(
+        report, model, against=against or load(model.source), data=f"{parts_of(data)[0]}@{test[0]}", max_drop=max_drop,
+        min_quality=min_quality, batch_size=None, **options,
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Data > samples to learn from and samples held out, read early: what does not fit is refused before any work."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftc import tasks, unlabelled
+from peftc.data import Dataset, open_data, parts_of, split_names
+from peftc.data.classes import match
+from peftc.data.dataset import split_word
+from peftc.errors import DataError, UsageError
+from peftc.models import load
+from peftc.models.load import Model
+from peftc.tasks import Batch, Columns, Encoded, Settings, Task
+
+HELD_OUT = 500  # at most
+
+
+@dataclass(frozen=True)
+class Held:
+    """Samples of one encoded data set."""
+
+    encoded: Encoded
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return the batch of some of these samples, counted among them."""
+        return self.encoded.batch([self.rows[index] for index in indices])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a training reads.
+
+    Attributes:
+        task: of the model; None where nothing tells it.
+        labelled: whether the targets mean anything.
+        train: what the model learns from.
+        held: what only measures; None where nothing is held out.
+        about: what identifies the samples, for the request.
+        outputs: the output of each class of the data, where classes are told apart.
+        notes: what people should know about them.
+    """
+
+    task: Task | None
+    labelled: bool
+    train: Held
+    held: Held | None
+    about: dict[str, Any]
+    outputs: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def mapped(self, batch: Batch) -> Batch:
+        """Return a batch whose classes are the model's outputs."""
+        return replace(batch, targets=torch.tensor(self.outputs)[batch.targets]) if self.outputs else batch
+
+
+def read(model: Model, data: str, *, task: str | None, labels: bool, held_out: float, settings: Settings) -> Samples:
+    """Open the samples of a training: those of the train split, and held out ones of the validation split or of it.
+
+    Args:
+        model: that reads them, runnable.
+        data: a `--data` spec.
+        task: a name of the task table; guessed when None.
+        labels: whether they are wanted; without, nothing looks at them.
+        held_out: share of the train split to hold out where there is no validation split, in [0, 1).
+        settings: sizes, number of samples and seed.
+
+    Raises:
+        DataError: the data cannot be read, is empty, or has one class only.
+    """
+    if not 0 <= held_out < 1:
+        raise UsageError(f"`--held-out` is {held_out}", why="it is a share of the samples, in [0, 1)")
+    row = tasks.named_task(task) if task else tasks.guess(model)
+    dataset = open_data(
+        data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None, role="training"
+    )
+    labelled = labels and row is not None and dataset.kind in row.reads and _has_labels(row, dataset)
+    encoded = _encode(model, dataset, row, settings, labelled=labelled)
+    notes = list(dataset.notes) + encoded.notes
+    outputs: list[int] = []
+    if labelled and row is not None and row.has_classes:
+        outputs, note = _outputs(model, dataset, encoded)
+        notes.append(note)
+    train, held = Held(encoded, range(encoded.size)), None
+    if held_out:
+        validation = _validation(data, dataset)
+        if validation is not None:
+            other = open_data(validation, num_samples=HELD_OUT, seed=settings.seed, task=row.name if row else None)
+            if other.classes != dataset.classes:
+                raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
+            whole = _encode(model, other, row, replace(settings, num_samples=None), labelled=labelled)
+            held = Held(whole, range(whole.size))
+            notes.append(f"held out: {whole.size} samples of split `{other.split}`")
+        else:
+            train, held = _cut(encoded, held_out, settings.seed)
+            notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
+    about = {"spec": data, "split": dataset.split, "digest": dataset.digest, "samples": len(train)}
+    return Samples(row, labelled, train, held, about, outputs, notes)
+
+
+def _has_labels(row: Task, dataset: Dataset) -> bool:
+    return row.name.endswith("-lm") or dataset.labels is not None
+
+
+def _encode(model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool) -> Encoded:
+    if not len(dataset):
+        raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
+    if not labelled or row is None:
+        return unlabelled.encode(model, dataset, row, settings)
+    if row.has_classes and dataset.labels is not None:
+        there = {dataset.labels[index] for index in dataset.rows}
+        if len(there) < 2:
+            raise DataError(
+                f"the samples of `{dataset.name}` are all of one class",
+                why="nothing can be learnt from telling one class apart",
+                hint="use data with two classes or more, or leave the labels alone: `--loss features=1`",
+            )
+    return row.encode(model, dataset, settings)
+
+
+def _outputs(model: Model, dataset: Dataset, encoded: Encoded) -> tuple[list[int], str]:
+    logits = load.outputs(model, load.moved(model, encoded.batch([0]).inputs))
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise DataError(
+            f"`{model.name}` does not classify", why=f"for one sample it gives outputs of shape {list(logits.shape)}",
+            hint="choose another `--task`, or leave the labels alone: `--loss features=1`",
+        )  # fmt: skip
+    return match(dataset.classes or [], model.labels, logits.shape[1])
+
+
+def _validation(spec: str, train: Dataset) -> str | None:
+    """Return the spec of the validation split, where there is one beside the split that is learnt from."""
+    names = [name for name in split_names(spec) if split_word(name) == "validation" and name != train.split]
+    return f"{parts_of(spec)[0]}@{names[0]}" if len(names) == 1 else None
+
+
+def _cut(encoded: Encoded, share: float, seed: int) -> tuple[Held, Held]:
+    """Hold out a seeded share of the samples, at least one and at most `HELD_OUT`."""
+    if encoded.size < 2:
+        raise DataError(
+            "one sample is too few to learn from and to hold out",
+            hint="use more samples, or hold none out: `--held-out 0`",
+        )
+    number = min(HELD_OUT, max(1, round(encoded.size * share)))
+    held = set(random.Random(seed).sample(range(encoded.size), number))
+    return Held(encoded, [row for row in range(encoded.size) if row not in held]), Held(encoded, sorted(held))
+
+
+def figures(model: Model, samples: Samples, held: Held, batch_size: int) -> float:
+    """Return the task's first metric of a model on samples, larger is better."""
+    assert samples.task is not None
+    seen: list[Columns] = []
+    for start in range(0, len(held), batch_size):
+        batch = held.batch(range(start, min(start + batch_size, len(held))))
+        outputs = load.outputs(model, load.moved(model, batch.inputs))
+        seen.append(samples.task.observe(outputs, samples.mapped(batch)))
+    metric = samples.task.metrics[0]
+    columns = {name: np.concatenate([each[name] for each in seen]) for name in seen[0]}
+    value = float(np.mean(metric.of(columns)))
+    return value if metric.higher_is_better else -value

@@ -1,0 +1,325 @@
+"""distill: the student learns what its teacher gives, the result reloads, and what does not fit is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import peftc
+from peftc import manifest, train
+from peftc.errors import ArtifactError, DataError, PeftcError, UsageError
+from peftc.models import load
+from peftc.nn import surgery
+from peftc.recipe import Recipe
+from peftc.steps import imitation, samples
+from peftc.steps.imitation import Imitation
+from peftc.tasks import Settings
+from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
+
+SHORT: dict[str, Any] = {"steps": 10, "batch_size": 16, "device": "cpu", "learning_rate": 1e-3}
+DIGITS = "sklearn:digits"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of ten classes that differ in colour and place, 96 to learn from and 48 to test on."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    splits = {}
+    for split, number in (("train", 96), ("test", 48)):
+        labels = np.arange(number) % 10
+        pixels = random.normal(size=(number, 3, 32, 32)).astype(np.float32)
+        for at, label in enumerate(labels):
+            pixels[at, label % 3, 3 * label : 3 * label + 3] += 2
+        splits |= {f"x_{split}": pixels, f"y_{split}": labels}
+    np.savez(folder / "images.npz", **splits)
+    return folder / "images.npz"
+
+
+@pytest.fixture(scope="module")
+def student(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student") / "small"
+    peftc.decompose(tiny_vit, output_dir=folder, ratio=0.5, device="cpu")
+    return folder
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    path.write_text("\n".join(["text", *(f'"{text}"' for text in texts)]))
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in surgery.tensors_of(load.load(model).module).items()}
+
+
+def imitate(model: Any, teacher: Any, images: Path, asked: dict[str, float], labels: bool = True) -> Imitation:
+    held = imitation.trainable(load.load(model))
+    guide = load.runnable(load.load(teacher), device="cpu")
+    given = samples.read(held, str(images), task=None, labels=labels, held_out=0.1, settings=Settings())
+    return Imitation(held, guide, given, imitation.terms(asked, {}), asked.get("task", 0), imitation.pair(held, guide))
+
+
+def test_the_result_reloads_and_everything_but_the_teacher_has_learnt(
+    student: Path, tiny_vit: Path, images: Path, tmp_path: Path
+) -> None:
+    dense, before = (tiny_vit / "model.safetensors").read_bytes(), tensors(student)
+    report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), held_out=0, **SHORT)
+    after = tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert (tiny_vit / "model.safetensors").read_bytes() == dense
+    made = load.load(tmp_path / "out")
+    assert made.manifest is not None
+    assert [step["request"]["command"] for step in made.manifest.steps] == ["decompose", "distill"]
+    assert made.manifest.modules == manifest.read(student).modules
+    assert set(report.data["terms"]) == {"features", "perturbation", "task"}
+    assert report.data["steps"] == 10 and report.data["quality"]["data"]["split"] == "test"
+    lines = [json.loads(line) for line in (tmp_path / "out" / train.LOG).read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 10
+    with torch.no_grad():
+        assert made.module(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_student_comes_nearer_to_its_teacher(student: Path, tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    peftc.distill(student, output_dir=tmp_path / "out", data=str(images), loss="features=1", **SHORT | {"steps": 60})
+    gaps = []
+    for model in (student, tmp_path / "out"):
+        work = imitate(model, tiny_vit, images, {"features": 1.0})
+        with torch.no_grad():
+            work.student.module.eval()
+            gaps.append(float(work.loss(work.student.module, work.samples.train.batch(range(40)))["features"]))
+    assert gaps[1] < 0.75 * gaps[0]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    peftc.decompose(tiny_vit, output_dir=tmp_path / "full", rank=32, device="cpu", include=["*"], skip=["head"])
+    work = imitate(tiny_vit, tiny_vit, images, {"features": 1.0, "logits": 1.0, "embeddings": 1.0, "perturbation": 1.0})
+    work.student.module.eval()
+    found = work.loss(work.student.module, work.samples.train.batch(range(8)))
+    assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(
+        dict.fromkeys(found, 0.0), abs=1e-6
+    )
+
+
+def test_the_perturbation_at_the_start_is_that_of_the_decomposition(
+    student: Path, tiny_vit: Path, images: Path
+) -> None:
+    work = imitate(student, tiny_vit, images, {"perturbation": 1.0})
+    found = float(work.loss(work.student.module, work.samples.train.batch([0, 1]))["perturbation"].detach())
+    dense, small = peftc.load(tiny_vit), peftc.load(student)
+    gaps = []
+    for name in manifest.read(student).modules:
+        low, whole = small.get_submodule(name), dense.get_submodule(name)
+        product = low.up.weight @ low.down.weight
+        gaps.append(float((product - whole.weight).abs().max().detach()))
+    assert found == pytest.approx(float(np.mean([max(0, gap - 1e-3) ** 2 for gap in gaps])), rel=1e-4)
+
+
+@pytest.mark.parametrize("conv_method", ["spatial", "channel", "tucker2"])
+def test_products_of_convolutions_stand_for_their_weights(
+    tiny_resnet: Path, images: Path, tmp_path: Path, conv_method: str
+) -> None:
+    peftc.decompose(tiny_resnet, output_dir=tmp_path / "small", energy=1.0, conv_method=conv_method, device="cpu")
+    peftc.decompose(tiny_resnet, output_dir=tmp_path / "half", ratio=0.5, conv_method=conv_method, device="cpu")
+    work = imitate(tmp_path / "half", tiny_resnet, images, {"perturbation": 1.0})
+    found = work.products(work.student.module)
+    assert found["products"] and found["products"].keys() == found["weights"].keys()
+    for name, product in found["products"].items():
+        weight = found["weights"][name]
+        assert product.shape == weight.shape
+        assert (product - weight).norm() < weight.norm()
+
+
+def test_one_forward_of_each_gives_all_terms(student: Path, tiny_vit: Path, images: Path) -> None:
+    asked = {"features": 1.0, "logits": 1.0, "embeddings": 1.0, "perturbation": 1.0, "task": 1.0}
+    work = imitate(student, tiny_vit, images, asked)
+    assert work.teacher is not None
+    calls = {"student": 0, "teacher": 0}
+    for name, module in (("student", work.student.module), ("teacher", work.teacher.module)):
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))  # type: ignore[misc]
+    found = work.loss(work.student.module, work.samples.train.batch(range(4)))
+    assert calls == {"student": 1, "teacher": 1}
+    assert found.keys() == asked.keys()
+    assert not work.teacher.module.training
+    sum(found.values()).backward()  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in work.teacher.module.parameters())
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(student: Path, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)
+    peftc.distill(student, output_dir=tmp_path / "whole", data=str(images), **SHORT)
+    real, calls = Imitation.loss, iter(range(1000))
+
+    def dying(self: Imitation, module: Any, batch: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return real(self, module, batch)
+
+    monkeypatch.setattr(Imitation, "loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
+    monkeypatch.setattr(Imitation, "loss", real)
+    assert not (tmp_path / "killed").exists()
+    report = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
+    assert any(note.startswith("resumed at step") for note in report.notes)
+    for name in ("model.safetensors", "peftc.json", train.LOG):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    again = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
+    assert any("already done" in note for note in again.notes)
+    with pytest.raises(ArtifactError, match="another request"):
+        peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT | {"steps": 11})
+
+
+def test_minutes_are_kept_as_steps(student: Path, images: Path, tmp_path: Path) -> None:
+    options = {name: value for name, value in SHORT.items() if name != "steps"}
+    report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), minutes=0.002, **options)
+    request = manifest.read(tmp_path / "out").steps[-1]["request"]
+    assert request["minutes"] is None and request["steps"] == report.data["steps"] >= 1
+    again = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), minutes=0.002, **options)
+    assert any("already done" in note for note in again.notes)
+
+
+def test_half_precision_is_trained_in_single_and_stored_as_it_was(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vit, tmp_path / "half")
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "half" / "model.safetensors"
+    save_file({name: each.bfloat16() for name, each in load_file(path).items()}, path, metadata={"format": "pt"})
+    peftc.distill(
+        tmp_path / "half", output_dir=tmp_path / "out", teacher=tiny_vit, data=str(images), loss="features=1", **SHORT
+    )
+    assert {each.dtype for each in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_text_without_labels_teaches_vectors(tiny_bert: Path, tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts.csv", TEXTS * 12)
+    peftc.decompose(tiny_bert, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    options = SHORT | {"steps": 40, "learning_rate": 3e-4, "dropout": False}
+    report = peftc.distill(tmp_path / "small", output_dir=tmp_path / "out", data=str(tmp_path / "texts.csv"), **options)
+    assert set(report.data["terms"]) == {"features", "perturbation", "embeddings"}
+    assert "quality" not in report.data
+    scores = dict(report.data["held_out"]["scores"])
+    assert scores[40] > scores[0]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bert_mlm", "tiny_llama"])
+def test_language_models_learn_from_windows(fixture: str, request: Any, tmp_path: Path) -> None:
+    model = request.getfixturevalue(fixture)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 40))
+    peftc.decompose(model, output_dir=tmp_path / "small", ratio=0.6, device="cpu")
+    report = peftc.distill(
+        tmp_path / "small", output_dir=tmp_path / "out", data=str(tmp_path / "texts.txt"), max_length=16,
+        loss={"features": 1, "logits": 1, "task": 1}, **SHORT,
+    )  # fmt: skip
+    assert set(report.data["terms"]) == {"features", "logits", "task"}
+    scores = dict(report.data["held_out"]["scores"])
+    assert scores[10] > scores[0]
+
+
+def test_padding_does_not_change_the_loss_of_text(tiny_bert: Path, tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts.csv", [TEXTS[0], " ".join(TEXTS), *TEXTS * 4])
+    peftc.decompose(tiny_bert, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    asked = {"features": 1.0, "embeddings": 1.0}
+    work = imitate(tmp_path / "small", tiny_bert, tmp_path / "texts.csv", asked)
+    work.student.module.eval()
+    rows = work.samples.train
+    with torch.no_grad():
+        alone, beside = (
+            float(work.loss(work.student.module, rows.batch(several))["features"]) for several in ([0], [0, 1])
+        )
+        other = float(work.loss(work.student.module, rows.batch([1]))["features"])
+    assert beside == pytest.approx((alone + other) / 2, rel=1e-4)
+
+
+def test_a_validation_split_is_held_out_and_the_test_split_never_read(tiny_vit: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays |= {
+            f"x_{split}": random.normal(size=(20, 3, 32, 32)).astype(np.float32),
+            f"y_{split}": np.arange(20) % 10,
+        }
+    np.savez(tmp_path / "images.npz", **arrays)
+    model = imitation.trainable(load.load(tiny_vit))
+    given = samples.read(model, str(tmp_path / "images.npz"), task=None, labels=True, held_out=0.1, settings=Settings())
+    assert len(given.train) == 20 and given.held is not None and len(given.held) == 20
+    assert given.about["split"] == "train"
+    np.testing.assert_array_equal(given.held.batch([3]).inputs[0].numpy(), arrays["x_val"][3])
+    np.savez(tmp_path / "two.npz", **{name: each for name, each in arrays.items() if "val" not in name})
+    cut = samples.read(model, str(tmp_path / "two.npz"), task=None, labels=True, held_out=0.1, settings=Settings())
+    assert cut.held is not None
+    assert sorted([*cut.train.rows, *cut.held.rows]) == list(range(20)) and len(cut.held) == 2
+
+
+def test_what_a_teacher_cannot_teach_is_said(student: Path, tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT)
+    assert any("the teacher is no better than" in warning for warning in report.warnings)  # its weights are random
+
+
+def test_terms_that_hardly_pull_are_named(student: Path, images: Path, tmp_path: Path) -> None:
+    report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), loss="features=1e-6,task=1", **SHORT)
+    assert any("`features` weighed under 1%" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"loss": "feature=1"}, UsageError, "did you mean `--loss features`"),
+        ({"loss": "features=x"}, UsageError, "write it as `--loss features=1,task=0.5`"),
+        ({"loss": "features=-1"}, UsageError, "a weight is at least 0"),
+        ({"settings": {"features.scale": True}}, UsageError, "`features` has no setting `scale`"),
+        ({"settings": {"scale_free": True}}, UsageError, "names no term"),
+        ({"held_out": 1.0}, UsageError, "in \\[0, 1\\)"),
+        ({"epochs": 1.0}, UsageError, "say how long to train"),
+        ({"data": "nowhere/"}, DataError, "there is no data at `nowhere/`"),
+        ({"steps": 10, "learning_rate": 1e30}, PeftcError, "the loss became"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_left(
+    student: Path, images: Path, tmp_path: Path, options: dict[str, Any], kind: type[PeftcError], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        peftc.distill(student, output_dir=tmp_path / "out", **{"data": str(images), **SHORT, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_another_width_is_refused_with_the_numbers(student: Path, images: Path, tmp_path: Path) -> None:
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "num_classes": 10}
+    preprocess = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    for name, change in (
+        ("wide", {"embed_dim": 48}),
+        ("deep", {"embed_dim": 32, "depth": 3}),
+        ("more", {"num_classes": 7}),
+    ):
+        (tmp_path / name).mkdir()
+        save_timm(tmp_path / name, "vit_tiny_patch16_224", {**arguments, "embed_dim": 32, **change}, preprocess)
+    given: dict[str, Any] = {"output_dir": tmp_path / "out", "data": str(images), **SHORT}
+    with pytest.raises(DataError, match=r"the student gives \[1, 17, 32\], the teacher \[1, 17, 48\]"):
+        peftc.distill(student, teacher=tmp_path / "wide", **given)
+    with pytest.raises(DataError, match="has 2, .* has 3"):
+        peftc.distill(student, teacher=tmp_path / "deep", **given)
+    with pytest.raises(DataError, match=r"the student gives \[1, 10\], the teacher \[1, 7\]"):
+        peftc.distill(student, teacher=tmp_path / "more", loss="logits=1", **given)
+    with pytest.raises(UsageError, match="name a teacher"):
+        peftc.distill(tmp_path / "wide", **given)
+
+
+def test_data_of_one_class_is_refused(student: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", x_train=np.zeros((8, 3, 32, 32), np.float32), y_train=np.full(8, 3))
+    with pytest.raises(DataError, match="are all of one class"):
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(tmp_path / "one.npz"), **SHORT)
+
+
+def test_show_prints_a_line_that_makes_it_again(student: Path, images: Path, tmp_path: Path, peftc: Any) -> None:
+    words = ["distill", student, "--data", images, "--steps", 3, "--batch-size", 8, "--device", "cpu", "--no-dropout"]
+    assert peftc(*words, "-o", tmp_path / "out").exit_code == 0
+    line = peftc("show", tmp_path / "out", "--commands").stdout.splitlines()[-1]
+    for text in ("peftc distill", f"--data {images}", "--steps 3", "--batch-size 8", "--no-dropout", "task=1"):
+        assert text in line, line
+
+
+def test_recipe_defaults_of_the_command_are_those_of_its_documentation() -> None:
+    assert Recipe(steps=1).warmup == 0.1
