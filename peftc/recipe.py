@@ -41,7 +41,7 @@ class Recipe:
     warmup: float = 0.1
     clip: float = 1.0
     ema: float | None = None
-    dropout: bool = True
+    dropout: bool = False
     mixed_precision: str = "no"
     evaluations: int = 5
     seed: int = 0

@@ -184,7 +184,7 @@ def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> C
         )
     if image_size is not None:
         size = [channels, image_size, image_size]
-    mean, std = (_per_channel(preprocess.get(key), channels, key) for key in ("mean", "std"))
+    normalise = normalised(preprocess, channels)
     from timm.data import create_transform
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -193,10 +193,15 @@ def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> C
     crop = create_transform(tuple(size), is_training=False, normalize=False, **settings) if size else pil_to_tensor
 
     def apply(image: Any, name: str) -> Tensor:
-        pixels = crop(_as_mode(image, MODES[channels], name)).float() / 255
-        return pixels if mean is None or std is None else (pixels - mean) / std
+        return normalise(crop(with_mode(image, MODES[channels], name)).float() / 255)
 
     return apply
+
+
+def normalised(preprocess: Mapping[str, Any], channels: int) -> Callable[[Tensor], Tensor]:
+    """Return the function from pixels in [0, 1] to what the model was trained to see."""
+    mean, std = (_per_channel(preprocess.get(key), channels, key) for key in ("mean", "std"))
+    return lambda pixels: pixels if mean is None or std is None else (pixels - mean) / std
 
 
 def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:
@@ -209,7 +214,8 @@ def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:
     return torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None]
 
 
-def _as_mode(image: Any, mode: str, name: str) -> Image.Image:
+def with_mode(image: Any, mode: str, name: str) -> Image.Image:
+    """Return an image or an array as an image of one mode."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):

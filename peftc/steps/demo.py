@@ -144,7 +144,7 @@ def _trained(seed: int, device: str) -> nn.Module:
         seen = given[0] + NOISE * torch.randn_like(given[0])
         return nn.functional.cross_entropy(module(seen), given[1])
 
-    fit(network, len(pixels), batch, loss, Recipe(epochs=EPOCHS, batch_size=32, seed=seed), device=device)
+    fit(network, len(pixels), batch, loss, Recipe(epochs=EPOCHS, batch_size=32, dropout=True, seed=seed), device=device)
     return network
 
 

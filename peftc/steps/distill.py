@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from peftc import measure, processes, tasks, train
+from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.job import Job
 from peftc.models.load import Model, base_source, load, place_of, runnable
@@ -46,8 +47,12 @@ def distill(
     warmup: float = 0.1,
     clip: float = 1.0,
     ema: float | None = None,
-    dropout: bool = True,
+    dropout: bool = False,
     mixed_precision: str = "no",
+    augment: str | None = None,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    cache_teacher: bool = False,
     held_out: float = 0.1,
     evaluations: int = 5,
     log_with: str | None = None,
@@ -78,8 +83,11 @@ def distill(
         accumulate: parts that a process cuts its share of a step into.
         learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.recipe.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
-        dropout: let the student's dropout and drop-path act, as PELA does.
+        dropout: let the student's dropout and drop-path act, as PELA does; a short healing is better without.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        augment: random changes to images: ``crop``, or a policy of timm's as ``rand-m9-mstd0.5-inc1``.
+        mixup, cutmix: alpha of mixing images in pairs, 0 for none.
+        cache_teacher: keep on disk what the teacher gives of each sample, instead of asking it every epoch.
         held_out: share of the train split that is not learnt from but says which weights are best, where the data has
             no validation split; 0 keeps the last weights.
         evaluations: how often the held-out samples are looked at.
@@ -107,8 +115,16 @@ def distill(
     student = runnable(imitation.trainable(stored), device=device)
     asked = weights_of(loss, student, data, task)
     terms = imitation.terms(asked, settings or {})
+    changes = Augment(augment, mixup, cutmix)
+    if cache_teacher and changes:
+        raise UsageError(
+            "`--cache-teacher` keeps one answer for each sample", why="augmented samples differ each time",
+            hint="leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`",
+        )  # fmt: skip
     reading = Settings(image_size, max_length, num_samples, seed)
-    given = samples.read(student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading)
+    given = samples.read(
+        student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading, augment=changes
+    )
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
     if loss is not None and asked.get(TASK) and not given.labelled:
         raise DataError(
@@ -123,7 +139,7 @@ def distill(
     request = {
         "command": "distill", "teacher": None if guide is None else _identity(guide), "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
-        "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, "task": task,
+        "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task,
         "image_size": image_size, "max_length": max_length, "num_samples": num_samples,
         "max_shard_bytes": shard_bytes, "device": device,
     }  # fmt: skip
@@ -133,6 +149,7 @@ def distill(
             report = write.already(job, "distill")
         else:
             job.require(6 * measure.tensor_bytes(student.module))
+            work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
         report, stored, given, data=data, against=guide, max_drop=max_drop, min_quality=min_quality, task=task,
@@ -195,9 +212,8 @@ def _carry_out(
     before = _standing(work, recipe, report)
     held = work.samples.held
     score = None if held is None else lambda: work.score(held, recipe.batch_size)
-    train_rows = work.samples.train
     outcome = train.fit(
-        work.student.module, len(train_rows), train_rows.batch, work.loss, recipe, device=device, score=score,
+        work.student.module, len(work.samples.train), work.batch, work.loss, recipe, device=device, score=score,
         folder=job.work, log_with=log_with,
     )  # fmt: skip
     if recipe.minutes is not None:

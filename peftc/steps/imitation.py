@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc import methods
@@ -64,6 +67,14 @@ def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+@dataclass(frozen=True)
+class Given:
+    """A batch, and which of the samples to learn from it holds, where it does."""
+
+    batch: Batch
+    rows: Sequence[int] = ()
+
+
 @dataclass
 class Imitation:
     """What a student is trained on.
@@ -75,6 +86,7 @@ class Imitation:
         terms: weighted, the task's own apart.
         task: weight of the task's loss; 0 leaves the labels alone.
         pairs: (student layer, teacher layer), those whose features are compared.
+        kept: folder in which to keep what the teacher gives of each sample; None asks it each time.
     """
 
     student: Model
@@ -83,20 +95,26 @@ class Imitation:
     terms: Mapping[str, Term]
     task: float
     pairs: list[tuple[str, str]]
+    kept: Path | None = None
 
     @property
     def needs(self) -> set[str]:
         """What the terms ask for."""
         return {need for term in self.terms.values() for need in term.needs}
 
-    def loss(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int]) -> Given:
+        """Return some of the samples to learn from."""
+        return Given(self.samples.train.batch(rows), rows)
+
+    def loss(self, module: nn.Module, given: Given) -> dict[str, Tensor]:
         """Return the weighted terms of a batch; the module is the student's."""
+        batch = given.batch
         inputs = load.moved(self.student, batch.inputs)
         known = {"mask": inputs.get("attention_mask") if isinstance(inputs, dict) else None}
         outputs, features = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
         known |= {"student_outputs": outputs, "student_features": features}
         if self.needs & set(OF_TEACHER[:3]):
-            known |= self.taught(batch)
+            known |= self.remembered(given) if self.kept is not None and given.rows else self.taught(batch)
         if "student_vectors" in self.needs:
             known["student_vectors"] = vectors(outputs, known["mask"])
         if "products" in self.needs:
@@ -122,6 +140,24 @@ class Imitation:
         found = {"teacher_outputs": outputs, "teacher_features": features}
         return found | ({"teacher_vectors": vectors(outputs, mask)} if "teacher_vectors" in self.needs else {})
 
+    def remembered(self, given: Given) -> dict[str, Any]:
+        """Return what the teacher gives for a batch, as kept of an earlier time; ask it once for what is not."""
+        assert self.kept is not None
+        self.kept.mkdir(exist_ok=True)
+        paths = [self.kept / f"{row}.safetensors" for row in given.rows]
+        inputs = given.batch.inputs
+        masks = inputs["attention_mask"].bool() if isinstance(inputs, dict) else None
+        if not all(path.is_file() for path in paths):
+            found = self.taught(given.batch)
+            tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
+            for at, path in enumerate(paths):
+                _keep(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()})
+        device = load.place_of(self.student.module)
+        samples = [load_file(path) for path in paths]
+        whole = {name: _padded([each[name] for each in samples], masks).to(device) for name in samples[0]}
+        features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
+        return {**whole, "teacher_features": features}
+
     def forward(self, model: Model, module: nn.Module, names: list[str], inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the outputs and the features after each layer, of one forward pass."""
         with layers.watched(module, names) as features:
@@ -145,7 +181,7 @@ class Imitation:
         with torch.no_grad():
             for start in range(0, len(held), batch_size):
                 rows = range(start, min(start + batch_size, len(held)))
-                terms = self.loss(self.student.module, held.batch(rows))
+                terms = self.loss(self.student.module, Given(held.batch(rows)))
                 total += len(rows) * float(sum(value for name, value in terms.items() if name != "perturbation"))
         return -total / len(held)
 
@@ -157,7 +193,7 @@ class Imitation:
         """
         if self.teacher is None:
             return
-        batch = self.samples.train.batch([0])
+        batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
         inputs = load.moved(self.student, batch.inputs)
         with torch.no_grad():
             mine, features = self.forward(self.student, self.student.module, [one for one, _ in self.pairs], inputs)
@@ -166,16 +202,45 @@ class Imitation:
             if student.shape != teacher.shape:
                 raise DataError(
                     f"student and teacher differ after `{one}`",
-                    why=f"for one sample the student gives {list(student.shape)}, the teacher {list(teacher.shape)}",
+                    why=f"for one sample the student gives {list(student.shape[1:])}, the teacher {list(teacher.shape[1:])}",
                     hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1`",
                 )
         outputs = theirs["teacher_outputs"]
         if {"teacher_outputs", "teacher_vectors"} & self.needs and mine.shape != outputs.shape:
             raise DataError(
                 "student and teacher give different outputs",
-                why=f"for one sample the student gives {list(mine.shape)}, the teacher {list(outputs.shape)}",
+                why=f"for one sample the student gives {list(mine.shape[1:])}, the teacher {list(outputs.shape[1:])}",
                 hint="choose a teacher with the same classes or vocabulary",
             )
+
+
+def _unpadded(values: Tensor, at: int, masks: Tensor | None) -> Tensor:
+    """Return one sample of a batch of values, without padding where they are one for each token."""
+    own = values[at].detach().cpu()
+    return own[masks[at]] if _is_of_tokens(values, masks) and masks is not None else own
+
+
+def _is_of_tokens(values: Tensor, masks: Tensor | None) -> bool:
+    return masks is not None and values.ndim == 3 and values.shape[:2] == masks.shape
+
+
+def _padded(own: Sequence[Tensor], masks: Tensor | None) -> Tensor:
+    """Put samples together again, with zeros for padding."""
+    if masks is None or any(
+        each.ndim != 2 or len(each) != int(mask.sum()) for each, mask in zip(own, masks, strict=True)
+    ):
+        return torch.stack(list(own))
+    whole = own[0].new_zeros(*masks.shape, own[0].shape[-1])
+    for row, mask, each in zip(whole, masks, own, strict=True):
+        row[mask] = each
+    return whole
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file whole or not at all, also where several processes do."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    save_file({name: each.contiguous() for name, each in tensors.items()}, unfinished)
+    unfinished.replace(path)
 
 
 def vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from peftc import tasks, unlabelled
 from peftc.data import Dataset, open_data, parts_of, split_names
+from peftc.data.augment import Augment, Augmented
 from peftc.data.classes import match
 from peftc.data.dataset import split_word
 from peftc.errors import DataError, UsageError
@@ -19,6 +20,7 @@ from peftc.models import load
 from peftc.models.load import Model
 from peftc.tasks import Batch, Columns, Encoded, Settings, Task
 
+PLAIN = Augment()
 HELD_OUT = 500  # at most
 
 
@@ -60,11 +62,16 @@ class Samples:
     notes: list[str] = field(default_factory=list)
 
     def mapped(self, batch: Batch) -> Batch:
-        """Return a batch whose classes are the model's outputs."""
-        return replace(batch, targets=torch.tensor(self.outputs)[batch.targets]) if self.outputs else batch
+        """Return a batch whose classes are the model's outputs; shares of classes already are."""
+        if not self.outputs or batch.targets.is_floating_point():
+            return batch
+        return replace(batch, targets=torch.tensor(self.outputs)[batch.targets])
 
 
-def read(model: Model, data: str, *, task: str | None, labels: bool, held_out: float, settings: Settings) -> Samples:
+def read(
+    model: Model, data: str, *, task: str | None, labels: bool, held_out: float, settings: Settings,
+    augment: Augment = PLAIN,
+) -> Samples:  # fmt: skip
     """Open the samples of a training: those of the train split, and held out ones of the validation split or of it.
 
     Args:
@@ -74,6 +81,7 @@ def read(model: Model, data: str, *, task: str | None, labels: bool, held_out: f
         labels: whether they are wanted; without, nothing looks at them.
         held_out: share of the train split to hold out where there is no validation split, in [0, 1).
         settings: sizes, number of samples and seed.
+        augment: what happens to images that are learnt from.
 
     Raises:
         DataError: the data cannot be read, is empty, or has one class only.
@@ -104,8 +112,30 @@ def read(model: Model, data: str, *, task: str | None, labels: bool, held_out: f
         else:
             train, held = _cut(encoded, held_out, settings.seed)
             notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
+    if augment:
+        train = replace(train, encoded=_augmented(model, dataset, encoded, settings, augment, outputs))
     about = {"spec": data, "split": dataset.split, "digest": dataset.digest, "samples": len(train)}
     return Samples(row, labelled, train, held, about, outputs, notes)
+
+
+def _augmented(
+    model: Model, dataset: Dataset, plain: Encoded, settings: Settings, augment: Augment, outputs: list[int]
+) -> Encoded:
+    """Return samples that are changed at random each time they are read; classes are mixed as the model's outputs."""
+    if dataset.kind not in ("image", "tensor") or model.kind != "image":
+        raise UsageError(f"`{dataset.name}` holds no images to augment", hint="leave `--augment` and `--mixup` out")
+    images = Augmented(dataset, model.preprocess, settings.image_size, augment, plain.batch)
+    number = len(model.labels or []) or max(outputs, default=0) + 1
+
+    def batch(indices: Sequence[int]) -> Batch:
+        targets = torch.tensor([0 if dataset.labels is None else dataset.labels[dataset.rows[at]] for at in indices])
+        if outputs:
+            targets = torch.tensor(outputs)[targets]
+        inputs, shares = images.mixed(images.read(indices), targets, number)
+        one_hot = torch.nn.functional.one_hot(shares, number).float() if shares.ndim == 1 else shares
+        return Batch(inputs, one_hot)
+
+    return replace(plain, batch=batch)
 
 
 def _has_labels(row: Task, dataset: Dataset) -> bool:

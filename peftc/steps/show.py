@@ -169,12 +169,13 @@ def _training_options(request: dict[str, Any]) -> list[str]:
         "ema", "mixed_precision", "held_out", "evaluations", "task", "num_samples", "image_size", "max_length",
     )  # fmt: skip
     options = {key.replace("_", "-"): request.get(key) for key in plain}
+    options |= {"augment": request["policy"], "mixup": request["mixup"] or None, "cutmix": request["cutmix"] or None}
     options["data"] = request["data"]["spec"]
     options["loss"] = ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items())
     if request.get("teacher"):
         options["teacher"] = request["teacher"]["spec"]
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    return [*words, *([] if request.get("dropout", True) else ["--no-dropout"])]
+    return [*words, *(["--dropout"] if request["dropout"] else [])]
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:

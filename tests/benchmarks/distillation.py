@@ -80,7 +80,7 @@ def tuned(folder: Path) -> Path:
     given = samples.read(model, str(CIFAR), task=None, labels=True, held_out=0, settings=Settings())
     work = imitation.Imitation(model, None, given, {}, 1.0, [])
     fit(
-        model.module, len(given.train), given.train.batch, work.loss,
+        model.module, len(given.train), work.batch, work.loss,
         Recipe(epochs=4, batch_size=64, learning_rate=3e-4, weight_decay=0.05), device="cpu",
     )  # fmt: skip
     write(model.module)
@@ -90,7 +90,7 @@ def tuned(folder: Path) -> Path:
 def heal(small: Path, out: Path, loss: str, seed: int, dense: Path, **options: Any) -> tuple[float, float, float]:
     """Return accuracy, the distance of the features from the teacher's on test images, and seconds per step."""
     report = peftc.distill(
-        small, output_dir=out, teacher=dense, data=str(CIFAR), num_samples=HEALING, held_out=0, evaluations=1, seed=seed,
+        small, output_dir=out, teacher=dense, data=str(CIFAR), num_samples=HEALING, held_out=0, seed=seed,
         loss=loss, batch_size=32, learning_rate=5e-4, device="cpu", overwrite=True, **options,
     )  # fmt: skip
     return accuracy(report.artifact), gap(report.artifact, dense), report.data["seconds_per_step"]
@@ -110,7 +110,7 @@ def gap(model: Any, dense: Path) -> float:
         student, teacher, given, imitation.terms({"features": 1.0}, {}), 0, imitation.pair(student, teacher)
     )
     with torch.no_grad():
-        parts = [work.loss(student.module, given.train.batch(range(at, at + 64))) for at in range(0, 256, 64)]
+        parts = [work.loss(student.module, work.batch(range(at, at + 64))) for at in range(0, 256, 64)]
     return statistics.mean(float(part["features"]) for part in parts)
 
 
@@ -175,7 +175,7 @@ def cost(asked: argparse.Namespace) -> None:
         recipe = Recipe(steps=2, batch_size=asked.batch, learning_rate=1e-6)
 
         def run() -> None:
-            fit(student.module, asked.batch, lambda rows: batch, held.loss, recipe, device="cpu")
+            fit(student.module, asked.batch, lambda rows: imitation.Given(batch), held.loss, recipe, device="cpu")
 
         return run
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import peftc
 from peftc import manifest, train
+from peftc.data.augment import Augment
 from peftc.errors import ArtifactError, DataError, PeftcError, UsageError
 from peftc.models import load
 from peftc.nn import surgery
@@ -19,6 +21,7 @@ from peftc.steps import imitation, samples
 from peftc.steps.imitation import Imitation
 from peftc.tasks import Settings
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
+from tests.steps.test_scale import launch  # type: ignore[import-not-found]
 
 SHORT: dict[str, Any] = {"steps": 10, "batch_size": 16, "device": "cpu", "learning_rate": 1e-3}
 DIGITS = "sklearn:digits"
@@ -90,7 +93,7 @@ def test_the_student_comes_nearer_to_its_teacher(student: Path, tiny_vit: Path, 
         work = imitate(model, tiny_vit, images, {"features": 1.0})
         with torch.no_grad():
             work.student.module.eval()
-            gaps.append(float(work.loss(work.student.module, work.samples.train.batch(range(40)))["features"]))
+            gaps.append(float(work.loss(work.student.module, work.batch(range(40)))["features"]))
     assert gaps[1] < 0.75 * gaps[0]
 
 
@@ -98,7 +101,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_vit: Path, imag
     peftc.decompose(tiny_vit, output_dir=tmp_path / "full", rank=32, device="cpu", include=["*"], skip=["head"])
     work = imitate(tiny_vit, tiny_vit, images, {"features": 1.0, "logits": 1.0, "embeddings": 1.0, "perturbation": 1.0})
     work.student.module.eval()
-    found = work.loss(work.student.module, work.samples.train.batch(range(8)))
+    found = work.loss(work.student.module, work.batch(range(8)))
     assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(
         dict.fromkeys(found, 0.0), abs=1e-6
     )
@@ -108,7 +111,7 @@ def test_the_perturbation_at_the_start_is_that_of_the_decomposition(
     student: Path, tiny_vit: Path, images: Path
 ) -> None:
     work = imitate(student, tiny_vit, images, {"perturbation": 1.0})
-    found = float(work.loss(work.student.module, work.samples.train.batch([0, 1]))["perturbation"].detach())
+    found = float(work.loss(work.student.module, work.batch([0, 1]))["perturbation"].detach())
     dense, small = peftc.load(tiny_vit), peftc.load(student)
     gaps = []
     for name in manifest.read(student).modules:
@@ -140,7 +143,7 @@ def test_one_forward_of_each_gives_all_terms(student: Path, tiny_vit: Path, imag
     calls = {"student": 0, "teacher": 0}
     for name, module in (("student", work.student.module), ("teacher", work.teacher.module)):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))  # type: ignore[misc]
-    found = work.loss(work.student.module, work.samples.train.batch(range(4)))
+    found = work.loss(work.student.module, work.batch(range(4)))
     assert calls == {"student": 1, "teacher": 1}
     assert found.keys() == asked.keys()
     assert not work.teacher.module.training
@@ -197,7 +200,7 @@ def test_half_precision_is_trained_in_single_and_stored_as_it_was(tiny_vit: Path
 def test_text_without_labels_teaches_vectors(tiny_bert: Path, tmp_path: Path) -> None:
     write_texts(tmp_path / "texts.csv", TEXTS * 12)
     peftc.decompose(tiny_bert, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
-    options = SHORT | {"steps": 40, "learning_rate": 3e-4, "dropout": False}
+    options = SHORT | {"steps": 40, "learning_rate": 3e-4}
     report = peftc.distill(tmp_path / "small", output_dir=tmp_path / "out", data=str(tmp_path / "texts.csv"), **options)
     assert set(report.data["terms"]) == {"features", "perturbation", "embeddings"}
     assert "quality" not in report.data
@@ -225,12 +228,11 @@ def test_padding_does_not_change_the_loss_of_text(tiny_bert: Path, tmp_path: Pat
     asked = {"features": 1.0, "embeddings": 1.0}
     work = imitate(tmp_path / "small", tiny_bert, tmp_path / "texts.csv", asked)
     work.student.module.eval()
-    rows = work.samples.train
     with torch.no_grad():
         alone, beside = (
-            float(work.loss(work.student.module, rows.batch(several))["features"]) for several in ([0], [0, 1])
+            float(work.loss(work.student.module, work.batch(several))["features"]) for several in ([0], [0, 1])
         )
-        other = float(work.loss(work.student.module, rows.batch([1]))["features"])
+        other = float(work.loss(work.student.module, work.batch([1]))["features"])
     assert beside == pytest.approx((alone + other) / 2, rel=1e-4)
 
 
@@ -297,11 +299,11 @@ def test_a_teacher_of_another_width_is_refused_with_the_numbers(student: Path, i
         (tmp_path / name).mkdir()
         save_timm(tmp_path / name, "vit_tiny_patch16_224", {**arguments, "embed_dim": 32, **change}, preprocess)
     given: dict[str, Any] = {"output_dir": tmp_path / "out", "data": str(images), **SHORT}
-    with pytest.raises(DataError, match=r"the student gives \[1, 17, 32\], the teacher \[1, 17, 48\]"):
+    with pytest.raises(DataError, match=r"the student gives \[17, 32\], the teacher \[17, 48\]"):
         peftc.distill(student, teacher=tmp_path / "wide", **given)
     with pytest.raises(DataError, match="has 2, .* has 3"):
         peftc.distill(student, teacher=tmp_path / "deep", **given)
-    with pytest.raises(DataError, match=r"the student gives \[1, 10\], the teacher \[1, 7\]"):
+    with pytest.raises(DataError, match=r"the student gives \[10\], the teacher \[7\]"):
         peftc.distill(student, teacher=tmp_path / "more", loss="logits=1", **given)
     with pytest.raises(UsageError, match="name a teacher"):
         peftc.distill(tmp_path / "wide", **given)
@@ -313,11 +315,130 @@ def test_data_of_one_class_is_refused(student: Path, tmp_path: Path) -> None:
         peftc.distill(student, output_dir=tmp_path / "out", data=str(tmp_path / "one.npz"), **SHORT)
 
 
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_a_teacher_that_is_kept_gives_the_same_bytes_and_is_asked_once(
+    kind: str, student: Path, tiny_vit: Path, tiny_bert: Path, images: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model, data, options = student, images, SHORT | {"loss": "features=1,logits=1", "steps": 12, "held_out": 0}
+    if kind == "texts":
+        model, data = tmp_path / "small", tmp_path / "texts.csv"
+        peftc.decompose(tiny_bert, output_dir=model, ratio=0.5, device="cpu")
+        write_texts(data, [*TEXTS * 8, *(" ".join(TEXTS[:2]) for _ in range(8))])
+        options["loss"] = "features=1,embeddings=1"
+    peftc.distill(model, output_dir=tmp_path / "asked", data=str(data), **options)
+    asked, real = [], Imitation.taught
+
+    def watched(self: Imitation, batch: Any) -> Any:
+        asked.append(len(batch.targets))
+        return real(self, batch)
+
+    monkeypatch.setattr(Imitation, "taught", watched)
+    report = peftc.distill(model, output_dir=tmp_path / "kept", data=str(data), cache_teacher=True, **options)
+    number = 96 if kind == "images" else 32
+    assert sum(asked) <= number + 16 + 1 < 12 * 16
+    one, two = (json.loads((tmp_path / name / train.LOG).read_text().splitlines()[-1]) for name in ("asked", "kept"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert report.artifact is not None and not (tmp_path / "kept" / "teacher").exists()
+
+
+def test_augmented_images_differ_each_time_and_are_the_same_again(tiny_vit: Path, tmp_path: Path) -> None:
+    model = imitation.trainable(load.load(tiny_vit))
+    for label in range(10):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(10 * label + number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / str(label) / f"{number}.png")
+
+    def read(augment: Augment) -> samples.Samples:
+        return samples.read(
+            model, str(tmp_path / "data"), task=None, labels=True, held_out=0, settings=Settings(), augment=augment
+        )
+
+    def drawn(augment: Augment, seed: int) -> Any:
+        torch.manual_seed(seed)
+        return read(augment).train.batch([0, 1, 2, 3])
+
+    plain = read(Augment()).train.batch([0, 1, 2, 3])
+    for augment in (Augment("crop"), Augment("rand-m9-mstd0.5"), Augment(mixup=0.8), Augment("crop", 0.8, 1.0)):
+        one, same, other = (drawn(augment, seed) for seed in (1, 1, 2))
+        assert torch.equal(one.inputs, same.inputs) and torch.equal(one.targets, same.targets)
+        assert not torch.equal(one.inputs, other.inputs) and not torch.equal(one.inputs, plain.inputs)
+        assert one.inputs.shape == plain.inputs.shape == (4, 3, 32, 32)
+        assert one.targets.shape == (4, 10)
+        torch.testing.assert_close(one.targets.sum(1), torch.ones(4))
+    mixed = drawn(Augment(mixup=0.8), 1).targets
+    assert 0 < mixed[0, 0] < 1 and mixed[0, 0] + mixed[0, 1] == 1  # the first is mixed with the last
+    assert drawn(Augment("crop"), 1).targets[3].argmax() == 1
+
+
+def test_a_student_learns_from_augmented_images(student: Path, images: Path, tmp_path: Path) -> None:
+    report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), mixup=0.8, cutmix=1.0, **SHORT)
+    assert set(report.data["terms"]) == {"features", "perturbation", "task"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"augment": "crop", "cache_teacher": True}, "`--cache-teacher` keeps one answer"),
+        ({"augment": "crop"}, "changes images of a known size"),  # the data are tensors
+        ({"mixup": 1.0, "batch_size": 15}, "mix images in pairs"),
+    ],
+)
+def test_augmentation_that_cannot_be_is_refused(
+    student: Path, images: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT | options)
+
+
+def test_two_processes_learn_what_one_does(student: Path, images: Path, tmp_path: Path) -> None:
+    words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--device", "cpu", "-o"]
+    (alone,) = launch(1, *words, tmp_path / "one")
+    first, second = launch(2, *words, tmp_path / "two")
+    assert (alone[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
+    assert second[1:] == ("", "")
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / train.LOG).read_text().splitlines()] for name in ("one", "two")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+FAILS = """
+import os, signal, sys
+from peftc.steps.imitation import Imitation
+loss, calls = Imitation.loss, iter(range(100))
+def failing(self, module, given):
+    if next(calls) == 4 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, module, given)
+Imitation.loss = failing
+from peftc.cli.app import main
+sys.argv[0] = "peftc"
+main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_is_killed_the_other_says_so_and_ends(
+    student: Path, images: Path, tmp_path: Path, rank: int
+) -> None:
+    words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--held-out", 0, "--device", "cpu"]
+    ended = launch(2, *words, "-o", tmp_path / "out", code=FAILS.format(rank=rank))
+    assert ended[rank][0] == -9
+    left = ended[1 - rank]
+    assert left[0] == 1, left[2]
+    assert "error: another process of this launch stopped" in left[2]
+    assert "Traceback" not in left[2]
+    assert not (tmp_path / "out").exists()
+
+
 def test_show_prints_a_line_that_makes_it_again(student: Path, images: Path, tmp_path: Path, peftc: Any) -> None:
-    words = ["distill", student, "--data", images, "--steps", 3, "--batch-size", 8, "--device", "cpu", "--no-dropout"]
+    words = ["distill", student, "--data", images, "--steps", 3, "--batch-size", 8, "--device", "cpu", "--dropout"]
     assert peftc(*words, "-o", tmp_path / "out").exit_code == 0
     line = peftc("show", tmp_path / "out", "--commands").stdout.splitlines()[-1]
-    for text in ("peftc distill", f"--data {images}", "--steps 3", "--batch-size 8", "--no-dropout", "task=1"):
+    for text in ("peftc distill", f"--data {images}", "--steps 3", "--batch-size 8", "--dropout", "task=1"):
         assert text in line, line
 
 

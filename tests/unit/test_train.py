@@ -18,7 +18,7 @@ from peftc.train import Outcome, fit
 SIZE = 96
 X = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > X[:, 1]).long()
-SHORT = Recipe(steps=8, batch_size=16, learning_rate=2e-2)
+SHORT = Recipe(steps=8, batch_size=16, learning_rate=2e-2, dropout=True)
 
 Given = tuple[Tensor, Tensor]
 

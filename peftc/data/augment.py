@@ -1,0 +1,126 @@
+"""Random changes to images that are learnt from: timm's crops, flips and policies, mixup and cutmix.
+
+All of it is drawn from torch's random state, so that a step that is made again draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftc.data.dataset import Dataset
+from peftc.data.images import MODES, normalised, with_mode
+from peftc.errors import UsageError
+
+SMALLEST_CROP = 0.35  # of the area; timm's 0.08 is for training from scratch
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to images.
+
+    Attributes:
+        policy: ``crop`` (a random part of the image, half of them mirrored), or one of timm's as
+            ``rand-m9-mstd0.5-inc1``, after that; None for neither.
+        mixup, cutmix: alpha of the share that the other image of a pair gets, 0 for none (Zhang et al., 2018, arXiv
+            1710.09412; Yun et al., 2019, arXiv 1905.04899).
+    """
+
+    policy: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether anything happens at all."""
+        return bool(self.policy or self.mixup or self.cutmix)
+
+
+class Augmented:
+    """Images of a data set, changed at random each time they are read.
+
+    Args:
+        data: of images; mixing alone takes tensors as well.
+        preprocess: of the model that reads them.
+        size: side in pixels instead of the model's.
+        augment: what happens.
+
+    Raises:
+        UsageError: there is no such policy, or tensors cannot be changed by it.
+    """
+
+    def __init__(
+        self, data: Dataset, preprocess: Mapping[str, Any], size: int | None, augment: Augment, plain: Any
+    ) -> None:
+        self.data, self.augment, self.plain = data, augment, plain
+        self.transform = None
+        if augment.policy is None:
+            return
+        sides = list(preprocess.get("input_size") or []) or None
+        if data.kind != "image" or sides is None:
+            raise UsageError("`--augment` changes images of a known size", hint="leave it out, or use `--mixup`")
+        self.mode = MODES[sides[0]]
+        self.normalise = normalised(preprocess, sides[0])
+        pixels = (size, size) if size else tuple(sides[1:])
+        self.transform = _transform(augment.policy, pixels, preprocess)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Return (batch, channels, height, width) of some samples."""
+        if self.transform is None:
+            return self.plain(indices).inputs  # type: ignore[no-any-return]
+        with ThreadPoolExecutor() as pool:  # decoding is the slow part, and has nothing random
+            images = list(pool.map(lambda index: self.data[index][0], indices))
+        with _drawn():
+            made = [self.transform(with_mode(image, self.mode, self.data.name)) for image in images]
+        return torch.stack([self.normalise(torch.as_tensor(each).float() / 255) for each in made])
+
+    def mixed(self, inputs: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Return images mixed in pairs, and the shares of each class in them (batch, classes)."""
+        if not (self.augment.mixup or self.augment.cutmix):
+            return inputs, targets
+        from timm.data import Mixup
+
+        if len(inputs) % 2:
+            raise UsageError(
+                f"`--mixup` and `--cutmix` mix images in pairs, and a part of a step has {len(inputs)}",
+                hint="choose `--batch-size` and `--accumulate` so that every part is even",
+            )
+        mix = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=classes)
+        with _drawn(), torch.device("cpu"):
+            return mix(inputs.clone(), targets)  # type: ignore[no-any-return]
+
+
+def _transform(policy: str, pixels: Any, preprocess: Mapping[str, Any]) -> Any:
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            pixels, is_training=True, auto_augment=None if policy == "crop" else policy, normalize=False, hflip=0.5,
+            scale=(SMALLEST_CROP, 1.0), color_jitter=None, interpolation=preprocess.get("interpolation") or "bilinear",
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"unknown value `{policy}` for `--augment`", why=str(error) or "it is no policy of timm's",
+            hint="as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`",
+        ) from None  # fmt: skip
+
+
+@contextmanager
+def _drawn() -> Iterator[None]:
+    """Let what draws from Python's and numpy's random state draw from torch's for a while."""
+    seed = int(torch.randint(2**31, ()))
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
