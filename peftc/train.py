@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from peftc import processes, progress
@@ -120,6 +121,7 @@ def fit(
 
 def _accelerator(recipe: Recipe, device: str, folder: Path | None, log_with: str | None) -> Accelerator:
     place = device_of(device)
+    AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
     try:
         accelerator = Accelerator(
             cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,

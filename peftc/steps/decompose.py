@@ -226,7 +226,7 @@ def decompose(
         samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
     )  # fmt: skip
     if sequential:
-        in_order.refuse(source, keep_all_ranks=keep_all_ranks, joint=joint)
+        in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
     measured = not dry_run and _is_measured(loaded, source, on, gated)
 
     question = Question(

@@ -7,7 +7,7 @@ moments that they see now; they are factored under those and put into the networ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -33,11 +33,11 @@ class _Reached(Exception):
     """All modules of a stage have been called: the rest of the pass is of no use."""
 
 
-def refuse(source: object, *, keep_all_ranks: bool, joint: bool) -> None:
+def refuse(source: object, needs: Sequence[str], *, keep_all_ranks: bool, joint: bool) -> None:
     """Refuse a sequential fit that cannot be done.
 
     Raises:
-        UsageError: there is no calibration set to run, or every rank would be wanted.
+        UsageError: there is no calibration set, the method looks at no inputs, or every rank would be wanted.
     """
     if keep_all_ranks:
         raise UsageError(
@@ -51,10 +51,10 @@ def refuse(source: object, *, keep_all_ranks: bool, joint: bool) -> None:
             why="the statistics of a group's members are not collected again",
             hint="leave one of them out",
         )
-    if not isinstance(source, Prepared):
+    if not isinstance(source, Prepared) or not set(needs) & set(NEEDS):
         raise UsageError(
-            "`--sequential` needs a calibration set to run, and a method with statistics",
-            hint="name it: `--data DATA`, with `--method kfac` or `whitened`",
+            "`--sequential` needs a calibration set to run, and a method with statistics of inputs",
+            hint="name it: `--data DATA`, with `--method kfac`, `whitened` or `asvd`",
         )
 
 
@@ -116,11 +116,11 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
     found = {}
     for name, site in stage.items():
         before, inputs = known.of(name, work.device), sums.running.get(f"{site.leader}.input")
-        seen = sums.running[f"{name}.output"] if site.side == "output" else inputs
+        seen = sums.running.get(f"{name}.output") if site.side == "output" else inputs
         mean = None if inputs is None else inputs.mean
         output_mean = None
-        if site.side == "output":
-            output_mean = sums.running[f"{name}.output"].mean
+        if site.side == "output" and seen is not None:
+            output_mean = seen.mean
             if mean is not None:  # without the bias
                 output_mean = matrix_of(prepared.model, site.target).double() @ mean
         others = dict(before.others)

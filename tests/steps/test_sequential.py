@@ -69,6 +69,18 @@ def test_a_module_is_fitted_on_what_the_factored_ones_produce(tiny_vit: Path, im
     torch.testing.assert_close(fc1.up.weight @ fc1.down.weight, best.up @ best.down, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["asvd", "whitened", "kfac"])
+def test_every_method_that_looks_at_inputs_is_fitted_in_order(
+    tiny_vit: Path, images: Path, tmp_path: Path, method: str
+) -> None:
+    for name, sequential in (("once", False), ("ordered", True)):
+        peftc.decompose(
+            tiny_vit, output_dir=tmp_path / name, rank=4, data=str(images), method=method, sequential=sequential
+        )
+    one, two = (peftc.load(tmp_path / name).blocks[1].mlp.fc2.down.weight for name in ("once", "ordered"))
+    assert not torch.equal(one, two)
+
+
 def test_the_same_request_gives_the_same_bytes(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         peftc.decompose(tiny_vit, output_dir=tmp_path / name, ratio=0.5, data=str(images), sequential=True)
@@ -81,6 +93,7 @@ def test_the_same_request_gives_the_same_bytes(tiny_vit: Path, images: Path, tmp
     [
         ({"keep_all_ranks": True}, "contradict each other"),
         ({"ratio": 0.5, "method": "svd"}, "needs a calibration set"),
+        ({"ratio": 0.5, "method": "fwsvd"}, "needs a calibration set"),
         ({"ratio": 0.5, "joint": True}, "cannot be combined"),
     ],
 )
