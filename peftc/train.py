@@ -70,6 +70,7 @@ def fit(
     score: Callable[[], float] | None = None,
     folder: Path | None = None,
     log_with: str | None = None,
+    log_folder: Path | None = None,
 ) -> Outcome:
     """Train ``module`` in place and leave it in eval mode; the caller's random state is left as it was.
 
@@ -82,12 +83,13 @@ def fit(
         device: where.
         score: how good the module is on held-out samples; the best weights seen are kept. The last ones without it.
         folder: for checkpoints, from which the same call goes on, and the log; nothing is kept when None.
-        log_with: a tracker that Accelerate knows, as ``tensorboard``.
+        log_with: a tracker that Accelerate knows, as ``tensorboard``, which writes into ``log_folder``.
+        log_folder: of the tracker.
 
     Raises:
         PeftcError: the loss is NaN or infinite, a process of the launch is gone, or there is too little memory.
     """
-    accelerator = _accelerator(recipe, device, folder, log_with)
+    accelerator = _accelerator(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate)
     run = _Run(accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder)
@@ -119,7 +121,7 @@ def fit(
     return run.outcome
 
 
-def _accelerator(recipe: Recipe, device: str, folder: Path | None, log_with: str | None) -> Accelerator:
+def _accelerator(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
     place = device_of(device)
     AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
     try:

@@ -215,6 +215,7 @@ def _carry_out(
     outcome = train.fit(
         work.student.module, len(work.samples.train), work.batch, work.loss, recipe, device=device, score=score,
         folder=job.work, log_with=log_with,
+        log_folder=job.output.with_name(f"{job.output.name}-logs"),
     )  # fmt: skip
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})

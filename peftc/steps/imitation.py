@@ -196,20 +196,21 @@ class Imitation:
         batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
         inputs = load.moved(self.student, batch.inputs)
         with torch.no_grad():
-            mine, features = self.forward(self.student, self.student.module, [one for one, _ in self.pairs], inputs)
-        theirs = self.taught(batch)
-        for (one, _), student, teacher in zip(self.pairs, features, theirs["teacher_features"], strict=True):
+            outputs, features = self.forward(self.student, self.student.module, [one for one, _ in self.pairs], inputs)
+        taught = self.taught(batch)
+        for (one, _), student, teacher in zip(self.pairs, features, taught["teacher_features"], strict=True):
             if student.shape != teacher.shape:
+                mine, theirs = list(student.shape[1:]), list(teacher.shape[1:])
                 raise DataError(
                     f"student and teacher differ after `{one}`",
-                    why=f"for one sample the student gives {list(student.shape[1:])}, the teacher {list(teacher.shape[1:])}",
+                    why=f"for one sample the student gives {mine}, the teacher {theirs}",
                     hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1`",
                 )
-        outputs = theirs["teacher_outputs"]
-        if {"teacher_outputs", "teacher_vectors"} & self.needs and mine.shape != outputs.shape:
+        mine, theirs = list(outputs.shape[1:]), list(taught["teacher_outputs"].shape[1:])
+        if {"teacher_outputs", "teacher_vectors"} & self.needs and mine != theirs:
             raise DataError(
                 "student and teacher give different outputs",
-                why=f"for one sample the student gives {list(mine.shape[1:])}, the teacher {list(outputs.shape[1:])}",
+                why=f"for one sample the student gives {mine}, the teacher {theirs}",
                 hint="choose a teacher with the same classes or vocabulary",
             )
 

@@ -434,6 +434,19 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tracker_keeps_its_log_beside_the_artifact(student: Path, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    options = SHORT | {"steps": 2, "held_out": 0}
+    peftc.distill(student, output_dir=tmp_path / "out", data=str(images), log_with="tensorboard", **options)
+    assert list((tmp_path / "out-logs").rglob("events.out.*"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_tracker_that_is_not_there_is_refused(student: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(PeftcError, match="`comet_ml` is not installed"):
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(images), log_with="comet_ml", **SHORT)
+
+
 def test_show_prints_a_line_that_makes_it_again(student: Path, images: Path, tmp_path: Path, peftc: Any) -> None:
     words = ["distill", student, "--data", images, "--steps", 3, "--batch-size", 8, "--device", "cpu", "--dropout"]
     assert peftc(*words, "-o", tmp_path / "out").exit_code == 0
