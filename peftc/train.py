@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,10 +126,12 @@ def _accelerator(recipe: Recipe, device: str, log_with: str | None, folder: Path
     place = device_of(device)
     AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
     try:
-        accelerator = Accelerator(
-            cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
-            project_dir=None if folder is None else str(folder),
-        )  # fmt: skip
+        with warnings.catch_warnings():  # that a tracker is missing is refused below
+            warnings.simplefilter("ignore")
+            accelerator = Accelerator(
+                cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
+                project_dir=None if folder is None else str(folder),
+            )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
     kind = accelerator.distributed_type.value
