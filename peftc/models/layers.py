@@ -91,7 +91,7 @@ def main(output: Any) -> Tensor | None:
 
 @contextmanager
 def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Collect the output of each layer, in the order of ``names``, of the forward pass made inside."""
+    """Collect the output of each layer, in the order of ``names``, of the first forward pass made inside."""
     seen: dict[str, Tensor] = {}
     found: list[Tensor] = []
 
@@ -99,7 +99,7 @@ def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
         def saw(_module: nn.Module, _inputs: Any, output: Any) -> None:
             tensor = main(output)
             assert tensor is not None
-            seen[name] = tensor
+            seen.setdefault(name, tensor)
 
         return saw
 

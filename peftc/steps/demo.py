@@ -26,6 +26,7 @@ from peftc.report import Report, Table, count, percent, short
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
+from peftc.steps.distill import distill
 from peftc.steps.evaluate import evaluate
 from peftc.train import fit
 
@@ -38,11 +39,13 @@ PREPROCESS = {
 }  # fmt: skip
 EPOCHS = 20
 NOISE = 0.3  # added to the pixels, in [-1, 1], while training: 1,437 images are soon known by heart
+HEALING = 3  # epochs
 BENCH_ROUNDS = 15
 
 # what happens to the trained model, in order: folder and row name > step(input folder, output folder, options)
 STAGES: dict[str, Callable[..., Report]] = {
     "decompose": lambda model, output, **options: decompose(model, output_dir=output, ratio=RATIO, **options),
+    "distill": lambda model, output, **options: distill(model, output_dir=output, data=DATA, epochs=HEALING, **options),
 }
 
 
