@@ -272,7 +272,7 @@ Dropout = Annotated[bool, Option("--dropout/--no-dropout", help="let dropout and
 MixedPrecision = Annotated[
     str, Option(parser=choice("no", "bf16", "fp16"), metavar="no|bf16|fp16", help="number format to multiply in")
 ]
-Augment = Annotated[str | None, Option(metavar="POLICY", help="change images at random: crop, or timm's rand-m9-...")]
+Augment = Annotated[str | None, Option(metavar="POLICY", help="change images at random: crop, or a policy of timm")]
 Mixup = Annotated[float, Option(parser=not_negative, metavar="ALPHA", help="mix images in pairs")]
 Cutmix = Annotated[float, Option(parser=not_negative, metavar="ALPHA", help="paste parts of images into others")]
 CacheTeacher = Annotated[bool, Option("--cache-teacher", help="ask the teacher once for each sample, and keep that")]
