@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.methods.weighted import Moment
+from peftc.models.dual import reads_image
 from peftc.models.load import Model, place_of
 from peftc.plan import Target
 
@@ -220,7 +221,7 @@ class Collector:
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
             x = inputs[0].detach()
-            keep = self._kept(x)
+            keep = None if reads_image(site.target.name) else self._kept(x)
             if leads and not isinstance(module, nn.Embedding):
                 self._inputs(site, module, x, keep)
             if site.side == "output" and "second_moment" in self.needs:

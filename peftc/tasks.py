@@ -4,101 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from peftc import retrieval
 from peftc.data.dataset import Dataset
-from peftc.data.images import transform
+from peftc.data.images import reader
 from peftc.data.tokens import IGNORED, cut, joined, masked, tokenise, tokenizer_of, window
 from peftc.errors import DataError, UsageError, one_of
+from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
 
-Columns = dict[str, np.ndarray]  # one figure per sample each
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose about reading samples."""
-
-    image_size: int | None = None
-    max_length: int | None = None
-    num_samples: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Inputs as a model takes them, on the CPU; targets are class indices of the data, scores, or tokens."""
-
-    inputs: Tensor | dict[str, Tensor]
-    targets: Tensor
-
-
-@dataclass
-class Encoded:
-    """A data set as one model reads it.
-
-    Attributes:
-        size: how many samples.
-        batch: gives the batch of some samples.
-        key: two models with equal keys read the same batches.
-        lengths: tokens per sample, so that a batch can hold equals.
-        notes: what people should know about how samples are read.
-    """
-
-    size: int
-    batch: Callable[[Sequence[int]], Batch]
-    key: str
-    lengths: Sequence[int] | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure over samples: a share of hits where ``proportion`` (``of`` gives one per sample), else any number."""
-
-    name: str
-    of: Callable[[Columns], Any]
-    proportion: bool = False
-    higher_is_better: bool = True
-
-
-@dataclass(frozen=True)
-class Task:
-    """One row of the table.
-
-    Attributes:
-        name: as typed for `--task`.
-        reads: kinds of data.
-        architectures: endings of the names of transformers classes made for it.
-        encode: (model, data, settings) -> samples as the model reads them.
-        observe: (outputs, batch) -> figures per sample.
-        metrics: the first is the one that gates judge.
-        batch_size: when the user gives none.
-        compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
-    """
-
-    name: str
-    reads: tuple[str, ...]
-    architectures: tuple[str, ...]
-    encode: Callable[[Model, Dataset, Settings], Encoded]
-    observe: Callable[[Tensor, Batch], Columns]
-    metrics: tuple[Metric, ...]
-    batch_size: int
-    compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether classes of the data must be matched with outputs of the model."""
-        return self.name.endswith("classification")
+__all__ = [
+    "TASKS", "Batch", "Columns", "Encoded", "Metric", "Settings", "Task", "fitting", "guess", "macro_f1", "named_task",
+    "sentence_vectors", "spearman",
+]  # fmt: skip
 
 
 # images
@@ -108,23 +34,10 @@ def _encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
     _need_classes(data, "image-classification")
     labels = data.labels or []
     _fixed_size(model, settings.image_size)
-    to_tensor = transform(model.preprocess, settings.image_size)
-
-    def read(index: int) -> Tensor:
-        value = data[index][0]
-        return value if data.kind == "tensor" else to_tensor(value, f"{data.name}, sample {index}")
+    pixels = reader(data, model.preprocess, settings.image_size)
 
     def batch(indices: Sequence[int]) -> Batch:
-        with ThreadPoolExecutor() as pool:  # decoding and resizing release the interpreter's lock
-            tensors = list(pool.map(read, indices))
-        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-        if len(shapes) > 1:
-            raise DataError(
-                f"the images of `{data.name}` differ in size",
-                why=f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}",
-                hint="add `--image-size PIXELS`",
-            )
-        return Batch(torch.stack(tensors), torch.tensor([labels[data.rows[index]] for index in indices]))
+        return Batch(pixels(indices), torch.tensor([labels[data.rows[index]] for index in indices]))
 
     return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
 
@@ -360,7 +273,7 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task(
             "image-classification", ("image", "tensor"), ("ForImageClassification",), _encode_images, _observe_classes,
-            (Metric("top1", _is_hit, True), Metric("top5", _is_in_five, True)), 32, _compare_classes,
+            (Metric("top1", _is_hit, True), Metric("top5", _is_in_five, True, column="in_five")), 32, _compare_classes,
         ),
         Task(
             "text-classification", ("text", "pairs"), ("ForSequenceClassification",), _encode_classified,
@@ -373,6 +286,7 @@ TASKS: Mapping[str, Task] = {
             "causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), _encode_causal, _observe_tokens,
             _PERPLEXITY, 8, _compare_tokens,
         ),
+        retrieval.TASK,  # before the next, whose ending is that of every bare model
         Task(
             "sentence-similarity", ("pairs",), ("Model",), _encode_pairs, _observe_pairs,
             (Metric("spearman", spearman),), 32,
@@ -408,7 +322,10 @@ def fitting(task: Task, data: Dataset) -> Task:
     """
     if data.kind in task.reads:
         return task
-    holds = {"image": "images", "text": "single texts", "pairs": "pairs of texts", "tensor": "tensors"}
+    holds = {
+        "image": "images", "text": "single texts", "pairs": "pairs of texts", "tensor": "tensors",
+        "image-text": "pairs of an image and a text",
+    }  # fmt: skip
     raise DataError(
         f"`{task.name}` cannot be evaluated on `{data.name}`",
         why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",

@@ -25,7 +25,8 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -
 
     Args:
         model: that will read them.
-        data: images, tensors, texts or pairs; for a language model the texts are joined and cut into windows.
+        data: images, tensors, texts, pairs of texts, or images with captions; for a language model the texts are
+            joined and cut into windows.
         task: of the model; None where nothing tells it.
         settings: size, length, number and seed.
 
@@ -33,6 +34,8 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -
         DataError: the model cannot read such data.
     """
     if task is not None and task.name.endswith("-lm"):
+        return task.encode(model, data, settings)
+    if data.kind == "image-text" and task is not None and data.kind in task.reads:
         return task.encode(model, data, settings)
     if data.kind in ("image", "tensor") and model.kind in ("image", "other"):
         blank = replace(data, labels=dict.fromkeys(data.rows, 0), classes=[""])  # type: ignore[arg-type]
@@ -77,7 +80,7 @@ def loss_of_own_prediction(
         inputs: of the batch; ``attention_mask`` says which tokens count.
         generators: one per sample, so that what is drawn depends on no other; on the CPU, the same for every device.
     """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = _mask(inputs)
     outputs = outputs.float()
     if _has_classes(task):
         total = outputs.new_zeros(())
@@ -103,7 +106,7 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
         task, inputs: as for `loss_of_own_prediction`.
         reference, outputs: (batch, classes), (batch, tokens, vocabulary), or vectors.
     """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = _mask(inputs)
     mask = None if mask is None else mask.to(outputs.device)
     one, other = reference.double(), outputs.double()
     if _has_classes(task):
@@ -111,6 +114,13 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
         each = (p.exp() * (p - q)).sum(-1)
         return (each if mask is None or each.ndim == 1 else each * mask).reshape(len(each), -1).sum(1)
     return (_vectors(one, mask) - _vectors(other, mask)).square().flatten(1).sum(1) / 2
+
+
+def _mask(inputs: Mapping[str, Tensor] | Tensor) -> Tensor | None:
+    """Return which tokens count; the outputs of a dual encoder are no tokens."""
+    if not isinstance(inputs, Mapping) or "pixel_values" in inputs:
+        return None
+    return inputs.get("attention_mask")
 
 
 def _has_classes(task: Task | None) -> bool:

@@ -122,6 +122,24 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_transformers(tmp_path_factory.mktemp("tiny_llama"), "LlamaForCausalLM", **LLAMA)
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a CLIP of two layers in each tower, with tokenizer and processor."""
+    return save_dual(tmp_path_factory.mktemp("tiny_clip"), "CLIPModel")
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder: a BLIP for retrieval, whose text encoder also fuses, with tokenizer and processor."""
+    return save_dual(tmp_path_factory.mktemp("tiny_blip"), "BlipForImageTextRetrieval")
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 images with captions for training and 12 for a test, a table for each split beside them."""
+    return save_captioned(tmp_path_factory.mktemp("captioned"), train=24, test=12)
+
+
 BERT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -167,6 +185,50 @@ def save_transformers(folder: Path, name: str, **config: Any) -> Path:
     torch.manual_seed(0)
     network = getattr(transformers, name)
     network(network.config_class(vocab_size=len(tokenizer), **config)).save_pretrained(folder)
+    return folder
+
+
+def save_dual(folder: Path, name: str, **changes: Any) -> Path:
+    """Write a transformers folder of a dual encoder with seeded weights, its tokenizer and its image processor.
+
+    The weights are not small, as a fresh BLIP's are, for which all images are the same.
+    """
+    import torch
+    import transformers
+
+    tokenizer = _tokenizer(bert=True)
+    tokenizer.save_pretrained(folder)
+    body = {**BERT, "initializer_range": 0.2}
+    text = {**body, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "encoder_hidden_size": 32}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    vision = {**body, "image_size": 32, "patch_size": 8}
+    width = "image_text_hidden_size" if name.startswith("Blip") else "projection_dim"
+    network = getattr(transformers, name)
+    torch.manual_seed(0)
+    made = network(network.config_class(text_config=text, vision_config=vision, **{width: 16}, **changes))
+    made.save_pretrained(folder)
+    size = {"size": {"height": 32, "width": 32}}
+    if name.startswith("CLIP"):
+        size = {"size": {"shortest_edge": 32}, "crop_size": size["size"]}
+    processor = getattr(transformers, name.split("Model")[0].split("For")[0] + "ImageProcessor")
+    processor(**size).save_pretrained(folder)
+    return folder
+
+
+def save_captioned(folder: Path, **splits: int) -> Path:
+    """Write images of noise, higher than wide, and for each split a table of their paths and captions."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for split, number in splits.items():
+        lines = ["file_name,caption"]
+        for at in range(number):
+            path = f"images/{split}{at}.png"
+            Image.fromarray(draw.integers(0, 256, (48, 36, 3), dtype=np.uint8)).save(folder / path)
+            lines.append(f"{path},{' '.join(draw.choice(WORDS[:19], int(draw.integers(3, 9))))}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
 
 

@@ -13,7 +13,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
     {"methods", "hooks", "train", "measure"},
-    {"nn", "models", "data", "tasks", "objectives", "unlabelled"},
+    {"nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
     {"job", "artifact", "manifest", "plan", "allocate", "source", "config", "recipe"},
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]

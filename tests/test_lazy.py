@@ -13,7 +13,9 @@ HEAVY = {
     "PIL", "accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "onnx", "pydantic", "rich",
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
-TORCH_FILES = {"hooks.py", "train.py", "measure.py", "tasks.py", "objectives.py", "unlabelled.py"}
+TORCH_FILES = {
+    "hooks.py", "train.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py", "unlabelled.py",
+}  # fmt: skip
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (

@@ -6,7 +6,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from peftc.data import arrays, images, tables
+from peftc.data import arrays, captioned, images, tables
 from peftc.data.dataset import Dataset, Splits, choose, split_word
 from peftc.data.tables import Columns
 from peftc.errors import DataError
@@ -39,8 +39,10 @@ def open_data(
         split: the split, where ``spec`` names none.
         num_samples: keep so many, seeded, the classes as even as they allow; None keeps all.
         seed: of the subset.
-        image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`.
-        task: for `sentence-similarity` labels are scores; for language models rows are never dropped.
+        image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`;
+            an image and a text column make pairs.
+        task: for `sentence-similarity` labels are scores; for language models rows are never dropped; for
+            `image-text-retrieval` a table holds pairs of an image and a text.
         role: ``evaluation`` or ``calibration``, which prefer different splits.
 
     Raises:
@@ -94,9 +96,11 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
 
 
 def _folder(path: Path, columns: Columns, task: str | None) -> Splits:
-    """Read IDX files, or tables named by split, where they lie in the folder itself; else class folders."""
+    """Read IDX files, or tables named by split or beside images, in the folder itself; else class folders."""
     if found := arrays.idx_files(path):
         return arrays.idx(found, str(path))
     if found := [file for file in sorted(path.iterdir()) if file.suffix in tables.ENDINGS and split_word(file.stem)]:
+        return tables.files(found, str(path), columns, task)
+    if captioned.is_asked(columns.image, columns.text, task) and (found := captioned.tables(path, tables.ENDINGS)):
         return tables.files(found, str(path), columns, task)
     return images.class_folders(images.folder_tree(path))

@@ -19,12 +19,26 @@ SPLIT_WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of pairs of an image and a text before any image is read.
+
+    Attributes:
+        captions: the text of each row.
+        images: for each row the first row with the same image.
+    """
+
+    captions: Sequence[str]
+    images: Sequence[int]
+
+
 @dataclass
 class Dataset:
     """Labelled or unlabelled samples; ``dataset[i]`` is (input, label or None), read when asked for.
 
     Attributes:
-        kind: ``image`` (PIL image or array), ``text`` (str), ``pairs`` (two str) or ``tensor`` (fed as it is).
+        kind: ``image`` (PIL image or array), ``text`` (str), ``pairs`` (two str), ``image-text`` (PIL image and str)
+            or ``tensor`` (fed as it is).
         name: the spec without its split.
         split: the split in use, by its own name.
         read: gives the input of a row.
@@ -32,6 +46,7 @@ class Dataset:
         labels: per row, an index into ``classes``, or a score where ``classes`` is None; None where unlabelled.
         classes: names of class folders or label values, in sorted order, over all splits.
         rows: which rows are used.
+        pairs: captions and images by row, where the kind is ``image-text``.
         notes: what people should know about how it was read.
     """
 
@@ -43,6 +58,7 @@ class Dataset:
     rows: Sequence[int]
     labels: Sequence[int] | Sequence[float] | None = None
     classes: list[str] | None = None
+    pairs: Pairs | None = None
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -6,7 +6,8 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -202,6 +203,38 @@ def normalised(preprocess: Mapping[str, Any], channels: int) -> Callable[[Tensor
     """Return the function from pixels in [0, 1] to what the model was trained to see."""
     mean, std = (_per_channel(preprocess.get(key), channels, key) for key in ("mean", "std"))
     return lambda pixels: pixels if mean is None or std is None else (pixels - mean) / std
+
+
+def reader(
+    data: Dataset, preprocess: Mapping[str, Any], image_size: int | None = None
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return the function from samples to the images of a batch (batch, channels, height, width).
+
+    Args:
+        data: images, pairs of an image and a text, or tensors, which are fed as they are.
+        preprocess, image_size: as for `transform`.
+    """
+    to_tensor = transform(preprocess, image_size)
+
+    def read(index: int) -> Tensor:
+        value = data[index][0]
+        if data.kind == "tensor":
+            return value
+        return to_tensor(value[0] if data.kind == "image-text" else value, f"{data.name}, sample {index}")
+
+    def stacked(indices: Sequence[int]) -> Tensor:
+        with ThreadPoolExecutor() as pool:  # decoding and resizing release the interpreter's lock
+            tensors = list(pool.map(read, indices))
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            raise DataError(
+                f"the images of `{data.name}` differ in size",
+                why=f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}",
+                hint="add `--image-size PIXELS`",
+            )
+        return torch.stack(tensors)
+
+    return stacked
 
 
 def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peftc.data import captioned
 from peftc.data.dataset import Dataset, Splits, split_word
 from peftc.data.images import decode, named
 from peftc.errors import DataError
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-IMAGE = ("image", "img", "images", "picture", "jpg", "png")
 TEXT = (
     "text",
     "sentence",
@@ -115,7 +115,7 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
         # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
         quoting = csv.QUOTE_NONE if sep == "\t" and not _is_quoted(path) else csv.QUOTE_MINIMAL
         table = _load("csv", path, sep=sep, column_names=header, keep_default_na=False, quoting=quoting)
-    return rows(table, str(path), split, columns, task, notes)
+    return rows(table, str(path), split, columns, task, notes, path.parent)
 
 
 def _text(path: Path) -> str:
@@ -166,7 +166,8 @@ def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
         raise DataError(f"cannot read `{path}`", why=str(error)) from None
     first, rest = sample[0], [row for row in sample[1:-1] or sample[1:] if len(row) == len(sample[0])]
     cells = {cell.strip().lower() for cell in first}
-    usual = {*IMAGE, *TEXT, *LABEL, *(name for pair in PAIRS for name in pair)}
+    usual = {*captioned.IMAGE, *captioned.FILE, *captioned.CAPTION, *TEXT, *LABEL}
+    usual |= {name for pair in PAIRS for name in pair}
     if cells & usual or set(columns.names()) & {cell.strip() for cell in first}:
         if len(sample) == 1:
             raise DataError(f"`{path}` has no rows", why="it ends after its header")
@@ -219,8 +220,10 @@ def hub(spec: str, columns: Columns, task: str | None) -> Splits:
     return {split: partial(split_of, split) for split in splits}
 
 
-def rows(table: Any, name: str, split: str, columns: Columns, task: str | None, notes: list[str]) -> Dataset:
-    """Find the input and label columns of a table.
+def rows(
+    table: Any, name: str, split: str, columns: Columns, task: str | None, notes: list[str], folder: Path | None = None
+) -> Dataset:
+    """Find the input and label columns of a table; relative paths in it start from ``folder``.
 
     Raises:
         DataError: it has no rows, no column to read, or lacks a column that was named.
@@ -235,10 +238,12 @@ def rows(table: Any, name: str, split: str, columns: Columns, task: str | None, 
                 why=f"its columns are {named(table.column_names, 20)}",
                 hint="see `--image-column`, `--text-column`, `--label-column`",
             )
+    if captioned.is_asked(columns.image, columns.text, task):
+        return captioned.pairs(table, name, split, image=columns.image, text=columns.text, folder=folder, notes=notes)
     label = columns.label or next((known[name] for name in LABEL if name in known), None)
-    image = columns.image or (None if columns.text else _image_column(table, known))
+    image = columns.image or (None if columns.text else captioned.image_column(table))
     if image:
-        kind, read, content = _images(table, image, name)
+        kind, read, content = _images(table, image, name, folder)
     else:
         kind, read, content = _texts(table, _text_columns(known, columns, name, table.column_names), name)
     labels, classes = (None, None) if label is None else _labels(table, label, name, kind, task)
@@ -258,11 +263,6 @@ def rows(table: Any, name: str, split: str, columns: Columns, task: str | None, 
 Readers = tuple[str, Callable[[int], Any], Callable[[int], bytes]]
 
 
-def _image_column(table: Any, known: dict[str, str]) -> str | None:
-    typed = [column for column, feature in table.features.items() if type(feature).__name__ == "Image"]
-    return typed[0] if typed else next((known[name] for name in IMAGE if name in known), None)
-
-
 def _text_columns(known: dict[str, str], columns: Columns, name: str, there: list[str]) -> list[str]:
     if columns.text:
         return split_names(columns.text)[:2]
@@ -279,20 +279,8 @@ def _text_columns(known: dict[str, str], columns: Columns, name: str, there: lis
     return [found]
 
 
-def _images(table: Any, column: str, name: str) -> Readers:
-    import datasets
-
-    stored = table.cast_column(column, datasets.Image(decode=False))
-
-    def content(row: int) -> bytes:
-        value = stored[row][column]
-        if value["bytes"] is not None:
-            return bytes(value["bytes"])
-        try:
-            return Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read row {row} of `{name}`", why=str(error)) from None
-
+def _images(table: Any, column: str, name: str, folder: Path | None) -> Readers:
+    content, _ = captioned.cells(table, column, name, folder)
     return "image", lambda row: decode(content(row), f"{name}, row {row}"), content
 
 

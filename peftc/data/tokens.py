@@ -54,7 +54,8 @@ def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least
     """
     config = model.config.get("text_config", model.config)
     known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
-    known += [getattr(tokenizer, "model_max_length", None)]
+    inner = getattr(getattr(model.module, "config", None), "text_config", None)  # a file may leave out what is usual
+    known += [getattr(inner, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     limit = min((int(value) for value in known if value), default=sys.maxsize)
     if max_length is None:
         return min(limit, LONGEST)
@@ -82,8 +83,15 @@ class Tokens:
     digest: str
 
 
-def tokenise(model: Model, texts: Sequence[Any], max_length: int | None) -> Tokens:
-    """Tokenise texts, or pairs of texts that one input joins, keeping what the model's forward takes."""
+def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full: bool = False) -> Tokens:
+    """Tokenise texts, or pairs of texts that one input joins, keeping what the model's forward takes.
+
+    Args:
+        model: its tokenizer and its forward.
+        texts: str each, or two of them.
+        max_length: tokens, where longer texts are cut; what the model takes when None.
+        full: pad every text to that length, for a model that was trained so.
+    """
     tokenizer = tokenizer_of(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -94,7 +102,9 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None) -> Toke
     keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
 
     def pad(rows: Sequence[int]) -> dict[str, Tensor]:
-        return dict(tokenizer.pad({key: [made[key][row] for row in rows] for key in keys}, return_tensors="pt"))
+        chosen = {key: [made[key][row] for row in rows] for key in keys}
+        length = {"padding": "max_length", "max_length": limit} if full else {}
+        return dict(tokenizer.pad(chosen, return_tensors="pt", **length))
 
     digest = hashlib.sha256(repr([made[key] for key in keys]).encode()).hexdigest()
     return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)

@@ -64,14 +64,20 @@ def from_folder(source: Source, folder: Path) -> Base:
 
 
 def processor(folder: Path) -> dict[str, Any]:
-    """Return how images become inputs, from ``preprocessor_config.json``; empty where there is none."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    """Return how images become inputs, from ``preprocessor_config.json`` or the record of a whole processor.
+
+    Empty where there is neither.
+    """
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.is_file():
+        value = read_json(path)
+        value = value.get("imageprocessor", value)
+    else:
+        value = (read_json(whole) if whole.is_file() else {}).get("image_processor", {})
+    if not value:
         return {}
     from PIL.Image import Resampling
 
-    value = read_json(path)
-    value = value.get("imageprocessor", value)
     size = value.get("crop_size") if value.get("do_center_crop") else value.get("size")
     size = value.get("size", 224) if size is None else size
     if isinstance(size, dict):
@@ -81,12 +87,14 @@ def processor(folder: Path) -> dict[str, Any]:
     resize = value.get("size", {})
     edge = resize.get("shortest_edge", resize.get("height")) if isinstance(resize, dict) else resize
     crop = height / edge if value.get("do_center_crop") and edge else 1.0
+    is_squashed = not value.get("do_center_crop") and isinstance(resize, dict) and "height" in resize
     return {
         "input_size": [3, height, width],
         "mean": list(value.get("image_mean") or [0.5] * 3),
         "std": list(value.get("image_std") or [0.5] * 3),
         "crop_pct": crop,
         "interpolation": Resampling(value.get("resample", 3)).name.lower(),
+        **({"crop_mode": "squash"} if is_squashed else {}),
     }
 
 

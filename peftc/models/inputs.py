@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import SourceError
+from peftc.models import dual
 from peftc.models.streaming import PLACE
 from peftc.nn import surgery
 
@@ -59,7 +60,10 @@ def probe(
         return torch.randn(batch, *shape, generator=generator).to(first.device, dtype)
 
     def ids() -> Tensor:
-        return torch.randint(0, _vocabulary(model), (batch, length), generator=generator).to(first.device)
+        drawn = torch.randint(0, _vocabulary(model), (batch, length), generator=generator)
+        if kind == "image-text" and (end := _end(model)) is not None:
+            drawn[:, -1] = end  # where CLIP takes the vector of a text
+        return drawn.to(first.device)
 
     if model.library != "transformers":
         if kind == "other":
@@ -119,14 +123,31 @@ def _vocabulary(model: Model) -> int:
     return table.num_embeddings
 
 
+def _end(model: Model) -> int | None:
+    config: Any = getattr(model.module, "config", None)
+    end = getattr(getattr(config, "text_config", None), "eos_token_id", None)
+    return end if isinstance(end, int) and 0 <= end < _vocabulary(model) else None
+
+
 def outputs(model: Model, batch: Batch) -> Tensor:
-    """Return the network's main output for a batch: logits, or the last hidden state; no gradient is kept."""
+    """Return the network's main output for a batch, as `forward` does; no gradient is kept."""
     with torch.inference_mode():
-        return main_output(model, model.module(**batch) if isinstance(batch, dict) else model.module(batch))
+        return forward(model, batch)
+
+
+def forward(model: Model, batch: Batch) -> Tensor:
+    """Return the network's main output for a batch: logits, the last hidden state, or the rows of `dual.stacked`."""
+    value = model.module(**batch) if isinstance(batch, dict) else model.module(batch)
+    if isinstance(batch, dict) and dual.has_matching(model.module):
+        return dual.stacked(dual.of_pairs(model.module, batch, value))
+    return main_output(model, value)
 
 
 def main_output(model: Model, value: Any) -> Tensor:
     """Return the tensor that matters of what a network returned."""
+    vectors = dual.of_vectors(value)
+    if vectors is not None:
+        return dual.stacked(vectors)
     for name in ("logits", "logits_per_image", "last_hidden_state"):
         if getattr(value, name, None) is not None:
             return getattr(value, name)

@@ -177,13 +177,13 @@ def _sides(row: Task, models: list[Model], dataset: Dataset, settings: Settings,
         )
     if row.has_classes:
         for side in sides:
-            _match_classes(side, dataset, report)
+            _match_classes(row, side, dataset, report)
     return sides
 
 
-def _match_classes(side: _Side, dataset: Dataset, report: Report) -> None:
+def _match_classes(row: Task, side: _Side, dataset: Dataset, report: Report) -> None:
     """Find the output of each class by running one sample, so that a mismatch is refused before the rest."""
-    logits = _forward(side.model, side.encoded.batch([0]))
+    logits = _forward(side.model, side.encoded.batch([0]), row)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(
             f"`{side.model.name}` does not classify",
@@ -215,14 +215,15 @@ def _run(row: Task, sides: list[_Side], dataset: Dataset, batch_size: int, repor
             given: list[tuple[Tensor, Batch]] = []
             for side, columns in zip(sides, seen, strict=True):
                 batch = given[0][1] if given and same else side.encoded.batch(indices)
-                given.append((_forward(side.model, batch), batch))
+                given.append((_forward(side.model, batch, row), batch))
                 columns.append(row.observe(given[-1][0], _mapped(side, batch)))
             if compared is not None and row.compare is not None and _comparable(given, report):
                 compared.append(row.compare(given[1][0], given[0][0], given[0][1]))
             for _ in indices:
                 advance("")
     for side, columns in zip(sides, seen, strict=True):
-        side.columns = _concatenated(columns)
+        whole = _concatenated(columns)
+        side.columns = row.over_all(whole) if row.over_all else whole
     return _concatenated(compared) if compared else None
 
 
@@ -242,9 +243,9 @@ def _mapped(side: _Side, batch: Batch) -> Batch:
     return Batch(batch.inputs, torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
 
 
-def _forward(model: Model, batch: Batch) -> Tensor:
+def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
     """Return the outputs for a batch, moved to the model's device and dtype first."""
-    logits = load.outputs(model, load.moved(model, batch.inputs))
+    logits = row.run(model, batch) if row.run else load.outputs(model, load.moved(model, batch.inputs))
     if not torch.isfinite(logits).all():
         dtype = str(logits.dtype).removeprefix("torch.")
         raise WeightError(
@@ -260,13 +261,14 @@ def _metrics(row: Task, columns: Columns, seed: int) -> dict[str, dict[str, floa
 
 
 def _measurable(row: Task, columns: Columns) -> list[Metric]:
-    return [metric for metric in row.metrics if metric.name != "top5" or "in_five" in columns]
+    return [metric for metric in row.metrics if metric.column is None or metric.column in columns]
 
 
 def _estimate(metric: Metric, columns: Columns, seed: int) -> Interval:
-    samples = len(next(iter(columns.values())))
     if metric.proportion:
-        return wilson(int(metric.of(columns).sum()), samples)
+        hits = metric.of(columns)
+        return wilson(int(hits.sum()), len(hits))
+    samples = len(next(iter(columns.values())))
     return _defined(bootstrap(lambda rows: metric.of(_rows(columns, rows)), samples, seed=seed), metric)
 
 

@@ -20,7 +20,7 @@ from peftc.allocate import Rank
 from peftc.artifact import Piece
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.hooks import Found, registered
-from peftc.models.inputs import main_output, probe
+from peftc.models.inputs import forward, probe
 from peftc.models.load import Model
 from peftc.nn import lowrank, shared, surgery
 from peftc.plan import Budget, Plan, Target
@@ -76,8 +76,7 @@ def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]
     try:
         batch = probe(subject)
         with _watching(subject.module, seen), torch.no_grad():  # inference tensors have no version
-            network = subject.module
-            main_output(subject, network(**batch) if isinstance(batch, dict) else network(batch))
+            forward(subject, batch)
     except (PeftcError, *write.DOES_NOT_RUN):
         return []
     groups: dict[tuple[int, int], list[str]] = {}

@@ -118,4 +118,4 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
     encoded = unlabelled.encode(model, dataset, task, settings)
     about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest, "samples": encoded.size}
     said = [f"calibration: {encoded.size} samples of split `{dataset.split}` of `{request.data}`"]
-    return encoded, about, windows or dataset.labels is not None, said
+    return encoded, about, windows or dataset.labels is not None or dataset.pairs is not None, said

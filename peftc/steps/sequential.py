@@ -20,6 +20,7 @@ from peftc.allocate import Rank
 from peftc.errors import UsageError
 from peftc.hooks import Collector, Found, Site
 from peftc.models import load
+from peftc.models.dual import has_matching
 from peftc.nn import lowrank
 from peftc.steps import write
 from peftc.steps.factoring import Factoring
@@ -139,7 +140,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
     model = prepared.model
     last = (
         []
-        if collector is None
+        if collector is None or has_matching(model.module)  # its text encoder runs again after the fusion layers
         else [each for site in collector.sites.values() for each in hooks.called(model, site.target)]
     )
     waiting: set[str] = set()

@@ -15,7 +15,7 @@ from peftc import artifact, hooks, manifest, processes, progress, unlabelled
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.hooks import Collector, Found, Site, Sums
 from peftc.models import load, streaming
-from peftc.models.inputs import main_output
+from peftc.models.inputs import forward
 from peftc.models.load import Model
 from peftc.nn import lowrank
 from peftc.plan import Target
@@ -289,7 +289,7 @@ def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = load.moved(model, batch.inputs)
     with torch.enable_grad(), streaming.recomputing(model.module):
-        outputs = main_output(model, model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs))
+        outputs = forward(model, inputs)
         _refuse_non_finite(model, outputs)
         if not outputs.requires_grad:
             return

@@ -1,0 +1,92 @@
+"""What a dual encoder gives: a vector per image and one per text, and scores where a head compares both.
+
+BLIP (Li et al., 2022, arXiv:2201.12086, section 3.1) has, beside the towers, layers that fuse a text with an image,
+and a matching head on top of them; one pass through everything gives the outputs that all steps of peftc look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE_PARTS = ("vision", "visual")  # how the names of the modules of an image tower start
+FUSION = "crossattention"
+FUSED = (f".{FUSION}.self.key", f".{FUSION}.self.value")  # they read image patches in BLIP's text encoder
+
+
+@dataclass(frozen=True)
+class Towers:
+    """What one forward pass of a batch of pairs gave.
+
+    Attributes:
+        image, text: (batch, width) each, normalised.
+        matching: (batch, 2), scores that each pair does not and does belong together; None without such a head.
+        patches: (batch, patches, width of the image tower), with which other texts can be matched.
+    """
+
+    image: Tensor
+    text: Tensor
+    matching: Tensor | None = None
+    patches: Tensor | None = None
+
+
+def has_matching(module: nn.Module) -> bool:
+    """Return whether a network has fusion layers and a matching head that peftc knows."""
+    return type(module).__name__ == "BlipForImageTextRetrieval"
+
+
+def reads_image(name: str) -> bool:
+    """Return whether a module of a dual encoder reads image patches, so that padding of texts says nothing there."""
+    return name.split(".")[0].startswith(IMAGE_PARTS) or name.endswith(FUSED)
+
+
+def towers(module: Any, inputs: Mapping[str, Tensor]) -> Towers | None:
+    """Run each tower once, and the fusion layers once on the pairs; None for what gives no vector of either.
+
+    Args:
+        module: a dual encoder.
+        inputs: ``pixel_values``, ``input_ids`` and, where texts are padded, ``attention_mask``.
+    """
+    value = module(**inputs)
+    return of_pairs(module, inputs, value) if has_matching(module) else of_vectors(value)
+
+
+def of_vectors(value: Any) -> Towers | None:
+    """Return the vectors among what a network returned, if it names both."""
+    image, text = getattr(value, "image_embeds", None), getattr(value, "text_embeds", None)
+    is_pair = isinstance(image, Tensor) and isinstance(text, Tensor) and image.ndim == 2 and image.shape == text.shape
+    return Towers(image, text) if is_pair else None
+
+
+def of_pairs(module: Any, inputs: Mapping[str, Tensor], value: Any) -> Towers:
+    """Return what a network with a matching head gives, after its forward on the pairs; the text tower runs now."""
+    patches = value.last_hidden_state
+    texts = {key: tensor for key, tensor in inputs.items() if key != "pixel_values"}
+    words = module.text_encoder(**texts).last_hidden_state[:, 0]
+    image = F.normalize(module.vision_proj(patches[:, 0]), dim=-1)
+    return Towers(image, F.normalize(module.text_proj(words), dim=-1), value.itm_score, patches)
+
+
+def matched(module: Any, patches: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
+    """Return (batch, 2): the scores of other texts with images whose ``patches`` are known."""
+    seen = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    fused = module.text_encoder(**texts, encoder_hidden_states=patches, encoder_attention_mask=seen)
+    return module.itm_head(fused.last_hidden_state[:, 0])
+
+
+def stacked(found: Towers, *scores: Tensor) -> Tensor:
+    """Return the outputs of a dual encoder as one tensor (batch, 2 + rows of scores, width).
+
+    The rows of each pair are its image vector, its text vector, its matching scores, and further scores, zeros behind
+    the two scores of a row.
+    """
+    rows = [found.image, found.text]
+    for each in (found.matching, *scores):
+        if each is not None:
+            rows.append(F.pad(each, (0, found.image.shape[1] - each.shape[1])))
+    return torch.stack(rows, 1)

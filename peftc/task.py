@@ -1,0 +1,109 @@
+"""One row of the task table, and what samples are to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from peftc.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+Columns = dict[str, np.ndarray]  # one figure per sample each
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose about reading samples."""
+
+    image_size: int | None = None
+    max_length: int | None = None
+    num_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs as a model takes them, on the CPU.
+
+    Attributes:
+        inputs: of the samples.
+        targets: class indices of the data, scores, tokens, or numbers of captions and images.
+        others: of each pair another text, that does not belong to its image, where the model can tell.
+    """
+
+    inputs: Tensor | dict[str, Tensor]
+    targets: Tensor
+    others: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Encoded:
+    """A data set as one model reads it.
+
+    Attributes:
+        size: how many samples.
+        batch: gives the batch of some samples.
+        key: two models with equal keys read the same batches.
+        lengths: tokens per sample, so that a batch can hold equals.
+        notes: what people should know about how samples are read.
+    """
+
+    size: int
+    batch: Callable[[Sequence[int]], Batch]
+    key: str
+    lengths: Sequence[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure over samples: a share of hits where ``proportion`` (``of`` gives them one by one), else any number.
+
+    Where ``column`` names one that a model did not give, the figure is left out.
+    """
+
+    name: str
+    of: Callable[[Columns], Any]
+    proportion: bool = False
+    higher_is_better: bool = True
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: as typed for `--task`.
+        reads: kinds of data.
+        architectures: endings of the names of transformers classes made for it.
+        encode: (model, data, settings) -> samples as the model reads them.
+        observe: (outputs, batch) -> figures per sample.
+        metrics: the first is the one that gates judge.
+        batch_size: when the user gives none.
+        compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
+        run: (model, batch) -> outputs, where an evaluation needs more than the model's main output.
+        over_all: figures of all samples -> what metrics read, where samples are compared with each other.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    architectures: tuple[str, ...]
+    encode: Callable[[Model, Dataset, Settings], Encoded]
+    observe: Callable[[Tensor, Batch], Columns]
+    metrics: tuple[Metric, ...]
+    batch_size: int
+    compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
+    run: Callable[[Model, Batch], Tensor] | None = None
+    over_all: Callable[[Columns], Columns] | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether classes of the data must be matched with outputs of the model."""
+        return self.name.endswith("classification")
