@@ -166,7 +166,7 @@ def weights_of(loss: str | Mapping[str, float] | None, student: Model, data: str
     """
     if loss is None:
         row = tasks.named_task(task) if task else tasks.guess(student)
-        has_vectors = row is None or row.name == "sentence-similarity"
+        has_vectors = row is None or row.name in ("sentence-similarity", "image-text-retrieval")
         return PELA | ({"embeddings": 1.0} if has_vectors else {})
     if isinstance(loss, Mapping):
         return {name: float(weight) for name, weight in loss.items()}

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import methods
+from peftc import methods, retrieval
 from peftc.errors import DataError, UsageError
-from peftc.models import layers, load
+from peftc.models import dual, layers, load
 from peftc.models.inputs import main_output
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
@@ -110,21 +110,24 @@ class Imitation:
         """Return the weighted terms of a batch; the module is the student's."""
         batch = given.batch
         inputs = load.moved(self.student, batch.inputs)
-        known = {"mask": inputs.get("attention_mask") if isinstance(inputs, dict) else None}
-        outputs, features = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
+        known: dict[str, Any] = {"mask": mask_of(inputs), "masks": self.masks(inputs)}
+        outputs, features, towers = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
         known |= {"student_outputs": outputs, "student_features": features}
         if self.needs & set(OF_TEACHER[:3]):
             known |= self.remembered(given) if self.kept is not None and given.rows else self.taught(batch)
         if "student_vectors" in self.needs:
-            known["student_vectors"] = vectors(outputs, known["mask"])
+            known["student_vectors"] = vectors(outputs, known["mask"], of_pairs=towers is not None)
         if "products" in self.needs:
             with torch.autocast(outputs.device.type, enabled=False):
                 known |= self.products(module)
         found = {}
         if self.task:
             assert self.samples.task is not None
-            objective = OBJECTIVES[self.samples.task.name]
-            found[TASK] = self.task * objective(outputs, self.samples.mapped(batch))
+            if towers is not None:
+                found[TASK] = self.task * sum(retrieval.losses(module, towers, inputs).values())
+            else:
+                objective = OBJECTIVES[self.samples.task.name]
+                found[TASK] = self.task * objective(outputs, self.samples.mapped(batch))
         for name, term in self.terms.items():
             with torch.autocast(outputs.device.type, enabled=False):
                 found[name] = term.weight * term.function(**{need: known[need] for need in term.needs})
@@ -135,10 +138,12 @@ class Imitation:
         assert self.teacher is not None
         inputs = load.moved(self.teacher, batch.inputs)
         with torch.no_grad():
-            outputs, features = self.forward(self.teacher, self.teacher.module, [two for _, two in self.pairs], inputs)
-        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-        found = {"teacher_outputs": outputs, "teacher_features": features}
-        return found | ({"teacher_vectors": vectors(outputs, mask)} if "teacher_vectors" in self.needs else {})
+            theirs = [two for _, two in self.pairs]
+            outputs, features, towers = self.forward(self.teacher, self.teacher.module, theirs, inputs)
+        found: dict[str, Any] = {"teacher_outputs": outputs, "teacher_features": features}
+        if "teacher_vectors" in self.needs:
+            found["teacher_vectors"] = vectors(outputs, mask_of(inputs), of_pairs=towers is not None)
+        return found
 
     def remembered(self, given: Given) -> dict[str, Any]:
         """Return what the teacher gives for a batch, as kept of an earlier time; ask it once for what is not."""
@@ -146,7 +151,8 @@ class Imitation:
         self.kept.mkdir(exist_ok=True)
         paths = [self.kept / f"{row}.safetensors" for row in given.rows]
         inputs = given.batch.inputs
-        masks = inputs["attention_mask"].bool() if isinstance(inputs, dict) else None
+        mask = mask_of(inputs)
+        masks = None if mask is None else mask.bool()
         if not all(path.is_file() for path in paths):
             found = self.taught(given.batch)
             tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
@@ -158,11 +164,25 @@ class Imitation:
         features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
         return {**whole, "teacher_features": features}
 
-    def forward(self, model: Model, module: nn.Module, names: list[str], inputs: Any) -> tuple[Tensor, list[Tensor]]:
-        """Return the outputs and the features after each layer, of one forward pass."""
+    def forward(
+        self, model: Model, module: nn.Module, names: list[str], inputs: Any
+    ) -> tuple[Tensor, list[Tensor], dual.Towers | None]:
+        """Return the outputs, the features after each layer, and the vectors of pairs, of one forward pass."""
         with layers.watched(module, names) as features:
-            value = module(**inputs) if isinstance(inputs, dict) else module(inputs)
-        return main_output(model, value), features
+            if self.samples.task is retrieval.TASK:
+                towers = dual.towers(module, inputs)
+                assert towers is not None
+                outputs = dual.stacked(towers)
+            else:
+                towers = None
+                outputs = main_output(model, module(**inputs) if isinstance(inputs, dict) else module(inputs))
+        return outputs, features, towers
+
+    def masks(self, inputs: Any) -> list[Tensor | None]:
+        """Return which tokens count after each layer; of image patches all do."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        has_images = isinstance(inputs, dict) and "pixel_values" in inputs
+        return [None if has_images and dual.reads_image(name) else mask for name, _ in self.pairs]
 
     def products(self, module: nn.Module) -> dict[str, Any]:
         """Return the products of the student's factors, with gradients, and the teacher's weights they stand for."""
@@ -193,24 +213,27 @@ class Imitation:
         """
         if self.teacher is None:
             return
+        if "logits" in self.terms and self.samples.task is retrieval.TASK:
+            raise UsageError("images and texts have no `logits`", hint="imitate their vectors: `--loss embeddings=1`")
         batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
         inputs = load.moved(self.student, batch.inputs)
         with torch.no_grad():
-            outputs, features = self.forward(self.student, self.student.module, [one for one, _ in self.pairs], inputs)
+            mine = [one for one, _ in self.pairs]
+            outputs, features, _ = self.forward(self.student, self.student.module, mine, inputs)
         taught = self.taught(batch)
         for (one, _), student, teacher in zip(self.pairs, features, taught["teacher_features"], strict=True):
             if student.shape != teacher.shape:
-                mine, theirs = list(student.shape[1:]), list(teacher.shape[1:])
+                own, theirs = list(student.shape[1:]), list(teacher.shape[1:])
                 raise DataError(
                     f"student and teacher differ after `{one}`",
-                    why=f"for one sample the student gives {mine}, the teacher {theirs}",
+                    why=f"for one sample the student gives {own}, the teacher {theirs}",
                     hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1`",
                 )
-        mine, theirs = list(outputs.shape[1:]), list(taught["teacher_outputs"].shape[1:])
-        if {"teacher_outputs", "teacher_vectors"} & self.needs and mine != theirs:
+        own, theirs = list(outputs.shape[1:]), list(taught["teacher_outputs"].shape[1:])
+        if {"teacher_outputs", "teacher_vectors"} & self.needs and own != theirs:
             raise DataError(
                 "student and teacher give different outputs",
-                why=f"for one sample the student gives {mine}, the teacher {theirs}",
+                why=f"for one sample the student gives {own}, the teacher {theirs}",
                 hint="choose a teacher with the same classes or vocabulary",
             )
 
@@ -244,8 +267,15 @@ def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished.replace(path)
 
 
-def vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return (samples, width) vectors of length 1: of tokens their mean."""
+def mask_of(inputs: Any) -> Tensor | None:
+    """Return which tokens of the outputs count; those of pairs of image and text are no tokens."""
+    return inputs.get("attention_mask") if isinstance(inputs, dict) and "pixel_values" not in inputs else None
+
+
+def vectors(outputs: Tensor, mask: Tensor | None, *, of_pairs: bool = False) -> Tensor:
+    """Return (samples, width) vectors of length 1: of tokens their mean, of pairs the image's and the text's."""
+    if of_pairs:
+        return outputs[:, :2].float().flatten(0, 1)
     if outputs.ndim == 3 and mask is not None:
         return sentence_vectors(outputs.float(), mask)
     return nn.functional.normalize(outputs.float().flatten(1), dim=1)

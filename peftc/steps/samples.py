@@ -139,7 +139,7 @@ def _augmented(
 
 
 def _has_labels(row: Task, dataset: Dataset) -> bool:
-    return row.name.endswith("-lm") or dataset.labels is not None
+    return row.name.endswith("-lm") or dataset.labels is not None or dataset.pairs is not None
 
 
 def _encode(model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool) -> Encoded:
@@ -188,13 +188,15 @@ def _cut(encoded: Encoded, share: float, seed: int) -> tuple[Held, Held]:
 
 def figures(model: Model, samples: Samples, held: Held, batch_size: int) -> float:
     """Return the task's first metric of a model on samples, larger is better."""
-    assert samples.task is not None
+    row = samples.task
+    assert row is not None
     seen: list[Columns] = []
     for start in range(0, len(held), batch_size):
         batch = held.batch(range(start, min(start + batch_size, len(held))))
-        outputs = load.outputs(model, load.moved(model, batch.inputs))
-        seen.append(samples.task.observe(outputs, samples.mapped(batch)))
-    metric = samples.task.metrics[0]
+        outputs = row.run(model, batch) if row.run else load.outputs(model, load.moved(model, batch.inputs))
+        seen.append(row.observe(outputs, samples.mapped(batch)))
+    metric = row.metrics[0]
     columns = {name: np.concatenate([each[name] for each in seen]) for name in seen[0]}
+    columns = row.over_all(columns) if row.over_all else columns
     value = float(np.mean(metric.of(columns)))
     return value if metric.higher_is_better else -value

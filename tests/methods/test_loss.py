@@ -18,9 +18,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_features_are_the_mean_square_over_samples_tokens_and_width_averaged_over_layers() -> None:
     student, teacher = ([random(3, 5, 4, seed=seed + at) for at in (0, 1)] for seed in (0, 10))
     expected = sum((one - other).square().mean() for one, other in zip(student, teacher, strict=True)) / 2
-    found = features(student_features=student, teacher_features=teacher, mask=None)
+    found = features(student_features=student, teacher_features=teacher, masks=[None, None])
     torch.testing.assert_close(found, expected)
-    assert features(student_features=teacher, teacher_features=teacher, mask=None) == 0
+    assert features(student_features=teacher, teacher_features=teacher, masks=[None, None]) == 0
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -29,7 +29,7 @@ def test_every_token_of_every_layer_counts(layer: int, token: int) -> None:
     teacher = [random(3, 5, 4, seed=at) for at in (0, 1)]
     student = [each.clone() for each in teacher]
     student[layer][1, token] += 1
-    assert features(student_features=student, teacher_features=teacher, mask=None) == pytest.approx(1 / 15 / 2)
+    assert features(student_features=student, teacher_features=teacher, masks=[None, None]) == pytest.approx(1 / 15 / 2)
 
 
 def test_padding_counts_for_nothing_and_every_sample_the_same() -> None:
@@ -38,19 +38,21 @@ def test_padding_counts_for_nothing_and_every_sample_the_same() -> None:
     student[0, :2] += 1  # a sample of two tokens
     student[0, 2:] += 100
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    assert features(student_features=[student], teacher_features=[teacher], mask=mask) == pytest.approx(0.5)
+    assert features(student_features=[student], teacher_features=[teacher], masks=[mask]) == pytest.approx(0.5)
 
 
 def test_scale_free_features_do_not_change_with_the_scale_of_a_layer() -> None:
     teacher = [random(6, 5, 4, seed=at) for at in (0, 1)]
     student = [each + 0.1 * random(6, 5, 4, seed=at + 5) for at, each in enumerate(teacher)]
-    before = features(student_features=student, teacher_features=teacher, mask=None, scale_free=True)
+    before = features(student_features=student, teacher_features=teacher, masks=[None, None], scale_free=True)
     larger = [[student[0] * 50, student[1]], [teacher[0] * 50, teacher[1]]]
-    after = features(student_features=larger[0], teacher_features=larger[1], mask=None, scale_free=True)
+    after = features(student_features=larger[0], teacher_features=larger[1], masks=[None, None], scale_free=True)
     torch.testing.assert_close(before, after)
     # a student that gives the mean token has lost all there is: 1 per layer
     flat = [each.mean((0, 1)).expand_as(each) for each in teacher]
-    assert features(student_features=flat, teacher_features=teacher, mask=None, scale_free=True) == pytest.approx(1)
+    assert features(
+        student_features=flat, teacher_features=teacher, masks=[None, None], scale_free=True
+    ) == pytest.approx(1)
 
 
 def pair() -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +145,12 @@ def test_embeddings_are_the_distance_of_vectors_and_of_their_cosines() -> None:
 @pytest.mark.parametrize("name", methods.METHODS["loss"])
 def test_a_term_asks_by_name_for_what_a_training_knows(name: str) -> None:
     known = {f"{who}_{what}" for who in ("student", "teacher") for what in ("features", "outputs", "vectors")}
-    assert set(methods.needs_of(methods.find("loss", name, "--loss"))) <= known | {"mask", "products", "weights"}
+    assert set(methods.needs_of(methods.find("loss", name, "--loss"))) <= known | {
+        "mask",
+        "masks",
+        "products",
+        "weights",
+    }
 
 
 @pytest.mark.parametrize("name", methods.METHODS["loss"])
@@ -152,7 +159,7 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
     student = random(4, 3, seed=1).requires_grad_()
     given = {
         "student_features": [student], "teacher_features": [leaf], "student_outputs": student, "teacher_outputs": leaf,
-        "student_vectors": student, "teacher_vectors": leaf, "mask": None, "products": {"a": student},
+        "student_vectors": student, "teacher_vectors": leaf, "mask": None, "masks": [None], "products": {"a": student},
         "weights": {"a": leaf},
     }  # fmt: skip
     function = methods.find("loss", name, "--loss")

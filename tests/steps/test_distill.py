@@ -457,3 +457,27 @@ def test_show_prints_a_line_that_makes_it_again(student: Path, images: Path, tmp
 
 def test_recipe_defaults_of_the_command_are_those_of_its_documentation() -> None:
     assert Recipe(steps=1).warmup == 0.1
+
+
+@pytest.mark.parametrize("fixture", ["tiny_clip", "tiny_blip"])
+def test_images_and_texts_learn_by_their_own_loss(
+    fixture: str, request: Any, captioned: Path, tiny_vit: Path, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(fixture)
+    peftc.decompose(model, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    options = SHORT | {"batch_size": 8, "steps": 6}
+    report = peftc.distill(tmp_path / "small", output_dir=tmp_path / "out", data=str(captioned), **options)
+    assert set(report.data["terms"]) == {"features", "perturbation", "embeddings", "task"}
+    assert "text_to_image_r1" in report.data["quality"]["metrics"]
+    with pytest.raises(UsageError, match="have no `logits`"):
+        peftc.distill(tmp_path / "small", output_dir=tmp_path / "no", data=str(captioned), loss="logits=1", **options)
+
+
+def test_padding_of_texts_counts_for_nothing_beside_images(tiny_clip: Path, captioned: Path, tmp_path: Path) -> None:
+    peftc.decompose(tiny_clip, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    work = imitate(tmp_path / "small", tiny_clip, captioned, {"features": 1.0})
+    inputs: Any = work.batch([0, 1]).batch.inputs
+    masks = dict(zip((name for name, _ in work.pairs), work.masks(inputs), strict=True))
+    for name, mask in masks.items():
+        assert (mask is None) == name.startswith("vision_model"), name
+    assert len({name.split(".")[0] for name in masks}) == 2

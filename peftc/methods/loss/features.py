@@ -17,19 +17,19 @@ def features(
     *,
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
-    mask: Tensor | None,
+    masks: Sequence[Tensor | None],
     scale_free: bool = False,
 ) -> Tensor:
     """Return the distance of the student's layers from the teacher's.
 
     Args:
         student_features, teacher_features: one tensor (batch, ...) per layer, mostly (batch, tokens, width).
-        mask: (batch, tokens), 0 at padding, or None.
+        masks: of each layer (batch, tokens), 0 at padding, or None.
         scale_free: divide each layer's by the variance of the teacher's features there, so that no layer and no model
             counts for more because its numbers are larger; PELA does not.
     """
     total = torch.zeros((), device=student_features[0].device)
-    for student, teacher in zip(student_features, teacher_features, strict=True):
+    for student, teacher, mask in zip(student_features, teacher_features, masks, strict=True):
         teacher = teacher.detach().float()
         distance = per_sample((student.float() - teacher).square(), mask)
         if scale_free:
