@@ -33,13 +33,19 @@ from peftc.plan import Target
 
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
 OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")
-BLOCK = 1 << 20  # numbers of a matrix that are worked on at once where it is large
 LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradients is kept
 
 
 @dataclass
 class Running:
-    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64."""
+    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64.
+
+    Attributes:
+        size: d.
+        scatter: its lower triangle, one block of rows after another; see `_blocks`.
+        mean: of all rows.
+        count: of rows.
+    """
 
     size: int
     scatter: Tensor | None
@@ -49,35 +55,64 @@ class Running:
     @classmethod
     def empty(cls, size: int, device: torch.device, *, scatter: bool) -> Running:
         """Return one that has seen nothing."""
-        matrix = torch.zeros(size, size, dtype=torch.float64, device=device) if scatter else None
-        return cls(size, matrix, torch.zeros(size, dtype=torch.float64, device=device))
+        entries = sum((some.stop - some.start) * some.stop for some in _row_blocks(size))
+        triangle = torch.zeros(entries, dtype=torch.float64, device=device) if scatter else None
+        return cls(size, triangle, torch.zeros(size, dtype=torch.float64, device=device))
 
     def add(self, rows: Tensor) -> None:
         """Add rows (n, d), float32 or float64."""
         if not len(rows):
             return
-        mean = rows.mean(0, dtype=torch.float64)
-        scatter = None
-        if self.scatter is not None:
-            centred = rows - mean.to(rows.dtype)
-            rounding = mean - mean.to(rows.dtype).double()
-            scatter = (centred.T @ centred).double() - torch.outer(rounding, rounding) * len(rows)
-        self.merge(Running(self.size, scatter, mean, len(rows)))
+        centre = rows.mean(0)
+        if self.scatter is None:
+            self._moved(centre.double(), len(rows))
+            return
+        centred = rows - centre
+        missed = centred.mean(0).double()  # rounding left the centre that far from the mean
+        gap, share = self._moved(centre.double() + missed, len(rows))
+        for block, some, upto in self._blocks():
+            block += centred[:, some].T @ centred[:, upto]
+            block.addr_(missed[some], missed[upto], alpha=-len(rows)).addr_(gap[some], gap[upto], alpha=share)
 
     def merge(self, other: Running) -> None:
         """Add what another one has seen."""
-        total = self.count + other.count
         if not other.count:
             return
-        gap = other.mean - self.mean
+        gap, share = self._moved(other.mean, other.count)
         if self.scatter is not None and other.scatter is not None:
-            share = self.count * other.count / total
-            for rows in torch.arange(self.size).split(max(1, BLOCK // self.size)):
-                block = slice(int(rows[0]), int(rows[-1]) + 1)
-                self.scatter[block] += other.scatter[block]
-                self.scatter[block] += torch.outer(gap[block], gap) * share
-        self.mean += gap * (other.count / total)
+            self.scatter += other.scatter
+        for block, some, upto in self._blocks():
+            block.addr_(gap[some], gap[upto], alpha=share)
+
+    def covariance(self) -> Tensor:
+        """Return (d, d), float64."""
+        whole = self.mean.new_empty(self.size, self.size)
+        for block, some, upto in self._blocks():
+            whole[upto, some] = block.T / max(self.count, 1)
+            whole[some, upto] = block / max(self.count, 1)
+        return whole
+
+    def _moved(self, mean: Tensor, count: int) -> tuple[Tensor, float]:
+        """Count further rows; return how far their mean is off, and how often its outer product joins the scatter."""
+        total = self.count + count
+        gap, share = mean - self.mean, self.count * count / total
+        self.mean += gap * (count / total)
         self.count = total
+        return gap, share
+
+    def _blocks(self) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Yield the scatter's blocks (rows, columns up to the diagonal), and which rows and columns they are."""
+        start = 0
+        for some in _row_blocks(self.size) if self.scatter is not None else ():
+            entries = (some.stop - some.start) * some.stop
+            yield self.scatter[start : start + entries].view(-1, some.stop), some, slice(some.stop)  # type: ignore[index]
+            start += entries
+
+
+def _row_blocks(size: int) -> list[slice]:
+    """Return blocks of rows: small enough to leave most of the upper triangle out, large enough to multiply fast."""
+    step = max(128, size // 8)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,20 @@ def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ..
     return Truncation(factors, (tail / total) ** 0.5 if total else 0.0, excess, solution.rung, climbed)
 
 
+def gram_matrix(matrix: Tensor) -> Tensor:
+    """Return matrix^T matrix (n, n), forming only one of the two equal off-diagonal blocks."""
+    n = matrix.shape[1]
+    if n < 256:
+        return matrix.T @ matrix
+    left, right = matrix[:, : n // 2], matrix[:, n // 2 :]
+    gram = matrix.new_empty(n, n)
+    torch.mm(left.T, left, out=gram[: n // 2, : n // 2])
+    torch.mm(right.T, right, out=gram[n // 2 :, n // 2 :])
+    torch.mm(right.T, left, out=gram[n // 2 :, : n // 2])
+    gram[: n // 2, n // 2 :] = gram[n // 2 :, : n // 2].T
+    return gram
+
+
 def energy(weight: Tensor) -> float:
     """Return the squared Frobenius norm, summed in float64, a block at a time."""
     total = 0.0

@@ -3,8 +3,10 @@
 With C = E[x x^T] of a module's inputs and a metric L^2 on its outputs, the error that counts is
 E|L (W - W') x|^2 = ||L (W - W') C^(1/2)||_F^2. The best W' of rank r is L^-1 U_r U_r^T L W, with U the left singular
 vectors of L W C^(1/2) (Eckart and Young, 1936, after a change of variables). They are eigenvectors of L (W C W^T) L,
-so where out <= in the second moment of the outputs, W C W^T, is all that is needed; where out > in, the dual problem of
-size in is solved with C's own square root. Nothing is inverted but L and kept singular values.
+so where out <= in the second moment of the outputs, W C W^T, is all that is needed. Where out > in, L W = Q R with
+orthonormal columns Q leaves the same problem for R, which is square. R comes from the Cholesky factor of (L W)^T L W
+where that leaves Q orthonormal, as it does for a well-conditioned weight, else from Householder reflections. C itself
+is never factored: it may be singular, as it is after a layer norm. Nothing is inverted but L and R.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from peftc.methods.spectrum import Solution, Spectrum
+from peftc.methods.spectrum import Solution, Spectrum, gram_matrix
 
 RESIDUAL = 1e-9  # accepted |S - U diag(e) U^T| relative to |S|, and |I - U U^T| to |I|, Frobenius norms
 PROBES = 16  # Gaussian vectors that they are estimated with
@@ -56,51 +58,83 @@ def weighted(weight: Tensor, moment: Moment, gram: Gram | None = None, *, dampin
     """
     solve = partial(_solve, moment=moment, gram=gram, damping=damping)
     rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
-        "eigh64": lambda weight, _vectors: solve(weight, torch.linalg.eigh),
-        "svd64": lambda weight, _vectors: solve(weight, _by_svd),
+        "cholesky64": lambda weight, _vectors: solve(weight, torch.linalg.eigh, _by_cholesky),
+        "eigh64": lambda weight, _vectors: solve(weight, torch.linalg.eigh, _by_reflections),
+        "svd64": lambda weight, _vectors: solve(weight, _by_svd, _by_reflections),
     }
+    if len(weight) <= weight.shape[1]:
+        del rungs["cholesky64"]
     if weight.device.type != "cpu":
-        rungs["svd64-cpu"] = lambda weight, _vectors: solve(weight, _by_svd_on_cpu)
+        rungs["svd64-cpu"] = lambda weight, _vectors: solve(weight, _by_svd_on_cpu, _by_reflections)
     return Spectrum(weight, rungs)
 
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
+Lift = Callable[[Tensor], Tensor]  # (in, k) -> (out, k), by a matrix with orthonormal columns
 
 
-def _solve(weight: Tensor, solver: Solver, *, moment: Moment, gram: Gram | None, damping: float) -> Solution:
-    """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in).
-
-    What the moment knows nothing of (fewer rows than features) comes last, in the order of a plain SVD.
-    """
-    full = min(weight.shape)
+def _solve(
+    weight: Tensor, solver: Solver, split: Callable[[Tensor], tuple[Lift, Tensor]], *, moment: Moment,
+    gram: Gram | None, damping: float,
+) -> Solution:  # fmt: skip
+    """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
     wide = weight.double()
     scale, root, inverse = _roots(gram, damping, solver)
     metric = wide if root is None else root @ wide  # L W
-    if full == len(wide) or moment.side == "output":
+    if len(wide) <= wide.shape[1]:
         outer = moment.of_outputs(wide)
-        energies, basis = _descending(outer if root is None else _symmetric(root @ outer @ root), solver)
-        energies, basis = energies[:full], basis[:, :full]
+        energies, basis = _ordered(outer if root is None else _symmetric(root @ outer @ root), metric, solver)
+        up, down = basis, basis.T @ metric
     else:
-        squares, axes = _descending(moment.matrix, solver)
-        energies, basis = _left(metric @ (axes * squares.sqrt()), solver)
+        lift, square = split(metric)
+        if moment.side == "output":
+            seen = lift(torch.eye(len(square)).to(metric))
+            outer = seen.T @ (moment.matrix if root is None else root @ moment.matrix @ root) @ seen
+        else:
+            outer = square @ moment.matrix @ square.T
+        energies, basis = _ordered(_symmetric(outer), square, solver)
+        up, down = lift(basis), basis.T @ square
+    up = up if inverse is None else inverse @ up
+    return Solution(energies.sqrt() * scale, up.to(weight.dtype), down.to(weight.dtype), "")
+
+
+def _ordered(outer: Tensor, matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (k,) of a moment of outputs (k, k), descending, and its eigenvectors.
+
+    What the moment knows nothing of (fewer rows than features) comes last, in the order of a plain SVD of ``matrix``
+    (k, in), whose outputs they are.
+    """
+    energies, basis = _descending(outer, solver)
     known = int((energies > VANISHING * energies[0]).sum())
-    if known < full:
-        basis = basis[:, :known]
-        rest = _left(metric - basis @ (basis.T @ metric), solver)[1]
-        basis = torch.linalg.qr(torch.cat([basis, rest[:, : full - known]], 1))[0]
-        energies = torch.cat([energies[:known], energies.new_zeros(full - known)])
-    up = basis if inverse is None else inverse @ basis
-    return Solution(energies.sqrt() * scale, up.to(weight.dtype), (basis.T @ metric).to(weight.dtype), "")
+    if known < len(energies):
+        rest = basis[:, known:].T @ matrix
+        turn = _descending(rest @ rest.T, solver)[1]
+        basis = torch.cat([basis[:, :known], basis[:, known:] @ turn], 1)
+        energies = torch.cat([energies[:known], torch.zeros_like(energies[known:])])
+    return energies, basis
 
 
-def _left(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
-    """Return squared singular values (k,), descending, and left singular vectors (out, k) of a matrix (out, in)."""
-    if len(matrix) <= matrix.shape[1]:
-        return _descending(matrix @ matrix.T, solver)
-    energies, right = _descending(matrix.T @ matrix, solver)
-    image = matrix @ right
-    length = torch.linalg.vector_norm(image, dim=0)
-    return energies, image / torch.where(length > 0, length, 1.0)
+def _by_cholesky(matrix: Tensor) -> tuple[Lift, Tensor]:
+    """Split a tall matrix (out, in) into one with orthonormal columns, as a function, and an upper triangle.
+
+    Raises:
+        torch.linalg.LinAlgError: the columns are too near to depending on each other.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram_matrix(matrix))
+
+    def lift(inner: Tensor) -> Tensor:
+        return matrix @ torch.linalg.solve_triangular(lower.T, inner, upper=True)
+
+    probes = _probes(lower)
+    back = torch.linalg.solve_triangular(lower, matrix.T @ lift(probes), upper=False)
+    if failed or not _near(back, probes, torch.linalg.vector_norm(probes)):
+        raise torch.linalg.LinAlgError("the columns of its weight are too near to depending on each other")
+    return lift, lower.T
+
+
+def _by_reflections(matrix: Tensor) -> tuple[Lift, Tensor]:
+    basis, triangle = torch.linalg.qr(matrix)
+    return lambda inner: basis @ inner, triangle
 
 
 def _roots(gram: Gram | None, damping: float, solver: Solver) -> tuple[Any, Tensor | None, Tensor | None]:
@@ -134,15 +168,25 @@ def _descending(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
     """
     energies, basis = solver(matrix)
     energies, basis = energies.flip(0), basis.flip(1)
-    probes = torch.randn(len(matrix), PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probes = probes.to(matrix.device)
+    probes = _probes(matrix)
     seen = basis.T @ probes
-    wrong = torch.linalg.vector_norm(matrix @ probes - basis @ (energies[:, None] * seen))
-    skewed = torch.linalg.vector_norm(probes - basis @ seen)
     size = torch.linalg.vector_norm(matrix) * PROBES**0.5
-    if not (wrong <= RESIDUAL * size and skewed <= RESIDUAL * torch.linalg.vector_norm(probes)):  # NaN is wrong too
+    if not (
+        _near(basis @ (energies[:, None] * seen), matrix @ probes, size)
+        and _near(basis @ seen, probes, torch.linalg.vector_norm(probes))
+    ):
         raise torch.linalg.LinAlgError("its eigenvectors do not multiply back to the matrix")
     return energies.clamp_min(0), basis
+
+
+def _probes(matrix: Tensor) -> Tensor:
+    """Return Gaussian vectors (n, PROBES) for a matrix (n, n)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(matrix), PROBES, generator=generator, dtype=torch.float64).to(matrix.device)
+
+
+def _near(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(found - expected) <= RESIDUAL * size)  # NaN is not near
 
 
 def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:

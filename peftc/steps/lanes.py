@@ -20,12 +20,12 @@ LANES = 4  # parts of the calibration set that are summed apart, so that a resum
 
 
 def save(path: Path, sums: Sums) -> None:
-    """Keep the sums of one lane."""
-    tensors: dict[str, Tensor] = {f"total:{name}": value for name, value in sums.totals.items()}
+    """Keep the sums of one lane: scatters, summed in float64, as float32, which is all that is kept of their sum."""
+    tensors: dict[str, Tensor | Piece] = {f"total:{name}": value for name, value in sums.totals.items()}
     for name, seen in sums.running.items():
         tensors[f"mean:{name}"] = seen.mean
         if seen.scatter is not None:
-            tensors[f"scatter:{name}"] = seen.scatter
+            tensors[f"scatter:{name}"] = _later("F32", tuple(seen.scatter.shape), seen.scatter.float)
     counts = {name: seen.count for name, seen in sums.running.items()}
     write.save_part(path, tensors, {"samples": sums.samples, "counts": counts})
 
@@ -59,11 +59,11 @@ class Lanes:
         for number, note in enumerate(self.notes):
             if name not in note["counts"]:
                 continue
-            kept = self._tensor(number, f"scatter:{name}") if scatter else None
+            kept = self._tensor(number, f"scatter:{name}").to(self.device, torch.float64) if scatter else None
             mean = self._tensor(number, f"mean:{name}").to(self.device)
-            one = Running(len(mean), None if kept is None else kept.to(self.device), mean, note["counts"][name])
+            one = Running(len(mean), kept, mean, note["counts"][name])
             if found is None:
-                found = Running(one.size, None if one.scatter is None else one.scatter.clone(), mean.clone(), one.count)
+                found = Running(one.size, kept, mean.clone(), one.count)
             else:
                 found.merge(one)
         assert found is not None
@@ -101,7 +101,7 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
     found = {f"{name}.mean": write.piece(mean) for name, mean in means.items()}
     for name in means:
         if f"scatter:{name}" in lanes.keys:
-            found[f"{name}.covariance"] = _later("F32", lanes.shape(f"scatter:{name}"), _covariance(lanes, name))
+            found[f"{name}.covariance"] = _later("F32", (len(means[name]),) * 2, _covariance(lanes, name))
     samples = max(sum(lanes.samples), 1)
     for site in sites.values():
         name = site.target.name
@@ -121,12 +121,7 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
 
 
 def _covariance(lanes: Lanes, name: str) -> Callable[[], Tensor]:
-    def compute() -> Tensor:
-        seen = lanes.running(name, scatter=True)
-        assert seen.scatter is not None
-        return seen.scatter.div_(max(seen.count, 1)).float()
-
-    return compute
+    return lambda: lanes.running(name, scatter=True).covariance().float()
 
 
 def _average(lanes: Lanes, name: str, number: int) -> Callable[[], Tensor]:

@@ -127,7 +127,7 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
         others = dict(before.others)
         if f"{site.leader}.magnitude" in sums.totals and inputs is not None:
             others["input_magnitude"] = sums.totals[f"{site.leader}.magnitude"] / inputs.count
-        covariance = None if seen is None or seen.scatter is None else (seen.scatter / seen.count).float()
+        covariance = None if seen is None or seen.scatter is None else seen.covariance().float()
         patch = sums.running.get(f"{site.leader}.patch")
         found[name] = Found(
             site.side, mean, covariance, output_mean, others, before.rows, None if patch is None else patch.mean

@@ -385,7 +385,8 @@ def test_a_solver_that_fails_is_followed_by_svd_which_is_as_good(
     for rank, best in wanted.items():
         cut = found.truncate(rank)
         assert cut.rung == "svd64"
-        assert [text.partition(":")[0] for text in cut.climbed] == ["eigh64"]
+        tall = ["cholesky64"] if shape[0] > shape[1] else []
+        assert [text.partition(":")[0] for text in cut.climbed] == [*tall, "eigh64"]
         torch.testing.assert_close(cut.factors.up @ cut.factors.down, best, rtol=1e-6, atol=1e-7)
 
 
@@ -403,6 +404,52 @@ def test_svd_takes_every_degenerate_moment_that_eigh_takes(
         assert reached <= float(values[rank:].sum()) * (1 + 1e-6) + 1e-6 * float(values.sum())
 
 
+@pytest.mark.parametrize("make", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize("shape", [(24, 10), (40, 6), (300, 160)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("gram", [False, True])
+def test_cholesky_and_reflections_agree_on_every_moment(make: Any, shape: Any, gram: bool) -> None:
+    weight, inputs = random(*shape), make(shape[1])
+    metric = moment_of(shape[0], seed=5) if gram else torch.eye(shape[0]).double()
+    spectrum = kfac(weight, second_moment=Moment(inputs), output_gradient_gram=metric, damping=0.0)
+    quick, sure = (spectrum.rungs[rung](spectrum.weight, True) for rung in ("cholesky64", "eigh64"))
+    assert quick is not None
+    assert sure is not None
+    assert quick.up is not None
+    assert quick.down is not None
+    torch.testing.assert_close(quick.values, sure.values, rtol=1e-7, atol=1e-7 * float(sure.values[0]))
+    total = objective(weight, torch.zeros_like(weight), inputs, metric)
+    for rank in ranks_of(weight):
+        reached, expected = (
+            objective(weight, found.up[:, :rank] @ found.down[:rank], inputs, metric)  # type: ignore[union-attr, index]
+            for found in (quick, sure)
+        )
+        assert reached == pytest.approx(expected, rel=1e-7, abs=1e-10 * total)
+    torch.testing.assert_close(quick.up @ quick.down, weight, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smallest", [0.0, 1e-12, 1e-6])
+def test_a_tall_weight_of_dependent_columns_is_split_by_reflections(dtype: torch.dtype, smallest: float) -> None:
+    weight = random(24, 10)
+    weight[:, 9] = weight[:, 0] + smallest * weight[:, 9]
+    weight, inputs = weight.to(dtype), moment_of(10)
+    spectrum = whitened(weight, second_moment=Moment(inputs))
+    values = torch.linalg.svdvals(weight.double() @ root(inputs)).square()
+    for rank in ranks_of(weight):
+        cut = spectrum.truncate(rank)
+        assert cut.rung == "eigh64"
+        assert cut.climbed == ("cholesky64: the columns of its weight are too near to depending on each other",)
+        reached = objective(weight, product(spectrum, rank), inputs, torch.eye(24).double())
+        assert reached <= float(values[rank:].sum()) * (1 + 1e-7) + 1e-12 * float(values.sum())
+
+
+def test_a_singular_moment_needs_no_other_rung() -> None:
+    weight = random(24, 10).float()
+    for make in MOMENTS.values():
+        cut = whitened(weight, second_moment=Moment(make(10))).truncate(4)
+        assert (cut.rung, cut.climbed) == ("cholesky64", ())
+
+
 def test_without_a_rung_left_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", garbage)
     monkeypatch.setattr(torch.linalg, "svd", lambda matrix: raising(matrix))
@@ -415,6 +462,6 @@ def test_without_a_rung_left_every_reason_is_given(monkeypatch: pytest.MonkeyPat
 
 def test_off_the_cpu_lapack_on_the_cpu_is_the_last_rung() -> None:
     spectrum = whitened(torch.empty(8, 6, device="meta"), second_moment=Moment(torch.empty(6, 6, device="meta")))
-    assert list(spectrum.rungs) == ["eigh64", "svd64", "svd64-cpu"]
+    assert list(spectrum.rungs) == ["cholesky64", "eigh64", "svd64", "svd64-cpu"]
     values, basis = weighted._by_svd_on_cpu(moment_of(6))
     torch.testing.assert_close((basis * values) @ basis.T, moment_of(6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc import Source
@@ -66,6 +68,22 @@ def test_a_fall_back_is_named_in_the_warnings(
     assert done.exit_code == 0, done.output
     assert "svd64" in done.output
     assert "eigh64" in done.output
+
+
+def test_a_weight_of_dependent_columns_is_solved_and_the_fall_back_named(
+    peftc: Callable[..., Any], tiny_bert: Path, texts: Path, tmp_path: Path
+) -> None:
+    twice = shutil.copytree(tiny_bert, tmp_path / "twice")
+    state = load_file(twice / "model.safetensors")
+    wide = state["encoder.layer.0.intermediate.dense.weight"]
+    wide[:, 1] = wide[:, 0]
+    save_file(state, twice / "model.safetensors", metadata={"format": "pt"})
+    asked = ["--ratio", 0.5, "--method", "whitened", "--data", texts, "--allocation", "uniform"]
+    done = peftc("decompose", twice, "-o", tmp_path / "small", *asked)
+    assert done.exit_code == 0, done.output
+    said = "cholesky64: the columns of its weight are too near to depending on each other; computed by eigh64 instead"
+    assert f"`encoder.layer.0.intermediate.dense`: {said}" in " ".join(done.output.split())
+    assert done.output.count("cholesky64") == 1
 
 
 @pytest.mark.parametrize("method", ["whitened", "kfac", "asvd", "fwsvd"])

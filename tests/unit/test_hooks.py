@@ -63,7 +63,33 @@ def test_running_gives_the_mean_and_covariance_of_numpy(dtype: torch.dtype, offs
     expected = np.cov(wide.T, bias=True)
     loose = 1e-12 if dtype == torch.float64 else 1e-6
     np.testing.assert_allclose(seen.mean, wide.mean(0), rtol=loose, atol=loose)
-    np.testing.assert_allclose(seen.scatter / 500, expected, rtol=0, atol=max(loose, 1e-9) * np.abs(expected).max())
+    np.testing.assert_allclose(seen.covariance(), expected, rtol=0, atol=max(loose, 1e-9) * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [127, 128, 129, 300, 1100])
+def test_a_scatter_of_several_blocks_is_whole_and_symmetric(size: int) -> None:
+    rows = random(90, size) @ random(size, size, seed=1) / size**0.5 + 1e3 * random(size, seed=2)
+    seen, other = (Running.empty(size, CPU, scatter=True) for _ in range(2))
+    for part in rows[:50].split(20):
+        seen.add(part)
+    other.add(rows[50:])
+    seen.merge(other)
+    expected = np.cov(rows.double().numpy().T, bias=True)
+    np.testing.assert_allclose(seen.covariance(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(seen.covariance(), seen.covariance().T, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
+def test_lanes_of_features_with_a_mean_far_from_zero_lose_nothing(tmp_path: Path) -> None:
+    rows = rows_of(1e4, torch.float64)
+    paths = []
+    for number, part in enumerate(rows.split([10, 240, 150, 100])):
+        seen = Running.empty(7, CPU, scatter=True)
+        seen.add(part)
+        paths.append(tmp_path / f"{number}.safetensors")
+        lanes.save(paths[-1], hooks.Sums({"one.input": seen}, samples=len(part)))
+    whole = lanes.Lanes(paths, CPU).running("one.input", scatter=True)
+    expected = np.cov(rows.numpy().T, bias=True)
+    np.testing.assert_allclose(whole.covariance(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -79,7 +105,7 @@ def test_merging_in_any_grouping_gives_the_same(offset: float, sizes: tuple[int,
         merged.merge(one)
     assert merged.count == whole.count
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-9)
-    torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(merged.covariance(), whole.covariance(), rtol=1e-9, atol=1e-8)
 
 
 # -- a network of one's own ------------------------------------------------------------------------------------------
@@ -513,9 +539,8 @@ def test_transposed_weights_of_gpt2_are_seen_as_linears(tmp_path: Path) -> None:
     seen = sums.running["transformer.h.0.mlp.c_fc.input"]
     network(ids)
     mean, covariance = second_moment(inputs[-1].flatten(0, -2))
-    assert seen.scatter is not None
     torch.testing.assert_close(seen.mean, mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen.scatter / seen.count, covariance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.covariance(), covariance, rtol=1e-5, atol=1e-6)
 
 
 # -- the loss towards the model's own prediction ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peftc.methods.spectrum import Solution, Spectrum
+from peftc.methods.spectrum import Solution, Spectrum, gram_matrix
 
 UNRESOLVED_ENERGY = 1e-4  # accepted share of the energy below the resolution, for factors, which are certified apart
 UNRESOLVED_VALUES = 5e-5  # accepted share of the summed singular values below it, where the values are the answer
@@ -52,7 +52,7 @@ def _gram(weight: Tensor, vectors: bool, *, dtype: torch.dtype) -> Solution | No
         matrix = matrix / scale
     else:
         scale = 1.0
-    energies, basis = _eigh(_gram_matrix(matrix), vectors)
+    energies, basis = _eigh(gram_matrix(matrix), vectors)
     energies = energies.flip(0).double().clamp_min(0)
     resolution = 64 * torch.finfo(dtype).eps * float(energies[0])
     values = energies.sqrt() * scale
@@ -75,20 +75,6 @@ def _eigh(gram: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
         values, basis = torch.linalg.eigh(gram)
         return values, basis
     return torch.linalg.eigvalsh(gram), None
-
-
-def _gram_matrix(matrix: Tensor) -> Tensor:
-    """Return matrix^T matrix (n, n), forming only one of the two equal off-diagonal blocks."""
-    n = matrix.shape[1]
-    if n < 256:
-        return matrix.T @ matrix
-    left, right = matrix[:, : n // 2], matrix[:, n // 2 :]
-    gram = matrix.new_empty(n, n)
-    torch.mm(left.T, left, out=gram[: n // 2, : n // 2])
-    torch.mm(right.T, right, out=gram[n // 2 :, n // 2 :])
-    torch.mm(right.T, left, out=gram[n // 2 :, : n // 2])
-    gram[: n // 2, n // 2 :] = gram[n // 2 :, : n // 2].T
-    return gram
 
 
 def _direct(weight: Tensor, vectors: bool) -> Solution:
