@@ -60,6 +60,7 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
                 artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
                 path.with_suffix(".tmp").replace(path)
             found_losses[name] = found.losses().cpu() * scales.get(name, 1.0)
+            del found  # before the next one is solved
             advance(name)
     return found_losses
 

@@ -286,8 +286,22 @@ def test_statistics_are_read_once_and_let_go(
         alive.append(sum(each() is not None for each in moments))
         return cut_at(*given)
 
+    bases: list[weakref.ref[Any]] = []
+    keep, read = Factoring._keep_basis, Factoring.spectrum
+
+    def keeping(*given: Any) -> None:
+        alive.append(sum(each() is not None for each in bases))
+        keep(*given)
+
+    def reading(*given: Any) -> Any:
+        found = read(*given)
+        bases.append(weakref.ref(found))
+        return found
+
     monkeypatch.setattr(sensitivity, "outputs", running)
     monkeypatch.setattr(spectrum, "cut_at", cutting)
+    monkeypatch.setattr(Factoring, "_keep_basis", keeping)
+    monkeypatch.setattr(Factoring, "spectrum", reading)
     report = decompose(tiny_llama, output_dir=tmp_path / "out", data=text, sensitivity=2, **KFAC)
     assert len(alive) > 2 * len(report.data["modules"])
     assert set(alive) == {0}
