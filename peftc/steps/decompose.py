@@ -59,6 +59,8 @@ class Question:
             planned = self.plan is not None
             known = joining.calibrated(work.model, work.targets, self.source, needs, folder, planned=planned)
             work.use(known, self.reasons)
+            if work.model.max_memory is not None:
+                passes.return_freed()
         if self.budget is None:
             return Decision(joining.gathered(self.plan).ranks if self.plan else {})
         budget = self.budget

@@ -69,14 +69,15 @@ def bounded(model: Model, max_memory: str | float | None) -> Model:
     """
     found = limit(max_memory)
     if found is not None:
-        _return_freed()
+        return_freed()
     return replace(model, max_memory=found)
 
 
-def _return_freed() -> None:
-    """Let the C library, where it is glibc, give blocks of a megabyte and more back to the system once they are freed.
+def return_freed() -> None:
+    """Let the C library, where it is glibc, give back to the system what is free, and larger blocks once they are.
 
-    Without, the copies of half-precision weights leave holes in the heap that count as taken.
+    Without, the copies of half-precision weights and the small tensors of a backward pass leave holes in the heap that
+    count as taken.
     """
     try:
         library = ctypes.CDLL(None)
@@ -208,6 +209,7 @@ def _footprint(network: nn.Module, call: Callable[[], None]) -> int:
     """Return the most bytes of tensors that a call makes and holds at once, the network's own apart."""
     with _Held(network) as held:
         call()
+    return_freed()
     return held.highest
 
 
