@@ -19,6 +19,8 @@ from peftc.tasks import Batch, Encoded, Settings, Task
 if TYPE_CHECKING:
     from peftc.models.load import Model
 
+BLOCK = 1 << 22  # scores that are worked on at once
+
 
 def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -> Encoded:
     """Return samples as inputs of the model; labels, where there are any, are not looked at.
@@ -108,12 +110,19 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
     """
     mask = _mask(inputs)
     mask = None if mask is None else mask.to(outputs.device)
-    one, other = reference.double(), outputs.double()
     if _has_classes(task):
-        p, q = one.log_softmax(-1), other.log_softmax(-1)
-        each = (p.exp() * (p - q)).sum(-1)
+        rows = max(1, BLOCK // outputs.shape[-1])  # in float64 at once: of a large vocabulary all would take much
+        pairs = zip(reference.flatten(0, -2).split(rows), outputs.flatten(0, -2).split(rows), strict=True)
+        each = torch.cat([_kl(one, other) for one, other in pairs]).view(outputs.shape[:-1])
         return (each if mask is None or each.ndim == 1 else each * mask).reshape(len(each), -1).sum(1)
-    return (_vectors(one, mask) - _vectors(other, mask)).square().flatten(1).sum(1) / 2
+    one, other = (_vectors(each.double(), mask) for each in (reference, outputs))
+    return (one - other).square().flatten(1).sum(1) / 2
+
+
+def _kl(reference: Tensor, outputs: Tensor) -> Tensor:
+    """Return (n,) divergences of scores (n, classes)."""
+    p, q = reference.double().log_softmax(-1), outputs.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _mask(inputs: Mapping[str, Tensor] | Tensor) -> Tensor | None:

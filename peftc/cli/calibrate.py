@@ -16,6 +16,7 @@ def calibrate(
     skip: o.Skip = o.EMPTY,
     calibration_samples: o.CalibrationSamples = 512,
     calibration_tokens: o.CalibrationTokens = None,
+    max_memory: o.MaxMemory = None,
     task: o.Task = None,
     batch_size: o.BatchSize = 8,
     image_size: o.ImageSize = None,

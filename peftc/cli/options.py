@@ -227,7 +227,7 @@ CalibrationTokens = Annotated[
     int | None, Option(parser=amount, metavar="N", help="calibrate on about this many tokens or patches, as 64k")
 ]
 MaxMemory = Annotated[
-    str | None, Option(parser=size_text, metavar="SIZE", help="calibrate within this much memory, as 8GB")
+    str | None, Option(parser=size_text, metavar="SIZE", help="calibrate and factor within this much memory, as 8GB")
 ]
 BiasCorrection = Annotated[
     bool, Option("--bias-correction/--no-bias-correction", help="let biases make up for the mean of the inputs")

@@ -169,11 +169,16 @@ def place_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the dtype in which a network computes: of its first floating parameter; float32 where it has none."""
+    if PLACE in module.__dict__:
+        return module.__dict__[PLACE][1]  # type: ignore[no-any-return]
+    return next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
+
+
 def moved(model: Model, inputs: Batch) -> Batch:
     """Return inputs on the model's device, floating ones in its dtype."""
-    device = place_of(model.module)
-    floating = next((each.dtype for each in model.module.parameters() if each.is_floating_point()), torch.float32)
-    floating = model.module.__dict__.get(PLACE, (device, floating))[1]
+    device, floating = place_of(model.module), dtype_of(model.module)
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)

@@ -18,7 +18,7 @@ from torch import nn
 from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import build, streaming, weights
-from peftc.models.inputs import kind_of, moved, outputs, place_of, probe
+from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.source import Located, Source, locate
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from peftc.manifest import Manifest
 
 __all__ = [
-    "Model", "base_source", "load", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
+    "Model", "base_source", "dtype_of", "load", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
 ]  # fmt: skip
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,

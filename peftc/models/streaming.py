@@ -38,7 +38,9 @@ class Stream:
     def pack(self, tensor: Tensor) -> Any:
         """Stand in for a copied parameter that a backward pass will need: say where it comes from, and which view."""
         there = self.origin.get(tensor.untyped_storage().data_ptr())
-        return tensor if there is None else (there, tensor.size(), tensor.stride(), tensor.storage_offset())
+        if there is None:  # the tensor itself would hold on to the graph that holds it, for good
+            return tensor.detach()
+        return there, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(self, kept: Any) -> Tensor:
         """Return what `pack` was given."""

@@ -17,7 +17,7 @@ from peftc.models.load import Model, device_of, load, solver_device
 from peftc.plan import Target
 from peftc.report import Report, size
 from peftc.source import Source
-from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import factored, ordered, passes, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
@@ -40,6 +40,7 @@ def calibrate(
     skip: Sequence[str] = (),
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
+    max_memory: str | float | None = None,
     task: str | None = None,
     batch_size: int = 8,
     image_size: int | None = None,
@@ -60,6 +61,7 @@ def calibrate(
         conv_method: the form in which k x k convolutions will be factored.
         include, skip: patterns over dotted names; a skip beats an include.
         calibration_samples, calibration_tokens: at most so many.
+        max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate within.
         task: what the model is for; guessed when None.
         batch_size: samples at once, >= 1.
         image_size, max_length: how to read the data.
@@ -78,9 +80,9 @@ def calibrate(
         )  # fmt: skip
     asked = Request(
         data, task, calibration_samples, None if calibration_tokens is None else int(calibration_tokens), batch_size,
-        image_size, max_length, seed,
+        image_size, max_length, seed, passes.limit(max_memory),
     )  # fmt: skip
-    loaded = load(model)
+    loaded = passes.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
     spectra.refuse_non_finite(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)

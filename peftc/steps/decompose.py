@@ -57,7 +57,11 @@ class Question:
         """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
         if self.source is not None:
             work, needs = self.work, self.work.factorize.needs
-            work.use(joining.calibrated(work.model, work.targets, self.source, needs, folder), self.reasons)
+            planned = self.plan is not None
+            known = joining.calibrated(work.model, work.targets, self.source, needs, folder, planned=planned)
+            work.use(known, self.reasons)
+            if work.model.max_memory is not None:
+                passes.return_freed()
         if self.budget is None:
             return Decision(joining.gathered(self.plan).ranks if self.plan else {})
         budget = self.budget
@@ -174,7 +178,8 @@ def decompose(
             on its test split.
         statistics: what `calibrate` collected before, instead of a calibration here.
         calibration_samples, calibration_tokens: at most so many are calibrated on.
-        max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate within.
+        max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate and
+            factor within.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
             by it; 0 trusts the prediction.
@@ -211,11 +216,12 @@ def decompose(
 
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
-    loaded.max_memory = passes.limit(max_memory)
+    loaded = passes.bounded(loaded, max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = factored.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
+    estimate.refuse_unsolvable(work)
     if keep_all_ranks:
         ordered.refuse_pairs(work.targets)
     words = factored.words(budget, allocation, plan)
@@ -291,7 +297,8 @@ def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) 
     """
     if on["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
         return False
-    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **on)
+    few = {**on, **quality.sparing(model, on)}
+    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **few)
     return True
 
 

@@ -17,6 +17,7 @@ from peftc import hooks, measure
 from peftc.models.load import Model, detached
 from peftc.plan import Target
 from peftc.report import Report, size
+from peftc.steps import passes
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import DRAWS, Statistics
@@ -73,8 +74,25 @@ def eigenproblems(target: Target, needs: tuple[str, ...]) -> list[int]:
     out, in_ = hooks.matrix_shape(target)
     if "second_moment" not in needs:
         return [min(out, in_)]
-    sides = [out] if "output_gradient_gram" in needs and out <= hooks.LARGEST_GRAM else []
-    return [*sides, out] if out <= in_ else [*sides, in_, in_]
+    has_gram = "output_gradient_gram" in needs and max(target.outs or (out,)) <= hooks.LARGEST_GRAM
+    return [*([out] if has_gram else []), *([out] if out <= in_ else [in_, in_])]
+
+
+def solving(target: Target, needs: tuple[str, ...]) -> int:
+    """Return the bytes that solving one module takes."""
+    out, in_ = hooks.matrix_shape(target)
+    return COPIES * DOUBLE * (out * in_ + sum(side**2 for side in set(eigenproblems(target, needs))))
+
+
+def refuse_unsolvable(work: Factoring) -> None:
+    """Refuse a `--max-memory` in which a module cannot be factored under statistics; plain methods take far less.
+
+    Raises:
+        PlanError: with the memory that is needed.
+    """
+    needs = work.factorize.needs
+    needed = {name: solving(target, needs) for name, target in work.targets.items() if needs}
+    passes.refuse_unsolvable(work.model, work.device, needed)
 
 
 def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:
@@ -86,12 +104,12 @@ def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -
         sides = eigenproblems(target, work.factorize.needs)
         products = PRODUCTS * out * in_ * min(out, in_) * at.product
         seconds += sum(side**3 for side in sides) * at.eigen + products
-        largest = max(largest, COPIES * DOUBLE * (out * in_ + sum(side**2 for side in set(sides))))
+        largest = max(largest, solving(target, work.factorize.needs))
     memory = largest
     if isinstance(source, Prepared):
-        passes = _calibration(work, source)
-        memory = max(memory, passes.memory)
-        seconds += passes.multiplied * at.single
+        effort = _calibration(work, source)
+        memory = max(memory, effort.memory)
+        seconds += effort.multiplied * at.single
     found = {"peak_memory_bytes": int(float(f"{memory:.2g}")), "seconds": float(f"{seconds:.2g}")}
     report.data["estimate"] = found
     report.notes.append(
@@ -101,7 +119,7 @@ def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -
 
 
 @dataclass(frozen=True)
-class Passes:
+class Effort:
     """What running a calibration set through a model takes.
 
     Attributes:
@@ -113,7 +131,7 @@ class Passes:
     multiplied: float
 
 
-def _calibration(work: Factoring, source: Prepared) -> Passes:
+def _calibration(work: Factoring, source: Prepared) -> Effort:
     """Count on the meta device, with the batch of the longest samples for all of them in proportion."""
     runs = hooks.batches(source.encoded.lengths, source.encoded.size, source.request.batch_size)
     longest, lengths = runs[-1 if source.encoded.lengths else 0], source.encoded.lengths
@@ -132,7 +150,7 @@ def _calibration(work: Factoring, source: Prepared) -> Passes:
         outer += counted.positions.get(name, 0) * (side**2 + DRAWS * gram**2)
         sums += DOUBLE * (side**2 + gram**2)
     multiplied = counted.macs * (1 + 2 * DRAWS if gradients else 1) + outer
-    return Passes(SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share)
+    return Effort(SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share)
 
 
 def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:

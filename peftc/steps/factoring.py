@@ -115,24 +115,48 @@ class Factoring:
         return joint.spelled_out(plan, self.model, self.targets)
 
     def spectrum(self, target: Target) -> Decomposed:
-        """Return a module's decomposition; with a job, its basis is computed once and kept on disk."""
-        weight = spectra.weight_of(self.model, target, self.device)
-        with _named(target.name):
-            found = self.factorize(weight, target)
-            if self.job is None or not isinstance(found, Spectrum):
-                return found
-            part = self.part(target, "spectrum")
-            note = write.read_note(part)
-            if note is None:
-                solution = found.solution
-                basis = {"values": solution.values, "up": solution.up, "down": solution.down}
-                note = {"rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed)}
-                write.save_part(part, {k: v for k, v in basis.items() if v is not None}, note)
+        """Return a module's decomposition; with a job, its basis is computed once and kept on disk.
+
+        One that was kept holds no statistics: they are read again where another rung must be climbed.
+        """
+        if self.job is None or target.form == "tucker2":
+            return self._fresh(target)
+        part = self.part(target, "spectrum")
+        if not part.is_file():
+            self._keep_basis(target, part)
+        note = write.read_note(part)
+        assert note is not None
+
+        def again(matrix: Tensor, vectors: bool, rung: str) -> Solution | None:
+            found = self._fresh(target)
+            assert isinstance(found, Spectrum)
+            return found.rungs[rung](matrix, vectors)
+
         # clones are aligned as fresh memory is: same kernels, same bits
         read = {name: tensor.clone() for name, tensor in _read(part).items()}
         solution = Solution(read["values"], read.get("up"), read.get("down"), note["rung"], note["exact"])
+        weight = lowrank.matrix(spectra.weight_of(self.model, target, self.device), target.form).contiguous()
+        found = Spectrum(weight, {rung: functools.partial(again, rung=rung) for rung in note["rungs"]})
         found.resume(solution, note["climbed"])
         return found
+
+    def _fresh(self, target: Target, factorize: Factorizer | None = None) -> Decomposed:
+        """Return a module's decomposition from its statistics, where nothing is solved yet."""
+        weight = spectra.weight_of(self.model, target, self.device)
+        with _named(target.name):
+            return (factorize or self.factorize)(weight, target)
+
+    def _keep_basis(self, target: Target, part: Path) -> None:
+        """Solve for the basis of a module and keep it in ``part``."""
+        found = self._fresh(target)
+        assert isinstance(found, Spectrum)
+        with _named(target.name):
+            solution = found.solution
+        basis = {"values": solution.values, "up": solution.up, "down": solution.down}
+        note = {
+            "rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed), "rungs": list(found.rungs),
+        }  # fmt: skip
+        write.save_part(part, {key: tensor for key, tensor in basis.items() if tensor is not None}, note)
 
     def part(self, target: Target, kind: str) -> Path:
         """Return the file in which something finished about a module is kept."""
@@ -176,11 +200,14 @@ class Factoring:
             factorize: other statistics than those that the kept spectra stand on.
         """
         by = factorize or self.factorize
-        kept_basis = factorize is None and self.part(target, "spectrum").is_file()
-        weight = spectra.weight_of(self.model, target, self.device)
+        if factorize is None and self.part(target, "spectrum").is_file():
+            found = self.spectrum(target)
+        else:
+            found = self._fresh(target, by)
         with _named(target.name):
-            found = self.spectrum(target) if kept_basis else by(weight, target)
             cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
+            losses = found.losses()
+        del found  # and with it the statistics that it was solved from
         dense = self.model.module.get_submodule(target.name).weight
         if target.members:
             dense = joint.stacked(self.model, target, torch.device("cpu"), dense.dtype)  # type: ignore[union-attr, arg-type]
@@ -189,7 +216,6 @@ class Factoring:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
             raise MethodError(f"the factors of `{target.name}` do not fit into {dense.dtype}")  # type: ignore[union-attr]
         error = cut.error if dense.dtype not in HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
-        losses = found.losses()
         total = float(losses.flatten()[0])
         weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
         note = {

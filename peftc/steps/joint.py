@@ -163,12 +163,16 @@ def form_of(module: nn.Module) -> str:
 
 
 def calibrated(
-    model: Model, targets: dict[str, Target], source: Prepared | Statistics, needs: Sequence[str], folder: Path
-) -> Statistics:
+    model: Model, targets: dict[str, Target], source: Prepared | Statistics, needs: Sequence[str], folder: Path,
+    *, planned: bool = False,
+) -> Statistics:  # fmt: skip
     """Return the statistics of all targets, of a group's members one by one; take apart groups that have none as one.
 
     These are groups of few outputs, of which only the second moments of each member's outputs are kept, and members
     that read different tensors on the calibration set.
+
+    Raises:
+        PlanError: such a group is ``planned``, with one rank for all.
     """
     known = statistics.obtain(source, one_by_one(model, targets), needs, folder)
     apart = []
@@ -177,6 +181,12 @@ def calibrated(
         about = [known.note["modules"].get(member) for member in target.members]
         if not target.members or {each and (each["side"], each["leader"]) for each in about} <= {("input", name)}:
             arranged[name] = target
+        elif planned:
+            raise PlanError(
+                f"the plan lets {', '.join(f'`{each}`' for each in target.members)} share a down factor",
+                why="there are no statistics of one input of theirs: they read different tensors, or have few outputs",
+                hint="take the group out of `joint`, or factor it without statistics: `--method svd`",
+            )
         else:
             arranged |= one_by_one(model, {name: target})
             apart.append(name)

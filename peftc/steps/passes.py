@@ -10,7 +10,7 @@ import ctypes
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,23 @@ def limit(text: str | float | None) -> int | None:
         raise UsageError(f"`--max-memory {text}` {error}", hint="write it as `--max-memory 8GB`") from None
 
 
-def return_freed() -> None:
-    """Let the C library, where it is glibc, give blocks of a megabyte and more back to the system once they are freed.
+def bounded(model: Model, max_memory: str | float | None) -> Model:
+    """Return a model that remembers what running it may take; what is freed goes back to the system from now on.
 
-    Without, the copies of half-precision weights leave holes in the heap that count as taken.
+    Raises:
+        UsageError: it is no number of bytes.
+    """
+    found = limit(max_memory)
+    if found is not None:
+        return_freed()
+    return replace(model, max_memory=found)
+
+
+def return_freed() -> None:
+    """Let the C library, where it is glibc, give back to the system what is free, and larger blocks once they are.
+
+    Without, the copies of half-precision weights and the small tensors of a backward pass leave holes in the heap that
+    count as taken.
     """
     try:
         library = ctypes.CDLL(None)
@@ -136,6 +149,30 @@ def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int
     return Passes(batch_size, groups)
 
 
+def refuse_unsolvable(model: Model, device: torch.device, needed: Mapping[str, int]) -> None:
+    """Refuse a memory in which a module cannot be factored, even alone.
+
+    Args:
+        model: with the limit.
+        device: where the modules are factored.
+        needed: bytes that the solver takes for each.
+
+    Raises:
+        PlanError: with the memory that is needed.
+    """
+    if model.max_memory is None or not needed:
+        return
+    name = max(needed, key=lambda each: needed[each])
+    own, solver = _taken(device), int(needed[name] / SPARE)
+    if own + solver > model.max_memory:
+        enough = -(-(_held(device) + solver) // 10**7) * 10
+        raise PlanError(
+            f"`--max-memory` {bytes_text(model.max_memory)} is too little to factor `{name}`",
+            why=f"solving it takes {bytes_text(needed[name])}, and {bytes_text(own)} is held before",
+            hint=f"ask for `--max-memory {enough}MB`, or leave it dense: `--skip {name}`",
+        )
+
+
 def _units(sites: Mapping[str, Site], needs: Sequence[str]) -> dict[str, tuple[list[str], int]]:
     """Return, by leader, the modules that are collected together and the bytes of their sums."""
     units: dict[str, tuple[list[str], int]] = {}
@@ -151,7 +188,13 @@ def _units(sites: Mapping[str, Site], needs: Sequence[str]) -> dict[str, tuple[l
 
 
 def _held(device: torch.device) -> int:
-    """Return the bytes that are taken before anything is collected."""
+    """Return the bytes that are taken before anything is collected, in coarse steps, to decide the same again."""
+    taken = _taken(device)
+    return taken if device.type == "cuda" else -(-taken // 100_000_000) * 100_000_000
+
+
+def _taken(device: torch.device) -> int:
+    """Return the bytes that are taken now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -159,13 +202,14 @@ def _held(device: torch.device) -> int:
     except OSError:  # not Linux
         return PROCESS
     anonymous = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-    return max(PROCESS, -(-anonymous // 100_000_000) * 100_000_000)
+    return max(PROCESS, anonymous)
 
 
 def _footprint(network: nn.Module, call: Callable[[], None]) -> int:
     """Return the most bytes of tensors that a call makes and holds at once, the network's own apart."""
     with _Held(network) as held:
         call()
+    return_freed()
     return held.highest
 
 

@@ -11,7 +11,6 @@ from peftc.data.tokens import sample, window
 from peftc.errors import DataError, UsageError
 from peftc.models import load
 from peftc.models.load import Model, detached
-from peftc.steps.passes import return_freed
 from peftc.tasks import Encoded, Settings, Task
 
 GENERATED, GENERATED_LENGTH = "generated:", 128
@@ -88,10 +87,8 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
     Raises:
         DataError: the data cannot be read, or the model cannot read it.
     """
-    limit = request.max_memory
-    if limit is not None:
-        return_freed()
-    subject = load.runnable(replace(model, module=detached(model.module), max_memory=limit), device=device)
+    bounded = replace(model, module=detached(model.module), max_memory=request.max_memory)
+    subject = load.runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
     encoded, data, labelled, notes = _encode(subject, task, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +24,17 @@ def add(report: Report, model: Model, *, against: nn.Module | Model, **options: 
     written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
     if model.max_memory is not None:
         written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
-        options["batch_size"] = options["batch_size"] or 1
-    quality = evaluate(written, against=against, **options)
+    quality = evaluate(written, against=against, **{**options, **sparing(model, options)})
     report.data["quality"] = quality.data
     report.tables += quality.tables
     report.notes += quality.notes
     report.warnings += quality.warnings
     report.gates += quality.gates
+
+
+def sparing(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch size of an evaluation: one sample where memory is limited and none was asked for."""
+    return {"batch_size": options["batch_size"] or (None if model.max_memory is None else 1)}
 
 
 def measure_on_test(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from peftc import allocate, artifact, hooks, progress
@@ -22,7 +23,7 @@ from peftc.models import load
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Target
-from peftc.steps import joint, spectra
+from peftc.steps import joint, spectra, write
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.tasks import Batch
@@ -46,29 +47,42 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
     path = folder / KEPT
     scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found_losses: dict[str, Tensor] = {}
-    batches = samples_of(prepared, samples)
+    known = work.factorize.statistics
+    assert known is not None
+    batches = samples_of(prepared, samples, known.batch_size)
     dense: list[Tensor] = []
     with progress.track("sensitivity", len(work.targets)) as advance:
         for name, target in work.targets.items():
             found = work.spectrum(target)
             if name not in scales and isinstance(found, Spectrum):
-                dense = dense or [outputs(prepared, batch) for batch in batches]
+                dense = dense or _dense(prepared, batches, folder)
                 scales[name] = _scale(work, prepared, target, found, batches, dense)
                 artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
                 path.with_suffix(".tmp").replace(path)
             found_losses[name] = found.losses().cpu() * scales.get(name, 1.0)
+            del found  # before the next one is solved
             advance(name)
     return found_losses
 
 
-def samples_of(prepared: Prepared, samples: int) -> list[Batch]:
+def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
+    """Return the dense model's outputs for every batch, on the CPU; kept in files and mapped, for they may be large."""
+    found = []
+    for number, batch in enumerate(batches):
+        part = folder / f"outputs-{number:05d}.safetensors"
+        if not part.is_file():
+            write.save_part(part, {"outputs": outputs(prepared, batch)}, {})
+        with safe_open(part, "pt") as file:
+            found.append(file.get_tensor("outputs"))
+    return found
+
+
+def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
     """Return so many samples, spread over the calibration set, in batches."""
     size = prepared.encoded.size
     chosen = [at * size // min(samples, size) for at in range(min(samples, size))]  # spread over the set
     lengths = prepared.encoded.lengths
-    runs = hooks.batches(
-        None if lengths is None else [lengths[at] for at in chosen], len(chosen), prepared.request.batch_size
-    )
+    runs = hooks.batches(None if lengths is None else [lengths[at] for at in chosen], len(chosen), batch_size)
     return [prepared.encoded.batch([chosen[at] for at in run]) for run in runs]
 
 
@@ -81,10 +95,10 @@ def _scale(
     if predicted <= FAINT * float(found.losses()[0]) / 2:
         return 1.0
     with cut(work, prepared.model.module, target, found, rank):
-        parts = [
-            divergence(prepared.task, one, outputs(prepared, batch), batch.inputs)
-            for one, batch in zip(dense, batches, strict=True)
-        ]
+        parts = []
+        for one, batch in zip(dense, batches, strict=True):
+            now = outputs(prepared, batch)
+            parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
     measured = float(torch.cat(parts).mean())
     return min(max(measured / predicted, 1 / LARGEST), LARGEST)
 
@@ -110,7 +124,7 @@ def cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: in
         for parameter, tensor in changes:
             if tensor is not None:
                 before.append((parameter, parameter.data))
-                parameter.data = tensor.to(parameter.device, parameter.dtype)
+                parameter.data = tensor.to(parameter.device, load.dtype_of(network))
     try:
         yield
     finally:

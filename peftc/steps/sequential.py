@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from peftc import hooks, progress
 from peftc.allocate import Rank
@@ -86,8 +87,9 @@ def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None]
         prepared: the calibration set, and a copy of the model that takes the factors as they come.
         ranks: by module.
     """
-    model = prepared.model
-    runs = hooks.batches(prepared.encoded.lengths, prepared.encoded.size, prepared.request.batch_size)
+    model, known = prepared.model, work.factorize.statistics
+    assert known is not None
+    runs = hooks.batches(prepared.encoded.lengths, prepared.encoded.size, known.batch_size)
     sites = hooks.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
     cuts: dict[str, dict[str, Any]] = {}
     with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:
@@ -168,10 +170,17 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
 def _placed(work: Factoring, network: Any, name: str, part: Path) -> dict[str, Any]:
     """Give a module of the running network the product of its factors, and return the note about them."""
     target, module = work.targets[name], network.get_submodule(name)
-    tensors = {key: tensor.to(module.weight) for key, tensor in work.kept(name, 0)[0].items()}
+    like = {"device": module.weight.device, "dtype": load.dtype_of(network)}
+    tensors = {key: tensor.to(**like) for key, tensor in work.kept(name, 0)[0].items()}
     bias = tensors.pop("up.bias", None)
+    product = lowrank.dense_weight(tensors, target.shape, target.form)
+    if work.model.max_memory is not None:  # all products together are as large as the model: they are mapped, as it was
+        stored = part.with_name(f"{part.stem}-product.safetensors")
+        write.save_part(stored, {"weight": product}, {})
+        with safe_open(stored, "pt") as file:
+            product = file.get_tensor("weight").to(**like)
     for each in (name, *target.aliases):
-        network.get_submodule(each).weight.data = lowrank.dense_weight(tensors, target.shape, target.form)
+        network.get_submodule(each).weight.data = product
     if bias is not None:
         module.bias.data = bias
     note = write.read_note(part)

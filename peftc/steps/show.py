@@ -184,7 +184,9 @@ def _calibration_options(request: dict[str, Any]) -> list[str]:
     options = {
         "data": asked.get("data"), "task": asked.get("task"), "calibration-samples": asked.get("samples"),
         "calibration-tokens": asked.get("tokens"), "image-size": asked.get("image_size"),
-        "max-length": asked.get("max_length"),
+        "max-length": asked.get("max_length"), "max-memory": asked.get("max_memory"),
         "batch-size": asked.get("batch_size") if request["command"] == "calibrate" else None,
+        "sensitivity": request.get("sensitivity") if request["command"] == "decompose" else None,
     }  # fmt: skip
-    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    return [*words, *(["--sequential"] if request.get("sequential") else [])]

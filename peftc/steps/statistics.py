@@ -50,6 +50,11 @@ class Statistics:
     def __contains__(self, name: str) -> bool:
         return name in self.note["modules"]
 
+    @property
+    def batch_size(self) -> int:
+        """How many samples ran at once, as memory allowed."""
+        return int(self.note["request"]["batch_size"])
+
     def why_not(self, name: str) -> str:
         """Return why there are no statistics of a module."""
         calibrated = name in self.note.get("eligible", (name,))
@@ -338,14 +343,17 @@ def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepare
 
 
 def too_few(note: Mapping[str, Any]) -> list[str]:
-    """Return a warning per kind of module whose moment was estimated from too few rows."""
-    poor = {name: about for name, about in note["modules"].items() if about["rows"] < ENOUGH * about["width"]}
-    said = []
+    """Return a warning per pair of too few rows and a width, with the kinds of modules whose moments stand on them."""
+    every = sorted(note["modules"].items())  # as in a note that was read back
+    poor = {name: about for name, about in every if about["rows"] < ENOUGH * about["width"]}
+    kinds: dict[tuple[int, int], list[str]] = {}
     for kind, names in grouped(poor).items():
-        rows, width = poor[names[0]]["rows"], poor[names[0]]["width"]
+        kinds.setdefault((poor[names[0]]["rows"], poor[names[0]]["width"]), []).append(f"`{kind}`")
+    said = []
+    for (rows, width), some in kinds.items():
         needed = -(-ENOUGH * width * note["samples"] // rows)
         said.append(
-            f"`{kind}`: {rows:,} calibration rows for {width:,} features are few; about {ENOUGH * width:,} are needed, "
-            f"here {needed:,} samples"
+            f"{', '.join(some)}: {rows:,} calibration rows for {width:,} features are few; "
+            f"about {ENOUGH * width:,} are needed, here {needed:,} samples"
         )
     return said

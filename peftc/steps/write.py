@@ -200,7 +200,7 @@ def verify(folder: Path, expected: Model) -> list[str]:
         ArtifactError: a tensor or an output differs.
     """
     source = Source(str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code)
-    written = models.load(source)
+    written = replace(models.load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
         if not torch.equal(tensor.cpu(), theirs[name]):
@@ -236,9 +236,14 @@ def _outputs(model: Model, batch: Any) -> Tensor:
 
 
 def one_dtype(model: Model) -> Model:
-    """Return a model that can run: itself, or a float32 copy where stored dtypes are mixed."""
+    """Return a model that can run: itself, or a float32 copy where stored dtypes are mixed.
+
+    Where memory is limited only the module that runs is copied.
+    """
     if surgery.uniform_dtype(model.module) is not None:
         return model
+    if model.max_memory is not None and models.place_of(model.module).type != "meta":
+        return models.runnable(replace(model, module=models.detached(model.module)), device="cpu")
     return replace(model, module=copy.deepcopy(model.module).float())
 
 

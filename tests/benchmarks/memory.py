@@ -1,7 +1,11 @@
 """Peak anonymous memory of `decompose` and `truncate` on a 2 GB checkpoint, their checks included.
 
     python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
-    python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac]    on 4 sequences of 16 tokens
+    python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac] [--commands decompose calibrate]
+        [--sequences 4] [--tokens 16] [--layers 2] [--extra "--sensitivity 0"]
+
+With `--max-memory` it calibrates on so many sequences drawn from the model, and factors or calibrates all layers or the
+first few.
 
 Makes a sharded Llama (every side at most 2,048) on the spot and polls RssAnon of the command: mapped file pages do not
 count.
@@ -21,6 +25,11 @@ from pathlib import Path
 SIDE = 2048
 
 
+def layers(gigabytes: float, dtype: str) -> int:
+    """Return how many layers make a checkpoint of about that size."""
+    return max(1, round(gigabytes * 1e9 / (7 * SIDE * SIDE * (4 if dtype == "float32" else 2))))
+
+
 def make(folder: Path, gigabytes: float, dtype: str) -> int:
     """Write a sharded Llama checkpoint of about that size, one tensor in memory at a time; return its bytes."""
     import torch
@@ -30,9 +39,8 @@ def make(folder: Path, gigabytes: float, dtype: str) -> int:
     from peftc.models.skeleton import parameters_on_meta
 
     kind = getattr(torch, dtype)
-    per_layer = 7 * SIDE * SIDE * kind.itemsize
     config = LlamaConfig(
-        hidden_size=SIDE, intermediate_size=SIDE, num_hidden_layers=max(1, round(gigabytes * 1e9 / per_layer)),
+        hidden_size=SIDE, intermediate_size=SIDE, num_hidden_layers=layers(gigabytes, dtype),
         num_attention_heads=16, num_key_value_heads=16, vocab_size=SIDE, tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
@@ -83,11 +91,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-memory")
     parser.add_argument("--methods", nargs="+", default=["whitened", "kfac"])
+    parser.add_argument("--commands", nargs="+", default=["decompose", "calibrate"], help="of a limited memory")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16, help="of a sequence")
+    parser.add_argument("--layers", type=int, help="the first so many; all when left out")
+    parser.add_argument("--extra", default="", help="more options of decompose")
     options = parser.parse_args()
     print("| checkpoint | dtype | command | imports alone | peak RssAnon | seconds | exit |")
     print("|--:|---|---|--:|--:|--:|--:|")
     budget = ["--ratio", "0.5", "--allocation", options.allocation]
-    few = ["--data", "generated:4", "--max-length", "16", "--max-memory", options.max_memory]
+    few = ["--data", f"generated:{options.sequences}", "--max-length", str(options.tokens)]
+    few += ["--max-memory", options.max_memory]
+    total = layers(options.gigabytes, options.dtype)
+    left = range(total if options.layers is None else options.layers, total)
+    skip = [word for layer in left for word in ("--skip", f"layers.{layer}.*")]
+    asked = {"decompose": ["--ratio", "0.5", *options.extra.split()], "calibrate": []}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         size = make(model, options.gigabytes, options.dtype)
@@ -98,12 +116,16 @@ def main() -> None:
             ["truncate", str(Path(folder) / "1"), *budget],
         ]
         if options.max_memory:
-            commands = [["decompose", str(model), "--ratio", "0.5", "--method", m, *few] for m in options.methods]
+            commands = [
+                [command, str(model), *asked[command], "--method", method, *few, *skip]
+                for method in options.methods
+                for command in options.commands
+            ]
         for number, words in enumerate(commands):
             highest, seconds, code = peak(
                 [sys.executable, "-m", "peftc", *words, "-q", "-o", str(Path(folder) / str(number))]
             )
-            told = " ".join([words[0], *words[2:]])
+            told = " ".join([words[0], *words[2 : len(words) - len(skip)]])
             row = [f"{size / 1e9:.2f} GB", options.dtype, told, f"{imports:.0f} MB", f"{highest:.0f} MB"]
             print(f"| {' | '.join(row)} | {seconds:.0f} | {code} |", flush=True)
 

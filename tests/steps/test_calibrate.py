@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import peftc as public
 from peftc import manifest
-from peftc.errors import ArtifactError, DataError, UsageError, WeightError
+from peftc.errors import ArtifactError, DataError, PlanError, UsageError, WeightError
 from peftc.methods.weighted import Moment, weighted
 from peftc.steps import statistics, write
 from peftc.steps.calibrate import calibrate
@@ -133,8 +133,9 @@ def test_a_budget_of_tokens_stops_early(tiny_vit: Path, tmp_path: Path) -> None:
 
 def test_too_few_rows_warn_with_the_number_that_is_needed(tiny_vit: Path, tmp_path: Path) -> None:
     few = calibrate(tiny_vit, data="sklearn:digits", calibration_samples=2, output_dir=tmp_path / "few")
-    said = [text for text in few.warnings if "blocks.*.attn.qkv" in text]
-    assert len(said) == 1 and "34 calibration rows for 32 features" in said[0]
+    said = few.warnings
+    assert len(said) == 1 and "`blocks.*.attn.proj`, `blocks.*.attn.qkv`, " in said[0]  # one for all of these numbers
+    assert "34 calibration rows for 32 features" in said[0]
     assert "about 128 are needed, here 8 samples" in said[0]
     assert not calibrate(tiny_vit, output_dir=tmp_path / "enough", **DIGITS).warnings
     cut = decompose(tiny_vit, statistics=tmp_path / "few", ratio=0.5, dry_run=True)
@@ -356,6 +357,23 @@ def test_a_decomposition_with_data_is_rebuilt_by_its_line(peftc, tiny_vit: Path,
     done = peftc(*(tmp_path / "again" if word == "01-decompose" else word for word in shlex.split(line)[1:]))
     assert done.exit_code == 0, done.stderr
     assert promised(tmp_path / "again") == promised(tmp_path / "small")
+
+
+def test_a_limited_memory_collects_the_same_and_is_part_of_the_line(peftc, tiny_vit: Path, tmp_path: Path) -> None:
+    words = ["--data", "sklearn:digits", "--calibration-samples", 24, "--max-memory", "4GB", "-o", tmp_path / "bound"]
+    made = peftc("calibrate", tiny_vit, *words)
+    assert made.exit_code == 0, made.stderr
+    calibrate(tiny_vit, output_dir=tmp_path / "free", data="sklearn:digits", calibration_samples=24)
+    bound, free = (load_file(tmp_path / name / "statistics.safetensors") for name in ("bound", "free"))
+    assert bound.keys() == free.keys() and all(torch.equal(bound[key], free[key]) for key in free)
+    (line,) = show(tmp_path / "bound", commands=True).lines
+    assert "--max-memory 4000000000" in line
+    done = peftc(*(tmp_path / "again" if word == "01-calibrate" else word for word in shlex.split(line)[1:]))
+    assert done.exit_code == 0, done.stderr
+    assert promised(tmp_path / "again") == promised(tmp_path / "bound")
+    with pytest.raises(PlanError, match="`--max-memory` 1 MB is too little to calibrate"):
+        calibrate(tiny_vit, output_dir=tmp_path / "no", data="sklearn:digits", max_memory="1MB")
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_project_names_model_and_data(peftc, tiny_vit: Path, tmp_path: Path, monkeypatch) -> None:

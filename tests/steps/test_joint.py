@@ -239,6 +239,19 @@ def test_a_manifest_that_shares_with_the_wrong_module_is_refused(tmp_path: Path,
     assert "`up` shares the down factor of" in str(caught.value.why)
 
 
+def test_a_planned_group_without_common_statistics_is_refused(tmp_path: Path) -> None:
+    source = named("llama", tmp_path)
+    calibration: dict[str, Any] = {"data": "generated:8", "task": "causal-lm", "max_length": 16, "device": "cpu"}
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]  # one width, not one input
+    plan = {"schema_version": 1, "ranks": dict.fromkeys(names, 4), "joint": [names]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match="share a down factor") as refusal:
+        decompose(source, output_dir=tmp_path / "out", plan=tmp_path / "plan.json", method="whitened", **calibration)
+    assert all(name in refusal.value.what for name in names)
+    assert "they read different tensors" in str(refusal.value.why)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["whitened", "kfac", "asvd", "fwsvd"])
 def test_calibrated_methods_take_the_statistics_of_the_stack(tmp_path: Path, method: str) -> None:
     source = named("llama", tmp_path)

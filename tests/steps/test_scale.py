@@ -1,10 +1,12 @@
 """Calibration within a given memory, and one decompose by several processes: the same numbers, and no silence."""
 
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from peftc import processes
+from peftc import hooks, processes
 from peftc.errors import PeftcError, PlanError, UsageError
+from peftc.methods import spectrum
+from peftc.methods.weighted import Moment
 from peftc.models import load
 from peftc.models.load import Model
 from peftc.models.targets import targets as find_targets
-from peftc.steps import passes, statistics
+from peftc.plan import Target
+from peftc.steps import estimate, lanes, passes, sensitivity, statistics, write
 from peftc.steps.decompose import decompose
+from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Request, prepare
+from peftc.steps.show import show
+from peftc.steps.spectra import factorizer
 from peftc.steps.statistics import Statistics
 
 TEXT = "the cat sat on the mat . a small dog ran under the big tree ! then the red bird sang , and it was very blue . "
@@ -164,6 +172,9 @@ def test_enough_memory_changes_nothing_but_the_request(tiny_llama: Path, text: s
     assert request == free["steps"][0]["request"]["statistics"]["request"]
     ours, theirs = (load.load(tmp_path / name).module.state_dict() for name in ("free", "bound"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    (line,) = show(tmp_path / "bound", commands=True).lines
+    assert "--max-memory 4000000000" in line
+    assert "--max-memory" not in show(tmp_path / "free", commands=True).lines[0]
 
 
 @pytest.mark.parametrize("value", ["lots", "0"])
@@ -216,6 +227,173 @@ def test_a_backward_pass_keeps_no_copy_of_a_weight(half_llama: Path, monkeypatch
     whole(inputs_embeds=other).logits.square().sum().backward()
     assert sum(unpacked) >= 14  # seven matrices in each of two layers
     assert torch.equal(embedded.grad, other.grad)
+
+
+@pytest.mark.parametrize("needs", [NEEDS, ("second_moment", "weight_fisher")])
+def test_a_streamed_calibration_leaves_nothing_in_memory(
+    half_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Any
+) -> None:
+    made: list[weakref.ref[hooks.Collector]] = []
+
+    def collector(*given: Any) -> hooks.Collector:
+        found = hooks.Collector(*given)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(statistics, "Collector", collector)
+    collected(half_llama, text, tmp_path / "streamed", needs, max_memory=2 << 30)
+    gc.collect()
+    assert len(made) == lanes.LANES
+    assert [each() for each in made] == [None] * lanes.LANES
+
+
+def test_a_model_of_two_dtypes_runs_a_module_at_a_time(half_llama: Path) -> None:
+    model = replace(load.load(half_llama), max_memory=1 << 30)
+    norm: Any = model.module.get_submodule("model.norm")
+    norm.weight = torch.nn.Parameter(norm.weight.detach().float())
+    bounded, whole = write.one_dtype(model), write.one_dtype(replace(model, max_memory=None))
+    assert {each.dtype for each in bounded.module.parameters()} == {torch.bfloat16, torch.float32}
+    assert {each.dtype for each in whole.module.parameters()} == {torch.float32}
+    batch = load.probe(model)
+    assert torch.equal(load.outputs(bounded, batch), load.outputs(whole, batch))
+
+
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Moment]]:
+    """Second moments that methods were given."""
+    made: list[weakref.ref[Moment]] = []
+
+    def moment(*given: Any) -> Moment:
+        found = Moment(*given)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(hooks, "Moment", moment)
+    return made
+
+
+def test_statistics_are_read_once_and_let_go(
+    tiny_llama: Path, text: str, tmp_path: Path, moments: list[weakref.ref[Moment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    run, cut_at = sensitivity.outputs, spectrum.cut_at
+
+    def running(*given: Any) -> Any:
+        alive.append(sum(each() is not None for each in moments))
+        return run(*given)
+
+    def cutting(*given: Any) -> Any:
+        alive.append(sum(each() is not None for each in moments))
+        return cut_at(*given)
+
+    bases: list[weakref.ref[Any]] = []
+    keep, read = Factoring._keep_basis, Factoring.spectrum
+
+    def keeping(*given: Any) -> None:
+        alive.append(sum(each() is not None for each in bases))
+        keep(*given)
+
+    def reading(*given: Any) -> Any:
+        found = read(*given)
+        bases.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(sensitivity, "outputs", running)
+    monkeypatch.setattr(spectrum, "cut_at", cutting)
+    monkeypatch.setattr(Factoring, "_keep_basis", keeping)
+    monkeypatch.setattr(Factoring, "spectrum", reading)
+    report = decompose(tiny_llama, output_dir=tmp_path / "out", data=text, sensitivity=2, **KFAC)
+    assert len(alive) > 2 * len(report.data["modules"])
+    assert set(alive) == {0}
+    assert len(moments) == len(report.data["modules"])
+
+
+def test_a_kept_basis_that_fails_its_certificate_is_solved_again_from_the_statistics(
+    tiny_llama: Path, text: str, tmp_path: Path, moments: list[weakref.ref[Moment]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_at, failed = spectrum.cut_at, []
+
+    def doubtful(weight: Any, solution: Any, *given: Any) -> Any:
+        found = cut_at(weight, solution, *given)
+        if solution.rung != "eigh64" or failed:
+            return found
+        failed.append(solution.rung)
+        return replace(found, excess=1.0)
+
+    monkeypatch.setattr(spectrum, "cut_at", doubtful)
+    report = decompose(tiny_llama, output_dir=tmp_path / "out", data=text, sensitivity=0, **KFAC)
+    again = [row for row in report.data["modules"] if row["climbed"]]
+    assert failed == ["eigh64"]
+    assert [row["rung"] for row in again] == ["svd64"]
+    assert "of the optimum" in again[0]["climbed"][0]
+    assert len(moments) == len(report.data["modules"]) + 1
+
+
+def test_a_module_that_cannot_be_solved_within_the_memory_is_refused_at_once(
+    peftc, tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "COPIES", 60_000)  # the tiny modules become large
+    monkeypatch.setattr(passes, "_taken", lambda device: passes.PROCESS)
+    words = ("decompose", tiny_llama, "--ratio", 0.5, "--data", text, "--max-length", 16, "-o", tmp_path / "out")
+    refused = peftc(*words, "--max-memory", "1GB")
+    assert refused.exit_code == 1
+    assert "`--max-memory` 1 GB is too little to factor `model.layers.0.mlp." in refused.stderr
+    assert not (tmp_path / "out").exists()
+    hint = next(line for line in refused.stderr.splitlines() if "hint:" in line)
+    asked = hint.split("`")[1].split()[1]
+    assert peftc(*words, "--max-memory", asked).exit_code == 0
+    less = f"{int(asked.removesuffix('MB')) - 20}MB"
+    assert "too little to factor" in peftc(*words, "--max-memory", less, "--overwrite").stderr
+
+
+def test_larger_modules_take_more_to_solve() -> None:
+    needs = ("second_moment", "output_gradient_gram")
+    square, wide, tall = (Target("one", "linear", shape) for shape in ((64, 64), (64, 128), (128, 64)))
+    group = Target("one", "linear", (16384, 64), members=("one", "two"), outs=(8192, 8192))
+    large = Target("one", "linear", (16384, 64))
+    sizes = [estimate.solving(target, needs) for target in (square, wide, tall, large, group)]
+    assert sizes == sorted(sizes)
+    assert estimate.solving(group, needs) > 8 * 16384**2 > estimate.solving(large, needs)
+    assert estimate.solving(tall, ("second_moment",)) < estimate.solving(tall, needs)
+
+
+@pytest.mark.usefixtures("empty_process")
+def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
+    tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = least_memory(tiny_llama, text, tmp_path / "none")
+    model = load.load(tiny_llama)
+    prepared = prepare(model, Request(text, samples=12, max_length=16, max_memory=least), "cpu")
+    work = Factoring(model, find_targets(model, conv_method="spatial")[0], factorizer("kfac", "spatial", None,
+                     with_data=True), torch.device("cpu"))  # fmt: skip
+    (tmp_path / "tight").mkdir()
+    work.use(statistics.collect(prepared, work.targets, NEEDS, tmp_path / "tight"), {})
+    run, sizes = sensitivity.outputs, set()
+
+    def running(prepared: Any, batch: Any) -> Any:
+        sizes.add(len(batch.inputs["input_ids"]))
+        return run(prepared, batch)
+
+    monkeypatch.setattr(sensitivity, "outputs", running)
+    sensitivity.corrected(work, prepared, 4, tmp_path / "tight")
+    known = work.factorize.statistics
+    assert known is not None
+    assert sizes == {known.batch_size} and known.batch_size < 8
+    assert len(list((tmp_path / "tight").glob("outputs-*.safetensors"))) == 4 // known.batch_size
+
+
+def test_fitting_in_order_within_a_memory_maps_what_it_factored(
+    half_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**KFAC, "sequential": True, "sensitivity": 0, "data": text}
+    decompose(half_llama, output_dir=tmp_path / "free", **asked)
+    save, kept = write.save_part, []
+    monkeypatch.setattr(write, "save_part", lambda path, *given: kept.append(path.stem) or save(path, *given))
+    report = decompose(half_llama, output_dir=tmp_path / "bound", max_memory="4GB", **asked)
+    factored = [row["name"] for row in report.data["modules"] if row["rank"]]
+    assert sum(name.endswith("-product") for name in kept) == len(factored) > 0
+    ours, theirs = (load.load(tmp_path / name).module.state_dict() for name in ("free", "bound"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 # processes

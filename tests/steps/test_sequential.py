@@ -148,7 +148,7 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
     found = sensitivity.corrected(work, prepared, 8, tmp_path)
     name = "blocks.0.mlp.fc1"
     target = work.targets[name]
-    rank, batches = sensitivity.rank_of(target), sensitivity.samples_of(prepared, 8)
+    rank, batches = sensitivity.rank_of(target), sensitivity.samples_of(prepared, 8, prepared.request.batch_size)
     dense = [sensitivity.outputs(prepared, batch) for batch in batches]
     with sensitivity.cut(work, prepared.model.module, target, work.spectrum(target), rank):  # type: ignore[arg-type]
         parts = [
