@@ -10,6 +10,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   ChainError               a pipe or a project with nothing to hand on
   OutputError              a folder that cannot be written
   LostProcessError         another process of a launch that ended
+  DivergenceError          a training whose loss is no number any more
   UsageError               exit 2: a value no run could accept, whatever the model
 """
 
@@ -26,6 +27,7 @@ class PeftcError(Exception):
     """
 
     exit_code = 1
+    keeps_work = False  # whether what was done before it serves the same command again
 
     def __init__(self, what: str, *, why: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -85,6 +87,14 @@ class OutputError(PeftcError):
 
 class LostProcessError(PeftcError):
     """Another process of the same launch ended."""
+
+    keeps_work = True
+
+
+class DivergenceError(PeftcError):
+    """The loss of a training is NaN or infinite; its last checkpoint is kept."""
+
+    keeps_work = True
 
 
 class UsageError(PeftcError):

@@ -160,9 +160,9 @@ def execution(
             job.resumed = not fresh
             try:
                 yield job
-            except (PeftcError, OSError):
+            except (PeftcError, OSError) as error:
                 job.restore()
-                if fresh:
+                if fresh and not (isinstance(error, PeftcError) and error.keeps_work and any(job.work.iterdir())):
                     shutil.rmtree(job.partial, ignore_errors=True)
                     for folder in missing:
                         with suppress(OSError):  # somebody else may have put something there

@@ -24,13 +24,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from peftc import processes, progress
-from peftc.errors import PeftcError
+from peftc.errors import DivergenceError, PeftcError
 from peftc.measure import out_of_memory
 from peftc.models.load import device_of
 from peftc.nn import surgery
 from peftc.recipe import Recipe, mixed, rate
 
-CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "log.jsonl"
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
@@ -90,7 +90,8 @@ def fit(
         log_folder: of the tracker.
 
     Raises:
-        PeftcError: the loss is NaN or infinite, a process of the launch is gone, or there is too little memory.
+        DivergenceError: the loss is NaN or infinite.
+        PeftcError: a process of the launch is gone, or there is too little memory.
     """
     accelerator = _accelerator(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
@@ -252,11 +253,11 @@ class _Run:
         if math.isfinite(value):
             return value
         kept = f"; the last checkpoint is `{self.folder}/{CHECKPOINT}`" if self.has_checkpoint() else ""
-        raise PeftcError(
+        raise DivergenceError(
             f"the loss became {value} at step {self.step + 1}",
             why=f"the samples of that step are {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
             + kept,
-            hint="lower `--learning-rate`, or look at those samples",
+            hint="lower `--learning-rate` and add `--overwrite`, or look at those samples",
         )
 
     @contextmanager

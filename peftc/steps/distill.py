@@ -102,7 +102,7 @@ def distill(
         PeftcError: with the cause; nothing is written then.
     """
     length = {"epochs": epochs, "steps": steps, "minutes": minutes}
-    if not any(length.values()):
+    if all(each is None for each in length.values()):
         length["epochs"] = 5
     recipe = Recipe(
         **length, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,  # type: ignore[arg-type]
@@ -115,6 +115,8 @@ def distill(
     student = runnable(imitation.trainable(stored), device=device)
     asked = weights_of(loss, student, data, task)
     terms = imitation.terms(asked, settings or {})
+    if not imitation.factored(stored):
+        terms.pop("perturbation", None)  # there are no products of factors
     changes = Augment(augment, mixup, cutmix)
     if cache_teacher and changes:
         raise UsageError(
@@ -130,6 +132,11 @@ def distill(
         raise DataError(
             "the task's loss needs labels", why=f"`{data}` has none that the task reads",
             hint="leave `task` out of `--loss`",
+        )  # fmt: skip
+    if not terms and not weight:
+        raise DataError(
+            "there is nothing to learn", why="no term of `--loss` is left for this model and these samples",
+            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
         )  # fmt: skip
     guide = _teacher(teacher, stored, terms, device)
     pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []

@@ -13,7 +13,7 @@ from PIL import Image
 import peftc
 from peftc import manifest, train
 from peftc.data.augment import Augment
-from peftc.errors import ArtifactError, DataError, PeftcError, UsageError
+from peftc.errors import ArtifactError, DataError, DivergenceError, PeftcError, UsageError
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.recipe import Recipe
@@ -277,7 +277,6 @@ def test_terms_that_hardly_pull_are_named(student: Path, images: Path, tmp_path:
         ({"held_out": 1.0}, UsageError, "in \\[0, 1\\)"),
         ({"epochs": 1.0}, UsageError, "say how long to train"),
         ({"data": "nowhere/"}, DataError, "there is no data at `nowhere/`"),
-        ({"steps": 10, "learning_rate": 1e30}, PeftcError, "the loss became"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_left(
@@ -286,6 +285,25 @@ def test_what_cannot_be_is_refused_and_nothing_left(
     with pytest.raises(kind, match=said):
         peftc.distill(student, output_dir=tmp_path / "out", **{"data": str(images), **SHORT, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_diverges_stops_with_the_last_checkpoint(
+    student: Path, images: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)
+    with pytest.raises(DivergenceError, match="the loss became") as refusal:
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT | {"learning_rate": 1e30})
+    checkpoint = tmp_path / "out.partial" / "work" / train.CHECKPOINT
+    assert str(checkpoint) in str(refusal.value) and checkpoint.is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_student_has_no_products_to_hold(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"teacher": tiny_vit, "data": str(images), **SHORT | {"steps": 2}}
+    report = peftc.distill(tiny_vit, output_dir=tmp_path / "out", **given)
+    assert set(report.data["terms"]) == {"features", "task"}
+    with pytest.raises(DataError, match="there is nothing to learn"):
+        peftc.distill(tiny_vit, output_dir=tmp_path / "no", loss="perturbation=1", **given)
 
 
 def test_a_teacher_of_another_width_is_refused_with_the_numbers(student: Path, images: Path, tmp_path: Path) -> None:
@@ -431,7 +449,7 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     assert left[0] == 1, left[2]
     assert "error: another process of this launch stopped" in left[2]
     assert "Traceback" not in left[2]
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work" / train.LOG).is_file()
 
 
 def test_a_tracker_keeps_its_log_beside_the_artifact(student: Path, images: Path, tmp_path: Path) -> None:
