@@ -258,7 +258,9 @@ class Factoring:
             return None
         weight = spectra.weight_of(self.model, target, self.device)
         spatial = target.form == "spatial"  # every column of the kernel meets columns of its own
-        named = lowrank.tensors(Factors(factors.up.double(), factors.down.double()), target.shape, target.form)
+        stored = self.model.module.get_submodule(target.name).weight.dtype  # its rounding is lost as well
+        up, down = (each.to(stored).double() for each in (factors.up, factors.down))  # type: ignore[arg-type, call-overload]
+        named = lowrank.tensors(Factors(up, down), target.shape, target.form)
         error = weight.double() - lowrank.dense_weight(named, target.shape, target.form)
         mean: Any = found.patch if spatial else found.mean
         lost = lowrank.matrix(error, "channel" if spatial else target.form) @ mean
