@@ -151,7 +151,7 @@ def _renamed_record(model: Model, rename: Any) -> tuple[dict[str, dict[str, Any]
         if there is not None:
             edits[there] = dict(entry)
             if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
-                edits[there]["shares"] = leaders.setdefault(entry["shares"], there)
+                edits[there]["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
     groups: dict[str, list[str]] = {}
     for alias, first in model.manifest.tied.items():
         groups.setdefault(first, [first]).append(alias)

@@ -140,9 +140,7 @@ def _asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None) -> 
     if not 0 < alpha <= 1:
         raise UsageError(f"`--alpha` is {alpha:g}", why="it is a share of the last layer's score, in (0, 1]")
     if keep is not None and drop is not None:
-        raise UsageError(
-            "`--keep` and `--drop` are given", why="each says which layers go", hint="leave one of them out"
-        )
+        raise UsageError("`--keep` and `--drop` are both given", hint="leave one of them out")
     if keep is not None:
         if keep < 1:
             raise UsageError(f"`--keep` is {keep}", why="one layer at least has to stay")

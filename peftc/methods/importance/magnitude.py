@@ -17,4 +17,4 @@ def magnitude(*, weights: Sequence[Tensor]) -> float:
     Args:
         weights: every weight of the layer with two axes or more.
     """
-    return float(sum(weight.double().abs().sum() for weight in weights))
+    return float(sum(float(weight.detach().double().abs().sum()) for weight in weights))
