@@ -21,6 +21,7 @@ __all__ = [
     "distill",
     "evaluate",
     "load",
+    "prune_layers",
     "show",
     "truncate",
 ]
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
+    from peftc.steps.prune_layers import prune_layers
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate
 

@@ -13,7 +13,7 @@ from peftc.source import MANIFEST
 
 SCHEMA_VERSION = 1
 STATISTICS = "statistics"  # stem of the files that `calibrate` writes
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "schema_version": int,
     "id": str,
     "base": dict,
@@ -25,7 +25,7 @@ FIELDS = {
     "preprocess": dict,
     "labels": list | None,
 }  # `manifest.schema.json` says the same in full, and a test compares the two
-OPTIONAL = {"ordered": dict}  # manifests from before these fields lack them
+OPTIONAL: dict[str, Any] = {"ordered": dict, "kept_layers": list}  # manifests from before these fields lack them
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Manifest:
         labels: class names in output order, where known.
         ordered: dotted name -> ``{"form", "rank"}`` of each dense module whose factors of every rank up to that one lie
             in ``factors.safetensors``, for `truncate`; rank 0 where no factors would be smaller.
+        kept_layers: names in the base of the layers that are left, in running order; empty where none was dropped.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Manifest:
     preprocess: dict[str, Any] = field(default_factory=dict)
     labels: list[str] | None = None
     ordered: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept_layers: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -128,6 +130,8 @@ def read(folder: Path) -> Manifest:
         raise _damaged(path, "one of its steps has no id")
     if not all(isinstance(name, str) for name in value["tied"].values()):
         raise _damaged(path, "one of its tied names is no text")
+    if not all(isinstance(name, str) for name in value.get("kept_layers", [])):
+        raise _damaged(path, "one of its kept layers is no text")
     return Manifest(**value)
 
 

@@ -9,7 +9,9 @@ import peftc
 from peftc.cli.app import app
 from peftc.cli.options import OUTPUT, SOURCE
 
-STEPS = ["analyze", "calibrate", "decompose", "truncate", "distill", "evaluate", "bench", "demo", "show"]
+STEPS = [
+    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "evaluate", "bench", "demo", "show",
+]  # fmt: skip
 
 
 def command(word: str) -> inspect.Signature:
@@ -56,7 +58,7 @@ def test_an_unknown_name_is_refused() -> None:
 @pytest.mark.parametrize("word", [*STEPS, "methods"])
 def test_help_ends_with_an_example(word: str) -> None:
     text = inspect.getdoc(getattr(importlib.import_module(f"peftc.cli.{word}"), word)) or ""
-    assert text.splitlines()[-1].startswith(f"  peftc {word}")
+    assert text.splitlines()[-1].startswith(f"  peftc {word.replace('_', '-')}")
 
 
 def test_every_option_has_one_help_phrase(peftc) -> None:

@@ -31,6 +31,7 @@ from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
 from peftc.cli.methods import methods
+from peftc.cli.prune_layers import prune_layers
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
 from peftc.errors import LostProcessError, PeftcError
@@ -159,7 +160,7 @@ def peftc(
     """
 
 
-for command in (analyze, calibrate, decompose, truncate, distill, evaluate, bench, demo, show, methods):
+for command in (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, demo, show, methods):
     app.command(no_args_is_help=False)(command)
 
 

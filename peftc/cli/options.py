@@ -214,6 +214,18 @@ Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help
 Include = Annotated[list[str], Option(metavar="PATTERN", help="also factor these modules, repeatable")]
 Skip = Annotated[list[str], Option(metavar="PATTERN", help="leave these modules dense, repeatable")]
 
+# which layers to keep
+Score = Annotated[
+    str | None, Option(metavar="NAME", help="how to score layers, as block-influence, see `peftc methods importance`")
+]
+Alpha = Annotated[float, Option(parser=share, metavar="X", help="keep layers up to this share of the last one's score")]
+Keep = Annotated[int | None, Option(min=1, metavar="N", help="keep so many layers")]
+Drop = Annotated[str | None, Option(metavar="N,...", help="drop these layers, by number from 0")]
+TaskData = Annotated[
+    str | None, Option("--data", metavar="DATA", help="samples of the task, to score layers and measure")
+]
+ScorePlot = Annotated[Path | None, Option("--plot", metavar="FILE", help="draw the scores to this .png or .svg")]
+
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 
 # what to measure on

@@ -32,6 +32,14 @@ METHODS: dict[str, dict[str, str]] = {
         "logits": "peftc.methods.loss.logits",
         "embeddings": "peftc.methods.loss.embeddings",
     },
+    "importance": {
+        "tsne_silhouette": "peftc.methods.importance.tsne_silhouette",
+        "silhouette": "peftc.methods.importance.silhouette",
+        "block_influence": "peftc.methods.importance.block_influence",
+        "angular": "peftc.methods.importance.angular",
+        "cka": "peftc.methods.importance.cka",
+        "magnitude": "peftc.methods.importance.magnitude",
+    },
 }
 
 

@@ -110,3 +110,49 @@ def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def tapped(network: nn.Module, names: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Show what each layer reads and gives, in the forward passes made inside, as soon as it has run."""
+
+    def tap(name: str) -> Callable[..., None]:
+        def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tensor = main(output)
+            assert tensor is not None
+            see(name, _read(args, kwargs), tensor)
+
+        return saw
+
+    handles = [network.get_submodule(name).register_forward_hook(tap(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Let layers hand on what they read, in the forward passes made inside."""
+
+    def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return _in_place_of(output, _read(args, kwargs))
+
+    handles = [network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+
+
+def _in_place_of(output: Any, tensor: Tensor) -> Any:
+    """Return an output of a layer with another tensor as the main one."""
+    if isinstance(output, list | tuple):
+        return type(output)([_in_place_of(output[0], tensor), *output[1:]])
+    return tensor

@@ -59,7 +59,8 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     try:
         with parameters_on_meta():
             network = make()
-        if not any(parametrize.is_parametrized(module) for module in network.modules()):
+        computed = not any(buffer.is_meta for buffer in network.buffers())  # some take the device of a parameter
+        if computed and not any(parametrize.is_parametrized(module) for module in network.modules()):
             return network
     except (NotImplementedError, RuntimeError):
         pass  # run it for real; what is wrong for another reason fails there again

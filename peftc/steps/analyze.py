@@ -29,6 +29,7 @@ from peftc.steps import prediction, spectra
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
+from peftc.steps.plot import draw_spectra, refuse_unwritable
 from peftc.steps.spectra import Decomposed, Factorizer
 from peftc.steps.speedup import Input, decide
 
@@ -102,7 +103,7 @@ def analyze(
     budget = plans.budget(**budgets) if asked else None  # type: ignore[arg-type]
     joining.refuse_with(joint, keep_all_ranks=False, plan=None, budget=budget)
     for option, path in (("--plan", plan), ("--plot", plot)):
-        _refuse_unwritable(option, path)
+        refuse_unwritable(option, path)
     factorize = spectra.factorizer(
         method, conv_method, settings, with_data=data is not None or statistics is not None,
         correct_bias=bias_correction,
@@ -141,8 +142,6 @@ def analyze(
         timed = Input(batch_size, image_size, max_length, device, seed)
         _foresee(report, work, budget, allocation, multiple, timed, reasons, plan)
     if plot is not None:
-        from peftc.steps.plot import draw_spectra
-
         values = {name: each.tolist() for name, each in found.items()}
         draw_spectra(values, rows, Path(plot), loaded.name, report.data.get("curve"), report.data.get("plan"))
         report.notes.append(f"spectra and predicted losses drawn in `{plot}`")
@@ -168,13 +167,6 @@ def _foresee(
         name, asked = work.factorize.name, f"{budget} {allocation}"
         work.plan(decided.ranks, reasons | decided.slow, name, asked).write(Path(plan))
         report.artifact = Path(plan)
-
-
-def _refuse_unwritable(option: str, path: str | Path | None) -> None:
-    if path is not None and not Path(path).parent.is_dir():
-        raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
-    if option == "--plot" and path is not None and Path(path).suffix not in (".png", ".svg"):
-        raise UsageError(f"`--plot {path}` has no known ending", why="a picture is drawn as `.png` or `.svg`")
 
 
 def _spectra(

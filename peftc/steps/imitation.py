@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftc import methods, retrieval
 from peftc.errors import DataError, UsageError
-from peftc.models import dual, layers, load
+from peftc.models import dual, layers, load, shorten
 from peftc.models.inputs import main_output
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
@@ -190,7 +190,12 @@ class Imitation:
         device, names = load.place_of(module), factored(self.student)
         return {
             "products": {name: weight_of(self.student, module, name) for name in names},
-            "weights": {name: weight_of(self.teacher, self.teacher.module, name).to(device) for name in names},
+            "weights": {
+                name: weight_of(self.teacher, self.teacher.module, in_teacher(self.student, self.teacher, name)).to(
+                    device
+                )
+                for name in names
+            },
         }
 
     def score(self, held: Held, batch_size: int) -> float:
@@ -297,12 +302,17 @@ def weight_of(model: Model, module: nn.Module, name: str) -> Tensor:
 
 
 def pair(student: Model, teacher: Model) -> list[tuple[str, str]]:
-    """Return the layers of student and teacher that stand for each other.
+    """Return the layers of student and teacher that stand for each other; some of the student's may be gone.
 
     Raises:
-        DataError: they have none, or not as many.
+        DataError: they have none, or not the same.
     """
     mine, theirs = layers.layers(student), layers.layers(teacher)
+    if student.manifest is not None and student.manifest.kept_layers:
+        of_base = {was: name for name, was in shorten.in_base(student).items()}
+        pairs = [(of_base[was], name) for name, was in shorten.in_base(teacher, theirs).items() if was in of_base]
+        if len(pairs) == len(of_base):
+            return pairs
     if not mine or len(mine) != len(theirs):
         raise DataError(
             "the layers of student and teacher cannot be paired",
@@ -310,6 +320,17 @@ def pair(student: Model, teacher: Model) -> list[tuple[str, str]]:
             hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1,task=1`",
         )
     return list(zip(mine, theirs, strict=True))
+
+
+def in_teacher(student: Model, teacher: Model, name: str) -> str:
+    """Return what a module of the student is called in its teacher."""
+    if student.manifest is None or not student.manifest.kept_layers:
+        return name
+    to_base, to_teacher = shorten.in_base(student), {was: there for there, was in shorten.in_base(teacher).items()}
+    layer = next((layer for layer in to_base if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return name
+    return to_teacher.get(to_base[layer], to_base[layer]) + name[len(layer) :]
 
 
 def trainable(model: Model) -> Model:

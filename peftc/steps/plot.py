@@ -64,6 +64,18 @@ def draw_spectra(
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def refuse_unwritable(option: str, path: str | Path | None) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Raises:
+        UsageError: its folder is not there, or no picture ends like it.
+    """
+    if path is not None and not Path(path).parent.is_dir():
+        raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
+    if option == "--plot" and path is not None and Path(path).suffix not in (".png", ".svg"):
+        raise UsageError(f"`--plot {path}` has no known ending", why="a picture is drawn as `.png` or `.svg`")
+
+
 def _draw_kind(
     axes: Any,
     kind: str,
@@ -142,3 +154,40 @@ def _scaled() -> Any:
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep=" ")
+
+
+def draw_scores(data: Mapping[str, Any], path: Path, title: str) -> None:
+    """Draw the scores of layers against depth, the threshold, and which were dropped.
+
+    Args:
+        data: as `prune-layers` reports it.
+        path: ``.png`` or ``.svg``.
+        title: of the picture.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib", hint="`pip install 'peftc[report]'`") from None
+    rows = [row for row in data["layers"] if row["score"] is not None]
+    with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(max(4.5, 0.22 * len(data["layers"]) + 1.5), 3.2), layout="constrained")
+        axes: Any = figure.subplots()
+        axes.plot([row["number"] for row in rows], [row["score"] for row in rows], color="0.7", linewidth=1, zorder=1)
+        for kept, color, word in ((True, "C0", "kept"), (False, "C3", "dropped")):
+            some = [row for row in rows if row["kept"] is kept]
+            if some:
+                axes.plot([r["number"] for r in some], [r["score"] for r in some], "o", color=color, label=word)
+        if data["threshold"] is not None:
+            label = f"threshold (alpha {data['alpha']:g})"
+            axes.axhline(data["threshold"], color="0.3", linewidth=0.8, linestyle=":", label=label)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(data["score"])
+        axes.set_title(title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.legend()
+        figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -21,6 +21,7 @@ from peftc.models.load import Model
 from peftc.tasks import Batch, Columns, Encoded, Settings, Task
 
 PLAIN = Augment()
+ALONE = "leave the labels alone: `--loss features=1`"
 HELD_OUT = 500  # at most
 
 
@@ -70,7 +71,7 @@ class Samples:
 
 def read(
     model: Model, data: str, *, task: str | None, labels: bool, held_out: float, settings: Settings,
-    augment: Augment = PLAIN,
+    augment: Augment = PLAIN, otherwise: str = ALONE,
 ) -> Samples:  # fmt: skip
     """Open the samples of a training: those of the train split, and held out ones of the validation split or of it.
 
@@ -82,6 +83,7 @@ def read(
         held_out: share of the train split to hold out where there is no validation split, in [0, 1).
         settings: sizes, number of samples and seed.
         augment: what happens to images that are learnt from.
+        otherwise: what to do, said to those whose labels do not fit.
 
     Raises:
         DataError: the data cannot be read, is empty, or has one class only.
@@ -93,11 +95,11 @@ def read(
         data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None, role="training"
     )
     labelled = labels and row is not None and dataset.kind in row.reads and _has_labels(row, dataset)
-    encoded = _encode(model, dataset, row, settings, labelled=labelled)
+    encoded = _encode(model, dataset, row, settings, labelled=labelled, otherwise=otherwise)
     notes = list(dataset.notes) + encoded.notes
     outputs: list[int] = []
     if labelled and row is not None and row.has_classes:
-        outputs, note = _outputs(model, dataset, encoded)
+        outputs, note = _outputs(model, dataset, encoded, otherwise)
         notes.append(note)
     train, held = Held(encoded, range(encoded.size)), None
     if held_out:
@@ -142,7 +144,9 @@ def _has_labels(row: Task, dataset: Dataset) -> bool:
     return row.name.endswith("-lm") or dataset.labels is not None or dataset.pairs is not None
 
 
-def _encode(model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool) -> Encoded:
+def _encode(
+    model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool, otherwise: str = ALONE
+) -> Encoded:  # fmt: skip
     if not len(dataset):
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
@@ -153,17 +157,17 @@ def _encode(model: Model, dataset: Dataset, row: Task | None, settings: Settings
             raise DataError(
                 f"the samples of `{dataset.name}` are all of one class",
                 why="nothing can be learnt from telling one class apart",
-                hint="use data with two classes or more, or leave the labels alone: `--loss features=1`",
+                hint=f"use data with two classes or more, or {otherwise}",
             )
     return row.encode(model, dataset, settings)
 
 
-def _outputs(model: Model, dataset: Dataset, encoded: Encoded) -> tuple[list[int], str]:
+def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -> tuple[list[int], str]:
     logits = load.outputs(model, load.moved(model, encoded.batch([0]).inputs))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(
             f"`{model.name}` does not classify", why=f"for one sample it gives outputs of shape {list(logits.shape)}",
-            hint="choose another `--task`, or leave the labels alone: `--loss features=1`",
+            hint=f"choose another `--task`, or {otherwise}",
         )  # fmt: skip
     return match(dataset.classes or [], model.labels, logits.shape[1])
 

@@ -54,6 +54,7 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
         ["statistics" if record.holds_statistics else "weights", f"{len(tensors)} tensors, {stored}"],
         ["files", ", ".join(sorted(record.files))],
         ["classes", count(len(record.labels)) if record.labels else ""],
+        ["layers kept", ", ".join(record.kept_layers)],
     ]
     if record.holds_statistics:
         _add_statistics(report, facts, folder, artifact.statistics_note(folder, record))
@@ -138,6 +139,7 @@ def _source_options(source: dict[str, Any]) -> list[str]:
 def _request_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a request, leaving out what its keys do not say."""
     words: list[str] = _training_options(request) if "loss" in request else []
+    words += _layer_options(request) if request["command"] == "prune-layers" else []
     for kind, amount in (request.get("budget") or {}).items():
         words += [f"--{kind}", str(amount)]
     if request.get("keep_all_ranks"):
@@ -176,6 +178,15 @@ def _training_options(request: dict[str, Any]) -> list[str]:
         options["teacher"] = request["teacher"]["spec"]
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     return [*words, *(["--dropout"] if request["dropout"] else [])]
+
+
+def _layer_options(request: dict[str, Any]) -> list[str]:
+    """Return the options that chose layers: the samples, the score, and how many or which."""
+    options = {key: request.get(key) for key in ("score", "alpha", "keep", "task")}
+    options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
+    options["data"] = request["data"]["spec"] if request["data"] else None
+    options["drop"] = ",".join(map(str, request["drop"])) if request["drop"] else None
+    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:

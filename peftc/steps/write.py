@@ -165,9 +165,14 @@ def companions(model: Model) -> dict[str, bytes]:
 def write_artifact(
     job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
     modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
-    factors: dict[str, Piece] | None = None,
+    factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
 ) -> Manifest:  # fmt: skip
-    """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be."""
+    """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
+
+    The layers that are left are those of the model's own manifest, unless ``kept_layers`` names others.
+    """
+    if kept_layers is None:
+        kept_layers = model.manifest.kept_layers if model.manifest else []
     groups = surgery.stored_names(model.module)
     files = artifact.write_weights(job.folder, pieces, job.id, max_shard_bytes)
     if factors:
@@ -185,6 +190,7 @@ def write_artifact(
         parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
+        kept_layers=list(kept_layers),
     )  # fmt: skip
     record.write(job.folder)
     return record

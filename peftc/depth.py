@@ -1,0 +1,89 @@
+"""Which layers to keep, decided from one score per layer; torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from peftc.errors import DataError, PlanError
+
+NOISE = 0.03  # a silhouette so near to the threshold may fall on its other side for another seed (papers notes, 3.3)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which layers stay.
+
+    Attributes:
+        kept: their numbers, from 0, in running order.
+        threshold: that the scores were held against; None where they were ranked, or not asked.
+    """
+
+    kept: tuple[int, ...]
+    threshold: float | None = None
+
+    def close(self, scores: Sequence[float]) -> list[int]:
+        """Return the layers, but the last that sets it, whose score lies within the noise of the threshold."""
+        if self.threshold is None:
+            return []
+        return [at for at, score in enumerate(scores[:-1]) if abs(score - self.threshold) <= NOISE]
+
+
+def above_threshold(scores: Sequence[float], alpha: float) -> Decision:
+    """Keep the first layers, by the rule of SLS (arXiv 2407.14330; 2.2 of the papers notes).
+
+    The threshold is ``alpha`` times the last score. From the top, the scores at or above it are an unbroken run; the
+    layer that begins it is the last that is kept. A larger ``alpha`` never keeps fewer.
+
+    Args:
+        scores: one per layer, in running order: how good the features after it are.
+        alpha: in (0, 1].
+
+    Raises:
+        DataError: the last score is 0 or less, so the scores tell nothing about the task.
+    """
+    if not scores[-1] > 0:
+        raise DataError(
+            "the scores do not say which layers are needed, so nothing is dropped and nothing is written",
+            why=f"even after the last layer the features do not cluster by class: the score is {scores[-1]:.3f}",
+            hint="fine-tune the model on the task first, use more samples per class, or say it: `--keep N`",
+        )
+    threshold = alpha * scores[-1]
+    number = len(scores)
+    while number > 1 and scores[number - 2] >= threshold:
+        number -= 1
+    return Decision(tuple(range(number)), threshold)
+
+
+def best(scores: Sequence[float], number: int, fixed: Collection[int] = ()) -> Decision:
+    """Keep the layers with the largest scores; of equals the earlier.
+
+    Args:
+        scores: one per layer; NaN only for fixed ones.
+        number: how many to keep.
+        fixed: layers that stay whatever their score.
+    """
+    order = sorted(range(len(scores)), key=lambda at: (at not in fixed, -scores[at] if at not in fixed else 0.0, at))
+    return Decision(tuple(sorted(order[:number])))
+
+
+def first(number: int) -> Decision:
+    """Keep the first layers."""
+    return Decision(tuple(range(number)))
+
+
+def without(dropped: Collection[int], number: int) -> Decision:
+    """Keep all of ``number`` layers but some.
+
+    Raises:
+        PlanError: one of them is not there, or none would be left.
+    """
+    unknown = sorted(at for at in dropped if not 0 <= at < number)
+    if unknown:
+        raise PlanError(
+            f"`--drop` names layer {unknown[0]}", why=f"the model has {number} layers, 0 to {number - 1}",
+            hint="`peftc prune-layers MODEL --score magnitude --keep 1 --dry-run` lists them",
+        )  # fmt: skip
+    if len(set(dropped)) == number:
+        raise PlanError(f"`--drop` names all {number} layers", hint="leave one at least")
+    return Decision(tuple(at for at in range(number) if at not in set(dropped)))

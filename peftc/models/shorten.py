@@ -1,0 +1,294 @@
+"""Build a network again with fewer layers: its own config corrected, the tensors of the kept layers renamed.
+
+Nothing is skipped at run time: the shorter network is one that its library builds by itself, so per-layer lists, layer
+indices and caches are right by construction. What cannot be built so that it takes exactly the kept tensors is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from peftc.errors import PeftcError, PlanError
+from peftc.models import from_timm
+from peftc.models.from_transformers import UNBUILDABLE
+from peftc.models.load import Model
+from peftc.models.skeleton import on_meta
+from peftc.nn import surgery
+
+COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+    "num_encoder_layers", "num_decoder_layers", "depth",
+)  # fmt: skip
+LISTS = ("depths", "layers")  # one count for each stage
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in one container, numbered from 0.
+
+    Attributes:
+        path: of the container.
+        number: how many layers it has.
+        kept: the positions of those that stay.
+    """
+
+    path: str
+    number: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """A shorter model, and what its manifest says of its modules.
+
+    Attributes:
+        model: whose module and config are new; it shares the tensors of the one that it was made from.
+        modules: name -> entry of each factored module that is left.
+        renamed: old name -> new name of each kept layer.
+    """
+
+    model: Model
+    modules: dict[str, dict[str, Any]]
+    renamed: dict[str, str]
+
+
+def renumbered(kept: Sequence[str]) -> dict[str, str]:
+    """Return old name -> new name of kept layers, those of one container counted from 0."""
+    counts: dict[str, int] = {}
+    found = {}
+    for name in kept:
+        path = name.rpartition(".")[0]
+        found[name] = f"{path}.{counts.get(path, 0)}" if path else str(counts.get(path, 0))
+        counts[path] = counts.get(path, 0) + 1
+    return found
+
+
+def in_base(model: Model, names: Sequence[str] = ()) -> dict[str, str]:
+    """Return layer -> what it is called in the base, of a model whose layers are ``names`` where none was dropped."""
+    if model.manifest is not None and model.manifest.kept_layers:
+        return {name: was for was, name in renumbered(model.manifest.kept_layers).items()}
+    return {name: name for name in names}
+
+
+def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
+    """Return the model without those of its layers that are not kept.
+
+    Args:
+        model: with its weights; it is not changed.
+        names: its layers.
+        kept: some of them.
+
+    Raises:
+        PlanError: no config of its library gives the shorter network.
+    """
+    stacks = _stacks(model, names, kept)
+    new = renumbered(kept)
+    dropped = [name for name in names if name not in set(kept)]
+
+    def rename(name: str) -> str | None:
+        """Return the new name of a tensor or module; None for one that goes."""
+        if any(name == layer or name.startswith(f"{layer}.") for layer in dropped):
+            return None
+        layer = next((layer for layer in new if name == layer or name.startswith(f"{layer}.")), None)
+        return name if layer is None else new[layer] + name[len(layer) :]
+
+    edits, tied = _renamed_record(model, rename)
+    tensors = surgery.tensors_of(model.module)
+    wanted = {there: name for name in tensors if (there := rename(name)) is not None}
+    why = "no argument or config key was found that counts its layers"
+    for network, config in _candidates(model, stacks):
+        try:
+            surgery.apply_edits(network, edits)
+            surgery.tie(network, tied)
+            first = surgery.fill(network, wanted, lambda name: tensors[wanted[name]], where=model.name)
+        except PeftcError as error:
+            why = f"{error.what}: {error.why}" if error.why else error.what
+            continue
+        infos = {name: model.infos[wanted[there]] for name, there in first.items() if wanted[there] in model.infos}
+        made = replace(model, module=network.eval(), config=config, infos=infos, files=[])
+        return Shorter(made, edits, new)
+    raise PlanError(
+        f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}", why=why,
+        hint="choose other layers with `--drop`: some of its layers are not like the others",
+    )  # fmt: skip
+
+
+def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Stack]:
+    """Return the containers that lose layers."""
+    found = []
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        own = [name for name in names if name.rpartition(".")[0] == path]
+        children = [name for name, _ in model.module.get_submodule(path).named_children()]
+        leaves = [name.rpartition(".")[2] for name in own]
+        stays = tuple(at for at, name in enumerate(own) if name in set(kept))
+        if len(stays) == len(own):
+            continue
+        if leaves != [str(at) for at in range(len(children))]:
+            raise PlanError(
+                f"the layers in `{path}` of `{model.name}` cannot be renumbered",
+                why=f"they are {', '.join(f'`{name}`' for name in children[:4])}, and in a row run "
+                f"{', '.join(f'`{name}`' for name in leaves[:4])}",
+            )  # fmt: skip
+        found.append(Stack(path, len(own), stays))
+    return found
+
+
+def _renamed_record(model: Model, rename: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the manifest's factored modules and tied names under their new names."""
+    if model.manifest is None:
+        return {}, {}
+    edits: dict[str, dict[str, Any]] = {}
+    leaders: dict[str, str] = {}
+    for name, entry in model.manifest.modules.items():
+        there = rename(name)
+        if there is not None:
+            edits[there] = dict(entry)
+            if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
+                edits[there]["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
+    groups: dict[str, list[str]] = {}
+    for alias, first in model.manifest.tied.items():
+        groups.setdefault(first, [first]).append(alias)
+    tied: dict[str, str] = {}
+    for group in groups.values():
+        stays = [there for name in group if (there := rename(name)) is not None]
+        tied |= {alias: stays[0] for alias in stays[1:]}
+    return edits, tied
+
+
+def _candidates(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Yield networks on the meta device with fewer layers, and their configs, likely ones first."""
+    if model.library == "timm":
+        yield from _of_timm(model, stacks)
+    elif model.library == "transformers":
+        yield from _of_transformers(model, stacks)
+    else:
+        raise PlanError(
+            f"`{model.name}` is built by your own code, which peftc cannot tell to build fewer layers",
+            hint="give the factory an argument for the depth, and make the shorter model with that",
+        )
+
+
+def _of_timm(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    arguments: dict[str, Any] = {}
+    stages: dict[int, int] = {}
+    for stack in stacks:
+        parts = re.fullmatch(r"(.*?)(\d+)(\D*)", stack.path)
+        if parts is None:
+            arguments["depth"] = len(stack.kept)
+        else:
+            stages = stages or _stages(model.module, parts[1], parts[3])
+            stages[int(parts[2])] = len(stack.kept)
+    for key in LISTS if stages else ("",):
+        config = copy.deepcopy(model.config)
+        listed = {key: list(stages.values())} if stages else {}
+        config["model_args"] = {**(config.get("model_args") or {}), **arguments, **listed}
+        try:
+            base = from_timm.from_config(config, model.name, model.folder)
+        except PeftcError:
+            continue
+        yield base.module, base.config
+
+
+def _stages(network: nn.Module, before: str, after: str) -> dict[int, int]:
+    """Return stage -> how many layers it has, of containers whose paths differ in one number."""
+    found = {}
+    for path, container in network.named_modules():
+        parts = re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}", path)
+        if parts:
+            found[int(parts[1])] = len(list(container.children()))
+    return dict(sorted(found.items()))
+
+
+def _of_transformers(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    config = copy.deepcopy(model.config)
+    network = model.module
+    for stack in stacks:
+        after = next((made for made in _shorter_configs(model, config, stack) if _fits(network, made[0], stack)), None)
+        if after is None:
+            return
+        network, config = after
+    yield network, config
+
+
+def _fits(before: nn.Module, after: nn.Module, stack: Stack) -> bool:
+    """Return whether one container has so many layers as are kept, and every other what it had."""
+
+    def layers(network: nn.Module) -> dict[str, int]:
+        listed = (nn.ModuleList, nn.Sequential)
+        paths = {path: len(each) for path, each in network.named_modules() if isinstance(each, listed)}
+        return {path: number for path, number in paths.items() if not f"{path}.".startswith(f"{stack.path}.")}
+
+    try:
+        number = len(list(after.get_submodule(stack.path).children()))
+    except AttributeError:
+        return False
+    return number == len(stack.kept) and layers(before) == layers(after)
+
+
+def _shorter_configs(model: Model, config: dict[str, Any], stack: Stack) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Yield what comes of each key of a config, wherever it is nested, that may count the layers of a stack."""
+    kind = type(model.module.config)  # type: ignore[arg-type]
+    whole = json.loads(kind.from_dict(copy.deepcopy(config)).to_json_string(use_diff=False))  # type: ignore[attr-defined]
+    for place, known in _levels(whole):
+        for key in (*COUNTS, *LISTS):
+            value = known.get(key)
+            ways: list[Any] = [len(stack.kept)] if value == stack.number else []
+            if key in LISTS and isinstance(value, list):
+                stages = [at for at, number in enumerate(value) if number == stack.number]
+                ways = [[*value[:at], len(stack.kept), *value[at + 1 :]] for at in stages]
+            for way in ways:
+                changed = copy.deepcopy(config)
+                level = changed
+                for part in place:
+                    level = level.setdefault(part, {})
+                aliases = getattr(type(_config_at(model.module.config, place)), "attribute_map", {})
+                for alias in [alias for alias, meant in aliases.items() if meant == key]:
+                    level.pop(alias, None)
+                level |= {key: way, **_per_layer(known, stack)}
+                made = _build(model, changed)
+                if made is not None:
+                    yield made, changed
+
+
+def _config_at(config: Any, place: Sequence[str]) -> Any:
+    for part in place:
+        config = getattr(config, part)
+    return config
+
+
+def _levels(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield a config and those nested in it."""
+    yield place, config
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from _levels(value, (*place, key))
+
+
+def _per_layer(config: Mapping[str, Any], stack: Stack) -> dict[str, list[Any]]:
+    """Return the lists of a config that say something of each layer, cut to the kept ones."""
+    lists = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list) and "layer" in key and key not in LISTS and len(value) == stack.number
+    }
+    return {key: [value[at] for at in stack.kept] for key, value in lists.items()}
+
+
+def _build(model: Model, config: dict[str, Any]) -> nn.Module | None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    cls: Any = type(model.module)
+    try:
+        made = type(model.module.config).from_dict(copy.deepcopy(config))  # type: ignore[union-attr, attr-defined]
+        network = on_meta(lambda: cls(made))
+    except (*UNBUILDABLE, StrictDataclassError):
+        return None
+    network.tie_weights()  # type: ignore[operator]
+    return network
