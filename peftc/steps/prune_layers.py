@@ -96,6 +96,12 @@ def prune_layers(
             f"`{stored.name}` has no stack of layers to prune",
             why="no two of its modules run one after the other, each reading what the one before it gave",
         )
+    several = runs.kind == "image-text" or getattr(getattr(runs.module, "config", None), "is_encoder_decoder", False)
+    if several and not asked.drop:
+        raise PlanError(
+            f"`{stored.name}` has more than one stack of layers", why="a score of one says nothing about the other",
+            hint="name the layers to drop by number: `--drop 2,5`",
+        )  # fmt: skip
     given = _samples(runs, data, task, Settings(image_size, max_length, num_samples or POINTS, seed))
     chosen = _score(wanted, settings or {}, given, asked, data)
     work = _Work(stored, runs, names, chosen, given, asked, batch_size)

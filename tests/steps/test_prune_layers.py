@@ -401,3 +401,9 @@ def test_a_layer_whose_place_matters_is_refused(tmp_path: Path) -> None:
 
 def test_layers_of_one_container_are_counted_from_0() -> None:
     assert shorten.renumbered(["a.0", "a.3", "b.1", "2"]) == {"a.0": "a.0", "a.3": "a.1", "b.1": "b.0", "2": "0"}
+
+
+def test_of_two_towers_only_named_layers_are_dropped(tiny_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="more than one stack"):
+        peftc.prune_layers(tiny_clip, output_dir=tmp_path / "no", score="magnitude", keep=2)
+    assert list(tmp_path.iterdir()) == []
