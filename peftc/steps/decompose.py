@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import allocate, measure, processes
 from peftc import plan as plans
@@ -75,9 +75,29 @@ class Question:
             and isinstance(self.source, Prepared)
             and measuring.is_of_use(self.work, budget, self.allocation)
         ):
-            self.work.losses |= measuring.corrected(self.work, self.source, self.sensitivity, folder)
-        known = {name: Held(losses) for name, losses in self.work.losses.items()}
+            return self._measured(self.source, budget, folder)
+        return self._found(budget, self.work.losses)
+
+    def _found(self, budget: Budget, losses: Mapping[str, Tensor]) -> Decision:
+        known = {name: Held(each) for name, each in losses.items()}
         return decide(self.work, budget, self.allocation, self.multiple, self.timed, known)
+
+    def _measured(self, source: Prepared, budget: Budget, folder: Path) -> Decision:
+        """Decide by the predicted losses, by the measured ones, and in between; take what loses least as a whole."""
+        each = measuring.measured(self.work, source, self.sensitivity, folder)
+        found: list[tuple[float, dict[str, Tensor], Decision]] = []
+        held = 4 * sum(target.entries for target in self.work.targets.values())  # bytes of all products at once
+        limit = self.work.model.max_memory
+        several = budget.kind != "speedup" and (limit is None or held < limit // 2)  # a speed-up would be timed again
+        for share in measuring.SHARES if several else (1.0,):
+            losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
+            decision = self._found(budget, losses)
+            ranks = decision.ranks
+            lost = measuring.whole(self.work, source, ranks, self.sensitivity, folder) if several else 0.0
+            found.append((lost, losses, decision))
+        _, losses, decision = min(found, key=lambda one: one[0])
+        self.work.losses |= losses
+        return decision
 
     def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
         """Compute and keep the factors at the decided ranks."""

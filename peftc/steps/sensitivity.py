@@ -3,13 +3,16 @@
 A method's loss is a second-order, module-by-module prediction. Here every module is cut to one rank, alone, and the
 divergence of the model's outputs from the dense model's is measured on a few calibration samples; the whole curve of
 that module is then scaled by measured / predicted. One evaluation per module bounds the cost.
+
+What a module loses alone and a little says too little of deep cuts in some networks: of ResNet-20 at half its weights
+the correction kept 0.39 top-1 where the prediction kept 0.76. So both plans, and one between, are tried as a whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc import allocate, artifact, hooks, progress
+from peftc.allocate import Rank
 from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
@@ -30,13 +34,14 @@ from peftc.tasks import Batch
 from peftc.unlabelled import divergence
 
 KEPT = "sensitivity.json"
+SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent, of the plans that are tried as a whole
 SHARE = 0.45  # of the break-even rank, at which a module is tried
 FAINT = 1e-6  # of the whole loss, below which both the prediction and the measurement are rounding
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
-def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, Tensor]:
-    """Return (k + 1,) squared errors by rank of every module, corrected by one measurement each.
+def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, tuple[Tensor, float]]:
+    """Return (k + 1,) squared errors by rank of every module as predicted, and what one measurement scales them by.
 
     Args:
         work: with statistics; its network is not changed.
@@ -46,7 +51,7 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
     """
     path = folder / KEPT
     scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found_losses: dict[str, Tensor] = {}
+    found_losses: dict[str, tuple[Tensor, float]] = {}
     known = work.factorize.statistics
     assert known is not None
     batches = samples_of(prepared, samples, known.batch_size)
@@ -59,10 +64,35 @@ def corrected(work: Factoring, prepared: Prepared, samples: int, folder: Path) -
                 scales[name] = _scale(work, prepared, target, found, batches, dense)
                 artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
                 path.with_suffix(".tmp").replace(path)
-            found_losses[name] = found.losses().cpu() * scales.get(name, 1.0)
+            found_losses[name] = found.losses().cpu(), scales.get(name, 1.0)
             del found  # before the next one is solved
             advance(name)
     return found_losses
+
+
+def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path) -> float:
+    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``."""
+    known = work.factorize.statistics
+    assert known is not None
+    batches = samples_of(prepared, samples, known.batch_size)
+    dense = _dense(prepared, batches, folder)
+    with ExitStack() as held:
+        for name, rank in ranks.items():
+            if isinstance(rank, int):
+                found = work.spectrum(work.targets[name])
+                assert isinstance(found, Spectrum)
+                held.enter_context(cut(work, prepared.model.module, work.targets[name], found, rank))
+                del found
+        return _divergence(prepared, batches, dense)
+
+
+def _divergence(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> float:
+    """Return the mean divergence of what the model gives now from what the dense one gave."""
+    parts = []
+    for one, batch in zip(dense, batches, strict=True):
+        now = outputs(prepared, batch)
+        parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
+    return float(torch.cat(parts).mean())
 
 
 def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
@@ -95,12 +125,8 @@ def _scale(
     if predicted <= FAINT * float(found.losses()[0]) / 2:
         return 1.0
     with cut(work, prepared.model.module, target, found, rank):
-        parts = []
-        for one, batch in zip(dense, batches, strict=True):
-            now = outputs(prepared, batch)
-            parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
-    measured = float(torch.cat(parts).mean())
-    return min(max(measured / predicted, 1 / LARGEST), LARGEST)
+        seen = _divergence(prepared, batches, dense)
+    return min(max(seen / predicted, 1 / LARGEST), LARGEST)
 
 
 def rank_of(target: Target) -> int:

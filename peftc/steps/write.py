@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,12 @@ def writing(
     identifier = identity(base, model.manifest.steps if model.manifest else [], request, model.config)
     processes.wait()
     if processes.rank():
+        processes.wait()  # until the first holds the folder, or says why it does not
         yield Job(output, identifier, request, done=processes.agreed(lambda: False)), base
         return
-    with execution(output, identifier, request, overwrite=overwrite) as job:
+    with ExitStack() as held:
+        with processes.together():
+            job = held.enter_context(execution(output, identifier, request, overwrite=overwrite))
         processes.agreed(lambda: job.done)
         yield job, base
 

@@ -375,7 +375,7 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
         return run(prepared, batch)
 
     monkeypatch.setattr(sensitivity, "outputs", running)
-    sensitivity.corrected(work, prepared, 4, tmp_path / "tight")
+    sensitivity.measured(work, prepared, 4, tmp_path / "tight")
     known = work.factorize.statistics
     assert known is not None
     assert sizes == {known.batch_size} and known.batch_size < 8

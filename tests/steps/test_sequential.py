@@ -1,6 +1,7 @@
 """Fitting in order, and correcting predicted losses by measured ones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def corrected(*asked: Any) -> dict[str, torch.Tensor]:
+    return {name: losses * scale for name, (losses, scale) in sensitivity.measured(*asked).items()}
 
 
 def test_the_first_module_is_fitted_as_without_an_order(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
@@ -130,11 +135,11 @@ def calibrated(model: Path, images: Path, folder: Path) -> tuple[Factoring, Prep
 def test_measuring_leaves_the_network_as_it_was_and_is_kept(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     work, prepared = calibrated(tiny_vit, images, tmp_path)
     before = {name: tensor.clone() for name, tensor in prepared.model.module.state_dict().items()}
-    one = sensitivity.corrected(work, prepared, 8, tmp_path)
+    one = corrected(work, prepared, 8, tmp_path)
     after = prepared.model.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     kept = (tmp_path / sensitivity.KEPT).read_text()
-    two = sensitivity.corrected(work, prepared, 8, tmp_path)  # nothing is measured again
+    two = corrected(work, prepared, 8, tmp_path)  # nothing is measured again
     assert (tmp_path / sensitivity.KEPT).read_text() == kept
     assert all(torch.equal(one[name], two[name]) for name in work.targets)
 
@@ -145,7 +150,7 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
     from peftc.unlabelled import divergence
 
     work, prepared = calibrated(tiny_vit, images, tmp_path)
-    found = sensitivity.corrected(work, prepared, 8, tmp_path)
+    found = corrected(work, prepared, 8, tmp_path)
     name = "blocks.0.mlp.fc1"
     target = work.targets[name]
     rank, batches = sensitivity.rank_of(target), sensitivity.samples_of(prepared, 8, prepared.request.batch_size)
@@ -160,7 +165,7 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
 
 def test_corrected_losses_never_rise_with_the_rank(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     work, prepared = calibrated(tiny_vit, images, tmp_path)
-    for losses in sensitivity.corrected(work, prepared, 4, tmp_path).values():
+    for losses in corrected(work, prepared, 4, tmp_path).values():
         assert bool((losses.diff() <= 1e-12 * losses[0]).all())
 
 
