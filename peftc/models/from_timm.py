@@ -89,7 +89,7 @@ def describe(module: nn.Module, config: dict[str, Any], name: str) -> Base:
     """Return a timm network with its preprocessing and labels, from its configuration."""
     from timm.data import resolve_data_config
 
-    resolved = resolve_data_config({}, pretrained_cfg=config.get("pretrained_cfg") or {})
+    resolved = resolve_data_config({}, pretrained_cfg=config.get("pretrained_cfg") or {}, model=module)
     keep = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
     preprocess = {
         key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key]

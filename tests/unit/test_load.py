@@ -274,3 +274,13 @@ def test_a_python_artifact_is_never_imported_to_be_refused(tmp_path: Path, monke
     del sys.modules["fresh_code"]
     with pytest.raises(ArtifactError, match="needs code of yours"):
         load(tmp_path / "out")
+
+
+def test_a_timm_folder_that_says_nothing_of_images_reads_them_as_its_architecture_does(
+    tiny_vit: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_vit / "config.json").read_text())
+    del config["pretrained_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((tiny_vit / "model.safetensors").read_bytes())
+    assert load(tmp_path).preprocess["input_size"] == [3, 32, 32]
