@@ -1,4 +1,4 @@
-"""Statistics over a calibration set, for methods that ask for them by name; the only forward hooks.
+"""Statistics over a calibration set, for methods that ask for them by name.
 
 Activations are never kept: each batch goes into running sums and is gone. Scatter matrices are accumulated around
 their mean in float64, batch by batch (Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm"), so
@@ -18,7 +18,7 @@ weight_fisher          (in,)                           squared gradients of a sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
+from peftc.models.layers import registered
 from peftc.models.load import Model, place_of
 from peftc.plan import Target
 
@@ -206,17 +207,6 @@ def _reading(model: Model, target: Target) -> tuple[object, ...]:
         return ("rows",)
     grid = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode
     return target.form, type(module), *grid
-
-
-@contextmanager
-def registered(handles: Iterable[Any]) -> Iterator[None]:
-    """Register hooks, and remove them again."""
-    kept = list(handles)
-    try:
-        yield
-    finally:
-        for handle in kept:
-            handle.remove()
 
 
 class Collector:

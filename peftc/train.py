@@ -7,6 +7,7 @@ the same samples however many processes and parts share it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -34,7 +35,6 @@ CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
-
 
 Terms = Mapping[str, Tensor]  # name -> scalar of a step, weighted; their sum is minimised
 
@@ -115,7 +115,7 @@ def fit(
                 run.tell(terms, log_with)
                 advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}{_left(run, begun, first)}")
                 if folder is not None and time.monotonic() - last > SAVE_EVERY:
-                    run.save(CHECKPOINT)
+                    run.save()
                     last = time.monotonic()
         run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
         run.end(score is not None)
@@ -192,8 +192,7 @@ class _Run:
         position = step * size
         while len(found) < size:
             epoch, at = divmod(position + len(found), self.size)
-            generator = torch.Generator().manual_seed(mixed(self.recipe.seed, epoch, 0))
-            found += torch.randperm(self.size, generator=generator).tolist()[at : at + size - len(found)]
+            found += _order(self.size, mixed(self.recipe.seed, epoch, 0))[at : at + size - len(found)]
         return found
 
     def learn(self) -> dict[str, float]:
@@ -351,9 +350,8 @@ class _Run:
         """Leave the best weights in the module, or else the average."""
         if judged:
             _copy(self.best, surgery.tensors_of(self.module))
-        elif self.average:
-            _copy(self.average, self.learning())
-        if not judged:
+        else:
+            _copy(self.average, {name: self.learning()[name] for name in self.average})
             self.outcome.best = self.total
         self.outcome.steps = self.total
 
@@ -367,7 +365,7 @@ class _Run:
     def has_checkpoint(self) -> bool:
         return self.folder is not None and (self.folder / CHECKPOINT).is_file()
 
-    def save(self, name: str) -> None:
+    def save(self) -> None:
         """Write everything that the steps to come depend on, whole or not at all."""
         if self.folder is None or processes.rank():
             return
@@ -375,9 +373,9 @@ class _Run:
             "step": self.step, "module": surgery.tensors_of(self.module), "optimizer": self.optimizer.state_dict(),
             "average": self.average, "best": self.best, "outcome": vars(self.outcome),
         }  # fmt: skip
-        unfinished = self.folder / f"{name}.tmp"
+        unfinished = self.folder / f"{CHECKPOINT}.tmp"
         torch.save(state, unfinished)
-        unfinished.replace(self.folder / name)
+        unfinished.replace(self.folder / CHECKPOINT)
 
     def restore(self) -> None:
         """Go on from the last checkpoint, where there is one."""
@@ -391,6 +389,12 @@ class _Run:
         if self.folder is not None and processes.rank() == 0:
             _cut(self.folder / LOG, self.step)
         self.train()
+
+
+@functools.lru_cache(maxsize=2)
+def _order(size: int, seed: int) -> list[int]:
+    """Return the samples of an epoch in its order; steps of the same epoch ask for it again."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _terms(found: Tensor | Terms) -> dict[str, Tensor]:

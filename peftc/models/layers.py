@@ -6,7 +6,7 @@ what the one before it gave. Of stacks within stacks the inner ones are meant, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,17 @@ from torch import Tensor, nn
 
 from peftc.models import inputs
 from peftc.models.load import Model
+
+
+@contextmanager
+def registered(handles: Iterable[Any]) -> Iterator[None]:
+    """Register hooks, and remove them again."""
+    kept = list(handles)
+    try:
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
 
 
 def layers(model: Model) -> list[str]:
@@ -52,14 +63,10 @@ def _flow(model: Model, names: set[str]) -> tuple[list[str], dict[str, Tensor | 
         return saw
 
     modules = {name: model.module.get_submodule(name) for name in names}
-    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        with torch.no_grad():
-            batch = inputs.probe(model)
-            model.module(**batch) if isinstance(batch, dict) else model.module(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = (module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items())
+    with registered(handles), torch.no_grad():
+        batch = inputs.probe(model)
+        model.module(**batch) if isinstance(batch, dict) else model.module(batch)
     return order, reads, gives
 
 
@@ -103,13 +110,9 @@ def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
 
         return saw
 
-    handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    try:
+    with registered(network.get_submodule(name).register_forward_hook(watch(name)) for name in names):
         yield found
         found += [seen[name] for name in names]
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -124,12 +127,8 @@ def tapped(network: nn.Module, names: Sequence[str], see: Callable[[str, Tensor,
 
         return saw
 
-    handles = [network.get_submodule(name).register_forward_hook(tap(name), with_kwargs=True) for name in names]
-    try:
+    with registered(network.get_submodule(name).register_forward_hook(tap(name), with_kwargs=True) for name in names):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -139,12 +138,8 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return _in_place_of(output, _read(args, kwargs))
 
-    handles = [network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names]
-    try:
+    with registered(network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -113,7 +113,7 @@ def distill(
     stored = load(model)
     ordered.refuse_ordered(stored)
     student = runnable(imitation.trainable(stored), device=device)
-    asked = weights_of(loss, student, data, task)
+    asked = weights_of(loss, student, task)
     terms = imitation.terms(asked, settings or {})
     if not imitation.factored(stored):
         terms.pop("perturbation", None)  # there are no products of factors
@@ -165,7 +165,7 @@ def distill(
     return report
 
 
-def weights_of(loss: str | Mapping[str, float] | None, student: Model, data: str, task: str | None) -> dict[str, float]:
+def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str | None) -> dict[str, float]:
     """Return the weight of each term that was asked for, or of those of PELA.
 
     Raises:

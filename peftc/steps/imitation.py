@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import methods, retrieval
@@ -21,6 +20,7 @@ from peftc.models.inputs import main_output
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.objectives import OBJECTIVES
+from peftc.steps import write
 from peftc.steps.samples import Held, Samples, figures
 from peftc.tasks import Batch, sentence_vectors
 
@@ -157,7 +157,7 @@ class Imitation:
             found = self.taught(given.batch)
             tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
             for at, path in enumerate(paths):
-                _keep(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()})
+                write.save_part(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()}, {})
         device = load.place_of(self.student.module)
         samples = [load_file(path) for path in paths]
         whole = {name: _padded([each[name] for each in samples], masks).to(device) for name in samples[0]}
@@ -186,17 +186,22 @@ class Imitation:
 
     def products(self, module: nn.Module) -> dict[str, Any]:
         """Return the products of the student's factors, with gradients, and the teacher's weights they stand for."""
-        assert self.teacher is not None
-        device, names = load.place_of(module), factored(self.student)
         return {
-            "products": {name: weight_of(self.student, module, name) for name in names},
-            "weights": {
-                name: weight_of(self.teacher, self.teacher.module, in_teacher(self.student, self.teacher, name)).to(
-                    device
-                )
-                for name in names
-            },
+            "products": {name: weight_of(self.student, module, name) for name in factored(self.student)},
+            "weights": self.originals,
         }
+
+    @functools.cached_property
+    def originals(self) -> dict[str, Tensor]:
+        """The teacher's weight of each factored module of the student; the teacher does not change."""
+        assert self.teacher is not None
+        device = load.place_of(self.student.module)
+        found = {}
+        with torch.no_grad():
+            for name in factored(self.student):
+                there = in_teacher(self.student, self.teacher, name)
+                found[name] = weight_of(self.teacher, self.teacher.module, there).to(device)
+        return found
 
     def score(self, held: Held, batch_size: int) -> float:
         """Return how good the student is on held-out samples: the task's metric, or without labels minus the loss."""
@@ -263,13 +268,6 @@ def _padded(own: Sequence[Tensor], masks: Tensor | None) -> Tensor:
     for row, mask, each in zip(whole, masks, own, strict=True):
         row[mask] = each
     return whole
-
-
-def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file whole or not at all, also where several processes do."""
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    save_file({name: each.contiguous() for name, each in tensors.items()}, unfinished)
-    unfinished.replace(path)
 
 
 def mask_of(inputs: Any) -> Tensor | None:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from peftc.allocate import Rank
 from peftc.artifact import Piece
 from peftc.errors import PeftcError, PlanError, UsageError
-from peftc.hooks import Found, registered
+from peftc.hooks import Found
 from peftc.models.inputs import forward, probe
+from peftc.models.layers import registered
 from peftc.models.load import Model
 from peftc.nn import lowrank, shared, surgery
 from peftc.plan import Budget, Plan, Target

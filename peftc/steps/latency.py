@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from peftc import allocate, measure
 from peftc.allocate import Curve, Rank
 from peftc.errors import PlanError
-from peftc.hooks import registered
 from peftc.measure import Speedup
+from peftc.models.layers import registered
 from peftc.models.load import Model, detached, outputs
 from peftc.nn import lowrank, surgery
 from peftc.plan import Target

@@ -22,6 +22,7 @@ from peftc.errors import UsageError
 from peftc.hooks import Collector, Found, Site
 from peftc.models import load
 from peftc.models.dual import has_matching
+from peftc.models.layers import registered
 from peftc.nn import lowrank
 from peftc.steps import write
 from peftc.steps.factoring import Factoring
@@ -155,7 +156,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
 
         return hook
 
-    with hooks.registered(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
+    with registered(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
         for indices in runs:
             batch = prepared.encoded.batch(indices)
             if collector is not None:
