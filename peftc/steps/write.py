@@ -19,7 +19,7 @@ from peftc import __version__, artifact, manifest, measure, processes
 from peftc.artifact import Piece
 from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
 from peftc.header import encode_header, read_header
-from peftc.job import Job, execution
+from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
 from peftc.models import load as models
 from peftc.models.load import Model
@@ -33,7 +33,7 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-NOT_COMPANIONS = ("config.json", "peftc.json", artifact.RESULT, "data_config.json")
+NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, "data_config.json")
 LOCK = "this folder holds low-rank factors: load it with peftc.load"
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
