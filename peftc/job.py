@@ -274,26 +274,28 @@ def _sweep(job: Job) -> None:
 def _is_done(job: Job, overwrite: bool) -> bool:
     """Return whether the output already is the answer; refuse when it is something else that may not be replaced."""
     output, asked = job.output, job.result().get("asked") or {}
+    word = "export" if job.record == EXPORT else "artifact"
     if output.is_dir() and (output / job.record).is_file():
         there: Mapping[str, Any] = {}
         try:
             if job.record == EXPORT:
                 exported = read_export(output)
-                there, is_same = exported.request, exported.id == job.id
+                there = exported.request
+                if exported.id == job.id:
+                    return True
             else:
                 found = manifest.read(output)
-                there, is_same = (found.steps[-1]["request"] if found.steps else {}), job.id in (found.id, asked.get("id"))
-                if is_same:
+                there = found.steps[-1]["request"] if found.steps else {}
+                if job.id in (found.id, asked.get("id")):
                     artifact.tensor_table(output, found)
-            if is_same:
-                return True
+                    return True
         except PeftcError:
             if not overwrite:
                 raise
         if overwrite:
             return False
         raise ArtifactError(
-            f"`{output}` holds the {'export' if job.record == EXPORT else 'artifact'} of another request",
+            f"`{output}` holds the {word} of another request",
             why=_difference(asked.get("request") or there, job.request),
             hint="write elsewhere with `-o`, or replace it with `--overwrite`",
             request=job.id,
@@ -303,8 +305,7 @@ def _is_done(job: Job, overwrite: bool) -> bool:
         return False
     raise ArtifactError(
         f"`{output}` is in the way",
-        why=f"it is no {'export' if job.record == EXPORT else 'artifact'} of peftc, so peftc neither writes into it nor "
-        "deletes it",
+        why=f"it is no {word} of peftc, so peftc neither writes into it nor deletes it",
         hint="write elsewhere with `-o`",
     )
 

@@ -11,6 +11,7 @@ from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "evaluate", "bench", "demo", "show",
+    "export",
 ]  # fmt: skip
 
 

@@ -40,6 +40,13 @@ METHODS: dict[str, dict[str, str]] = {
         "cka": "peftc.methods.importance.cka",
         "magnitude": "peftc.methods.importance.magnitude",
     },
+    "format": {
+        "hf": "peftc.methods.format.hf",
+        "timm": "peftc.methods.format.timm",
+        "safetensors": "peftc.methods.format.safetensors",
+        "onnx": "peftc.methods.format.onnx",
+        "torch_export": "peftc.methods.format.torch_export",
+    },
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,12 @@ class _Child:
         self.folder, self.model = folder, model
         self.files = tempfile.TemporaryDirectory()
         self.last: Inputs | None = None
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.errors = Path(self.files.name, "errors")
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
 
     def ask(self, asked: dict[str, Any]) -> None:
         """Send a line and wait for the answer."""
@@ -117,8 +120,8 @@ class _Child:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            assert self.process.stderr is not None
-            told = self.process.stderr.read().strip().splitlines()
+            self.process.wait()
+            told = self.errors.read_text().strip().splitlines()
             self.close()
             raise ExportError(
                 f"{self.model.library} does not load what was written of `{self.model.name}`",
@@ -143,8 +146,9 @@ class _Child:
 
     def close(self) -> None:
         """End the process."""
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self.process.wait()
         self.files.cleanup()

@@ -37,7 +37,7 @@ def multiplied(model: Model) -> Model:
     if others:
         raise ExportError(
             f"`{others[0]}` of `{model.name}` cannot be multiplied out",
-            why=f"it is a {type(model.module.get_submodule(others[0])).__name__}, and no manifest says what it stands for",
+            why=f"no manifest says what this {type(model.module.get_submodule(others[0])).__name__} stands for",
             hint="write it as an artifact first, or export it as `--format onnx`",
         )
     if record is None or model.folder is None or not edits:

@@ -152,15 +152,14 @@ def weight_of(node: Any) -> Any:
 def products(program: Any) -> list[tuple[int, ...]]:
     """Return the shape of the weight of every product of a graph with one."""
     known = program.graph_signature.inputs_to_parameters
-    return [
-        tuple(weight.meta["val"].shape) for _, weight in _products(program) if getattr(weight, "name", None) in known
-    ]
+    shapes = [tuple(each.meta["val"].shape) for _, each in _products(program) if getattr(each, "name", None) in known]
+    return [shape for shape in shapes if len(shape) > 1]  # the others are biases
 
 
 def _products(program: Any) -> Iterator[tuple[Any, Any]]:
     for node in program.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in PRODUCTS:
-            yield from ((node, weight_of(operand)) for operand in node.args if hasattr(operand, "op"))
+            yield from ((node, weight_of(operand)) for operand in node.args[:3] if hasattr(operand, "op"))
 
 
 def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
