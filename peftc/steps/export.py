@@ -169,6 +169,10 @@ class _Work:
         }  # fmt: skip
         if data is None:
             report.notes.append("compared on random inputs; `--data` compares on samples of yours")
+        if found.spread <= parity.NOTHING:
+            report.warnings.append(
+                f"`{self.stored.name}` gives one output whatever the input: that the export does so too says little"
+            )
         if exported.tolerance is None:
             report.warnings.append(
                 "what is rounded to 8 bits computes something else by design: gate it with `--data` and `--max-drop`"

@@ -22,6 +22,8 @@ from peftc.report import Report
 from peftc.steps.evaluate import evaluate
 from peftc.tasks import Settings
 
+NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
+
 
 def example(model: Model, batch: int, *, image_size: int | None, max_length: int | None, seed: int = 0) -> Inputs:
     """Return random inputs with all that the network's tokenizer would give it."""
@@ -67,11 +69,13 @@ class Parity:
         deviation: largest difference of an output, as a share of the largest output.
         agreement: share of predictions that are the same, or mean cosine of vectors.
         is_share: whether it is such a share.
+        spread: largest difference between outputs of the model for different samples, as a share of the largest output.
     """
 
     deviation: float
     agreement: float
     is_share: bool
+    spread: float
 
 
 def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parity:
@@ -82,7 +86,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
     """
     row = tasks.guess(model)
     is_share = row is not None and (row.has_classes or row.name.endswith("-lm"))
-    deviation, agreed, count = 0.0, 0.0, 0
+    deviation, spread, agreed, count = 0.0, 0.0, 0.0, 0
     for inputs in batches:
         before, after = exports.computed(model, inputs)[0], written.run(inputs)
         if before.shape != after.shape:
@@ -96,9 +100,10 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
         largest = float(before.abs().max())
         deviation = max(deviation, float((before - after).abs().max()) / (largest or 1.0))
         one, other = before.flatten(0, -2), after.flatten(0, -2)
+        spread = max(spread, float((one - one[0]).abs().max()) / (largest or 1.0))
         same = one.argmax(-1) == other.argmax(-1) if is_share else F.cosine_similarity(one, other, dim=-1)
         agreed, count = agreed + float(same.sum()), count + len(same)
-    return Parity(deviation, agreed / count, is_share)
+    return Parity(deviation, agreed / count, is_share, spread)
 
 
 def _without_padding(output: Tensor, inputs: Inputs) -> Tensor:

@@ -7,6 +7,7 @@ Attention is written as two products and a softmax, and shapes between nodes are
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -92,14 +93,21 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = value.type = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     save(model, path, external_data=f"{path.name}.data" if is_large else None)
+    _forget_shapes(path)
+
+
+def _forget_shapes(path: Path) -> None:
+    """Leave out the shapes of what lies between nodes; whoever needs them infers them."""
+    import onnx as library
+
+    model = library.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    library.save(model, path)
 
 
 def _name_axes(model: Any, graph: Traced) -> None:
@@ -121,7 +129,10 @@ def _to_half(path: Path, is_large: bool) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = convert_float_to_float16(library.load(path), keep_io_types=True, disable_shape_infer=is_large)
-    _save(model, path, is_large)
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    library.save(model, path, save_as_external_data=is_large, location=data.name)
+    _forget_shapes(path)
 
 
 def _quantise(path: Path, is_large: bool) -> str:
@@ -132,22 +143,19 @@ def _quantise(path: Path, is_large: bool) -> str:
     whole = path.with_name("whole.onnx")
     before = _products(path)
     path.rename(whole)
-    quantize_dynamic(
-        whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-        use_external_data_format=is_large,
-    )  # fmt: skip
+    logging.disable(logging.WARNING)  # it advises a step that is for static quantization
+    try:
+        quantize_dynamic(
+            whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
+            use_external_data_format=is_large,
+        )  # fmt: skip
+    finally:
+        logging.disable(logging.NOTSET)
     whole.unlink()
+    _forget_shapes(path)
     operators = [node.op_type for node in library.load(path, load_external_data=False).graph.node]
     number = sum(operator == "MatMulInteger" for operator in operators)
     return f"{number} of {len(before)} products with weights compute in 8 bits; convolutions stay as they are"
-
-
-def _save(model: Any, path: Path, is_large: bool) -> None:
-    import onnx as library
-
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)
-    library.save(model, path, save_as_external_data=is_large, location=data.name)
 
 
 def _products(path: Path) -> list[tuple[int, ...]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc import artifact
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model, detached, runnable
+from peftc.models.load import Model, runnable
 from peftc.models.weights import pieces_of
 from peftc.nn import surgery
 
@@ -38,11 +40,7 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     from safetensors import safe_open
 
     artifact.write_weights(folder, pieces_of(model), None, sys.maxsize)
-    network = detached(model.module).to("meta")
-    for name, buffer in model.module.named_buffers():  # what is computed, not stored, stays
-        path, _, leaf = name.rpartition(".")
-        if leaf in network.get_submodule(path)._non_persistent_buffers_set:
-            network.get_submodule(path)._buffers[leaf] = buffer
+    network = _empty(model.module)
     with safe_open(folder / "model.safetensors", "pt") as file:
         surgery.fill(network, file.keys(), file.get_tensor, where="model.safetensors")
         read = runnable(Model(network, model.source, model.library, model.config, model.base, model.name), device="cpu")
@@ -59,3 +57,11 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     about = {"modules": edits, "forms": {form: FORMS[form] for form in sorted(forms)}, "tied": tied}
     runtime = f"safetensors {version('safetensors')}, torch {torch.__version__}"
     return Exported(runtime, run, prepare, about=about)
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """Return a copy of a network with its parameters on the meta device, those that are one still one."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)
