@@ -198,7 +198,8 @@ def _finish(
         "preprocess": leaves.preprocess, "labels": leaves.labels,
         "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
     }  # fmt: skip
-    report.data |= {"files": files, "bytes": sum(entry["bytes"] for entry in files.values())}
+    total = sum(path.stat().st_size for path in job.folder.iterdir())
+    report.data |= {"files": files, "bytes": total}
     report.artifact = job.output
     report.tables.insert(0, _table(report.data))
     result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}

@@ -1,8 +1,8 @@
 """Every format on trained models at ratio 0.5: what deviates, how quick, and what is left of the promised speed-up.
 
-First table: each export in its own runtime beside the artifact in PyTorch (medians, interleaved). Second table: batch 16,
-the dense model against the factored one in PyTorch, in ONNX Runtime and as a program of torch.export, all in one
-interleaved run, beside the ratio of their multiply-adds. Then where ONNX Runtime spends its time.
+First table: each export in its own runtime beside the artifact in PyTorch (medians, interleaved). Second table: at
+batch 16 the dense model against the factored one in PyTorch, in ONNX Runtime and as a program of torch.export, all in
+one interleaved run, beside the ratio of their multiply-adds. Then where ONNX Runtime spends its time.
 
     python tests/benchmarks/exports.py [--models ViT-Ti,MiniLM] [--rounds 10] [--only-speed]
 """
@@ -81,8 +81,8 @@ def formats(name: str, small: Path, data: str | None, folder: Path, rounds: int)
         one, many = found["times"]["1"], found["times"][str(BATCH)]
         times = [run[key] * 1000 for run in (one, many) for key in ("export_seconds", "torch_seconds")]
         print(
-            f"| {label} | {found['runtime']} | {found['bytes']:,} | {found['deviation']:.1e} | {found['agreement']:.4f} | "
-            + " | ".join(f"{each:.1f}" for each in times),
+            f"| {label} | {found['runtime']} | {found['bytes']:,} | {found['deviation']:.1e} | "
+            f"{found['agreement']:.4f} | " + " | ".join(f"{each:.1f}" for each in times),
             flush=True,
         )
 

@@ -448,6 +448,13 @@ def test_a_read_only_folder_is_refused(small_vit: Path, tmp_path: Path) -> None:
         peftc.export(small_vit, format="safetensors", output_dir=tmp_path / "closed/out", **QUICK)
 
 
+def test_a_file_system_that_takes_no_folders_is_refused(small_vit: Path) -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("there is no /proc")
+    with pytest.raises(OutputError, match="cannot be made"):
+        peftc.export(small_vit, format="safetensors", output_dir="/proc/nothing/out", **QUICK)
+
+
 def test_a_file_in_the_path_is_refused(small_vit: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="a file, not a folder"):
