@@ -124,6 +124,14 @@ def test_tied_factors_become_one_tied_weight(small_llama: Path, tmp_path: Path) 
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+def test_products_of_half_precision_may_be_rounded(small_llama: Path, tmp_path: Path) -> None:
+    peftc.load(small_llama.parent).bfloat16().save_pretrained(tmp_path / "half")
+    peftc.decompose(tmp_path / "half", ratio=0.7, output_dir=tmp_path / "small")
+    report = peftc.export(tmp_path / "small", format="hf", dense=True, output_dir=tmp_path / "plain", **QUICK)
+    assert 1e-4 < report.data["deviation"] < report.data["tolerance"] == 5e-2
+    assert {tensor.dtype for tensor in load_file(tmp_path / "plain/model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> None:
     peftc.prune_layers(tiny_vit, drop="1", output_dir=tmp_path / "shorter", device="cpu")
     peftc.export(tmp_path / "shorter", format="timm", output_dir=tmp_path / "plain", **QUICK)
