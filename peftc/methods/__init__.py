@@ -40,6 +40,9 @@ METHODS: dict[str, dict[str, str]] = {
         "cka": "peftc.methods.importance.cka",
         "magnitude": "peftc.methods.importance.magnitude",
     },
+    "adapter": {
+        "lora": "peftc.methods.adapter.lora",
+    },
 }
 
 
