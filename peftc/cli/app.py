@@ -30,6 +30,7 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.finetune import finetune
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
 from peftc.cli.show import show
@@ -160,7 +161,20 @@ def peftc(
     """
 
 
-for command in (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, demo, show, methods):
+for command in (
+    analyze,
+    calibrate,
+    decompose,
+    truncate,
+    prune_layers,
+    distill,
+    finetune,
+    evaluate,
+    bench,
+    demo,
+    show,
+    methods,
+):
     app.command(no_args_is_help=False)(command)
 
 

@@ -294,6 +294,23 @@ HeldOut = Annotated[
 Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
 LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
 
+# what to adapt
+Adapter = Annotated[str, Option("--method", metavar="NAME", help="what learns, as lora, see `peftc methods adapter`")]
+AlsoAdapt = Annotated[list[str], Option("--include", metavar="PATTERN", help="also adapt these modules, repeatable")]
+LeaveAlone = Annotated[list[str], Option("--skip", metavar="PATTERN", help="do not adapt these modules, repeatable")]
+OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]
+Head = Annotated[
+    str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
+]
+Delta = Annotated[bool, Option("--delta", help="write what the task changed, not a whole model")]
+Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
+UsualRate = Annotated[
+    float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
+]
+UsualDecay = Annotated[
+    float | None, Option("--weight-decay", parser=not_negative, metavar="X", help="of AdamW (default: the method's)")
+]
+
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
 MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import build, streaming, weights
+from peftc.models import adapting, build, delta, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
+from peftc.nn.adapted import take_in, with_ranks
 from peftc.source import Located, Source, locate
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ class Model:
         return str(self.base.get("architecture", ""))
 
 
-def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True) -> Model:
+def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True, merge: bool = True) -> Model:
     """Return the model behind any form of MODEL.
 
     Args:
         model: what the user named, or a live network.
         weights: False leaves the parameters on the meta device, for plans that need shapes alone.
+        merge: take the updates of an artifact into the weights that they change, where they change weights.
 
     Raises:
         SourceError, ArtifactError, WeightError: it cannot be found, trusted or filled exactly.
@@ -100,7 +102,7 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     source = model if isinstance(model, Source) else Source(str(model))
     located = locate(source)
     if located.kind == "artifact":
-        return _artifact(source, located, weights)
+        return _artifact(source, located, weights, merge)
     base = build.build(source, located, weights)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
@@ -172,7 +174,7 @@ def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[
     return merged
 
 
-def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
+def _artifact(source: Source, located: Located, with_weights: bool, merge: bool) -> Model:
     folder = located.folder
     assert folder is not None
     record = manifest.read(folder)
@@ -189,6 +191,7 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
         )
     base = build.from_record(record, folder, source)
     surgery.apply_edits(base.module, record.modules)
+    adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)
     table = artifact.tensor_table(folder, record)
     loaded = Model(
@@ -197,16 +200,50 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
         labels=record.labels, manifest=record,
     )  # fmt: skip
     if with_weights:
-        tensors = weights.from_infos(str(folder), table)
-        found = surgery.fill(loaded.module, tensors.names(), tensors.read, where=str(folder))
-        loaded.infos = {name: table[there] for name, there in found.items()}
-        loaded.files = tensors.files
+        _fill(loaded, record, table, source)
     if record.ordered:
         loaded.notes.append(
             f"`{folder}` computes what its base computes; the factors beside its weights are for `peftc truncate`"
         )
     loaded.module.eval()
-    return loaded
+    return without_updates(loaded) if merge else loaded
+
+
+def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], source: Source) -> None:
+    """Map the tensors of an artifact into its network; of a delta those that it lacks come from the model beneath."""
+    assert model.folder is not None
+    own = weights.from_infos(str(model.folder), table)
+    others: dict[str, Tensor] = {}
+    infos = dict(table)
+    if record.delta:
+        beneath, theirs = delta.beneath(record, model.folder, source, load)
+        for name in surgery.stored_names(model.module):
+            there = record.delta["tensors"].get(name, name)
+            if name not in table and there in beneath:
+                others[name] = beneath[there]
+                infos |= {name: theirs[there]} if there in theirs else {}
+
+    def read(name: str) -> Tensor:
+        return others[name] if name in others else own.read(name)
+
+    found = surgery.fill(model.module, [*own.names(), *others], read, where=str(model.folder))
+    model.infos = {name: infos[there] for name, there in found.items() if there in infos}
+    model.files = own.files
+
+
+def without_updates(model: Model) -> Model:
+    """Return a model whose updates are taken into the weights that they change, where they change weights.
+
+    Its module is changed in place.
+    """
+    if model.manifest is None:
+        return model
+    changed = take_in(model.module)
+    left = {name: entry for name, entry in model.manifest.adapters.items() if name not in changed}
+    modules = with_ranks(model.manifest.modules, changed)
+    gone = tuple(f"{name}." for name in changed)
+    infos = {name: info for name, info in model.infos.items() if not name.startswith(gone)}
+    return replace(model, infos=infos, manifest=replace(model.manifest, adapters=left, modules=modules, delta={}))
 
 
 def detached(module: nn.Module) -> nn.Module:

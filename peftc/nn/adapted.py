@@ -16,10 +16,13 @@ Buffers whose name begins with ``_`` serve the training alone: checkpoints hold 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peftc.nn import surgery
 
 
 class Adapted(nn.Module):
@@ -62,11 +65,31 @@ def adapted_modules(network: nn.Module) -> dict[str, Adapted]:
 
 
 @torch.no_grad()
-def merged(module: Adapted) -> nn.Module:
-    """Return ``module.base`` with the update taken into its weight, summed in float32 and cast once.
+def take_in(network: nn.Module) -> dict[str, int | None]:
+    """Take every update that changes a weight into that weight, in place, summed in float32 and cast once.
 
-    The base must be a module with one weight; it is changed, not copied.
+    Returns:
+        name -> None of each module that is plain again, or its new rank where it is factored.
     """
+    found: dict[str, int | None] = {}
+    for name, module in adapted_modules(network).items():
+        if module.mergeable:
+            base, found[name] = _merged(module)
+            surgery.replace(network, module, base)
+    return found
+
+
+def _merged(module: Adapted) -> tuple[nn.Module, int | None]:
     base: Any = module.base
     base.weight = nn.Parameter(module.update.weight(base.weight).to(base.weight.dtype), requires_grad=False)  # type: ignore[operator]
-    return base
+    return base, None
+
+
+def with_ranks(
+    modules: Mapping[str, Mapping[str, Any]], changed: Mapping[str, int | None]
+) -> dict[str, dict[str, Any]]:
+    """Return a manifest's entries of factored modules with the ranks that they have after `take_in`."""
+    return {
+        name: {**entry, "rank": changed[name]} if changed.get(name) is not None else dict(entry)
+        for name, entry in modules.items()
+    }

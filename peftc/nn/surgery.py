@@ -56,7 +56,7 @@ def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` stands, also where one module is shared by several parents."""
-    for parent in network.modules():
+    for parent in list(network.modules()):
         for leaf, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[leaf] = new
