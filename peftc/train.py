@@ -375,7 +375,11 @@ class _Run:
             self.outcome = Outcome(**state["outcome"])
             self.outcome.resumed = self.step
         if self.folder is not None and processes.rank() == 0:
-            _cut(self.folder / LOG, self.step)
+            _cut(
+                self.folder / LOG,
+                self.step,
+                judged=bool(self.outcome.scores) and self.outcome.scores[-1][0] == self.step,
+            )
         self.train()
 
 
@@ -399,12 +403,17 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
             tensor.copy_(source[name])
 
 
-def _cut(log: Path, step: int) -> None:
-    """Drop what a log says of steps after the last checkpoint: they are made again."""
+def _cut(log: Path, step: int, *, judged: bool) -> None:
+    """Drop what a log says of what came after the last checkpoint: it is made again."""
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+        told = [(line, json.loads(line)) for line in whole]
+        last = ("loss", "score") if judged else ("loss",)
+        kept = [
+            line for line, of in told if of["step"] < step or (of["step"] == step and any(key in of for key in last))
+        ]
+        log.write_text("".join(kept), encoding="utf-8")
 
 
 def _kept(path: Path | None) -> int:

@@ -31,6 +31,7 @@ from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
 from peftc.cli.finetune import finetune
+from peftc.cli.merge import merge
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
 from peftc.cli.show import show
@@ -161,20 +162,11 @@ def peftc(
     """
 
 
-for command in (
-    analyze,
-    calibrate,
-    decompose,
-    truncate,
-    prune_layers,
-    distill,
-    finetune,
-    evaluate,
-    bench,
-    demo,
-    show,
+COMMANDS = (
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, evaluate, bench, demo, show,
     methods,
-):
+)  # fmt: skip
+for command in COMMANDS:
     app.command(no_args_is_help=False)(command)
 
 

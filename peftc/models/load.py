@@ -129,17 +129,59 @@ def _refuse_lazy(model: Model) -> None:
         )
 
 
-def load_module(model: str | Path | Source | nn.Module | Model, *, allow_code: bool = False) -> nn.Module:
+def load_module(
+    model: str | Path | Source | nn.Module | Model, *, merge: bool = True, allow_code: bool = False
+) -> nn.Module:
     """Return the network behind MODEL in eval mode, ready to run.
 
     Args:
         model: an artifact, or any other form of MODEL.
+        merge: take the updates of a delta into the weights that they change; kept apart they share those.
         allow_code: let an artifact whose base is your own Python code import it.
     """
     if isinstance(model, nn.Module | Model):
         return load(model).module
     source = model if isinstance(model, Source) else Source(str(model))
-    return load(replace(source, allow_code=source.allow_code or allow_code)).module
+    return load(replace(source, allow_code=source.allow_code or allow_code), merge=merge).module
+
+
+def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = False) -> nn.Module:
+    """Return the network of a delta that shares every tensor which the task left alone with ``network``, its base.
+
+    Several deltas on one base take its memory once.
+
+    Args:
+        network: the base, as `load_module` gives it, on any device.
+        folder: the delta.
+        allow_code: as for `load_module`.
+
+    Raises:
+        ArtifactError: the folder holds no delta, or ``network`` is not its base.
+    """
+    tuned = load(Source(str(folder), allow_code=allow_code), merge=False)
+    record = tuned.manifest
+    if record is None or not record.delta:
+        raise ArtifactError(f"`{folder}` is no delta", hint="load it by itself: `peftc.load`")
+    assert tuned.folder is not None
+    own, place = artifact.tensor_table(tuned.folder, record), place_of(network)
+    theirs, mine = surgery.tensors_of(network), surgery.tensors_of(tuned.module)
+    for names in surgery.stored_names(tuned.module).values():
+        there = record.delta["tensors"].get(names[0], names[0])
+        if names[0] in own:
+            surgery.assign(tuned.module, names, mine[names[0]].to(place))
+        elif there not in theirs or not _same(mine[names[0]], theirs[there]):
+            raise ArtifactError(
+                f"the network is not the base of `{folder}`",
+                why=f"its `{there}` {'has other values' if there in theirs else 'is not there'}",
+                hint=f"load the base first: `peftc.load({record.delta['source']['spec']!r})`",
+            )
+        else:
+            surgery.assign(tuned.module, names, theirs[there])
+    return tuned.module
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device, one.dtype))
 
 
 def refuse_unbuildable(model: Model) -> None:
@@ -206,7 +248,7 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
             f"`{folder}` computes what its base computes; the factors beside its weights are for `peftc truncate`"
         )
     loaded.module.eval()
-    return without_updates(loaded) if merge else loaded
+    return without_updates(loaded)[0] if merge else loaded
 
 
 def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], source: Source) -> None:
@@ -231,19 +273,19 @@ def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], sourc
     model.files = own.files
 
 
-def without_updates(model: Model) -> Model:
-    """Return a model whose updates are taken into the weights that they change, where they change weights.
+def without_updates(model: Model) -> tuple[Model, list[str]]:
+    """Return a model whose updates are taken into the weights that they change, and the modules that had them.
 
-    Its module is changed in place.
+    Its module is changed in place; updates that change no weight stay.
     """
-    if model.manifest is None:
-        return model
     changed = take_in(model.module)
-    left = {name: entry for name, entry in model.manifest.adapters.items() if name not in changed}
-    modules = with_ranks(model.manifest.modules, changed)
     gone = tuple(f"{name}." for name in changed)
     infos = {name: info for name, info in model.infos.items() if not name.startswith(gone)}
-    return replace(model, infos=infos, manifest=replace(model.manifest, adapters=left, modules=modules, delta={}))
+    record = model.manifest
+    if record is not None:
+        left = {name: entry for name, entry in record.adapters.items() if name not in changed}
+        record = replace(record, adapters=left, modules=with_ranks(record.modules, changed), delta={})
+    return replace(model, infos=infos, manifest=record), list(changed)
 
 
 def detached(module: nn.Module) -> nn.Module:

@@ -17,13 +17,14 @@ from peftc.errors import UsageError, one_of
 from peftc.job import Job
 from peftc.models.load import Model, load, place_of, refuse_unbuildable
 from peftc.nn import surgery
-from peftc.nn.adapted import adapted_modules, take_in, with_ranks
+from peftc.nn.adapted import adapted_modules
 from peftc.recipe import Recipe
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import distill, factored, imitation, ordered, quality, samples, write
 from peftc.steps import student as students
 from peftc.steps.imitation import TASK, Imitation
+from peftc.steps.merge import taken_in
 from peftc.steps.student import Student
 from peftc.tasks import Settings
 
@@ -135,7 +136,7 @@ def finetune(
         refuse_unbuildable(stored)
     stored, renamed, new_head = students.headed(stored, data, task, head, seed)
     row = tasks.named_task(task) if task else tasks.guess(stored)
-    copied, placed, after_step = students.student(
+    copied, placed, after_step = students.build(
         stored, method, own, include=include, skip=skip, on_product=on_product,
         has_classes=row is not None and row.has_classes, device=device, seed=seed,
     )  # fmt: skip
@@ -153,6 +154,7 @@ def finetune(
     pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
     work = Imitation(copied, guide, given, terms, weight, pairs)
     work.check()
+    against = _against(guide, stored, new_head, max_drop)
 
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
@@ -169,7 +171,6 @@ def finetune(
         else:
             job.require(measure.tensor_bytes(stored.module) // (8 if delta else 1))
             report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
-    against = guide if guide is not None else stored if new_head is None else None
     quality.measure_on_test(
         report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
         image_size=image_size, max_length=max_length, device=device, seed=seed,
@@ -191,6 +192,20 @@ def _weights(
     if loss is None:
         return dict(WITH_TEACHER) if has_teacher else {TASK: 1.0}
     return distill.weights_of(loss, student, task)
+
+
+def _against(guide: Model | None, stored: Model, new_head: Any, max_drop: float | None) -> Model | None:
+    """Return the model that does the same task and that the result is compared with: the teacher, or itself before."""
+    if guide is not None and (guide.labels == stored.labels or not new_head):
+        return guide
+    if new_head is None:
+        return load(stored.source)
+    if max_drop is not None:
+        raise UsageError(
+            "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",
+            hint="gate on the result: `--min-quality`, or name a `--teacher` with these classes",
+        )  # fmt: skip
+    return None
 
 
 def _carry_out(
@@ -254,28 +269,12 @@ def _write(
             job, tuned, base, request, pieces, imitation.factored(stored), adapters=adapters,
             delta=students.reference(pupil, base, there), **options,
         )  # fmt: skip
-        merged, _ = _merged(tuned, adapters, report)
+        merged, _ = taken_in(tuned, adapters, report)
     else:
-        merged, left = _merged(tuned, adapters, report)
+        merged, left = taken_in(tuned, adapters, report)
         record = write.write_artifact(
             job, merged, base, request, write.pieces_of(merged), imitation.factored(merged), adapters=left, **options
         )
     report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
     report.tables.append(Table("written", ["", "bytes"], [["weights", f"{record.weight_bytes:,}"]]))
     return record, merged
-
-
-def _merged(tuned: Model, adapters: Mapping[str, Any], report: Report) -> tuple[Model, dict[str, Any]]:
-    """Take the updates into the weights, say what that changes of the outputs, and return those that are left."""
-    before = write.probe_outputs(tuned)
-    changed = take_in(tuned.module)
-    merged = tuned
-    if tuned.manifest is not None:
-        modules = with_ranks(tuned.manifest.modules, changed)
-        merged = replace(tuned, manifest=replace(tuned.manifest, modules=modules, delta={}))
-    after = write.probe_outputs(merged)
-    if changed and before is not None and after is not None:
-        gap = float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
-        report.data["merge"] = {"relative_deviation": gap}
-        report.notes.append(f"merged: outputs on a random input differ by {gap:.1e} of the largest")
-    return merged, {name: dict(entry) for name, entry in adapters.items() if name not in changed}

@@ -97,7 +97,7 @@ def _fits(model: Model, classes: Sequence[str]) -> bool:
     return True
 
 
-def student(
+def build(
     model: Model, method: str, settings: Mapping[str, Any], *, include: Sequence[str], skip: Sequence[str],
     on_product: bool, has_classes: bool, device: str, seed: int,
 ) -> tuple[Model, Placed, Callable[..., None] | None]:  # fmt: skip
