@@ -32,6 +32,7 @@ class Source:
         allow_code: run the user's own Python code named by ``python:...``.
         trust_remote_code: run code that comes with a transformers checkpoint.
         offline: never ask the network.
+        base: the model beneath a delta, where it is not where it was.
     """
 
     spec: str
@@ -43,6 +44,7 @@ class Source:
     allow_code: bool = False
     trust_remote_code: bool = False
     offline: bool = False
+    base: str | None = None
 
 
 @dataclass(frozen=True)

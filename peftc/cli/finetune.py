@@ -16,7 +16,7 @@ def finetune(
     skip: o.LeaveAlone = o.EMPTY,
     on_product: o.OnProduct = False,
     head: o.Head = "auto",
-    delta: o.Delta = False,
+    delta: o.Delta = None,
     teacher: o.Guide = None,
     loss: o.Loss = None,
     epochs: o.Epochs = None,

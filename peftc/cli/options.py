@@ -302,7 +302,9 @@ OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules 
 Head = Annotated[
     str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
 ]
-Delta = Annotated[bool, Option("--delta", help="write what the task changed, not a whole model")]
+Delta = Annotated[
+    bool | None, Option("--delta/--full", help="write what the task changed, or a whole model (default: as MODEL is)")
+]
 Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
 UsualRate = Annotated[
     float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
@@ -360,6 +362,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "allow_code": (Annotated[bool, Option("--allow-code", help="run the python: code that MODEL names")], False),
     "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
     "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
+    "base": (Annotated[str | None, Option(metavar="MODEL", help="what a delta changes, where it is not found")], None),
 }
 OUTPUT: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),

@@ -66,15 +66,15 @@ def beneath(
 def _source(record: Manifest, folder: Path, source: Source) -> Source:
     """Return where the model beneath a delta is: as it was named, or beside the delta under its own name."""
     named = record.delta["source"]
-    spec = named["spec"]
+    spec = source.base or named["spec"]
     beside = folder.resolve().parent / Path(spec).name
-    if not Path(spec).expanduser().exists() and beside.exists():
+    if source.base is None and not Path(spec).expanduser().exists() and beside.exists():
         spec = str(beside)
     elif (_is_path(spec) or "artifact" in named) and not Path(spec).expanduser().exists():
         raise SourceError(
             f"`{folder}` is a delta on `{spec}`, which is not there",
             why=f"neither that path from here exists, nor `{beside}`",
-            hint="put its base beside it, or merge the two where both are: `peftc merge`",
+            hint="put its base beside it, or say where it is: `--base MODEL`",
         )
     weights = named.get("weights")
     return Source(

@@ -42,7 +42,7 @@ def finetune(
     skip: Sequence[str] = (),
     on_product: bool = False,
     head: str = "auto",
-    delta: bool = False,
+    delta: bool | None = None,
     teacher: str | Path | Source | nn.Module | Model | None = None,
     loss: str | Mapping[str, float] | None = None,
     epochs: float | None = None,
@@ -87,7 +87,8 @@ def finetune(
         on_product: adapt a factored linear module as one matrix; each of its factors is adapted otherwise.
         head: ``auto`` gives the model a new head where its classes are not those of the data, ``new`` always, ``keep``
             never.
-        delta: write what the task changed and name the model that it changes, instead of a whole model.
+        delta: write what the task changed and name the model that it changes, or a whole model; as ``model`` is when
+            None.
         teacher: who is imitated, too.
         loss: weights of the terms as for `distill`; the task's alone when None, and features=1 with a teacher.
         epochs, steps, minutes: how long, one of them; 10 epochs when all are None.
@@ -158,7 +159,7 @@ def finetune(
 
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
-        "skip": list(skip), "on_product": on_product, "head": head, "delta": delta,
+        "skip": list(skip), "on_product": on_product, "head": head, "delta": students.is_delta(stored) if delta is None else delta,
         "teacher": None if guide is None else distill.identity_of(guide), "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
@@ -169,7 +170,7 @@ def finetune(
         if job.done:
             report = write.already(job, "finetune")
         else:
-            job.require(measure.tensor_bytes(stored.module) // (8 if delta else 1))
+            job.require(measure.tensor_bytes(stored.module) // (8 if request["delta"] else 1))
             report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
         report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,

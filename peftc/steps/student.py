@@ -184,6 +184,11 @@ def as_stored(module: nn.Module, stored: nn.Module, updates: Mapping[str, Any]) 
     return module
 
 
+def is_delta(model: Model) -> bool:
+    """Return whether a model is stored as a change of another."""
+    return model.manifest is not None and bool(model.manifest.delta)
+
+
 def before_updates(name: str, updates: Mapping[str, Any]) -> str:
     """Return what a tensor was called before updates were put beside its module."""
     path, base, leaf = name.rpartition(".base.")
@@ -213,7 +218,7 @@ def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[s
 def reference(student: Student, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
     """Return what the manifest of a delta says of the model beneath; a delta on a delta has the same one."""
     record = student.stored.manifest
-    if record is not None and record.delta:
+    if record is not None and is_delta(student.stored):
         return {**record.delta, "tensors": dict(tensors)}
     return delta.reference(student.stored, base, tensors)
 
