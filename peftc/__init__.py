@@ -20,6 +20,7 @@ __all__ = [
     "demo",
     "distill",
     "evaluate",
+    "extract_lora",
     "finetune",
     "load",
     "merge",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
+    from peftc.steps.extract_lora import extract_lora
     from peftc.steps.finetune import finetune
     from peftc.steps.merge import merge
     from peftc.steps.prune_layers import prune_layers

@@ -10,7 +10,7 @@ from peftc.cli.app import app
 from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
-    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "evaluate",
+    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora", "evaluate",
     "bench", "demo", "show",
 ]  # fmt: skip
 

@@ -30,6 +30,7 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.extract_lora import extract_lora
 from peftc.cli.finetune import finetune
 from peftc.cli.merge import merge
 from peftc.cli.methods import methods
@@ -163,7 +164,7 @@ def peftc(
 
 
 COMMANDS = (
-    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, evaluate, bench, demo, show,
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, evaluate, bench, demo, show,
     methods,
 )  # fmt: skip
 for command in COMMANDS:

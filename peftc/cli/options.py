@@ -173,6 +173,7 @@ def _texts(value: Any) -> list[str]:
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
+Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
@@ -183,6 +184,7 @@ Ratio = Annotated[
     str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
 ]
 Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
 Energy = Annotated[
     str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
 ]
