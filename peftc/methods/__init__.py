@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "adapter": {
         "lora": "peftc.methods.adapter.lora",
+        "snell": "peftc.methods.adapter.snell",
+        "snella": "peftc.methods.adapter.snella",
     },
 }
 
