@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, str]] = {
         "rslora": "peftc.methods.adapter.rslora",
         "dora": "peftc.methods.adapter.dora",
         "flora": "peftc.methods.adapter.flora",
+        "snell": "peftc.methods.adapter.snell",
+        "snella": "peftc.methods.adapter.snella",
         "adapter": "peftc.methods.adapter.adapter",
         "sara": "peftc.methods.adapter.sara",
         "head": "peftc.methods.adapter.head",

@@ -3,9 +3,9 @@
     python tests/benchmarks/adapters.py [--size 96] [--batch 16] [--rounds 15] [--methods lora dora] [--rank 8]
 
 All linear layers of the blocks are adapted, weights are random, the optimizer is AdamW. Contestants take turns, step by
-step, in one process on one thread; ours runs twice a round, which is the control. Peak memory is that of a process of its
-own for each (the highest resident size over five steps, less that before the model is built); kept are the bytes that the
-forward pass keeps for the backward one, weights apart.
+step, in one process on one thread; ours runs twice a round, which is the control. Peak memory is that of a process of
+its own for each (the highest resident size over five steps, less that before the model is built); kept are the bytes
+that the forward pass keeps for the backward one, weights apart.
 """
 
 from __future__ import annotations
