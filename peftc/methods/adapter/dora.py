@@ -1,8 +1,9 @@
 """DoRA (Liu et al., arXiv 2402.09353, equation 5): magnitude * (weight + change) / |weight + change|, per output.
 
 The change is LoRA's. The norm is taken as a constant in the backward pass (section 4.3 of the paper), which Hugging
-Face peft does as well; outputs and gradients agree with it. An embedding has a magnitude per column, which is the
-output there. The default alpha is twice the rank, as in the paper's runs.
+Face peft does as well; outputs and gradients agree with it. The weight is made again in the backward pass, so that what
+the forward pass keeps is the input alone. An embedding has a magnitude per column, which is the output there. The
+default alpha is twice the rank, as in the paper's runs.
 """
 
 from __future__ import annotations
@@ -50,20 +51,17 @@ class Dora(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
-        if self.form == "channel" and base.groups > 1:  # type: ignore[operator]
+        if self.form not in ("embedding", "factored"):
             return through_weight(
                 base, x, lambda *learned: self._updated(base.weight, *learned) - wide(base.weight), self
             )
-        given = base(x)
-        ratio, bias = self.ratio(base.weight), getattr(base, "bias", None)  # type: ignore[arg-type]
-        if self.form == "channel":
-            ones = [1 for _ in base.kernel_size]  # type: ignore[union-attr]
-            ratio, bias = ratio.reshape(-1, *ones), None if bias is None else bias.reshape(-1, *ones)
+        given, ratio, bias = base(x), self.ratio(base.weight), getattr(base, "bias", None)  # type: ignore[arg-type]
+        seen = x
         plain = given if bias is None else given - bias
-        if self.form != "embedding" and forms.at_work(self.dropout):
-            x = self.dropout(x)
-            plain = base(x) if bias is None else base(x) - bias
-        changed = bypass(base, self.form, x, self.up, self.down, self.scale)
+        if self.form == "factored" and forms.at_work(self.dropout):
+            seen = self.dropout(x)
+            plain = base(seen) if bias is None else base(seen) - bias
+        changed = bypass(base, self.form, seen, self.up, self.down, self.scale)
         return given + ((ratio - 1) * plain + ratio * changed).to(given.dtype)
 
     def ratio(self, weight: Tensor) -> Tensor:
