@@ -14,7 +14,19 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"steps"},
     {"hooks", "train", "accelerator", "measure"},
     {"methods", "nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
-    {"job", "artifact", "manifest", "plan", "allocate", "depth", "source", "config", "recipe"},
+    {
+        "job",
+        "artifact",
+        "manifest",
+        "plan",
+        "allocate",
+        "budgets",
+        "depth",
+        "source",
+        "config",
+        "recipe",
+        "interchange",
+    },  # fmt: skip
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

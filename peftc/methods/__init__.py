@@ -42,6 +42,16 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "adapter": {
         "lora": "peftc.methods.adapter.lora",
+        "rslora": "peftc.methods.adapter.rslora",
+        "dora": "peftc.methods.adapter.dora",
+        "flora": "peftc.methods.adapter.flora",
+        "snell": "peftc.methods.adapter.snell",
+        "snella": "peftc.methods.adapter.snella",
+        "adapter": "peftc.methods.adapter.adapter",
+        "sara": "peftc.methods.adapter.sara",
+        "head": "peftc.methods.adapter.head",
+        "bitfit": "peftc.methods.adapter.bitfit",
+        "full": "peftc.methods.adapter.full",
     },
 }
 

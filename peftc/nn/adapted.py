@@ -9,6 +9,7 @@ weight(weight)      the weight that `merge` writes, in float32 and of the same s
                     a bottleneck adapter, cannot be merged
 factors()           optional: (up (out, rank), down (rank, in)), float32, where the change of a weight (out, in) is
                     their product, so that a factored module can take it in at a rank that is stated
+ratio(weight)       optional, beside factors(): (out,) that the rows of weight plus change are multiplied by
 ==================  ================================================================================================
 
 Buffers whose name begins with ``_`` serve the training alone: checkpoints hold them, artifacts do not.
