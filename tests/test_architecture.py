@@ -26,7 +26,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
         "config",
         "recipe",
         "interchange",
-    },  # fmt: skip
+    },
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

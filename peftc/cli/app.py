@@ -164,8 +164,8 @@ def peftc(
 
 
 COMMANDS = (
-    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, evaluate, bench, demo, show,
-    methods,
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, evaluate, bench,
+    demo, show, methods,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(no_args_is_help=False)(command)

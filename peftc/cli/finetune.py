@@ -15,6 +15,7 @@ def finetune(
     include: o.AlsoAdapt = o.EMPTY,
     skip: o.LeaveAlone = o.EMPTY,
     on_product: o.OnProduct = False,
+    same_rank: o.SameRank = False,
     head: o.Head = "auto",
     delta: o.Delta = None,
     teacher: o.Guide = None,

@@ -9,6 +9,7 @@ def merge(
     model: o.Model = None,
     *,
     output_dir: o.OutputDir = None,
+    same_rank: o.SameRank = False,
     max_params: o.MaxParams = None,
     max_bytes: o.MaxBytes = None,
     max_shard_size: o.MaxShardSize = "5GB",

@@ -301,6 +301,7 @@ Adapter = Annotated[str, Option("--method", metavar="NAME", help="what learns, a
 AlsoAdapt = Annotated[list[str], Option("--include", metavar="PATTERN", help="also adapt these modules, repeatable")]
 LeaveAlone = Annotated[list[str], Option("--skip", metavar="PATTERN", help="do not adapt these modules, repeatable")]
 OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]
+SameRank = Annotated[bool, Option("--same-rank", help="merge --on-product updates at the rank that there was")]
 Head = Annotated[
     str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
 ]

@@ -15,7 +15,7 @@ from peftc import methods
 from peftc.errors import ArtifactError, UsageError
 from peftc.models import families, targets
 from peftc.nn import lowrank, surgery
-from peftc.nn.adapted import Adapted
+from peftc.nn.adapted import Adapted, without_scratch
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
@@ -70,8 +70,9 @@ def place(
             continue
         given = function(module, **settings)
         if isinstance(given, nn.Module):
-            surgery.replace(network, module, Adapted(module, given.to(targets_place(module))))
-            found.adapters[name] = {"method": method, "settings": dict(settings)}
+            surgery.replace(network, module, Adapted(module, given.to(next(module.parameters()).device)))
+            resolved = getattr(given, "resolved", {})
+            found.adapters[name] = {"method": method, "settings": {**settings, **resolved}}
         elif given:
             found.own[name] = tuple(given)
     return found
@@ -97,17 +98,12 @@ def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> No
             raise ArtifactError(
                 f"the artifact adapts `{name}` by `{entry['method']}`", why="that method has no update of such a module"
             )
-        surgery.replace(network, module, Adapted(module, update))
+        surgery.replace(network, module, Adapted(module, without_scratch(update)))
 
 
 def is_everywhere(function: Callable[..., Any]) -> bool:
     """Return whether a method is for every module with parameters, norms, embeddings and heads too."""
     return bool(getattr(importlib.import_module(function.__module__), "EVERYWHERE", False))
-
-
-def targets_place(module: nn.Module) -> torch.device:
-    """Return where a module's parameters are."""
-    return next(module.parameters()).device
 
 
 def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:

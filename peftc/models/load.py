@@ -21,7 +21,7 @@ from peftc.models import adapting, build, delta, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
-from peftc.nn.adapted import take_in, with_ranks
+from peftc.nn.adapted import TakenIn, take_in, with_ranks
 from peftc.source import Located, Source, locate
 
 if TYPE_CHECKING:
@@ -273,19 +273,19 @@ def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], sourc
     model.files = own.files
 
 
-def without_updates(model: Model) -> tuple[Model, list[str]]:
-    """Return a model whose updates are taken into the weights that they change, and the modules that had them.
+def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, dict[str, TakenIn]]:
+    """Return a model whose updates are taken into the weights that they change, and what that did, by module.
 
     Its module is changed in place; updates that change no weight stay.
     """
-    changed = take_in(model.module)
+    changed = take_in(model.module, same_rank=same_rank)
     gone = tuple(f"{name}." for name in changed)
     infos = {name: info for name, info in model.infos.items() if not name.startswith(gone)}
     record = model.manifest
     if record is not None:
         left = {name: entry for name, entry in record.adapters.items() if name not in changed}
         record = replace(record, adapters=left, modules=with_ranks(record.modules, changed), delta={})
-    return replace(model, infos=infos, manifest=record), list(changed)
+    return replace(model, infos=infos, manifest=record), changed
 
 
 def detached(module: nn.Module) -> nn.Module:

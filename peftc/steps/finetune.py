@@ -15,6 +15,7 @@ from peftc import measure, methods, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import UsageError, one_of
 from peftc.job import Job
+from peftc.models.heads import Headed
 from peftc.models.load import Model, load, place_of, refuse_unbuildable
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
@@ -41,6 +42,7 @@ def finetune(
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
     on_product: bool = False,
+    same_rank: bool = False,
     head: str = "auto",
     delta: bool | None = None,
     teacher: str | Path | Source | nn.Module | Model | None = None,
@@ -84,7 +86,9 @@ def finetune(
         settings: of the method, as ``{"rank": 16}``; those of a loss term as ``{"features.scale_free": True}``.
         include: patterns of modules to adapt that have no update unless asked: embeddings, the first convolution.
         skip: patterns of modules to leave as they are.
-        on_product: adapt a factored linear module as one matrix; each of its factors is adapted otherwise.
+        on_product: adapt a factored linear module as one matrix; each of its factors is adapted otherwise. Merged, its
+            rank grows by that of the update,
+        same_rank: or is cut back to what it was, at an error that is reported.
         head: ``auto`` gives the model a new head where its classes are not those of the data, ``new`` always, ``keep``
             never.
         delta: write what the task changed and name the model that it changes, or a whole model; as ``model`` is when
@@ -135,13 +139,14 @@ def finetune(
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
         refuse_unbuildable(stored)
-    stored, renamed, new_head = students.headed(stored, data, task, head, seed)
+    fitted = students.headed(stored, data, task, head, seed)
+    stored = fitted.model
     row = tasks.named_task(task) if task else tasks.guess(stored)
     copied, placed, after_step = students.build(
         stored, method, own, include=include, skip=skip, on_product=on_product,
         has_classes=row is not None and row.has_classes, device=device, seed=seed,
     )  # fmt: skip
-    pupil = Student(copied, stored, placed, renamed, new_head, after_step)
+    pupil = Student(copied, fitted, placed, after_step)
     asked = _weights(loss, teacher is not None, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
@@ -155,11 +160,12 @@ def finetune(
     pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
     work = Imitation(copied, guide, given, terms, weight, pairs)
     work.check()
-    against = _against(guide, stored, new_head, max_drop)
+    against = _against(guide, fitted, max_drop)
 
+    as_delta = students.is_delta(stored) if delta is None else delta
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
-        "skip": list(skip), "on_product": on_product, "head": head, "delta": students.is_delta(stored) if delta is None else delta,
+        "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
         "teacher": None if guide is None else distill.identity_of(guide), "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
@@ -195,12 +201,12 @@ def _weights(
     return distill.weights_of(loss, student, task)
 
 
-def _against(guide: Model | None, stored: Model, new_head: Any, max_drop: float | None) -> Model | None:
+def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Model | None:
     """Return the model that does the same task and that the result is compared with: the teacher, or itself before."""
-    if guide is not None and (guide.labels == stored.labels or not new_head):
+    if guide is not None and (guide.labels == fitted.model.labels or not fitted.new):
         return guide
-    if new_head is None:
-        return load(stored.source)
+    if not fitted.new:
+        return load(fitted.model.source)
     if max_drop is not None:
         raise UsageError(
             "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",
@@ -224,7 +230,7 @@ def _carry_out(
         after = functools.partial(_after, after, updates, epoch)
     outcome = train.fit(
         pupil.model.module, len(work.samples.train), work.batch, work.loss, recipe, device=device,
-        score=None if held is None else lambda: work.score(held, recipe.batch_size), folder=job.work,
+        score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
         log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
     )  # fmt: skip
     if recipe.minutes is not None:
@@ -250,6 +256,14 @@ def _carry_out(
     return report
 
 
+def _score(pupil: Student, work: Imitation, batch_size: int) -> float:
+    """Return how good the student is on the held-out samples, with weights that may just have been averaged."""
+    assert work.samples.held is not None
+    for each in adapted_modules(pupil.model.module).values():
+        students.settle(each.update)
+    return work.score(work.samples.held, batch_size)
+
+
 def _after(method: Any, updates: Mapping[str, nn.Module], steps_per_epoch: float, step: int, steps: int) -> None:
     method(updates, step, steps, steps_per_epoch)
 
@@ -272,7 +286,7 @@ def _write(
         )  # fmt: skip
         merged, _ = taken_in(tuned, adapters, report)
     else:
-        merged, left = taken_in(tuned, adapters, report)
+        merged, left = taken_in(tuned, adapters, report, same_rank=request["same_rank"])
         record = write.write_artifact(
             job, merged, base, request, write.pieces_of(merged), imitation.factored(merged), adapters=left, **options
         )

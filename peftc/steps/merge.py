@@ -19,6 +19,7 @@ def merge(
     model: str | Path | Source | Model,
     *,
     output_dir: str | Path | None = None,
+    same_rank: bool = False,
     max_params: float | None = None,
     max_bytes: float | None = None,
     max_shard_size: str | int = "5GB",
@@ -29,6 +30,7 @@ def merge(
     Args:
         model: a delta, or an artifact whose updates are not merged; it is not changed.
         output_dir: the artifact's folder; ``<model>-merge`` when None.
+        same_rank: cut factored modules that were adapted as a whole back to the rank they had; the error is reported.
         max_params, max_bytes: gates.
         max_shard_size: bytes per weight file, as ``5GB``.
         overwrite: replace another artifact at ``output_dir``.
@@ -43,7 +45,7 @@ def merge(
             f"`{stored.name}` has nothing to merge", why="it is a whole model without updates",
             hint="`peftc finetune --delta` writes what can be merged",
         )  # fmt: skip
-    request = {"command": "merge", "max_shard_bytes": shard_bytes}
+    request = {"command": "merge", "same_rank": same_rank, "max_shard_bytes": shard_bytes}
     output = write.output_folder(output_dir, stored, "merge")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -51,7 +53,9 @@ def merge(
         else:
             job.require(measure.tensor_bytes(stored.module))
             report = Report("merge", notes=list(stored.notes))
-            whole, adapters = taken_in(stored, stored.manifest.adapters if stored.manifest else {}, report)
+            whole, adapters = taken_in(
+                stored, stored.manifest.adapters if stored.manifest else {}, report, same_rank=same_rank
+            )
             record = write.write_artifact(
                 job, whole, base, request, write.pieces_of(whole), imitation.factored(whole),
                 max_shard_bytes=shard_bytes, adapters=adapters,
@@ -64,19 +68,29 @@ def merge(
     return report
 
 
-def taken_in(model: Model, adapters: Mapping[str, Any], report: Report) -> tuple[Model, dict[str, Any]]:
+def taken_in(
+    model: Model, adapters: Mapping[str, Any], report: Report, *, same_rank: bool = False
+) -> tuple[Model, dict[str, Any]]:
     """Take the updates of a model into its weights, in place, and say by how much its outputs differ then.
 
     Returns:
         the model, and those of its updates that change no weight.
     """
     before = write.probe_outputs(model)
-    merged, changed = without_updates(model)
+    merged, changed = without_updates(model, same_rank=same_rank)
     after = write.probe_outputs(merged)
     if changed and before is not None and after is not None:
         gap = float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
         report.data["merge"] = {"modules": len(changed), "relative_deviation": gap}
         report.notes.append(
             f"merged {len(changed)} updates: outputs on a random input differ by {gap:.1e} of the largest"
+        )
+    cut = {name: each.error for name, each in changed.items() if each.rank is not None and same_rank}
+    if cut:
+        worst = max(cut, key=lambda name: cut[name])
+        report.data["merge"]["errors"] = cut
+        report.notes.append(
+            f"{len(cut)} factored modules were cut back to their ranks: the relative error of a weight is "
+            f"{cut[worst]:.1e} at most, of `{worst}`"
         )
     return merged, {name: dict(entry) for name, entry in adapters.items() if name not in changed}

@@ -179,7 +179,7 @@ def _training_options(request: dict[str, Any]) -> list[str]:
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     if request["command"] == "finetune":
         words += ["--head", request["head"], "--delta" if request["delta"] else "--full"]
-        words += ["--on-product"] if request["on_product"] else []
+        words += [f"--{key.replace('_', '-')}" for key in ("on_product", "same_rank") if request[key]]
     return [*words, *(["--dropout"] if request["dropout"] else [])]
 
 

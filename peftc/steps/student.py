@@ -19,7 +19,7 @@ from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
 from peftc.models.load import Model
 from peftc.nn import surgery
-from peftc.nn.adapted import adapted_modules
+from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
 
@@ -32,19 +32,20 @@ class Student:
 
     Attributes:
         model: whose module learns, with its updates beside it.
-        stored: the same before, as it is stored, with the head that the data needs.
+        head: the same before, as it is stored, with the head that the data needs.
         placed: what learns, module by module.
-        renamed: name here -> name in the file, of tensors that are called otherwise there.
-        new_head: the classes that a new head tells apart; None where the model keeps its own.
         after_step: what the method does after each step, with the steps made, those to make, and those of an epoch.
     """
 
     model: Model
-    stored: Model
+    head: Headed
     placed: Placed
-    renamed: dict[str, str]
-    new_head: list[str] | None
     after_step: Callable[..., None] | None
+
+    @property
+    def stored(self) -> Model:
+        """The model before, as it is stored, with the head that the data needs."""
+        return self.head.model
 
     @property
     def learned(self) -> list[str]:
@@ -58,10 +59,8 @@ class Student:
         ]  # fmt: skip
 
 
-def headed(
-    model: Model, data: str, task: str | None, head: str, seed: int
-) -> tuple[Model, dict[str, str], list[str] | None]:
-    """Return the model with a head for the classes of the data, renamed tensors, and the classes of a new head.
+def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> Headed:
+    """Return the model with a head for the classes of the data: a new one, or its own.
 
     Args:
         model: as stored.
@@ -72,17 +71,16 @@ def headed(
     """
     row = tasks.named_task(task) if task else tasks.guess(model)
     if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
-        return model, {}, None
+        return Headed(model, [], {})
     dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")
     classes = dataset.classes
     if classes is None or (row is None and model.library == "python"):
-        return model, {}, None
+        return Headed(model, [], {})
     if head == "keep" or (head == "auto" and row is not None and row.has_classes and _fits(model, classes)):
-        return model, {}, None
+        return Headed(model, [], {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed(seed, 0, HEAD))
-        made: Headed = heads.with_head(model, classes)
-    return made.model, made.renamed, list(classes)
+        return heads.with_head(model, classes)
 
 
 def _fits(model: Model, classes: Sequence[str]) -> bool:
@@ -120,7 +118,7 @@ def build(
     if has_classes:
         owners = {name: each for name, each in copied.module.named_modules() if each._parameters}
         for name in targets.heads(copied, owners):
-            placed.own.setdefault(name, tuple(owners[name]._parameters))
+            placed.own[name] = tuple(owners[name]._parameters)
     for name, leaves in placed.own.items():
         for leaf in leaves:
             parameter = getattr(copied.module.get_submodule(name), leaf)
@@ -136,7 +134,7 @@ def build(
     return copied, placed, getattr(traits, "after_step", None)
 
 
-def _again(model: Model, copied: Model, before: Mapping[str, nn.Module], method: str) -> Placed:
+def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:
     """Let the updates that a model has learn on."""
     assert model.manifest is not None
     record = model.manifest
@@ -147,10 +145,12 @@ def _again(model: Model, copied: Model, before: Mapping[str, nn.Module], method:
             hint=f"go on with `--method {others[0]}`, or take them in first: `peftc merge {model.source.spec}`",
         )
     copied.module.requires_grad_(False)
-    for each in before.values():
-        each.update.requires_grad_(True)  # type: ignore[union-attr, operator]
-        for parameter in each.update.parameters():  # type: ignore[union-attr, operator]
-            parameter.data = parameter.detach().clone()
+    function = methods.find("adapter", method, "--method")
+    for name, each in before.items():
+        kept = each.update.state_dict()
+        fresh: Any = function(each.base, **record.adapters[name]["settings"])  # with what only training needs
+        fresh.load_state_dict({**fresh.state_dict(), **kept})
+        each.update = fresh.to(load.place_of(copied.module)).requires_grad_(True)
     return Placed(adapters={name: dict(entry) for name, entry in record.adapters.items()})
 
 
@@ -174,14 +174,19 @@ def as_stored(module: nn.Module, stored: nn.Module, updates: Mapping[str, Any]) 
     types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
     module = module.cpu().requires_grad_(False)
     for each in adapted_modules(module).values():
-        for name in [name for name, _ in each.update.named_buffers() if name.rpartition(".")[2].startswith("_")]:
-            owner, leaf = each.update.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            delattr(owner, leaf)
+        settle(each.update)
+        without_scratch(each.update)
     for name, tensor in surgery.tensors_of(module).items():
         there = before_updates(name, updates)
         if there in types and tensor.dtype != types[there]:
             tensor.data = tensor.data.to(types[there])
     return module
+
+
+def settle(update: nn.Module) -> None:
+    """Let what an update derives from its parameters follow them."""
+    if hasattr(update, "settle"):
+        update.settle()  # type: ignore[operator]
 
 
 def is_delta(model: Model) -> bool:
@@ -199,7 +204,11 @@ def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[s
     """Return the tensors that a delta holds, and of the others that are called otherwise in the model beneath, how."""
     record = student.stored.manifest
     earlier: Mapping[str, str] = {}
-    held = {*learned, *(name for name in surgery.stored_names(student.model.module) if ".update." in name)}
+    held = {
+        *learned,
+        *student.head.new,
+        *(name for name in surgery.stored_names(student.model.module) if ".update." in name),
+    }
     if record is not None and record.delta:
         assert student.stored.folder is not None
         earlier = record.delta["tensors"]
@@ -207,7 +216,7 @@ def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[s
     names, there = [], {}
     for name in surgery.stored_names(student.model.module):
         was = before_updates(name, student.placed.adapters) if not earlier else name
-        was = student.renamed.get(was, was)
+        was = student.head.renamed.get(was, was)
         if name in held:
             names.append(name)
         elif (called := earlier.get(name, was)) != name:
@@ -237,8 +246,8 @@ def tell(report: Report, student: Student) -> None:
     ]
     report.tables.append(Table("what learns", ["", "modules", "parameters"], rows))
     report.notes.append(f"{learning:,} of {total:,} parameters learn ({learning / total:.2%})")
-    if student.new_head is not None:
-        report.notes.append(f"a new head for {len(student.new_head)} classes")
+    if student.head.new:
+        report.notes.append(f"a new head for {len(student.stored.labels or [])} classes")
     dense = [
         name for name, leaves in placed.own.items() if "weight" in leaves and updates and name not in _outputs(student)
     ]

@@ -153,6 +153,23 @@ def test_factors_are_adapted_and_keep_their_ranks(base: Path, few: Path, tmp_pat
     assert report.data["merge"]["relative_deviation"] < 1e-5
 
 
+def test_products_are_adapted_whole_and_merged_at_a_rank_that_is_said(base: Path, few: Path, tmp_path: Path) -> None:
+    small = peftc.decompose(base, output_dir=tmp_path / "small", rank=4, device="cpu").artifact
+    options: dict[str, Any] = {"on_product": True, "settings": {"rank": 2}}
+    tune(small, few, tmp_path / "grown", **options)
+    assert {entry["rank"] for entry in manifest.read(tmp_path / "grown").modules.values()} == {6}
+    tune(small, few, tmp_path / "delta", delta=True, **options)
+    one, other = tensors(tmp_path / "grown"), tensors(tmp_path / "delta")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    cut = peftc.merge(tmp_path / "delta", output_dir=tmp_path / "cut", same_rank=True)
+    assert {entry["rank"] for entry in manifest.read(tmp_path / "cut").modules.values()} == {4}
+    errors = cut.data["merge"]["errors"]
+    for name, error in errors.items():
+        whole, less = (peftc.load(tmp_path / folder).get_submodule(name).weight.detach() for folder in ("grown", "cut"))
+        assert float((whole - less).norm() / whole.norm()) == pytest.approx(error, rel=1e-2, abs=1e-6)
+    assert max(errors.values()) > 1e-4
+
+
 @pytest.fixture
 def delta(base: Path, few: Path, tmp_path: Path) -> Path:
     tune(base, few, tmp_path / "delta", delta=True, steps=1)
