@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import adapting, build, delta, streaming, weights
+from peftc.models import adapting, build, delta, from_peft, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
@@ -103,6 +103,9 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     located = locate(source)
     if located.kind == "artifact":
         return _artifact(source, located, weights, merge)
+    if located.kind == "peft":
+        assert located.folder is not None
+        return without_updates(from_peft.from_folder(source, located.folder, load))[0]
     base = build.build(source, located, weights)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
