@@ -59,9 +59,7 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     base.module.requires_grad_(False)
     record = {**base.base, "source": {"spec": source.spec, **({"base": source.base} if source.base else {})}}
     infos = {name: info for name, info in base.infos.items() if name not in own}
-    return replace(
-        base, source=source, base=record, name=folder.resolve().name, infos=infos, files=[*base.files, path]
-    )
+    return replace(base, source=source, base=record, name=folder.resolve().name, infos=infos, files=[*base.files, path])
 
 
 def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:

@@ -22,6 +22,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
+from peftc.steps import write
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
@@ -87,6 +88,9 @@ def _fits(model: Model, classes: Sequence[str]) -> bool:
     """Return whether the model's outputs are the classes, by name, or by number where it has no names."""
     if model.labels is None:
         width = model.config.get("num_classes")
+        if width is None:  # a class of the user's own
+            found = write.probe_outputs(model)
+            width = len(classes) if found is None else found.shape[-1]
         return width == len(classes)
     try:
         match(list(classes), model.labels, len(model.labels))
