@@ -236,6 +236,7 @@ def _carry_out(
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
     distill.tell(report, work, outcome, {})
+    students.tell_sparsity(report, pupil)
     memory = {
         "optimizer_bytes": outcome.optimizer_bytes,
         "peak_bytes": measure.peak_bytes(place_of(pupil.model.module)),

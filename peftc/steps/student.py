@@ -265,6 +265,28 @@ def tell(report: Report, student: Student) -> None:
     }  # fmt: skip
 
 
+def tell_sparsity(report: Report, student: Student) -> None:
+    """Say how many entries of the weights the updates change, where they choose some; exact counts."""
+    found = {
+        name: each.update.report()  # type: ignore[operator]
+        for name, each in adapted_modules(student.model.module).items()
+        if hasattr(each.update, "report")
+    }
+    entries = sum(each["entries"] for each in found.values())
+    if not entries:
+        return
+    changed = sum(each["changed"] for each in found.values())
+    asked = sum(each["asked"] for each in found.values())
+    report.data["sparsity"] = {"modules": found, "changed": changed, "asked": asked, "entries": entries}
+    report.notes.append(
+        f"{changed:,} of {entries:,} entries of the adapted weights change ({changed / entries:.2%}); asked: {asked:,}"
+    )
+    shares = {name: each["changed"] / each["entries"] for name, each in found.items()}
+    least, most = min(shares, key=lambda name: shares[name]), max(shares, key=lambda name: shares[name])
+    if shares[most] > shares[least]:
+        report.notes.append(f"from {shares[least]:.1%} of `{least}` to {shares[most]:.1%} of `{most}`")
+
+
 def _outputs(student: Student) -> set[str]:
     owners = {name: each for name, each in student.model.module.named_modules() if each._parameters}
     return targets.heads(student.model, owners)
