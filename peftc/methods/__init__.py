@@ -39,6 +39,8 @@ METHODS: dict[str, dict[str, str]] = {
         "angular": "peftc.methods.importance.angular",
         "cka": "peftc.methods.importance.cka",
         "magnitude": "peftc.methods.importance.magnitude",
+        "taylor": "peftc.methods.importance.taylor",
+        "drop": "peftc.methods.importance.drop",
     },
 }
 
