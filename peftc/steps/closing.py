@@ -132,12 +132,14 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
         if found is None or gap.before is None:
             rows.append({"after": gap.before, "layers": gap.number, "into": None, "left": None, "why": why})
             continue
-        fitted, checked = _collect(work, runs, shorter.renamed[gap.before], gap.last, found)
+        now = shorter.renamed[gap.before]
+        fitted, checked = _collect(work, runs, now, gap.last, found)
         linear = runs.module.get_submodule(found.name)
         change = _fit(fitted, checked, shift=linear.bias is not None)
+        name = gap.before + found.name[len(now) :]  # as the whole network calls it
         rows.append(
             {
-                "after": gap.before, "layers": gap.number, "into": found.name, "left": change[0] if change else 1.0,
+                "after": gap.before, "layers": gap.number, "into": name, "left": change[0] if change else 1.0,
                 "why": "" if change else "no map is better than none on samples that it was not fitted on",
             }
         )  # fmt: skip

@@ -131,6 +131,8 @@ def _trial(work: Work, report: Report) -> Trial | None:
     if work.given is None or work.score is None or not (work.score.is_measured or work.asked.within_drop is not None):
         return None
     held, about = layer_losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
+    if held.encoded is work.given.train.encoded and len(held) > len(work.given.held or ()):
+        report.notes = [note for note in report.notes if not note.startswith("held out:")]
     report.notes.append(f"measured without layers on {about}")
     return Trial(work.runs, work.given, held, work.samples_at_once)
 
@@ -234,15 +236,13 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
     shown = [
         [
             row["number"], row["name"], "" if row["score"] is None else f"{row['score']:.4g}",
-            "" if row["margin"] is None else f"{row['margin']:+.3f}",
+            "" if row["margin"] is None else f"{row['margin']:+.3f}" + (" close" if row["close"] else ""),
             "kept" if row["kept"] else "dropped" + (f" as number {went[at]}" if at in went else ""),
-            "close" if row["close"] else "",
         ]
         for at, row in enumerate(rows)
     ]  # fmt: skip
-    report.tables.append(
-        Table("layers", ["", "layer", work.score.word if work.score else "", "to threshold", "", ""], shown)
-    )
+    columns = ["", "layer", work.score.word if work.score else "", "to threshold" if threshold is not None else "", ""]
+    report.tables.append(Table("layers", columns, shown))
     report.tables += layer_evidence.tables(choice.evidence, decision, number)
     report.notes.append(f"{len(decision.kept)} of {number} layers kept")
     if threshold is not None:

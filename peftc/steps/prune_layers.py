@@ -230,7 +230,7 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
         report.notes.append(f"{POINTS:,} samples, the classes as even as they allow; `--num-samples` takes more")
     if len(kept) == len(work.names):
         report.warnings.append("no layer was dropped: all of them are needed by this rule")
-    else:
+    elif work.asked.within_drop is None:
         report.notes.append(WARNING)
     return choice, shorter
 
