@@ -28,6 +28,7 @@ from peftc.steps.layer_choice import Work
 
 CHECKED = 5  # every so many-th sample only tells which ridge to take
 RIDGES = tuple(10.0**power for power in range(-5, 3))  # of the mean square of an input
+FAINT = 1e-3  # of a nudge, below which an answer to it is rounding
 CLOSE = 1e-3  # relative, for a layer's answer to a nudge to be the nudge
 
 
@@ -228,7 +229,8 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
     scale = scales[0].flatten(0, -2).mean(0)
     largest = float(scale.abs().max())
     apart = max(float((each - scale).abs().max()) for each in scales)
-    return scale if largest > 0 and apart <= CLOSE * max(largest, 1e-3) else None
+    # a softmax is blind to a nudge of all keys, so that an answer of nothing is no fixed multiple
+    return scale if largest > FAINT and apart <= CLOSE * largest else None
 
 
 def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tuple[Moments, Moments]:
