@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, str]] = {
         "angular": "peftc.methods.importance.angular",
         "cka": "peftc.methods.importance.cka",
         "magnitude": "peftc.methods.importance.magnitude",
+        "taylor": "peftc.methods.importance.taylor",
+        "drop": "peftc.methods.importance.drop",
     },
     "adapter": {
         "lora": "peftc.methods.adapter.lora",

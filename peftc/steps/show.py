@@ -189,7 +189,9 @@ def _layer_options(request: dict[str, Any]) -> list[str]:
     options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
     options["data"] = request["data"]["spec"] if request["data"] else None
     options["drop"] = ",".join(map(str, request["drop"])) if request["drop"] else None
-    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    options["within-drop"] = request.get("within_drop")
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    return words + [f"--{key}" for key in ("repair", "stability") if request.get(key)]
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:
