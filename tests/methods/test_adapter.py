@@ -138,9 +138,11 @@ def nothing(name: str, module: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
-def test_it_starts_exactly_at_the_base(name: str, kind: str) -> None:
+def test_it_starts_exactly_at_the_base_and_moves_from_there(name: str, kind: str) -> None:
     module, x = adapted(name, kind)
     assert torch.equal(module(x), module.base(x))
+    module(x).square().sum().backward()
+    assert any(parameter.grad.abs().max() > 0 for parameter in module.update.parameters())  # type: ignore[union-attr]
     trained(module.update)
     assert not torch.allclose(module(x), module.base(x), atol=1e-3)
 
@@ -208,6 +210,23 @@ def test_its_state_makes_it_again(name: str, kind: str) -> None:
     again.update.load_state_dict(module.update.state_dict())
     assert torch.equal(again(x), module(x))
     assert all(tensor.is_contiguous() for tensor in module.update.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "flora"])
+def test_the_row_of_padding_stays_as_it_was(name: str) -> None:
+    table = nn.Embedding(30, 12, padding_idx=1)
+    table.weight.data[1] = 0.5
+    module = Adapted(table, update_of(name, table))
+    optimizer = torch.optim.SGD(module.update.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(torch.tensor([[1, 2, 3], [3, 1, 1]])).square().sum().backward()
+        optimizer.step()
+    y = module(torch.tensor([1, 2])).detach()
+    if name != "dora":  # whose magnitudes are of columns, and all rows share those
+        assert torch.equal(y[0], table.weight[1])
+    assert not torch.allclose(y[1], table.weight[2], atol=1e-3)
+    assert torch.equal(module.update.factors()[0][1], torch.zeros_like(module.update.factors()[0][1]))  # type: ignore[operator]
 
 
 def parameters(update: nn.Module) -> int:
@@ -301,6 +320,7 @@ def test_sara_trains_the_smallest_weights() -> None:
     chosen = torch.zeros(48 * 64, dtype=torch.bool)
     chosen[update.places.long()] = True
     assert update.places.dtype == torch.int32 and magnitudes[chosen].max() <= magnitudes[~chosen].min()
+    assert torch.equal(update.places, update.places.sort().values)
     trained(update)
     changed = update.weight(linear.weight) != linear.weight
     assert torch.equal(changed.flatten(), chosen)
@@ -386,9 +406,17 @@ def test_every_axis_of_the_change_has_the_rank_it_was_given(init: str) -> None:
     assert ranks == [4, 2, 3, 3]
     if init == "orthonormal":
         assert all(torch.allclose(mode.T @ mode, torch.eye(mode.shape[1]).double(), atol=1e-5) for mode in update.modes)  # type: ignore[union-attr]
-    if init == "normal002":
-        wide = flora(nn.Linear(600, 600), init=init)
-        assert float(wide.modes[0].detach().std()) == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(
+    ("init", "deviations"),
+    [("flora", (0.25, 0.25)), ("normal002", (0.02, 0.02)), ("kaiming_uniform", (24**-0.5, 1200**-0.5))],
+)
+def test_the_factors_of_flora_start_as_large_as_the_authors_do(init: str, deviations: tuple[float, float]) -> None:
+    update = flora(nn.Linear(400, 600), rank=8, init=init)  # a uniform on (-b, b) deviates by b / sqrt(3)
+    assert isinstance(update, nn.Module)
+    for mode, deviation in zip(update.modes, deviations, strict=True):  # type: ignore[arg-type]
+        assert float(mode.detach().std()) == pytest.approx(deviation, rel=0.06)
 
 
 def test_the_tucker_product_is_the_loop_the_einsum_and_three_convolutions_in_a_row() -> None:
