@@ -192,6 +192,42 @@ def test_merged_is_unmerged_and_the_base_is_untouched_until_then(name: str, kind
     assert whole.weight.dtype == dtype  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_under_autocast_it_gives_what_the_base_gives_in_that_dtype(name: str, kind: str) -> None:
+    module, x = adapted(name, kind)
+    trained(module.update)
+    full = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, dtype = module(x), module.base(x).dtype
+        y.float().square().sum().backward()
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), full, rtol=0.03, atol=0.03 * float(full.detach().abs().max()))
+    for parameter in module.update.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_on_a_gpu_it_computes_and_learns_what_it_does_here(name: str, kind: str, dtype: torch.dtype) -> None:
+    module, x = adapted(name, kind)
+    trained(module.update)
+    direction = torch.randn_like(module(x))
+    limit = 1e-3 if dtype == torch.float32 else 0.05
+    there, x_there = copy.deepcopy(module).cuda(), x.cuda()
+    there.base.to(dtype)
+    y = there(x_there.to(dtype) if x.is_floating_point() else x_there)
+    assert y.dtype == dtype
+    for each, result, way in ((module, module(x), direction), (there, y.float(), direction.cuda())):
+        torch.testing.assert_close(result.cpu(), module(x), rtol=limit, atol=limit * float(direction.abs().max()))
+        (result * way).sum().backward()
+        assert all(parameter.grad is not None for parameter in each.update.parameters())
+    for one, other in zip(module.update.parameters(), there.update.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert float((one.grad - other.grad.cpu()).norm() / one.grad.norm()) < limit
+
+
 def test_a_bottleneck_cannot_be_merged_and_sits_where_it_is_asked_to() -> None:
     linear, x = nn.Linear(24, 20), tokens(24)
     after, parallel = (trained(update_of("adapter", linear, place=place)) for place in ("after", "parallel"))
