@@ -92,6 +92,12 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+def recipe_of(method: Callable[..., Any]) -> dict[str, float]:
+    """Return how a method trains unless told otherwise: ``RECIPE`` of its module, over what suits most."""
+    own = getattr(importlib.import_module(method.__module__), "RECIPE", {})
+    return {"learning_rate": 1e-3, "weight_decay": 1e-4} | own
+
+
 def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings to call ``method`` with, each of its default's type.
 

@@ -112,12 +112,13 @@ class Points(nn.Module):
             self._start_at_zero()
         first = settings.sparsity if settings.start is None else settings.start
         self.register_buffer("threshold", torch.tensor(-1.0))
-        self.register_buffer("_kept", torch.tensor(self.entries - budgets.zeroed(self.entries, first)))
+        kept = self.entries - budgets.zeroed(self.entries, first)
+        self.register_buffer("_kept", torch.tensor(kept))
         if settings.scored:
             for name, points in (("rows", self.rows), ("columns", self.columns)):
                 self.register_buffer(f"_mean_{name}", torch.zeros_like(points))
                 self.register_buffer(f"_spread_{name}", torch.zeros_like(points))
-        self.settle(int(self._kept))
+        self.settle(kept)
 
     @torch.no_grad()
     def _start_at_zero(self) -> None:

@@ -177,6 +177,9 @@ def _training_options(request: dict[str, Any]) -> list[str]:
     if request.get("teacher"):
         options["teacher"] = request["teacher"]["spec"]
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    if request["command"] == "finetune":
+        words += ["--head", request["head"], "--delta" if request["delta"] else "--full"]
+        words += [f"--{key.replace('_', '-')}" for key in ("on_product", "same_rank") if request[key]]
     return [*words, *(["--dropout"] if request["dropout"] else [])]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+EVERYWHERE = True  # norms and heads too
+
 
 def bitfit(module: nn.Module) -> tuple[str, ...] | None:
     """Return the names of a module's own biases, None where it has none."""

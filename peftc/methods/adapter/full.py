@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+EVERYWHERE = True  # norms, embeddings and heads too
+RECIPE = {"learning_rate": 1e-4}
+
 
 def full(module: nn.Module) -> tuple[str, ...] | None:
     """Return the names of a module's own parameters, without those of the modules inside it; None where it has none."""

@@ -38,24 +38,31 @@ def sara(module: nn.Module, *, threshold: float = 2e-3, share: float = 0.0) -> n
     if forms.form_of(module) not in ("linear", "transposed", "channel"):
         return None
     magnitudes = module.weight.detach().float().abs().flatten()  # type: ignore[operator]
+    if magnitudes.is_meta:  # to be filled with the places that were chosen
+        return Sara(torch.empty(_count(share, len(magnitudes)), dtype=torch.int32, device="meta"), len(magnitudes))
     if share:
-        places = magnitudes.topk(max(1, round(share * len(magnitudes))), largest=False).indices.sort().values
+        places = magnitudes.topk(_count(share, len(magnitudes)), largest=False).indices.sort().values
     else:
         places = (magnitudes < threshold).nonzero().flatten()
     if not len(places):
         return None
     if len(places) == len(magnitudes):
         return ("weight",)
-    return Sara(places.int())
+    return Sara(places.int(), len(magnitudes))
+
+
+def _count(share: float, number: int) -> int:
+    return max(1, round(share * number))
 
 
 class Sara(nn.Module):
-    """What is added to the weights at ``places`` of the flattened weight."""
+    """What is added to the weights at ``places`` of the flattened weight, of which there are ``number``."""
 
     places: Tensor
 
-    def __init__(self, places: Tensor) -> None:
+    def __init__(self, places: Tensor, number: int) -> None:
         super().__init__()
+        self.resolved = {"share": len(places) / number}
         self.register_buffer("places", places)
         self.values = nn.Parameter(torch.zeros(len(places), device=places.device))
 
