@@ -17,7 +17,7 @@ from peftc.methods import METHODS, find, with_settings
 from peftc.methods.adapter.flora import flora
 from peftc.methods.adapter.lora import lora
 from peftc.nn import forms, merging
-from peftc.nn.adapted import Adapted, merged
+from peftc.nn.adapted import Adapted, take_in
 from peftc.nn.lowrank import LowRankLinear
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -120,6 +120,13 @@ def adapted(name: str, kind: str) -> tuple[Adapted, Tensor]:
     return Adapted(module, update), x
 
 
+def merged(module: Adapted) -> nn.Module:
+    """Return a copy of the base that took the update in."""
+    network = nn.ModuleList([copy.deepcopy(module)])
+    assert take_in(network).keys() == {"0"}
+    return network[0]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_settings_have_defaults_and_each_kind_gets_an_update_names_or_nothing(name: str) -> None:
     settings = list(inspect.signature(find("adapter", name, "--method")).parameters.values())[1:]
@@ -185,7 +192,7 @@ def test_merged_is_unmerged_and_the_base_is_untouched_until_then(name: str, kind
     y = module(x).detach()
     module.eval()
     assert y.dtype == dtype and torch.equal(module.base.weight, before)  # type: ignore[arg-type]
-    whole = merged(copy.deepcopy(module))
+    whole = merged(module)
     assert torch.equal(module.base.weight, before) and not torch.equal(whole.weight, before)  # type: ignore[arg-type]
     limit = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(whole(x), y, rtol=limit, atol=limit * float(y.abs().max().clamp_min(1)))
@@ -323,7 +330,7 @@ def test_the_layout_of_loralib_is_a_product_read_as_a_weight(groups: int) -> Non
     trained(update)
     found = update.weight(conv.weight) - conv.weight  # type: ignore[operator]
     torch.testing.assert_close(found, 3 * (update.up @ update.down).view(conv.weight.shape))  # type: ignore[operator]
-    torch.testing.assert_close(merged(copy.deepcopy(module))(x), module(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(module)(x), module(x), rtol=1e-5, atol=1e-5)
     assert lora(nn.Conv1d(8, 8, 3), layout="loralib") is None
 
 
@@ -335,7 +342,7 @@ def test_dropout_is_of_the_input_of_the_change_and_of_training(name: str, kind: 
     one = Adapted(module, update)
     assert not torch.equal(one(x), one(x))
     one.eval()
-    expected = merged(copy.deepcopy(one))(x)
+    expected = merged(one)(x)
     torch.testing.assert_close(one(x), expected, rtol=1e-5, atol=1e-5)
     one.train()
     with torch.no_grad():
