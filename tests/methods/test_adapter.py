@@ -17,7 +17,7 @@ from peftc.methods import METHODS, find, with_settings
 from peftc.methods.adapter.flora import flora
 from peftc.methods.adapter.lora import lora
 from peftc.nn import forms, merging
-from peftc.nn.adapted import Adapted, merged
+from peftc.nn.adapted import Adapted, take_in
 from peftc.nn.lowrank import LowRankLinear
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -120,6 +120,13 @@ def adapted(name: str, kind: str) -> tuple[Adapted, Tensor]:
     return Adapted(module, update), x
 
 
+def merged(module: Adapted) -> nn.Module:
+    """Return a copy of the base that took the update in."""
+    network = nn.ModuleList([copy.deepcopy(module)])
+    assert take_in(network).keys() == {"0"}
+    return network[0]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_settings_have_defaults_and_each_kind_gets_an_update_names_or_nothing(name: str) -> None:
     settings = list(inspect.signature(find("adapter", name, "--method")).parameters.values())[1:]
@@ -138,9 +145,11 @@ def nothing(name: str, module: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
-def test_it_starts_exactly_at_the_base(name: str, kind: str) -> None:
+def test_it_starts_exactly_at_the_base_and_moves_from_there(name: str, kind: str) -> None:
     module, x = adapted(name, kind)
     assert torch.equal(module(x), module.base(x))
+    module(x).square().sum().backward()
+    assert any(parameter.grad.abs().max() > 0 for parameter in module.update.parameters())  # type: ignore[union-attr]
     trained(module.update)
     assert not torch.allclose(module(x), module.base(x), atol=1e-3)
 
@@ -183,11 +192,47 @@ def test_merged_is_unmerged_and_the_base_is_untouched_until_then(name: str, kind
     y = module(x).detach()
     module.eval()
     assert y.dtype == dtype and torch.equal(module.base.weight, before)  # type: ignore[arg-type]
-    whole = merged(copy.deepcopy(module))
+    whole = merged(module)
     assert torch.equal(module.base.weight, before) and not torch.equal(whole.weight, before)  # type: ignore[arg-type]
     limit = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(whole(x), y, rtol=limit, atol=limit * float(y.abs().max().clamp_min(1)))
     assert whole.weight.dtype == dtype  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_under_autocast_it_gives_what_the_base_gives_in_that_dtype(name: str, kind: str) -> None:
+    module, x = adapted(name, kind)
+    trained(module.update)
+    full = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, dtype = module(x), module.base(x).dtype
+        y.float().square().sum().backward()
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), full, rtol=0.03, atol=0.03 * float(full.detach().abs().max()))
+    for parameter in module.update.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_on_a_gpu_it_computes_and_learns_what_it_does_here(name: str, kind: str, dtype: torch.dtype) -> None:
+    module, x = adapted(name, kind)
+    trained(module.update)
+    direction = torch.randn_like(module(x))
+    limit = 1e-3 if dtype == torch.float32 else 0.05
+    there, x_there = copy.deepcopy(module).cuda(), x.cuda()
+    there.base.to(dtype)
+    y = there(x_there.to(dtype) if x.is_floating_point() else x_there)
+    assert y.dtype == dtype
+    for each, result, way in ((module, module(x), direction), (there, y.float(), direction.cuda())):
+        torch.testing.assert_close(result.cpu(), module(x), rtol=limit, atol=limit * float(direction.abs().max()))
+        (result * way).sum().backward()
+        assert all(parameter.grad is not None for parameter in each.update.parameters())
+    for one, other in zip(module.update.parameters(), there.update.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert float((one.grad - other.grad.cpu()).norm() / one.grad.norm()) < limit
 
 
 def test_a_bottleneck_cannot_be_merged_and_sits_where_it_is_asked_to() -> None:
@@ -208,6 +253,23 @@ def test_its_state_makes_it_again(name: str, kind: str) -> None:
     again.update.load_state_dict(module.update.state_dict())
     assert torch.equal(again(x), module(x))
     assert all(tensor.is_contiguous() for tensor in module.update.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "flora"])
+def test_the_row_of_padding_stays_as_it_was(name: str) -> None:
+    table = nn.Embedding(30, 12, padding_idx=1)
+    table.weight.data[1] = 0.5
+    module = Adapted(table, update_of(name, table))
+    optimizer = torch.optim.SGD(module.update.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(torch.tensor([[1, 2, 3], [3, 1, 1]])).square().sum().backward()
+        optimizer.step()
+    y = module(torch.tensor([1, 2])).detach()
+    if name != "dora":  # whose magnitudes are of columns, and all rows share those
+        assert torch.equal(y[0], table.weight[1])
+    assert not torch.allclose(y[1], table.weight[2], atol=1e-3)
+    assert torch.equal(module.update.factors()[0][1], torch.zeros_like(module.update.factors()[0][1]))  # type: ignore[operator]
 
 
 def parameters(update: nn.Module) -> int:
@@ -268,7 +330,7 @@ def test_the_layout_of_loralib_is_a_product_read_as_a_weight(groups: int) -> Non
     trained(update)
     found = update.weight(conv.weight) - conv.weight  # type: ignore[operator]
     torch.testing.assert_close(found, 3 * (update.up @ update.down).view(conv.weight.shape))  # type: ignore[operator]
-    torch.testing.assert_close(merged(copy.deepcopy(module))(x), module(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(module)(x), module(x), rtol=1e-5, atol=1e-5)
     assert lora(nn.Conv1d(8, 8, 3), layout="loralib") is None
 
 
@@ -280,7 +342,7 @@ def test_dropout_is_of_the_input_of_the_change_and_of_training(name: str, kind: 
     one = Adapted(module, update)
     assert not torch.equal(one(x), one(x))
     one.eval()
-    expected = merged(copy.deepcopy(one))(x)
+    expected = merged(one)(x)
     torch.testing.assert_close(one(x), expected, rtol=1e-5, atol=1e-5)
     one.train()
     with torch.no_grad():
@@ -301,6 +363,7 @@ def test_sara_trains_the_smallest_weights() -> None:
     chosen = torch.zeros(48 * 64, dtype=torch.bool)
     chosen[update.places.long()] = True
     assert update.places.dtype == torch.int32 and magnitudes[chosen].max() <= magnitudes[~chosen].min()
+    assert torch.equal(update.places, update.places.sort().values)
     trained(update)
     changed = update.weight(linear.weight) != linear.weight
     assert torch.equal(changed.flatten(), chosen)
@@ -386,9 +449,17 @@ def test_every_axis_of_the_change_has_the_rank_it_was_given(init: str) -> None:
     assert ranks == [4, 2, 3, 3]
     if init == "orthonormal":
         assert all(torch.allclose(mode.T @ mode, torch.eye(mode.shape[1]).double(), atol=1e-5) for mode in update.modes)  # type: ignore[union-attr]
-    if init == "normal002":
-        wide = flora(nn.Linear(600, 600), init=init)
-        assert float(wide.modes[0].detach().std()) == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(
+    ("init", "deviations"),
+    [("flora", (0.25, 0.25)), ("normal002", (0.02, 0.02)), ("kaiming_uniform", (24**-0.5, 1200**-0.5))],
+)
+def test_the_factors_of_flora_start_as_large_as_the_authors_do(init: str, deviations: tuple[float, float]) -> None:
+    update = flora(nn.Linear(400, 600), rank=8, init=init)  # a uniform on (-b, b) deviates by b / sqrt(3)
+    assert isinstance(update, nn.Module)
+    for mode, deviation in zip(update.modes, deviations, strict=True):  # type: ignore[arg-type]
+        assert float(mode.detach().std()) == pytest.approx(deviation, rel=0.06)
 
 
 def test_the_tucker_product_is_the_loop_the_einsum_and_three_convolutions_in_a_row() -> None:
