@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "extract_lora",
     "finetune",
+    "export",
     "load",
     "merge",
     "prune_layers",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
+    from peftc.steps.export import export
     from peftc.steps.extract_lora import extract_lora
     from peftc.steps.finetune import finetune
     from peftc.steps.merge import merge

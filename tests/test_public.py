@@ -11,7 +11,7 @@ from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
-    "evaluate", "bench", "demo", "show",
+    "export", "evaluate", "bench", "demo", "show",
 ]  # fmt: skip
 
 

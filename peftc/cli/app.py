@@ -30,6 +30,7 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.export import export
 from peftc.cli.extract_lora import extract_lora
 from peftc.cli.finetune import finetune
 from peftc.cli.merge import merge
@@ -164,8 +165,8 @@ def peftc(
 
 
 COMMANDS = (
-    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, evaluate, bench,
-    demo, show, methods,
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, export, evaluate,
+    bench, demo, show, methods,
 )  # fmt: skip
 for command in COMMANDS:
     app.command(no_args_is_help=False)(command)

@@ -273,6 +273,19 @@ TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (
 LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
 Rounds = Annotated[int, Option(min=5, metavar="N", help="timed rounds, 5 or more")]
 
+# how to export
+Format = Annotated[
+    str | None, Option("--format", metavar="NAME", help="what to write, as onnx or hf, see `peftc methods format`")
+]
+Dense = Annotated[bool, Option("--dense", help="multiply factors out first")]
+SomeData = Annotated[str | None, Option("--data", metavar="DATA", help="compare on these samples")]
+ComparedSamples = Annotated[
+    int, Option("--num-samples", min=1, metavar="N", help="compare on at most this many samples")
+]
+TimedBatch = Annotated[
+    int, Option("--batch-size", min=1, metavar="N", help="time batches of so many samples, and of one")
+]
+
 # how to train
 Teacher = Annotated[str | None, Option(metavar="MODEL", help="who is imitated (default: the base of MODEL)")]
 Loss = Annotated[str | None, Option(metavar="NAME=WEIGHT,...", help="terms and weights, as features=1,task=0.5")]

@@ -58,6 +58,13 @@ METHODS: dict[str, dict[str, str]] = {
         "bitfit": "peftc.methods.adapter.bitfit",
         "full": "peftc.methods.adapter.full",
     },
+    "format": {
+        "hf": "peftc.methods.format.hf",
+        "timm": "peftc.methods.format.timm",
+        "safetensors": "peftc.methods.format.safetensors",
+        "onnx": "peftc.methods.format.onnx",
+        "torch_export": "peftc.methods.format.torch_export",
+    },
 }
 
 

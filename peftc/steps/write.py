@@ -17,49 +17,24 @@ from torch import Tensor
 
 from peftc import __version__, artifact, manifest, measure, processes
 from peftc.artifact import Piece
-from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
+from peftc.errors import ArtifactError, PeftcError, UsageError
 from peftc.header import encode_header, read_header
-from peftc.job import Job, execution
+from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
 from peftc.models import load as models
 from peftc.models.load import Model
+from peftc.models.weights import piece as piece
+from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
 from peftc.report import Report, Table
 from peftc.source import Source
 
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-NOT_COMPANIONS = ("config.json", "peftc.json", artifact.RESULT, "data_config.json")
+NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, "data_config.json")
 LOCK = "this folder holds low-rank factors: load it with peftc.load"
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
-
-
-def piece(tensor: Tensor) -> Piece:
-    """Return a tensor in memory as a piece of a file."""
-    if tensor.dtype not in DTYPE_NAMES:
-        raise WeightError(f"peftc cannot store tensors of dtype {tensor.dtype}")
-
-    def blocks() -> Iterator[Any]:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        for block in flat.split(1 << 20):
-            yield memoryview(block.view(torch.uint8).numpy())
-
-    return Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), blocks)
-
-
-def pieces_of(model: Model) -> dict[str, Piece]:
-    """Return every stored tensor of a model: byte ranges of its files where there are such, memory otherwise."""
-    state = surgery.tensors_of(model.module)
-    return {
-        name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
-        for name in surgery.stored_names(model.module)
-    }
 
 
 def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:
