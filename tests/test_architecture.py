@@ -14,7 +14,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
     {"steps"},
     {"methods", "hooks", "train", "measure"},
     {"nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
-    {"job", "artifact", "manifest", "plan", "allocate", "depth", "source", "config", "recipe"},
+    {"job", "artifact", "manifest", "plan", "allocate", "depth", "source", "config", "recipe", "ledger"},
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

@@ -1,7 +1,7 @@
 """Every option once: its spelling, its type, its help phrase.
 
 A command's parameters are named, ordered and defaulted like the Python function of the same word; the
-options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.run` adds.
+options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.command` adds.
 """
 
 from __future__ import annotations
@@ -143,11 +143,15 @@ def configure(ctx: Context, file: Path | None) -> None:
     group: Any = ctx.parent.command if ctx.parent else None
     if group is None or ctx.resilient_parsing:
         return
-    known = {word: _spellings(command) for word, command in group.commands.items()}
-    project = config.load(str(ctx.info_name), known, file)
+    project = ctx.obj or config.load(str(ctx.info_name), known(group), file)  # a recipe has read its own already
     repeated = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
     ctx.obj = project
     ctx.default_map = {name: _texts(value) if name in repeated else value for name, value in project.defaults.items()}
+
+
+def known(group: Any) -> dict[str, dict[str, str]]:
+    """Return the options of every command of the program: what a project file may say."""
+    return {word: _spellings(command) for word, command in group.commands.items()}
 
 
 def _spellings(command: Any) -> dict[str, str]:
