@@ -20,6 +20,7 @@ __all__ = [
     "demo",
     "distill",
     "evaluate",
+    "init",
     "load",
     "prune_layers",
     "show",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
+    from peftc.steps.init import init
     from peftc.steps.prune_layers import prune_layers
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate

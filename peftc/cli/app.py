@@ -30,6 +30,7 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.init import init
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
 from peftc.cli.run import run
@@ -167,7 +168,7 @@ def peftc(
 
 
 STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show)
-for command in (*STEPS, run, demo, methods):
+for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 
 
