@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import os
 import sys
 import textwrap
@@ -135,7 +134,7 @@ def tell(outcome: Report, *, quiet: bool = False) -> None:
 def deliver(outcome: Report, *, json: bool = False) -> None:
     """Print what a report has for the program that reads on."""
     if json:
-        out(json_module.dumps(plain(outcome.to_json()), indent=2, allow_nan=False) + "\n")
+        out(json_module.dumps(outcome.to_json(), indent=2, allow_nan=False) + "\n")
     elif outcome.lines:
         out("".join(f"{line}\n" for line in outcome.lines))
     elif outcome.artifact is not None:
@@ -148,19 +147,6 @@ def gate_text(gate: Gate) -> str:
     verdict = "met" if gate.passed else _styled("not met", RED)
     option = "--" + gate.option.lstrip("-").replace("_", "-")
     return f"gate {option} {_cell(gate.limit)}: {measured}, {verdict}"
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` in the types of JSON; a number that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def table_lines(table: Table, columns: int | None = None) -> list[str]:

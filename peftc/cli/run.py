@@ -101,7 +101,7 @@ def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project
     project = config.load("run", known, file)
     for text in project.warnings:
         console.warn(text)
-    chainable = [word for word, one in group.commands.items() if any(p.name == "model" for p in one.params)]
+    chainable = [word for word, one in group.commands.items() if any(p.name in ("model", "models") for p in one.params)]
     if not project.chain or project.model is None:
         lacks = config.RECIPE if project.model else "model"
         line = 'chain = ["decompose", "evaluate"]' if project.model else 'model = "..."'
@@ -162,7 +162,7 @@ def _carry_out(
     if not quiet:
         console.tell(outcome)
         console.say()
-    stage.report = console.plain(outcome.to_json())
+    stage.report = outcome.to_json()
     stage.state = DONE if outcome.passed else FAILED
     if processes.rank() == 0:
         book.note(stage.name, asked, stage.report, passed=outcome.passed)

@@ -13,7 +13,7 @@ from peftc.data.dataset import split_word
 from peftc.errors import DataError
 from peftc.models.load import Model, load
 from peftc.report import Report
-from peftc.steps.evaluate import evaluate
+from peftc.steps.evaluate import evaluate, keep
 from peftc.steps.samples import Samples
 
 
@@ -25,6 +25,7 @@ def add(report: Report, model: Model, *, against: nn.Module | Model, **options: 
     if model.max_memory is not None:
         written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
     quality = evaluate(written, against=against, **{**options, **sparing(model, options)})
+    keep(quality, written)
     report.data["quality"] = quality.data
     report.tables += quality.tables
     report.notes += quality.notes
