@@ -16,6 +16,7 @@ __all__ = [
     "analyze",
     "bench",
     "calibrate",
+    "compare",
     "decompose",
     "demo",
     "distill",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from peftc.steps.analyze import analyze
     from peftc.steps.bench import bench
     from peftc.steps.calibrate import calibrate
+    from peftc.steps.compare import compare
     from peftc.steps.decompose import decompose
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill

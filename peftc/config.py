@@ -335,6 +335,19 @@ def place(project: Project, step: str, model: str | None, *, writes: bool) -> Pl
     return place_at(chain, index, step, found) if writes else Place(found, chain)
 
 
+def artifacts(project: Project, step: str) -> list[str]:
+    """Return every artifact of the chain, for a step that looks at them together.
+
+    Raises:
+        UsageError: there is no project, or nothing in its chain.
+    """
+    chain = read_chain(project.runs) if project.file else Chain(project.runs)
+    if not chain.links:
+        why = f"the chain in `{project.runs}` is empty" if project.file else f"there is no `{FILE}` in this folder"
+        raise UsageError(f"`peftc {step}` needs artifacts", why=why, hint=f"name them: `peftc {step} small healed`")
+    return [str(link.folder) for link in chain.links]
+
+
 def place_at(chain: Chain, index: int, step: str, model: str) -> Place:
     """Return the place of a step that writes, with the folder that belongs to it."""
     return Place(model, chain, index, chain.runs / f"{index + 1:02d}-{step}")

@@ -11,7 +11,7 @@ from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "evaluate", "bench", "demo", "show",
-    "init",
+    "compare", "init",
 ]  # fmt: skip
 OF_THE_COMMAND_LINE = ["methods", "run"]  # these print a list, and read the project file, which Python does not
 
@@ -29,13 +29,14 @@ def test_a_command_has_the_parameters_of_its_function(word: str) -> None:
     extra = {"ctx", *SOURCE, *OUTPUT}
     ours = {name: p.default for name, p in command(word).parameters.items() if name not in extra}
     theirs = {name: p.default for name, p in step(word).parameters.items()}
-    ours.pop("model", None), theirs.pop("model", None)  # the project may stand in for it on the command line
+    for named in ("model", "models"):  # the project may stand in for it on the command line
+        ours.pop(named, None), theirs.pop(named, None)
     assert list(ours.items()) == list(theirs.items())
 
 
 @pytest.mark.parametrize("word", STEPS)
 def test_all_but_the_model_are_keywords(word: str) -> None:
-    kinds = {name: p.kind for name, p in step(word).parameters.items() if name != "model"}
+    kinds = {name: p.kind for name, p in step(word).parameters.items() if name not in ("model", "models")}
     assert set(kinds.values()) == {inspect.Parameter.KEYWORD_ONLY}, kinds
 
 

@@ -26,6 +26,7 @@ from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
 from peftc.cli.calibrate import calibrate
+from peftc.cli.compare import compare
 from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
@@ -167,7 +168,7 @@ def peftc(
     """
 
 
-STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show)
+STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show, compare)
 for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 

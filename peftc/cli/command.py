@@ -84,6 +84,9 @@ def _run(
         console.warn(text)
     if shared.get("offline"):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
+    if "models" in options:
+        named = [_standard_input() if model == "-" else model for model in options.pop("models")]
+        return find()(named or config.artifacts(project, str(ctx.info_name)), **options)
     if "model" not in options:
         return find()(**options)
     model = options.pop("model")

@@ -156,7 +156,7 @@ def known(group: Any) -> dict[str, dict[str, str]]:
 
 def _spellings(command: Any) -> dict[str, str]:
     """Map what a file or a variable may call an option to the name of its parameter."""
-    own = (param for param in command.params if param.name not in ("model", "config"))
+    own = (param for param in command.params if param.name not in ("model", "models", "config"))
     return {
         opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
     }
@@ -176,6 +176,9 @@ def _texts(value: Any) -> list[str]:
 # what a command reads and writes
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
+]
+Models = Annotated[
+    list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
 ]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
