@@ -34,6 +34,7 @@ from peftc.cli.evaluate import evaluate
 from peftc.cli.init import init
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
+from peftc.cli.report import report
 from peftc.cli.run import run
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
@@ -168,7 +169,7 @@ def peftc(
     """
 
 
-STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show, compare)
+STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show, compare, report)
 for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 

@@ -181,6 +181,10 @@ Models = Annotated[
     list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
 ]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
+Page = Annotated[str, Option("-o", "--output", metavar="FILE", help="page to write")]
+Analysis = Annotated[
+    Path | None, Option(metavar="FILE", help="what `peftc analyze --json` printed of the base, for its spectra")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]
