@@ -226,7 +226,14 @@ Drop = Annotated[str | None, Option(metavar="N,...", help="drop these layers, by
 TaskData = Annotated[
     str | None, Option("--data", metavar="DATA", help="samples of the task, to score layers and measure")
 ]
-ScorePlot = Annotated[Path | None, Option("--plot", metavar="FILE", help="draw the scores to this .png or .svg")]
+WithinDrop = Annotated[
+    float | None, Option(parser=not_negative, metavar="X", help="drop what costs at most X of held-out quality")
+]
+Repair = Annotated[bool, Option("--repair", help="close the gaps by linear maps, folded into the layers before them")]
+Stability = Annotated[bool, Option("--stability", help="score again with other seeds and on halves of the samples")]
+ScorePlot = Annotated[
+    Path | None, Option("--plot", metavar="FILE", help="draw scores and t-SNE maps to this .png or .svg")
+]
 
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from peftc import manifest
+from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError
 from peftc.nn import surgery
 from peftc.source import Source
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from peftc.header import TensorInfo
     from peftc.manifest import Manifest
     from peftc.models.load import Model
+    from peftc.models.shorten import Shorter
 
 
 def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the manifest of a delta says of the model that it changes.
+    """Return what the manifest of a delta says of the model that it changes; a delta on a delta has the same one.
 
     Args:
         model: with its files.
@@ -30,6 +31,8 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
     Raises:
         ArtifactError: the model is nowhere on disk.
     """
+    if model.manifest is not None and model.manifest.delta:
+        return {**model.manifest.delta, "tensors": dict(tensors)}
     if model.manifest is not None:
         files = {n: e["sha256"] for n, e in model.manifest.files.items() if n.endswith(".safetensors")}
         record: dict[str, Any] = {"spec": model.source.spec, "artifact": model.manifest.id}
@@ -41,6 +44,33 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
             hint="save it first, or write a full artifact: leave `--delta` out",
         )
     return {"source": record, "files": files, "tensors": dict(tensors)}
+
+
+def is_delta(model: Model) -> bool:
+    """Return whether a model is stored as a change of another."""
+    return model.manifest is not None and bool(model.manifest.delta)
+
+
+def held(model: Model) -> set[str]:
+    """Return the names of the tensors that a delta holds itself; none for another model."""
+    if model.manifest is None or not model.manifest.delta:
+        return set()
+    assert model.folder is not None
+    return set(artifact.tensor_table(model.folder, model.manifest))
+
+
+def of_shorter(model: Model, shorter: Shorter) -> tuple[list[str], dict[str, str]]:
+    """Return the tensors that a delta of a shorter model holds, and what others are called in the model beneath."""
+    own = held(model)
+    earlier: Mapping[str, str] = model.manifest.delta.get("tensors", {}) if model.manifest is not None else {}
+    names, there = [], {}
+    for name in surgery.stored_names(shorter.model.module):
+        was = shorter.tensors[name]
+        if was in own:
+            names.append(name)
+        elif (called := earlier.get(was, was)) != name:
+            there[name] = called
+    return names, there
 
 
 def beneath(

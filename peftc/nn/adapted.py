@@ -10,7 +10,13 @@ weight(weight)      the weight that `merge` writes, in float32 and of the same s
 factors()           optional: (up (out, rank), down (rank, in)), float32, where the change of a weight (out, in) is
                     their product, so that a factored module can take it in at a rank that is stated
 ratio(weight)       optional, beside factors(): (out,) that the rows of weight plus change are multiplied by
+settle()            optional: find anew what follows from what learns, as a threshold; to call before it is judged or
+                    written, and after other values took its place, as those of a moving average
+report()            optional: name -> count, as ``trainables``, ``entries`` of the weight, and ``changed`` of these
 ==================  ================================================================================================
+
+A method's module may have ``after_step(updates, step, steps, steps_per_epoch)``, to be called after each step of the
+optimizer, before its gradients are dropped: ``updates`` by name, the ``step`` from 1.
 
 Buffers whose name begins with ``_`` serve the training alone: checkpoints hold them, artifacts do not. What a method
 found out from the values of the weights it says as ``resolved``, settings with which it builds the same update of a

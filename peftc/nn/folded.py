@@ -84,7 +84,7 @@ class _Folded(torch.autograd.Function):
         x, weight, bias, *tensors = inputs
         ctx.operation, ctx.rebuild, ctx.pull, ctx.bias = operation, rebuild, pull, bias is not None
         ctx.save_for_backward(x, weight, *tensors)
-        return operation.forward(x, _sum(weight, rebuild(*tensors), x.dtype), bias)
+        return operation.forward(x, _sum(weight, rebuild(*tensors), tensors, x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,20 +93,18 @@ class _Folded(torch.autograd.Function):
         with without_autocast(x.device.type):
             wanted = ctx.needs_input_grad[6:]
             change, leaves = _change(ctx, tensors, wanted)
+            shape, dtype = change.shape, change.dtype
             of_x = None
             if ctx.needs_input_grad[3]:
-                of_x = ctx.operation.of_input(gradient, x, _sum(weight, change.detach(), x.dtype))
+                of_x = ctx.operation.of_input(gradient, x, _sum(weight, change, tensors, x.dtype))
             of_bias = ctx.operation.of_bias(gradient) if ctx.bias and ctx.needs_input_grad[5] else None
-            of_tensors: Sequence[Tensor | None] = [None] * len(tensors)
-            if any(wanted):
-                shape, dtype = change.shape, change.dtype
-                if ctx.pull is not None:
-                    del change  # before another dense tensor of its size is made
-                    of_tensors = ctx.pull(ctx.operation.of_weight(gradient, x, shape).to(dtype), *tensors)
-                else:
-                    dense = ctx.operation.of_weight(gradient, x, shape).to(dtype)
-                    of_tensors = _through(change, leaves, wanted, dense)
-        return None, None, None, of_x, None, of_bias, *of_tensors
+            if not any(wanted):
+                return None, None, None, of_x, None, of_bias, *[None] * len(tensors)
+            if ctx.pull is not None:
+                del change  # before another dense tensor of its size is made
+            dense = ctx.operation.of_weight(gradient, x, shape).to(dtype)
+            found = _through(change, leaves, wanted, dense) if ctx.pull is None else ctx.pull(dense, *tensors)
+        return None, None, None, of_x, None, of_bias, *found
 
 
 class _Rebuilt(torch.autograd.Function):
@@ -143,8 +141,15 @@ def _through(change: Tensor, leaves: list[Tensor], wanted: Sequence[bool], gradi
     return [next(found) if want else None for want in wanted]
 
 
-def _sum(weight: Tensor | None, change: Tensor, dtype: torch.dtype) -> Tensor:
-    return (change if weight is None else weight + change).to(dtype)
+def _sum(weight: Tensor | None, change: Tensor, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return weight + change; in the change's place, where nobody else holds it, to have one dense tensor less."""
+    if weight is None:
+        return change.detach().to(dtype)
+    held = {each.untyped_storage().data_ptr() for each in tensors}
+    mine = not change.requires_grad and change.untyped_storage().data_ptr() not in held
+    if mine and torch.promote_types(change.dtype, weight.dtype) == change.dtype:
+        return change.add_(weight).to(dtype)
+    return (weight + change.detach()).to(dtype)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

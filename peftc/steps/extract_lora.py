@@ -66,6 +66,8 @@ def extract_lora(
         up, down, energy = low_rank_difference(after.float() - before.float(), rank)
         update.up.data, update.down.data = _padded(up, rank, 1), _padded(down, rank, 0)
         rows.append([name, f"{energy:.4f}"])
+    if all(name in theirs and torch.equal(mine[name], theirs[name]) for name in mine):
+        raise PlanError(f"`{tuned.name}` and `{base.name}` do not differ", hint="name the tuned model first")
     _tell(report, rows, same, rank)
     request = {
         "command": "extract-lora", "rank": rank, "include": list(include), "skip": list(skip), "delta": True,

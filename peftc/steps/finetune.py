@@ -15,6 +15,7 @@ from peftc import measure, methods, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import UsageError, one_of
 from peftc.job import Job
+from peftc.models import delta as deltas
 from peftc.models.heads import Headed
 from peftc.models.load import Model, load, place_of, refuse_unbuildable
 from peftc.nn import surgery
@@ -162,7 +163,7 @@ def finetune(
     work.check()
     against = _against(guide, fitted, max_drop)
 
-    as_delta = students.is_delta(stored) if delta is None else delta
+    as_delta = deltas.is_delta(stored) if delta is None else delta
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
         "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
@@ -236,6 +237,7 @@ def _carry_out(
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
     distill.tell(report, work, outcome, {})
+    students.tell_sparsity(report, pupil)
     memory = {
         "optimizer_bytes": outcome.optimizer_bytes,
         "peak_bytes": measure.peak_bytes(place_of(pupil.model.module)),
@@ -282,7 +284,7 @@ def _write(
         pieces = {name: write.piece(tensors[name]) for name in names}
         record = write.write_artifact(
             job, tuned, base, request, pieces, imitation.factored(stored), adapters=adapters,
-            delta=students.reference(pupil, base, there), **options,
+            delta=deltas.reference(stored, base, there), **options,
         )  # fmt: skip
         merged, _ = taken_in(tuned, adapters, report)
     else:

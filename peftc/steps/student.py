@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import artifact, methods, tasks
+from peftc import methods, tasks
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError
@@ -193,11 +193,6 @@ def settle(update: nn.Module) -> None:
         update.settle()  # type: ignore[operator]
 
 
-def is_delta(model: Model) -> bool:
-    """Return whether a model is stored as a change of another."""
-    return model.manifest is not None and bool(model.manifest.delta)
-
-
 def before_updates(name: str, updates: Mapping[str, Any]) -> str:
     """Return what a tensor was called before updates were put beside its module."""
     path, base, leaf = name.rpartition(".base.")
@@ -214,9 +209,8 @@ def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[s
         *(name for name in surgery.stored_names(student.model.module) if ".update." in name),
     }
     if record is not None and record.delta:
-        assert student.stored.folder is not None
         earlier = record.delta["tensors"]
-        held |= artifact.tensor_table(student.stored.folder, record).keys()
+        held |= delta.held(student.stored)
     names, there = [], {}
     for name in surgery.stored_names(student.model.module):
         was = before_updates(name, student.placed.adapters) if not earlier else name
@@ -226,14 +220,6 @@ def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[s
         elif (called := earlier.get(name, was)) != name:
             there[name] = called
     return names, there
-
-
-def reference(student: Student, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the manifest of a delta says of the model beneath; a delta on a delta has the same one."""
-    record = student.stored.manifest
-    if record is not None and is_delta(student.stored):
-        return {**record.delta, "tensors": dict(tensors)}
-    return delta.reference(student.stored, base, tensors)
 
 
 def tell(report: Report, student: Student) -> None:
@@ -263,6 +249,28 @@ def tell(report: Report, student: Student) -> None:
     report.data["learning"] = {
         "parameters": learning, "of": total, "updates": counts, "own": {n: list(v) for n, v in placed.own.items()},
     }  # fmt: skip
+
+
+def tell_sparsity(report: Report, student: Student) -> None:
+    """Say how many entries of the weights the updates change, where they choose some; exact counts."""
+    found = {
+        name: each.update.report()  # type: ignore[operator]
+        for name, each in adapted_modules(student.model.module).items()
+        if hasattr(each.update, "report")
+    }
+    entries = sum(each["entries"] for each in found.values())
+    if not entries:
+        return
+    changed = sum(each["changed"] for each in found.values())
+    asked = sum(each["asked"] for each in found.values())
+    report.data["sparsity"] = {"modules": found, "changed": changed, "asked": asked, "entries": entries}
+    report.notes.append(
+        f"{changed:,} of {entries:,} entries of the adapted weights change ({changed / entries:.2%}); asked: {asked:,}"
+    )
+    shares = {name: each["changed"] / each["entries"] for name, each in found.items()}
+    least, most = min(shares, key=lambda name: shares[name]), max(shares, key=lambda name: shares[name])
+    if shares[most] > shares[least]:
+        report.notes.append(f"from {shares[least]:.1%} of `{least}` to {shares[most]:.1%} of `{most}`")
 
 
 def _outputs(student: Student) -> set[str]:

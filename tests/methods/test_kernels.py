@@ -1,6 +1,7 @@
 """SNELL and SNELLA: each check of section A.4.1 of the papers notes, and what a merge and a resumed training need."""
 
 import copy
+import gc
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -56,8 +57,8 @@ def plain(kernel: str, sparsify: str, rows: Tensor, columns: Tensor, threshold: 
             values = values + mix[0] * torch.softmax(values / mix[1], 0) + mix[2]
     size = values.abs().detach()
     stays = size > threshold
-    if sparsify == "paper":  # t is a number here; v (|v| - t), with its own gradient in v
-        return torch.where(stays, values * (values.abs() - threshold), 0)
+    if sparsify == "paper":  # the threshold is a number to the gradient
+        return torch.where(stays, values * (values.abs() - threshold.clamp(min=0)), 0)
     factor = {"none": torch.ones_like(size), "hard": stays.to(size.dtype), "code": size * stays}[sparsify]
     return values * factor
 
@@ -112,18 +113,21 @@ def test_each_form_zeroes_and_scales_as_it_says(sparsify: str) -> None:
     torch.testing.assert_close(change.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("block", [1, 24, 1 << 18])
+@pytest.mark.parametrize("zeroed, block", [(30, 1), (30, 24), (30, 1 << 18), (0, 24)])
 @pytest.mark.parametrize("kernel, sparsify", KINDS)
 def test_the_closed_form_of_the_gradient_is_autograds(
-    kernel: str, sparsify: str, block: int, monkeypatch: pytest.MonkeyPatch
+    kernel: str, sparsify: str, zeroed: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(kernels.BLOCKS, "cpu", block)
     rows, columns, mix = (each.requires_grad_() for each in points(9, 6, 3))
     form, extra = Kernel(kernel, sparsify), for_kernel(kernel, mix)
-    threshold = threshold_of(form.values(*(each.detach() for each in (rows, columns, *extra))), 30)
+    threshold = threshold_of(form.values(*(each.detach() for each in (rows, columns, *extra))), zeroed)
     gradient = torch.randn(9, 6, dtype=torch.float64)
     inputs = [rows, columns, *extra]
-    expected = torch.autograd.grad(plain(kernel, sparsify, rows, columns, threshold, mix), inputs, gradient)
+    dense = plain(kernel, sparsify, rows, columns, threshold, mix)
+    expected = torch.autograd.grad(dense, inputs, gradient)
+    change = form.change(*(each.detach() for each in (rows, columns, threshold, *extra)))
+    torch.testing.assert_close(change, dense, rtol=0, atol=1e-12)
     found = form.pull(gradient, *(each.detach() for each in (rows, columns, threshold, *extra)))
     assert found[2] is None
     for mine, autograds in zip([*found[:2], *found[3:]], expected, strict=True):
@@ -223,6 +227,13 @@ def test_a_threshold_parts_as_many_magnitudes_as_asked(zeroed: int) -> None:
     assert int((values.abs() <= threshold_of(values.clone(), zeroed)).sum()) == zeroed
 
 
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
+def test_a_threshold_of_many_magnitudes_is_exact(share: float) -> None:
+    values = torch.randn(300, 700, dtype=torch.float64)
+    zeroed = int(share * values.numel())
+    assert int((values.abs() <= threshold_of(values.clone(), zeroed)).sum()) == zeroed
+
+
 def test_equal_magnitudes_fall_together_and_zeros_can_learn() -> None:
     values = torch.tensor([1.0, -2.0, 2.0, 2.0, 3.0])
     assert (values.abs() <= threshold_of(values.clone(), 2)).tolist() == [True, True, True, True, False]
@@ -285,6 +296,14 @@ def test_a_sample_without_a_batch_and_timms_own_padding_are_convolved() -> None:
         torch.testing.assert_close(folded(module, x, torch.clone, [change]), expected, rtol=0, atol=1e-5)
 
 
+def test_a_change_that_is_a_parameter_itself_is_not_written_to() -> None:
+    module, change = nn.Linear(6, 8), torch.randn(8, 6, requires_grad=True)
+    before = change.detach().clone()
+    for rebuild in (lambda change: change, lambda change: change.view(8, 6), lambda change: change.T.T):
+        folded(module, torch.randn(3, 6, requires_grad=True), rebuild, [change]).sum().backward()
+    assert torch.equal(change, before)
+
+
 def test_what_computes_in_its_own_way_is_left_alone() -> None:
     class Odd(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -310,6 +329,24 @@ def test_trainables_are_those_of_lora_and_merging_changes_nothing(module: nn.Mod
     assert all(each.grad is None for each in model.base.parameters())
     assert float((y - module(x)).detach().abs().max()) > 1e-3
     torch.testing.assert_close(merged(model)(x), y, rtol=0, atol=1e-5)
+
+
+def test_a_transposed_weight_is_changed_as_the_weight_it_transposes() -> None:
+    one, other = nn.Linear(24, 40), Conv1D(40, 24)
+    models = []
+    for module in (one, other):
+        torch.manual_seed(5)
+        models.append(adapted(module, sparsify="hard", kernel="mix"))
+    with torch.no_grad():
+        other.weight.copy_(one.weight.T)
+        other.bias.copy_(one.bias)
+    x = torch.randn(5, 24)
+    for model in models:
+        y = model(x)
+        torch.testing.assert_close(y, models[0](x))
+        y.square().sum().backward()
+    for mine, theirs in zip(models[0].update.parameters(), models[1].update.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_q_k_and_v_in_one_are_three_matrices_unless_asked_otherwise() -> None:
@@ -388,8 +425,9 @@ def test_half_precision_does_not_round_a_small_change_away(how: str) -> None:
     torch.testing.assert_close(moved.float()[0], expected, rtol=0.3, atol=0)
 
 
-def test_autocast_keeps_the_kernel_in_float32() -> None:
-    model = adapted(nn.Linear(64, 48), sparsify="hard")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_keeps_the_kernel_in_float32(kernel: str) -> None:
+    model = adapted(nn.Linear(64, 48), sparsify="hard", kernel=kernel)
     x = torch.randn(9, 64)
     model(x).square().sum().backward()
     exact = model.update.parts[0].rows.grad.clone()
@@ -401,6 +439,18 @@ def test_autocast_keeps_the_kernel_in_float32() -> None:
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     torch.testing.assert_close(model.update.parts[0].rows.grad, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+    before = model.update.parts[0].threshold.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.update.settle()
+    assert torch.equal(model.update.parts[0].threshold, before)
+
+
+def test_a_threshold_must_not_move_between_forward_and_backward() -> None:
+    model = adapted(nn.Linear(64, 48))
+    y = model(torch.randn(9, 64))
+    model.update.settle()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # memory
@@ -443,6 +493,21 @@ def test_the_dense_change_is_not_kept_for_the_backward_pass() -> None:
     assert set(found.values()) == {inputs}, found
     assert found["mix"] < 1.1 * saved_bytes(stack(lambda each: lora(each, rank=8)), x)
     assert inputs < dense / 2, "else the figures could hide it"
+
+
+def test_no_dense_change_lives_between_forward_and_backward() -> None:
+    model = stack(lambda each: snella(each, rank=8, split=1))
+    before = dense_tensors()
+    y = model(torch.randn(4, 10, 96, requires_grad=True))
+    assert dense_tensors() == before == 6
+    y.sum().backward()
+    assert dense_tensors() == 6
+
+
+def dense_tensors() -> int:
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    return len({each.data_ptr() for each in tensors if each.numel() == 96 * 288})
 
 
 def test_the_optimizer_keeps_two_numbers_for_each_that_learns() -> None:

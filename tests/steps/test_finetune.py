@@ -246,6 +246,34 @@ def test_a_delta_goes_on_in_the_chain(base: Path, few: Path, delta: Path, tmp_pa
     assert [step["request"]["command"] for step in record.steps] == ["finetune", "decompose"]
 
 
+def test_pruning_a_delta_writes_a_smaller_delta_on_the_same_base(base: Path, delta: Path, tmp_path: Path) -> None:
+    peftc.prune_layers(delta, output_dir=tmp_path / "less", drop="0", device="cpu")
+    before, after = manifest.read(delta), manifest.read(tmp_path / "less")
+    assert after.delta["source"] == before.delta["source"] and after.kept_layers == ["blocks.1"]
+    assert after.weight_bytes < 0.6 * before.weight_bytes
+    assert set(load_file(tmp_path / "less" / "model.safetensors")) == {
+        name.replace("blocks.1", "blocks.0")
+        for name in load_file(delta / "model.safetensors")
+        if "blocks.0" not in name
+    }
+    peftc.prune_layers(delta, output_dir=tmp_path / "whole", drop="0", device="cpu", delta=False)
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "less")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    shutil.rmtree(delta)
+    assert torch.equal(tensors(base)["blocks.1.norm1.weight"], tensors(tmp_path / "less")["blocks.0.norm1.weight"])
+
+
+def test_a_delta_of_a_dense_model_is_which_layers_stay(base: Path, tmp_path: Path) -> None:
+    peftc.prune_layers(base, output_dir=tmp_path / "less", drop="1", device="cpu", delta=True)
+    assert not load_file(tmp_path / "less" / "model.safetensors")
+    assert sum(path.stat().st_size for path in (tmp_path / "less").iterdir()) < 2**14
+    peftc.prune_layers(base, output_dir=tmp_path / "whole", drop="1", device="cpu")
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "less")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UsageError, match="`--repair` changes weights of the base"):
+        peftc.prune_layers(base, output_dir=tmp_path / "no", drop="1", data="sklearn:digits", repair=True, delta=True)
+
+
 def test_merging_what_is_whole_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(PeftcError, match="nothing to merge"):
         peftc.merge(base, output_dir=tmp_path / "out")
