@@ -61,8 +61,8 @@ def folded(
         dtype = torch.get_autocast_dtype(x.device.type)
     together = seen is None and dtype.itemsize >= 4
     given = None if together else base(x)
-    operation, x = _operation(base, (x if seen is None else seen).to(dtype))
-    with without_autocast(x.device.type):
+    with without_autocast(x.device.type):  # which would pad in float32
+        operation, x = _operation(base, (x if seen is None else seen).to(dtype))
         bias: Any = base.bias if together else None
         y = _Folded.apply(operation, rebuild, pull, x, weight.detach() if together else None, bias, *tensors)
     if isinstance(operation, _Convolution) and operation.unbatched:
