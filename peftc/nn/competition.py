@@ -44,7 +44,7 @@ def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_pe
     if shared:
         kept = _allocate(parts, settings, step, steps)
     elif step % settings.threshold_every == 0 or step == steps:
-        counts = torch.stack([part._kept for part in parts.values()]).tolist()  # one wait for the device, not many
+        counts = torch.stack([part.kept for part in parts.values()]).tolist()  # one wait for the device, not many
         kept = dict(zip(parts, counts, strict=True))
     else:
         return

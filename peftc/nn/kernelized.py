@@ -94,10 +94,13 @@ class Settings:
 
 
 class Points(nn.Module):
-    """The points of one matrix (out, in), and how many of its entries stay."""
+    """The points of one matrix (out, in), how many of its entries they change, and the threshold of these.
+
+    The threshold is stored with the points, so that the mask of a reloaded update is the same bit for bit.
+    """
 
     threshold: Tensor
-    _kept: Tensor
+    kept: Tensor
 
     def __init__(self, out: int, in_: int, settings: Settings) -> None:
         super().__init__()
@@ -111,9 +114,9 @@ class Points(nn.Module):
         if settings.identity:
             self._start_at_zero()
         first = settings.sparsity if settings.start is None else settings.start
-        self.register_buffer("threshold", torch.tensor(-1.0))
         kept = self.entries - budgets.zeroed(self.entries, first)
-        self.register_buffer("_kept", torch.tensor(kept))
+        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.register_buffer("kept", torch.tensor(kept))
         if settings.scored:
             for name, points in (("rows", self.rows), ("columns", self.columns)):
                 self.register_buffer(f"_mean_{name}", torch.zeros_like(points))
@@ -132,7 +135,7 @@ class Points(nn.Module):
     @torch.no_grad()
     def settle(self, kept: int) -> None:
         """Keep the ``kept`` largest magnitudes from now on."""
-        self._kept.fill_(kept)
+        self.kept.fill_(kept)
         if self.form.sparsify != "none" and not self.rows.is_meta:
             with folded.without_autocast(self.rows.device.type):
                 values = self.form.values(self.rows, self.columns, self.mix)
@@ -168,7 +171,7 @@ class Kernelized(nn.Module):
     def settle(self) -> None:
         """Let the thresholds follow the points: before they are judged or written, and after others replaced them."""
         for part in self.points():
-            part.settle(int(part._kept))
+            part.settle(int(part.kept))
 
     @torch.no_grad()
     def report(self) -> dict[str, int]:
@@ -178,7 +181,7 @@ class Kernelized(nn.Module):
             "trainables": sum(each.numel() for each in self.parameters()),
             "entries": change.numel(),
             "changed": int(change.count_nonzero()),
-            "asked": sum(int(part._kept) if self.settings.competes else part.entries for part in self.points()),
+            "asked": sum(int(part.kept) if self.settings.competes else part.entries for part in self.points()),
         }
 
     def points(self) -> list[Points]:

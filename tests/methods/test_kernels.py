@@ -542,7 +542,7 @@ def parts_of(model: nn.Module) -> list[Any]:
 
 
 def kept_of(model: nn.Module) -> list[int]:
-    return [int(part._kept) for part in parts_of(model)]
+    return [int(part.kept) for part in parts_of(model)]
 
 
 def realised(model: nn.Module) -> list[int]:
@@ -614,6 +614,9 @@ def test_gradients_that_are_no_numbers_leave_the_scores_finite() -> None:
     after_step({name: each.update for name, each in adapted_modules(model).items()}, 10, 10, 5)
     assert sum(kept_of(model)) == sum(size - math.ceil(0.9 * size) for size in sizes_of(model))
     assert max(kept_of(model)) < 1.2 * 2 * 2765, "without a score, size decides"
+    scores = [each for name, each in model.state_dict().items() if "_mean_" in name or "_spread_" in name]
+    assert len(scores) == 48
+    assert all(bool(each.isfinite().all()) for each in scores), "or they would stay so for good"
 
 
 def test_thresholds_follow_every_few_steps_and_at_the_end() -> None:
@@ -649,7 +652,18 @@ def test_a_reloaded_update_has_the_same_mask_bit_for_bit(method: Any) -> None:
     missing = fresh.load_state_dict(stored, strict=False).missing_keys
     assert all("._" in name for name in missing)
     for one, two in zip(adapted_modules(model).values(), adapted_modules(fresh).values(), strict=True):
+        two.update.settle()  # as the same entries stay, it changes nothing
+        assert one.update.report() == two.update.report()
         assert torch.equal(merged(one).weight, merged(two).weight)
+
+
+def test_an_update_is_built_without_memory_and_filled_later() -> None:
+    model = adapted(nn.Linear(40, 30))
+    with torch.device("meta"):
+        empty = adapted(nn.Linear(40, 30)).update
+    empty.load_state_dict(model.update.state_dict(), assign=True)
+    weight = model.base.weight
+    assert torch.equal(empty.weight(weight), model.update.weight(weight))
 
 
 def test_settled_thresholds_suit_the_points_that_took_the_place_of_others() -> None:
