@@ -140,10 +140,12 @@ def test_a_gap_at_the_start_is_left_open_beside_one_that_is_closed(vit: Path, im
 
 
 def test_gaps_are_runs_of_neighbours() -> None:
-    assert closing._gaps(list("abcdefg"), ["b", "e"]) == [
+    same = dict.fromkeys("abcdefg")
+    assert closing._gaps(list("abcdefg"), ["b", "e"], same) == [
         Gap(None, "a", 1), Gap("b", "d", 2), Gap("e", "g", 2)
     ]  # fmt: skip
-    assert closing._gaps(list("abc"), list("abc")) == []
+    assert closing._gaps(list("abc"), list("abc"), same) == []
+    assert closing._gaps(list("abcd"), ["a"], {"a": 1, "b": 1, "c": 2, "d": 2}) == [Gap("a", "b", 1), Gap("a", "d", 2)]
 
 
 def test_only_the_class_token_counts_after_the_last_layer(vit: Path, images: Path) -> None:
@@ -206,3 +208,33 @@ def test_the_whole_network_keeps_its_weights(vit: Path, images: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in surgery.tensors_of(done.stored.module).items())
     made = shorter.model.module.get_parameter("blocks.0.mlp.fc2.weight")
     assert not torch.equal(made, before["blocks.0.mlp.fc2.weight"])
+
+
+def test_a_gap_behind_a_change_of_shape_is_left_open(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    arguments = {"embed_dim": 24, "img_size": 56, "depths": (2, 2, 4, 2), "num_classes": 5}
+    base = save_timm(tmp_path / "base", "swin_tiny_patch4_window7_224", arguments, {**INPUT, "input_size": [3, 56, 56]})
+    data = str(write_images(tmp_path / "images.npz", side=56))
+    options: dict[str, Any] = {"data": data, "score": "cka", "repair": True, **CPU}
+    report = peftc.prune_layers(base, drop="6,7,8,9", output_dir=tmp_path / "out", **options)
+    first, second = report.data["repair"]
+    assert (first["after"], first["layers"], first["into"]) == (
+        "layers.2.blocks.1", 2, "layers.2.blocks.1.mlp.fc2"
+    )  # fmt: skip
+    assert first["left"] < 1
+    assert (second["after"], second["layers"], second["into"]) == ("layers.2.blocks.1", 2, None)
+    assert "another shape" in second["why"]
+
+
+def test_factors_take_the_map_too(vit: Path, images: Path, tmp_path: Path) -> None:
+    peftc.decompose(vit, ratio=0.7, output_dir=tmp_path / "small", **CPU)
+    report = peftc.prune_layers(
+        tmp_path / "small", data=str(images), score="cka", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
+    )
+    (row,) = report.data["repair"]
+    assert row["into"].startswith("blocks.1.mlp.fc2") and row["left"] < 0.05
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            peftc.load(tmp_path / "out")(x), peftc.load(tmp_path / "small")(x), atol=5e-3, rtol=2e-2
+        )
