@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peftc
+from peftc.data.tokens import sample, tokenizer_of
 from peftc.depth import Asked
 from peftc.errors import PlanError
 from peftc.models import layers, load, shorten
@@ -238,3 +239,29 @@ def test_factors_take_the_map_too(vit: Path, images: Path, tmp_path: Path) -> No
         torch.testing.assert_close(
             peftc.load(tmp_path / "out")(x), peftc.load(tmp_path / "small")(x), atol=5e-3, rtol=2e-2
         )
+
+
+@pytest.mark.real
+def test_the_small_llama_is_nearer_to_itself_with_its_gap_closed(data_folder: Path, tmp_path: Path) -> None:
+    llama = load.load(data_folder / "weights" / "stories260K")
+    drawn, tokenizer = sample(llama, 16, 128, seed=1), tokenizer_of(llama)
+    text = " ".join(tokenizer.decode(drawn[at][0], skip_special_tokens=True) for at in range(len(drawn)))
+    (tmp_path / "own.txt").write_text(text)
+    divergence = {}
+    for repair in (False, True):
+        out = tmp_path / f"closed-{repair}"
+        report = peftc.prune_layers(
+            llama, data=str(tmp_path / "own.txt"), score="drop", keep=3, repair=repair, max_length=128, output_dir=out,
+            **CPU,
+        )  # fmt: skip
+        found = peftc.evaluate(out, data="generated:8", against=llama, max_length=64, **CPU)
+        divergence[repair] = found.data["against"]["divergence"]["value"]
+        made, info = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and made.config.num_hidden_layers == 3
+        start = torch.tensor([[1]])
+        texts = [made.generate(start, max_new_tokens=32, do_sample=False, use_cache=cache) for cache in (True, False)]
+        assert torch.equal(*texts)
+    assert [removal["rise"] for removal in report.data["measured"]["removals"]] == sorted(
+        removal["rise"] for removal in report.data["measured"]["removals"]
+    )
+    assert divergence[True] < 0.85 * divergence[False]
