@@ -154,7 +154,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if twice:
             raise ArtifactError(f"`{twice[0]}` stands in two files of `{folder}`")
         table.update(tensors)
-    if not table:
+    if not table and not manifest.delta:
         what = "factors" if factors else "weights"
         raise ArtifactError(f"`{folder}` holds no {what}", why="its manifest lists no safetensors file of them")
     return table

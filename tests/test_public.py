@@ -10,7 +10,8 @@ from peftc.cli.app import app
 from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
-    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "evaluate", "bench", "demo", "show",
+    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
+    "evaluate", "bench", "demo", "show",
 ]  # fmt: skip
 
 

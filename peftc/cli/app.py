@@ -30,6 +30,9 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.extract_lora import extract_lora
+from peftc.cli.finetune import finetune
+from peftc.cli.merge import merge
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
 from peftc.cli.show import show
@@ -160,7 +163,11 @@ def peftc(
     """
 
 
-for command in (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, demo, show, methods):
+COMMANDS = (
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, evaluate, bench,
+    demo, show, methods,
+)  # fmt: skip
+for command in COMMANDS:
     app.command(no_args_is_help=False)(command)
 
 

@@ -173,6 +173,7 @@ def _texts(value: Any) -> list[str]:
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
+Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
@@ -183,6 +184,7 @@ Ratio = Annotated[
     str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
 ]
 Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
 Energy = Annotated[
     str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
 ]
@@ -301,6 +303,26 @@ HeldOut = Annotated[
 Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
 LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
 
+# what to adapt
+Adapter = Annotated[str, Option("--method", metavar="NAME", help="what learns, as lora, see `peftc methods adapter`")]
+AlsoAdapt = Annotated[list[str], Option("--include", metavar="PATTERN", help="also adapt these modules, repeatable")]
+LeaveAlone = Annotated[list[str], Option("--skip", metavar="PATTERN", help="do not adapt these modules, repeatable")]
+OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]
+SameRank = Annotated[bool, Option("--same-rank", help="merge --on-product updates at the rank that there was")]
+Head = Annotated[
+    str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
+]
+Delta = Annotated[
+    bool | None, Option("--delta/--full", help="write what the task changed, or a whole model (default: as MODEL is)")
+]
+Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
+UsualRate = Annotated[
+    float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
+]
+UsualDecay = Annotated[
+    float | None, Option("--weight-decay", parser=not_negative, metavar="X", help="of AdamW (default: the method's)")
+]
+
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
 MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]
@@ -350,6 +372,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "allow_code": (Annotated[bool, Option("--allow-code", help="run the python: code that MODEL names")], False),
     "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
     "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
+    "base": (Annotated[str | None, Option(metavar="MODEL", help="what a delta changes, where it is not found")], None),
 }
 OUTPUT: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),

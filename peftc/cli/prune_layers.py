@@ -18,6 +18,7 @@ def prune_layers(
     within_drop: o.WithinDrop = None,
     repair: o.Repair = False,
     stability: o.Stability = False,
+    delta: o.Delta = None,
     plot: o.ScorePlot = None,
     task: o.Task = None,
     num_samples: o.NumSamples = None,

@@ -14,6 +14,7 @@ from peftc import depth, measure, processes, tasks
 from peftc.depth import Asked
 from peftc.errors import DataError, PlanError, UsageError
 from peftc.job import Job
+from peftc.models import delta as deltas
 from peftc.models import layers, shorten
 from peftc.models import load as models
 from peftc.models.load import Model, load
@@ -50,6 +51,7 @@ def prune_layers(
     within_drop: float | None = None,
     repair: bool = False,
     stability: bool = False,
+    delta: bool | None = None,
     plot: str | Path | None = None,
     task: str | None = None,
     num_samples: int | None = None,
@@ -82,6 +84,8 @@ def prune_layers(
             held-out samples: in the order of the score, and as ``drop`` the least harmful, measured again after each.
         repair: close each gap by a linear map, fitted on the samples and folded into the layer before it.
         stability: score again with other seeds of t-SNE and on halves of the samples.
+        delta: write which layers stay and what the task changed in them, on the model beneath, or a whole model; as
+            ``model`` is when None.
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
         task, num_samples, batch_size, image_size, max_length: how to read the data; 2,000 samples at most when None.
         max_drop, min_quality: gates on the test split; a drop is against the model itself.
@@ -100,7 +104,12 @@ def prune_layers(
     wanted = None if score is None else layer_scores.named(score, settings or {})
     if repair and data is None:
         raise UsageError("`--repair` fits what closes the gap to samples", hint="name some: `--data DATA`")
-    stored = load(model)
+    stored = load(model, merge=False)
+    as_delta = deltas.is_delta(stored) if delta is None else delta
+    if not as_delta:
+        stored, _ = models.without_updates(stored)
+    elif repair:
+        raise UsageError("`--repair` changes weights of the base, which a delta leaves alone", hint="add `--full`")
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
         models.refuse_unbuildable(stored)
@@ -121,7 +130,7 @@ def prune_layers(
         "command": "prune-layers", "data": given.about if given else None, "score": chosen.word if chosen else None,
         "settings": dict(settings or {}), "alpha": asked.alpha, "keep": asked.keep,
         "drop": list(asked.drop) if asked.drop else None, "within_drop": within_drop, "repair": repair,
-        "stability": stability, "task": task, "num_samples": num_samples, "image_size": image_size,
+        "stability": stability, "delta": as_delta, "task": task, "num_samples": num_samples, "image_size": image_size,
         "max_length": max_length, "max_shard_bytes": shard_bytes, "device": device, "seed": seed,
     }  # fmt: skip
     output = write.output_folder(output_dir, stored, "prune-layers")
@@ -276,11 +285,18 @@ def _carry_out(
         closing.close_gaps(work, shorter, report)
     was = shorten.in_base(work.stored, work.names)
     kept = [was[name] for name in shorter.renamed] if len(shorter.renamed) < len(work.names) else None
+    pieces = write.pieces_of(shorter.model)
+    beneath = None
+    if request["delta"]:
+        names, there = deltas.of_shorter(work.stored, shorter)
+        pieces = {name: pieces[name] for name in names}
+        beneath = deltas.reference(work.stored, base, there)
     record = write.write_artifact(
-        job, shorter.model, base, request, write.pieces_of(shorter.model), shorter.modules, max_shard_bytes=shard_bytes,
-        kept_layers=kept,
+        job, shorter.model, base, request, pieces, shorter.modules, max_shard_bytes=shard_bytes, kept_layers=kept,
+        adapters=shorter.adapters, delta=beneath,
     )  # fmt: skip
-    report.warnings += write.verify(job.folder, shorter.model)
+    expected, _ = models.without_updates(replace(shorter.model, manifest=None))
+    report.warnings += write.verify(job.folder, expected)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
     report.tables[-1] = factored.size_table(report.data["size"])
     write.finish(job, record, report, models.place_of(work.runs.module))
