@@ -1,7 +1,7 @@
 """Every option once: its spelling, its type, its help phrase.
 
 A command's parameters are named, ordered and defaulted like the Python function of the same word; the
-options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.run` adds.
+options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.command` adds.
 """
 
 from __future__ import annotations
@@ -143,16 +143,20 @@ def configure(ctx: Context, file: Path | None) -> None:
     group: Any = ctx.parent.command if ctx.parent else None
     if group is None or ctx.resilient_parsing:
         return
-    known = {word: _spellings(command) for word, command in group.commands.items()}
-    project = config.load(str(ctx.info_name), known, file)
+    project = ctx.obj or config.load(str(ctx.info_name), known(group), file)  # a recipe has read its own already
     repeated = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
     ctx.obj = project
     ctx.default_map = {name: _texts(value) if name in repeated else value for name, value in project.defaults.items()}
 
 
+def known(group: Any) -> dict[str, dict[str, str]]:
+    """Return the options of every command of the program: what a project file may say."""
+    return {word: _spellings(command) for word, command in group.commands.items()}
+
+
 def _spellings(command: Any) -> dict[str, str]:
     """Map what a file or a variable may call an option to the name of its parameter."""
-    own = (param for param in command.params if param.name not in ("model", "config"))
+    own = (param for param in command.params if param.name not in ("model", "models", "config"))
     return {
         opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
     }
@@ -173,7 +177,15 @@ def _texts(value: Any) -> list[str]:
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
+Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
+Models = Annotated[
+    list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
+]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
+Page = Annotated[str, Option("-o", "--output", metavar="FILE", help="page to write")]
+Analysis = Annotated[
+    Path | None, Option(metavar="FILE", help="what `peftc analyze --json` printed of the base, for its spectra")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]
@@ -183,6 +195,7 @@ Ratio = Annotated[
     str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
 ]
 Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
 Energy = Annotated[
     str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
 ]
@@ -224,7 +237,14 @@ Drop = Annotated[str | None, Option(metavar="N,...", help="drop these layers, by
 TaskData = Annotated[
     str | None, Option("--data", metavar="DATA", help="samples of the task, to score layers and measure")
 ]
-ScorePlot = Annotated[Path | None, Option("--plot", metavar="FILE", help="draw the scores to this .png or .svg")]
+WithinDrop = Annotated[
+    float | None, Option(parser=not_negative, metavar="X", help="drop what costs at most X of held-out quality")
+]
+Repair = Annotated[bool, Option("--repair", help="close the gaps by linear maps, folded into the layers before them")]
+Stability = Annotated[bool, Option("--stability", help="score again with other seeds and on halves of the samples")]
+ScorePlot = Annotated[
+    Path | None, Option("--plot", metavar="FILE", help="draw scores and t-SNE maps to this .png or .svg")
+]
 
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 
@@ -307,6 +327,26 @@ HeldOut = Annotated[
 Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
 LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
 
+# what to adapt
+Adapter = Annotated[str, Option("--method", metavar="NAME", help="what learns, as lora, see `peftc methods adapter`")]
+AlsoAdapt = Annotated[list[str], Option("--include", metavar="PATTERN", help="also adapt these modules, repeatable")]
+LeaveAlone = Annotated[list[str], Option("--skip", metavar="PATTERN", help="do not adapt these modules, repeatable")]
+OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]
+SameRank = Annotated[bool, Option("--same-rank", help="merge --on-product updates at the rank that there was")]
+Head = Annotated[
+    str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
+]
+Delta = Annotated[
+    bool | None, Option("--delta/--full", help="write what the task changed, or a whole model (default: as MODEL is)")
+]
+Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
+UsualRate = Annotated[
+    float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
+]
+UsualDecay = Annotated[
+    float | None, Option("--weight-decay", parser=not_negative, metavar="X", help="of AdamW (default: the method's)")
+]
+
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
 MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]
@@ -356,6 +396,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "allow_code": (Annotated[bool, Option("--allow-code", help="run the python: code that MODEL names")], False),
     "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
     "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
+    "base": (Annotated[str | None, Option(metavar="MODEL", help="what a delta changes, where it is not found")], None),
 }
 OUTPUT: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),

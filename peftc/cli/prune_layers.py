@@ -1,7 +1,7 @@
 """peftc prune-layers."""
 
 from peftc.cli import options as o
-from peftc.cli.run import Step, command
+from peftc.cli.command import Step, command
 
 
 @command(writes=True)
@@ -15,6 +15,10 @@ def prune_layers(
     alpha: o.Alpha = 0.3,
     keep: o.Keep = None,
     drop: o.Drop = None,
+    within_drop: o.WithinDrop = None,
+    repair: o.Repair = False,
+    stability: o.Stability = False,
+    delta: o.Delta = None,
     plot: o.ScorePlot = None,
     task: o.Task = None,
     num_samples: o.NumSamples = None,

@@ -144,11 +144,15 @@ def write_artifact(
     job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
     modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
     factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
+    adapters: Mapping[str, dict[str, Any]] | None = None, delta: Mapping[str, Any] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
-    The layers that are left are those of the model's own manifest, unless ``kept_layers`` names others.
+    The layers and the updates that are left are those of the model's own manifest, unless others are named. With
+    ``delta`` the pieces are only those that the model beneath does not have.
     """
+    if adapters is None:
+        adapters = model.manifest.adapters if model.manifest else {}
     if kept_layers is None:
         kept_layers = model.manifest.kept_layers if model.manifest else []
     groups = surgery.stored_names(model.module)
@@ -157,7 +161,7 @@ def write_artifact(
         files |= artifact.write_weights(job.folder, factors, job.id, max_shard_bytes, artifact.FACTORS)
     if model.library != "python":
         config = dict(model.config)
-        if model.library == "transformers" and modules:
+        if model.library == "transformers" and (modules or adapters or delta):
             config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
@@ -168,7 +172,8 @@ def write_artifact(
         parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
-        kept_layers=list(kept_layers),
+        kept_layers=list(kept_layers), adapters={name: dict(entry) for name, entry in adapters.items()},
+        delta=dict(delta or {}),
     )  # fmt: skip
     record.write(job.folder)
     return record
@@ -183,7 +188,9 @@ def verify(folder: Path, expected: Model) -> list[str]:
     Raises:
         ArtifactError: a tensor or an output differs.
     """
-    source = Source(str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code)
+    source = Source(
+        str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code, base=expected.source.base
+    )
     written = replace(models.load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
@@ -213,6 +220,14 @@ def differs(folder: Path, why: str) -> ArtifactError:
         why=why,
         hint="this is a bug in peftc: please report it",
     )
+
+
+def probe_outputs(model: Model) -> Tensor | None:
+    """Return what a model gives for a random input, float32, on the CPU; None where it takes none."""
+    try:
+        return _outputs(model, models.probe(model))
+    except (PeftcError, *DOES_NOT_RUN):
+        return None
 
 
 def _outputs(model: Model, batch: Any) -> Tensor:
