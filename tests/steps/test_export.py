@@ -141,6 +141,19 @@ def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> 
     assert all(torch.equal(written[name], stored[name]) for name in stored)
 
 
+def test_a_delta_is_exported_whole(tiny_vit: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = {f"x_{split}": random.normal(size=(20, 3, 32, 32)).astype(np.float32) for split in ("train", "test")}
+    np.savez(tmp_path / "x.npz", **pixels, y_train=np.arange(20) % 5, y_test=np.arange(20) % 5)
+    tuned = tmp_path / "tuned"
+    peftc.finetune(tiny_vit, data=str(tmp_path / "x.npz"), steps=2, delta=True, output_dir=tuned, device="cpu")
+    peftc.export(tuned, format="timm", output_dir=tmp_path / "plain", **QUICK)
+    written = load_file(tmp_path / "plain/model.safetensors")
+    before = load_file(tiny_vit / "model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], written.get(name, before[name]))]
+    assert any("attn" in name for name in changed) and not any("lora" in name for name in written)
+
+
 def test_plain_weights_lie_beside_the_forms_of_their_modules(small_llama: Path, tmp_path: Path) -> None:
     peftc.export(small_llama, format="safetensors", output_dir=tmp_path / "out", **QUICK)
     about = json.loads((tmp_path / "out/export.json").read_text())["about"]
