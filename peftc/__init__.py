@@ -16,6 +16,7 @@ __all__ = [
     "analyze",
     "bench",
     "calibrate",
+    "compare",
     "decompose",
     "demo",
     "distill",
@@ -23,6 +24,7 @@ __all__ = [
     "extract_lora",
     "finetune",
     "export",
+    "init",
     "load",
     "merge",
     "prune_layers",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from peftc.steps.analyze import analyze
     from peftc.steps.bench import bench
     from peftc.steps.calibrate import calibrate
+    from peftc.steps.compare import compare
     from peftc.steps.decompose import decompose
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from peftc.steps.export import export
     from peftc.steps.extract_lora import extract_lora
     from peftc.steps.finetune import finetune
+    from peftc.steps.init import init
     from peftc.steps.merge import merge
     from peftc.steps.prune_layers import prune_layers
     from peftc.steps.show import show

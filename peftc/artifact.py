@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,37 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
         return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"cannot read `{folder / name}`", why=str(error), hint="collect them again") from None
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return what an artifact's ``result.json`` holds; empty where it is gone or damaged."""
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]) -> None:
+    """Keep in ``result.json`` what was measured of a finished artifact, in place of the last answer to the question.
+
+    Args:
+        folder: of the artifact.
+        kind: the command that measured.
+        question: JSON-ready: on what, where and against what.
+        figures: JSON-ready.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    result = read_result(folder)
+    asked = manifests.digest(question)
+    measured = result.setdefault("measured", {})
+    others = [entry for entry in measured.get(kind, []) if entry["question"] != asked]
+    measured[kind] = [*others, {"question": asked, "at": round(time.time()), **figures}]
+    partial = folder / f"{RESULT}.{os.getpid()}.partial"
+    write_json(partial, result)
+    partial.replace(folder / RESULT)
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:

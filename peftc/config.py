@@ -11,9 +11,12 @@ relative to the working folder, wherever the file lies. `model`, `runs`, `data` 
     ratio = 0.5
     set = { damping = 1e-3 }
 
-The chain is a list, `runs/chain.json`. A step that writes has a place in it: the one it took before, or the end. It
-reads what stands before its place and writes `runs/01-decompose`; what stood at its place and after it leaves the
-list when another folder takes the place. No folder is ever deleted.
+`chain = ["decompose", "distill", "distill.longer"]` is what `peftc run` runs. A step that comes twice has a name of its
+own behind the dot, and what differs there stands in `[distill.longer]`, over `[distill]`.
+
+The artifacts of the chain are a list, `runs/chain.json`. A step that writes has a place in it: the one it took before,
+or the end. It reads what stands before its place and writes `runs/01-decompose`; what stood at its place and after it
+leaves the list when another folder takes the place. No folder is ever deleted.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from peftc.source import MANIFEST
 
 FILE = "peftc.toml"
 CHAIN = "chain.json"
+INIT = "peftc init MODEL --data DATA"
 PREFIX = "PEFTC_"
-TOP = ("model", "runs", "data", "teacher")
+RECIPE = "chain"  # the key that lists the steps of `peftc run`
+TOP = ("model", "runs", "data", "teacher", RECIPE)
 # of these a user means one: naming one on a higher level drops the others from the levels below
 BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "speedup", "plan", "keep_all_ranks")
 
@@ -48,6 +53,8 @@ class Project:
         model: the model that the chain starts from.
         runs: the folder of the chain.
         defaults: parameter -> value, for the command that runs.
+        chain: the names of the steps of `peftc run`, in order.
+        place: where a recipe has put this step; None where it was typed.
         warnings: variables that name no option.
     """
 
@@ -55,14 +62,16 @@ class Project:
     model: str | None = None
     runs: Path = Path("runs")
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    chain: tuple[str, ...] = ()
+    place: Place | None = None
     warnings: tuple[str, ...] = ()
 
 
-def load(command: str, options: Options, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Project:
-    """Return the project of the working folder as ``command`` sees it.
+def load(step: str, options: Options, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Project:
+    """Return the project of the working folder as a command sees it.
 
     Args:
-        command: the word that was typed.
+        step: the word that was typed, or the name of a step in the chain, as ``distill.longer``.
         options: the options of every command.
         file: another file than ``peftc.toml``; it must exist.
 
@@ -75,12 +84,20 @@ def load(command: str, options: Options, file: Path | None = None, environ: Mapp
     path = asked or (Path(FILE) if Path(FILE).is_file() else None)
     tables = _read(path, options) if path else {}
     variables, warnings = _variables(environ, options)
+    command = word_of(step)
     own = options[command]
     defaults: dict[str, Any] = {}
-    for level in (tables.get("", {}), tables.get(command, {}), variables.get("", {}), variables.get(command, {})):
+    levels = [tables.get(name, {}) for name in dict.fromkeys(("", command, step))]
+    for level in (*levels, variables.get("", {}), variables.get(command, {})):
         defaults = override(command, defaults, {own[key]: value for key, value in level.items() if key in own})
     top = {**tables.get("", {}), **variables.get("", {})}
-    return Project(path, top.get("model"), Path(top.get("runs", "runs")), defaults, warnings)
+    chain = tuple(top.get(RECIPE, ()))
+    return Project(path, top.get("model"), Path(top.get("runs", "runs")), defaults, chain, warnings=warnings)
+
+
+def word_of(step: str) -> str:
+    """Return the command of a step in the chain: ``distill`` of ``distill.longer``."""
+    return step.partition(".")[0]
 
 
 def override(command: str, lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,16 +122,56 @@ def _read(path: Path, options: Options) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {"": {}}
     for key, value in content.items():
         name = key.replace("-", "_")
-        if name in words and isinstance(value, dict):
-            tables[words[name]] = {inner.replace("-", "_"): item for inner, item in value.items()}
-            for inner in value:
-                _known(path, inner, options[words[name]], f" in `[{key}]`")
+        if name == RECIPE:
+            tables[""][RECIPE] = _steps(path, value, words)
+        elif name in words and isinstance(value, dict):
+            tables |= _tables(path, words[name], value, options[words[name]])
         else:
             _known(path, key, [*TOP, *_every(options), *([] if not isinstance(value, dict) else options)])
             if name in ("model", "runs") and not (isinstance(value, str) and value):
                 raise UsageError(f"`{key}` in `{path}` is not a string", hint=f'write it as `{key} = "..."`')
             tables[""][name] = value
+    for step in tables:
+        if "." in step and step not in tables[""].get(RECIPE, ()):
+            raise UsageError(
+                f"`{path}` has an unknown name `{step.partition('.')[2]}` in `[{word_of(step)}]`",
+                why=f"it is no option, and no step `{step}` stands in `{RECIPE}`",
+                hint="remove it, or add the step",
+            )
     return tables
+
+
+def _tables(path: Path, word: str, table: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the table of a command and those inside it, which belong to single steps of the chain."""
+    found: dict[str, dict[str, Any]] = {word: {}}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in own and isinstance(value, dict):
+            found[f"{word}.{key}"] = {inner.replace("-", "_"): item for inner, item in value.items()}
+            for inner in value:
+                _known(path, inner, own, f" in `[{word}.{key}]`")
+        else:
+            _known(path, key, own, f" in `[{word}]`")
+            found[word][name] = value
+    return found
+
+
+def _steps(path: Path, value: Any, words: Mapping[str, str]) -> list[str]:
+    """Return the names of the steps of the chain, each once, each of a command."""
+    if not isinstance(value, list) or not value or not all(isinstance(step, str) for step in value):
+        hint = f'write it as `{RECIPE} = ["decompose", "distill"]`'
+        raise UsageError(f"`{RECIPE}` in `{path}` is not a list of steps", hint=hint)
+    steps: list[str] = []
+    for step in value:
+        _known(path, word_of(step), words, f" in `{RECIPE}`")
+        word, dot, name = step.partition(".")
+        steps.append(words[word.replace("-", "_")] + dot + name)
+        if steps[-1] in steps[:-1] or (dot and not name):
+            raise UsageError(
+                f"`{step}` stands twice in the `{RECIPE}` of `{path}`" if name or not dot else f"`{step}` has no name",
+                hint=f"give it a name of its own, as `{word}.again`; `[{word}.again]` takes what differs there",
+            )
+    return steps
 
 
 def _every(options: Options) -> list[str]:
@@ -148,7 +205,7 @@ def _variables(environ: Mapping[str, str], options: Options) -> tuple[dict[str, 
         homes = [word for word in homes if name[len(word) + 1 :] in options[word]]
         if homes:
             found.setdefault(homes[0], {})[name[len(homes[0]) + 1 :]] = value
-        elif name in anywhere:
+        elif name in anywhere and name != RECIPE:
             found.setdefault("", {})[name] = value
         else:
             warnings.append(f"the variable `{variable}` names no option and is ignored")
@@ -257,26 +314,42 @@ def place(project: Project, step: str, model: str | None, *, writes: bool) -> Pl
         UsageError: there is no MODEL and no project to take one from.
         ChainError: the list of the chain is damaged.
     """
+    if project.place is not None:
+        return project.place
     chain = read_chain(project.runs) if project.file else None
     if model is not None:
         if not writes or chain is None:
             return Place(model)
         index = 0 if model == project.model else chain.place_after(model)
-        return Place(model) if index is None else _at(chain, index, step, model)
+        return Place(model) if index is None else place_at(chain, index, step, model)
     if chain is None:
         if project.model is not None:
             return Place(project.model)
-        hint = f"name one, as in `peftc {step} MODEL`, or write `model = ...` into `{FILE}` in this folder"
+        hint = f"name one, as in `peftc {step} MODEL`, or start a project: `{INIT}` writes its `{FILE}`"
         raise UsageError(f"`peftc {step}` needs a MODEL", why=f"there is no `{FILE}` in this folder", hint=hint)
     index = chain.own_place(step) if writes else len(chain.links)
     found = str(chain.links[index - 1].folder) if index else project.model
     if found is None:
         why = f"`{project.file}` names no `model`, and nothing in `{project.runs}` comes before this step"
         raise UsageError(f"`peftc {step}` needs a MODEL", why=why, hint='add `model = "..."` to it')
-    return _at(chain, index, step, found) if writes else Place(found, chain)
+    return place_at(chain, index, step, found) if writes else Place(found, chain)
 
 
-def _at(chain: Chain, index: int, step: str, model: str) -> Place:
+def artifacts(project: Project, step: str) -> list[str]:
+    """Return every artifact of the chain, for a step that looks at them together.
+
+    Raises:
+        UsageError: there is no project, or nothing in its chain.
+    """
+    chain = read_chain(project.runs) if project.file else Chain(project.runs)
+    if not chain.links:
+        why = f"the chain in `{project.runs}` is empty" if project.file else f"there is no `{FILE}` in this folder"
+        raise UsageError(f"`peftc {step}` needs artifacts", why=why, hint=f"name them: `peftc {step} small healed`")
+    return [str(link.folder) for link in chain.links]
+
+
+def place_at(chain: Chain, index: int, step: str, model: str) -> Place:
+    """Return the place of a step that writes, with the folder that belongs to it."""
     return Place(model, chain, index, chain.runs / f"{index + 1:02d}-{step}")
 
 

@@ -179,10 +179,7 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         """Return what a finished folder's ``result.json`` holds; empty where it is gone."""
-        try:
-            return dict(json.loads((self.output / artifact.RESULT).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        return artifact.read_result(self.output)
 
 
 @contextmanager

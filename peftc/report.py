@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ class Report:
     gates: list[Gate] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the one object that ``--json`` prints."""
-        return {
+        """Return the one object that ``--json`` prints, in the types of JSON."""
+        whole = {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
             "artifact": None if self.artifact is None else str(self.artifact),
@@ -67,6 +68,7 @@ class Report:
             "warnings": self.warnings,
             "gates": [vars(gate) for gate in self.gates],
         }
+        return {name: plain(value) for name, value in whole.items()}
 
     @property
     def passed(self) -> bool:
@@ -82,6 +84,19 @@ class Report:
         """Add a gate that ``value`` must reach; an absent limit adds none, an unmeasured value fails."""
         if limit is not None:
             self.gates.append(Gate(option, limit, value, value is not None and value >= limit))
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` in the types of JSON; a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def count(number: float) -> str:

@@ -26,6 +26,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
         "config",
         "recipe",
         "interchange",
+        "ledger",
     },
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]

@@ -88,6 +88,67 @@ def test_a_pipeline_stops_where_a_command_fails(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "timm-pipeline").iterdir()] == []
 
 
+# what a CI job runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the demo, trained just long enough to have something to lose."""
+    from peftc.steps import demo
+
+    folder = tmp_path_factory.mktemp("ci")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "EPOCHS", 4)
+        demo._write(folder / "dense", demo._trained(0, "cpu"))
+    return folder
+
+
+def compress(folder: Path, out: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    line = ["bash", str(EXAMPLES / "ci" / "compress.sh"), "dense", "sklearn:digits", out]
+    variables = {"ROUNDS": "5", "STEPS": "2", "SAMPLES": "200", **variables}
+    return subprocess.run(line, cwd=folder, env=environment(**variables), capture_output=True, text=True)
+
+
+def test_the_script_of_ci_passes_where_the_gates_are_met(trained: Path) -> None:
+    done = compress(trained, "released", MAX_DROP="1", KEEP="3")
+    assert (done.returncode, done.stdout) == (0, "released/4-distill\n"), done.stderr
+    quality, speed = (json.loads((trained / "released" / f"{name}.json").read_text()) for name in ("quality", "speed"))
+    assert quality["gates"] == [
+        {"option": "--max-drop", "limit": 1, "value": quality["gates"][0]["value"], "passed": True}
+    ]
+    assert speed["model"]["parameters"] < 0.6 * speed["against"]["parameters"]
+
+
+def test_the_script_of_ci_fails_with_3_and_one_line_where_the_drop_is_over_the_gate(trained: Path) -> None:
+    done = compress(trained, "refused", MAX_DROP="0.05", RATIO="0.05")
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("gate --max-drop 0.05: 0.") and last.endswith(", not met")
+    assert (trained / "refused" / "2-distill" / "peftc.json").is_file(), "what was made is kept, to look at"
+    assert not (trained / "refused" / "speed.json").exists()
+
+
+def test_the_recipe_of_ci_is_one_that_runs(trained: Path, monkeypatch: pytest.MonkeyPatch, peftc: Any) -> None:
+    monkeypatch.chdir(trained)
+    (trained / "peftc-demo").mkdir()
+    (trained / "peftc-demo/dense-seed-0").symlink_to(trained / "dense")
+    foreseen = peftc("run", EXAMPLES / "ci" / "recipe.toml", "--dry-run", "--json")
+    assert foreseen.exit_code == 0, foreseen.stderr
+    steps = [each["step"] for each in json.loads(foreseen.stdout)["steps"]]
+    assert steps == ["decompose", "distill", "prune-layers", "distill.again", "evaluate", "bench"]
+
+
+def test_the_workflow_of_ci_runs_that_recipe_and_keeps_what_it_gave() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((EXAMPLES / "ci" / "compress.yml").read_text())
+    steps = workflow["jobs"]["compress"]["steps"]
+    assert "peftc run ci/recipe.toml --json > report.json" in [step.get("run") for step in steps]
+    kept = next(step for step in steps if "upload" in step.get("uses", ""))
+    assert kept["if"] == "always()" and kept["with"]["path"].split() == ["report.json", "runs/"]
+    for name in ("recipe.toml", "compress.sh"):
+        assert (EXAMPLES / "ci" / name).is_file()
+
+
 # a network of your own
 
 

@@ -17,13 +17,14 @@ TORCH_FILES = {
     "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
+LIGHT_STEPS = ("show", "records", "compare")  # they read manifests and results alone
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (
         *PACKAGE.glob("*.py"),
         *PACKAGE.glob("cli/*.py"),
         PACKAGE / "methods/__init__.py",
-        PACKAGE / "steps/show.py",
+        *(PACKAGE / "steps" / f"{name}.py" for name in LIGHT_STEPS),
     )
     if path.name not in TORCH_FILES | {"__main__.py"} and path.exists()
 )

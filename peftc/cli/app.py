@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from typer import Exit, Option, Typer
-from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer vendors click and exports no base class
+from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHelpError  # typer exports no base class
 from typer.core import TyperGroup
 
-from peftc import __version__, processes
+from peftc import __version__, config, processes
 from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
 from peftc.cli.calibrate import calibrate
+from peftc.cli.compare import compare
 from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
@@ -33,9 +34,12 @@ from peftc.cli.evaluate import evaluate
 from peftc.cli.export import export
 from peftc.cli.extract_lora import extract_lora
 from peftc.cli.finetune import finetune
+from peftc.cli.init import init
 from peftc.cli.merge import merge
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
+from peftc.cli.report import report
+from peftc.cli.run import run
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
 from peftc.errors import LostProcessError, PeftcError
@@ -96,9 +100,14 @@ def _usage(problem: ClickException) -> str:
     ctx, param = getattr(problem, "ctx", None), getattr(problem, "param", None)
     lines = [message[:1].lower() + message[1:]]
     source = ctx.get_parameter_source(param.name) if ctx and param else None
+    project: config.Project | None = ctx.obj if ctx else None
     if source is not None and source.name == "DEFAULT_MAP":
-        lines.append("  cause: the value comes from `peftc.toml` or a `PEFTC_` variable")
-    lines.append(f"  hint: `{ctx.command_path if ctx else 'peftc'} --help` lists what there is")
+        file = (project.file if project else None) or config.FILE
+        lines.append(f"  cause: the value comes from `{file}` or a `PEFTC_` variable")
+    hint = f"`{ctx.command_path if ctx else 'peftc'} --help` lists what there is"
+    if isinstance(problem, MissingParameter) and project is not None and project.file is None:
+        hint += f"; `{config.INIT}` starts a project that knows"
+    lines.append(f"  hint: {hint}")
     return "\n".join(lines)
 
 
@@ -164,11 +173,11 @@ def peftc(
     """
 
 
-COMMANDS = (
+STEPS = (
     analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, export, evaluate,
-    bench, demo, show, methods,
+    bench, show, compare, report,
 )  # fmt: skip
-for command in COMMANDS:
+for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 
 

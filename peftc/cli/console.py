@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import os
 import sys
 import textwrap
@@ -114,6 +113,12 @@ def _wrapped(text: str) -> str:
 
 def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
     """Print a report: for people on stderr, then the path or the JSON object on stdout."""
+    tell(outcome, quiet=quiet)
+    deliver(outcome, json=json)
+
+
+def tell(outcome: Report, *, quiet: bool = False) -> None:
+    """Print what a report has for people."""
     if not quiet:
         for table in outcome.tables:
             say("\n".join([*table_lines(table, width()), ""]))
@@ -123,33 +128,25 @@ def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
         warn(text)
     for gate in outcome.gates:
         if not (quiet and gate.passed):
-            say(_gate(gate))
+            say(gate_text(gate))
+
+
+def deliver(outcome: Report, *, json: bool = False) -> None:
+    """Print what a report has for the program that reads on."""
     if json:
-        out(json_module.dumps(_plain(outcome.to_json()), indent=2, allow_nan=False) + "\n")
+        out(json_module.dumps(outcome.to_json(), indent=2, allow_nan=False) + "\n")
     elif outcome.lines:
         out("".join(f"{line}\n" for line in outcome.lines))
     elif outcome.artifact is not None:
         out(f"{outcome.artifact}\n")
 
 
-def _gate(gate: Gate) -> str:
+def gate_text(gate: Gate) -> str:
+    """Return a gate and whether it was met, on one line."""
     measured = "not measured" if gate.value is None else _cell(gate.value)
     verdict = "met" if gate.passed else _styled("not met", RED)
     option = "--" + gate.option.lstrip("-").replace("_", "-")
     return f"gate {option} {_cell(gate.limit)}: {measured}, {verdict}"
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` in the types of JSON; a number that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def table_lines(table: Table, columns: int | None = None) -> list[str]:

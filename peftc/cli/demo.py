@@ -1,7 +1,7 @@
 """peftc demo."""
 
 from peftc.cli import options as o
-from peftc.cli.run import Step, command
+from peftc.cli.command import Step, command
 
 
 @command(source=False)

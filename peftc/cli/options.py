@@ -1,7 +1,7 @@
 """Every option once: its spelling, its type, its help phrase.
 
 A command's parameters are named, ordered and defaulted like the Python function of the same word; the
-options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.run` adds.
+options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.command` adds.
 """
 
 from __future__ import annotations
@@ -143,16 +143,20 @@ def configure(ctx: Context, file: Path | None) -> None:
     group: Any = ctx.parent.command if ctx.parent else None
     if group is None or ctx.resilient_parsing:
         return
-    known = {word: _spellings(command) for word, command in group.commands.items()}
-    project = config.load(str(ctx.info_name), known, file)
+    project = ctx.obj or config.load(str(ctx.info_name), known(group), file)  # a recipe has read its own already
     repeated = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
     ctx.obj = project
     ctx.default_map = {name: _texts(value) if name in repeated else value for name, value in project.defaults.items()}
 
 
+def known(group: Any) -> dict[str, dict[str, str]]:
+    """Return the options of every command of the program: what a project file may say."""
+    return {word: _spellings(command) for word, command in group.commands.items()}
+
+
 def _spellings(command: Any) -> dict[str, str]:
     """Map what a file or a variable may call an option to the name of its parameter."""
-    own = (param for param in command.params if param.name not in ("model", "config"))
+    own = (param for param in command.params if param.name not in ("model", "models", "config"))
     return {
         opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
     }
@@ -174,7 +178,14 @@ Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
 Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
+Models = Annotated[
+    list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
+]
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
+Page = Annotated[str, Option("-o", "--output", metavar="FILE", help="page to write")]
+Analysis = Annotated[
+    Path | None, Option(metavar="FILE", help="what `peftc analyze --json` printed of the base, for its spectra")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]

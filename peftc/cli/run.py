@@ -1,152 +1,220 @@
-"""From parsed options to a step and its report: the same way for every command."""
+"""peftc run."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
-import sys
-from collections.abc import Callable
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from typer import Context, Exit
+from typer import Argument, Context, Exit
 
-from peftc import config, processes
+from peftc import config, ledger, processes
 from peftc.cli import console
-from peftc.cli.options import OUTPUT, SOURCE, settings
-from peftc.errors import ArtifactError, ChainError, UsageError
-from peftc.report import Report
-from peftc.source import MANIFEST, Source
+from peftc.cli import options as o
+from peftc.errors import PeftcError, UsageError
+from peftc.ledger import Asked, Ledger
+from peftc.report import Gate, Report, Table, count
 
-Step = Callable[..., Report]
-KEYWORD = inspect.Parameter.KEYWORD_ONLY
-SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
+Recipe = Annotated[
+    Path | None, Argument(metavar="[RECIPE]", help=f"a project file with a chain (default: {config.FILE})")
+]
+DONE, STANDS, FAILED, LEFT, WILL, MAY = "done", "up to date", "gate not met", "not run", "would run", "may run"
 
 
-def command(*, source: bool = True, writes: bool = False) -> Callable[[Callable[..., Step]], Callable[..., None]]:
-    """Make a command of a function whose parameters are the options and which returns the step to run.
+@dataclass
+class Stage:
+    """One step of a recipe, with its options parsed.
 
-    Args:
-        source: add the options that describe a model.
-        writes: the step writes an artifact, and so has a place in the project's chain.
+    Attributes:
+        name: as in the chain, `finetune.again`.
+        context: of its command.
+        state: what became of it.
+        why: why it runs, or does not.
+        report: what came of it, JSON-ready.
+        seconds: that it took.
     """
-    extra = {**(SOURCE if source else {}), **OUTPUT}
 
-    def make(declare: Callable[..., Step]) -> Callable[..., None]:
-        own = inspect.signature(declare, eval_str=True)
+    name: str
+    context: Any
+    state: str = LEFT
+    why: str = ""
+    report: dict[str, Any] | None = None
+    seconds: float = 0.0
 
-        @functools.wraps(declare)
-        def call(ctx: Context, **given: Any) -> None:
-            shared = {name: given.pop(name) for name in extra}
-            console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
-            _run(ctx, functools.partial(declare, **given), _tidy(ctx, given), shared, writes=writes)
+    @property
+    def word(self) -> str:
+        """The command."""
+        return config.word_of(self.name)
 
-        parameters = [inspect.Parameter("ctx", KEYWORD, annotation=Context)]
-        parameters += [parameter.replace(kind=KEYWORD) for parameter in own.parameters.values()]
-        parameters += [inspect.Parameter(n, KEYWORD, default=d, annotation=a) for n, (a, d) in extra.items()]
-        call.__signature__ = own.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
-        return call
+    @property
+    def writes(self) -> bool:
+        """Whether it writes an artifact, which the steps after it read."""
+        return bool(self.context.command.callback.writes)
 
-    return make
-
-
-def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:
-    """Return options as the step takes them; a budget that was typed replaces that of the file."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if "settings" in options:
-        options["settings"] = settings("--set", options["settings"] or ()) or None
-    lower = {name: value for name, value in options.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
-    typed = {name: value for name, value in options.items() if _came_from(ctx, name) == "COMMANDLINE"}
-    dropped = lower.keys() - config.override(str(ctx.info_name), lower, typed).keys()
-    return {name: None if name in dropped else value for name, value in options.items()}
+    @property
+    def artifact(self) -> str | None:
+        """The folder that it wrote."""
+        return None if self.report is None or not self.writes else self.report["artifact"]
 
 
-def _came_from(ctx: Context, name: str) -> str:
-    return str(getattr(ctx.get_parameter_source(name), "name", ""))
+def run(
+    ctx: Context, recipe: Recipe = None, dry_run: o.DryRun = False, json: o.Json = False, quiet: o.Quiet = False,
+    verbose: o.Verbose = 0,
+) -> None:  # fmt: skip
+    """Run the chain of a project file, but for the steps whose answer stands.
 
-
-def _run(
-    ctx: Context, find: Callable[[], Step], options: dict[str, Any], shared: dict[str, Any], *, writes: bool
-) -> None:
-    """Find the model and the folder, run the step, note its place in the chain, and print what came of it."""
-    project: config.Project = ctx.obj
-    for text in project.warnings:
-        console.warn(text)
-    if shared.get("offline"):
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
-    if "model" not in options:
-        outcome = find()(**options)
+    \b
+    Example:
+      peftc run peftc.toml --dry-run
+    """
+    console.setup(quiet=quiet or processes.rank() > 0, verbose=verbose)
+    stages, project = _read(ctx.parent, recipe)
+    book = ledger.read(project.runs)
+    if dry_run:
+        _foresee(stages, project, book)
     else:
-        model = options.pop("model")
-        place = config.place(project, str(ctx.info_name), _standard_input() if model == "-" else model, writes=writes)
-        if place.chain and place.chain.gone:
-            console.warn(f"`{place.chain.gone}` is gone: the chain ends before it")
-        sources: list[Any] = [place.model]
-        if "arch" in shared:
-            sources = _sources(ctx, [place.model, options.get("against")], shared)
-        if "against" in options:
-            options["against"] = sources[1]
-        outcome = _in_place(find, sources[0], options, place, str(ctx.info_name))
+        _run(stages, project, book, quiet=quiet or processes.rank() > 0)
+    outcome = _report(stages, str(recipe or config.FILE), dry_run=dry_run)
     if processes.rank() == 0:
-        console.report(outcome, json=shared["json"], quiet=shared["quiet"])
+        console.tell(replace(outcome, gates=[]), quiet=quiet)
+        console.deliver(outcome, json=json)
+        for gate in (each for each in outcome.gates if not each.passed):
+            console.error(_ending(stages, gate))
     if not processes.agreed(lambda: outcome.passed):
         raise Exit(3)
 
 
-def _in_place(find: Callable[[], Step], model: Any, options: dict[str, Any], place: config.Place, word: str) -> Report:
-    """Run a step where it belongs in the chain, beside the result of another request if one is there."""
-    step = find()
-    folder = place.folder
-    if folder is None or place.chain is None:
-        return step(model, **options)
-    free = options.get("output_dir") is None
-    options["output_dir"] = options.get("output_dir") or folder
-    before = _manifest(options["output_dir"])
+def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project]:
+    """Parse every step before any of them runs.
+
+    Raises:
+        UsageError: there is no recipe, or a step of it is no step of a chain.
+    """
+    group = parent.command
+    known = o.known(group)
+    file = recipe or Path(config.FILE)
+    if not file.is_file():
+        hint = f"name one, as in `peftc run recipe.toml`, or write a `{config.FILE}`: `{config.INIT}`"
+        raise UsageError(f"there is no recipe at `{file}`", hint=hint)
+    project = config.load("run", known, file)
+    for text in project.warnings:
+        console.warn(text)
+    chainable = [word for word, one in group.commands.items() if any(p.name in ("model", "models") for p in one.params)]
+    if not project.chain or project.model is None:
+        lacks = config.RECIPE if project.model else "model"
+        line = 'chain = ["decompose", "evaluate"]' if project.model else 'model = "..."'
+        raise UsageError(f"`{file}` names no `{lacks}`, so there is nothing to run", hint=f"add `{line}` at its top")
+    stages = []
+    for name in project.chain:
+        word = config.word_of(name)
+        if word not in chainable or word == "init":
+            raise UsageError(f"`{word}` is no step of a chain", why="it reads no model", hint="take it out of `chain`")
+        own = replace(config.load(name, known, file), place=config.Place(project.model), warnings=())
+        stages.append(Stage(name, group.commands[word].make_context(word, [], parent=parent, obj=own)))
+    return stages, project
+
+
+def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: bool) -> None:
+    """Run the steps whose answer does not stand, each on the artifact of the one before, until a gate is not met."""
+    model, index = str(project.model), 0
+    for number, stage in enumerate(stages, 1):
+        asked, why = processes.agreed(partial(_question, stage, model, book))
+        if why is None:
+            stage.state, stage.report = STANDS, book.entries[stage.name]["report"]
+        else:
+            if not quiet:
+                console.note(f"step {number} of {len(stages)}, `{stage.name}`: {why}")
+            stage.why = why
+            _carry_out(stage, project, asked, model, index, book, quiet=quiet)
+        if stage.writes and stage.artifact is not None:
+            model = stage.artifact
+            if processes.rank() == 0 and why is None:
+                config.read_chain(project.runs).record(index, config.Link(stage.word, Path(model)))
+            index += 1
+        if stage.state == FAILED:
+            return
+
+
+def _question(stage: Stage, model: str, book: Ledger) -> tuple[Asked, str | None]:
+    """Return what a step is asked, and why it has to run, if it has to."""
+    asked = ledger.asked(stage.word, model, stage.context.params)
+    return asked, book.reason(stage.name, asked)
+
+
+def _carry_out(
+    stage: Stage, project: config.Project, asked: Asked, model: str, index: int, book: Ledger, *, quiet: bool
+) -> None:
+    """Run one step as if it had been typed, and keep what came of it."""
+    context, place = stage.context, config.Place(model)
+    if stage.writes:
+        place = config.place_at(config.read_chain(project.runs), index, stage.word, model)
+    context.obj = replace(context.obj, place=place)
+    started = time.monotonic()
     try:
-        outcome = step(model, **options)
-    except ArtifactError as refusal:
-        if refusal.request is None or not free:
-            raise
-        options["output_dir"] = folder.with_name(f"{folder.name}-{refusal.request[:8]}")
-        before = _manifest(options["output_dir"])
-        outcome = step(model, **options)
-    if outcome.artifact is not None and not options.get("dry_run"):
-        link = config.Link(word, Path(outcome.artifact))
-        dropped = place.chain.record(place.index, link, rewritten=before != _manifest(link.folder))
-        if dropped:
-            names = ", ".join(f"`{one.folder}`" for one in dropped)
-            outcome.notes.append(f"the chain goes on from `{link.folder}`; no longer part of it, and kept: {names}")
-    return outcome
+        with context:
+            outcome: Report = context.command.invoke(context)
+    except PeftcError:
+        console.say(f"`{stage.name}` ends the chain:")
+        raise
+    stage.seconds = round(time.monotonic() - started, 3)
+    if not quiet:
+        console.tell(outcome)
+        console.say()
+    stage.report = outcome.to_json()
+    stage.state = DONE if outcome.passed else FAILED
+    if processes.rank() == 0:
+        book.note(stage.name, asked, stage.report, passed=outcome.passed)
 
 
-def _manifest(folder: Path) -> bytes | None:
-    try:
-        return (folder / MANIFEST).read_bytes()
-    except OSError:
-        return None
+def _foresee(stages: list[Stage], project: config.Project, book: Ledger) -> None:
+    """Say of each step whether it would run, and why; what comes after a step that would run may change with it."""
+    model = str(project.model)
+    changing: dict[str, str] = {}  # what a step that would run writes -> the step
+    for stage in stages:
+        asked, why = _question(stage, model, book)
+        after = [step for name, step in changing.items() if name in (model, *asked.options.values())]
+        stage.state = STANDS if why is None else WILL
+        if after:
+            stage.state, stage.why = MAY, f"it reads what `{after[0]}` writes"
+        elif why is not None:
+            stage.why = why
+        if stage.state != STANDS:
+            changing |= dict.fromkeys(asked.written, stage.name)
+        entry = book.entries.get(stage.name)
+        if stage.writes:
+            if stage.state != STANDS:
+                changing[model := f"<{stage.name}>"] = stage.name
+            elif entry is not None:
+                model = entry["artifact"]
 
 
-def _standard_input() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise ChainError("standard input names no artifact", why="nothing is piped in", hint="name MODEL by its path")
-    return config.artifact_from(os.fsdecode(sys.stdin.buffer.read()))
+def _ending(stages: list[Stage], gate: Gate) -> str:
+    """Say in one line which step did not meet its gate, and what did not run therefore."""
+    failed = next(stage.name for stage in stages if stage.state == FAILED)
+    left = ", ".join(f"`{stage.name}`" for stage in stages if stage.state == LEFT)
+    return f"`{failed}` ends the chain: {console.gate_text(gate)}" + (f"; not run: {left}" if left else "")
 
 
-def _sources(ctx: Context, specs: list[str | None], shared: dict[str, Any]) -> list[Any]:
-    """Return a source per model; how to build one applies to those that are no artifacts."""
-    given = {name: shared[name] for name in SOURCE}
-    given["arch_set"] = settings("--arch-set", given["arch_set"] or ())
-    given["preprocess"] = settings("--preprocess", given["preprocess"] or (), lists=True)
-    trusted = {name: given[name] for name in given.keys() - set(SHAPE)}
-    built = [spec is not None and spec != "base" and not Path(spec, MANIFEST).is_file() for spec in specs]
-    asked = [name for name in SHAPE if _came_from(ctx, name) == "COMMANDLINE"]
-    if asked and not any(built):
-        raise UsageError(
-            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs[0]}` is an artifact",
-            hint="leave the option out: an artifact knows how it is built",
-        )
-    return [
-        spec if spec is None or spec == "base" else Source(spec, **(given if new else trusted))
-        for spec, new in zip(specs, built, strict=True)
-    ]
+def _report(stages: list[Stage], recipe: str, *, dry_run: bool) -> Report:
+    written = [stage.artifact for stage in stages if stage.artifact is not None]
+    report = Report("run", {"recipe": recipe, "steps": []}, artifact=Path(written[-1]) if written else None)
+    rows: list[list[Any]] = []
+    for stage in stages:
+        report.data["steps"].append(
+            {
+                "step": stage.name, "state": stage.state, "why": stage.why or None, "seconds": stage.seconds,
+                "report": stage.report,
+            }
+        )  # fmt: skip
+        took = f"{stage.seconds:.1f} s" if stage.state in (DONE, FAILED) else ""
+        rows.append([stage.name, stage.state, stage.why if dry_run else stage.artifact or "", took])
+        report.gates += [Gate(**each) for each in (stage.report or {}).get("gates", [])]
+    columns = ["step", "", "why" if dry_run else "artifact", ""]
+    report.tables.append(Table(f"chain of {recipe}", columns, rows))
+    if all(stage.state == STANDS for stage in stages):
+        report.notes.append(f"nothing to do: all {count(len(stages))} steps are up to date")
+    if dry_run:
+        report.notes.append("dry run: nothing was run")
+    return report

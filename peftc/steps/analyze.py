@@ -34,6 +34,7 @@ from peftc.steps.spectra import Decomposed, Factorizer
 from peftc.steps.speedup import Input, decide
 
 ENERGIES = (90, 95, 99)
+POINTS = 25  # of a spectrum, in JSON
 
 
 def analyze(
@@ -204,9 +205,16 @@ def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict
         "effective_rank": math.exp(entropy) if energy else 0.0,
         "stable_rank": float(energy / squares[0]) if energy else 0.0,
         **{f"rank_{level}": min(int((kept < level / 100).sum()) + 1, largest) if energy else 0 for level in ENERGIES},
-        "largest": float(values[0]), "smallest": float(values[-1]),
+        "largest": float(values[0]), "smallest": float(values[-1]), "spectrum": _spectrum(values),
         "eligible": reason is None, "reason": reason,
     }  # fmt: skip
+
+
+def _spectrum(values: Tensor) -> list[list[float]]:
+    """Return rank and singular value in shares of the largest, at ranks that tell the shape of the spectrum."""
+    last = len(values) - 1
+    ranks = sorted({round(last * at / (POINTS - 1)) for at in range(POINTS)}) if last else [0]
+    return [[rank + 1, float(f"{float(values[rank] / (values[0] or 1)):.4g}")] for rank in ranks]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:

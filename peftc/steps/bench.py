@@ -23,6 +23,7 @@ from peftc.models import load
 from peftc.models.load import Model, outputs, probe, runnable
 from peftc.report import Report, Table, count, short, size
 from peftc.source import Source
+from peftc.steps import measured
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
 NOISY = 1.15  # a noise band that reaches further hides most real changes
@@ -94,7 +95,12 @@ def bench(
     data["speedup"] = None if compared is None else {case: asdict(change) for case, change in compared.items()}
     data["noise"] = {case: _noise(run) for case, run in times.items()}
     data |= {"input": shapes["model"], "rounds": rounds, "environment": _environment(place)}
-    return _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
+    report = _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
+    if isinstance(model, str | Path | Source):
+        where = {name: data["environment"][name] for name in ("device_name", "threads")}
+        baseline_name = None if against is None else baseline.name
+        measured.keep(report, subject, [where, data["model"]["dtype"], data["input"], largest, baseline_name])
+    return report
 
 
 def _check(rounds: int, batch_size: int | None, min_speedup: float | None, against: object) -> None:

@@ -8,7 +8,7 @@ before it. Nothing is put into the network, so it stays what its library builds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Moments:
 
     def add(self, h: Tensor, t: Tensor) -> None:
         """Add rows."""
-        h, t = h.double(), t.double()
+        h, t = (each.to(self.inputs.device).double() for each in (h, t))
         self.inputs += h.T @ h
         self.both += h.T @ t
         self.sums = (self.sums[0] + h.sum(0), self.sums[1] + t.sum(0))
@@ -122,13 +122,16 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     Raises:
         PlanError: no gap can be closed like that.
     """
-    gaps = _gaps(work.names, list(shorter.renamed))
+    shapes = _shapes(work)
+    gaps = _gaps(work.names, list(shorter.renamed), shapes)
     runs = replace(shorter.model, module=load.detached(shorter.model.module), notes=[])
     load.runnable(runs, device=str(load.place_of(work.runs.module)))
     rows: list[dict[str, Any]] = []
     for gap in gaps:
         found, why = (None, "nothing before it reads samples")
-        if gap.before is not None:
+        if gap.before is not None and shapes[gap.before] != shapes[gap.last]:
+            found, why = (None, f"what `{gap.before}` gives has another shape")
+        elif gap.before is not None:
             found, why = _site(runs, shorter.renamed[gap.before], work)
         if found is None or gap.before is None:
             rows.append({"after": gap.before, "layers": gap.number, "into": None, "left": None, "why": why})
@@ -162,8 +165,8 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     report.tables.insert(0, Table("gaps", ["after", "layers", "closed in", "of the difference left", ""], shown))
 
 
-def _gaps(names: Sequence[str], kept: Sequence[str]) -> list[Gap]:
-    """Return the runs of dropped layers, in running order."""
+def _gaps(names: Sequence[str], kept: Sequence[str], shapes: Mapping[str, Any]) -> list[Gap]:
+    """Return the runs of dropped layers of one shape, in running order."""
     found: list[Gap] = []
     before: str | None = None
     number = 0
@@ -172,9 +175,23 @@ def _gaps(names: Sequence[str], kept: Sequence[str]) -> list[Gap]:
             before, number = name, 0
             continue
         number += 1
-        if at + 1 == len(names) or names[at + 1] in kept:
+        following = names[at + 1] if at + 1 < len(names) else None
+        if following is None or following in kept or shapes[following] != shapes[name]:
             found.append(Gap(before, name, number))
+            number = 0
     return found
+
+
+def _shapes(work: Work) -> dict[str, Any]:
+    """Return the shape of what each layer of the whole network gives."""
+    shapes: dict[str, Any] = {}
+
+    def saw(name: str, _before: Tensor, after: Tensor) -> None:
+        shapes[name] = after.shape
+
+    with layers.tapped(work.runs.module, work.names, saw):
+        load.outputs(work.runs, load.probe(work.runs))
+    return shapes
 
 
 def _channels_last(model: Model) -> bool:
@@ -222,7 +239,7 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
         for _ in range(2):
             nudge = size * (1 + torch.rand(linear.out_features, generator=generator))
             load.outputs(runs, batch)
-            if seen[-1].shape[-1] != len(nudge) or linear.weight.device.type == "meta":
+            if seen[-1].shape[-1] != len(nudge):
                 return None
             moved = (seen[-1] - seen[0]) / nudge.to(seen[0])
             scales.append(moved)
@@ -239,7 +256,8 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
     assert given is not None
     linear: Any = runs.module.get_submodule(site.name)
     place = load.place_of(runs.module)
-    fitted, checked = (Moments.empty(linear.in_features, linear.out_features, place) for _ in range(2))
+    solver = load.solver_device(place)
+    fitted, checked = (Moments.empty(linear.in_features, linear.out_features, solver) for _ in range(2))
     hidden: list[Tensor] = []
     wanted: dict[str, Tensor] = {}
 

@@ -22,6 +22,7 @@ from peftc.models import load
 from peftc.models.load import Model
 from peftc.report import Report, Table
 from peftc.source import Source
+from peftc.steps import measured
 from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
 
 GENERATED = "generated:"
@@ -106,13 +107,24 @@ def evaluate(
     report.data = {
         "task": row.name,
         "data": {"spec": data, "split": dataset.split, "samples": sides[0].encoded.size, "digest": dataset.digest},
+        "metric": row.metrics[0].name,
+        "higher_is_better": row.metrics[0].higher_is_better,
         "metrics": _metrics(row, sides[0].columns, seed),
     }
     if reference is not None:
         report.data["against"] = _against(row, sides, compared, seed)
     report.tables.append(_table(row, sides, report.data))
     _gates(row, report, max_drop, min_quality)
+    if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work
+        keep(report, subject)
     return report
+
+
+def keep(report: Report, model: Model) -> None:
+    """Keep what was measured beside the artifact that it was measured of."""
+    data = report.data
+    against = data["against"]["name"] if "against" in data else None
+    measured.keep(report, model, [data["task"], data["data"]["digest"], data["data"]["samples"], against])
 
 
 def _check(max_drop: float | None, min_quality: float | None, against: Any, batch_size: int | None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peftc import hooks, progress
+from peftc import hooks, processes, progress
 from peftc.errors import DataError, WeightError
 from peftc.models import inputs, layers, load
 from peftc.models.load import Model
@@ -35,7 +35,7 @@ class Trial:
         given: the task, and what its classes are.
         held: the samples.
         batch_size: samples at once.
-        tried: forward passes over the samples so far.
+        tried: forward passes over the samples so far, of all processes.
     """
 
     model: Model
@@ -146,7 +146,10 @@ def greedy(
     with progress.track("leaving out layers", rounds) as advance:
         while left and (not gone or len(names) - len(gone) > keep):
             without = [names[removal.layer] for removal in gone]
-            rises = {at: trial.loss([*without, names[at]]) - whole for at in left}
+            with processes.together():
+                mine = [(at, trial.loss([*without, names[at]]) - whole) for at in processes.share(left)]
+            rises = dict(processes.gathered(mine))
+            trial.tried += len(left) - len(mine)
             if not gone:
                 for at, rise in rises.items():
                     alone[at] = rise

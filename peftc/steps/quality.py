@@ -13,7 +13,7 @@ from peftc.data.dataset import split_word
 from peftc.errors import DataError
 from peftc.models.load import Model, load
 from peftc.report import Report
-from peftc.steps.evaluate import evaluate
+from peftc.steps.evaluate import evaluate, keep
 from peftc.steps.samples import Samples
 
 
@@ -26,6 +26,7 @@ def add(report: Report, model: Model, *, against: nn.Module | Model | None, **op
         written = replace(written, max_memory=model.max_memory)
         against = None if against is None else replace(load(against), max_memory=model.max_memory)
     quality = evaluate(written, against=against, **{**options, **sparing(model, options)})
+    keep(quality, written)
     report.data["quality"] = quality.data
     report.tables += quality.tables
     report.notes += quality.notes

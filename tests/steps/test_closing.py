@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peftc
+from peftc.data.tokens import sample, tokenizer_of
 from peftc.depth import Asked
 from peftc.errors import PlanError
 from peftc.models import layers, load, shorten
@@ -140,10 +141,12 @@ def test_a_gap_at_the_start_is_left_open_beside_one_that_is_closed(vit: Path, im
 
 
 def test_gaps_are_runs_of_neighbours() -> None:
-    assert closing._gaps(list("abcdefg"), ["b", "e"]) == [
+    same = dict.fromkeys("abcdefg")
+    assert closing._gaps(list("abcdefg"), ["b", "e"], same) == [
         Gap(None, "a", 1), Gap("b", "d", 2), Gap("e", "g", 2)
     ]  # fmt: skip
-    assert closing._gaps(list("abc"), list("abc")) == []
+    assert closing._gaps(list("abc"), list("abc"), same) == []
+    assert closing._gaps(list("abcd"), ["a"], {"a": 1, "b": 1, "c": 2, "d": 2}) == [Gap("a", "b", 1), Gap("a", "d", 2)]
 
 
 def test_only_the_class_token_counts_after_the_last_layer(vit: Path, images: Path) -> None:
@@ -206,3 +209,59 @@ def test_the_whole_network_keeps_its_weights(vit: Path, images: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in surgery.tensors_of(done.stored.module).items())
     made = shorter.model.module.get_parameter("blocks.0.mlp.fc2.weight")
     assert not torch.equal(made, before["blocks.0.mlp.fc2.weight"])
+
+
+def test_a_gap_behind_a_change_of_shape_is_left_open(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    arguments = {"embed_dim": 24, "img_size": 56, "depths": (2, 2, 4, 2), "num_classes": 5}
+    base = save_timm(tmp_path / "base", "swin_tiny_patch4_window7_224", arguments, {**INPUT, "input_size": [3, 56, 56]})
+    data = str(write_images(tmp_path / "images.npz", side=56))
+    options: dict[str, Any] = {"data": data, "score": "cka", "repair": True, **CPU}
+    report = peftc.prune_layers(base, drop="6,7,8,9", output_dir=tmp_path / "out", **options)
+    first, second = report.data["repair"]
+    assert (first["after"], first["layers"], first["into"]) == (
+        "layers.2.blocks.1", 2, "layers.2.blocks.1.mlp.fc2"
+    )  # fmt: skip
+    assert first["left"] < 1
+    assert (second["after"], second["layers"], second["into"]) == ("layers.2.blocks.1", 2, None)
+    assert "another shape" in second["why"]
+
+
+def test_factors_take_the_map_too(vit: Path, images: Path, tmp_path: Path) -> None:
+    peftc.decompose(vit, ratio=0.7, output_dir=tmp_path / "small", **CPU)
+    report = peftc.prune_layers(
+        tmp_path / "small", data=str(images), score="cka", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
+    )
+    (row,) = report.data["repair"]
+    assert row["into"].startswith("blocks.1.mlp.fc2") and row["left"] < 0.05
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            peftc.load(tmp_path / "out")(x), peftc.load(tmp_path / "small")(x), atol=5e-3, rtol=2e-2
+        )
+
+
+@pytest.mark.real
+def test_the_small_llama_is_nearer_to_itself_with_its_gap_closed(data_folder: Path, tmp_path: Path) -> None:
+    llama = load.load(data_folder / "weights" / "stories260K")
+    drawn, tokenizer = sample(llama, 16, 128, seed=1), tokenizer_of(llama)
+    text = " ".join(tokenizer.decode(drawn[at][0], skip_special_tokens=True) for at in range(len(drawn)))
+    (tmp_path / "own.txt").write_text(text)
+    divergence = {}
+    for repair in (False, True):
+        out = tmp_path / f"closed-{repair}"
+        report = peftc.prune_layers(
+            llama, data=str(tmp_path / "own.txt"), score="drop", keep=3, repair=repair, max_length=128, output_dir=out,
+            **CPU,
+        )  # fmt: skip
+        found = peftc.evaluate(out, data="generated:8", against=llama, max_length=64, **CPU)
+        divergence[repair] = found.data["against"]["divergence"]["value"]
+        made, info = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and made.config.num_hidden_layers == 3
+        start = torch.tensor([[1]])
+        texts = [made.generate(start, max_new_tokens=32, do_sample=False, use_cache=cache) for cache in (True, False)]
+        assert torch.equal(*texts)
+    assert [removal["rise"] for removal in report.data["measured"]["removals"]] == sorted(
+        removal["rise"] for removal in report.data["measured"]["removals"]
+    )
+    assert divergence[True] < 0.85 * divergence[False]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import peftc as package
 from peftc.errors import SourceError
 
 demo_step = pytest.importorskip("peftc.steps.demo", exc_type=ImportError)
@@ -27,7 +28,8 @@ def test_the_chain_runs_and_ends_in_one_table(quick: None, tmp_path: Path) -> No
     assert [row[0] for row in table.rows] == ["train", *demo_step.STAGES]
     stages = report.data["stages"]
     assert stages[1]["parameters"] < stages[0]["parameters"] and stages[1]["macs"] < stages[0]["macs"]
-    assert json.dumps(report.to_json())
+    schema = json.loads((Path(package.__file__).parent / "report.schema.json").read_text())
+    pytest.importorskip("jsonschema").validate(report.to_json(), schema)
     dense = Path(stages[0]["folder"])
     config = json.loads((dense / "config.json").read_text())
     network = timm.create_model(config["architecture"], num_classes=10, **config["model_args"])

@@ -1,0 +1,159 @@
+"""From parsed options to a step and its report: the same way for every command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from typer import Context, Exit
+
+from peftc import config, processes
+from peftc.cli import console
+from peftc.cli.options import OUTPUT, SOURCE, settings
+from peftc.errors import ArtifactError, ChainError, UsageError
+from peftc.report import Report
+from peftc.source import MANIFEST, Source
+
+Step = Callable[..., Report]
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
+
+
+def command(*, source: bool = True, writes: bool = False) -> Callable[[Callable[..., Step]], Callable[..., Report]]:
+    """Make a command of a function whose parameters are the options and which returns the step to run.
+
+    Args:
+        source: add the options that describe a model.
+        writes: the step writes an artifact, and so has a place in the project's chain.
+    """
+    extra = {**(SOURCE if source else {}), **OUTPUT}
+
+    def make(declare: Callable[..., Step]) -> Callable[..., Report]:
+        own = inspect.signature(declare, eval_str=True)
+
+        @functools.wraps(declare)
+        def call(ctx: Context, **given: Any) -> Report:
+            shared = {name: given.pop(name) for name in extra}
+            placed = ctx.obj.place is not None  # by a recipe, which prints what comes of it
+            if not placed:
+                console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
+            outcome = _run(ctx, functools.partial(declare, **given), _tidy(ctx, given), shared, writes=writes)
+            if not placed:
+                if processes.rank() == 0:
+                    console.report(outcome, json=shared["json"], quiet=shared["quiet"])
+                if not processes.agreed(lambda: outcome.passed):
+                    raise Exit(3)
+            return outcome
+
+        parameters = [inspect.Parameter("ctx", KEYWORD, annotation=Context)]
+        parameters += [parameter.replace(kind=KEYWORD) for parameter in own.parameters.values()]
+        parameters += [inspect.Parameter(n, KEYWORD, default=d, annotation=a) for n, (a, d) in extra.items()]
+        call.__signature__ = own.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+        call.writes = writes  # type: ignore[attr-defined]
+        return call
+
+    return make
+
+
+def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:
+    """Return options as the step takes them; a budget that was typed replaces that of the file."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "settings" in options:
+        options["settings"] = settings("--set", options["settings"] or ()) or None
+    lower = {name: value for name, value in options.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
+    typed = {name: value for name, value in options.items() if _came_from(ctx, name) == "COMMANDLINE"}
+    dropped = lower.keys() - config.override(str(ctx.info_name), lower, typed).keys()
+    return {name: None if name in dropped else value for name, value in options.items()}
+
+
+def _came_from(ctx: Context, name: str) -> str:
+    return str(getattr(ctx.get_parameter_source(name), "name", ""))
+
+
+def _run(
+    ctx: Context, find: Callable[[], Step], options: dict[str, Any], shared: dict[str, Any], *, writes: bool
+) -> Report:
+    """Find the model and the folder, run the step, and note its place in the chain."""
+    project: config.Project = ctx.obj
+    for text in project.warnings:
+        console.warn(text)
+    if shared.get("offline"):
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
+    if "models" in options:
+        named = [_standard_input() if model == "-" else model for model in options.pop("models")]
+        return find()(named or config.artifacts(project, str(ctx.info_name)), **options)
+    if "model" not in options:
+        return find()(**options)
+    model = options.pop("model")
+    place = config.place(project, str(ctx.info_name), _standard_input() if model == "-" else model, writes=writes)
+    if place.chain and place.chain.gone:
+        console.warn(f"`{place.chain.gone}` is gone: the chain ends before it")
+    sources: list[Any] = [place.model]
+    if "arch" in shared:
+        sources = _sources(ctx, [place.model, options.get("against")], shared)
+    if "against" in options:
+        options["against"] = sources[1]
+    return _in_place(find, sources[0], options, place, str(ctx.info_name))
+
+
+def _in_place(find: Callable[[], Step], model: Any, options: dict[str, Any], place: config.Place, word: str) -> Report:
+    """Run a step where it belongs in the chain, beside the result of another request if one is there."""
+    step = find()
+    folder = place.folder
+    if folder is None or place.chain is None:
+        return step(model, **options)
+    free = options.get("output_dir") is None
+    options["output_dir"] = options.get("output_dir") or folder
+    before = _manifest(options["output_dir"])
+    try:
+        outcome = step(model, **options)
+    except ArtifactError as refusal:
+        if refusal.request is None or not free:
+            raise
+        options["output_dir"] = folder.with_name(f"{folder.name}-{refusal.request[:8]}")
+        before = _manifest(options["output_dir"])
+        outcome = step(model, **options)
+    if outcome.artifact is not None and not options.get("dry_run"):
+        link = config.Link(word, Path(outcome.artifact))
+        dropped = place.chain.record(place.index, link, rewritten=before != _manifest(link.folder))
+        if dropped:
+            names = ", ".join(f"`{one.folder}`" for one in dropped)
+            outcome.notes.append(f"the chain goes on from `{link.folder}`; no longer part of it, and kept: {names}")
+    return outcome
+
+
+def _manifest(folder: Path) -> bytes | None:
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except OSError:
+        return None
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ChainError("standard input names no artifact", why="nothing is piped in", hint="name MODEL by its path")
+    return config.artifact_from(os.fsdecode(sys.stdin.buffer.read()))
+
+
+def _sources(ctx: Context, specs: list[str | None], shared: dict[str, Any]) -> list[Any]:
+    """Return a source per model; how to build one applies to those that are no artifacts."""
+    given = {name: shared[name] for name in SOURCE}
+    given["arch_set"] = settings("--arch-set", given["arch_set"] or ())
+    given["preprocess"] = settings("--preprocess", given["preprocess"] or (), lists=True)
+    trusted = {name: given[name] for name in given.keys() - set(SHAPE)}
+    built = [spec is not None and spec != "base" and not Path(spec, MANIFEST).is_file() for spec in specs]
+    asked = [name for name in SHAPE if _came_from(ctx, name) == "COMMANDLINE"]
+    if asked and not any(built):
+        raise UsageError(
+            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs[0]}` is an artifact",
+            hint="leave the option out: an artifact knows how it is built",
+        )
+    return [
+        spec if spec is None or spec == "base" else Source(spec, **(given if new else trusted))
+        for spec, new in zip(specs, built, strict=True)
+    ]

@@ -1,0 +1,17 @@
+"""peftc compare."""
+
+from peftc.cli import options as o
+from peftc.cli.command import Step, command
+
+
+@command(source=False)
+def compare(models: o.Models = o.EMPTY, *, commands: o.Commands = False) -> Step:
+    """Print artifacts side by side: their stages, sizes, quality and speed.
+
+    \b
+    Example:
+      peftc compare small healed
+    """
+    from peftc.steps.compare import compare as step
+
+    return step

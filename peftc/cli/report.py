@@ -1,0 +1,19 @@
+"""peftc report."""
+
+from peftc.cli import options as o
+from peftc.cli.command import Step, command
+
+
+@command(source=False)
+def report(
+    models: o.Models = o.EMPTY, *, output: o.Page = "report.html", analysis: o.Analysis = None
+) -> Step:  # fmt: skip
+    """Write one page that shows what artifacts gained and lost, and how they came to be.
+
+    \b
+    Example:
+      peftc report small healed -o report.html
+    """
+    from peftc.steps.report import report as step
+
+    return step

@@ -1,0 +1,179 @@
+"""What the steps of a recipe read and what came of them, so that a second run does nothing.
+
+`runs/ledger.json` has an entry for each step: what it was asked, what it read, the artifact it wrote and its report. A
+step whose question is the same, and whose answer still stands, does not run again. Files count as changed by name, size
+and time, as make has it; artifacts by their manifest. A step that runs without need does no harm: the artifact that it
+would write is already there, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc import __version__, artifact, manifest
+from peftc.errors import ChainError, PeftcError
+from peftc.source import MANIFEST
+
+FILE = "ledger.json"
+WRITTEN = ("output_dir", "plot", "output")  # options that name what a step writes, not what it reads
+UNIMPORTANT = ("model", "config", "json", "quiet", "verbose", "dry_run", "overwrite")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step of a recipe is asked.
+
+    Attributes:
+        model: what it reads, an artifact or a model as it was named.
+        options: as parsed, JSON-ready; those left at None are left out.
+        files: what lies on disk of all that the model and the options name -> a digest that changes when it does.
+        written: the paths that it writes beside an artifact.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    files: Mapping[str, str]
+    written: tuple[str, ...] = ()
+
+
+@dataclass
+class Ledger:
+    """The entries of a project, by the name of the step."""
+
+    path: Path
+    entries: dict[str, Any] = field(default_factory=dict)
+
+    def reason(self, step: str, asked: Asked) -> str | None:
+        """Return why a step has to run; None where its answer stands."""
+        entry = self.entries.get(step)
+        if entry is None:
+            return "it has not run yet"
+        if not entry["passed"]:
+            return "a gate of it was not met"
+        if entry["peftc"] != __version__:
+            return f"it ran with peftc {entry['peftc']}"
+        if (change := _difference(entry["options"], asked.options)) is not None:
+            return change
+        if entry["model"] != asked.model:
+            return f"it read `{entry['model']}`, now it reads `{asked.model}`"
+        for name in {**entry["files"], **asked.files}:
+            if entry["files"].get(name) != asked.files.get(name):
+                return f"`{name}` has changed"
+        missing = [name for name in asked.written if not Path(name).exists()]
+        if missing:
+            return f"`{missing[0]}` is gone"
+        if entry["artifact"] is not None and not _stands(Path(entry["artifact"]), entry["id"]):
+            return f"`{entry['artifact']}` is gone, or another one stands there"
+        return None
+
+    def note(self, step: str, asked: Asked, report: Mapping[str, Any], *, passed: bool) -> None:
+        """Keep what came of a step, so that a run that is killed after it goes on from there."""
+        folder = report.get("artifact")
+        found = None if folder is None else Path(folder)
+        self.entries[step] = {
+            "peftc": __version__, "model": asked.model, "options": asked.options, "files": asked.files,
+            "artifact": folder, "id": None if found is None or not _is_artifact(found) else manifest.read(found).id,
+            "passed": passed, "report": report,
+        }  # fmt: skip
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{FILE}.{os.getpid()}.partial")
+        artifact.write_json(partial, {"schema_version": 1, "steps": self.entries})
+        partial.replace(self.path)
+
+
+def read(runs: Path) -> Ledger:
+    """Return the ledger of a project, empty where nothing was run yet.
+
+    Raises:
+        ChainError: it is damaged.
+    """
+    path = runs / FILE
+    if not path.is_file():
+        return Ledger(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        entries = found["steps"] if found["schema_version"] == 1 else {}
+        keys = {"peftc", "model", "options", "files", "artifact", "id", "passed", "report"}
+        if not all(keys <= entry.keys() for entry in entries.values()):
+            raise ValueError("an entry lacks a field")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        hint = "remove the file: steps whose artifacts stand are then looked at again, not made again"
+        raise ChainError(f"cannot read `{path}`", why=why, hint=hint) from None
+    return Ledger(path, entries)
+
+
+def asked(command: str, model: str, options: Mapping[str, Any]) -> Asked:
+    """Return what a step is asked, with the state of every file that its options name.
+
+    Args:
+        command: its word.
+        model: the artifact or model that it reads.
+        options: parameter -> value, as parsed.
+    """
+    own = {name: value for name, value in options.items() if name not in UNIMPORTANT and value is not None}
+    own = json.loads(json.dumps(own, default=str))
+    written = (*WRITTEN, *(("plan",) if command == "analyze" else ()))
+    names = [value for name, value in own.items() if isinstance(value, str) and name not in written]
+    found = {name: state(name) for name in (model, *names)}
+    files = {name: digest for name, digest in found.items() if digest is not None}
+    return Asked(model, own, files, tuple(str(own[name]) for name in written if name in own))
+
+
+def state(name: str) -> str | None:
+    """Return a digest that changes when what a text names on disk does; None where it names nothing there.
+
+    Args:
+        name: a path, or a `--data` spec with its split.
+    """
+    path = Path(name).expanduser()
+    try:
+        if not path.exists() and "@" in name:
+            path = Path(name.rpartition("@")[0]).expanduser()
+        if not path.exists() or not name:
+            return None
+    except OSError:  # a text that is no path at all
+        return None
+    if _is_artifact(path):
+        return manifest.file_digest(path / MANIFEST)
+    files = [path] if path.is_file() else _files(path)
+    looks = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return manifest.digest(looks)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names if Path(top, name).exists())
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    differ: Iterable[str] = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    texts = [f"`{name.replace('_', '-')}` was {_text(there, name)}, now it is {_text(here, name)}" for name in differ]
+    return "; ".join(texts) or None
+
+
+def _text(options: Mapping[str, Any], name: str) -> str:
+    return json.dumps(options[name], ensure_ascii=False) if name in options else "not given"
+
+
+def _is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _stands(folder: Path, identity: str | None) -> bool:
+    """Return whether a folder is still there; of an artifact, whether it is whole and the same."""
+    if identity is None:
+        return folder.exists()
+    try:
+        record = manifest.read(folder)
+        artifact.tensor_table(folder, record)
+    except PeftcError:
+        return False
+    return record.id == identity

@@ -1,0 +1,112 @@
+"""Artifacts > one table of what they are, what they cost, and what was measured of them: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftc.report import Cell, Report, Table, count, short, size
+from peftc.source import Source
+from peftc.steps import records
+from peftc.steps.records import Record, Row
+
+
+def compare(models: Sequence[str | Path | Source], *, commands: bool = False) -> Report:
+    """Return what artifacts are made of and what `evaluate` and `bench` measured of them, side by side.
+
+    Args:
+        models: artifact folders.
+        commands: also the command lines that rebuild each.
+
+    Raises:
+        ArtifactError: one of them is no artifact.
+        UsageError: none is named, or one of them twice.
+    """
+    found = records.read(models)  # type: ignore[arg-type]
+    rows = records.rows(found)
+    report = Report("compare", {"models": [_figures(row) for row in rows]})
+    for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
+        figures |= {"id": record.manifest.id, "base": record.base, "commands": record.commands()}
+    report.tables.append(_table(rows))
+    _say_what_was_measured(report, rows, found)
+    if commands:
+        for record in found:
+            report.tables.append(Table(f"rebuilds {record.folder}", [""], [[line] for line in record.commands()]))
+    return report
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    return {
+        "artifact": row.name if row.stages else None, "name": row.name, "stages": row.stages,
+        "parameters": row.parameters, "bytes": row.bytes, "macs": row.macs, "quality": row.quality, "speed": row.speed,
+    }  # fmt: skip
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    metric = next((row.quality["metric"] for row in rows if row.quality), None)
+    timed = next((row.speed for row in rows if row.speed), None)
+    columns = ["artifact", "stages", "parameters", "bytes", "MACs"]
+    columns += [metric] if metric else []
+    columns += ["latency", f"throughput, batch {_batch(timed)}", "speed-up"] if timed else []
+    lines: list[list[Cell]] = []
+    for row in rows:
+        line: list[Cell] = [row.name, " > ".join(row.stages) or "base"]
+        line += ["-" if row.parameters is None else count(row.parameters)]
+        line += ["-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)]
+        if metric:
+            line.append(quality_text(row))
+        if timed:
+            line += speed_texts(row)
+        lines.append(line)
+    return Table("artifacts", columns, lines)
+
+
+def quality_text(row: Row) -> str:
+    """Write the first metric with its interval: ``0.9778 [0.9568, 0.9887]``."""
+    if row.quality is None:
+        return "-"
+    value = row.quality["metrics"][row.quality["metric"]]
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+
+
+def speed_texts(row: Row) -> list[str]:
+    """Write median latency at batch 1, throughput, and what that is to the baseline, as `bench` claims it."""
+    if row.speed is None:
+        return ["-", "-", "-"]
+    model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
+    rate = model["saturating"]["samples_per_second"]
+    return [
+        f"{1000 * model['batch_1']['median_seconds']:.3g} ms",
+        f"{rate:,.0f}/s",
+        change["verdict"] if change else "",
+    ]
+
+
+def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[Record]) -> None:
+    """Say on what quality and speed were measured, and how to measure what was not."""
+    quality, speed = (
+        next((getattr(row, kind) for row in rows if getattr(row, kind)), None) for kind in ("quality", "speed")
+    )
+    if quality:
+        data = quality["data"]
+        report.notes.append(
+            f"quality: {quality['task']}, {data['samples']:,} samples of split `{data['split']}` of `{data['spec']}`, "
+            "95 % intervals"
+        )
+    if speed:
+        where = speed["environment"]
+        report.notes.append(
+            f"speed: {where['device_name']}, {where['threads']} threads, {speed['model']['dtype']}; each speed-up is "
+            "against the baseline in the same run of `peftc bench`"
+        )
+    options = {"evaluate": "--data DATA ", "bench": f"--batch-size {_batch(speed)} " if speed else ""}
+    for word, kind in (("evaluate", "quality"), ("bench", "speed")):
+        names = [row.name for row in rows[-len(found) :] if getattr(row, kind) is None]
+        if names:
+            same = " as the others" if len(names) < len(found) else ""
+            report.notes.append(f"no {kind}{same}: `peftc {word} {names[0]} {options[word]}--against base` measures it")
+
+
+def _batch(speed: Mapping[str, Any]) -> int:
+    return int(speed["model"]["saturating"]["batch"])

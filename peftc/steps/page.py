@@ -1,0 +1,126 @@
+"""A page of HTML out of parts that are escaped where they are put together: no template, nothing to load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #d5dade; --paper: #ffffff; --card: #f5f7f8;
+  --mark: #0b63b0; --other: #b3541e; --faint: #9db4c8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a3adb6; --line: #3a424a; --paper: #14181c;
+  --card: #1d2328; --mark: #6cb2f2; --other: #eb9a62; --faint: #48637b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
+p, figcaption, li { max-width: 46rem; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
+a { color: var(--mark); } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+tbody tr:last-child > * { border-bottom: 0; } thead th { background: var(--card); white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.name, th.name { overflow-wrap: anywhere; min-width: 8rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .7rem; background: var(--card); border-radius: 6px; break-inside: avoid; }
+svg { display: block; width: 100%; max-width: 30rem; height: auto; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); } svg .soft { fill: var(--soft); }
+.axis, .grid { stroke: var(--line); stroke-width: 1; fill: none; } .grid { stroke-dasharray: 2 3; }
+.dot { fill: var(--mark); } .dot.base { fill: var(--soft); }
+.range { stroke: var(--mark); stroke-width: 1.5; opacity: .6; }
+.front { stroke: var(--other); stroke-width: 1.5; fill: none; stroke-dasharray: 5 4; }
+.line { stroke: var(--mark); stroke-width: 1.5; fill: none; } .line.many { stroke-width: 1; opacity: .55; }
+.bar { fill: var(--mark); } .bar.dense { fill: var(--faint); }
+.bar.gone { fill: none; stroke: var(--other); stroke-width: 1.2; }
+.limit { stroke: var(--other); stroke-width: 1.2; stroke-dasharray: 4 3; }
+pre { background: var(--card); padding: .7rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; } pre, code { font: .85rem/1.45 ui-monospace, monospace; } code { overflow-wrap: anywhere; }
+details { margin: .6rem 0; } summary { cursor: pointer; color: var(--mark); padding: .2rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; } .warning { border-left: 3px solid var(--other); padding-left: .7rem; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
+  thead { position: absolute; clip-path: inset(50%); } table, tbody, tr, th, td { display: block; }
+  tbody tr { padding: .5rem .7rem; border-bottom: 1px solid var(--line); } tbody tr:last-child { border-bottom: 0; }
+  tbody tr > * { border: 0; padding: .1rem 0; } td:empty { display: none; }
+  td.number, td.name { display: flex; gap: 1rem; justify-content: space-between; text-align: right; }
+  td.number { white-space: normal; }
+  td::before { content: attr(data-label); color: var(--soft); text-align: left; white-space: nowrap; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  .scroll { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; } figure, pre, tr { break-inside: avoid; } }
+"""
+HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+"""
+
+
+class Html(str):
+    """Text that is markup already; any other text is escaped where it is put into a page."""
+
+
+def tag(element: str, *inside: object, **attributes: object) -> Html:
+    """Return an element; ``class_`` is ``class``, ``aria_label`` is ``aria-label``, None leaves an attribute out."""
+    words = [element]
+    for name, value in attributes.items():
+        if value is not None:
+            words.append(f'{name.rstrip("_").replace("_", "-")}="{escape(str(value))}"')
+    return Html(f"<{' '.join(words)}>{joined(inside)}</{element}>")
+
+
+def joined(parts: Iterable[object]) -> Html:
+    """Return parts one after the other; what is no markup is escaped."""
+    return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts if part is not None))
+
+
+def prose(text: str) -> Html:
+    """Return a sentence with what stands between backticks as code."""
+    return joined(tag("code", part) if at % 2 else part for at, part in enumerate(text.split("`")))
+
+
+def section(identifier: str, title: str, *inside: object) -> Html:
+    """Return a part of the page under a heading that can be linked."""
+    return tag("section", tag("h2", title, id=identifier), *inside, aria_labelledby=identifier)
+
+
+def details(summary: str, *inside: object) -> Html:
+    """Return what is shown on request."""
+    return tag("details", tag("summary", summary), *inside)
+
+
+def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, names: int = 1) -> Html:
+    """Return a table that scrolls sideways where it is too wide.
+
+    Args:
+        caption: for those who do not see it.
+        columns: their headings.
+        rows: as many cells each.
+        names: so many columns from the left hold names, the others figures.
+    """
+    kinds = ["name" if at < names else "number" for at in range(len(columns))]
+    heads = (tag("th", text, role="columnheader", class_=kind) for text, kind in zip(columns, kinds, strict=True))
+    body = []
+    for row in rows:
+        cells = [tag("th", row[0], role="rowheader", class_="name")]
+        for text, kind, cell in list(zip(columns, kinds, row, strict=True))[1:]:
+            cells.append(tag("td", cell, role="cell", class_=kind, data_label=text))
+        body.append(tag("tr", *cells, role="row"))
+    parts = (tag("thead", tag("tr", *heads, role="row"), role="rowgroup"), tag("tbody", *body, role="rowgroup"))
+    whole = tag("table", *parts, role="table", aria_label=caption)  # roles: as blocks, on a phone, they would lose them
+    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Html:
+    """Return names with what they are."""
+    return tag("dl", *(joined([tag("dt", name), tag("dd", value)]) for name, value in pairs if value not in (None, "")))
+
+
+def document(title: str, *inside: object) -> str:
+    """Return the whole page."""
+    return f"{HEAD}{tag('title', title)}\n{tag('style', Html(STYLE))}\n</head>\n{tag('body', *inside)}\n</html>\n"

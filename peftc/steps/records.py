@@ -1,0 +1,191 @@
+"""Artifacts > what their manifests and results say, side by side: for `compare` and `report`, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc import artifact, manifest
+from peftc.errors import ArtifactError, UsageError
+from peftc.manifest import Manifest
+from peftc.source import MANIFEST
+from peftc.steps.show import command_lines
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class Row:
+    """A model in the comparison.
+
+    Attributes:
+        name: the folder as it was named, or what the base is called.
+        stages: the commands that made it; none for the base.
+        parameters, bytes, macs: its size, where known.
+        quality: what `evaluate` kept, on the data that most of the artifacts were measured on.
+        speed: what `bench` kept, of the machine and input that most were timed on.
+    """
+
+    name: str
+    stages: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    bytes: int | None = None
+    macs: int | None = None
+    quality: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Record:
+    """An artifact as its files tell of it.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it is made of.
+        result: what was measured, and the report of its last step; empty where it is gone.
+    """
+
+    folder: Path
+    manifest: Manifest
+    result: Mapping[str, Any]
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The figures of its last step."""
+        return (self.result.get("report") or {}).get("data") or {}
+
+    @property
+    def stages(self) -> list[str]:
+        """The commands that made it, oldest first."""
+        return [str(step["request"]["command"]) for step in self.manifest.steps]
+
+    @property
+    def base(self) -> str:
+        """What the base is called."""
+        spec = str(self.manifest.base.get("source", {}).get("spec", "the dense model"))
+        return Path(spec.partition("@")[0]).name or spec
+
+    def measured(self, kind: str) -> list[dict[str, Any]]:
+        """Return what `evaluate` or `bench` kept, oldest first."""
+        return list((self.result.get("measured") or {}).get(kind, []))
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the training that made it, step by step; empty where there was none."""
+        try:
+            lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines()
+            return [entry for line in lines if isinstance(entry := json.loads(line), dict)]
+        except (OSError, ValueError):
+            return []
+
+    def commands(self) -> list[str]:
+        """Return the command lines that rebuild it."""
+        return command_lines(self.manifest)
+
+
+def read(models: Sequence[str | Path]) -> list[Record]:
+    """Return a record of each artifact.
+
+    Raises:
+        UsageError: none is named, or one of them twice.
+        ArtifactError: one is no artifact, or holds statistics.
+    """
+    folders = [Path(getattr(model, "spec", model)) for model in models]
+    if not folders:
+        raise UsageError("there is nothing to compare", hint="name artifacts: `peftc compare small healed`")
+    resolved = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, resolved, strict=True):
+        if resolved.count(path) > 1:
+            raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
+        if not (folder / MANIFEST).is_file():
+            what = "is no artifact" if folder.is_dir() else "does not exist"
+            raise ArtifactError(
+                f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`",
+                hint="name artifacts; the model that they were made from stands beside them where it was measured",
+            )  # fmt: skip
+    found = [Record(folder, manifest.read(folder), artifact.read_result(folder)) for folder in folders]
+    for record in found:
+        if record.manifest.holds_statistics:
+            raise ArtifactError(
+                f"`{record.folder}` holds statistics, not a model", hint=f"`peftc show {record.folder}`"
+            )
+    return found
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """Return a row for each artifact, behind those of the models that they were made from."""
+    quality = _common(records, "evaluate", _sample)
+    speed = _common(records, "bench", _place)
+    found = [_row(record, quality.get(at), speed.get(at)) for at, record in enumerate(records)]
+    macs = {_structure(record): row.macs for record, row in zip(records, found, strict=True) if row.macs is not None}
+    for record, row in zip(records, found, strict=True):  # a training that kept the structure did not count it again
+        row.macs = row.macs if row.macs is not None else macs.get(_structure(record))
+    names = dict.fromkeys(record.base for record in records)
+    return [*(_base(name, records, found) for name in names), *found]
+
+
+def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, dict[str, Any]]:
+    """Return place -> entry, for the question that most records answer; of the answers to it the newest."""
+    answers = [
+        (json.dumps(question(entry), sort_keys=True), entry["at"], at, entry)
+        for at, record in enumerate(records)
+        for entry in record.measured(kind)
+    ]
+    counts = Counter(asked for asked, at in {(asked, at) for asked, _, at, _ in answers})
+    if not counts:
+        return {}
+    most = max(counts.values())
+    chosen = max((when, asked) for asked, when, _, _ in answers if counts[asked] == most)[1]
+    ours = sorted((when, at, entry) for asked, when, at, entry in ((*a,) for a in answers) if asked == chosen)
+    return {at: entry for _, at, entry in ours}
+
+
+def _structure(record: Record) -> str:
+    """Return what networks of the same multiply-adds share."""
+    own = record.manifest
+    return manifest.digest([own.base["architecture"], own.base.get("files"), own.modules, own.kept_layers])
+
+
+def _sample(entry: Mapping[str, Any]) -> list[Any]:
+    """Return on what a model was measured."""
+    return [entry["task"], entry["data"]["digest"], entry["data"]["samples"]]
+
+
+def _place(entry: Mapping[str, Any]) -> list[Any]:
+    """Return where and on what a model was timed: only what agrees in all of it can be compared."""
+    where, model = entry["environment"], entry["model"]
+    return [where["device_name"], where["threads"], model["dtype"], model["saturating"]["batch"], entry["input"]]
+
+
+def _row(record: Record, quality: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> Row:
+    size = (record.data.get("size") or {}).get("after") or {}
+    macs = speed["model"]["macs"] if speed else size.get("macs")
+    row = Row(str(record.folder), record.stages, record.manifest.parameters, record.manifest.weight_bytes, macs)
+    row.quality, row.speed = quality, speed
+    return row
+
+
+def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
+    """Return what the artifacts tell of the model that they were made from."""
+    row = Row(name)
+    for record, own in zip(records, found, strict=True):
+        if record.base != name:
+            continue
+        before = (record.data.get("size") or {}).get("before") or {}
+        if len(record.stages) == 1 and row.parameters is None:
+            row.parameters, row.bytes, row.macs = (before.get(key) for key in ("parameters", "bytes", "macs"))
+        if own.quality and _is(own.quality.get("against"), name):
+            row.quality = {**own.quality, "metrics": own.quality["against"]["metrics"], "against": None}
+        if own.speed and _is(own.speed.get("against"), name):
+            figures = own.speed["against"]
+            row.speed = {**own.speed, "model": figures, "against": None, "speedup": None}
+            row.parameters, row.macs = row.parameters or figures["parameters"], row.macs or figures["macs"]
+            row.bytes = row.bytes or figures["bytes_on_disk"]
+    return row
+
+
+def _is(against: Mapping[str, Any] | None, name: str) -> bool:
+    return against is not None and against["name"] == name

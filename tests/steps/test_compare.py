@@ -1,0 +1,187 @@
+"""What `compare` says of artifacts: what their files hold, and nothing that was measured otherwise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftc as package
+from peftc import artifact
+from peftc.errors import ArtifactError, UsageError
+from peftc.header import encode_header
+from peftc.manifest import Manifest, digest
+
+LAYERS = {"data": None, "drop": None}  # what a request of prune-layers has to have
+
+
+def write(
+    folder: Path, *commands: str, parameters: int = 100, report: dict[str, Any] | None = None, **more: Any
+) -> Path:
+    """Write an artifact that holds one byte of weights and says what a test wants."""
+    folder.mkdir()
+    steps = [
+        {"id": digest([folder.name, at]), "request": {"command": word, **LAYERS}} for at, word in enumerate(commands)
+    ]
+    identity = steps[-1]["id"]
+    weights = encode_header({"w": ("U8", (1,))}, {"peftc": identity}) + b"\0"
+    files = {"model.safetensors": artifact.write_bytes(folder / "model.safetensors", weights)}
+    base = {"library": "timm", "architecture": "vit", "source": {"spec": "models/dense"}}
+    Manifest(identity, base, steps, files, parameters, **more).write(folder)
+    artifact.write_json(folder / "result.json", {"report": {"data": report or {}}})
+    return folder
+
+
+def quality(value: float, *, of: str = "digits", against: float | None = None, at: int = 1) -> dict[str, Any]:
+    metrics = {"top1": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+    entry = {
+        "task": "image-classification", "metric": "top1", "higher_is_better": True, "metrics": metrics, "at": at,
+        "data": {"spec": f"{of}@test", "split": "test", "samples": 360, "digest": of}, "question": f"{of} {at}",
+    }  # fmt: skip
+    if against is not None:
+        theirs = {"top1": {"value": against, "low": against, "high": against}}
+        entry["against"] = {"name": "dense", "metrics": theirs, "difference": {}}
+    return entry
+
+
+def speed(rate: float, *, machine: str = "one", batch: int = 64, at: int = 1) -> dict[str, Any]:
+    def figures(rate: float, parameters: int) -> dict[str, Any]:
+        times = {"batch_1": {"median_seconds": 1 / rate}, "saturating": {"batch": batch, "samples_per_second": rate}}
+        return {"name": "dense", "dtype": "float32", "parameters": parameters, "macs": 10 * parameters,
+                "bytes_on_disk": 4 * parameters, **times}  # fmt: skip
+
+    return {
+        "model": figures(rate, 100), "against": figures(1000.0, 400), "at": at, "question": f"{machine} {at}",
+        "speedup": {"saturating": {"value": rate / 1000, "verdict": f"{rate / 1000:.2f}x faster"}},
+        "input": {"input": [3, 8, 8]}, "environment": {"device_name": machine, "threads": 1},
+    }  # fmt: skip
+
+
+def measure(folder: Path, **kinds: list[dict[str, Any]]) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    artifact.write_json(folder / "result.json", {**result, "measured": kinds})
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"before": {"parameters": 400, "bytes": 1600, "macs": 4000}, "after": {"macs": 1234}}
+    small = write(Path("small"), "decompose", report={"size": sizes}, modules={"fc": {"form": "linear", "rank": 3}})
+    healed = write(Path("healed"), "decompose", "distill", modules={"fc": {"form": "linear", "rank": 3}})
+    shorter = write(Path("shorter"), "decompose", "distill", "prune-layers", parameters=60, kept_layers=["b.0"])
+    measure(small, evaluate=[quality(0.5, of="other"), quality(0.6, against=0.9)], bench=[speed(1500)])
+    measure(healed, evaluate=[quality(0.8)], bench=[speed(1600), speed(9000, machine="two", at=9)])
+    assert shorter
+    return ["small", "healed", "shorter"]
+
+
+def table(report: package.Report) -> dict[str, list[Any]]:
+    return {str(row[0]): list(row[1:]) for row in report.tables[0].rows}
+
+
+def test_a_row_holds_what_the_files_say(chain) -> None:
+    report = package.compare(chain)
+    rows = table(report)
+    assert list(report.tables[0].columns) == [
+        "artifact", "stages", "parameters", "bytes", "MACs", "top1", "latency", "throughput, batch 64", "speed-up",
+    ]  # fmt: skip
+    assert rows["dense"] == ["base", "400", "1.6 kB", "4 k", "0.9 [0.9, 0.9]", "1 ms", "1,000/s", ""]
+    assert rows["small"][0:2] == ["decompose", "100"]
+    assert rows["small"][4:] == ["0.6 [0.5, 0.7]", "0.667 ms", "1,500/s", "1.50x faster"]
+    assert rows["healed"][0] == "decompose > distill"
+    assert rows["shorter"][1:2] + rows["shorter"][3:] == ["60", "-", "-", "-", "-", "-"]
+
+
+def test_what_was_measured_on_other_data_or_another_machine_is_not_beside_it(chain) -> None:
+    figures = {each["name"]: each for each in package.compare(chain).data["models"]}
+    assert figures["small"]["quality"]["data"]["digest"] == "digits"
+    assert figures["healed"]["speed"]["environment"]["device_name"] == "one"
+    assert figures["shorter"]["speed"] is None
+
+
+def test_the_same_structure_has_the_same_multiply_adds(chain) -> None:
+    for name in chain[:2]:
+        measure(Path(name))
+    figures = {each["name"]: each["macs"] for each in package.compare(chain).data["models"]}
+    assert figures == {"dense": 4000, "small": 1234, "healed": 1234, "shorter": None}
+
+
+def test_what_was_not_measured_is_named_with_the_command_that_does(chain) -> None:
+    notes = package.compare(chain).notes
+    assert "no quality as the others: `peftc evaluate shorter --data DATA --against base` measures it" in notes
+    assert "no speed as the others: `peftc bench shorter --batch-size 64 --against base` measures it" in notes
+
+
+def test_without_measurements_there_are_sizes(chain) -> None:
+    for name in chain:
+        measure(Path(name))
+    report = package.compare(chain)
+    assert list(report.tables[0].columns) == ["artifact", "stages", "parameters", "bytes", "MACs"]
+    Path("small/result.json").unlink()
+    assert table(package.compare(["small"]))["small"][1:] == ["100", "161 B", "-"]
+
+
+def test_the_command_lines_come_on_request(chain, peftc) -> None:
+    assert "peftc decompose" not in peftc("compare", *chain).stderr
+    assert "peftc decompose models/dense -o 01-decompose" in peftc("compare", *chain, "--commands").stderr
+    found = json.loads(peftc("compare", *chain, "--json").stdout)
+    assert found["models"][0]["artifact"] is None
+    assert found["models"][1]["commands"] == ["peftc decompose models/dense -o 01-decompose"]
+
+
+def test_in_a_project_it_takes_the_whole_chain(chain, peftc) -> None:
+    refused = peftc("compare")
+    assert refused.exit_code == 2 and "there is no `peftc.toml`" in refused.stderr
+    Path("peftc.toml").write_text('model = "models/dense"\n')
+    assert "is empty" in peftc("compare").stderr
+    Path("runs").mkdir()
+    links = [{"step": "x", "folder": str(Path(name).resolve())} for name in chain[:2]]
+    Path("runs/chain.json").write_text(json.dumps(links))
+    stages = [each["stages"] for each in json.loads(peftc("compare", "--json").stdout)["models"]]
+    assert stages == [[], ["decompose"], ["decompose", "distill"]]
+    assert peftc("compare", "-", input="small\n").exit_code == 0
+
+
+def test_what_is_no_artifact_is_refused(chain) -> None:
+    with pytest.raises(ArtifactError, match="`nowhere` does not exist"):
+        package.compare(["small", "nowhere"])
+    Path("plain").mkdir()
+    with pytest.raises(ArtifactError, match="`plain` is no artifact"):
+        package.compare(["plain"])
+    with pytest.raises(UsageError, match="is named twice"):
+        package.compare(["small", "./small"])
+    with pytest.raises(UsageError, match="nothing to compare"):
+        package.compare([])
+
+
+def test_evaluate_and_bench_leave_what_it_reads(tmp_path, monkeypatch, tiny_vit: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+    before = {path.name: path.read_bytes() for path in Path("small").iterdir() if path.name != "result.json"}
+    for _ in range(2):
+        found = package.evaluate("small", data="sklearn:digits", against="base", num_samples=40)
+    package.evaluate("small", data="sklearn:digits", num_samples=20)
+    package.bench("small", against="base", rounds=5, batch_size=2)
+    after = {path.name: path.read_bytes() for path in Path("small").iterdir() if path.name != "result.json"}
+    assert before == after, "nothing that is promised changes"
+    measured = json.loads(Path("small/result.json").read_text())["measured"]
+    assert [entry["data"]["samples"] for entry in measured["evaluate"]] == [40, 20], "the same question is one entry"
+    base, small = package.compare(["small"]).data["models"]
+    assert small["speed"]["model"]["saturating"]["batch"] == 2
+    assert base["parameters"] > small["parameters"]
+    assert found.data["metric"] == "top1"
+    again = package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+    assert any("already done" in note for note in again.notes)
+    assert json.loads(Path("small/result.json").read_text())["measured"] == measured
+
+
+def test_a_folder_that_may_not_be_written_is_measured_all_the_same(tmp_path, monkeypatch, tiny_vit: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(artifact, "write_json", refuse)
+    report = package.evaluate("small", data="sklearn:digits", num_samples=20)
+    assert "not kept in `small/result.json`: permission denied" in report.notes

@@ -1,0 +1,103 @@
+"""What `--json` prints fits the schema that ships with the package: every command, and no key that it does not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import peftc
+from peftc import report
+from peftc.cli import app as program
+
+SCHEMA = json.loads((Path(report.__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
+COMMANDS = list(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
+DATA = ["--data", "sklearn:digits", "--num-samples", "40"]
+
+LINES = {  # in this order, each in the folder that the ones before it left
+    "analyze": [["{vit}", "--ratio", "0.5"], ["{vit}", *DATA[:2], "--calibration-samples", "32"]],
+    "calibrate": [["{vit}", *DATA[:2], "--calibration-samples", "32", "-o", "stats"]],
+    "decompose": [
+        ["{vit}", "--ratio", "0.5", "--dry-run"],
+        ["{vit}", "--ratio", "0.5", *DATA, "--calibration-samples", "32", "--max-params", "1", "-o", "small"],
+        ["{vit}", "--keep-all-ranks", "-o", "all"],
+        ["{vit}", "--keep-all-ranks", "-o", "all"],
+    ],
+    "truncate": [["all", "--ratio", "0.4", "-o", "cut"]],
+    "prune-layers": [
+        ["small", *DATA, "--score", "block-influence", "--keep", "1", "-o", "shorter"],
+        ["small", "--drop", "1", "--dry-run"],
+    ],
+    "distill": [["small", *DATA, "--steps", "2", "-o", "healed"]],
+    "evaluate": [["small", *DATA, "--against", "base"], ["small", *DATA]],
+    "bench": [
+        ["small", "--rounds", "5", "--batch-size", "2", "--against", "base"],
+        ["{vit}", "--rounds", "5", "--batch-size", "1"],
+    ],
+    "show": [["small"], ["stats"], ["small", "--commands"]],
+    "compare": [["small", "healed"], ["all"]],
+    "init": [["{vit}", "--data", "sklearn:digits"]],
+    "run": [["--dry-run"], ["short.toml"], ["short.toml"]],
+    "methods": [[], ["decompose"]],
+}  # fmt: skip
+
+
+def errors(printed: dict[str, Any]) -> list[str]:
+    jsonschema = pytest.importorskip("jsonschema")
+    found = jsonschema.Draft202012Validator(SCHEMA).iter_errors(printed)
+    return [f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+
+
+def test_the_schema_is_a_schema_and_knows_every_command() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert set(SCHEMA["properties"]["command"]["enum"]) == set(COMMANDS)
+    assert SCHEMA["properties"]["schema_version"]["const"] == report.SCHEMA_VERSION
+    assert SCHEMA["required"] == list(report.Report("show").to_json())
+
+
+def test_a_key_that_the_schema_does_not_know_is_an_error() -> None:
+    printed = report.Report("show", {"manifest": {"id": "", "base": {}, "steps": []}, "commands": [], "tensors": 1})
+    assert errors(printed.to_json()) == []
+    assert errors({**printed.to_json(), "new": 1}) != []
+    assert errors({**printed.to_json(), "command": "shown"}) != []
+    assert errors({**printed.to_json(), "tensors": None}) != []
+
+
+def test_every_command_keeps_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vit: Path, peftc: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text(
+        f'model = "{tiny_vit}"\nruns = "short"\nchain = ["decompose", "show"]\n'
+        "[decompose]\nratio = 0.5\nmax-params = 1\n"
+    )
+    assert {*LINES, "demo", "report"} >= set(COMMANDS), "the demo takes long: tests/steps/test_demo.py looks at it"
+    for word, lines in LINES.items():
+        for line in lines:
+            result = peftc(word, *(text.format(vit=tiny_vit) for text in line), "--json")
+            assert result.exit_code in (0, 3), f"{word} {line}: {result.stderr}"
+            printed = json.loads(result.stdout)
+            assert printed["command"] == word
+            assert errors(printed) == [], f"{word} {line}"
+            for step in printed.get("steps", []) if word == "run" else []:
+                assert step["report"] is None or errors(step["report"]) == []
+
+
+def test_python_gives_the_same_object(tiny_vit: Path) -> None:
+    assert errors(peftc.analyze(tiny_vit, ratio=0.5).to_json()) == []
+
+
+def test_the_readme_lists_the_keys_of_every_command() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = text.split("| command | keys of its own |\n")[1].split("\n\n")[0].splitlines()[1:]
+    told = {row.split("|")[1].strip().strip("`"): set(row.split("`")[3::2]) for row in rows}
+    own = {
+        word: SCHEMA["$defs"][word]["properties"].keys() - SCHEMA["properties"].keys()
+        for word in SCHEMA["properties"]["command"]["enum"]
+    }
+    assert told == own
