@@ -229,6 +229,22 @@ def test_the_json_object_has_the_keys_that_are_listed() -> None:
     assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
 
 
+def test_the_shells_complete_what_the_readme_says() -> None:
+    block = next(block.text for block in blocks(README) if block.headings[-1] == "Shell completion")
+    variable = program.COMPLETE
+    shells = re.findall(rf"{variable}=source_(\w+) peftc", block)
+    assert shells == ["bash", "zsh", "fish"]
+
+    def answer(**asked: str) -> str:
+        line = [sys.executable, "-m", "peftc"]
+        return subprocess.run(line, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout
+
+    for shell in shells:
+        assert f"{variable}=complete_{shell}" in answer(**{variable: f"source_{shell}"})
+    asked = {variable: "complete_bash", "COMP_WORDS": "peftc decompose --ra", "COMP_CWORD": "2"}
+    assert answer(**asked).split() == ["--ratio", "--rank", "--rank-multiple"]
+
+
 def test_what_is_named_is_there() -> None:
     for path in re.findall(r"`((?:examples|tests)/[^`]*)`", README):
         assert (REPOSITORY / path).exists(), path
