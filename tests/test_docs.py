@@ -133,7 +133,7 @@ def test_the_options_of_the_tour_exist(block: Block) -> None:
     lines = [line for line in re.split(r"\n|&&|\|\|?", block.text) if line.strip().startswith("peftc ")]
     assert lines
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r" >\S+", "", line), comments=True)
         COMMANDS[words[1]].make_context(words[1], words[2:])
 
 
