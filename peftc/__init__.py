@@ -21,15 +21,21 @@ __all__ = [
     "demo",
     "distill",
     "evaluate",
+    "extract_lora",
+    "finetune",
+    "export",
     "init",
     "load",
+    "merge",
     "prune_layers",
     "show",
     "truncate",
+    "with_adapter",
 ]
 
 if TYPE_CHECKING:
     from peftc.errors import PeftcError
+    from peftc.models.load import with_adapter
     from peftc.report import Report
     from peftc.source import Source
     from peftc.steps.analyze import analyze
@@ -40,24 +46,34 @@ if TYPE_CHECKING:
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
     from peftc.steps.evaluate import evaluate
+    from peftc.steps.export import export
+    from peftc.steps.extract_lora import extract_lora
+    from peftc.steps.finetune import finetune
     from peftc.steps.init import init
+    from peftc.steps.merge import merge
     from peftc.steps.prune_layers import prune_layers
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate
 
-_HOMES = {"PeftcError": "peftc.errors", "Report": "peftc.report", "Source": "peftc.source"}
+_HOMES = {
+    "PeftcError": "peftc.errors",
+    "Report": "peftc.report",
+    "Source": "peftc.source",
+    "with_adapter": "peftc.models.load",
+}
 
 
-def load(model: Any, *, allow_code: bool = False) -> Any:
+def load(model: Any, *, merge: bool = True, allow_code: bool = False) -> Any:
     """Return the network of a model or an artifact, an ``nn.Module`` in eval mode.
 
     Args:
         model: anything that the commands take as MODEL, or a ``Source``.
+        merge: take the updates of a delta into the weights that they change; False keeps them apart.
         allow_code: import the Python code of yours that an artifact names as its base.
     """
     from peftc.models.load import load_module
 
-    return load_module(model, allow_code=allow_code)
+    return load_module(model, merge=merge, allow_code=allow_code)
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ def from_file(info: TensorInfo) -> Piece:
 
 
 def write_weights(
-    folder: Path, pieces: dict[str, Piece], identity: str, max_shard_bytes: int, stem: str = MODEL
+    folder: Path, pieces: dict[str, Piece], identity: str | None, max_shard_bytes: int, stem: str = MODEL
 ) -> dict[str, dict[str, Any]]:
     """Write ``pieces`` as one safetensors file, or as shards with an index, and return sha256 and bytes per file.
 
@@ -86,11 +86,11 @@ def write_weights(
     return files
 
 
-def _write_shard(path: Path, pieces: dict[str, Piece], identity: str) -> dict[str, Any]:
+def _write_shard(path: Path, pieces: dict[str, Piece], identity: str | None) -> dict[str, Any]:
     entries = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
     total, written = hashlib.sha256(), 0
     with path.open("wb") as file:
-        start = encode_header(entries, {"format": "pt", "peftc": identity})
+        start = encode_header(entries, {"format": "pt", **({"peftc": identity} if identity else {})})
         for block in _chain(start, pieces):
             file.write(block)
             total.update(block)
@@ -155,7 +155,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if twice:
             raise ArtifactError(f"`{twice[0]}` stands in two files of `{folder}`")
         table.update(tensors)
-    if not table:
+    if not table and not manifest.delta:
         what = "factors" if factors else "weights"
         raise ArtifactError(f"`{folder}` holds no {what}", why="its manifest lists no safetensors file of them")
     return table

@@ -1,13 +1,63 @@
-"""Which layers to keep, decided from one score per layer; torch-free."""
+"""Which layers to keep: what was asked, and what follows from one score per layer; torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from peftc.errors import DataError, PlanError
+from peftc.errors import DataError, PlanError, UsageError
 
 NOISE = 0.03  # a silhouette so near to the threshold may fall on its other side for another seed (papers notes, 3.3)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How many or which layers: by a threshold, a number, a list, or what their loss costs; one of them is set.
+
+    Attributes:
+        alpha: share of the last score, in (0, 1].
+        keep: how many.
+        drop: which go, by number.
+        within_drop: what quality may cost, in the unit of the task's first metric.
+    """
+
+    alpha: float | None = None
+    keep: int | None = None
+    drop: tuple[int, ...] = ()
+    within_drop: float | None = None
+
+
+def asked(
+    alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None
+) -> Asked:  # fmt: skip
+    """Return what was asked; alpha where nothing else was.
+
+    Raises:
+        UsageError: two things were, or one that makes no sense.
+    """
+    if not 0 < alpha <= 1:
+        raise UsageError(f"`--alpha` is {alpha:g}", why="it is a share of the last layer's score, in (0, 1]")
+    ways = {"--keep": keep, "--drop": drop, "--within-drop": within_drop}
+    given = [f"`{option}`" for option, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are both given", hint="leave one of them out")
+    if keep is not None:
+        if keep < 1:
+            raise UsageError(f"`--keep` is {keep}", why="one layer at least has to stay")
+        return Asked(keep=keep)
+    if within_drop is not None:
+        if not 0 <= within_drop < float("inf"):
+            raise UsageError(f"`--within-drop` is {within_drop:g}", why="it is how much worse the quality may get")
+        return Asked(within_drop=within_drop)
+    if drop is None:
+        return Asked(alpha=alpha)
+    try:
+        numbers = tuple(sorted({int(part) for part in (drop.split(",") if isinstance(drop, str) else drop)}))
+    except ValueError:
+        raise UsageError(f"`--drop {drop}` is no list of numbers", hint="write it as `--drop 7,9,11`") from None
+    if not numbers:
+        raise UsageError("`--drop` names no layer", hint="write it as `--drop 7,9,11`")
+    return Asked(drop=numbers)
 
 
 @dataclass(frozen=True)
@@ -65,6 +115,18 @@ def best(scores: Sequence[float], number: int, fixed: Collection[int] = ()) -> D
     """
     order = sorted(range(len(scores)), key=lambda at: (at not in fixed, -scores[at] if at not in fixed else 0.0, at))
     return Decision(tuple(sorted(order[:number])))
+
+
+def worst_first(scores: Sequence[float], fixed: Collection[int], *, of_depth: bool) -> list[int]:
+    """Return the layers that may go, those that should go first in front.
+
+    Args:
+        scores: one per layer; NaN only for fixed ones.
+        fixed: layers that stay whatever their score.
+        of_depth: the scores say how good the features are up to a layer, so that layers go from the end.
+    """
+    free = [at for at in range(len(scores)) if at not in fixed]
+    return free[::-1] if of_depth else sorted(free, key=lambda at: (scores[at], -at))
 
 
 def first(number: int) -> Decision:

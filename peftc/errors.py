@@ -81,6 +81,10 @@ class ChainError(PeftcError):
     """A pipe or a project has nothing to hand on."""
 
 
+class ExportError(PeftcError):
+    """A model cannot be written in a format, or what was written computes something else."""
+
+
 class OutputError(PeftcError):
     """A folder cannot be written."""
 

@@ -15,9 +15,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peftc import artifact, manifest
 from peftc.errors import ArtifactError, OutputError, PeftcError, UsageError
@@ -37,6 +37,61 @@ CAUSES = {
 }
 
 
+EXPORT = "export.json"  # in place of a manifest, in a folder that other programs read
+
+
+class Record(Protocol):
+    """What a folder says of itself."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What ``export.json`` says.
+
+    Attributes:
+        id: digest of the base and of every request.
+        request: what was asked.
+        files: name -> ``{"sha256", "bytes"}`` of everything else in the folder but ``result.json``.
+        about: how to use it: format, inputs, output, preprocessing, labels, forms of the modules.
+    """
+
+    id: str
+    request: Mapping[str, Any]
+    files: dict[str, dict[str, Any]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``export.json`` into a folder."""
+        artifact.write_json(folder / EXPORT, asdict(self))
+
+
+def read_export(folder: Path) -> ExportRecord:
+    """Return what an export says of itself.
+
+    Raises:
+        ArtifactError: it cannot be read, or a file that it lists is missing or of another length.
+    """
+    try:
+        value = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        record = ExportRecord(value["id"], value["request"], value["files"], value["about"])
+        changed = [
+            name for name, entry in record.files.items()
+            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
+        ]  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"cannot read `{folder / EXPORT}`", why=repr(error)) from None
+    if changed:
+        raise ArtifactError(
+            f"`{folder}` is not as it was exported",
+            why=f"`{changed[0]}` is missing or of another length",
+            hint="export again with `--overwrite`",
+        )
+    return record
+
+
 @dataclass
 class Job:
     """A step at work on one output folder.
@@ -48,6 +103,7 @@ class Job:
         asked: id and request as they came, where the answer depended on the clock and `id` is that of the answer.
         done: the folder is already there, from the same request.
         resumed: parts of an earlier, interrupted run are there.
+        record: the file by which a finished folder is known: the manifest of an artifact, or `EXPORT`.
     """
 
     output: Path
@@ -57,6 +113,7 @@ class Job:
     done: bool = False
     resumed: bool = False
     started: float = field(default_factory=time.monotonic)
+    record: str = MANIFEST
 
     @property
     def partial(self) -> Path:
@@ -102,7 +159,7 @@ class Job:
         self.asked = {"id": self.id, "request": dict(self.request)}
         self.id = identity
 
-    def finish(self, record: manifest.Manifest, result: dict[str, Any]) -> None:
+    def finish(self, record: Record, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
         artifact.write_json(self.folder / artifact.RESULT, result)
@@ -127,8 +184,9 @@ class Job:
 
 @contextmanager
 def execution(
-    output: Path, identity: str, request: Mapping[str, Any] | None = None, *, overwrite: bool = False
-) -> Iterator[Job]:
+    output: Path, identity: str, request: Mapping[str, Any] | None = None, *, overwrite: bool = False,
+    record: str = MANIFEST,
+) -> Iterator[Job]:  # fmt: skip
     """Hold the output folder for one request, and leave nothing behind when the request is refused.
 
     Raises:
@@ -138,7 +196,7 @@ def execution(
     """
     if output.name in ("", ".."):
         raise UsageError(f"`{output}` names no folder of its own", hint="give it a name: `-o small`")
-    job = Job(output, identity, request or {})
+    job = Job(output, identity, request or {}, record=record)
     with _told(output):
         _refuse_foreign(job)
         if job.replaced.exists() and not output.exists():
@@ -213,23 +271,29 @@ def _sweep(job: Job) -> None:
 def _is_done(job: Job, overwrite: bool) -> bool:
     """Return whether the output already is the answer; refuse when it is something else that may not be replaced."""
     output, asked = job.output, job.result().get("asked") or {}
-    if output.is_dir() and (output / MANIFEST).is_file():
-        found = None
+    word = "export" if job.record == EXPORT else "artifact"
+    if output.is_dir() and (output / job.record).is_file():
+        there: Mapping[str, Any] = {}
         try:
-            found = manifest.read(output)
-            if job.id in (found.id, asked.get("id")):
-                artifact.tensor_table(output, found)
-                return True
+            if job.record == EXPORT:
+                exported = read_export(output)
+                there = exported.request
+                if exported.id == job.id:
+                    return True
+            else:
+                found = manifest.read(output)
+                there = found.steps[-1]["request"] if found.steps else {}
+                if job.id in (found.id, asked.get("id")):
+                    artifact.tensor_table(output, found)
+                    return True
         except PeftcError:
             if not overwrite:
                 raise
         if overwrite:
             return False
         raise ArtifactError(
-            f"`{output}` holds the artifact of another request",
-            why=_difference(
-                asked.get("request") or (found.steps[-1]["request"] if found and found.steps else {}), job.request
-            ),
+            f"`{output}` holds the {word} of another request",
+            why=_difference(asked.get("request") or there, job.request),
             hint="write elsewhere with `-o`, or replace it with `--overwrite`",
             request=job.id,
         )
@@ -238,7 +302,7 @@ def _is_done(job: Job, overwrite: bool) -> bool:
         return False
     raise ArtifactError(
         f"`{output}` is in the way",
-        why="it is no artifact of peftc, so peftc neither writes into it nor deletes it",
+        why=f"it is no {word} of peftc, so peftc neither writes into it nor deletes it",
         hint="write elsewhere with `-o`",
     )
 

@@ -25,7 +25,12 @@ FIELDS: dict[str, Any] = {
     "preprocess": dict,
     "labels": list | None,
 }  # `manifest.schema.json` says the same in full, and a test compares the two
-OPTIONAL: dict[str, Any] = {"ordered": dict, "kept_layers": list}  # manifests from before these fields lack them
+OPTIONAL: dict[str, Any] = {
+    "ordered": dict,
+    "kept_layers": list,
+    "adapters": dict,
+    "delta": dict,
+}  # older ones lack them
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Manifest:
         ordered: dotted name -> ``{"form", "rank"}`` of each dense module whose factors of every rank up to that one lie
             in ``factors.safetensors``, for `truncate`; rank 0 where no factors would be smaller.
         kept_layers: names in the base of the layers that are left, in running order; empty where none was dropped.
+        adapters: dotted name -> ``{"method", "settings"}`` of each module with an update that is not merged.
+        delta: empty for an artifact that holds every tensor; otherwise the model that holds the others: its ``source``,
+            the sha256 of its ``files``, and ``tensors``, name here -> name there, for those called otherwise there.
     """
 
     id: str
@@ -59,6 +67,8 @@ class Manifest:
     labels: list[str] | None = None
     ordered: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept_layers: list[str] = field(default_factory=list)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    delta: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -132,6 +142,14 @@ def read(folder: Path) -> Manifest:
         raise _damaged(path, "one of its tied names is no text")
     if not all(isinstance(name, str) for name in value.get("kept_layers", [])):
         raise _damaged(path, "one of its kept layers is no text")
+    for name, entry in value.get("adapters", {}).items():
+        if not _has(entry, {"method": str, "settings": dict}):
+            raise _damaged(path, f"its entry for the adapter of `{name}` has no method and settings")
+    delta = value.get("delta")
+    if delta and not (
+        _has(delta, {"source": dict, "files": dict, "tensors": dict}) and _has(delta["source"], {"spec": str})
+    ):
+        raise _damaged(path, "it is a delta, but does not say on which model")
     return Manifest(**value)
 
 

@@ -100,6 +100,21 @@ def agreed(find: Callable[[], Value]) -> Value:
     return held[0]  # type: ignore[no-any-return]
 
 
+def gathered(values: Sequence[Value]) -> list[Value]:
+    """Return what all processes found, that of the first in front.
+
+    Raises:
+        PeftcError: one of them is gone.
+    """
+    if size() == 1:
+        return list(values)
+    from accelerate.utils import gather_object
+
+    _state()
+    with _gone():
+        return list(gather_object(list(values)))
+
+
 def _told(text: str | None) -> list[str | None]:
     """Tell all processes how this one fared, and return what they tell."""
     from accelerate.utils import gather_object

@@ -11,8 +11,9 @@ from typing import Any
 from peftc.errors import SourceError, UsageError
 
 MANIFEST = "peftc.json"
+ADAPTER = "adapter_config.json"  # of Hugging Face peft
 FORMS = (
-    "an artifact folder, a transformers or timm folder, "
+    "an artifact folder, a transformers, timm or peft folder, "
     "`timm/NAME`, `timm:NAME`, `ORG/NAME[@REVISION]`, `hf:ORG/NAME`, "
     "`file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
 )
@@ -32,6 +33,7 @@ class Source:
         allow_code: run the user's own Python code named by ``python:...``.
         trust_remote_code: run code that comes with a transformers checkpoint.
         offline: never ask the network.
+        base: the model beneath a delta, where it is not where it was.
     """
 
     spec: str
@@ -43,6 +45,7 @@ class Source:
     allow_code: bool = False
     trust_remote_code: bool = False
     offline: bool = False
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Located:
     """What a source turned out to be.
 
     Attributes:
-        kind: ``artifact``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
+        kind: ``artifact``, ``peft``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
             ``timm-arch`` (``name`` is in timm's registry) or ``python`` (``name`` is ``module:factory``).
         name: hub id, architecture or factory.
         folder: the local folder, or None.
@@ -113,6 +116,8 @@ def _hub(name: str, revision: str | None) -> Located:
 def _folder(path: Path, source: Source) -> Located:
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
+    if (path / ADAPTER).is_file():
+        return Located("peft", folder=path)
     config = path / "config.json"
     if not config.is_file():
         raise SourceError(

@@ -45,6 +45,7 @@ def _encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
 def _fixed_size(model: Model, image_size: int | None) -> None:
     size = model.preprocess.get("input_size")
     fixed = model.config.get("pretrained_cfg", {}).get("fixed_input_size", False)
+    fixed = fixed and not (model.config.get("model_args") or {}).get("dynamic_img_size")
     if image_size is not None and image_size < 1:
         raise UsageError(f"`--image-size` is {image_size}", why="images have at least one pixel")
     if image_size is not None and size and fixed and list(size[1:]) != [image_size] * 2:

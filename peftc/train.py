@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from peftc import processes, progress
+from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure import out_of_memory
-from peftc.models.load import device_of
 from peftc.nn import surgery
 from peftc.recipe import Recipe, mixed, rate
 
@@ -51,6 +49,7 @@ class Outcome:
         steps: how many there were.
         seconds_per_step: mean wall-clock time of this process.
         resumed: step from which an interrupted run went on; 0 for a run from the start.
+        optimizer_bytes: of the optimizer's state.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -60,6 +59,7 @@ class Outcome:
     steps: int = 0
     seconds_per_step: float = 0.0
     resumed: int = 0
+    optimizer_bytes: int = 0
 
 
 def fit(
@@ -74,6 +74,7 @@ def fit(
     folder: Path | None = None,
     log_with: str | None = None,
     log_folder: Path | None = None,
+    after_step: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Train ``module`` in place and leave it in eval mode; the caller's random state is left as it was.
 
@@ -88,15 +89,16 @@ def fit(
         folder: for checkpoints, from which the same call goes on, and the log; nothing is kept when None.
         log_with: a tracker that Accelerate knows, as ``tensorboard``, which writes into ``log_folder``.
         log_folder: of the tracker.
+        after_step: called with the number of steps made and to make, after each, while its gradients are still there.
 
     Raises:
         DivergenceError: the loss is NaN or infinite.
         PeftcError: a process of the launch is gone, or there is too little memory.
     """
-    accelerator = _accelerator(recipe, device, log_with, log_folder)
+    accelerator = accelerator_of(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate)
-    run = _Run(accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder)
+    run = _Run(accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder, after_step)
     with processes.watched(), _seeded(recipe.seed, accelerator.device):
         run.total = run.resolve()
         run.restore()
@@ -125,31 +127,6 @@ def fit(
     return run.outcome
 
 
-def _accelerator(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
-    place = device_of(device)
-    AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
-    try:
-        with warnings.catch_warnings():  # that a tracker is missing is refused below
-            warnings.simplefilter("ignore")
-            accelerator = Accelerator(
-                cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
-                project_dir=None if folder is None else str(folder),
-            )  # fmt: skip
-    except (ValueError, ImportError) as error:
-        raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise PeftcError(
-            f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
-            hint="configure Accelerate for data parallel training",
-        )  # fmt: skip
-    if log_with:
-        if not accelerator.log_with:
-            raise PeftcError(f"`{log_with}` is not installed", hint=f"`pip install {log_with}`, or leave `--log-with`")
-        accelerator.init_trackers("peftc")
-    return accelerator
-
-
 @dataclass
 class _Run:
     """The state of a training between two steps, and what moves it on."""
@@ -162,6 +139,7 @@ class _Run:
     loss: Callable[[nn.Module, Any], Tensor | Terms]
     recipe: Recipe
     folder: Path | None
+    after_step: Callable[[int, int], None] | None = None
     total: int = 0
     step: int = 0
     outcome: Outcome = field(default_factory=Outcome)
@@ -175,6 +153,11 @@ class _Run:
     def learning(self) -> dict[str, nn.Parameter]:
         """Return the parameters that learn, by name."""
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
+
+    def changing(self) -> dict[str, Tensor]:
+        """Return the tensors that a step may change, by name: parameters that learn, and buffers."""
+        frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
+        return {name: each for name, each in surgery.tensors_of(self.module).items() if name not in frozen}
 
     def rate(self) -> float:
         """Return the learning rate of the step to come."""
@@ -208,6 +191,8 @@ class _Run:
         if self.recipe.clip:
             self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step(self.step + 1, self.total)
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, parameter in self.learning().items() if self.average else ():
@@ -315,7 +300,7 @@ class _Run:
             self.outcome.scores.append((self.step, value))
             if better:
                 self.outcome.best = self.step
-                self.best = {name: each.detach().clone() for name, each in surgery.tensors_of(self.module).items()}
+                self.best = {name: each.detach().clone() for name, each in self.changing().items()}
         self.train()
         torch.set_rng_state(random)
         self.write({"step": self.step, "score": value})
@@ -349,18 +334,21 @@ class _Run:
     def end(self, judged: bool) -> None:
         """Leave the best weights in the module, or else the average."""
         if judged:
-            _copy(self.best, surgery.tensors_of(self.module))
+            _copy(self.best, self.changing())
         else:
             _copy(self.average, {name: self.learning()[name] for name in self.average})
             self.outcome.best = self.total
         self.outcome.steps = self.total
+        state = self.optimizer.state_dict()["state"].values()
+        tensors = [each for own in state for each in own.values() if isinstance(each, Tensor)]
+        self.outcome.optimizer_bytes = sum(each.nbytes for each in tensors)
 
     def train(self) -> None:
-        """Switch to training mode: all of the network, or only what keeps running statistics."""
+        """Switch to training mode: all of the network, or only what keeps running statistics, unless it is frozen."""
         self.module.train(self.recipe.dropout)
         for each in self.module.modules():
             if isinstance(each, nn.modules.batchnorm._BatchNorm):
-                each.train()
+                each.train(all(own.requires_grad for own in each.parameters()))
 
     def has_checkpoint(self) -> bool:
         return self.folder is not None and (self.folder / CHECKPOINT).is_file()
@@ -370,7 +358,7 @@ class _Run:
         if self.folder is None or processes.rank():
             return
         state = {
-            "step": self.step, "module": surgery.tensors_of(self.module), "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "module": self.changing(), "optimizer": self.optimizer.state_dict(),
             "average": self.average, "best": self.best, "outcome": vars(self.outcome),
         }  # fmt: skip
         unfinished = self.folder / f"{CHECKPOINT}.tmp"
@@ -381,13 +369,17 @@ class _Run:
         """Go on from the last checkpoint, where there is one."""
         if self.folder is not None and processes.agreed(self.has_checkpoint):
             state = torch.load(self.folder / CHECKPOINT, map_location=self.accelerator.device, weights_only=True)
-            _copy(state["module"], surgery.tensors_of(self.module))
+            _copy(state["module"], self.changing())
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.best, self.step = state["average"], state["best"], state["step"]
             self.outcome = Outcome(**state["outcome"])
             self.outcome.resumed = self.step
         if self.folder is not None and processes.rank() == 0:
-            _cut(self.folder / LOG, self.step)
+            _cut(
+                self.folder / LOG,
+                self.step,
+                judged=bool(self.outcome.scores) and self.outcome.scores[-1][0] == self.step,
+            )
         self.train()
 
 
@@ -411,12 +403,17 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
             tensor.copy_(source[name])
 
 
-def _cut(log: Path, step: int) -> None:
-    """Drop what a log says of steps after the last checkpoint: they are made again."""
+def _cut(log: Path, step: int, *, judged: bool) -> None:
+    """Drop what a log says of what came after the last checkpoint: it is made again."""
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+        told = [(line, json.loads(line)) for line in whole]
+        last = ("loss", "score") if judged else ("loss",)
+        kept = [
+            line for line, of in told if of["step"] < step or (of["step"] == step and any(key in of for key in last))
+        ]
+        log.write_text("".join(kept), encoding="utf-8")
 
 
 def _kept(path: Path | None) -> int:

@@ -12,9 +12,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
-    {"methods", "hooks", "train", "measure"},
-    {"nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
-    {"job", "artifact", "manifest", "plan", "allocate", "depth", "source", "config", "recipe", "ledger"},
+    {"hooks", "train", "accelerator", "measure"},
+    {"methods", "nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
+    {
+        "job",
+        "artifact",
+        "manifest",
+        "plan",
+        "allocate",
+        "budgets",
+        "depth",
+        "source",
+        "config",
+        "recipe",
+        "interchange",
+        "ledger",
+    },
     {"errors", "header", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

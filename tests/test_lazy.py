@@ -14,7 +14,8 @@ HEAVY = {
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
 TORCH_FILES = {
-    "hooks.py", "train.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py", "unlabelled.py",
+    "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
+    "unlabelled.py",
 }  # fmt: skip
 LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts")  # they read manifests and results alone
 LIGHT = sorted(

@@ -10,8 +10,8 @@ from peftc.cli.app import app
 from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
-    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "evaluate", "bench", "demo", "show",
-    "compare", "report", "init",
+    "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
+    "export", "evaluate", "bench", "demo", "show", "compare", "report", "init",
 ]  # fmt: skip
 OF_THE_COMMAND_LINE = ["methods", "run"]  # these print a list, and read the project file, which Python does not
 

@@ -32,7 +32,11 @@ from peftc.cli.decompose import decompose
 from peftc.cli.demo import demo
 from peftc.cli.distill import distill
 from peftc.cli.evaluate import evaluate
+from peftc.cli.export import export
+from peftc.cli.extract_lora import extract_lora
+from peftc.cli.finetune import finetune
 from peftc.cli.init import init
+from peftc.cli.merge import merge
 from peftc.cli.methods import methods
 from peftc.cli.prune_layers import prune_layers
 from peftc.cli.report import report
@@ -180,7 +184,10 @@ def peftc(
     """
 
 
-STEPS = (analyze, calibrate, decompose, truncate, prune_layers, distill, evaluate, bench, show, compare, report)
+STEPS = (
+    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, export, evaluate,
+    bench, show, compare, report,
+)  # fmt: skip
 for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 

@@ -177,6 +177,7 @@ def _texts(value: Any) -> list[str]:
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
+Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
 Models = Annotated[
     list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
 ]
@@ -194,6 +195,7 @@ Ratio = Annotated[
     str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
 ]
 Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
 Energy = Annotated[
     str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
 ]
@@ -235,7 +237,14 @@ Drop = Annotated[str | None, Option(metavar="N,...", help="drop these layers, by
 TaskData = Annotated[
     str | None, Option("--data", metavar="DATA", help="samples of the task, to score layers and measure")
 ]
-ScorePlot = Annotated[Path | None, Option("--plot", metavar="FILE", help="draw the scores to this .png or .svg")]
+WithinDrop = Annotated[
+    float | None, Option(parser=not_negative, metavar="X", help="drop what costs at most X of held-out quality")
+]
+Repair = Annotated[bool, Option("--repair", help="close the gaps by linear maps, folded into the layers before them")]
+Stability = Annotated[bool, Option("--stability", help="score again with other seeds and on halves of the samples")]
+ScorePlot = Annotated[
+    Path | None, Option("--plot", metavar="FILE", help="draw scores and t-SNE maps to this .png or .svg")
+]
 
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 
@@ -275,6 +284,19 @@ TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (
 LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
 Rounds = Annotated[int, Option(min=5, metavar="N", help="timed rounds, 5 or more")]
 
+# how to export
+Format = Annotated[
+    str | None, Option("--format", metavar="NAME", help="what to write, as onnx or hf, see `peftc methods format`")
+]
+Dense = Annotated[bool, Option("--dense", help="multiply factors out first")]
+SomeData = Annotated[str | None, Option("--data", metavar="DATA", help="compare on these samples")]
+ComparedSamples = Annotated[
+    int, Option("--num-samples", min=1, metavar="N", help="compare on at most this many samples")
+]
+TimedBatch = Annotated[
+    int, Option("--batch-size", min=1, metavar="N", help="time batches of so many samples, and of one")
+]
+
 # how to train
 Teacher = Annotated[str | None, Option(metavar="MODEL", help="who is imitated (default: the base of MODEL)")]
 Loss = Annotated[str | None, Option(metavar="NAME=WEIGHT,...", help="terms and weights, as features=1,task=0.5")]
@@ -304,6 +326,26 @@ HeldOut = Annotated[
 ]
 Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
 LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
+
+# what to adapt
+Adapter = Annotated[str, Option("--method", metavar="NAME", help="what learns, as lora, see `peftc methods adapter`")]
+AlsoAdapt = Annotated[list[str], Option("--include", metavar="PATTERN", help="also adapt these modules, repeatable")]
+LeaveAlone = Annotated[list[str], Option("--skip", metavar="PATTERN", help="do not adapt these modules, repeatable")]
+OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]
+SameRank = Annotated[bool, Option("--same-rank", help="merge --on-product updates at the rank that there was")]
+Head = Annotated[
+    str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
+]
+Delta = Annotated[
+    bool | None, Option("--delta/--full", help="write what the task changed, or a whole model (default: as MODEL is)")
+]
+Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
+UsualRate = Annotated[
+    float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
+]
+UsualDecay = Annotated[
+    float | None, Option("--weight-decay", parser=not_negative, metavar="X", help="of AdamW (default: the method's)")
+]
 
 # gates: exit 3 where they are not met
 MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
@@ -354,6 +396,7 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "allow_code": (Annotated[bool, Option("--allow-code", help="run the python: code that MODEL names")], False),
     "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
     "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
+    "base": (Annotated[str | None, Option(metavar="MODEL", help="what a delta changes, where it is not found")], None),
 }
 OUTPUT: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),

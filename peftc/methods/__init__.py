@@ -6,9 +6,12 @@ A method is a function in a file of its own plus one line here; others add their
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from peftc.errors import MethodError, UsageError, one_of
@@ -39,8 +42,33 @@ METHODS: dict[str, dict[str, str]] = {
         "angular": "peftc.methods.importance.angular",
         "cka": "peftc.methods.importance.cka",
         "magnitude": "peftc.methods.importance.magnitude",
+        "taylor": "peftc.methods.importance.taylor",
+        "drop": "peftc.methods.importance.drop",
+    },
+    "adapter": {
+        "lora": "peftc.methods.adapter.lora",
+        "rslora": "peftc.methods.adapter.rslora",
+        "dora": "peftc.methods.adapter.dora",
+        "flora": "peftc.methods.adapter.flora",
+        "snell": "peftc.methods.adapter.snell",
+        "snella": "peftc.methods.adapter.snella",
+        "adapter": "peftc.methods.adapter.adapter",
+        "sara": "peftc.methods.adapter.sara",
+        "head": "peftc.methods.adapter.head",
+        "bitfit": "peftc.methods.adapter.bitfit",
+        "full": "peftc.methods.adapter.full",
+    },
+    "format": {
+        "hf": "peftc.methods.format.hf",
+        "timm": "peftc.methods.format.timm",
+        "safetensors": "peftc.methods.format.safetensors",
+        "onnx": "peftc.methods.format.onnx",
+        "torch_export": "peftc.methods.format.torch_export",
     },
 }
+
+
+USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's and SNELLA's, papers notes A.1.7
 
 
 def outsiders(kind: str) -> dict[str, Any]:
@@ -77,6 +105,38 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
     """Return name -> default of a method's settings."""
     parameters = inspect.signature(method).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def recipe_of(method: Callable[..., Any]) -> dict[str, float]:
+    """Return how a method trains unless told otherwise: ``RECIPE`` of its module, over what suits most."""
+    own = getattr(importlib.import_module(method.__module__), "RECIPE", {})
+    return USUAL | own
+
+
+def described(kind: str, name: str) -> dict[str, Any]:
+    """Return what a built-in method is, read from its file without importing it.
+
+    Returns:
+        ``source``, the first sentence of its module; ``settings`` with their defaults; ``recipe`` of a finetuning.
+    """
+    home = METHODS[kind][name]
+    spec = importlib.util.find_spec(home)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    values = {node.arg: default.value for node, default in pairs if isinstance(default, ast.Constant)}
+    recipes = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RECIPE"
+    ]
+    first = (ast.get_docstring(tree) or "").split("\n\n")[0].split("\n")[0]
+    return {
+        "source": first,
+        "settings": values,
+        "recipe": (USUAL | (recipes[0] if recipes else {})) if kind == "adapter" else {},
+    }
 
 
 def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Let layers hand on what they read, in the forward passes made inside."""
 
     def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return _in_place_of(output, _read(args, kwargs))
+        return in_place_of(output, _read(args, kwargs))
 
     with registered(network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names):
         yield
@@ -146,8 +146,8 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
 
 
-def _in_place_of(output: Any, tensor: Tensor) -> Any:
+def in_place_of(output: Any, tensor: Tensor) -> Any:
     """Return an output of a layer with another tensor as the main one."""
     if isinstance(output, list | tuple):
-        return type(output)([_in_place_of(output[0], tensor), *output[1:]])
+        return type(output)([in_place_of(output[0], tensor), *output[1:]])
     return tensor

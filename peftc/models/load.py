@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import build, streaming, weights
+from peftc.models import adapting, build, delta, from_peft, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
+from peftc.nn.adapted import TakenIn, take_in, with_ranks
 from peftc.source import Located, Source, locate
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ class Model:
         return str(self.base.get("architecture", ""))
 
 
-def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True) -> Model:
+def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True, merge: bool = True) -> Model:
     """Return the model behind any form of MODEL.
 
     Args:
         model: what the user named, or a live network.
         weights: False leaves the parameters on the meta device, for plans that need shapes alone.
+        merge: take the updates of an artifact into the weights that they change, where they change weights.
 
     Raises:
         SourceError, ArtifactError, WeightError: it cannot be found, trusted or filled exactly.
@@ -100,7 +102,10 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     source = model if isinstance(model, Source) else Source(str(model))
     located = locate(source)
     if located.kind == "artifact":
-        return _artifact(source, located, weights)
+        return _artifact(source, located, weights, merge)
+    if located.kind == "peft":
+        assert located.folder is not None
+        return without_updates(from_peft.from_folder(source, located.folder, load))[0]
     base = build.build(source, located, weights)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
@@ -127,17 +132,59 @@ def _refuse_lazy(model: Model) -> None:
         )
 
 
-def load_module(model: str | Path | Source | nn.Module | Model, *, allow_code: bool = False) -> nn.Module:
+def load_module(
+    model: str | Path | Source | nn.Module | Model, *, merge: bool = True, allow_code: bool = False
+) -> nn.Module:
     """Return the network behind MODEL in eval mode, ready to run.
 
     Args:
         model: an artifact, or any other form of MODEL.
+        merge: take the updates of a delta into the weights that they change; kept apart they share those.
         allow_code: let an artifact whose base is your own Python code import it.
     """
     if isinstance(model, nn.Module | Model):
         return load(model).module
     source = model if isinstance(model, Source) else Source(str(model))
-    return load(replace(source, allow_code=source.allow_code or allow_code)).module
+    return load(replace(source, allow_code=source.allow_code or allow_code), merge=merge).module
+
+
+def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = False) -> nn.Module:
+    """Return the network of a delta that shares every tensor which the task left alone with ``network``, its base.
+
+    Several deltas on one base take its memory once.
+
+    Args:
+        network: the base, as `load_module` gives it, on any device.
+        folder: the delta.
+        allow_code: as for `load_module`.
+
+    Raises:
+        ArtifactError: the folder holds no delta, or ``network`` is not its base.
+    """
+    tuned = load(Source(str(folder), allow_code=allow_code), merge=False)
+    record = tuned.manifest
+    if record is None or not record.delta:
+        raise ArtifactError(f"`{folder}` is no delta", hint="load it by itself: `peftc.load`")
+    assert tuned.folder is not None
+    own, place = artifact.tensor_table(tuned.folder, record), place_of(network)
+    theirs, mine = surgery.tensors_of(network), surgery.tensors_of(tuned.module)
+    for names in surgery.stored_names(tuned.module).values():
+        there = record.delta["tensors"].get(names[0], names[0])
+        if names[0] in own:
+            surgery.assign(tuned.module, names, mine[names[0]].to(place))
+        elif there not in theirs or not _same(mine[names[0]], theirs[there]):
+            raise ArtifactError(
+                f"the network is not the base of `{folder}`",
+                why=f"its `{there}` {'has other values' if there in theirs else 'is not there'}",
+                hint=f"load the base first: `peftc.load({record.delta['source']['spec']!r})`",
+            )
+        else:
+            surgery.assign(tuned.module, names, theirs[there])
+    return tuned.module
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device, one.dtype))
 
 
 def refuse_unbuildable(model: Model) -> None:
@@ -172,7 +219,7 @@ def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[
     return merged
 
 
-def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
+def _artifact(source: Source, located: Located, with_weights: bool, merge: bool) -> Model:
     folder = located.folder
     assert folder is not None
     record = manifest.read(folder)
@@ -189,6 +236,7 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
         )
     base = build.from_record(record, folder, source)
     surgery.apply_edits(base.module, record.modules)
+    adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)
     table = artifact.tensor_table(folder, record)
     loaded = Model(
@@ -197,16 +245,50 @@ def _artifact(source: Source, located: Located, with_weights: bool) -> Model:
         labels=record.labels, manifest=record,
     )  # fmt: skip
     if with_weights:
-        tensors = weights.from_infos(str(folder), table)
-        found = surgery.fill(loaded.module, tensors.names(), tensors.read, where=str(folder))
-        loaded.infos = {name: table[there] for name, there in found.items()}
-        loaded.files = tensors.files
+        _fill(loaded, record, table, source)
     if record.ordered:
         loaded.notes.append(
             f"`{folder}` computes what its base computes; the factors beside its weights are for `peftc truncate`"
         )
     loaded.module.eval()
-    return loaded
+    return without_updates(loaded)[0] if merge else loaded
+
+
+def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], source: Source) -> None:
+    """Map the tensors of an artifact into its network; of a delta those that it lacks come from the model beneath."""
+    assert model.folder is not None
+    own = weights.from_infos(str(model.folder), table)
+    others: dict[str, Tensor] = {}
+    infos = dict(table)
+    if record.delta:
+        beneath, theirs = delta.beneath(record, model.folder, source, load)
+        for name in surgery.stored_names(model.module):
+            there = record.delta["tensors"].get(name, name)
+            if name not in table and there in beneath:
+                others[name] = beneath[there]
+                infos |= {name: theirs[there]} if there in theirs else {}
+
+    def read(name: str) -> Tensor:
+        return others[name] if name in others else own.read(name)
+
+    found = surgery.fill(model.module, [*own.names(), *others], read, where=str(model.folder))
+    model.infos = {name: infos[there] for name, there in found.items() if there in infos}
+    model.files = own.files
+
+
+def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, dict[str, TakenIn]]:
+    """Return a model whose updates are taken into the weights that they change, and what that did, by module.
+
+    Its module is changed in place; updates that change no weight stay.
+    """
+    changed = take_in(model.module, same_rank=same_rank)
+    gone = tuple(f"{name}." for name in changed)
+    infos = {name: info for name, info in model.infos.items() if not name.startswith(gone)}
+    record = model.manifest
+    if record is not None:
+        left = {name: entry for name, entry in record.adapters.items() if name not in changed}
+        record = replace(record, adapters=left, modules=with_ranks(record.modules, changed), delta={})
+    return replace(model, infos=infos, manifest=record), changed
 
 
 def detached(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftc.errors import PeftcError, PlanError
-from peftc.models import from_timm
+from peftc.models import adapting, from_timm
 from peftc.models.from_transformers import UNBUILDABLE
 from peftc.models.load import Model
 from peftc.models.skeleton import on_meta
@@ -51,12 +51,16 @@ class Shorter:
     Attributes:
         model: whose module and config are new; it shares the tensors of the one that it was made from.
         modules: name -> entry of each factored module that is left.
+        adapters: name -> entry of each update that is left.
         renamed: old name -> new name of each kept layer.
+        tensors: new name -> old name of each tensor.
     """
 
     model: Model
     modules: dict[str, dict[str, Any]]
+    adapters: dict[str, dict[str, Any]]
     renamed: dict[str, str]
+    tensors: dict[str, str]
 
 
 def renumbered(kept: Sequence[str]) -> dict[str, str]:
@@ -100,12 +104,15 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
         return name if layer is None else new[layer] + name[len(layer) :]
 
     edits, tied = _renamed_record(model, rename)
+    updates = model.manifest.adapters if model.manifest else {}
+    adapters = {there: dict(entry) for name, entry in updates.items() if (there := rename(name)) is not None}
     tensors = surgery.tensors_of(model.module)
     wanted = {there: name for name in tensors if (there := rename(name)) is not None}
     why = "no argument or config key was found that counts its layers"
     for network, config in _candidates(model, stacks):
         try:
             surgery.apply_edits(network, edits)
+            adapting.rebuild(network, adapters)
             surgery.tie(network, tied)
             first = surgery.fill(network, wanted, lambda name: tensors[wanted[name]], where=model.name)
         except PeftcError as error:
@@ -113,7 +120,7 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
             continue
         infos = {name: model.infos[wanted[there]] for name, there in first.items() if wanted[there] in model.infos}
         made = replace(model, module=network.eval(), config=config, infos=infos, files=[])
-        return Shorter(made, edits, new)
+        return Shorter(made, edits, adapters, new, wanted)
     raise PlanError(
         f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}", why=why,
         hint="choose other layers with `--drop`: some of its layers are not like the others",

@@ -6,7 +6,7 @@ narrower than ten stay dense unless included. Patterns match whole components of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -161,7 +161,7 @@ def _defaults(model: Model, modules: dict[str, Any]) -> dict[str, str]:
     """Return name -> reason for modules that stay dense unless included."""
     reasons: dict[str, str] = {}
     patterns = families.skips(model.library, model.architecture)
-    heads = _heads(model, modules)
+    outputs = heads(model, modules)
     stem = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
     for name, module in modules.items():
         linear = isinstance(module, nn.Linear)
@@ -169,7 +169,7 @@ def _defaults(model: Model, modules: dict[str, Any]) -> dict[str, str]:
         reason = next((why for pattern, why in rules.items() if families.matches(name, pattern)), None)
         if isinstance(module, nn.Embedding):
             reason = "embedding"
-        elif name in heads:
+        elif name in outputs:
             reason = "output head"
         elif name == stem:
             reason = "stem"
@@ -180,13 +180,13 @@ def _defaults(model: Model, modules: dict[str, Any]) -> dict[str, str]:
     return reasons
 
 
-def _heads(model: Model, modules: dict[str, Any]) -> set[str]:
+def heads(model: Model, modules: Mapping[str, Any]) -> set[str]:
     """Return the modules that turn features into outputs."""
     if model.library == "timm":
         names = (model.config.get("pretrained_cfg") or {}).get("classifier") or ()
         asked = model.module.get_classifier() if hasattr(model.module, "get_classifier") else ()
-        heads = asked if isinstance(asked, tuple) else (asked,)
-        found = {name for name, module in modules.items() if any(module is head for head in heads)}
+        asked = asked if isinstance(asked, tuple) else (asked,)
+        found = {name for name, module in modules.items() if any(module is head for head in asked)}
         return found | set((names,) if isinstance(names, str) else names)
     if model.library == "transformers":
         network: Any = model.module

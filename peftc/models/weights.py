@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from peftc import artifact
+from peftc.artifact import Piece
 from peftc.errors import SourceError, WeightError
 from peftc.header import TensorInfo, read_header
+from peftc.nn import surgery
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass
@@ -131,3 +142,25 @@ def _from_shards(folder: Path, index: Path) -> Weights:
     if lacking:
         raise SourceError(f"the shards of `{folder}` lack `{lacking[0]}`", why=f"`{index.name}` lists it")
     return weights
+
+
+def piece(tensor: Tensor) -> Piece:
+    """Return a tensor in memory as a piece of a file."""
+    if tensor.dtype not in DTYPE_NAMES:
+        raise WeightError(f"peftc cannot store tensors of dtype {tensor.dtype}")
+
+    def blocks() -> Iterator[Any]:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        for block in flat.split(1 << 20):
+            yield memoryview(block.view(torch.uint8).numpy())
+
+    return Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), blocks)
+
+
+def pieces_of(model: Model) -> dict[str, Piece]:
+    """Return every stored tensor of a model: byte ranges of its files where there are such, memory otherwise."""
+    state = surgery.tensors_of(model.module)
+    return {
+        name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
+        for name in surgery.stored_names(model.module)
+    }

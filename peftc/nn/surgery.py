@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` stands, also where one module is shared by several parents."""
-    for parent in network.modules():
+    for parent in list(network.modules()):
         for leaf, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[leaf] = new
@@ -162,14 +162,21 @@ def _refuse_untied(names: list[str], available: set[str], read: Callable[[str], 
 
 def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) -> None:
     owner, leaf = _owner(network, names[0])
-    old = owner._parameters.get(leaf)
-    expected = owner._buffers[leaf] if old is None else old
+    expected = owner._parameters.get(leaf)
+    expected = owner._buffers[leaf] if expected is None else expected
     assert expected is not None
     if expected.shape != tensor.shape:
         raise WeightError(
             f"`{names[0]}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
             hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
         )
+    assign(network, names, tensor)
+
+
+def assign(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer that has these names."""
+    owner, leaf = _owner(network, names[0])
+    old = owner._parameters.get(leaf)
     if old is not None:
         trains = old.requires_grad and tensor.is_floating_point()
         tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=trains)

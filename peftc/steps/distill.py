@@ -128,23 +128,14 @@ def distill(
         student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading, augment=changes
     )
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
-    if loss is not None and asked.get(TASK) and not given.labelled:
-        raise DataError(
-            "the task's loss needs labels", why=f"`{data}` has none that the task reads",
-            hint="leave `task` out of `--loss`",
-        )  # fmt: skip
-    if not terms and not weight:
-        raise DataError(
-            "there is nothing to learn", why="no term of `--loss` is left for this model and these samples",
-            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
-        )  # fmt: skip
-    guide = _teacher(teacher, stored, terms, device)
+    refuse_nothing(loss, asked, terms, weight, given, data)
+    guide = teacher_of(teacher, stored, terms, device)
     pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
     work = Imitation(student, guide, given, terms, weight, pairs)
     work.check()
 
     request = {
-        "command": "distill", "teacher": None if guide is None else _identity(guide), "data": given.about,
+        "command": "distill", "teacher": None if guide is None else identity_of(guide), "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task,
         "image_size": image_size, "max_length": max_length, "num_samples": num_samples,
@@ -159,8 +150,8 @@ def distill(
             work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, given, data=data, against=guide, max_drop=max_drop, min_quality=min_quality, task=task,
-        image_size=image_size, max_length=max_length, device=device, seed=seed,
+        report, stored, given, data=data, against=guide or load(stored.source), max_drop=max_drop,
+        min_quality=min_quality, task=task, image_size=image_size, max_length=max_length, device=device, seed=seed,
     )  # fmt: skip
     return report
 
@@ -189,7 +180,27 @@ def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str
     return found
 
 
-def _teacher(
+def refuse_nothing(
+    loss: Any, asked: Mapping[str, float], terms: Mapping[str, Any], weight: float, given: samples.Samples, data: str
+) -> None:
+    """Refuse a loss of which nothing is left.
+
+    Raises:
+        DataError: with what to ask for.
+    """
+    if loss is not None and asked.get(TASK) and not given.labelled:
+        raise DataError(
+            "the task's loss needs labels", why=f"`{data}` has none that the task reads",
+            hint="leave `task` out of `--loss`",
+        )  # fmt: skip
+    if not terms and not weight:
+        raise DataError(
+            "there is nothing to learn", why="no term of `--loss` is left for this model and these samples",
+            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
+        )  # fmt: skip
+
+
+def teacher_of(
     teacher: str | Path | Source | nn.Module | Model | None, student: Model, terms: Mapping[str, Any], device: str
 ) -> Model | None:
     """Return who is imitated, in its own precision; None where no term asks for one."""
@@ -204,7 +215,7 @@ def _teacher(
     return guide
 
 
-def _identity(guide: Model) -> dict[str, Any]:
+def identity_of(guide: Model) -> dict[str, Any]:
     """Return what a request says of the teacher: what the user named, and a digest of its content."""
     content = guide.manifest.id if guide.manifest is not None else write.base_record(guide)["files"]
     return {"spec": guide.source.spec, "content": content}

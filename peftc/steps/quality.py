@@ -17,13 +17,14 @@ from peftc.steps.evaluate import evaluate, keep
 from peftc.steps.samples import Samples
 
 
-def add(report: Report, model: Model, *, against: nn.Module | Model, **options: Any) -> None:
-    """Evaluate what was written against what it was made from, and add what came of it."""
+def add(report: Report, model: Model, *, against: nn.Module | Model | None, **options: Any) -> None:
+    """Evaluate what was written, against another model where there is one, and add what came of it."""
     if report.artifact is None:  # the first process has it
         return
     written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
     if model.max_memory is not None:
-        written, against = (replace(load(each), max_memory=model.max_memory) for each in (written, against))
+        written = replace(written, max_memory=model.max_memory)
+        against = None if against is None else replace(load(against), max_memory=model.max_memory)
     quality = evaluate(written, against=against, **{**options, **sparing(model, options)})
     keep(quality, written)
     report.data["quality"] = quality.data
@@ -56,6 +57,6 @@ def measure_on_test(
             )  # fmt: skip
         return
     add(
-        report, model, against=against or load(model.source), data=f"{parts_of(data)[0]}@{test[0]}", max_drop=max_drop,
+        report, model, against=against, data=f"{parts_of(data)[0]}@{test[0]}", max_drop=max_drop,
         min_quality=min_quality, batch_size=None, **options,
     )  # fmt: skip

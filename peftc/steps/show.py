@@ -177,7 +177,14 @@ def _training_options(request: dict[str, Any]) -> list[str]:
     if request.get("teacher"):
         options["teacher"] = request["teacher"]["spec"]
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    if request["command"] == "finetune":
+        words += ["--head", request["head"], *_delta_option(request)]
+        words += [f"--{key.replace('_', '-')}" for key in ("on_product", "same_rank") if request[key]]
     return [*words, *(["--dropout"] if request["dropout"] else [])]
+
+
+def _delta_option(request: dict[str, Any]) -> list[str]:
+    return ["--delta" if request["delta"] else "--full"] if "delta" in request else []
 
 
 def _layer_options(request: dict[str, Any]) -> list[str]:
@@ -186,7 +193,9 @@ def _layer_options(request: dict[str, Any]) -> list[str]:
     options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
     options["data"] = request["data"]["spec"] if request["data"] else None
     options["drop"] = ",".join(map(str, request["drop"])) if request["drop"] else None
-    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    options["within-drop"] = request.get("within_drop")
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    return words + [f"--{key}" for key in ("repair", "stability") if request.get(key)] + _delta_option(request)
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:

@@ -17,49 +17,24 @@ from torch import Tensor
 
 from peftc import __version__, artifact, manifest, measure, processes
 from peftc.artifact import Piece
-from peftc.errors import ArtifactError, PeftcError, UsageError, WeightError
+from peftc.errors import ArtifactError, PeftcError, UsageError
 from peftc.header import encode_header, read_header
-from peftc.job import Job, execution
+from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
 from peftc.models import load as models
 from peftc.models.load import Model
+from peftc.models.weights import piece as piece
+from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
 from peftc.report import Report, Table
 from peftc.source import Source
 
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-NOT_COMPANIONS = ("config.json", "peftc.json", artifact.RESULT, "data_config.json")
+NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, "data_config.json")
 LOCK = "this folder holds low-rank factors: load it with peftc.load"
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
-
-
-def piece(tensor: Tensor) -> Piece:
-    """Return a tensor in memory as a piece of a file."""
-    if tensor.dtype not in DTYPE_NAMES:
-        raise WeightError(f"peftc cannot store tensors of dtype {tensor.dtype}")
-
-    def blocks() -> Iterator[Any]:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        for block in flat.split(1 << 20):
-            yield memoryview(block.view(torch.uint8).numpy())
-
-    return Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), blocks)
-
-
-def pieces_of(model: Model) -> dict[str, Piece]:
-    """Return every stored tensor of a model: byte ranges of its files where there are such, memory otherwise."""
-    state = surgery.tensors_of(model.module)
-    return {
-        name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
-        for name in surgery.stored_names(model.module)
-    }
 
 
 def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:
@@ -169,11 +144,15 @@ def write_artifact(
     job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
     modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
     factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
+    adapters: Mapping[str, dict[str, Any]] | None = None, delta: Mapping[str, Any] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
-    The layers that are left are those of the model's own manifest, unless ``kept_layers`` names others.
+    The layers and the updates that are left are those of the model's own manifest, unless others are named. With
+    ``delta`` the pieces are only those that the model beneath does not have.
     """
+    if adapters is None:
+        adapters = model.manifest.adapters if model.manifest else {}
     if kept_layers is None:
         kept_layers = model.manifest.kept_layers if model.manifest else []
     groups = surgery.stored_names(model.module)
@@ -182,7 +161,7 @@ def write_artifact(
         files |= artifact.write_weights(job.folder, factors, job.id, max_shard_bytes, artifact.FACTORS)
     if model.library != "python":
         config = dict(model.config)
-        if model.library == "transformers" and modules:
+        if model.library == "transformers" and (modules or adapters or delta):
             config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
@@ -193,7 +172,8 @@ def write_artifact(
         parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
-        kept_layers=list(kept_layers),
+        kept_layers=list(kept_layers), adapters={name: dict(entry) for name, entry in adapters.items()},
+        delta=dict(delta or {}),
     )  # fmt: skip
     record.write(job.folder)
     return record
@@ -208,7 +188,9 @@ def verify(folder: Path, expected: Model) -> list[str]:
     Raises:
         ArtifactError: a tensor or an output differs.
     """
-    source = Source(str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code)
+    source = Source(
+        str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code, base=expected.source.base
+    )
     written = replace(models.load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
@@ -238,6 +220,14 @@ def differs(folder: Path, why: str) -> ArtifactError:
         why=why,
         hint="this is a bug in peftc: please report it",
     )
+
+
+def probe_outputs(model: Model) -> Tensor | None:
+    """Return what a model gives for a random input, float32, on the CPU; None where it takes none."""
+    try:
+        return _outputs(model, models.probe(model))
+    except (PeftcError, *DOES_NOT_RUN):
+        return None
 
 
 def _outputs(model: Model, batch: Any) -> Tensor:

@@ -113,7 +113,8 @@ def test_a_score_asks_only_for_what_a_step_knows_and_gives_a_number(name: str) -
     features, labels = clusters(3.0)
     known = {
         "features": features, "input_features": random(60, 8), "labels": labels, "cosines": random(60).tanh(),
-        "angles": random(60).sigmoid(), "weights": [features],
+        "angles": random(60).sigmoid(), "weights": [features], "gradient_products": random(60), "loss": 1.0,
+        "loss_without": 1.5,
     }  # fmt: skip
     found = function(**{need: known[need] for need in needs})
     assert type(found) is float and math.isfinite(found)

@@ -40,13 +40,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "images.npz"
 
 
-def write_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int = 60) -> Path:
+def write_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int = 60, side: int = 32) -> Path:
     random = np.random.default_rng(0)
     colours = random.normal(size=(max(classes, 1), 3, 1, 1))
     splits = {}
     for split in ("train", "test"):
         labels = np.arange(number) % classes
-        pixels = colours[labels] + noise * random.normal(size=(number, 3, 32, 32))
+        pixels = colours[labels] + noise * random.normal(size=(number, 3, side, side))
         splits |= {f"x_{split}": pixels.astype(np.float32), f"y_{split}": labels}
     np.savez(path, **splits)
     return path

@@ -26,10 +26,16 @@ def tsne_silhouette(*, features: Tensor, labels: Tensor, perplexity: float = 30.
     Raises:
         WeightError, DataError: as for `silhouette`, or the samples are too few for the perplexity.
     """
+    return with_map(features=features, labels=labels, perplexity=perplexity, seed=seed)[0]
+
+
+def with_map(*, features: Tensor, labels: Tensor, perplexity: float = 30.0, seed: int = 0) -> tuple[float, np.ndarray]:
+    """Return the score, and the map (n, 2) that it is taken of."""
     from sklearn.metrics import silhouette_score
 
     _, classes = checked(features, labels)
-    return float(silhouette_score(tsne_map(features, perplexity=perplexity, seed=seed), classes))
+    points = tsne_map(features, perplexity=perplexity, seed=seed)
+    return float(silhouette_score(points, classes)), points
 
 
 def tsne_map(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:

@@ -1,0 +1,44 @@
+"""The accelerator of a training: Accelerate's devices and processes, and what peftc refuses of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from peftc import processes
+from peftc.errors import PeftcError
+from peftc.models.load import device_of
+from peftc.recipe import Recipe
+
+
+def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
+    """Return the accelerator that a recipe trains with on a device; a tracker writes into ``folder``.
+
+    Raises:
+        PeftcError: Accelerate, or peftc, cannot train so here.
+    """
+    place = device_of(device)
+    AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
+    try:
+        with warnings.catch_warnings():  # that a tracker is missing is refused below
+            warnings.simplefilter("ignore")
+            accelerator = Accelerator(
+                cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
+                project_dir=None if folder is None else str(folder),
+            )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise PeftcError(
+            f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
+            hint="configure Accelerate for data parallel training",
+        )  # fmt: skip
+    if log_with:
+        if not accelerator.log_with:
+            raise PeftcError(f"`{log_with}` is not installed", hint=f"`pip install {log_with}`, or leave `--log-with`")
+        accelerator.init_trackers("peftc")
+    return accelerator

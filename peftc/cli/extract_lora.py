@@ -1,0 +1,26 @@
+"""peftc extract-lora."""
+
+from peftc.cli import options as o
+from peftc.cli.command import Step, command
+
+
+@command(writes=True)
+def extract_lora(
+    model: o.Model = None,
+    *,
+    against: o.Beneath,
+    output_dir: o.OutputDir = None,
+    rank: o.UpdateRank = 8,
+    include: o.AlsoAdapt = o.EMPTY,
+    skip: o.LeaveAlone = o.EMPTY,
+    overwrite: o.Overwrite = False,
+) -> Step:
+    """Turn the difference of two checkpoints into a low-rank delta.
+
+    \b
+    Example:
+      peftc extract-lora tuned dense --rank 16 -o delta
+    """
+    from peftc.steps.extract_lora import extract_lora as step
+
+    return step

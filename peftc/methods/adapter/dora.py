@@ -1,0 +1,91 @@
+"""DoRA (Liu et al., arXiv 2402.09353, equation 5): magnitude * (weight + change) / |weight + change|, per output.
+
+The change is LoRA's. The norm is taken as a constant in the backward pass (section 4.3 of the paper), which Hugging
+Face peft does as well; outputs and gradients agree with it. The weight is made again in the backward pass, so that what
+the forward pass keeps is the input alone. An embedding has a magnitude per column, which is the output there. The
+default alpha is twice the rank, as in the paper's runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.methods.adapter.lora import bypass, check_rank, initial, through_weight
+from peftc.nn import forms
+from peftc.nn.forms import wide
+
+
+def dora(
+    module: nn.Module, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0
+) -> nn.Module | tuple[str, ...] | None:
+    """Return the update of a module, its weights' names where they are fewer, None for one it does not adapt.
+
+    Args:
+        module: as for `lora`.
+        rank: of the change, >= 1.
+        alpha: over the rank, what the product is multiplied by.
+        dropout: of the input of the change, while the network trains; an embedding has none.
+    """
+    check_rank(rank)
+    form = forms.form_of(module)
+    if form is None:
+        return None
+    out, in_ = forms.matrix_size(module)
+    outputs = in_ if form == "embedding" else out
+    return forms.dense(module, rank * (out + in_) + outputs) or Dora(module, form, rank, alpha / rank, dropout)
+
+
+class Dora(nn.Module):
+    """The factors (out, rank) and (rank, in) of a change, and the length of the weight for each output."""
+
+    def __init__(self, module: nn.Module, form: str, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.form, self.scale = form, scale
+        self.last = form in ("embedding", "transposed")  # where the axis of the outputs is
+        self.up, self.down = initial(form, *forms.matrix_size(module), rank)
+        self.magnitude = nn.Parameter(self._norm(wide(module.weight.detach())))  # type: ignore[operator]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Map what ``base`` takes to what it gives."""
+        if self.form not in ("embedding", "factored"):
+            return through_weight(
+                base, x, lambda *learned: self._updated(base.weight, *learned) - wide(base.weight), self
+            )
+        given, ratio, bias = base(x), self.ratio(base.weight), getattr(base, "bias", None)  # type: ignore[arg-type]
+        seen = x
+        plain = given if bias is None else given - bias
+        if self.form == "factored" and forms.at_work(self.dropout):
+            seen = self.dropout(x)
+            plain = base(seen) if bias is None else base(seen) - bias
+        changed = bypass(base, self.form, seen, self.up, self.down, self.scale)
+        return given + ((ratio - 1) * plain + ratio * changed).to(given.dtype)
+
+    def ratio(self, weight: Tensor) -> Tensor:
+        """Return what each output of weight plus change is multiplied by."""
+        with torch.no_grad():
+            norm = self._norm(self._changed(weight, self.up, self.down))
+        return wide(self.magnitude) / norm
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in float32."""
+        return self._updated(weight, self.up, self.down, self.magnitude).float()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (out, rank) and (rank, in), whose product is the change before `ratio`."""
+        return self.scale * self.up.float(), self.down.float()
+
+    def _updated(self, weight: Any, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
+        changed = self._changed(weight, up, down)
+        ratio = wide(magnitude) / self._norm(changed)
+        return changed * (ratio if self.last else ratio.reshape(-1, *(1 for _ in weight.shape[1:])))
+
+    def _changed(self, weight: Any, up: Tensor, down: Tensor) -> Tensor:
+        return wide(weight) + forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
+
+    @torch.no_grad()
+    def _norm(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight if self.last else weight.flatten(1).T, dim=0)

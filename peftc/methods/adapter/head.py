@@ -1,0 +1,9 @@
+"""Linear probe: nothing trains but the head, which trains under every method."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def head(module: nn.Module) -> None:
+    """Return None: no module is adapted."""

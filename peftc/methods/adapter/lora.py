@@ -1,0 +1,148 @@
+"""LoRA (Hu et al., arXiv 2106.09685, equation 3): weight + alpha / rank * up @ down, ``up`` at zero to begin with.
+
+Initial values are those of Hugging Face peft. A convolution goes through a k x k convolution to ``rank`` channels and a
+1 x 1 one, which keeps the window whole (peft's layout); with groups the first is shared by all of them, so that the
+update fits the weight (out, in / groups, ...) and merges, as peft's does not. ``layout=loralib`` is the authors' own:
+the product of (out k / groups, rank k) and (rank k, in k), read as a weight. The default rank and alpha are those of
+the paper's runs on RoBERTa large (its appendix D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftc.errors import UsageError, one_of
+from peftc.nn import forms
+from peftc.nn.folded import folded
+from peftc.nn.forms import wide
+
+LAYOUTS = ["peft", "loralib"]
+
+
+def lora(
+    module: nn.Module, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, layout: str = "peft"
+) -> nn.Module | tuple[str, ...] | None:
+    """Return the update of a module, its weights' names where they are fewer, None for one it does not adapt.
+
+    Args:
+        module: with a weight (out, in), a convolution, an embedding, or a `LowRankLinear` as a whole.
+        rank: of the update, >= 1.
+        alpha: over the rank, what the product is multiplied by.
+        dropout: of the input of the update, while the network trains; an embedding has none.
+        layout: of convolutions, ``peft`` or ``loralib``; the latter for square Conv2d alone.
+    """
+    check_rank(rank)
+    return low_rank(module, rank, alpha / rank, dropout, layout)
+
+
+def check_rank(rank: int) -> None:
+    """Refuse a rank below one."""
+    if rank < 1:
+        raise UsageError(f"an update of rank {rank} is none", why="the least rank is 1", hint="as in `--set rank=8`")
+
+
+def low_rank(
+    module: nn.Module, rank: int, scale: float, dropout: float, layout: str
+) -> nn.Module | tuple[str, ...] | None:
+    """Return what `lora` does, with the factor ``scale`` in place of alpha."""
+    one_of("layout", layout, LAYOUTS)
+    form = forms.form_of(module)
+    if form is None:
+        return None
+    if form == "channel" and layout == "loralib":
+        return _reshaped(module, rank, scale, dropout)
+    out, in_ = forms.matrix_size(module)
+    return forms.dense(module, rank * (out + in_)) or Lora(form, out, in_, rank, scale, dropout)
+
+
+def initial(form: str, out: int, in_: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return up (out, rank) and down (rank, in), whose product is zero."""
+    up, down = nn.Parameter(torch.zeros(out, rank)), nn.Parameter(torch.empty(rank, in_))
+    if form == "embedding":
+        nn.init.normal_(down)
+    else:
+        nn.init.kaiming_uniform_(down, a=5**0.5)
+    return up, down
+
+
+def bypass(base: nn.Module, form: str, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """Return what the matrix ``scale * up @ down`` gives, rank by rank; a convolution has no groups."""
+    if form == "embedding":
+        return F.linear(scale * F.embedding(x, up, base.padding_idx), down.T)  # type: ignore[arg-type]
+    seen = x.to(down.dtype)
+    if form != "channel":
+        return F.linear(scale * F.linear(seen, down), up)
+    window: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
+    inner = scale * forms.convolve(base, seen, down.reshape(len(down), -1, *window))
+    return forms.CONVOLVE[len(window)](inner, up.reshape(*up.shape, *(1 for _ in window)))
+
+
+def through_weight(base: nn.Module, x: Tensor, change: Callable[..., Tensor], update: Any) -> Tensor:
+    """Return what ``base`` gives with a change of its weight, made of all parameters of ``update`` in their order."""
+    seen = update.dropout(x) if forms.at_work(update.dropout) else None
+    return folded(base, x, change, list(update.parameters()), seen=seen)
+
+
+class Lora(nn.Module):
+    """The factors (out, rank) and (rank, in) of an update, the second flattened for a convolution."""
+
+    def __init__(self, form: str, out: int, in_: int, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.form, self.scale = form, scale
+        self.up, self.down = initial(form, out, in_, rank)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Map what ``base`` takes to what it gives."""
+        if self.form == "channel" and base.groups > 1:  # type: ignore[operator]
+            return through_weight(base, x, lambda up, down: self._change(up, down, base.weight), self)
+        given = base(x)
+        seen = x if self.form == "embedding" else self.dropout(x)
+        return given + bypass(base, self.form, seen, self.up, self.down, self.scale).to(given.dtype)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in float32."""
+        return weight.float() + self._change(self.up, self.down, weight).float()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (out, rank) and (rank, in), whose product is the change of the weight as a matrix."""
+        return self.scale * self.up.float(), self.down.float()
+
+    def _change(self, up: Tensor, down: Tensor, weight: Any) -> Tensor:
+        return forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
+
+
+class Reshaped(nn.Module):
+    """The factors (out k / groups, rank k) and (rank k, in k) of a change that is read as a k x k convolution."""
+
+    def __init__(self, conv: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        window = conv.kernel_size[0]
+        self.scale = scale
+        self.up = nn.Parameter(torch.zeros(conv.out_channels // conv.groups * window, rank * window))
+        self.down = nn.Parameter(torch.empty(rank * window, conv.in_channels * window))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h', w')."""
+        return through_weight(base, x, lambda up, down: self._change(up, down, base.weight), self)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in float32."""
+        return weight.float() + self._change(self.up, self.down, weight).float()
+
+    def _change(self, up: Tensor, down: Tensor, weight: Any) -> Tensor:
+        return (self.scale * wide(up) @ wide(down)).reshape(weight.shape)
+
+
+def _reshaped(module: nn.Module, rank: int, scale: float, dropout: float) -> nn.Module | tuple[str, ...] | None:
+    if not isinstance(module, nn.Conv2d) or module.kernel_size[0] != module.kernel_size[1]:
+        return None
+    window, out = module.kernel_size[0], module.out_channels // module.groups
+    return forms.dense(module, rank * window**2 * (module.in_channels + out)) or Reshaped(module, rank, scale, dropout)

@@ -1,0 +1,67 @@
+"""One file of plain weights; how modules compute with them stands in ``export.json`` beside it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import artifact
+from peftc.models import exported
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model, runnable
+from peftc.models.weights import pieces_of
+from peftc.nn import surgery
+
+FORMS = {
+    "linear": "y = up (down x) + bias",
+    "transposed": "y = up (down x) + bias",
+    "embedding": "row = up[id] down",
+    "channel": "y = up * (down * x) + bias, convolutions in a row",
+    "spatial": "y = up * (down * x) + bias, convolutions in a row",
+    "tucker2": "y = up * (core * (down * x)) + bias, convolutions in a row",
+}
+
+
+def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
+    """Write ``model.safetensors``; ``export.json`` says form and rank of each factored module.
+
+    Args:
+        model: as stored.
+        example: not looked at.
+        folder: to write to.
+    """
+    from safetensors import safe_open
+
+    artifact.write_weights(folder, pieces_of(model), None, sys.maxsize)
+    network = _empty(model.module)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        surgery.fill(network, file.keys(), file.get_tensor, where="model.safetensors")
+        read = runnable(Model(network, model.source, model.library, model.config, model.base, model.name), device="cpu")
+
+    def run(inputs: Inputs) -> Tensor:
+        return exported.computed(read, inputs)[0]
+
+    def prepare(inputs: Inputs) -> Callable[[], object]:
+        return lambda: run(inputs)
+
+    edits = model.manifest.modules if model.manifest else {}
+    forms = {edit["form"] for edit in edits.values()}
+    tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
+    about = {"modules": edits, "forms": {form: FORMS[form] for form in sorted(forms)}, "tied": tied}
+    runtime = f"safetensors {version('safetensors')}, torch {torch.__version__}"
+    return Exported(runtime, run, prepare, about=about)
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """Return a copy of a network with its parameters on the meta device, those that are one still one."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)

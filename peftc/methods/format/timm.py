@@ -1,0 +1,45 @@
+"""A folder in the format of timm's hub, which ``timm.create_model("local-dir:...", pretrained=True)`` loads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from peftc import artifact
+from peftc.methods.format.hf import refuse_foreign
+from peftc.models import exported
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model
+from peftc.models.weights import pieces_of
+
+PLACES = ("url", "hf_hub_id", "hf_hub_filename", "file", "source", "custom_load", "state_dict")  # of other weights
+
+
+def timm(model: Model, example: Inputs, folder: Path) -> Exported:
+    """Write ``config.json`` (architecture, arguments, preprocessing, classes) and ``model.safetensors``.
+
+    Args:
+        model: as stored, its modules all of timm and torch.
+        example: not looked at.
+        folder: to write to.
+
+    Raises:
+        ExportError: the model is not of timm, or has factored modules.
+    """
+    refuse_foreign(model, "timm", "timm")
+    was = model.config.get("pretrained_cfg") or {}
+    settings = {name: value for name, value in was.items() if name not in PLACES}
+    settings |= dict(model.preprocess)
+    classes = getattr(model.module, "num_classes", None)
+    if classes is not None:
+        settings["num_classes"] = classes
+    config = {**model.config, "architecture": model.config["architecture"], "pretrained_cfg": settings}
+    config |= {
+        "num_classes": classes, "num_features": getattr(model.module, "num_features", None),
+        "model_args": dict(model.config.get("model_args") or {}),
+    }  # fmt: skip
+    if model.labels:
+        config["label_names"] = list(model.labels)
+    artifact.write_json(folder / "config.json", config)
+    artifact.write_weights(folder, pieces_of(model), None, sys.maxsize)  # timm reads one file
+    return exported.plain(model, folder)

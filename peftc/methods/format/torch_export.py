@@ -1,0 +1,43 @@
+"""A program of torch.export: ``torch.export.load("model.pt2").module()`` runs it, without peftc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftc.models import traced
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model
+
+
+def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
+    """Write ``model.pt2``, in float32, with a free batch and for texts a free length.
+
+    Args:
+        model: of any kind but image and text together.
+        example: two samples.
+        folder: to write to.
+
+    Raises:
+        ExportError: no graph can hold what the network does.
+    """
+    graph = traced.trace(model, example)
+    path = folder / "model.pt2"
+    torch.export.save(graph.program, path)
+    program = torch.export.load(path)
+    network = program.module()
+
+    def run(inputs: Inputs) -> Tensor:
+        with torch.inference_mode():
+            return network(*(inputs[name] for name in graph.inputs)).float()
+
+    def prepare(inputs: Inputs) -> Callable[[], object]:
+        return lambda: run(inputs)
+
+    return Exported(
+        f"torch.export {torch.__version__}", run, prepare, products=traced.products(program), expected=graph.expected,
+        about={"inputs": graph.axes, "output": graph.output},
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Put updates beside the modules of a network: which modules take one, and what is frozen and what learns."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from peftc import methods
+from peftc.errors import ArtifactError, UsageError
+from peftc.models import families, targets
+from peftc.nn import lowrank, surgery
+from peftc.nn.adapted import Adapted, without_scratch
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+
+@dataclass
+class Placed:
+    """What learns beside, or in, the modules of a network.
+
+    Attributes:
+        adapters: module -> method and settings, as a manifest says them.
+        own: module -> names of its own parameters that learn.
+        left: module -> why it has no update, for those that could be thought to have one.
+    """
+
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def place(
+    model: Model, method: str, settings: Mapping[str, Any], *, include: Sequence[str] = (), skip: Sequence[str] = (),
+    on_product: bool = False,
+) -> Placed:  # fmt: skip
+    """Freeze a network and put updates of a method beside its modules, in place.
+
+    Args:
+        model: in memory; random numbers are drawn from torch's state.
+        method: of the kind `adapter`.
+        settings: of the method, checked.
+        include: patterns of modules that have none unless asked: embeddings, the patch embedding, the stem.
+        skip: patterns of modules that have none.
+        on_product: take a factored linear module as one matrix, not as its two factors.
+
+    Raises:
+        UsageError: a pattern matches nothing, or no module takes an update.
+    """
+    network = model.module
+    network.requires_grad_(False)
+    function = methods.find("adapter", method, "--method")
+    owners = _owners(network, on_product)
+    _refuse_unmatched(owners, include, skip)
+    dense = {} if is_everywhere(function) else _defaults(model, owners)
+    found = Placed()
+    for name, module in owners.items():
+        included = any(families.matches(name, pattern) for pattern in include)
+        if any(families.matches(name, pattern) for pattern in skip):
+            continue
+        why = _impossible(network, name, module) or (None if included else dense.get(name))
+        if why:
+            found.left[name] = why
+            continue
+        given = function(module, **settings)
+        if isinstance(given, nn.Module):
+            surgery.replace(network, module, Adapted(module, given.to(next(module.parameters()).device)))
+            resolved = getattr(given, "resolved", {})
+            found.adapters[name] = {"method": method, "settings": {**settings, **resolved}}
+        elif given:
+            found.own[name] = tuple(given)
+    return found
+
+
+def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the updates that a manifest names beside the modules of its network, on the meta device.
+
+    Raises:
+        ArtifactError: a module is not there, or takes no such update.
+    """
+    for name, entry in adapters.items():
+        try:
+            module = network.get_submodule(name)
+            function = methods.find("adapter", entry["method"], "method")
+            with torch.device("meta"):
+                update = function(module, **methods.with_settings(function, entry["method"], entry["settings"]))
+        except (AttributeError, TypeError, ValueError, UsageError) as error:
+            raise ArtifactError(
+                f"the artifact adapts `{name}` by `{entry['method']}`, which cannot be built", why=str(error)
+            ) from error
+        if not isinstance(update, nn.Module):
+            raise ArtifactError(
+                f"the artifact adapts `{name}` by `{entry['method']}`", why="that method has no update of such a module"
+            )
+        surgery.replace(network, module, Adapted(module, without_scratch(update)))
+
+
+def is_everywhere(function: Callable[..., Any]) -> bool:
+    """Return whether a method is for every module with parameters, norms, embeddings and heads too."""
+    return bool(getattr(importlib.import_module(function.__module__), "EVERYWHERE", False))
+
+
+def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:
+    """Return the modules with parameters of their own, factored ones as one where asked."""
+    whole = [n for n, m in network.named_modules() if on_product and isinstance(m, lowrank.LowRankLinear)]
+    found = {}
+    for name, module in network.named_modules():
+        if any(name.startswith(f"{product}.") for product in whole):
+            continue
+        if name in whole or any(each is not None for each in module._parameters.values()):
+            found[name] = module
+    return found
+
+
+def _refuse_unmatched(owners: Mapping[str, nn.Module], include: Sequence[str], skip: Sequence[str]) -> None:
+    for option, patterns in (("--include", include), ("--skip", skip)):
+        for pattern in patterns:
+            if not any(families.matches(name, pattern) for name in owners):
+                raise UsageError(
+                    f"`{option} {pattern}` matches no module",
+                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
+                    hint=f"names look like `{next((n for n in owners if n), 'nothing: there are no parameters')}`",
+                )
+
+
+def _defaults(model: Model, owners: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return module -> why it has no update unless it is included."""
+    weighted = {name: each for name, each in owners.items() if _dimensions(each) >= 2}
+    outputs = targets.heads(model, weighted)
+    stem = next((name for name, each in weighted.items() if isinstance(each, nn.Conv2d)), None)
+    reasons = {}
+    for name, module in weighted.items():
+        why = next((why for pattern, why in families.COMMON.items() if families.matches(name, pattern)), None)
+        if name in outputs:
+            why = "output head"
+        elif isinstance(module, nn.Embedding):
+            why = "embedding"
+        elif name == stem:
+            why = "stem"
+        if why:
+            reasons[name] = why
+    return reasons
+
+
+def _dimensions(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.ndim if isinstance(weight, torch.Tensor) else 0
+
+
+def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
+    """Return why a module can have no update at all, or None."""
+    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is computed by a parametrization"
+    if any(nn.parameter.is_lazy(each) for each in module.parameters()):
+        return "it has no weight before its first call"
+    if not all(each.is_floating_point() for each in module.parameters()):
+        return "its weight is quantized"
+    own = {f"{name}.{leaf}" if name else leaf for leaf, each in module._parameters.items() if each is not None}
+    for names in surgery.stored_names(network).values():
+        if len(names) > 1 and own & set(names):
+            return f"its weight is also `{next(iter(set(names) - own), names[0])}`"
+    return None

@@ -1,0 +1,75 @@
+"""Run a plain folder by its own library alone. Started as a script: there peftc cannot be imported.
+
+It reads one JSON object per line and answers each with one: ``load`` builds the network of a folder, ``run`` computes
+a batch and writes what comes of it, ``again`` computes the last batch once more, for those who time it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+MAIN = ("logits", "logits_per_image", "last_hidden_state")
+
+
+def picked(value: Any) -> Any:
+    """Return the tensor that matters of what a network returned, and what it is called."""
+    for name in MAIN:
+        if getattr(value, name, None) is not None:
+            return getattr(value, name), name
+    while not hasattr(value, "shape"):
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    return value, "output"
+
+
+def load(folder: str, library: str, architecture: str) -> Any:
+    """Return the network of a folder, as those load it who know nothing of peftc.
+
+    Raises:
+        SystemExit: a tensor was not found in the folder, or was left over.
+    """
+    if library == "timm":
+        import timm
+
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        import transformers
+
+        made = getattr(transformers, architecture)
+        network, info = made.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        if wrong:
+            raise SystemExit(f"from_pretrained does not find what it needs: {wrong[:4]}")
+    return network.float().eval()
+
+
+def main() -> None:
+    """Serve the lines of standard input."""
+    sys.modules["peftc"] = None  # type: ignore[assignment]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    network: Any = None
+    batch: dict[str, Any] = {}
+    with torch.inference_mode():
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if asked["do"] == "load":
+                torch.set_num_threads(asked["threads"])
+                network = load(asked["folder"], asked["library"], asked["architecture"])
+            if asked["do"] == "run":
+                batch = load_file(asked["inputs"])
+            if asked["do"] != "load":
+                value = network(**batch) if asked["named"] else network(next(iter(batch.values())))
+            if asked["do"] == "run":
+                save_file({"output": picked(value)[0].contiguous()}, asked["outputs"])
+            answers.write("{}\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a format hands back: how to run what it wrote in its own runtime, and what it computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.errors import ExportError
+from peftc.models import alone
+from peftc.models.inputs import dtype_of
+from peftc.models.load import Model
+
+Inputs = dict[str, Tensor]
+CLOSE = 1e-4  # of the largest output, in float32: other kernels, and products in another order
+
+
+@dataclass
+class Exported:
+    """A written export, loaded by what will run it.
+
+    Attributes:
+        runtime: its name and version.
+        run: inputs by name -> the main output (batch, ...), float32, computed by the runtime.
+        prepare: inputs -> a call that computes them again and again, for timing.
+        tolerance: largest deviation allowed, as a share of the largest output; None where none can be promised.
+        products: shapes of the weights that are multiplied with, where the files tell; None where they do not.
+        expected: shapes of the factors that have to be among them.
+        about: for ``export.json``.
+        notes: what people should know.
+        close: lets the runtime go.
+    """
+
+    runtime: str
+    run: Callable[[Inputs], Tensor]
+    prepare: Callable[[Inputs], Callable[[], object]]
+    tolerance: float | None = CLOSE
+    products: list[tuple[int, ...]] | None = None
+    expected: list[tuple[int, ...]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    close: Callable[[], None] = lambda: None
+
+
+def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
+    """Return a batch as inputs by name; the only one of a network that takes it by place is ``pixel_values``."""
+    if isinstance(batch, Tensor):
+        return {"input_ids" if model.kind == "text" else "pixel_values" if model.kind == "image" else "input": batch}
+    return dict(batch)
+
+
+def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
+    """Return the main output of a network in memory, float32, and its name."""
+    dtype = dtype_of(model.module)
+    with torch.inference_mode():
+        moved = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
+        one = next(iter(moved.values()))
+        value, name = alone.picked(model.module(**moved) if model.library == "transformers" else model.module(one))
+    return value.float(), "logits" if model.library == "timm" else name
+
+
+def plain(model: Model, folder: Path) -> Exported:
+    """Load a plain folder of timm or transformers in a fresh process that knows nothing of peftc.
+
+    Raises:
+        ExportError: the library does not load it.
+    """
+    child = _Child(folder, model)
+    child.ask({
+        "do": "load", "folder": str(folder), "library": model.library, "architecture": model.architecture,
+        "threads": torch.get_num_threads(),
+    })  # fmt: skip
+    by_name = {"named": model.library == "transformers"}
+
+    def run(inputs: Inputs) -> Tensor:
+        return child.run(inputs, by_name)
+
+    def prepare(inputs: Inputs) -> Callable[[], object]:
+        child.run(inputs, by_name)
+        return lambda: child.again(inputs, by_name)
+
+    library = __import__(model.library)
+    return Exported(
+        f"{model.library} {library.__version__} without peftc", run, prepare, close=child.close,
+        about={"load": f"timm.create_model('local-dir:{folder.name}', pretrained=True)"} if model.library == "timm"
+        else {"load": f"transformers.{model.architecture}.from_pretrained"},
+    )  # fmt: skip
+
+
+class _Child:
+    """A process that runs `alone`, and what it is to compute next."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        self.folder, self.model = folder, model
+        self.files = tempfile.TemporaryDirectory()
+        self.last: Inputs | None = None
+        self.errors = Path(self.files.name, "errors")
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+
+    def ask(self, asked: dict[str, Any]) -> None:
+        """Send a line and wait for the answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.process.wait()
+            told = self.errors.read_text().strip().splitlines()
+            self.close()
+            raise ExportError(
+                f"{self.model.library} does not load what was written of `{self.model.name}`",
+                why=told[-1] if told else "its process ended",
+            )
+
+    def run(self, inputs: Inputs, more: dict[str, Any]) -> Tensor:
+        """Return what the network gives for a batch."""
+        from safetensors.torch import load_file, save_file
+
+        there, back = Path(self.files.name, "inputs"), Path(self.files.name, "outputs")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, there)
+        self.ask({"do": "run", "inputs": str(there), "outputs": str(back), **more})
+        self.last = inputs
+        return load_file(back)["output"]
+
+    def again(self, inputs: Inputs, more: dict[str, Any]) -> None:
+        """Compute a batch that was sent before."""
+        if self.last is not inputs:
+            self.run(inputs, more)
+        self.ask({"do": "again", **more})
+
+    def close(self) -> None:
+        """End the process."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self.process.wait()
+        self.files.cleanup()

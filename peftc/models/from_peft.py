@@ -1,0 +1,94 @@
+"""An adapter that Hugging Face peft wrote, on the model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peftc import interchange, methods
+from peftc.errors import SourceError
+from peftc.nn import surgery
+from peftc.nn.adapted import Adapted
+from peftc.source import ADAPTER, Source, read_json
+
+if TYPE_CHECKING:
+    from peftc.interchange import Adapter
+    from peftc.models.load import Model
+
+TENSORS = "adapter_model.safetensors"
+
+
+def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -> Model:
+    """Return the base of an adapter with its updates beside the modules, not merged.
+
+    Raises:
+        SourceError: the base is not named, or the adapter does not fit it.
+    """
+    config = read_json(folder / ADAPTER)
+    named = source.base or config.get("base_model_name_or_path")
+    if not named:
+        raise SourceError(
+            f"`{folder}` is an adapter that does not say of which model",
+            why=f"`base_model_name_or_path` in `{ADAPTER}` is empty", hint="name it: `--base MODEL`",
+        )  # fmt: skip
+    path = folder / TENSORS
+    if not path.is_file():
+        raise SourceError(f"`{folder}` lacks `{TENSORS}`", hint="save the adapter with `safe_serialization=True`")
+    adapters, tensors = interchange.from_peft(config, load_file(path))
+    base = load(replace(source, spec=str(named), base=None))
+    own = {name: tensor for name, tensor in tensors.items() if ".update." not in name}
+    base = _with_outputs(base, own)
+    for name, adapter in adapters.items():
+        _place(base.module, name, adapter, folder)
+    known = surgery.tensors_of(base.module)
+    for name, tensor in tensors.items():
+        if name not in known or known[name].shape != tensor.shape:
+            there = list(known[name].shape) if name in known else "nothing of that name"
+            raise SourceError(
+                f"the adapter in `{folder}` does not fit `{base.name}`",
+                why=f"its `{name}` has shape {list(tensor.shape)}, and there is {there}",
+                hint="name the model that it was made for: `--base MODEL`",
+            )
+        surgery.assign(base.module, [name], tensor)
+    base.module.requires_grad_(False)
+    record = {**base.base, "source": {"spec": source.spec, **({"base": source.base} if source.base else {})}}
+    infos = {name: info for name, info in base.infos.items() if name not in own}
+    return replace(base, source=source, base=record, name=folder.resolve().name, infos=infos, files=[*base.files, path])
+
+
+def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:
+    """Give the base another head where the adapter brings one for other classes."""
+    from peftc.models import heads
+
+    known = surgery.tensors_of(base.module)
+    matrices = [tensor for name, tensor in own.items() if tensor.ndim == 2 and name.endswith("weight")]
+    fits = all(name in known and known[name].shape == tensor.shape for name, tensor in own.items())
+    if fits or len(matrices) != 1:
+        return base
+    with torch.random.fork_rng(devices=[]):
+        return heads.with_head(base, [f"LABEL_{at}" for at in range(len(matrices[0]))]).model
+
+
+def _place(network: nn.Module, name: str, adapter: Adapter, folder: Path) -> None:
+    try:
+        module: Any = network.get_submodule(name)
+    except AttributeError:
+        raise SourceError(
+            f"the adapter in `{folder}` adapts `{name}`, which the model does not have",
+            hint="name the model that it was made for: `--base MODEL`",
+        ) from None
+    function = methods.find("adapter", adapter.method, "peft_type")
+    refused = interchange.why_not(module)
+    update = None if refused else function(module, rank=adapter.rank, alpha=adapter.alpha)
+    if not isinstance(update, nn.Module):
+        raise SourceError(
+            f"the adapter in `{folder}` adapts `{name}`, a {type(module).__name__}, as peftc does not",
+            why=refused or "its update is as large as its weight",
+        )
+    surgery.replace(network, module, Adapted(module, update))

@@ -1,0 +1,135 @@
+"""A new head: outputs for other classes than those that a model was trained for, or for a model that had none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.errors import PeftcError, SourceError
+from peftc.models import from_timm, targets
+from peftc.models.from_transformers import UNBUILDABLE
+from peftc.models.load import Model
+from peftc.models.skeleton import on_meta
+from peftc.nn import surgery
+
+SPREAD = 0.02  # standard deviation of new weights, as transformers' classes draw them
+
+
+@dataclass(frozen=True)
+class Headed:
+    """A model with a new head.
+
+    Attributes:
+        model: with the classes as its labels; it shares all other tensors with the one that it was made from.
+        new: names of its new tensors.
+        renamed: name here -> name before, of tensors that are called otherwise now.
+    """
+
+    model: Model
+    new: list[str]
+    renamed: dict[str, str]
+
+
+def with_head(model: Model, classes: Sequence[str]) -> Headed:
+    """Return a model that tells ``classes`` apart; weights of the head are drawn from torch's random state.
+
+    Raises:
+        SourceError: peftc cannot give this model another head.
+    """
+    if model.library == "timm":
+        return _filled(model, _of_timm(model, classes), "")
+    if model.library == "transformers":
+        return _filled(model, *_of_transformers(model, classes))
+    raise SourceError(
+        f"`{model.name}` cannot be given a head for {len(classes)} classes",
+        why="peftc does not know which of the modules of your own class is the head",
+        hint="let the factory build it with as many outputs: `--arch-set`",
+    )
+
+
+def _of_timm(model: Model, classes: Sequence[str]) -> Model:
+    """Return the empty network with another head."""
+    arguments = {key: value for key, value in (model.config.get("model_args") or {}).items() if key != "num_classes"}
+    config = {**model.config, "num_classes": len(classes), "label_names": list(classes), "model_args": arguments}
+    network = from_timm.from_config(copy.deepcopy(config), model.name, None).module
+    return replace(model, module=network, config=config, labels=list(classes))
+
+
+def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
+    """Return the empty network of the class that tells classes apart, and the prefix that its body's names gain."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    tables = {
+        "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "text": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    architecture = tables.get(model.kind, {}).get(model.config.get("model_type"))
+    if architecture is None:
+        raise SourceError(
+            f"`{model.name}` cannot be given a head for {len(classes)} classes",
+            why=f"transformers has no class for that with a `{model.architecture}`",
+        )
+    cls: Any = getattr(transformers, architecture)
+    before: Any = model.module.config
+    config = {
+        **model.config, "architectures": [architecture], "problem_type": "single_label_classification",
+        "id2label": {str(at): name for at, name in enumerate(classes)},
+        "label2id": {name: at for at, name in enumerate(classes)},
+    }  # fmt: skip
+    config.pop("num_labels", None)
+    if model.kind == "text" and config.get("pad_token_id") is None:
+        config["pad_token_id"] = config.get("eos_token_id")
+    try:
+        made = type(before).from_dict(copy.deepcopy(config))
+        made._attn_implementation = before._attn_implementation
+        network: Any = on_meta(lambda: cls(made))
+    except UNBUILDABLE as error:
+        raise SourceError(f"transformers cannot build `{architecture}` for `{model.name}`", why=str(error)) from error
+    network.tie_weights()
+    prefix = f"{cls.base_model_prefix}."
+    has_prefix = any(name.startswith(prefix) for name in surgery.tensors_of(model.module))
+    base = {**model.base, "architecture": architecture}
+    return replace(model, module=network, config=config, labels=list(classes), base=base), "" if has_prefix else prefix
+
+
+def _filled(before: Model, empty: Model, prefix: str) -> Headed:
+    """Give the network with a new head every tensor that the old one has for it, and draw the others."""
+    record = before.manifest
+    if record is not None:
+        modules = {prefix + name: dict(entry) for name, entry in record.modules.items()}
+        for entry in modules.values():
+            entry.update({key: prefix + entry[key] for key in ("shares",) if key in entry})
+        layers = [prefix + name for name in record.kept_layers]
+        record = replace(record, modules=modules, kept_layers=layers)
+        surgery.apply_edits(empty.module, modules)
+    old, named = surgery.tensors_of(before.module), surgery.tensors_of(empty.module)
+    outputs = targets.heads(empty, {name: each for name, each in empty.module.named_modules() if each._parameters})
+    there = {
+        name: name.removeprefix(prefix) for name in named if not any(name.startswith(f"{head}.") for head in outputs)
+    }
+    kept = {name: was for name, was in there.items() if was in old and old[was].shape == named[name].shape}
+    new = [name for name in named if name not in kept]
+    try:
+        drawn = {name: _first_values(name, named[name], before) for name in new}
+        surgery.fill(
+            empty.module, named, lambda name: old[kept[name]] if name in kept else drawn[name], where=before.name
+        )
+    except PeftcError as error:
+        raise SourceError(f"`{before.name}` cannot be given another head", why=error.why or error.what) from error
+    infos = {name: before.infos[was] for name, was in kept.items() if was in before.infos}
+    model = replace(empty, module=empty.module.eval(), manifest=record, infos=infos)
+    return Headed(model, new, {name: was for name, was in kept.items() if name != was})
+
+
+def _first_values(name: str, shape: torch.Tensor, model: Model) -> torch.Tensor:
+    """Draw a new tensor: matrices small random numbers, biases 0, scales of norms 1."""
+    value = torch.empty(shape.shape, dtype=surgery.uniform_dtype(model.module) or torch.float32)
+    if value.ndim >= 2:
+        return nn.init.normal_(value, std=SPREAD)
+    return value.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -1,0 +1,224 @@
+"""Model > a graph of its operations with a free batch, and for texts a free length: what .pt2 and ONNX are made of."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import ExportError
+from peftc.models import alone, exported
+from peftc.models.exported import Inputs
+from peftc.models.load import Model, detached, runnable
+from peftc.nn.lowrank import LowRankConv2d, LowRankEmbedding, LowRankLinear
+from peftc.nn.shared import SharedDown
+
+ATEN = torch.ops.aten
+PRODUCTS = (
+    ATEN.linear.default, ATEN.matmul.default, ATEN.mm.default, ATEN.addmm.default, ATEN.conv2d.default,
+    ATEN.conv2d.padding, ATEN.convolution.default,
+)  # fmt: skip
+VIEWS = (
+    ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default, ATEN.alias.default,
+    ATEN.detach.default, ATEN.to.dtype,
+)  # fmt: skip
+# what tracing raises where a network does what no graph can hold
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced network.
+
+    Attributes:
+        program: the graph.
+        inputs: names, in order.
+        output: name.
+        expected: shapes of the factors that are multiplied with, once per product.
+        axes: name of an input -> its free axes, by place.
+    """
+
+    program: Any
+    inputs: list[str]
+    output: str
+    expected: list[tuple[int, ...]]
+    axes: dict[str, dict[int, str]]
+
+
+class _Whole(nn.Module):
+    """A network that takes its inputs by place and gives its main output."""
+
+    def __init__(self, network: nn.Module, names: list[str] | None) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+        takes = inspect.signature(network.forward).parameters
+        self.more = {"use_cache": False} if names and "use_cache" in takes else {}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the main output."""
+        if self.names is None:
+            return alone.picked(self.network(*inputs))[0]
+        return alone.picked(self.network(**dict(zip(self.names, inputs, strict=True)), **self.more))[0]
+
+
+def trace(model: Model, example: Inputs) -> Traced:
+    """Return the graph of a model in float32 with its batch free, and the length of texts.
+
+    Args:
+        model: as stored; it is not changed.
+        example: two samples or more.
+
+    Raises:
+        ExportError: it reads images and texts at once, or no graph can hold what it does.
+    """
+    if model.kind == "image-text" or getattr(getattr(model.module, "config", None), "is_encoder_decoder", False):
+        raise ExportError(
+            f"`{model.name}` cannot be written as one graph",
+            why="it has two networks that are used apart, and a graph holds one",
+            hint="export the folder that transformers loads: `--format hf`",
+        )
+    runs = runnable(replace(model, module=detached(model.module)), device="cpu", dtype="float32")
+    runs.module.requires_grad_(False)
+    output = exported.computed(runs, example)[1]
+    named = list(example) if model.library == "transformers" else None
+    free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}
+    axes = {name: {at: word for at, word in free.items() if at < tensor.ndim} for name, tensor in example.items()}
+    whole = _Whole(runs.module, named).eval()
+    dynamic = tuple({at: torch.export.Dim.DYNAMIC for at in axes[name]} for name in example)
+    try:
+        with torch.no_grad(), _one_math_path():
+            program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
+    except UNTRACEABLE as error:
+        raise ExportError(
+            f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}",
+            why=_first_line(error),
+        ) from error
+    _merge_shared(program, whole)
+    return Traced(program, list(example), output, _factors_in_use(program, whole), axes)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _one_math_path() -> Iterator[None]:
+    """Switch off torch's fused transformer layer, whose operation no other runtime has."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _parameters(program: Any, whole: nn.Module) -> dict[str, Tensor]:
+    """Return node name -> parameter."""
+    names = program.graph_signature.inputs_to_parameters
+    return {node: whole.get_parameter(name) for node, name in names.items()}
+
+
+def _merge_shared(program: Any, whole: nn.Module) -> None:
+    """Multiply once with a down factor that several modules share: traced, each of them has a product of its own."""
+    shared = {id(module.weight) for module in whole.modules() if isinstance(module, SharedDown)}
+    if not shared:
+        return
+    known = _parameters(program, whole)
+    first: dict[Any, Any] = {}
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is ATEN.linear.default and id(known.get(node.args[1].name)) in shared:
+            kept = first.setdefault(node.args, node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def weight_of(node: Any) -> Any:
+    """Return the node that an operand is a view of."""
+    while getattr(node, "op", None) == "call_function" and node.target in VIEWS:
+        node = node.args[0]
+    return node
+
+
+def products(program: Any) -> list[tuple[int, ...]]:
+    """Return the shape of the weight of every product of a graph with one."""
+    known = program.graph_signature.inputs_to_parameters
+    shapes = [tuple(each.meta["val"].shape) for _, each in _products(program) if getattr(each, "name", None) in known]
+    return [shape for shape in shapes if len(shape) > 1]  # the others are biases
+
+
+def _products(program: Any) -> Iterator[tuple[Any, Any]]:
+    for node in program.graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in PRODUCTS:
+            yield from ((node, weight_of(operand)) for operand in node.args[:3] if hasattr(operand, "op"))
+
+
+def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
+    """Return the shapes of all factors that the output hangs on, once per product that they have to be in.
+
+    Raises:
+        ExportError: a factor is in the graph, but in no product of its own.
+    """
+    known = _parameters(program, whole)
+    used = {id(known[node.name]) for node in program.graph_module.graph.nodes if node.name in known and node.users}
+    in_product: dict[int, list[tuple[int, ...]]] = {}
+    for _, weight in _products(program):
+        if getattr(weight, "name", None) in known:
+            tensor = known[weight.name]
+            in_product.setdefault(id(tensor), []).append(tuple(tensor.shape))
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for name, module in whole.named_modules():
+        for factor in _factors(module):
+            if id(factor) in used and id(factor) not in in_product:
+                raise ExportError(f"the factors of `{name.removeprefix('network.')}` are no two products in the graph")
+            found[id(factor)] = in_product.get(id(factor), [])
+    return [shape for shapes in found.values() for shape in shapes]
+
+
+def _factors(module: nn.Module) -> list[Tensor]:
+    """Return the weights that a low-rank module multiplies with."""
+    if isinstance(module, LowRankLinear):
+        return [module.down.weight, module.up.weight]
+    if isinstance(module, LowRankEmbedding):
+        return [module.down.weight]  # rows of the other one are looked up
+    if isinstance(module, LowRankConv2d):
+        return [part.weight for part in (module.down, getattr(module, "core", None), module.up) if part is not None]
+    return []
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return attention as two products and a softmax, for runtimes without a kernel for the whole.
+
+    Rows that may attend to nothing attend to everything: their outputs mean nothing, but they are numbers.
+
+    Args:
+        query, key, value: (batch, heads, tokens, width).
+        attn_mask: broadcast to (batch, heads, tokens, tokens); what is False is left out, numbers are added.
+        dropout_p: ignored, as for inference.
+        is_causal: whether tokens see none after them.
+        scale: of the scores; 1 / sqrt(width) when None.
+        enable_gqa: whether several heads of queries share one of keys and values.
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = (query * (scale or 1 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (b, h, t, t)
+    lowest = torch.finfo(scores.dtype).min
+    if is_causal:
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~seen, lowest)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, lowest) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value

@@ -1,0 +1,84 @@
+"""What SNELL and SNELLA do after each step of the training: thresholds follow the points, and layers compete.
+
+Section A.1.4 of the papers notes, after the authors' code: a layer's score is the sensitivity of its points times how
+uncertain that is (AdaLoRA, arXiv 2303.10512, equations 9 to 11), averaged over them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftc import budgets
+from peftc.nn.kernelized import Kernelized, Points, Settings
+
+DECAY = 0.85  # of both averages
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_per_epoch: float) -> None:
+    """Bring the updates up to date after an optimizer's step, with the gradients of that step still there.
+
+    Args:
+        updates: by name of the module.
+        step: how many are done, from 1.
+        steps: of the training.
+        steps_per_epoch: how many see as many samples as there are.
+    """
+    kernelized = {name: update for name, update in updates.items() if isinstance(update, Kernelized)}
+    settings = next((update.settings for update in kernelized.values()), None)
+    if settings is None or not settings.competes:
+        return
+    parts = {
+        f"{name}.{place}": part for name, update in kernelized.items() for place, part in enumerate(update.points())
+    }
+    if settings.scored:
+        for part in parts.values():
+            _learn(part)
+    shared = settings.start is not None and budgets.refreshed(step, steps, steps_per_epoch, settings.refresh_every)
+    if shared:
+        kept = _allocate(parts, settings, step, steps)
+    elif step % settings.threshold_every == 0 or step == steps:
+        counts = torch.stack([part.kept for part in parts.values()]).tolist()  # one wait for the device, not many
+        kept = dict(zip(parts, counts, strict=True))
+    else:
+        return
+    for name, part in parts.items():
+        part.settle(kept[name])
+
+
+def _learn(part: Points) -> None:
+    """Take a step's gradients into the averages of sensitivity |theta gradient| and of its spread."""
+    for name, points in (("rows", part.rows), ("columns", part.columns)):
+        mean: Tensor = getattr(part, f"_mean_{name}")
+        spread: Tensor = getattr(part, f"_spread_{name}")
+        found = torch.zeros_like(mean) if points.grad is None else (points * points.grad).abs_().to(mean.dtype)
+        found = found.nan_to_num_(0.0, 0.0, 0.0)  # an overflow says nothing of a layer
+        mean.lerp_(found, 1 - DECAY)
+        spread.lerp_((found - mean).abs_(), 1 - DECAY)
+
+
+def _allocate(parts: Mapping[str, Points], settings: Settings, step: int, steps: int) -> dict[str, int]:
+    sizes = {name: part.entries for name, part in parts.items()}
+    first, last = (
+        sum(size - budgets.zeroed(size, sparsity) for size in sizes.values())
+        for sparsity in (settings.start or 0.0, settings.sparsity)
+    )
+    scores, floor = dict.fromkeys(parts, 1.0), 1.0
+    if settings.scored:
+        found = torch.stack([_score(part) for part in parts.values()]).tolist()
+        scores, floor = dict(zip(parts, found, strict=True)), settings.min_keep
+    kept = budgets.shares(scores, sizes, budgets.total(step, steps, first, last), floor)
+    listed = ", ".join(f"{name} {kept[name] / sizes[name]:.3f}" for name in parts)
+    logger.info("step %d of %d: share of the entries kept: %s", step, steps, listed)
+    return kept
+
+
+def _score(part: Points) -> Tensor:
+    pairs = [(getattr(part, f"_mean_{name}"), getattr(part, f"_spread_{name}")) for name in ("rows", "columns")]
+    return torch.stack([(mean.double() * spread.double()).mean() for mean, spread in pairs]).sum()

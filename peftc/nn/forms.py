@@ -1,0 +1,96 @@
+"""How a module's weight is seen as one matrix (out, in), which an update changes.
+
+==========  ================================  ================================================================
+form        module                            matrix (out, in)
+==========  ================================  ================================================================
+linear      Linear                            the weight
+transposed  transformers' Conv1D              the weight, transposed
+embedding   Embedding                         the weight: (words, width)
+channel     Conv1d, Conv2d, Conv3d            the weight (out, in / groups, ...), flattened after its first axis
+factored    LowRankLinear                     the product of its factors
+==========  ================================  ================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftc.nn.lowrank import LowRankLinear
+
+PLAIN: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Embedding, "embedding"),
+    (nn.Conv1d, "channel"),
+    (nn.Conv2d, "channel"),
+    (nn.Conv3d, "channel"),
+)
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def form_of(module: Any) -> str | None:
+    """Return the form, None for a module that has no weight or does something else with it."""
+    if isinstance(module, LowRankLinear):
+        return "factored"
+    weight = module._parameters.get("weight")  # a parametrized or quantized weight is none of these
+    if weight is None or not weight.is_floating_point() or getattr(module, "max_norm", None) is not None:
+        return None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "transposed"
+    for kind, form in PLAIN:
+        if isinstance(module, kind) and (type(module).forward is kind.forward or _pads_itself(module)):
+            return form
+    return None
+
+
+def matrix_size(module: Any) -> tuple[int, int]:
+    """Return (out, in) of the matrix of a module that has a form."""
+    form = form_of(module)
+    if form == "factored":
+        return module.out_features, module.in_features
+    if form == "transposed":
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.weight.shape[0], module.weight[0].numel()
+
+
+def own_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that make up the weight of a module that has a form, by their names in it."""
+    return {name: each for name, each in module.named_parameters() if name.endswith("weight")}
+
+
+def dense(module: nn.Module, parameters: int) -> tuple[str, ...] | None:
+    """Return the names of the weights to train in place of an update of so many parameters, None if it has fewer."""
+    weights = own_weights(module)
+    return tuple(weights) if parameters >= sum(each.numel() for each in weights.values()) else None
+
+
+def as_weight(matrix: Tensor, weight: Tensor, form: str) -> Tensor:
+    """Return a matrix (out, in) in the shape of ``weight``."""
+    return matrix.T if form == "transposed" else matrix.reshape(weight.shape)
+
+
+def convolve(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve as ``base`` does, padding mode and groups included, with a weight (any, in / groups, ...)."""
+    if not _pads_itself(base):
+        return base._conv_forward(x, weight, bias)
+    from timm.layers.padding import pad_same
+
+    padded = pad_same(x, weight.shape[-2:], base.stride, base.dilation)
+    return F.conv2d(padded, weight, bias, base.stride, 0, base.dilation, base.groups)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or float64 if it is that."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def at_work(dropout: nn.Dropout) -> bool:
+    """Return whether dropout changes anything now."""
+    return dropout.training and dropout.p > 0
+
+
+def _pads_itself(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d)  # timm's, by TensorFlow's rule

@@ -1,0 +1,346 @@
+"""Close the gaps that dropped layers leave: one linear map each, in closed form, folded into the layer before the gap.
+
+Dropped layers added something to the stream that they read. The last linear module of the layer before the gap adds to
+the same stream, so that its weight can add what they would have, as far as that is linear in what the module reads:
+ridge regression from the module's inputs to the difference between the whole network after the gap and the shorter one
+before it. Nothing is put into the network, so it stays what its library builds. Tokens that nothing reads do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import progress
+from peftc.errors import PlanError
+from peftc.models import inputs, layers, load
+from peftc.models.layers import main, registered
+from peftc.models.load import Model
+from peftc.models.shorten import Shorter
+from peftc.nn import surgery
+from peftc.report import Report, Table
+from peftc.steps import layer_scores
+from peftc.steps.layer_choice import Work
+
+CHECKED = 5  # every so many-th sample only tells which ridge to take
+RIDGES = tuple(10.0**power for power in range(-5, 3))  # of the mean square of an input
+FAINT = 1e-3  # of a nudge, below which an answer to it is rounding
+CLOSE = 1e-3  # relative, for a layer's answer to a nudge to be the nudge
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Neighbours that went.
+
+    Attributes:
+        before: the layer before them; None at the start of the stack.
+        last: the last of them.
+        number: how many.
+    """
+
+    before: str | None
+    last: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a map is folded in.
+
+    Attributes:
+        name: of the linear module, in the shorter network.
+        scale: (width,), what the layer multiplies its output by before it adds it.
+    """
+
+    name: str
+    scale: Tensor
+
+
+@dataclass
+class Moments:
+    """Sums of what a regression needs, in float64: of inputs h (n, d) and targets t (n, width)."""
+
+    inputs: Tensor
+    both: Tensor
+    sums: tuple[Tensor, Tensor]
+    square: float = 0.0
+    rows: int = 0
+
+    @classmethod
+    def empty(cls, d: int, width: int, device: torch.device) -> Moments:
+        """Return the sums of nothing."""
+        options: Any = {"dtype": torch.float64, "device": device}
+        sums = (torch.zeros(d, **options), torch.zeros(width, **options))
+        return cls(torch.zeros(d, d, **options), torch.zeros(d, width, **options), sums)
+
+    def add(self, h: Tensor, t: Tensor) -> None:
+        """Add rows."""
+        h, t = (each.to(self.inputs.device).double() for each in (h, t))
+        self.inputs += h.T @ h
+        self.both += h.T @ t
+        self.sums = (self.sums[0] + h.sum(0), self.sums[1] + t.sum(0))
+        self.square += float(t.square().sum())
+        self.rows += len(h)
+
+    def with_(self, other: Moments) -> Moments:
+        """Return the sums over the rows of both."""
+        sums = (self.sums[0] + other.sums[0], self.sums[1] + other.sums[1])
+        square, rows = self.square + other.square, self.rows + other.rows
+        return Moments(self.inputs + other.inputs, self.both + other.both, sums, square, rows)
+
+    def solve(self, ridge: float, *, shift: bool) -> tuple[Tensor, Tensor]:
+        """Return weight (width, d) and bias (width,), 0 without ``shift``."""
+        h, t = (each / max(self.rows, 1) for each in self.sums)
+        gram, both = self.inputs, self.both
+        if shift:
+            gram, both = gram - self.rows * torch.outer(h, h), both - self.rows * torch.outer(h, t)
+        damped = gram + ridge * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram)).to(gram)
+        weight = torch.linalg.solve(damped, both).T
+        return weight, t - weight @ h if shift else torch.zeros_like(t)
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Return the squared error of a map on these rows, as a share of the squared targets."""
+        h, t = self.sums
+        found = self.square + self.rows * float(bias @ bias)
+        found += float((weight @ self.inputs * weight).sum()) - 2 * float((weight * self.both.T).sum())
+        found += 2 * float(bias @ (weight @ h)) - 2 * float(bias @ t)
+        return found / max(self.square, 1e-30)
+
+
+def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
+    """Change the weights of a shorter network so that it gives what the whole one does, gap by gap.
+
+    Args:
+        work: the whole network, and the samples.
+        shorter: changed in place; the whole one, whose tensors it shares, is not.
+        report: gets what came of it.
+
+    Raises:
+        PlanError: no gap can be closed like that.
+    """
+    shapes = _shapes(work)
+    gaps = _gaps(work.names, list(shorter.renamed), shapes)
+    runs = replace(shorter.model, module=load.detached(shorter.model.module), notes=[])
+    load.runnable(runs, device=str(load.place_of(work.runs.module)))
+    rows: list[dict[str, Any]] = []
+    for gap in gaps:
+        found, why = (None, "nothing before it reads samples")
+        if gap.before is not None and shapes[gap.before] != shapes[gap.last]:
+            found, why = (None, f"what `{gap.before}` gives has another shape")
+        elif gap.before is not None:
+            found, why = _site(runs, shorter.renamed[gap.before], work)
+        if found is None or gap.before is None:
+            rows.append({"after": gap.before, "layers": gap.number, "into": None, "left": None, "why": why})
+            continue
+        now = shorter.renamed[gap.before]
+        fitted, checked = _collect(work, runs, now, gap.last, found)
+        linear = runs.module.get_submodule(found.name)
+        change = _fit(fitted, checked, shift=linear.bias is not None)
+        name = gap.before + found.name[len(now) :]  # as the whole network calls it
+        rows.append(
+            {
+                "after": gap.before, "layers": gap.number, "into": name, "left": change[0] if change else 1.0,
+                "why": "" if change else "no map is better than none on samples that it was not fitted on",
+            }
+        )  # fmt: skip
+        if change:
+            _fold(shorter.model, runs, found.name, change[1], change[2])
+    report.data["repair"] = rows
+    if gaps and all(row["into"] is None for row in rows):
+        raise PlanError(
+            f"`--repair` cannot close a gap of `{work.stored.name}`", why=str(rows[0]["why"]),
+            hint="leave it out, and train what was pruned",
+        )  # fmt: skip
+    shown = [
+        [
+            row["after"] or "the start", row["layers"], row["into"] or "",
+            "" if row["left"] is None else f"{row['left']:.0%}", row["why"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    report.tables.insert(0, Table("gaps", ["after", "layers", "closed in", "of the difference left", ""], shown))
+
+
+def _gaps(names: Sequence[str], kept: Sequence[str], shapes: Mapping[str, Any]) -> list[Gap]:
+    """Return the runs of dropped layers of one shape, in running order."""
+    found: list[Gap] = []
+    before: str | None = None
+    number = 0
+    for at, name in enumerate(names):
+        if name in kept:
+            before, number = name, 0
+            continue
+        number += 1
+        following = names[at + 1] if at + 1 < len(names) else None
+        if following is None or following in kept or shapes[following] != shapes[name]:
+            found.append(Gap(before, name, number))
+            number = 0
+    return found
+
+
+def _shapes(work: Work) -> dict[str, Any]:
+    """Return the shape of what each layer of the whole network gives."""
+    shapes: dict[str, Any] = {}
+
+    def saw(name: str, _before: Tensor, after: Tensor) -> None:
+        shapes[name] = after.shape
+
+    with layers.tapped(work.runs.module, work.names, saw):
+        load.outputs(work.runs, load.probe(work.runs))
+    return shapes
+
+
+def _channels_last(model: Model) -> bool:
+    return str(getattr(model.module, "output_fmt", "")) == "NHWC"
+
+
+def _site(runs: Model, layer: str, work: Work) -> tuple[Site | None, str]:
+    """Return the last linear module of a layer whose output goes straight into what the layer gives, or why none does.
+
+    It is found by what it does: nudge its output, and the layer's output moves by that, or by a fixed multiple.
+    """
+    assert work.given is not None
+    batch = load.moved(runs, work.given.train.batch(range(min(2, len(work.given.train)))).inputs)
+    network = runs.module.get_submodule(layer)
+    linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
+    owners: dict[int, int] = {}
+    for parameter in surgery.tensors_of(runs.module).values():
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for leaf in reversed(linears):
+        name = f"{layer}.{leaf}" if leaf else layer
+        linear: Any = runs.module.get_submodule(name)
+        shared = owners[id(linear.weight)] > 1
+        scale = None if shared else _answer(runs, layer, linear, batch)
+        if scale is not None:
+            return Site(name, scale), ""
+    return None, f"what `{layer}` gives is no sum that a linear module of it adds to"
+
+
+def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | None:
+    """Return (width,) by how much of a nudge to a module its layer moves, or None where that is no fixed multiple."""
+    nudge: Tensor | None = None
+    seen: list[Tensor] = []
+
+    def push(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output if nudge is None else output + nudge.to(output)
+
+    def saw(_name: str, _before: Tensor, after: Tensor) -> None:
+        seen.append(layer_scores.tokens_of(after, _channels_last(runs)))
+
+    generator = torch.Generator().manual_seed(0)
+    with registered([linear.register_forward_hook(push)]), layers.tapped(runs.module, [layer], saw):
+        load.outputs(runs, batch)
+        size = float(seen[0].abs().mean())
+        scales = []
+        for _ in range(2):
+            nudge = size * (1 + torch.rand(linear.out_features, generator=generator))
+            load.outputs(runs, batch)
+            if seen[-1].shape[-1] != len(nudge):
+                return None
+            moved = (seen[-1] - seen[0]) / nudge.to(seen[0])
+            scales.append(moved)
+    scale = scales[0].flatten(0, -2).mean(0)
+    largest = float(scale.abs().max())
+    apart = max(float((each - scale).abs().max()) for each in scales)
+    # a softmax is blind to a nudge of all keys, so that an answer of nothing is no fixed multiple
+    return scale if largest > FAINT and apart <= CLOSE * largest else None
+
+
+def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tuple[Moments, Moments]:
+    """Run the samples through both networks; return the sums over those to fit and those to check."""
+    given = work.given
+    assert given is not None
+    linear: Any = runs.module.get_submodule(site.name)
+    place = load.place_of(runs.module)
+    solver = load.solver_device(place)
+    fitted, checked = (Moments.empty(linear.in_features, linear.out_features, solver) for _ in range(2))
+    hidden: list[Tensor] = []
+    wanted: dict[str, Tensor] = {}
+
+    def read(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        hidden.append(args[0])
+
+    def saw(key: str, after: Tensor) -> None:
+        wanted[key] = layer_scores.tokens_of(after, _channels_last(runs))
+
+    counts = _tokens_that_count(work, runs, before)
+    scale = torch.where(site.scale.abs() > 1e-6, site.scale, torch.full_like(site.scale, torch.inf)).to(place)
+    number, size = len(given.train), work.samples_at_once
+    with (
+        layers.tapped(work.runs.module, [last], lambda _name, _before, after: saw("whole", after)),
+        layers.tapped(runs.module, [before], lambda _name, _before, after: saw("shorter", after)),
+        registered([linear.register_forward_hook(read)]),
+        progress.track("closing the gap", number) as advance,
+    ):
+        for start in range(0, number, size):
+            batch = given.train.batch(range(start, min(start + size, number)))
+            each = load.moved(runs, batch.inputs)
+            load.outputs(work.runs, each)
+            load.outputs(runs, each)
+            h = hidden.pop().flatten(1, -2)
+            t = (wanted["whole"] - wanted["shorter"]) / scale
+            mask = each.get("attention_mask") if isinstance(each, dict) else None
+            chosen = _chosen(h, counts, mask)
+            for rows, moments in ((True, fitted), (False, checked)):
+                some = [at for at in range(len(h)) if (((start + at) % CHECKED) != CHECKED - 1) is rows]
+                moments.add(h[some][chosen[some]], t[some][chosen[some]])
+            for _ in range(len(batch.targets)):
+                advance("")
+    return fitted, checked
+
+
+def _chosen(h: Tensor, counts: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return which tokens (batch, tokens) of h (batch, tokens, d) count."""
+    chosen = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    if counts is not None and counts.shape[0] == h.shape[1]:
+        chosen &= counts.to(h.device)
+    if mask is not None and mask.shape == h.shape[:2]:
+        chosen &= mask.bool()
+    return chosen
+
+
+def _tokens_that_count(work: Work, runs: Model, layer: str) -> Tensor | None:
+    """Return (tokens,) which tokens of what a layer gives reach the network's output; None for all."""
+    given = work.given
+    assert given is not None
+    each = load.moved(runs, given.train.batch(range(min(4, len(given.train)))).inputs)
+    held: list[Tensor] = []
+
+    def leaf(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        tensor = main(output)
+        assert tensor is not None
+        held.append(tensor.detach().requires_grad_(True))
+        return layers.in_place_of(output, held[0])
+
+    with registered([runs.module.get_submodule(layer).register_forward_hook(leaf)]), torch.enable_grad():
+        total = inputs.forward(runs, each).float().square().sum()
+        (gradient,) = torch.autograd.grad(total, held)
+    reached = layer_scores.tokens_of(gradient, _channels_last(runs)).abs().amax((0, 2)) > 0
+    return None if bool(reached.all()) or not bool(reached.any()) else reached
+
+
+def _fit(fitted: Moments, checked: Moments, *, shift: bool) -> tuple[float, Tensor, Tensor] | None:
+    """Return the error left on the checked rows, weight and bias of the best map; None where none is of use."""
+    if not fitted.rows or not checked.rows:
+        return None
+    errors = {ridge: checked.error(*fitted.solve(ridge, shift=shift)) for ridge in RIDGES}
+    ridge = min(errors, key=lambda one: errors[one])
+    if not errors[ridge] < 1:
+        return None
+    return errors[ridge], *fitted.with_(checked).solve(ridge, shift=shift)
+
+
+def _fold(stored: Model, runs: Model, name: str, weight: Tensor, bias: Tensor) -> None:
+    """Add a map to a linear module of both networks, as new tensors: the old ones belong to the whole network too."""
+    for model in (stored, runs):
+        linear: Any = model.module.get_submodule(name)
+        changes = {"weight": weight, **({} if linear.bias is None else {"bias": bias})}
+        for leaf, change in changes.items():
+            old = getattr(linear, leaf)
+            new = (old.detach().double() + change.to(old.device)).to(old.dtype)
+            surgery.place(linear, {leaf: nn.Parameter(new, requires_grad=old.requires_grad)})
+            model.infos.pop(f"{name}.{leaf}", None)

@@ -1,0 +1,236 @@
+"""Artifact [> factors multiplied out] > Format > its own runtime: same numbers, how quick > files > Report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc import artifact, manifest, measure, methods
+from peftc.errors import DataError, UsageError
+from peftc.job import EXPORT, ExportRecord, Job, execution
+from peftc.measure import Speedup
+from peftc.models import load as models
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model, load
+from peftc.models.multiplied import multiplied
+from peftc.report import Report, Table, percent, size
+from peftc.source import Source
+from peftc.steps import parity, write
+from peftc.tasks import Settings
+
+
+def export(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    format: str | None = None,
+    output_dir: str | Path | None = None,
+    dense: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    data: str | None = None,
+    task: str | None = None,
+    num_samples: int = 64,
+    batch_size: int = 16,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    max_bytes: float | None = None,
+    rounds: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Report:
+    """Write a model as other programs read it, load it with theirs, and check that it computes the same.
+
+    Args:
+        model: an artifact, or any other model; it is not changed.
+        format: of the table of methods: ``hf``, ``timm``, ``safetensors``, ``onnx`` or ``torch-export``.
+        output_dir: the folder to write; ``<model>-export`` when None.
+        dense: multiply factors out first.
+        settings: of the format.
+        data: samples to compare on; random inputs alone when None.
+        task: of the model, as for `evaluate`.
+        num_samples: of ``data``, to compare on.
+        batch_size: of the second timing; the first is of one sample.
+        image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
+        max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the model itself.
+        max_bytes: gate on the files together.
+        rounds: timed rounds, at least 5.
+        seed: which samples to take.
+        overwrite: replace another export at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause, also where what was written computes something else; nothing is left then.
+    """
+    word, written_by, chosen = _format(format, settings or {})
+    if rounds < 5 or batch_size < 1:
+        raise UsageError(f"`--rounds {rounds} --batch-size {batch_size}` is too few", hint="take 5 and 1 at least")
+    is_judged = max_drop is not None or min_quality is not None
+    if is_judged and data is None:
+        raise DataError(
+            "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
+        )
+    stored = load(model)
+    leaves = multiplied(stored) if dense else stored
+    runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
+    work = _Work(
+        stored, leaves, runs, parity.probes(runs, image_size=image_size, max_length=max_length),
+        [parity.example(runs, n, image_size=image_size, max_length=max_length) for n in dict.fromkeys((1, batch_size))],
+        rounds,
+    )  # fmt: skip
+    if data is not None:
+        drawn = Settings(image_size, max_length, num_samples, seed)
+        work.batches += parity.real_inputs(runs, data, task, drawn, batch_size)
+    request = {
+        "command": "export", "format": word, "dense": dense, "settings": dict(settings or {}), "data": data,
+        "task": task, "num_samples": num_samples if data else None, "image_size": image_size, "max_length": max_length,
+        "seed": seed, "is_judged": is_judged,
+    }  # fmt: skip
+    base = write.base_record(stored)
+    identity = write.identity(base, stored.manifest.steps if stored.manifest else [], request, stored.config)
+    output = write.output_folder(output_dir, stored, "export")
+    with execution(output, identity, request, overwrite=overwrite, record=EXPORT) as job:
+        if job.done:
+            report = _already(job)
+        else:
+            job.require(measure.tensor_bytes(leaves.module))
+            example = parity.example(runs, 2, image_size=image_size, max_length=max_length)
+            exported = written_by(leaves, example, job.folder, **chosen)
+            try:
+                report = work.check(exported, word, data)
+                if is_judged:
+                    parity.quality(
+                        report, runs, exported, data=str(data), task=task, image_size=image_size, max_length=max_length,
+                        batch_size=batch_size, seed=seed,
+                    )  # fmt: skip
+            finally:
+                exported.close()
+            _finish(job, report, work, exported, word, request)
+    parity.gate_quality(report, max_drop, min_quality)
+    report.at_most("--max-bytes", max_bytes, report.data["bytes"])
+    return report
+
+
+def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Exported], dict[str, Any]]:
+    """Return the word of a format, its function, and its settings.
+
+    Raises:
+        UsageError: none is named, or there is none of that name, or a setting is not one of its own.
+    """
+    known = ", ".join(f"`{each.replace('_', '-')}`" for each in methods.METHODS["format"])
+    if name is None:
+        raise UsageError("say what to write", why=f"`--format` is one of {known}")
+    name = name.replace("-", "_")
+    written_by = methods.find("format", name, "--format")
+    word = name.replace("_", "-")
+    return word, written_by, methods.with_settings(written_by, word, settings)
+
+
+@dataclass
+class _Work:
+    """What there is to compare.
+
+    Attributes:
+        stored: the model as it is stored.
+        leaves: as it is written.
+        runs: the stored one, ready to run.
+        batches: inputs to compare on.
+        timed: inputs to time.
+        rounds: of timing.
+    """
+
+    stored: Model
+    leaves: Model
+    runs: Model
+    batches: list[Inputs]
+    timed: list[Inputs]
+    rounds: int
+
+    def check(self, exported: Exported, word: str, data: str | None) -> Report:
+        """Compare what was written with the model, look for its factors, and time both.
+
+        Raises:
+            ExportError: it computes something else, or factors are gone.
+        """
+        report = Report("export", notes=[*self.stored.notes, *exported.notes])
+        parity.refuse_merged(self.stored.name, exported)
+        found = parity.compare(self.runs, exported, self.batches)
+        parity.refuse_other(self.stored.name, found, exported)
+        seen = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        report.data = {
+            "format": word, "runtime": exported.runtime, "samples": seen, **asdict(found),
+            "tolerance": exported.tolerance, "factors": len(exported.expected),
+            "products": None if exported.products is None else len(exported.products),
+            "times": parity.times(self.runs, exported, self.timed, self.rounds),
+        }  # fmt: skip
+        if data is None:
+            report.notes.append("compared on random inputs; `--data` compares on samples of yours")
+        if found.spread <= parity.NOTHING:
+            report.warnings.append(
+                f"`{self.stored.name}` gives one output whatever the input: that the export does so too says little"
+            )
+        if exported.tolerance is None:
+            report.warnings.append(
+                "what is rounded to 8 bits computes something else by design: gate it with `--data` and `--max-drop`"
+            )
+        return report
+
+
+def _finish(
+    job: Job, report: Report, work: _Work, exported: Exported, word: str, request: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Add what travels along, write ``export.json`` and let the folder appear."""
+    leaves = work.leaves
+    there = {path.name for path in job.folder.iterdir()}
+    for name, content in write.companions(work.stored).items():
+        if name not in there:
+            artifact.write_bytes(job.folder / name, content)
+    files = {
+        path.name: {"sha256": manifest.file_digest(path), "bytes": path.stat().st_size}
+        for path in sorted(job.folder.iterdir())
+    }
+    about = {
+        "format": word, "library": leaves.library, "architecture": leaves.architecture,
+        "preprocess": leaves.preprocess, "labels": leaves.labels,
+        "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
+    }  # fmt: skip
+    total = sum(path.stat().st_size for path in job.folder.iterdir())
+    report.data |= {"files": files, "bytes": total}
+    report.artifact = job.output
+    report.tables.insert(0, _table(report.data))
+    result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}
+    job.finish(
+        ExportRecord(job.id, request, files, about),
+        result | {"report": asdict(replace(report, artifact=None))},
+    )
+
+
+def _already(job: Job) -> Report:
+    """Return the report of a finished export again."""
+    known = job.result().get("report", {})
+    return Report(
+        "export", known.get("data", {}), artifact=job.output,
+        tables=[Table(**table) for table in known.get("tables", [])],
+        notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
+        warnings=known.get("warnings", []),
+    )  # fmt: skip
+
+
+def _table(data: dict[str, Any]) -> Table:
+    kept = f"{data['factors']} factors in {data['products']} products" if data["products"] is not None else "-"
+    limit = f", at most {data['tolerance']:g}" if data["tolerance"] is not None else ""
+    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
+    rows = [
+        ("files", f"{size(data['bytes'])} in {len(data['files'])}"),
+        ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
+        ("same prediction" if data["is_share"] else "cosine", f"{same}, {data['samples']} samples"),
+        ("products with weights", kept),
+    ]  # fmt: skip
+    for batch, run in data["times"].items():
+        both = f"{1000 * run['export_seconds']:.3g} ms, in torch {1000 * run['torch_seconds']:.3g} ms"
+        rows.append((f"latency, batch {batch}", f"{both}: {Speedup(**run['speedup']).verdict}"))
+    return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)

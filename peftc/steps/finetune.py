@@ -1,0 +1,297 @@
+"""Source > Model > head and updates > Data > train on the task > delta, or merge > Artifact > Report."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import measure, methods, processes, tasks, train
+from peftc.data.augment import Augment
+from peftc.errors import UsageError, one_of
+from peftc.job import Job
+from peftc.models import delta as deltas
+from peftc.models.heads import Headed
+from peftc.models.load import Model, load, place_of, refuse_unbuildable
+from peftc.nn import surgery
+from peftc.nn.adapted import adapted_modules
+from peftc.recipe import Recipe
+from peftc.report import Report, Table
+from peftc.source import Source
+from peftc.steps import distill, factored, imitation, ordered, quality, samples, write
+from peftc.steps import student as students
+from peftc.steps.imitation import TASK, Imitation
+from peftc.steps.merge import taken_in
+from peftc.steps.student import Student
+from peftc.tasks import Settings
+
+WITH_TEACHER = {"features": 1.0, TASK: 1.0}
+
+
+def finetune(
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    output_dir: str | Path | None = None,
+    data: str,
+    method: str = "lora",
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    on_product: bool = False,
+    same_rank: bool = False,
+    head: str = "auto",
+    delta: bool | None = None,
+    teacher: str | Path | Source | nn.Module | Model | None = None,
+    loss: str | Mapping[str, float] | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    batch_size: int = 32,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    ema: float | None = None,
+    dropout: bool = False,
+    mixed_precision: str = "no",
+    augment: str | None = None,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    held_out: float = 0.1,
+    evaluations: int = 5,
+    log_with: str | None = None,
+    task: str | None = None,
+    num_samples: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    max_shard_size: str | int = "5GB",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Report:
+    """Tune a model for a task by few parameters, and write the tuned model, or only what the task changed.
+
+    Args:
+        model: dense, factored or depth-pruned; a live network is copied, not changed.
+        output_dir: the artifact's folder; ``<model>-finetune`` when None.
+        data: of the task: its train split. With a test split and labels the result is measured on that.
+        method: of the table of adapters, as ``lora``, ``flora``, ``snella``, ``head`` or ``full``.
+        settings: of the method, as ``{"rank": 16}``; those of a loss term as ``{"features.scale_free": True}``.
+        include: patterns of modules to adapt that have no update unless asked: embeddings, the first convolution.
+        skip: patterns of modules to leave as they are.
+        on_product: adapt a factored linear module as one matrix; each of its factors is adapted otherwise. Merged, its
+            rank grows by that of the update,
+        same_rank: or is cut back to what it was, at an error that is reported.
+        head: ``auto`` gives the model a new head where its classes are not those of the data, ``new`` always, ``keep``
+            never.
+        delta: write what the task changed and name the model that it changes, or a whole model; as ``model`` is when
+            None.
+        teacher: who is imitated, too.
+        loss: weights of the terms as for `distill`; the task's alone when None, and features=1 with a teacher.
+        epochs, steps, minutes: how long, one of them; 10 epochs when all are None.
+        batch_size: samples that one step learns from, over all processes.
+        accumulate: parts that a process cuts its share of a step into.
+        learning_rate, weight_decay: of AdamW; those of the method when None.
+        warmup, clip: see `peftc.recipe.Recipe`.
+        ema: decay of a moving average of the weights, which then is the result.
+        dropout: let dropout and drop-path act, that of updates too.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        augment, mixup, cutmix: random changes to images, as for `distill`.
+        held_out: share of the train split that says which weights are best, where there is no validation split; 0
+            keeps the last weights.
+        evaluations: how often the held-out samples are looked at.
+        log_with: a tracker of Accelerate's, as ``tensorboard``.
+        task, num_samples, image_size, max_length: how to read the data, and how much of it.
+        max_drop, min_quality: gates on the test split; a drop is against the teacher, or the model itself.
+        max_shard_size: bytes per weight file, as ``5GB``.
+        device, seed: where and with which random numbers to compute.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    one_of("--head", head, ["auto", "new", "keep"])
+    own, of_terms = _parted(settings or {})
+    function = methods.find("adapter", method, "--method")
+    chosen = methods.with_settings(function, method, own)
+    if chosen.get("dropout") and not dropout:
+        raise UsageError("`--set dropout` acts in training mode only", hint="add `--dropout`")
+    usual = methods.recipe_of(function)
+    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
+    if all(each is None for each in length.values()):
+        length["epochs"] = 10
+    recipe = Recipe(
+        **length, batch_size=batch_size, accumulate=accumulate,  # type: ignore[arg-type]
+        learning_rate=usual["learning_rate"] if learning_rate is None else learning_rate,
+        weight_decay=usual["weight_decay"] if weight_decay is None else weight_decay,
+        warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision, evaluations=evaluations,
+        seed=seed,
+    )  # fmt: skip
+    shard_bytes = factored.shard_bytes(max_shard_size)
+    stored = load(model, merge=False)
+    ordered.refuse_ordered(stored)
+    if stored.manifest is None and not stored.files:
+        refuse_unbuildable(stored)
+    fitted = students.headed(stored, data, task, head, seed)
+    stored = fitted.model
+    row = tasks.named_task(task) if task else tasks.guess(stored)
+    copied, placed, after_step = students.build(
+        stored, method, own, include=include, skip=skip, on_product=on_product,
+        has_classes=row is not None and row.has_classes, device=device, seed=seed,
+    )  # fmt: skip
+    pupil = Student(copied, fitted, placed, after_step)
+    asked = _weights(loss, teacher is not None, copied, task)
+    terms = imitation.terms(asked, of_terms)
+    changes = Augment(augment, mixup, cutmix)
+    given = samples.read(
+        copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
+        settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
+    )  # fmt: skip
+    weight = asked.get(TASK, 0.0) if given.labelled else 0.0
+    distill.refuse_nothing(loss, asked, terms, weight, given, data)
+    guide = distill.teacher_of(teacher, stored, terms, device)
+    pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
+    work = Imitation(copied, guide, given, terms, weight, pairs)
+    work.check()
+    against = _against(guide, fitted, max_drop)
+
+    as_delta = deltas.is_delta(stored) if delta is None else delta
+    request = {
+        "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
+        "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
+        "teacher": None if guide is None else distill.identity_of(guide), "data": given.about,
+        "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
+        **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
+        "max_length": max_length, "num_samples": num_samples, "max_shard_bytes": shard_bytes, "device": device,
+    }  # fmt: skip
+    output = write.output_folder(output_dir, stored, "finetune")
+    with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            report = write.already(job, "finetune")
+        else:
+            job.require(measure.tensor_bytes(stored.module) // (8 if request["delta"] else 1))
+            report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
+    quality.measure_on_test(
+        report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
+        image_size=image_size, max_length=max_length, device=device, seed=seed,
+    )  # fmt: skip
+    return report
+
+
+def _parted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the method, and those of terms, whose names have a dot."""
+    return (
+        {key: value for key, value in settings.items() if "." not in key},
+        {key: value for key, value in settings.items() if "." in key},
+    )
+
+
+def _weights(
+    loss: str | Mapping[str, float] | None, has_teacher: bool, student: Model, task: str | None
+) -> dict[str, float]:
+    if loss is None:
+        return dict(WITH_TEACHER) if has_teacher else {TASK: 1.0}
+    return distill.weights_of(loss, student, task)
+
+
+def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Model | None:
+    """Return the model that does the same task and that the result is compared with: the teacher, or itself before."""
+    if guide is not None and (guide.labels == fitted.model.labels or not fitted.new):
+        return guide
+    if not fitted.new:
+        return load(fitted.model.source)
+    if max_drop is not None:
+        raise UsageError(
+            "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",
+            hint="gate on the result: `--min-quality`, or name a `--teacher` with these classes",
+        )  # fmt: skip
+    return None
+
+
+def _carry_out(
+    job: Job, base: dict[str, Any], request: dict[str, Any], work: Imitation, pupil: Student, recipe: Recipe,
+    device: str, log_with: str | None, shard_bytes: int,
+) -> Report:  # fmt: skip
+    """Train, write and verify."""
+    stored = pupil.stored
+    report = Report("finetune", notes=[*stored.notes, *work.samples.notes])
+    students.tell(report, pupil)
+    held, after = work.samples.held, pupil.after_step
+    if after is not None:
+        updates = {name: each.update for name, each in adapted_modules(pupil.model.module).items()}
+        epoch = len(work.samples.train) / recipe.batch_size
+        after = functools.partial(_after, after, updates, epoch)
+    outcome = train.fit(
+        pupil.model.module, len(work.samples.train), work.batch, work.loss, recipe, device=device,
+        score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
+        log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
+    )  # fmt: skip
+    if recipe.minutes is not None:
+        request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
+    distill.tell(report, work, outcome, {})
+    students.tell_sparsity(report, pupil)
+    memory = {
+        "optimizer_bytes": outcome.optimizer_bytes,
+        "peak_bytes": measure.peak_bytes(place_of(pupil.model.module)),
+    }
+    report.data["memory"] = memory
+    report.notes.append(
+        f"memory: {memory['optimizer_bytes'] / 1e6:.4g} MB of the optimizer's state, "
+        f"{memory['peak_bytes'] / 1e6:,.0f} MB of the process at most"
+    )
+    if processes.rank():
+        return report
+    place = place_of(pupil.model.module)
+    record, written = _write(job, base, request, pupil, report, shard_bytes)
+    report.warnings += write.verify(job.folder, written)
+    shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
+    write.finish(job, record, report, place)
+    report.artifact = job.output
+    return report
+
+
+def _score(pupil: Student, work: Imitation, batch_size: int) -> float:
+    """Return how good the student is on the held-out samples, with weights that may just have been averaged."""
+    assert work.samples.held is not None
+    for each in adapted_modules(pupil.model.module).values():
+        students.settle(each.update)
+    return work.score(work.samples.held, batch_size)
+
+
+def _after(method: Any, updates: Mapping[str, nn.Module], steps_per_epoch: float, step: int, steps: int) -> None:
+    method(updates, step, steps, steps_per_epoch)
+
+
+def _write(
+    job: Job, base: dict[str, Any], request: dict[str, Any], pupil: Student, report: Report, shard_bytes: int
+) -> tuple[Any, Model]:
+    """Write what was learnt, as a delta or whole, and return the manifest and the network that is to reload from it."""
+    stored, adapters, learned = pupil.stored, pupil.placed.adapters, pupil.learned
+    module = students.as_stored(pupil.model.module, stored.module, adapters)
+    tuned = replace(stored, module=module, infos={}, files=[])
+    options: dict[str, Any] = {"max_shard_bytes": shard_bytes}
+    if request["delta"]:
+        names, there = students.beneath(pupil, learned)
+        tensors = surgery.tensors_of(module)
+        pieces = {name: write.piece(tensors[name]) for name in names}
+        record = write.write_artifact(
+            job, tuned, base, request, pieces, imitation.factored(stored), adapters=adapters,
+            delta=deltas.reference(stored, base, there), **options,
+        )  # fmt: skip
+        merged, _ = taken_in(tuned, adapters, report)
+    else:
+        merged, left = taken_in(tuned, adapters, report, same_rank=request["same_rank"])
+        record = write.write_artifact(
+            job, merged, base, request, write.pieces_of(merged), imitation.factored(merged), adapters=left, **options
+        )
+    report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
+    report.tables.append(Table("written", ["", "bytes"], [["weights", f"{record.weight_bytes:,}"]]))
+    return record, merged

@@ -1,0 +1,259 @@
+"""Samples > a score per layer > Decision, and the evidence beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peftc import depth
+from peftc.depth import Asked, Decision
+from peftc.errors import PlanError
+from peftc.models import layers
+from peftc.models import load as models
+from peftc.models.load import Model
+from peftc.report import Report, Table
+from peftc.steps import layer_evidence, layer_losses, layer_scores
+from peftc.steps.layer_evidence import Decided, Evidence
+from peftc.steps.layer_losses import Removal, Trial
+from peftc.steps.layer_scores import Score, Seen
+from peftc.steps.samples import Samples
+
+
+@dataclass
+class Work:
+    """What there is to decide on.
+
+    Attributes:
+        stored: the model as it is stored.
+        runs: the same, ready to run.
+        names: its layers.
+        score, given: what to score them by, and on what.
+        asked: how many, or which.
+        batch_size: samples at once; that of the task when None.
+        stability: repeat the score.
+        seed: of repeats.
+    """
+
+    stored: Model
+    runs: Model
+    names: list[str]
+    score: Score | None
+    given: Samples | None
+    asked: Asked
+    batch_size: int | None = None
+    stability: bool = False
+    seed: int = 0
+
+    @property
+    def samples_at_once(self) -> int:
+        """The batch size."""
+        return self.batch_size or (self.given.task.batch_size if self.given and self.given.task else 16)
+
+
+@dataclass
+class Choice:
+    """Which layers stay, and why.
+
+    Attributes:
+        decision: which.
+        fixed: layers that stay whatever their score.
+        scores: one per layer; empty without a score.
+        seen: of the forward pass; None where there was none.
+        gone: layers in the order in which they were left out, where that was measured.
+        measured: what quality was measured, and on what.
+        evidence: what speaks for and against.
+    """
+
+    decision: Decision
+    fixed: list[int]
+    scores: list[float] = field(default_factory=list)
+    seen: Seen | None = None
+    gone: list[Removal] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
+
+
+def choose(work: Work, report: Report) -> Choice:
+    """Score the layers and decide which stay."""
+    number, asked = len(work.names), work.asked
+    if asked.keep is not None and asked.keep > number:
+        raise PlanError(f"`--keep` is {asked.keep}", why=f"`{work.stored.name}` has {number} layers")
+    fixed = _changing(work.runs, work.names)
+    if work.score is None:
+        return Choice(_with_fixed(work, depth.without(asked.drop, number), fixed, report), fixed)
+    seen = _seen(work, report)
+    trial = _trial(work, report)
+    floor = _floor(work, trial)
+    found: list[float]
+    gone: list[Removal] = []
+    if work.score.is_measured:
+        assert trial is not None
+        keep = 1 if floor is not None else asked.keep or number
+        found, gone = layer_losses.greedy(trial, work.names, fixed, keep=keep, floor=floor)
+    else:
+        found = layer_scores.scores(work.runs, work.names, work.score, seen)
+        if floor is not None and trial is not None:
+            order = depth.worst_first(found, fixed, of_depth=work.score.is_of_depth)
+            gone = layer_losses.in_order(trial, work.names, order, floor)
+    decision = _with_fixed(work, _decision(work, found, work.score, fixed, gone), fixed, report)
+    choice = Choice(decision, fixed, found, seen, gone)
+    if trial is not None:
+        choice.measured = _measured(work, trial, floor, gone)
+
+    def decide(scores: Sequence[float], score: Score) -> Decision:
+        return _kept_too(_decision(work, list(scores), score, fixed, gone), fixed)
+
+    case = Decided(work.runs, work.names, fixed, work.score, found, seen, decision, decide)
+    if not asked.drop:
+        choice.evidence = layer_evidence.gather(case, stability=work.stability, seed=work.seed)
+    return choice
+
+
+def _seen(work: Work, report: Report) -> Seen | None:
+    """Run the samples through the model once, where they are asked for."""
+    if work.given is None or work.score is None or not work.score.reads_data:
+        return None
+    number, size = len(work.given.train), work.samples_at_once
+    seen = layer_scores.see(work.runs, work.given, work.names, size)
+    report.data |= {"samples": number, "pooling": seen.pooling}
+    if not work.score.is_measured:
+        report.notes.append(f"scored by {work.score.word} on {number} samples, {seen.pooling}")
+    if "gradient_products" in work.score.needs:
+        for name, products in layer_losses.gradient_products(work.runs, work.given, work.names, size).items():
+            seen.add(name, gradient_products=products)
+    return seen
+
+
+def _trial(work: Work, report: Report) -> Trial | None:
+    """Return what quality is measured on, where that decides."""
+    if work.given is None or work.score is None or not (work.score.is_measured or work.asked.within_drop is not None):
+        return None
+    held, about = layer_losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
+    if held.encoded is work.given.train.encoded and len(held) > len(work.given.held or ()):
+        report.notes = [note for note in report.notes if not note.startswith("held out:")]
+    report.notes.append(f"measured without layers on {about}")
+    return Trial(work.runs, work.given, held, work.samples_at_once)
+
+
+def _floor(work: Work, trial: Trial | None) -> float | None:
+    """Return the least quality that is allowed, larger is better."""
+    if trial is None or work.asked.within_drop is None:
+        return None
+    return trial.quality() - work.asked.within_drop
+
+
+def _measured(work: Work, trial: Trial, floor: float | None, gone: Sequence[Removal]) -> dict[str, Any]:
+    """Return what was measured: of the metric before and after, and of each layer that went."""
+    found: dict[str, Any] = {"samples": len(trial.held), "passes": trial.tried}
+    found["removals"] = [
+        {"name": work.names[each.layer], "rise": each.rise, "quality": _plain(trial, each.quality)} for each in gone
+    ]
+    if floor is not None and work.asked.within_drop is not None and trial.given.task is not None:
+        whole = floor + work.asked.within_drop
+        after = next((each.quality for each in gone[::-1]), whole)
+        found |= {
+            "metric": trial.given.task.metrics[0].name, "within_drop": work.asked.within_drop,
+            "before": _plain(trial, whole), "after": _plain(trial, after),
+        }  # fmt: skip
+    return found
+
+
+def _plain(trial: Trial, quality: float | None) -> float | None:
+    """Return a quality as its metric gives it, where less may be better."""
+    task = trial.given.task
+    return quality if quality is None or task is None or task.metrics[0].higher_is_better else -quality
+
+
+def _decision(
+    work: Work, found: Sequence[float], score: Score, fixed: Sequence[int], gone: Sequence[Removal]
+) -> Decision:  # fmt: skip
+    number, asked = len(work.names), work.asked
+    if asked.drop:
+        return depth.without(asked.drop, number)
+    if asked.alpha is not None:
+        return depth.above_threshold(found, asked.alpha)
+    if gone or asked.within_drop is not None:
+        return Decision(tuple(at for at in range(number) if at not in {each.layer for each in gone}))
+    if score.is_of_depth:
+        return depth.first(asked.keep or number)
+    return depth.best(found, asked.keep or number, fixed)
+
+
+def _kept_too(decision: Decision, fixed: Sequence[int]) -> Decision:
+    return replace(decision, kept=tuple(sorted({*decision.kept, *fixed})))
+
+
+def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Report) -> Decision:
+    """Let layers stay that cannot go.
+
+    Raises:
+        PlanError: one of them was named to go.
+    """
+    lost = [work.names[at] for at in fixed if at not in decision.kept]
+    if lost and work.asked.drop:
+        raise PlanError(
+            f"`{lost[0]}` cannot be dropped", why="what it gives has another shape than what it reads",
+            hint="drop other layers, which keep the shape",
+        )  # fmt: skip
+    if lost:
+        report.notes.append(f"stays, as it changes the shape: {', '.join(f'`{name}`' for name in lost)}")
+    return _kept_too(decision, fixed)
+
+
+def _changing(model: Model, names: Sequence[str]) -> list[int]:
+    """Return the layers whose output has another shape than their input."""
+    found: set[str] = set()
+
+    def saw(name: str, before: Any, after: Any) -> None:
+        if before.shape != after.shape:
+            found.add(name)
+
+    with layers.tapped(model.module, names, saw):
+        models.outputs(model, models.probe(model))
+    return [at for at, name in enumerate(names) if name in found]
+
+
+def tell(report: Report, work: Work, choice: Choice) -> None:
+    """Say which layers stay and why."""
+    decision, scores, number = choice.decision, choice.scores, len(work.names)
+    threshold = decision.threshold
+    rows: list[dict[str, Any]] = [
+        {
+            "number": at, "name": name, "score": scores[at] if scores and math.isfinite(scores[at]) else None,
+            "margin": scores[at] - threshold if scores and threshold is not None else None,
+            "kept": at in decision.kept, "close": at in choice.evidence.unsure,
+        }
+        for at, name in enumerate(work.names)
+    ]  # fmt: skip
+    report.data |= {
+        "score": work.score.word if work.score else None, "alpha": work.asked.alpha, "threshold": threshold,
+        "layers": rows, "agreement": choice.evidence.agreement, "stability": choice.evidence.repeats,
+    }  # fmt: skip
+    report.data |= {"measured": choice.measured} if choice.measured else {}
+    went = {each.layer: place for place, each in enumerate(choice.gone, start=1)}
+    shown = [
+        [
+            row["number"], row["name"], "" if row["score"] is None else f"{row['score']:.4g}",
+            "" if row["margin"] is None else f"{row['margin']:+.3f}" + (" close" if row["close"] else ""),
+            "kept" if row["kept"] else "dropped" + (f" as number {went[at]}" if at in went else ""),
+        ]
+        for at, row in enumerate(rows)
+    ]  # fmt: skip
+    columns = ["", "layer", work.score.word if work.score else "", "to threshold" if threshold is not None else "", ""]
+    report.tables.append(Table("layers", columns, shown))
+    report.tables += layer_evidence.tables(choice.evidence, decision, number)
+    report.notes.append(f"{len(decision.kept)} of {number} layers kept")
+    if threshold is not None:
+        report.notes.append(
+            f"threshold: {threshold:.3f}, alpha {work.asked.alpha:g} of the last layer's {scores[-1]:.3f}"
+        )
+    if "metric" in choice.measured:
+        known = choice.measured
+        report.notes.append(
+            f"{known['metric']} without any training: {known['before']:.4g} before, {known['after']:.4g} after, on the "
+            f"{known['samples']} samples that decided"
+        )
+    doubt = layer_evidence.doubt(choice.evidence, work.names)
+    report.warnings += [doubt] if doubt else []

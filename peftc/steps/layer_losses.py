@@ -1,0 +1,233 @@
+"""What a network loses without some of its layers, measured on samples by leaving them out; and what one backward says.
+
+With labels it is the task's own loss. Without, the reference is what the whole network gives, and the loss the
+divergence from that in nats per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftc import hooks, processes, progress
+from peftc.errors import DataError, WeightError
+from peftc.models import inputs, layers, load
+from peftc.models.load import Model
+from peftc.objectives import OBJECTIVES
+from peftc.steps import samples
+from peftc.steps.samples import Held, Samples
+from peftc.tasks import Batch
+from peftc.unlabelled import divergence
+
+MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
+
+
+@dataclass
+class Trial:
+    """Samples to measure a network on with some layers left out.
+
+    Attributes:
+        model: runnable, in eval mode.
+        given: the task, and what its classes are.
+        held: the samples.
+        batch_size: samples at once.
+        tried: forward passes over the samples so far, of all processes.
+    """
+
+    model: Model
+    given: Samples
+    held: Held
+    batch_size: int
+    tried: int = 0
+    _batches: list[Batch] = field(default_factory=list)
+    _whole: list[Tensor] = field(default_factory=list)
+
+    def loss(self, dropped: Sequence[str] = ()) -> float:
+        """Return the loss without some layers, mean over samples.
+
+        Raises:
+            WeightError: it is not finite.
+        """
+        objective = objective_of(self.given)
+        total = 0.0
+        with layers.bypassed(self.model.module, dropped):
+            for at, batch in enumerate(self._read()):
+                outputs = load.outputs(self.model, load.moved(self.model, batch.inputs))
+                if objective is not None:
+                    total += float(objective(outputs, batch)) * len(batch.targets)
+                elif at < len(self._whole):
+                    whole = self._whole[at].to(outputs.device)
+                    total += float(divergence(self.given.task, whole, outputs, batch.inputs).sum())
+                else:
+                    self._whole.append(outputs.cpu())  # the first pass is that of the whole network
+        self.tried += 1
+        found = total / len(self.held)
+        if not math.isfinite(found):
+            without = f"without {', '.join(dropped)}" if dropped else "with all its layers"
+            raise WeightError(f"`{self.model.name}` has a loss that is not finite", why=without)
+        return found
+
+    def quality(self, dropped: Sequence[str] = ()) -> float:
+        """Return the task's first metric without some layers, larger is better."""
+        self.tried += 1
+        with layers.bypassed(self.model.module, dropped):
+            return samples.figures(self.model, self.given, self.held, self.batch_size)
+
+    def _read(self) -> list[Batch]:
+        if not self._batches:
+            lengths = self.held.encoded.lengths
+            own = None if lengths is None else [lengths[row] for row in self.held.rows]
+            runs = hooks.batches(own, len(self.held), self.batch_size)
+            self._batches = [self.given.mapped(self.held.batch(run)) for run in runs]
+        return self._batches
+
+
+def objective_of(given: Samples) -> Callable[[Tensor, Batch], Tensor] | None:
+    """Return the task's loss; None where there are no labels for it."""
+    return OBJECTIVES.get(given.task.name) if given.labelled and given.task is not None else None
+
+
+def measured_on(given: Samples, *, scored_on_the_rest: bool) -> tuple[Held, str]:
+    """Return the samples to measure on, and how to call them.
+
+    Those of a validation split, where there is one. Else a share of the train split, which scores do not look at; all
+    of it where nothing else looks at samples.
+    """
+    held = given.held
+    assert held is not None
+    if held.encoded is not given.train.encoded:
+        return held, f"{len(held)} samples of the validation split"
+    if not scored_on_the_rest:
+        rows = sorted([*held.rows, *given.train.rows])
+        step = max(1, math.ceil(len(rows) / MEASURED))
+        held = Held(held.encoded, rows[::step])
+    return held, f"{len(held)} samples of the train split, which the model may know"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A layer that went.
+
+    Attributes:
+        layer: its number.
+        rise: of the loss, with it and those before it gone; None where it was not measured.
+        quality: the first metric then, larger is better; None where it was not measured.
+    """
+
+    layer: int
+    rise: float | None = None
+    quality: float | None = None
+
+
+def greedy(
+    trial: Trial, names: Sequence[str], fixed: Sequence[int], *, keep: int, floor: float | None
+) -> tuple[list[float], list[Removal]]:
+    """Leave out the layer that is missed least, measure all others again, and so on.
+
+    Args:
+        trial: the samples.
+        names: the layers.
+        fixed: layers that stay.
+        keep: stop at so many.
+        floor: stop where the quality would fall below; None asks for no quality.
+
+    Returns:
+        how much the loss rises without each layer alone, NaN for fixed ones; and the removals, in order.
+    """
+    whole = trial.loss()
+    alone = [math.nan] * len(names)
+    gone: list[Removal] = []
+    left = [at for at in range(len(names)) if at not in fixed]
+    rounds = max(1, len(names) - keep) if floor is None else len(left)
+    with progress.track("leaving out layers", rounds) as advance:
+        while left and (not gone or len(names) - len(gone) > keep):
+            without = [names[removal.layer] for removal in gone]
+            with processes.together():
+                mine = [(at, trial.loss([*without, names[at]]) - whole) for at in processes.share(left)]
+            rises = dict(processes.gathered(mine))
+            trial.tried += len(left) - len(mine)
+            if not gone:
+                for at, rise in rises.items():
+                    alone[at] = rise
+            if len(names) - len(gone) <= keep:
+                break
+            least = min(left, key=lambda at: (rises[at], -at))
+            quality = None if floor is None else trial.quality([*without, names[least]])
+            if quality is not None and floor is not None and quality < floor:
+                break
+            gone.append(Removal(least, rises[least], quality))
+            left.remove(least)
+            advance(names[least])
+    return alone, gone
+
+
+def in_order(trial: Trial, names: Sequence[str], order: Sequence[int], floor: float) -> list[Removal]:
+    """Leave out layers in an order, until the quality would fall below ``floor``; one layer stays."""
+    gone: list[Removal] = []
+    with progress.track("leaving out layers", len(order)) as advance:
+        for at in order[: len(names) - 1]:
+            quality = trial.quality([*(names[removal.layer] for removal in gone), names[at]])
+            if quality < floor:
+                break
+            gone.append(Removal(at, None, quality))
+            advance(names[at])
+    return gone
+
+
+def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+    """Return layer -> (n,): of each sample, what the gradient says of taking away what the layer adds.
+
+    Args:
+        model: runnable, in eval mode; no gradient is left in it.
+        given: the samples; its train part is read.
+        names: the layers.
+        batch_size: samples at once.
+
+    Raises:
+        DataError: there are no labels to take a loss of.
+    """
+    objective = objective_of(given)
+    if objective is None:
+        raise DataError(
+            "`--score taylor` needs labels or text to take a loss of",
+            hint="score layers without labels: `--score block-influence --keep N`",
+        )
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    flow: dict[str, tuple[Tensor, Tensor]] = {}
+    frozen = [each for each in model.module.parameters() if each.is_floating_point() and not each.requires_grad]
+    number = len(given.train)
+
+    def saw(name: str, before: Tensor, after: Tensor) -> None:
+        flow[name] = (before, after)
+
+    for each in frozen:
+        each.requires_grad_(True)
+    try:
+        with layers.tapped(model.module, names, saw), progress.track("looking at gradients", number) as advance:
+            for start in range(0, number, batch_size):
+                batch = given.mapped(given.train.batch(range(start, min(start + batch_size, number))))
+                with torch.enable_grad():
+                    loss = objective(inputs.forward(model, load.moved(model, batch.inputs)), batch)
+                    total = loss * len(batch.targets)  # a sum, so that each sample has its own gradient
+                gradients = torch.autograd.grad(total, [flow[name][1] for name in names])
+                for name, gradient in zip(names, gradients, strict=True):
+                    found[name].append(_products(gradient, *flow[name]))
+                flow.clear()
+                for _ in range(len(batch.targets)):
+                    advance("")
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _products(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return (batch,) products of a gradient with what was added; NaN between different shapes."""
+    if before.shape != after.shape:
+        return torch.full((len(after),), math.nan)
+    added = (after - before).detach().double()
+    return (gradient.double() * added).flatten(1).sum(1).cpu()

@@ -1,0 +1,96 @@
+"""Delta, or artifact with updates > Model > updates taken into the weights > Artifact > Report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftc import measure
+from peftc.errors import PlanError
+from peftc.models.load import Model, load, place_of, without_updates
+from peftc.nn.adapted import adapted_modules
+from peftc.report import Report
+from peftc.source import Source
+from peftc.steps import factored, imitation, write
+
+
+def merge(
+    model: str | Path | Source | Model,
+    *,
+    output_dir: str | Path | None = None,
+    same_rank: bool = False,
+    max_params: float | None = None,
+    max_bytes: float | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> Report:
+    """Make a delta whole: take its updates into the weights that they change, and write every tensor.
+
+    Args:
+        model: a delta, or an artifact whose updates are not merged; it is not changed.
+        output_dir: the artifact's folder; ``<model>-merge`` when None.
+        same_rank: cut factored modules that were adapted as a whole back to the rank they had; the error is reported.
+        max_params, max_bytes: gates.
+        max_shard_size: bytes per weight file, as ``5GB``.
+        overwrite: replace another artifact at ``output_dir``.
+
+    Raises:
+        PeftcError: with the cause; nothing is written then.
+    """
+    shard_bytes = factored.shard_bytes(max_shard_size)
+    stored = load(model, merge=False)
+    if not adapted_modules(stored.module) and not (stored.manifest and stored.manifest.delta):
+        raise PlanError(
+            f"`{stored.name}` has nothing to merge", why="it is a whole model without updates",
+            hint="`peftc finetune --delta` writes what can be merged",
+        )  # fmt: skip
+    request = {"command": "merge", "same_rank": same_rank, "max_shard_bytes": shard_bytes}
+    output = write.output_folder(output_dir, stored, "merge")
+    with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            report = write.already(job, "merge")
+        else:
+            job.require(measure.tensor_bytes(stored.module))
+            report = Report("merge", notes=list(stored.notes))
+            whole, adapters = taken_in(
+                stored, stored.manifest.adapters if stored.manifest else {}, report, same_rank=same_rank
+            )
+            record = write.write_artifact(
+                job, whole, base, request, write.pieces_of(whole), imitation.factored(whole),
+                max_shard_bytes=shard_bytes, adapters=adapters,
+            )  # fmt: skip
+            report.warnings += write.verify(job.folder, whole)
+            report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
+            write.finish(job, record, report, place_of(whole.module))
+            report.artifact = job.output
+    factored.gate_size(report, max_params, max_bytes)
+    return report
+
+
+def taken_in(
+    model: Model, adapters: Mapping[str, Any], report: Report, *, same_rank: bool = False
+) -> tuple[Model, dict[str, Any]]:
+    """Take the updates of a model into its weights, in place, and say by how much its outputs differ then.
+
+    Returns:
+        the model, and those of its updates that change no weight.
+    """
+    before = write.probe_outputs(model)
+    merged, changed = without_updates(model, same_rank=same_rank)
+    after = write.probe_outputs(merged)
+    if changed and before is not None and after is not None:
+        gap = float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
+        report.data["merge"] = {"modules": len(changed), "relative_deviation": gap}
+        report.notes.append(
+            f"merged {len(changed)} updates: outputs on a random input differ by {gap:.1e} of the largest"
+        )
+    cut = {name: each.error for name, each in changed.items() if each.rank is not None and same_rank}
+    if cut:
+        worst = max(cut, key=lambda name: cut[name])
+        report.data["merge"]["errors"] = cut
+        report.notes.append(
+            f"{len(cut)} factored modules were cut back to their ranks: the relative error of a weight is "
+            f"{cut[worst]:.1e} at most, of `{worst}`"
+        )
+    return merged, {name: dict(entry) for name, entry in adapters.items() if name not in changed}

@@ -1,0 +1,198 @@
+"""An export beside the artifact it was made from: the same inputs, what both give, and how long both take."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftc import measure, tasks, unlabelled
+from peftc.data import open_data
+from peftc.errors import ExportError
+from peftc.models import exported as exports
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model, probe
+from peftc.report import Report
+from peftc.steps.evaluate import evaluate
+from peftc.tasks import Settings
+
+NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
+
+
+def example(model: Model, batch: int, *, image_size: int | None, max_length: int | None, seed: int = 0) -> Inputs:
+    """Return random inputs with all that the network's tokenizer would give it."""
+    inputs = exports.named(model, probe(model, batch=batch, image_size=image_size, max_length=max_length, seed=seed))
+    takes = inspect.signature(model.module.forward).parameters
+    types = getattr(getattr(model.module, "config", None), "type_vocab_size", 0) or 0
+    if model.kind == "text" and "token_type_ids" in takes and types > 1:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs
+
+
+def probes(model: Model, *, image_size: int | None, max_length: int | None) -> list[Inputs]:
+    """Return random inputs of one sample, and of three that are shorter and padded, as no export has seen them."""
+    one = example(model, 1, image_size=image_size, max_length=max_length, seed=1)
+    if "input_ids" not in one:
+        return [one, example(model, 3, image_size=image_size, max_length=max_length, seed=2)]
+    length = one["input_ids"].shape[1]
+    three = example(model, 3, image_size=image_size, max_length=max(2, length // 2 + 1), seed=2)
+    if model.kind == "text" and "attention_mask" in three:
+        three["attention_mask"][0, -1] = 0
+    return [one, three]
+
+
+def real_inputs(model: Model, data: str, task: str | None, settings: Settings, batch_size: int) -> list[Inputs]:
+    """Return samples of the user's data in batches.
+
+    Raises:
+        DataError: the data cannot be read, or does not fit the model.
+    """
+    row = tasks.named_task(task) if task else tasks.guess(model)
+    dataset = open_data(data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None)
+    encoded = unlabelled.encode(model, dataset, row, settings)
+    starts = range(0, encoded.size, batch_size)
+    indices = [range(start, min(start + batch_size, encoded.size)) for start in starts]
+    return [exports.named(model, encoded.batch(each).inputs) for each in indices]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near an export is to what it was made from.
+
+    Attributes:
+        deviation: largest difference of an output, as a share of the largest output.
+        agreement: share of predictions that are the same, or mean cosine of vectors.
+        is_share: whether it is such a share.
+        spread: largest difference between outputs of the model for different samples, as a share of the largest output.
+    """
+
+    deviation: float
+    agreement: float
+    is_share: bool
+    spread: float
+
+
+def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parity:
+    """Compute batches in memory and in the runtime of an export; padding is left out.
+
+    Raises:
+        ExportError: the outputs have other shapes, or are not finite.
+    """
+    row = tasks.guess(model)
+    is_share = row is not None and (row.has_classes or row.name.endswith("-lm"))
+    deviation, spread, agreed, count = 0.0, 0.0, 0.0, 0
+    for inputs in batches:
+        before, after = exports.computed(model, inputs)[0], written.run(inputs)
+        if before.shape != after.shape:
+            raise ExportError(
+                f"the export gives outputs of shape {list(after.shape)}, the model {list(before.shape)}",
+                why=f"for inputs of shape {[list(each.shape) for each in inputs.values()]}",
+            )
+        before, after = (_without_padding(each, inputs) for each in (before, after))
+        if not torch.isfinite(after).all():
+            raise ExportError("the export gives NaN or infinite outputs", why=f"it ran in {written.runtime}")
+        largest = float(before.abs().max())
+        deviation = max(deviation, float((before - after).abs().max()) / (largest or 1.0))
+        one, other = before.flatten(0, -2), after.flatten(0, -2)
+        spread = max(spread, float((one - one[0]).abs().max()) / (largest or 1.0))
+        same = one.argmax(-1) == other.argmax(-1) if is_share else F.cosine_similarity(one, other, dim=-1)
+        agreed, count = agreed + float(same.sum()), count + len(same)
+    return Parity(deviation, agreed / count, is_share, spread)
+
+
+def _without_padding(output: Tensor, inputs: Inputs) -> Tensor:
+    mask = inputs.get("attention_mask")
+    is_of_tokens = mask is not None and output.ndim == 3 and output.shape[:2] == mask.shape
+    return output[mask.bool()] if is_of_tokens and mask is not None else output
+
+
+def refuse_other(name: str, parity: Parity, written: Exported) -> None:
+    """Refuse an export that computes something else.
+
+    Raises:
+        ExportError: it deviates by more than its format promises.
+    """
+    if written.tolerance is not None and not parity.deviation <= written.tolerance:
+        raise ExportError(
+            f"the export of `{name}` computes something else",
+            why=f"in {written.runtime} its outputs deviate by {parity.deviation:.2g} of the largest, "
+            f"over {written.tolerance:g}",
+            hint="this is a bug in peftc, or in that runtime: please report it",
+        )
+
+
+def refuse_merged(name: str, written: Exported) -> None:
+    """Refuse a graph in which factors were multiplied out.
+
+    Raises:
+        ExportError: a factor is the weight of no product.
+    """
+    if written.products is None:
+        return
+    there = Counter(tuple(sorted(shape)) for shape in written.products)
+    lost = Counter(tuple(sorted(shape)) for shape in written.expected) - there
+    if lost:
+        raise ExportError(
+            f"{lost.total()} of {len(written.expected)} factors of `{name}` are gone from the graph",
+            why=f"no product has a weight of {' x '.join(map(str, next(iter(lost))))}",
+            hint="this is a bug in peftc, or in the exporter: please report it",
+        )
+
+
+def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: int) -> dict[str, Any]:
+    """Time the model in torch, the same once more, and the export in its runtime, interleaved; by batch size."""
+    found: dict[str, Any] = {}
+    for inputs in batches:
+
+        def torch_call(inputs: Inputs = inputs) -> object:
+            return exports.computed(model, inputs)
+
+        size = len(next(iter(inputs.values())))
+        calls = {"torch": torch_call, "control": torch_call, "export": written.prepare(inputs)}
+        run = measure.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
+        change = measure.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
+        found[str(size)] = {
+            "torch_seconds": run["torch"].median, "export_seconds": run["export"].median, "speedup": asdict(change),
+        }  # fmt: skip
+    return found
+
+
+class _InRuntime(nn.Module):
+    """An export in the place of the network it was made from, for whoever evaluates networks."""
+
+    def __init__(self, network: nn.Module, model: Model, written: Exported) -> None:
+        super().__init__()
+        self.config, self.main_input_name = getattr(network, "config", None), getattr(network, "main_input_name", "")
+
+        def forward(*inputs: Tensor, **by_name: Tensor) -> Tensor:
+            return written.run(by_name or exports.named(model, inputs[0]))
+
+        forward.__signature__ = inspect.signature(network.forward)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def quality(report: Report, model: Model, written: Exported, *, data: str, **options: Any) -> None:
+    """Evaluate the export in its own runtime against the model, and add what came of it."""
+    there = replace(model, module=_InRuntime(model.module, model, written), notes=[])
+    found = evaluate(there, data=data, against=model, device="cpu", **options)
+    report.data["quality"] = found.data
+    report.tables += found.tables
+    report.notes += found.notes
+
+
+def gate_quality(report: Report, max_drop: float | None, min_quality: float | None) -> None:
+    """Add the gates on what `quality` measured."""
+    if max_drop is None and min_quality is None:
+        return
+    found = report.data["quality"]
+    metric = tasks.TASKS[found["task"]].metrics[0]
+    judge = report.at_least if metric.higher_is_better else report.at_most
+    judge("--min-quality", min_quality, found["metrics"][metric.name]["value"])
+    difference = found["against"]["difference"][metric.name]["value"]
+    report.at_most("--max-drop", max_drop, 0.0 - difference if metric.higher_is_better else difference)

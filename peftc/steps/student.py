@@ -1,0 +1,278 @@
+"""Model > a copy whose weights are frozen, with a head for the data, and beside it what a method lets learn."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc import methods, tasks
+from peftc.data import open_data
+from peftc.data.classes import match
+from peftc.errors import DataError, PlanError, UsageError
+from peftc.models import adapting, delta, heads, load, targets
+from peftc.models.adapting import Placed
+from peftc.models.heads import Headed
+from peftc.models.load import Model
+from peftc.nn import surgery
+from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
+from peftc.recipe import mixed
+from peftc.report import Report, Table
+from peftc.steps import write
+
+HEAD, UPDATES = 1, 2  # what random numbers are drawn for
+
+
+@dataclass
+class Student:
+    """A model that learns a task.
+
+    Attributes:
+        model: whose module learns, with its updates beside it.
+        head: the same before, as it is stored, with the head that the data needs.
+        placed: what learns, module by module.
+        after_step: what the method does after each step, with the steps made, those to make, and those of an epoch.
+    """
+
+    model: Model
+    head: Headed
+    placed: Placed
+    after_step: Callable[..., None] | None
+
+    @property
+    def stored(self) -> Model:
+        """The model before, as it is stored, with the head that the data needs."""
+        return self.head.model
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors that learning changes: parameters, and buffers of modules that learn."""
+        module = self.model.module
+        frozen = {name for name, each in module.named_parameters() if not each.requires_grad}
+        keeps = {name for name, each in module.named_modules() if not any(p.requires_grad for p in each.parameters())}
+        return [
+            name for name in surgery.tensors_of(module)
+            if name not in frozen and (".update." in name or name.rpartition(".")[0] not in keeps)
+        ]  # fmt: skip
+
+
+def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> Headed:
+    """Return the model with a head for the classes of the data: a new one, or its own.
+
+    Args:
+        model: as stored.
+        data: a `--data` spec.
+        task: of the table; guessed when None.
+        head: ``auto`` gives a new one where the classes do not fit, ``new`` always, ``keep`` never.
+        seed: of the first values of a new head.
+    """
+    row = tasks.named_task(task) if task else tasks.guess(model)
+    if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
+        return Headed(model, [], {})
+    dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")
+    classes = dataset.classes
+    if classes is None or (row is None and model.library == "python"):
+        return Headed(model, [], {})
+    if head == "keep" or (head == "auto" and row is not None and row.has_classes and _fits(model, classes)):
+        return Headed(model, [], {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed(seed, 0, HEAD))
+        return heads.with_head(model, classes)
+
+
+def _fits(model: Model, classes: Sequence[str]) -> bool:
+    """Return whether the model's outputs are the classes, by name, or by number where it has no names."""
+    if model.labels is None:
+        width = model.config.get("num_classes")
+        if width is None:  # a class of the user's own
+            found = write.probe_outputs(model)
+            width = len(classes) if found is None else found.shape[-1]
+        return width == len(classes)
+    try:
+        match(list(classes), model.labels, len(model.labels))
+    except DataError:
+        return False
+    return True
+
+
+def build(
+    model: Model, method: str, settings: Mapping[str, Any], *, include: Sequence[str], skip: Sequence[str],
+    on_product: bool, has_classes: bool, device: str, seed: int,
+) -> tuple[Model, Placed, Callable[..., None] | None]:  # fmt: skip
+    """Return a runnable copy of a model in which only what a method says learns, and the head of a classifier.
+
+    Raises:
+        UsageError: the method, one of its settings or a pattern is unknown.
+        PlanError: nothing would learn, or the model has updates of another method.
+    """
+    function = methods.find("adapter", method, "--method")
+    chosen = methods.with_settings(function, method, settings)
+    copied = load.runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)
+    before = adapted_modules(copied.module)
+    if before:
+        placed = _again(model, copied, before, method)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed(seed, 0, UPDATES))
+            placed = adapting.place(copied, method, chosen, include=include, skip=skip, on_product=on_product)
+    if has_classes:
+        owners = {name: each for name, each in copied.module.named_modules() if each._parameters}
+        for name in targets.heads(copied, owners):
+            placed.own[name] = tuple(owners[name]._parameters)
+    for name, leaves in placed.own.items():
+        for leaf in leaves:
+            parameter = getattr(copied.module.get_submodule(name), leaf)
+            if parameter is not None:
+                parameter.data = parameter.detach().clone()  # it may be a window on a file
+                parameter.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in copied.module.parameters()):
+        raise PlanError(
+            f"nothing of `{model.name}` would learn by `{method}`", why="no module takes an update of that method",
+            hint="see `peftc methods adapter`, or name modules: `--include`",
+        )  # fmt: skip
+    traits = importlib.import_module(function.__module__)
+    return copied, placed, getattr(traits, "after_step", None)
+
+
+def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:
+    """Let the updates that a model has learn on."""
+    assert model.manifest is not None
+    record = model.manifest
+    others = sorted({entry["method"] for entry in record.adapters.values()} - {method})
+    if others:
+        raise UsageError(
+            f"`{model.name}` has updates of `{others[0]}`, and `--method` is `{method}`",
+            hint=f"go on with `--method {others[0]}`, or take them in first: `peftc merge {model.source.spec}`",
+        )
+    copied.module.requires_grad_(False)
+    function = methods.find("adapter", method, "--method")
+    for name, each in before.items():
+        kept = each.update.state_dict()
+        fresh: Any = function(each.base, **record.adapters[name]["settings"])  # with what only training needs
+        fresh.load_state_dict({**fresh.state_dict(), **kept})
+        each.update = fresh.to(load.place_of(copied.module)).requires_grad_(True)
+    return Placed(adapters={name: dict(entry) for name, entry in record.adapters.items()})
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy that shares parameters but not buffers, which may learn; half precision is widened."""
+    copied = load.detached(module)
+    for each in copied.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None:
+                each._buffers[name] = buffer.clone()
+    if surgery.uniform_dtype(copied) not in (torch.float32, torch.float64):
+        copied.float()
+    return copied
+
+
+def as_stored(module: nn.Module, stored: nn.Module, updates: Mapping[str, Any]) -> nn.Module:
+    """Put a trained network on the CPU and its tensors in the precision that they were stored in; updates as trained.
+
+    Buffers that served the training alone go.
+    """
+    types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
+    module = module.cpu().requires_grad_(False)
+    for each in adapted_modules(module).values():
+        settle(each.update)
+        without_scratch(each.update)
+    for name, tensor in surgery.tensors_of(module).items():
+        there = before_updates(name, updates)
+        if there in types and tensor.dtype != types[there]:
+            tensor.data = tensor.data.to(types[there])
+    return module
+
+
+def settle(update: nn.Module) -> None:
+    """Let what an update derives from its parameters follow them."""
+    if hasattr(update, "settle"):
+        update.settle()  # type: ignore[operator]
+
+
+def before_updates(name: str, updates: Mapping[str, Any]) -> str:
+    """Return what a tensor was called before updates were put beside its module."""
+    path, base, leaf = name.rpartition(".base.")
+    return f"{path}.{leaf}" if base and path in updates else name
+
+
+def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the tensors that a delta holds, and of the others that are called otherwise in the model beneath, how."""
+    record = student.stored.manifest
+    earlier: Mapping[str, str] = {}
+    held = {
+        *learned,
+        *student.head.new,
+        *(name for name in surgery.stored_names(student.model.module) if ".update." in name),
+    }
+    if record is not None and record.delta:
+        earlier = record.delta["tensors"]
+        held |= delta.held(student.stored)
+    names, there = [], {}
+    for name in surgery.stored_names(student.model.module):
+        was = before_updates(name, student.placed.adapters) if not earlier else name
+        was = student.head.renamed.get(was, was)
+        if name in held:
+            names.append(name)
+        elif (called := earlier.get(name, was)) != name:
+            there[name] = called
+    return names, there
+
+
+def tell(report: Report, student: Student) -> None:
+    """Say what learns."""
+    module, placed = student.model.module, student.placed
+    updates = adapted_modules(module)
+    counts = {name: sum(p.numel() for p in each.update.parameters()) for name, each in updates.items()}
+    learning = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in module.parameters()) - sum(counts.values())
+    own = learning - sum(counts.values())
+    rows = [
+        ["updates", f"{len(updates)}", f"{sum(counts.values()):,}"],
+        ["own weights", f"{len(placed.own)}", f"{own:,}"],
+    ]
+    report.tables.append(Table("what learns", ["", "modules", "parameters"], rows))
+    report.notes.append(f"{learning:,} of {total:,} parameters learn ({learning / total:.2%})")
+    if student.head.new:
+        report.notes.append(f"a new head for {len(student.stored.labels or [])} classes")
+    dense = [
+        name for name, leaves in placed.own.items() if "weight" in leaves and updates and name not in _outputs(student)
+    ]
+    if dense:
+        report.notes.append(
+            f"{len(dense)} modules are smaller than their update would be and learn whole: "
+            + ", ".join(f"`{name}`" for name in dense[:4])
+        )
+    report.data["learning"] = {
+        "parameters": learning, "of": total, "updates": counts, "own": {n: list(v) for n, v in placed.own.items()},
+    }  # fmt: skip
+
+
+def tell_sparsity(report: Report, student: Student) -> None:
+    """Say how many entries of the weights the updates change, where they choose some; exact counts."""
+    found = {
+        name: each.update.report()  # type: ignore[operator]
+        for name, each in adapted_modules(student.model.module).items()
+        if hasattr(each.update, "report")
+    }
+    entries = sum(each["entries"] for each in found.values())
+    if not entries:
+        return
+    changed = sum(each["changed"] for each in found.values())
+    asked = sum(each["asked"] for each in found.values())
+    report.data["sparsity"] = {"modules": found, "changed": changed, "asked": asked, "entries": entries}
+    report.notes.append(
+        f"{changed:,} of {entries:,} entries of the adapted weights change ({changed / entries:.2%}); asked: {asked:,}"
+    )
+    shares = {name: each["changed"] / each["entries"] for name, each in found.items()}
+    least, most = min(shares, key=lambda name: shares[name]), max(shares, key=lambda name: shares[name])
+    if shares[most] > shares[least]:
+        report.notes.append(f"from {shares[least]:.1%} of `{least}` to {shares[most]:.1%} of `{most}`")
+
+
+def _outputs(student: Student) -> set[str]:
+    owners = {name: each for name, each in student.model.module.named_modules() if each._parameters}
+    return targets.heads(student.model, owners)

@@ -1,0 +1,66 @@
+"""An adapter that Hugging Face peft wrote is a MODEL like any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peftc
+from peftc.errors import SourceError
+from peftc.models import load
+from peftc.source import Source
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+IDS = torch.tensor([[1, 5, 6, 7]])
+
+
+def save_adapter(base: Path, folder: Path, *, classes: int | None = None, **options: Any) -> torch.Tensor:
+    """Write an adapter with random factors, and return what peft computes with it."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    made: Any = AutoModel if classes is None else AutoModelForSequenceClassification
+    network = made.from_pretrained(base, **({} if classes is None else {"num_labels": classes}))
+    config = peft.LoraConfig(
+        r=4, target_modules=["query", "value", "dense"], task_type="SEQ_CLS" if classes else None, **options
+    )
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(network.eval(), config)
+    with torch.no_grad():
+        for name, each in adapted.named_parameters():
+            if "lora_B" in name:
+                each.normal_(std=0.1)
+        adapted.save_pretrained(folder)
+        found = adapted.eval()(IDS)
+    return found.logits if classes else found.last_hidden_state
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_computes_what_it_does_in_peft(tiny_bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = save_adapter(tiny_bert, tmp_path / "adapter", **options)
+    with torch.no_grad():
+        found = peftc.load(tmp_path / "adapter")(IDS).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_for_other_classes_comes_along(tiny_bert: Path, tmp_path: Path) -> None:
+    expected = save_adapter(tiny_bert, tmp_path / "adapter", classes=4)
+    with torch.no_grad():
+        found = peftc.load(tmp_path / "adapter")(IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_goes_through_the_chain(tiny_bert: Path, tmp_path: Path) -> None:
+    save_adapter(tiny_bert, tmp_path / "adapter")
+    peftc.decompose(tmp_path / "adapter", output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    assert peftc.load(tmp_path / "small")(IDS).last_hidden_state.shape == (1, 4, 32)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_bert: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    save_adapter(tiny_bert, tmp_path / "adapter")
+    with pytest.raises(SourceError, match="adapts `encoder.layer.0.* which the model does not have"):
+        load.load(Source(str(tmp_path / "adapter"), base=str(tiny_llama)))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(SourceError, match="lacks `adapter_model.safetensors`"):
+        peftc.load(tmp_path / "adapter")
