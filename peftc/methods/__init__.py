@@ -64,6 +64,7 @@ METHODS: dict[str, dict[str, str]] = {
         "safetensors": "peftc.methods.format.safetensors",
         "onnx": "peftc.methods.format.onnx",
         "torch_export": "peftc.methods.format.torch_export",
+        "peft": "peftc.methods.format.peft",
     },
 }
 
