@@ -133,7 +133,7 @@ def test_the_options_of_the_tour_exist(block: Block) -> None:
     lines = [line for line in re.split(r"\n|&&|\|\|?", block.text) if line.strip().startswith("peftc ")]
     assert lines
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r" >\S+", "", line), comments=True)
         COMMANDS[words[1]].make_context(words[1], words[2:])
 
 
@@ -227,6 +227,22 @@ def test_the_json_object_has_the_keys_that_are_listed() -> None:
     told = README.split("With `--json` you get one object: ")[1].split(" and the figures")[0]
     assert set(re.findall(r"`(\w+)`", told)) == report.Report("show").to_json().keys()
     assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
+
+
+def test_the_shells_complete_what_the_readme_says() -> None:
+    block = next(block.text for block in blocks(README) if block.headings[-1] == "Shell completion")
+    variable = program.COMPLETE
+    shells = re.findall(rf"{variable}=source_(\w+) peftc", block)
+    assert shells == ["bash", "zsh", "fish"]
+
+    def answer(**asked: str) -> str:
+        line = [sys.executable, "-m", "peftc"]
+        return subprocess.run(line, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout
+
+    for shell in shells:
+        assert f"{variable}=complete_{shell}" in answer(**{variable: f"source_{shell}"})
+    asked = {variable: "complete_bash", "COMP_WORDS": "peftc decompose --ra", "COMP_CWORD": "2"}
+    assert answer(**asked).split() == ["--ratio", "--rank", "--rank-multiple"]
 
 
 def test_what_is_named_is_there() -> None:

@@ -11,9 +11,12 @@ from peftc.cli.options import OUTPUT, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
-    "export", "evaluate", "bench", "demo", "show", "compare", "init",
+    "export", "evaluate", "bench", "demo", "show", "compare", "report", "init",
 ]  # fmt: skip
 OF_THE_COMMAND_LINE = ["methods", "run"]  # these print a list, and read the project file, which Python does not
+
+
+MODULES = {"report"}  # `peftc.report` is the module of `Report`: the function is in `peftc.steps.report`
 
 
 def command(word: str) -> inspect.Signature:
@@ -43,7 +46,7 @@ def test_all_but_the_model_are_keywords(word: str) -> None:
 def test_every_step_is_a_command_and_a_public_name() -> None:
     names = {info.callback.__name__ for info in app.registered_commands if info.callback}
     assert names == {*STEPS, *OF_THE_COMMAND_LINE}
-    assert set(STEPS) <= set(peftc.__all__)
+    assert set(STEPS) - MODULES <= set(peftc.__all__)
 
 
 @pytest.mark.parametrize("name", peftc.__all__)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -44,6 +45,7 @@ from peftc.cli.show import show
 from peftc.cli.truncate import truncate
 from peftc.errors import LostProcessError, PeftcError
 
+COMPLETE = "_PEFTC_COMPLETE"
 FULL = "free some space, or write to another disk with `-o`"
 CLOSED = "check the permissions, or write to another folder with `-o`"
 REFUSALS = {
@@ -67,6 +69,8 @@ class Boundary(TyperGroup):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Run ``args``; every exception ends here."""
         words = list(sys.argv[1:] if args is None else args)
+        if COMPLETE in os.environ:
+            self._complete()
         try:
             with self.make_context("peftc", words) as ctx:
                 self.invoke(ctx)
@@ -92,6 +96,13 @@ class Boundary(TyperGroup):
             code = _unplanned(problem)
         processes.leave()
         sys.exit(code)
+
+    def _complete(self) -> None:
+        """Answer the shell that asks how a word may go on, and end; it asks by a variable, as README says."""
+        from typer._completion_classes import completion_init
+
+        completion_init()
+        self._main_shell_completion({}, "peftc", COMPLETE)
 
 
 def _usage(problem: ClickException) -> str:

@@ -128,7 +128,10 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 
 def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, dict[str, Any]]:
-    """Return place -> entry, for the question that most records answer; of the answers to it the newest."""
+    """Return place -> entry, for the question that most records answer.
+
+    Of several answers of one record, those against another model tell more; of those the newest.
+    """
     answers = [
         (json.dumps(question(entry), sort_keys=True), entry["at"], at, entry)
         for at, record in enumerate(records)
@@ -139,8 +142,8 @@ def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, di
         return {}
     most = max(counts.values())
     chosen = max((when, asked) for asked, when, _, _ in answers if counts[asked] == most)[1]
-    ours = sorted((when, at, entry) for asked, when, at, entry in ((*a,) for a in answers) if asked == chosen)
-    return {at: entry for _, at, entry in ours}
+    ours = [(bool(entry.get("against")), when, at, entry) for asked, when, at, entry in answers if asked == chosen]
+    return {at: entry for _, _, at, entry in sorted(ours, key=lambda answer: answer[:2])}
 
 
 def _structure(record: Record) -> str:

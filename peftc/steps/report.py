@@ -213,7 +213,11 @@ def _layers(record: Record) -> Html | None:
         return joined([tag("p", text), whole])
     values = [(row["name"], row["score"], "" if row["kept"] else "gone") for row in scored]
     drawn = charts.bars(
-        "score of each layer", values, str(record.data["score"]), text=text, limit=record.data.get("threshold")
+        "score of each layer",
+        values,
+        str(record.data.get("score") or "score"),
+        text=text,
+        limit=record.data.get("threshold"),
     )
     return joined([tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole)])
 

@@ -112,6 +112,11 @@ def test_what_was_not_measured_is_named_with_the_command_that_does(chain) -> Non
     assert "no speed as the others: `peftc bench shorter --batch-size 64 --against base` measures it" in notes
 
 
+def test_of_two_answers_the_one_against_another_model_counts(chain) -> None:
+    measure(Path("small"), evaluate=[quality(0.6, at=1), quality(0.6, against=0.9, at=1), quality(0.6, at=2)])
+    assert table(package.compare(["small"]))["dense"][4] == "0.9 [0.9, 0.9]"
+
+
 def test_without_measurements_there_are_sizes(chain) -> None:
     for name in chain:
         measure(Path(name))

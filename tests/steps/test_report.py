@@ -1,0 +1,284 @@
+"""The page that `report` writes: whole, escaped, without a network, and readable where it is opened."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftc as package
+from peftc import artifact
+from peftc.errors import ArtifactError, OutputError, UsageError
+from peftc.steps import charts, page
+from peftc.steps.charts import Point, Scale
+from peftc.steps.report import report
+from tests.steps.test_compare import measure, quality, speed, write
+
+VOID = {"meta", "br", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and what of them is not closed as it was opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.wrong: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+LAYERS = [
+    {"number": at, "name": f"b.{at}", "score": 0.1 * at, "kept": at < 2, "close": False} for at in range(3)
+]  # fmt: skip
+MODULES = [
+    {"name": f"b.{at}.fc", "form": "linear", "shape": [8, 8], "rank": at or None, "reason": None if at else "no gain",
+     "parameters_before": 64, "parameters_after": 16 * at or 64, "error": 0.1 * at or None}
+    for at in range(3)
+]  # fmt: skip
+LOG = [{"step": 0, "score": 0.1}, *({"step": n, "loss": 2 / n, "task": 1 / n, "rate": 1.0} for n in range(1, 600))]
+SPECTRUM = {
+    "rank_90": 2,
+    "rank_95": 3,
+    "rank_99": 4,
+    "max_rank": 8,
+    "break_even_rank": 4,
+    "spectrum": [[1, 1.0], [8, 0.0]],
+}
+ANALYSIS = {"command": "analyze", "modules": [{"name": f"b.{at}.fc", "shape": [8, 8], **SPECTRUM} for at in range(3)]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"before": {"parameters": 400, "bytes": 1600, "macs": 4000}, "after": {"macs": 1234}}
+    small = write(Path("small"), "decompose", report={"size": sizes, "modules": MODULES})
+    healed = write(Path("healed"), "decompose", "distill")
+    shorter = write(Path("shorter"), "decompose", "prune-layers", parameters=60,
+                    report={"layers": LAYERS, "score": "block-influence", "threshold": 0.15})  # fmt: skip
+    for at, each in enumerate((small, healed, shorter)):
+        measure(each, evaluate=[quality(0.6 + at / 10, against=0.9)], bench=[speed(1500 + at)])
+    (healed / "log.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in LOG))
+    Path("analysis.json").write_text(json.dumps(ANALYSIS))
+    return tmp_path
+
+
+def written(**options: Any) -> Page:
+    outcome = report(["small", "healed", "shorter"], **options)
+    return Page(Path(outcome.lines[0]).read_text(encoding="utf-8"))
+
+
+def test_the_page_has_every_part_and_all_of_it_is_closed(folder) -> None:
+    found = written(analysis="analysis.json")
+    assert (found.wrong, found.open) == ([], [])
+    links = [link["href"] for link in found.all("a")]
+    assert links == ["#stages", "#trade", "#spectra", "#modules", "#layers", "#training", "#provenance"]
+    identifiers = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert [f"#{name}" for name in identifiers] == links, "every part can be reached, and no name stands twice"
+
+
+def test_what_there_is_nothing_of_is_left_out(folder) -> None:
+    for name in ("small", "healed", "shorter"):
+        measure(Path(name))
+    Path("healed/log.jsonl").unlink()
+    assert [link["href"] for link in written().all("a")] == ["#stages", "#modules", "#layers", "#provenance"]
+
+
+def test_nothing_is_loaded_and_nothing_runs(folder) -> None:
+    text = Path(report(["small", "healed"]).lines[0]).read_text()
+    assert "default-src 'none'" in text
+    for word in ("http://", "https://", "src=", "url(", "@import", "<script", "<link"):
+        assert word not in text
+    assert {href for href in re.findall(r'href="([^"]*)"', text) if not href.startswith("#")} == set()
+
+
+def test_every_drawing_says_in_words_what_it_shows(folder) -> None:
+    found = written(analysis="analysis.json")
+    drawings = found.all("svg")
+    assert len(drawings) == 8
+    for drawing in drawings:
+        assert drawing["role"] == "img"
+        assert len(drawing["aria-label"] or "") > 30
+    said = " ".join(str(drawing["aria-label"]) for drawing in drawings)
+    assert "top1 against parameters. 1: 400, top1 0.9; 2: 100, top1 0.6" in said
+    assert "b.0: 0; b.1: 0.1; b.2: 0.2 (gone)" in said
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", said.lower())
+
+
+def test_figures_and_commands_stand_in_the_text(folder) -> None:
+    found = written()
+    for text in ("0.9 [0.9, 0.9]", "100 (25.0 %)", "peftc decompose models/dense -o 01-decompose", "1.50x faster"):
+        assert text in found.text, text
+    assert "no gain" in found.text
+
+
+def test_what_comes_from_outside_cannot_become_markup(folder) -> None:
+    evil = "<script>alert('x')</script>&\"'"
+    bad = write(Path("a<b>&\"'"), "decompose", report={"modules": [{**MODULES[1], "name": evil}], "size": {}})
+    result = json.loads((bad / "result.json").read_text())
+    result["report"]["notes"] = result["report"]["warnings"] = [f"`{evil}` {evil}"]
+    result["versions"] = {evil: evil}
+    artifact.write_json(bad / "result.json", result)
+    text = Path(report([bad]).lines[0]).read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 3
+    found = Page(text)
+    assert (found.wrong, found.open) == ([], [])
+    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+    assert str(bad) in found.text
+
+
+def test_the_same_files_give_the_same_page(folder) -> None:
+    first = Path(report(["small", "healed"], output="one.html").lines[0]).read_bytes()
+    assert Path(report(["small", "healed"], output="two.html").lines[0]).read_bytes() == first
+
+
+def test_files_that_say_less_do_no_harm(folder) -> None:
+    Path("healed/log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "los')
+    Path("shorter/result.json").unlink()
+    Path("small/result.json").write_text("[]")
+    found = written()
+    assert (found.wrong, found.open) == ([], [])
+    artifact.write_json(Path("small/result.json"), {"report": {"data": {"modules": [], "layers": LAYERS[:1]}}})
+    assert written().wrong == []
+
+
+def test_what_cannot_be_written_or_read_is_refused(folder) -> None:
+    with pytest.raises(OutputError, match="there is no folder `nowhere`"):
+        report(["small"], output="nowhere/report.html")
+    with pytest.raises(OutputError, match="it is a folder"):
+        report(["small"], output="healed")
+    with pytest.raises(UsageError, match="holds no report of `peftc analyze`"):
+        report(["small"], analysis="small/peftc.json")
+    with pytest.raises(ArtifactError, match="`nowhere` does not exist"):
+        report(["nowhere"])
+    assert not list(folder.glob("report.html*"))
+
+
+def test_it_is_a_command(folder, peftc) -> None:
+    result = peftc("report", "small", "healed", "-o", "page.html", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["file"], found["bytes"]) == ("page.html", Path("page.html").stat().st_size)
+    assert [each["name"] for each in found["models"]] == ["dense", "small", "healed"]
+    assert peftc("report", "small").stdout == "report.html\n"
+
+
+def test_a_real_chain_has_every_part(tmp_path, monkeypatch, tiny_vit: Path, peftc) -> None:
+    monkeypatch.chdir(tmp_path)
+    analyzed = peftc("analyze", tiny_vit, "--json")
+    Path("analysis.json").write_text(analyzed.stdout)
+    on = {"data": "sklearn:digits", "num_samples": 40}
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small", calibration_samples=32, **on)
+    package.distill("small", steps=3, output_dir="healed", **on)
+    package.prune_layers("healed", score="block-influence", keep=1, output_dir="shorter", **on)
+    for name in ("small", "healed", "shorter"):
+        package.bench(name, against="base", rounds=5, batch_size=2)
+        package.evaluate(name, data="sklearn:digits", against="base", num_samples=40)
+    found = written(analysis="analysis.json")
+    assert (found.wrong, found.open) == ([], [])
+    assert len(found.all("a")) == 7
+
+
+# charts
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert charts.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert charts.ticks(3, 3) == [3]
+    for low, high in ((0.9612, 0.9871), (-7, 1e6), (1e-9, 3e-9)):
+        found = charts.ticks(low, high)
+        assert 2 <= len(found) <= 7 and all(low <= tick <= high for tick in found)
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    points = [Point(str(at), x, y) for at, (x, y) in enumerate([(1, 0.5), (2, 0.4), (2, 0.7), (3, 0.7), (4, 0.9)])]
+    front = charts.pareto(points, less_is_better=True, higher_is_better=True)
+    assert [point.label for point in front] == ["0", "2", "4"]
+    front = charts.pareto(points, less_is_better=False, higher_is_better=True)
+    assert [point.label for point in front] == ["4"]
+    front = charts.pareto(points, less_is_better=True, higher_is_better=False)
+    assert [point.label for point in front] == ["0", "1"]
+
+
+def test_charts_stay_inside_their_frame_whatever_the_figures() -> None:
+    for values in ([0.0], [1.0, 1.0], [1e-30, 1e30], [-1.0, 2.0], [float(n) for n in range(5000)]):
+        curve = [(float(at), value) for at, value in enumerate(values)]
+        for log in (False, True):
+            if log and not any(value > 0 for value in values):
+                continue
+            text = charts.lines("t", [curve], "x", "y", text="t", log=log)
+            numbers = [float(n) for pair in re.findall(r'points="([^"]*)"', text) for n in re.split("[ ,]", pair)]
+            assert all(-0.01 <= number <= charts.WIDTH for number in numbers)
+            assert len(numbers) < 4 * charts.MOST + 10
+        bars = charts.bars("t", [(str(at), value, "") for at, value in enumerate(values)], "y", text="t")
+        assert "nan" not in bars and "inf" not in bars
+    assert Scale(1, 1, 0, 10)(1) == 0
+
+
+def test_markup_is_made_by_tags_alone() -> None:
+    assert page.tag("p", "a < b", page.tag("b", "&"), class_='"') == '<p class="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert page.prose("`a<b>` and c") == "<code>a&lt;b&gt;</code> and c"
+
+
+# a real browser, where there is one
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    library = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium is installed")
+    with library.sync_playwright() as driver:
+        shown = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield shown
+        shown.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: str) -> None:
+    report(["small", "healed", "shorter"], analysis="analysis.json")
+    shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said: list[str] = []
+    asked: list[str] = []
+    shown.on("console", lambda message: said.append(message.text))
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto((folder / "report.html").as_uri())
+    assert said == []
+    assert asked == [(folder / "report.html").as_uri()]
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width, "nothing has to be pushed sideways"
+    sizes = shown.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)")
+    assert min(sizes) > 280, "a chart is large enough to be read"
+    text = shown.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
+    assert min(text) > 9
+    ink, paper = (
+        shown.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+    )  # fmt: skip
+    dark = sum(map(int, re.findall(r"\d+", ink)[:3])) > sum(map(int, re.findall(r"\d+", paper)[:3]))
+    assert dark == (scheme == "dark")
+    shown.close()
