@@ -163,8 +163,8 @@ class _Work:
         parity.refuse_merged(self.stored.name, exported)
         found = parity.compare(self.runs, exported, self.batches)
         if self.leaves is not self.stored and exported.tolerance is not None:
-            stored = surgery.uniform_dtype(self.leaves.module)
-            exported.tolerance = max(exported.tolerance, parity.ROUNDED.get(stored, 0.0))  # type: ignore[arg-type]
+            stored = {tensor.dtype for tensor in surgery.tensors_of(self.leaves.module).values()}
+            exported.tolerance = max(exported.tolerance, *(parity.ROUNDED.get(dtype, 0.0) for dtype in stored))
         parity.refuse_other(self.stored.name, found, exported)
         seen = sum(len(next(iter(batch.values()))) for batch in self.batches)
         report.data = {

@@ -132,6 +132,17 @@ def test_products_of_half_precision_may_be_rounded(small_llama: Path, tmp_path: 
     assert {tensor.dtype for tensor in load_file(tmp_path / "plain/model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_so_may_those_of_a_file_that_is_half_precision_in_part(tiny_vit: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_vit / "model.safetensors")
+    mixed = {name: tensor if "norm" in name else tensor.half() for name, tensor in weights.items()}
+    (tmp_path / "mixed").mkdir()
+    save_file(mixed, tmp_path / "mixed/model.safetensors")
+    (tmp_path / "mixed/config.json").write_text((tiny_vit / "config.json").read_text())
+    peftc.decompose(tmp_path / "mixed", ratio=0.6, output_dir=tmp_path / "small")
+    report = peftc.export(tmp_path / "small", format="timm", dense=True, output_dir=tmp_path / "plain", **QUICK)
+    assert 1e-4 < report.data["deviation"] < report.data["tolerance"] == 1e-2
+
+
 def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> None:
     peftc.prune_layers(tiny_vit, drop="1", output_dir=tmp_path / "shorter", device="cpu")
     peftc.export(tmp_path / "shorter", format="timm", output_dir=tmp_path / "plain", **QUICK)
