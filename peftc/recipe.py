@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftc import processes
@@ -77,6 +77,31 @@ class Recipe:
                 why=f"{processes.size()} processes with `--accumulate {self.accumulate}` share it",
                 hint=f"choose a `--batch-size` that {parts} divides",
             )
+
+
+@dataclass
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        losses: the sum of the terms at each step.
+        start: each term at the first step.
+        scores: (step, score) on the held-out samples, larger is better.
+        best: step whose weights are the result.
+        steps: how many there were.
+        seconds_per_step: mean wall-clock time of this process.
+        resumed: step from which an interrupted run went on; 0 for a run from the start.
+        optimizer_bytes: of the optimizer's state.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    start: dict[str, float] = field(default_factory=dict)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    best: int = 0
+    steps: int = 0
+    seconds_per_step: float = 0.0
+    resumed: int = 0
+    optimizer_bytes: int = 0
 
 
 def rate(step: int, total: int, warmup: float) -> float:

@@ -27,7 +27,7 @@ from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure import out_of_memory
 from peftc.nn import surgery
-from peftc.recipe import Recipe, mixed, rate
+from peftc.recipe import Outcome, Recipe, mixed, rate
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -35,31 +35,6 @@ RESERVED = 0.85  # share of the minutes for forward and backward; the rest is fo
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
 
 Terms = Mapping[str, Tensor]  # name -> scalar of a step, weighted; their sum is minimised
-
-
-@dataclass
-class Outcome:
-    """What came of a training.
-
-    Attributes:
-        losses: the sum of the terms at each step.
-        start: each term at the first step.
-        scores: (step, score) on the held-out samples, larger is better.
-        best: step whose weights are the result.
-        steps: how many there were.
-        seconds_per_step: mean wall-clock time of this process.
-        resumed: step from which an interrupted run went on; 0 for a run from the start.
-        optimizer_bytes: of the optimizer's state.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    start: dict[str, float] = field(default_factory=dict)
-    scores: list[tuple[int, float]] = field(default_factory=list)
-    best: int = 0
-    steps: int = 0
-    seconds_per_step: float = 0.0
-    resumed: int = 0
-    optimizer_bytes: int = 0
 
 
 def fit(
@@ -75,6 +50,7 @@ def fit(
     log_with: str | None = None,
     log_folder: Path | None = None,
     after_step: Callable[[int, int], None] | None = None,
+    keep_last: bool = False,
 ) -> Outcome:
     """Train ``module`` in place and leave it in eval mode; the caller's random state is left as it was.
 
@@ -89,6 +65,7 @@ def fit(
         folder: for checkpoints, from which the same call goes on, and the log; nothing is kept when None.
         log_with: a tracker that Accelerate knows, as ``tensorboard``, which writes into ``log_folder``.
         log_folder: of the tracker.
+        keep_last: keep the last weights, whatever the scores say.
         after_step: called with the number of steps made and to make, after each, while its gradients are still there.
 
     Raises:
@@ -98,7 +75,9 @@ def fit(
     accelerator = accelerator_of(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate)
-    run = _Run(accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder, after_step)
+    run = _Run(
+        accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder, after_step, keep_last
+    )
     with processes.watched(), _seeded(recipe.seed, accelerator.device):
         run.total = run.resolve()
         run.restore()
@@ -140,6 +119,7 @@ class _Run:
     recipe: Recipe
     folder: Path | None
     after_step: Callable[[int, int], None] | None = None
+    keep_last: bool = False
     total: int = 0
     step: int = 0
     outcome: Outcome = field(default_factory=Outcome)
@@ -296,7 +276,7 @@ class _Run:
         self.module.eval()
         with self.averaged():
             value = processes.agreed(score)
-            better = not self.outcome.scores or value >= max(each for _, each in self.outcome.scores)
+            better = self.keep_last or value >= max((each for _, each in self.outcome.scores), default=value)
             self.outcome.scores.append((self.step, value))
             if better:
                 self.outcome.best = self.step

@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [  # top to bottom; within one line modules may import each other
     {"cli", "__main__"},
     {"steps"},
-    {"hooks", "train", "accelerator", "measure"},
-    {"methods", "nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
+    {"hooks", "train", "accelerator"},
+    {"measure", "methods", "nn", "models", "data", "task", "tasks", "retrieval", "objectives", "unlabelled"},
     {
         "job",
         "artifact",

@@ -64,6 +64,7 @@ METHODS: dict[str, dict[str, str]] = {
         "safetensors": "peftc.methods.format.safetensors",
         "onnx": "peftc.methods.format.onnx",
         "torch_export": "peftc.methods.format.torch_export",
+        "peft": "peftc.methods.format.peft",
     },
 }
 
@@ -107,10 +108,14 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+def trait(method: Callable[..., Any], name: str, default: Any) -> Any:
+    """Return what the module of a method says of it under a name in capitals, or of a function beside it."""
+    return getattr(importlib.import_module(method.__module__), name, default)
+
+
 def recipe_of(method: Callable[..., Any]) -> dict[str, float]:
     """Return how a method trains unless told otherwise: ``RECIPE`` of its module, over what suits most."""
-    own = getattr(importlib.import_module(method.__module__), "RECIPE", {})
-    return USUAL | own
+    return USUAL | trait(method, "RECIPE", {})
 
 
 def described(kind: str, name: str) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ def place(
     function = methods.find("adapter", method, "--method")
     owners = _owners(network, on_product)
     _refuse_unmatched(owners, include, skip)
-    dense = {} if is_everywhere(function) else _defaults(model, owners)
+    dense = {} if methods.trait(function, "EVERYWHERE", False) else _defaults(model, owners)
     found = Placed()
     for name, module in owners.items():
         included = any(families.matches(name, pattern) for pattern in include)
@@ -99,11 +98,6 @@ def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> No
                 f"the artifact adapts `{name}` by `{entry['method']}`", why="that method has no update of such a module"
             )
         surgery.replace(network, module, Adapted(module, without_scratch(update)))
-
-
-def is_everywhere(function: Callable[..., Any]) -> bool:
-    """Return whether a method is for every module with parameters, norms, embeddings and heads too."""
-    return bool(getattr(importlib.import_module(function.__module__), "EVERYWHERE", False))
 
 
 def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:

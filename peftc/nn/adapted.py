@@ -108,18 +108,23 @@ def take_in(network: nn.Module, *, same_rank: bool = False) -> dict[str, TakenIn
     found: dict[str, TakenIn] = {}
     for name, module in adapted_modules(network).items():
         if module.mergeable:
-            base, found[name] = _merged(module, same_rank)
-            surgery.replace(network, module, base)
+            if isinstance(module.base, LowRankLinear):
+                rank = module.base.rank if same_rank else None
+                new, error = merging.merged_factors(module.base, module.update, rank)
+                found[name] = TakenIn(new.rank, error)
+                surgery.replace(network, module, new)
+            else:
+                found[name] = TakenIn()
+                surgery.replace(network, module, merged(module))
     return found
 
 
-def _merged(module: Adapted, same_rank: bool) -> tuple[nn.Module, TakenIn]:
+@torch.no_grad()
+def merged(module: Adapted) -> nn.Module:
+    """Return ``module.base``, which has one weight, with the update taken into that; it is changed, not copied."""
     base: Any = module.base
-    if isinstance(base, LowRankLinear):
-        new, error = merging.merged_factors(base, module.update, base.rank if same_rank else None)
-        return new, TakenIn(new.rank, error)
     base.weight = nn.Parameter(module.update.weight(base.weight).to(base.weight.dtype), requires_grad=False)  # type: ignore[operator]
-    return base, TakenIn()
+    return base
 
 
 def with_ranks(modules: Mapping[str, Mapping[str, Any]], changed: Mapping[str, TakenIn]) -> dict[str, dict[str, Any]]:

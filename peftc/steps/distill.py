@@ -17,13 +17,12 @@ from peftc.errors import DataError, UsageError
 from peftc.job import Job
 from peftc.models.load import Model, base_source, load, place_of, runnable
 from peftc.nn import surgery
-from peftc.recipe import Recipe
+from peftc.recipe import Outcome, Recipe
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import factored, imitation, ordered, quality, samples, write
 from peftc.steps.imitation import TASK, Imitation
 from peftc.tasks import Settings
-from peftc.train import Outcome
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
@@ -306,7 +305,8 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
     if outcome.scores:
         scores = dict(outcome.scores)
         report.notes.append(
-            f"held out: {scores[0]:.4g} before, {scores[outcome.best]:.4g} after step {outcome.best}, the best"
+            f"held out: {scores[0]:.4g} before, {scores[outcome.best]:.4g} after step {outcome.best}, the "
+            + ("best" if scores[outcome.best] == max(scores.values()) else "last")
         )
         if outcome.best == 0:
             report.warnings.append(

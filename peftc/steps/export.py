@@ -48,7 +48,7 @@ def export(
 
     Args:
         model: an artifact, or any other model; it is not changed.
-        format: of the table of methods: ``hf``, ``timm``, ``safetensors``, ``onnx`` or ``torch-export``.
+        format: of the table of methods: ``hf``, ``timm``, ``safetensors``, ``onnx``, ``torch-export`` or ``peft``.
         output_dir: the folder to write; ``<model>-export`` when None.
         dense: multiply factors out first.
         settings: of the format.
@@ -76,6 +76,8 @@ def export(
         )
     stored = load(model)
     leaves = multiplied(stored) if dense else stored
+    if methods.trait(written_by, "UNMERGED", False):
+        leaves = load(model, merge=False)
     runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
     work = _Work(
         stored, leaves, runs, parity.probes(runs, image_size=image_size, max_length=max_length),

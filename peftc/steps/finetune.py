@@ -233,6 +233,7 @@ def _carry_out(
         pupil.model.module, len(work.samples.train), work.batch, work.loss, recipe, device=device,
         score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
         log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
+        keep_last=methods.trait(methods.find("adapter", request["method"], "--method"), "KEEPS_LAST", False),
     )  # fmt: skip
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,8 +133,7 @@ def build(
             f"nothing of `{model.name}` would learn by `{method}`", why="no module takes an update of that method",
             hint="see `peftc methods adapter`, or name modules: `--include`",
         )  # fmt: skip
-    traits = importlib.import_module(function.__module__)
-    return copied, placed, getattr(traits, "after_step", None)
+    return copied, placed, methods.trait(function, "after_step", None)
 
 
 def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:

@@ -19,7 +19,7 @@ from peftc.methods.adapter.lora import lora
 from peftc.methods.adapter.snell import after_step, snell
 from peftc.methods.adapter.snella import snella
 from peftc.nn import kernels
-from peftc.nn.adapted import Adapted, adapted_modules, merged
+from peftc.nn.adapted import Adapted, adapted_modules, take_in
 from peftc.nn.folded import folded, kind_of, rebuilt
 from peftc.nn.kernels import KERNELS, SPARSIFY, Kernel, threshold_of
 
@@ -44,6 +44,12 @@ def adapted(module: nn.Module, **settings: Any) -> Adapted:
     update = snell(module, **{"rank": 4, **settings})
     assert update is not None
     return Adapted(module, update)
+
+
+def merged(model: Adapted) -> Any:
+    network = nn.Sequential(model)
+    take_in(network)
+    return network[0]
 
 
 def plain(kernel: str, sparsify: str, rows: Tensor, columns: Tensor, threshold: Tensor, mix: Tensor) -> Tensor:

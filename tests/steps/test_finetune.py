@@ -96,6 +96,18 @@ def test_only_updates_and_the_head_learn(base: Path, few: Path, tmp_path: Path) 
     assert report.data["memory"]["optimizer_bytes"] == pytest.approx(8 * learning, rel=0.01)
 
 
+def test_sparsity_is_exact_in_what_is_written(base: Path, few: Path, tmp_path: Path) -> None:
+    settings = {"rank": 2, "sparsity": 0.8}
+    report = tune(base, few, tmp_path / "out", method="snella", settings=settings, delta=True, evaluations=6)
+    found = report.data["sparsity"]
+    assert found["changed"] == found["asked"] and found["changed"] / found["entries"] == pytest.approx(0.2, abs=1e-3)
+    assert report.data["held_out"]["best"] == 6
+    before, after = load_file(base / "model.safetensors"), tensors(tmp_path / "out")
+    changed = sum(int((after[f"{name}.weight"] != before[f"{name}.weight"]).sum()) for name in found["modules"])
+    assert changed <= found["changed"]  # a change may be too small for the weight that it meets
+    assert changed > 0.8 * found["changed"]
+
+
 def test_the_task_is_learnt(base: Path, few: Path, tmp_path: Path) -> None:
     report = tune(base, few, tmp_path / "out", steps=40)
     assert report.data["quality"]["metrics"]["top1"]["value"] > 0.8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import peftc
-from peftc.errors import SourceError
+from peftc.errors import PeftcError, SourceError
 from peftc.models import load
 from peftc.source import Source
 
@@ -64,3 +64,33 @@ def test_an_adapter_of_another_model_is_refused(tiny_bert: Path, tiny_llama: Pat
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(SourceError, match="lacks `adapter_model.safetensors`"):
         peftc.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_a_delta_leaves_as_an_adapter_and_comes_back(tiny_bert: Path, tmp_path: Path, method: str) -> None:
+    rows = [("the cat sat on the mat .", "pets"), ("a big red tree !", "plants")] * 8
+    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(f"{text},{label}" for text, label in rows))
+    peftc.finetune(
+        tiny_bert, output_dir=tmp_path / "delta", data=str(tmp_path / "train.csv"), method=method, steps=4, delta=True,
+        held_out=0, device="cpu", learning_rate=1e-2,
+    )  # fmt: skip
+    report = peftc.export(tmp_path / "delta", format="peft", output_dir=tmp_path / "adapter", rounds=5)
+    assert report.data["runtime"].startswith("peft ")
+    from transformers import AutoModelForSequenceClassification
+
+    network = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(network, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = peftc.load(tmp_path / "delta")(IDS).logits
+        torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(peftc.load(tmp_path / "adapter")(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_peft_has_no_place_for_is_refused(tiny_vit: Path, tmp_path: Path) -> None:
+    options = {"data": "sklearn:digits", "num_samples": 40, "steps": 1, "delta": True, "held_out": 0, "image_size": 32}
+    with pytest.raises(PeftcError, match="has no updates to export"):
+        peftc.export(tiny_vit, format="peft", output_dir=tmp_path / "adapter")
+    peftc.finetune(tiny_vit, output_dir=tmp_path / "delta", method="snell", **options)
+    with pytest.raises(PeftcError, match="peft's format has no place for"):
+        peftc.export(tmp_path / "delta", format="peft", output_dir=tmp_path / "adapter")
+    assert not list(tmp_path.glob("adapter*"))

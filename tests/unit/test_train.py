@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftc import train
 from peftc.errors import PeftcError, UsageError
-from peftc.recipe import Recipe, mixed, rate
-from peftc.train import Outcome, fit
+from peftc.recipe import Outcome, Recipe, mixed, rate
+from peftc.train import fit
 
 SIZE = 96
 X = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))

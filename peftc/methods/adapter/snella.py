@@ -15,6 +15,7 @@ from peftc.nn.competition import after_step
 from peftc.nn.kernelized import Settings, update_of
 
 __all__ = ["after_step", "snella"]
+KEEPS_LAST = True  # weights before the last step are not as sparse as asked
 
 
 def snella(

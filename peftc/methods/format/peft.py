@@ -1,0 +1,112 @@
+"""An adapter in the format of Hugging Face peft: ``PeftModel.from_pretrained`` puts it on the base."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peftc import artifact, interchange, methods
+from peftc.errors import ExportError
+from peftc.interchange import Adapter
+from peftc.models import delta, exported
+from peftc.models.exported import Exported, Inputs
+from peftc.models.from_peft import TENSORS
+from peftc.models.load import Model
+from peftc.nn import surgery
+from peftc.nn.adapted import Adapted, adapted_modules
+from peftc.nn.forms import form_of
+from peftc.source import ADAPTER
+
+UNMERGED = True  # the updates are what is written
+
+
+def peft(model: Model, example: Inputs, folder: Path) -> Exported:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        model: a delta of `lora`, `rslora` or `dora`, not merged.
+        example: not looked at.
+        folder: to write to.
+
+    Raises:
+        ExportError: the model has no updates, or peft is not installed.
+        OutputError: peft has no such update.
+    """
+    modules = adapted_modules(model.module)
+    if not modules or model.manifest is None:
+        raise ExportError(
+            f"`{model.name}` has no updates to export", why="it is a whole model",
+            hint="`peftc finetune --delta` and `peftc extract-lora` write some",
+        )  # fmt: skip
+    adapters = {name: _adapter(model.manifest.adapters[name], name, each) for name, each in modules.items()}
+    known = surgery.tensors_of(model.module)
+    names = delta.held(model) | {name for name in known if ".update." in name}
+    source = model.manifest.delta.get("source", {})
+    config, tensors = interchange.to_peft(adapters, {name: known[name] for name in sorted(names)}, source.get("spec"))
+    artifact.write_json(folder / ADAPTER, config)
+    save_file({name: each.contiguous() for name, each in tensors.items()}, folder / TENSORS, {"format": "pt"})
+    return _loaded(model, folder, config)
+
+
+def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
+    """Return how a module is adapted.
+
+    Raises:
+        ExportError: peft computes something else on it.
+    """
+    base: Any = module.base
+    if why := interchange.why_not(base):
+        raise ExportError(
+            f"the update of `{name}` cannot be exported as `peft`", why=why, hint="export the merged model"
+        )
+    function = methods.find("adapter", entry["method"], "method")
+    settings = methods.settings_of(function) | entry["settings"]
+    window = tuple(getattr(base, "kernel_size", ()))
+    form = form_of(base) or ""
+    rank, alpha = settings.get("rank", 0), float(settings.get("alpha", 0.0))
+    return Adapter(entry["method"], rank, alpha, float(settings.get("dropout", 0.0)), form, window)
+
+
+def _loaded(model: Model, folder: Path, config: dict[str, Any]) -> Exported:
+    """Put what was written on the base, by peft itself."""
+    try:
+        import peft as library
+    except ImportError:
+        raise ExportError("peft is not installed", why="it loads what is exported", hint="pip install peft") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = library.PeftModel.from_pretrained(_base(model.module), folder).eval()
+    runs = Model(network, model.source, model.library, model.config, model.base, model.name)
+
+    def run(inputs: Inputs) -> Tensor:
+        return exported.computed(runs, inputs)[0]
+
+    def prepare(inputs: Inputs) -> Callable[[], object]:
+        return lambda: run(inputs)
+
+    saved = config["modules_to_save"]
+    notes = (
+        [f"the base needs outputs for {len(model.labels)} classes before peft loads it"]
+        if saved and model.labels
+        else []
+    )
+    return Exported(
+        f"peft {library.__version__}, torch {torch.__version__}", run, prepare, notes=notes,
+        about={"load": "peft.PeftModel.from_pretrained(base, folder)", "base": config["base_model_name_or_path"]},
+    )  # fmt: skip
+
+
+def _base(network: nn.Module) -> nn.Module:
+    """Return a copy of the network without its updates."""
+    memo: dict[int, Any] = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    copied = copy.deepcopy(network, memo)
+    for module in adapted_modules(copied).values():
+        surgery.replace(copied, module, module.base)
+    return copied
