@@ -97,13 +97,14 @@ def trace(model: Model, example: Inputs) -> Traced:
     except UNTRACEABLE as error:
         raise ExportError(
             f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}",
-            why=_first_line(error),
+            why=first_line(error),
         ) from error
     _merge_shared(program, whole)
     return Traced(program, list(example), output, _factors_in_use(program, whole), axes)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what kind of error it is and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 

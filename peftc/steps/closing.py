@@ -130,7 +130,7 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     for gap in gaps:
         found, why = (None, "nothing before it reads samples")
         if gap.before is not None and shapes[gap.before] != shapes[gap.last]:
-            found, why = (None, f"what `{gap.before}` gives has another shape")
+            found, why = (None, f"`{gap.before}` is of another stack, or gives another shape")
         elif gap.before is not None:
             found, why = _site(runs, shorter.renamed[gap.before], work)
         if found is None or gap.before is None:
@@ -166,7 +166,7 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
 
 
 def _gaps(names: Sequence[str], kept: Sequence[str], shapes: Mapping[str, Any]) -> list[Gap]:
-    """Return the runs of dropped layers of one shape, in running order."""
+    """Return the runs of dropped layers of one container and shape, in running order."""
     found: list[Gap] = []
     before: str | None = None
     number = 0
@@ -183,11 +183,11 @@ def _gaps(names: Sequence[str], kept: Sequence[str], shapes: Mapping[str, Any]) 
 
 
 def _shapes(work: Work) -> dict[str, Any]:
-    """Return the shape of what each layer of the whole network gives."""
+    """Return the container of each layer of the whole network, and the shape of what it gives."""
     shapes: dict[str, Any] = {}
 
     def saw(name: str, _before: Tensor, after: Tensor) -> None:
-        shapes[name] = after.shape
+        shapes[name] = name.rpartition(".")[0], after.shape
 
     with layers.tapped(work.runs.module, work.names, saw):
         load.outputs(work.runs, load.probe(work.runs))

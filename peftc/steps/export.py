@@ -18,6 +18,7 @@ from peftc.models import load as models
 from peftc.models.exported import Exported, Inputs
 from peftc.models.load import Model, load
 from peftc.models.multiplied import multiplied
+from peftc.nn import surgery
 from peftc.report import Report, Table, percent, size
 from peftc.source import Source
 from peftc.steps import parity, write
@@ -161,6 +162,9 @@ class _Work:
         report = Report("export", notes=[*self.stored.notes, *exported.notes])
         parity.refuse_merged(self.stored.name, exported)
         found = parity.compare(self.runs, exported, self.batches)
+        if self.leaves is not self.stored and exported.tolerance is not None:
+            stored = surgery.uniform_dtype(self.leaves.module)
+            exported.tolerance = max(exported.tolerance, parity.ROUNDED.get(stored, 0.0))  # type: ignore[arg-type]
         parity.refuse_other(self.stored.name, found, exported)
         seen = sum(len(next(iter(batch.values()))) for batch in self.batches)
         report.data = {

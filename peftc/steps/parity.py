@@ -22,6 +22,7 @@ from peftc.report import Report
 from peftc.steps.evaluate import evaluate
 from peftc.tasks import Settings
 
+ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
 NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
 
 

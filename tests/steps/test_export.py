@@ -124,6 +124,14 @@ def test_tied_factors_become_one_tied_weight(small_llama: Path, tmp_path: Path) 
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+def test_products_of_half_precision_may_be_rounded(small_llama: Path, tmp_path: Path) -> None:
+    peftc.load(small_llama.parent).bfloat16().save_pretrained(tmp_path / "half")
+    peftc.decompose(tmp_path / "half", ratio=0.7, output_dir=tmp_path / "small")
+    report = peftc.export(tmp_path / "small", format="hf", dense=True, output_dir=tmp_path / "plain", **QUICK)
+    assert 1e-4 < report.data["deviation"] < report.data["tolerance"] == 5e-2
+    assert {tensor.dtype for tensor in load_file(tmp_path / "plain/model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> None:
     peftc.prune_layers(tiny_vit, drop="1", output_dir=tmp_path / "shorter", device="cpu")
     peftc.export(tmp_path / "shorter", format="timm", output_dir=tmp_path / "plain", **QUICK)
@@ -131,6 +139,19 @@ def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> 
     stored = load_file(tmp_path / "shorter/model.safetensors")
     assert written.keys() == stored.keys() and not any(name.startswith("blocks.1.") for name in written)
     assert all(torch.equal(written[name], stored[name]) for name in stored)
+
+
+def test_a_delta_is_exported_whole(tiny_vit: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = {f"x_{split}": random.normal(size=(20, 3, 32, 32)).astype(np.float32) for split in ("train", "test")}
+    np.savez(tmp_path / "x.npz", **pixels, y_train=np.arange(20) % 5, y_test=np.arange(20) % 5)
+    tuned = tmp_path / "tuned"
+    peftc.finetune(tiny_vit, data=str(tmp_path / "x.npz"), steps=2, delta=True, output_dir=tuned, device="cpu")
+    peftc.export(tuned, format="timm", output_dir=tmp_path / "plain", **QUICK)
+    written = load_file(tmp_path / "plain/model.safetensors")
+    before = load_file(tiny_vit / "model.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], written.get(name, before[name]))]
+    assert any("attn" in name for name in changed) and not any("lora" in name for name in written)
 
 
 def test_plain_weights_lie_beside_the_forms_of_their_modules(small_llama: Path, tmp_path: Path) -> None:
