@@ -111,7 +111,7 @@ def compress(folder: Path, out: str, **variables: str) -> subprocess.CompletedPr
 
 def test_the_script_of_ci_passes_where_the_gates_are_met(trained: Path) -> None:
     done = compress(trained, "released", MAX_DROP="1", KEEP="3")
-    assert (done.returncode, done.stdout) == (0, "released/4-distill\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "released/export\n"), done.stderr
     quality, speed = (json.loads((trained / "released" / f"{name}.json").read_text()) for name in ("quality", "speed"))
     assert quality["gates"] == [
         {"option": "--max-drop", "limit": 1, "value": quality["gates"][0]["value"], "passed": True}
@@ -125,7 +125,7 @@ def test_the_script_of_ci_fails_with_3_and_one_line_where_the_drop_is_over_the_g
     last = done.stderr.splitlines()[-1]
     assert last.startswith("gate --max-drop 0.05: 0.") and last.endswith(", not met")
     assert (trained / "refused" / "2-distill" / "peftc.json").is_file(), "what was made is kept, to look at"
-    assert not (trained / "refused" / "speed.json").exists()
+    assert not (trained / "refused" / "export").exists()
 
 
 def test_the_recipe_of_ci_is_one_that_runs(trained: Path, monkeypatch: pytest.MonkeyPatch, peftc: Any) -> None:
@@ -135,7 +135,7 @@ def test_the_recipe_of_ci_is_one_that_runs(trained: Path, monkeypatch: pytest.Mo
     foreseen = peftc("run", EXAMPLES / "ci" / "recipe.toml", "--dry-run", "--json")
     assert foreseen.exit_code == 0, foreseen.stderr
     steps = [each["step"] for each in json.loads(foreseen.stdout)["steps"]]
-    assert steps == ["decompose", "distill", "prune-layers", "distill.again", "evaluate", "bench"]
+    assert steps == ["decompose", "distill", "prune-layers", "finetune", "evaluate", "bench", "export"]
 
 
 def test_the_workflow_of_ci_runs_that_recipe_and_keeps_what_it_gave() -> None:
@@ -144,7 +144,7 @@ def test_the_workflow_of_ci_runs_that_recipe_and_keeps_what_it_gave() -> None:
     steps = workflow["jobs"]["compress"]["steps"]
     assert "peftc run ci/recipe.toml --json > report.json" in [step.get("run") for step in steps]
     kept = next(step for step in steps if "upload" in step.get("uses", ""))
-    assert kept["if"] == "always()" and kept["with"]["path"].split() == ["report.json", "runs/"]
+    assert kept["if"] == "always()" and kept["with"]["path"].split() == ["report.json", "release/"]
     for name in ("recipe.toml", "compress.sh"):
         assert (EXAMPLES / "ci" / name).is_file()
 

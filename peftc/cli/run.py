@@ -162,7 +162,7 @@ def _carry_out(
     if not quiet:
         console.tell(outcome)
         console.say()
-    stage.report = outcome.to_json()
+    stage.report = processes.agreed(outcome.to_json)  # the first process knows what was written
     stage.state = DONE if outcome.passed else FAILED
     if processes.rank() == 0:
         book.note(stage.name, asked, stage.report, passed=outcome.passed)

@@ -37,6 +37,10 @@ LEARNING = """
 epochs = 5
 #learning-rate = 3e-4
 
+#[finetune]  # in the chain: learns the task by few parameters
+#method = "lora"
+#epochs = 10
+
 #[prune-layers]  # in the chain: a network without the layers that the task does not need, to be trained again
 #score = "block-influence"
 #keep = 8
