@@ -12,8 +12,9 @@ help:
 demo: .venv/.installed ## run the main job on the embedded default
 	$(BIN)/peftc demo
 
+# one process for each core, so that none of them needs more than a thread
 test: .venv/.dev ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/.dev ## check style and types
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   MethodError              a decomposition that failed at every rung of its ladder
   DataError                samples that cannot be read or do not fit the model
   ChainError               a pipe or a project with nothing to hand on
+  ExportError              a model that a format cannot hold, or an export that computes something else
   OutputError              a folder that cannot be written
   LostProcessError         another process of a launch that ended
   DivergenceError          a training whose loss is no number any more

@@ -18,6 +18,7 @@ for variable in [name for name in os.environ if name.startswith("PEFTC_")]:
     del os.environ[variable]  # they are options of every command under test
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_COLOR="1")
 os.environ.update(TOKENIZERS_PARALLELISM="false")
+os.environ.pop("COLUMNS", None)  # of the terminal that the tests are run in
 
 WORDS = (
     "the a cat dog bird sat ran sang on in under mat house tree red blue small big and then it was very . , !".split()
