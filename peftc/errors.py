@@ -7,6 +7,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   PlanError                ranks and budgets that do not fit the model
   MethodError              a decomposition that failed at every rung of its ladder
   DataError                samples that cannot be read or do not fit the model
+    ClassesError           classes that are not those of the model
   ChainError               a pipe or a project with nothing to hand on
   ExportError              a model that a format cannot hold, or an export that computes something else
   OutputError              a folder that cannot be written
@@ -76,6 +77,10 @@ class MethodError(PeftcError):
 
 class DataError(PeftcError):
     """Samples cannot be read or do not fit the model."""
+
+
+class ClassesError(DataError):
+    """The classes of samples are not those of the model."""
 
 
 class ChainError(PeftcError):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from peftc.data.images import named
-from peftc.errors import DataError
+from peftc.errors import ClassesError, DataError
 
 
 def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) -> tuple[list[int], str]:
@@ -21,7 +21,8 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
         outputs: how many classes the model tells apart.
 
     Raises:
-        DataError: some classes have no counterpart, or two.
+        ClassesError: no class has a counterpart.
+        DataError: some have none, or two.
     """
     imagenet = _imagenet(outputs)
     if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in classes):
@@ -43,7 +44,7 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
         note = f"classes: the model has no class names, so its {outputs} outputs are taken in sorted order"
         return list(range(outputs)), note
     if labels is None:
-        raise DataError(
+        raise ClassesError(
             f"cannot match {len(classes)} classes with a model of {outputs} outputs",
             why=f"the data has {named(list(classes))}",
             hint="name them by WordNet id, class index or class name",
@@ -59,7 +60,8 @@ def _has_own_numbers(classes: Sequence[str], outputs: int) -> bool:
 def _all(classes: Sequence[str], index: dict[str, int], outputs: int, whose: str) -> list[int]:
     missing = [name for name in classes if name not in index]
     if missing:
-        raise DataError(
+        kind = ClassesError if len(missing) == len(classes) else DataError
+        raise kind(
             f"{len(missing)} of {len(classes)} classes of the data are unknown to the model: {named(missing)}",
             why=f"its {outputs} outputs are known by {whose}",
             hint="rename or remove these classes, or evaluate the model made for them",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftc import allocate, measure, processes
 from peftc import plan as plans
-from peftc.errors import PlanError, UsageError, one_of
+from peftc.errors import ClassesError, PlanError, UsageError, one_of
 from peftc.job import Job
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
 from peftc.models.targets import targets as find_targets
@@ -33,6 +33,7 @@ from peftc.steps.spectra import Factorizer
 from peftc.steps.speedup import Decision, Input, decide, unusual
 from peftc.steps.statistics import Statistics
 
+UNMEASURED = "the samples were calibrated on, but quality was not measured:"
 FEW_SAMPLES = 8
 
 
@@ -280,10 +281,11 @@ def decompose(
             job.require(2 * measure.tensor_bytes(loaded.module))
             report = question.carry_out(job, base, request, shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
+    report.warnings += [] if measured is not None else [f"{UNMEASURED} the classes of `{data}` are not the model's"]
     if measured:
         against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
-        limits = {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-        quality.add(report, loaded, against=against, **on, **limits)
+        on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
+        quality.add(report, loaded, against=against, **on)
     return report
 
 
@@ -310,15 +312,21 @@ def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, st
     return loaded
 
 
-def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) -> bool:
+def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) -> bool | None:
     """Return whether the data measure the result: they have labels, or measure is all that they are for.
 
-    The model itself is evaluated on a few samples, so that data that does not fit is refused before the work.
+    The model itself is evaluated on a few samples, so that data that does not fit is refused before the work. None
+    where they are samples of another task, which the model is to learn later, and no gate asks for a figure.
     """
     if on["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
         return False
     few = {**on, **quality.sparing(model, on)}
-    evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **few)
+    try:
+        evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **few)
+    except ClassesError:
+        if gated or not isinstance(source, Prepared):
+            raise
+        return None
     return True
 
 

@@ -733,14 +733,18 @@ def test_gates_judge_the_quality_on_held_out_data_and_leave_the_result_in_place(
     assert (tmp_path / "two" / "peftc.json").is_file()
 
 
-def test_data_that_does_not_fit_the_model_is_refused_before_anything_is_written(
+def test_data_of_another_task_calibrate_and_a_gate_on_them_is_refused_before_anything_is_written(
     peftc, tiny_bert_classifier: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "other.csv"
     data.write_text("text,label\nthe cat sat .,sport\nthe dog ran .,art\n")
-    refused = peftc("decompose", tiny_bert_classifier, "--ratio", "0.5", "--data", data, "-o", tmp_path / "no")
-    assert refused.exit_code == 1 and "sport" in refused.stderr
-    assert not (tmp_path / "no").exists()
+    words = ["decompose", tiny_bert_classifier, "--ratio", "0.5", "--data", data]
+    for gate in (["--max-drop", "0.1"], ["--method", "svd"]):
+        refused = peftc(*words, *gate, "-o", tmp_path / "no")
+        assert refused.exit_code == 1 and "sport" in refused.stderr
+        assert not (tmp_path / "no").exists()
+    done = peftc(*words, "-o", tmp_path / "yes")
+    assert done.exit_code == 0 and "quality was not measured" in done.stderr
 
 
 def test_a_quality_gate_without_data_is_a_wrong_command_line(peftc, tiny_vit: Path, tmp_path: Path) -> None:
