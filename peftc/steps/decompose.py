@@ -247,7 +247,7 @@ def decompose(
         ordered.refuse_pairs(work.targets)
     words = factored.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
-    on = {"data": data, "batch_size": batch_size, "device": device, **reading}
+    on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
         loaded, factorize.needs, data, statistics, device,
         samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
@@ -283,9 +283,10 @@ def decompose(
     factored.gate_size(report, max_params, max_bytes)
     report.warnings += [] if measured is not None else [f"{UNMEASURED} the classes of `{data}` are not the model's"]
     if measured:
-        against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
         on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-        quality.add(report, loaded, against=against, **on)
+        quality.add(
+            report, loaded, against=model if isinstance(model, nn.Module | Model) else load(loaded.source), **on
+        )
     return report
 
 
