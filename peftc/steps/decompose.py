@@ -281,13 +281,18 @@ def decompose(
             job.require(2 * measure.tensor_bytes(loaded.module))
             report = question.carry_out(job, base, request, shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
-    report.warnings += [] if measured is not None else [f"{UNMEASURED} the classes of `{data}` are not the model's"]
-    if measured:
-        on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-        quality.add(
-            report, loaded, against=model if isinstance(model, nn.Module | Model) else load(loaded.source), **on
-        )
+    on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
+    _measure(report, measured, model, loaded, on)
     return report
+
+
+def _measure(report: Report, measured: bool | None, model: Any, loaded: Model, on: Mapping[str, Any]) -> None:
+    """Measure what was written against the model, or say why that could not be."""
+    if measured is None:
+        report.warnings.append(f"{UNMEASURED} the classes of `{on['data']}` are not those of `{loaded.name}`")
+    elif measured:
+        against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
+        quality.add(report, loaded, against=against, **on)
 
 
 def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
