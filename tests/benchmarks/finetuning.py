@@ -171,7 +171,7 @@ def table(path: Path, plot: Path | None) -> None:
             scores = [row["test"] for row in chosen]
             number = chosen[0]["test_samples"]
             mean = statistics.mean(scores)
-            low, high = wilson(round(mean * number), number)
+            low, high = wilson(round(mean * number), number)[-2:]
             listed = ", ".join(f"{score:.3f}" for score in scores)
             first = chosen[0]
             milliseconds = 1000 * statistics.median(row["seconds"] for row in mine)
