@@ -207,7 +207,7 @@ def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Mod
     if guide is not None and (guide.labels == fitted.model.labels or not fitted.new):
         return guide
     if not fitted.new:
-        return load(fitted.model.source)
+        return fitted.model
     if max_drop is not None:
         raise UsageError(
             "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",

@@ -380,3 +380,11 @@ def test_the_command_line_writes_and_merges(peftc: Any, base: Path, few: Path, t
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "d")
     done = peftc("merge", "-", "-o", tmp_path / "m", input=done.stdout)
     assert done.exit_code == 0 and (tmp_path / "m" / "model.safetensors").is_file()
+
+
+def test_a_live_network_is_tuned_and_left_as_it_was(base: Path, few: Path, tmp_path: Path) -> None:
+    network = timm.create_model("test_vit", num_classes=3)
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    report = tune(network, few, tmp_path / "out", head="keep", steps=1, batch_size=4)
+    assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
+    assert "against" in report.data["quality"]
