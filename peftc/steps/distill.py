@@ -20,7 +20,7 @@ from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe
 from peftc.report import Report, Table
 from peftc.source import Source
-from peftc.steps import factored, imitation, ordered, quality, samples, write
+from peftc.steps import factored, imitation, ordered, quality, samples, spectra, write
 from peftc.steps.imitation import TASK, Imitation
 from peftc.tasks import Settings
 
@@ -111,6 +111,7 @@ def distill(
     shard_bytes = factored.shard_bytes(max_shard_size)
     stored = load(model)
     ordered.refuse_ordered(stored)
+    spectra.refuse_non_finite(stored)
     student = runnable(imitation.trainable(stored), device=device)
     asked = weights_of(loss, student, task)
     terms = imitation.terms(asked, settings or {})

@@ -21,7 +21,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
-from peftc.steps import write
+from peftc.steps import spectra, write
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
@@ -106,8 +106,10 @@ def build(
 
     Raises:
         UsageError: the method, one of its settings or a pattern is unknown.
+        WeightError: a weight is not finite.
         PlanError: nothing would learn, or the model has updates of another method.
     """
+    spectra.refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
     copied = load.runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)

@@ -356,6 +356,16 @@ def test_what_cannot_be_is_refused_and_nothing_left(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_weights_that_are_no_numbers_are_refused_before_the_training(base: Path, few: Path, tmp_path: Path) -> None:
+    state = load_file(base / "model.safetensors")
+    state["blocks.0.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    for step in (peftc.finetune, peftc.distill):
+        with pytest.raises(PeftcError, match="`blocks.0.mlp.fc1.weight`"):
+            step(base, output_dir=tmp_path / "out", data=str(few), teacher=base, steps=1, device="cpu")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_teacher_is_imitated_too(base: Path, few: Path, tmp_path: Path) -> None:
     report = tune(base, few, tmp_path / "out", teacher=base)
     assert set(report.data["terms"]) == {"features", "task"}
