@@ -135,7 +135,8 @@ def distill(
     work.check()
 
     request = {
-        "command": "distill", "teacher": None if guide is None else identity_of(guide), "data": given.about,
+        "command": "distill", "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
+        "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task,
         "image_size": image_size, "max_length": max_length, "num_samples": num_samples,
@@ -215,10 +216,10 @@ def teacher_of(
     return guide
 
 
-def identity_of(guide: Model) -> dict[str, Any]:
-    """Return what a request says of the teacher: what the user named, and a digest of its content."""
+def identity_of(guide: Model, *, named: bool) -> dict[str, Any]:
+    """Return what a request says of the teacher: what was named, None for the base, and a digest of its content."""
     content = guide.manifest.id if guide.manifest is not None else write.base_record(guide)["files"]
-    return {"spec": guide.source.spec, "content": content}
+    return {"spec": guide.source.spec if named else None, "content": content}
 
 
 def _carry_out(

@@ -167,7 +167,8 @@ def finetune(
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
         "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
-        "teacher": None if guide is None else distill.identity_of(guide), "data": given.about,
+        "teacher": None if guide is None else distill.identity_of(guide, named=teacher is not None),
+        "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
         "max_length": max_length, "num_samples": num_samples, "max_shard_bytes": shard_bytes, "device": device,

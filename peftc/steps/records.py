@@ -123,6 +123,8 @@ def rows(records: Sequence[Record]) -> list[Row]:
     macs = {_structure(record): row.macs for record, row in zip(records, found, strict=True) if row.macs is not None}
     for record, row in zip(records, found, strict=True):  # a training that kept the structure did not count it again
         row.macs = row.macs if row.macs is not None else macs.get(_structure(record))
+        if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
+            row.macs = row.speed["model"]["macs"]
     names = dict.fromkeys(record.base for record in records)
     return [*(_base(name, records, found) for name in names), *found]
 
@@ -165,8 +167,9 @@ def _place(entry: Mapping[str, Any]) -> list[Any]:
 
 def _row(record: Record, quality: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> Row:
     size = (record.data.get("size") or {}).get("after") or {}
-    macs = speed["model"]["macs"] if speed else size.get("macs")
-    row = Row(str(record.folder), record.stages, record.manifest.parameters, record.manifest.weight_bytes, macs)
+    row = Row(
+        str(record.folder), record.stages, record.manifest.parameters, record.manifest.weight_bytes, size.get("macs")
+    )
     row.quality, row.speed = quality, speed
     return row
 

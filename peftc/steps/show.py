@@ -174,7 +174,7 @@ def _training_options(request: dict[str, Any]) -> list[str]:
     options |= {"augment": request["policy"], "mixup": request["mixup"] or None, "cutmix": request["cutmix"] or None}
     options["data"] = request["data"]["spec"]
     options["loss"] = ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items())
-    if request.get("teacher"):
+    if request.get("teacher") and request["teacher"]["spec"] is not None:  # else it is the base
         options["teacher"] = request["teacher"]["spec"]
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     if request["command"] == "finetune":
