@@ -52,11 +52,12 @@ def place(
     Raises:
         UsageError: a pattern matches nothing, or no module takes an update.
     """
+    include, skip = ([each] if isinstance(each, str) else list(each) for each in (include, skip))
     network = model.module
     network.requires_grad_(False)
     function = methods.find("adapter", method, "--method")
     owners = _owners(network, on_product)
-    _refuse_unmatched(owners, include, skip)
+    targets.refuse_unmatched(owners, include, skip)
     dense = {} if methods.trait(function, "EVERYWHERE", False) else _defaults(model, owners)
     found = Placed()
     for name, module in owners.items():
@@ -110,17 +111,6 @@ def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:
         if name in whole or any(each is not None for each in module._parameters.values()):
             found[name] = module
     return found
-
-
-def _refuse_unmatched(owners: Mapping[str, nn.Module], include: Sequence[str], skip: Sequence[str]) -> None:
-    for option, patterns in (("--include", include), ("--skip", skip)):
-        for pattern in patterns:
-            if not any(families.matches(name, pattern) for name in owners):
-                raise UsageError(
-                    f"`{option} {pattern}` matches no module",
-                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
-                    hint=f"names look like `{next((n for n in owners if n), 'nothing: there are no parameters')}`",
-                )
 
 
 def _defaults(model: Model, owners: Mapping[str, nn.Module]) -> dict[str, str]:

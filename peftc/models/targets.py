@@ -35,14 +35,7 @@ def targets(
     """
     include, skip = ([each] if isinstance(each, str) else list(each) for each in (include, skip))
     modules = {name: module for name, module in model.module.named_modules() if _kind(module)}
-    for option, patterns in (("--include", include), ("--skip", skip)):
-        for pattern in patterns:
-            if not any(families.matches(name, pattern) for name in modules):
-                raise UsageError(
-                    f"`{option} {pattern}` matches no module",
-                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
-                    hint=f"names look like `{next(iter(modules), 'nothing: there is no Linear, Conv2d or Embedding')}`",
-                )
+    refuse_unmatched(modules, include, skip)
     defaults = _defaults(model, modules)
     found: dict[str, Target] = {}
     reasons: dict[str, str] = {}
@@ -73,6 +66,22 @@ def targets(
         for alias in target.aliases:
             reasons.pop(alias, None)
     return found, reasons
+
+
+def refuse_unmatched(modules: Mapping[str, Any], include: Sequence[str], skip: Sequence[str]) -> None:
+    """Refuse a pattern that matches none of the modules.
+
+    Raises:
+        UsageError: with what names look like.
+    """
+    for option, patterns in (("--include", include), ("--skip", skip)):
+        for pattern in patterns:
+            if not any(families.matches(name, pattern) for name in modules):
+                raise UsageError(
+                    f"`{option} {pattern}` matches no module",
+                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
+                    hint=f"names look like `{next(filter(None, modules), 'nothing: no module has a weight')}`",
+                )
 
 
 def every_weight(model: Model) -> dict[str, Target]:
