@@ -328,7 +328,8 @@ class _Run:
         self.module.train(self.recipe.dropout)
         for each in self.module.modules():
             if isinstance(each, nn.modules.batchnorm._BatchNorm):
-                each.train(all(own.requires_grad for own in each.parameters()))
+                own = list(each.parameters()) or list(self.module.parameters())
+                each.train(all(parameter.requires_grad for parameter in own))
 
     def has_checkpoint(self) -> bool:
         return self.folder is not None and (self.folder / CHECKPOINT).is_file()

@@ -49,14 +49,17 @@ class Student:
 
     @property
     def learned(self) -> list[str]:
-        """Names of the tensors that learning changes: parameters, and buffers of modules that learn."""
-        module = self.model.module
-        frozen = {name for name, each in module.named_parameters() if not each.requires_grad}
-        keeps = {name for name, each in module.named_modules() if not any(p.requires_grad for p in each.parameters())}
-        return [
-            name for name in surgery.tensors_of(module)
-            if name not in frozen and (".update." in name or name.rpartition(".")[0] not in keeps)
-        ]  # fmt: skip
+        """Names of the tensors that learning changed: parameters that learn, and buffers that differ from before."""
+        before = surgery.tensors_of(self.stored.module)
+        found = []
+        for name, tensor in surgery.tensors_of(self.model.module).items():
+            was = before.get(before_updates(name, self.placed.adapters))
+            if isinstance(tensor, nn.Parameter):
+                changed = tensor.requires_grad
+            else:
+                changed = was is None or not torch.equal(tensor.cpu(), was.to(tensor.dtype))
+            found += [name] if changed else []
+        return found
 
 
 def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> Headed:

@@ -219,6 +219,16 @@ def test_another_base_is_refused(base: Path, delta: Path, tiny_resnet: Path) -> 
         peftc.load(delta)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_running_statistics_change_only_where_their_norm_learns(
+    tiny_resnet: Path, few: Path, tmp_path: Path, method: str
+) -> None:
+    tune(tiny_resnet, few, tmp_path / "out", method=method, delta=True)
+    held = {name for name in load_file(tmp_path / "out" / "model.safetensors") if "running_mean" in name}
+    before = {name for name in load_file(tiny_resnet / "model.safetensors") if "running_mean" in name}
+    assert held == (before if method == "full" else set())
+
+
 def test_several_deltas_share_one_base_in_one_process(base: Path, few: Path, delta: Path, tmp_path: Path) -> None:
     tune(base, few, tmp_path / "other", delta=True, steps=2, seed=1)
     network = peftc.load(base)
