@@ -81,7 +81,7 @@ def work(model: Model, batch: Any = None) -> Work:
     batch = probe(model) if batch is None else batch
     with (
         _positions(model.module) as (positions, grids),
-        _every_product_visible(),
+        without_fused_layers(),
         _without_gradients(model.module),
         FlopCounterMode(display=False) as counter,
     ):
@@ -143,8 +143,8 @@ def _without_gradients(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _every_product_visible() -> Iterator[None]:
-    """Switch off torch's fused transformer layer, which the counter sees as one operation without a formula."""
+def without_fused_layers() -> Iterator[None]:
+    """Switch off torch's fused transformer layer, an operation that neither counters nor other runtimes know."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

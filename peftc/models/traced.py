@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import ExportError
+from peftc.measure import without_fused_layers
 from peftc.models import alone, exported
 from peftc.models.exported import Inputs
 from peftc.models.load import Model, detached, runnable
@@ -92,7 +92,7 @@ def trace(model: Model, example: Inputs) -> Traced:
     whole = _Whole(runs.module, named).eval()
     dynamic = tuple({at: torch.export.Dim.DYNAMIC for at in axes[name]} for name in example)
     try:
-        with torch.no_grad(), _one_math_path():
+        with torch.no_grad(), without_fused_layers():
             program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
     except UNTRACEABLE as error:
         raise ExportError(
@@ -107,17 +107,6 @@ def first_line(error: BaseException) -> str:
     """Return what kind of error it is and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _one_math_path() -> Iterator[None]:
-    """Switch off torch's fused transformer layer, whose operation no other runtime has."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _parameters(program: Any, whole: nn.Module) -> dict[str, Tensor]:
