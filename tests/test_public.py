@@ -67,6 +67,12 @@ def test_help_ends_with_an_example(word: str) -> None:
     assert text.splitlines()[-1].startswith(f"  peftc {word.replace('_', '-')}")
 
 
+def test_the_list_of_commands_cuts_no_summary_short(peftc) -> None:
+    listed = peftc("--help").stdout.partition("Commands:")[2]
+    assert len(listed.split("\n")) > len(STEPS)
+    assert "..." not in listed
+
+
 def test_every_option_has_one_help_phrase(peftc) -> None:
     from typer.main import get_command
 

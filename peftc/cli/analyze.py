@@ -36,7 +36,7 @@ def analyze(
     device: o.Device = "auto",
     seed: o.Seed = 0,
 ) -> Step:
-    """Look at the rank spectra of a model, and at the predicted loss of each ratio: where is the slack?
+    """Show rank spectra and the predicted loss of each ratio.
 
     \b
     Example:

@@ -26,7 +26,7 @@ def calibrate(
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
 ) -> Step:
-    """Collect statistics of a model once, for decompose --statistics at any budget.
+    """Collect statistics for decompositions to reuse.
 
     \b
     Example:

@@ -6,7 +6,7 @@ from peftc.cli.command import Step, command
 
 @command(source=False)
 def compare(models: o.Models = o.EMPTY, *, commands: o.Commands = False) -> Step:
-    """Print artifacts side by side: their stages, sizes, quality and speed.
+    """Print stages, sizes, quality and speed side by side.
 
     \b
     Example:

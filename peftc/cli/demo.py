@@ -6,7 +6,7 @@ from peftc.cli.command import Step, command
 
 @command(source=False)
 def demo(*, output_dir: o.OutputDir = None, seed: o.Seed = 0, device: o.Device = "auto") -> Step:
-    """Run the main job on a small model and real digits, in minutes and offline.
+    """Run the main job on a small model in a minute, offline.
 
     \b
     Example:

@@ -15,7 +15,7 @@ def extract_lora(
     skip: o.LeaveAlone = o.EMPTY,
     overwrite: o.Overwrite = False,
 ) -> Step:
-    """Turn the difference of two checkpoints into a low-rank delta.
+    """Turn the difference of two models into a low-rank delta.
 
     \b
     Example:

@@ -6,7 +6,7 @@ from peftc.cli.command import Step, command
 
 @command()
 def init(model: o.Model = None, *, data: o.OptionalData = None, overwrite: o.Overwrite = False) -> Step:
-    """Write a peftc.toml for a model and its data, with a chain to start from.
+    """Write a project file with a chain to start from.
 
     \b
     Example:

@@ -13,7 +13,7 @@ Kind = Annotated[str | None, Argument(metavar="[KIND]", help="one kind of method
 
 
 def methods(kind: Kind = None, json: o.Json = False) -> None:
-    """List the methods that `--method`, `--conv-method`, `--loss` and `--score` accept.
+    """List methods, losses, scores and formats to choose from.
 
     With one kind, also the defaults of their settings, and where they come from.
 

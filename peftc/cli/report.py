@@ -8,7 +8,7 @@ from peftc.cli.command import Step, command
 def report(
     models: o.Models = o.EMPTY, *, output: o.Page = "report.html", analysis: o.Analysis = None
 ) -> Step:  # fmt: skip
-    """Write one page that shows what artifacts gained and lost, and how they came to be.
+    """Write one HTML page on what artifacts gained and lost.
 
     \b
     Example:

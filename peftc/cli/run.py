@@ -63,7 +63,7 @@ def run(
     ctx: Context, recipe: Recipe = None, dry_run: o.DryRun = False, json: o.Json = False, quiet: o.Quiet = False,
     verbose: o.Verbose = 0,
 ) -> None:  # fmt: skip
-    """Run the chain of a project file, but for the steps whose answer stands.
+    """Run the chain of a project file, only what has changed.
 
     \b
     Example:

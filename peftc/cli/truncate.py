@@ -22,7 +22,7 @@ def truncate(
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
 ) -> Step:
-    """Cut an artifact of decompose --keep-all-ranks to a budget, in seconds.
+    """Cut an artifact with all ranks to a budget, in seconds.
 
     How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
 

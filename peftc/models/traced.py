@@ -205,10 +205,13 @@ def attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scores = (query * (scale or 1 / math.sqrt(query.shape[-1]))) @ key.transpose(-2, -1)  # (b, h, t, t)
-    lowest = torch.finfo(scores.dtype).min
+
+    def added(seen: Tensor) -> Tensor:  # a sum costs runtimes less than a choice, and layers share what is added
+        return torch.zeros_like(seen, dtype=scores.dtype).masked_fill(~seen, torch.finfo(scores.dtype).min)
+
     if is_causal:
         seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~seen, lowest)
+        scores = scores + added(seen)
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, lowest) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = scores + (added(attn_mask) if attn_mask.dtype == torch.bool else attn_mask)
     return scores.softmax(-1) @ value

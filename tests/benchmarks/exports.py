@@ -2,9 +2,10 @@
 
 First the largest deviation of each export in its own runtime. Then, at batch 16, the dense model against the factored
 one in PyTorch and in ONNX Runtime beside the ratio of their multiply-adds, and the other formats, all in one
-interleaved run of one thread, in seconds of processor time; and where ONNX Runtime spends them.
+interleaved run; and where ONNX Runtime spends its time. `--clock processor` counts the seconds of one thread
+(`OMP_NUM_THREADS=1`), which other programs on the machine take little of.
 
-    python tests/benchmarks/exports.py [--models ViT-Ti,MiniLM] [--rounds 10] [--only speed]
+    python tests/benchmarks/exports.py [--models ViT-Ti,MiniLM] [--rounds 10] [--only speed] [--clock processor]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from peftc.source import Source
 from peftc.steps import parity
 
 BATCH, TOKENS = 16, 128
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.thread_time}
 FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"dense": True}), ("safetensors", {}), ("torch-export", {}), ("onnx", {}),
     ("onnx", {"settings": {"dtype": "fp16"}}), ("onnx", {"settings": {"quantize": "int8"}}),
@@ -92,33 +96,39 @@ def written(model: Model, folder: Path, word: str, **settings: Any) -> Call:
     return find("format", word, "--format")(model, example, place, **settings).prepare(inputs)
 
 
-def processor_seconds(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Return seconds of processor time of this thread per call, interleaved: other programs take none of it."""
+def interleaved(calls: dict[str, Call], rounds: int, clock: Clock) -> dict[str, list[float]]:
+    """Return seconds per call, the calls taking turns."""
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     for turn in range(rounds + 1):
         for label in list(calls)[:: 1 if turn % 2 else -1]:
-            start = time.thread_time()
+            start = clock()
             calls[label]()
             if turn:  # the first one warms up
-                seconds[label].append(time.thread_time() - start)
+                seconds[label].append(clock() - start)
     return seconds
 
 
-def speed(name: str, dense: Path | Source, small: Path, folder: Path, rounds: int, *, all_formats: bool) -> None:
+def speed(
+    name: str, dense: Path | Source, small: Path, folder: Path, rounds: int, clock: Clock, *, all_formats: bool
+) -> None:
     """Print promised and measured speed-ups at batch 16, each against its own A/A control."""
     whole, cut = (models.runnable(models.load(each), device="cpu") for each in (dense, small))
-    calls = {f"dense {word}": written(whole, folder, word) for word in ("PyTorch", "onnx")}
-    calls |= {f"control {word}": calls[f"dense {word}"] for word in ("PyTorch", "onnx")}
-    calls |= {f"small {word}": written(cut, folder, word) for word in ("PyTorch", "onnx")}
-    graphs = sorted((path.stat().st_mtime, path) for path in folder.glob("onnx-*"))
-    if all_formats:
-        calls["small torch-export"] = written(cut, folder, "torch_export")
-        calls["small onnx fp16"] = written(cut, folder, "onnx", dtype="fp16")
-        calls["small onnx int8"] = written(cut, folder, "onnx", quantize="int8")
+    run = {}
+    for word in ("PyTorch", "onnx"):  # one after the other: threads of ONNX Runtime go on spinning after a call
+        calls = {f"dense {word}": written(whole, folder, word)}
+        calls |= {f"control {word}": calls[f"dense {word}"], f"small {word}": written(cut, folder, word)}
+        graphs = sorted((path.stat().st_mtime, path) for path in folder.glob("onnx-*"))
+        if word == "PyTorch":
+            calls_of_torch = {when: calls[f"{when} PyTorch"] for when in ("dense", "small")}
+        if all_formats and word == "PyTorch":
+            calls["small torch-export"] = written(cut, folder, "torch_export")
+        elif all_formats:
+            calls["small onnx fp16"] = written(cut, folder, "onnx", dtype="fp16")
+            calls["small onnx int8"] = written(cut, folder, "onnx", quantize="int8")
+        run |= interleaved(calls, rounds, clock)
     length = TOKENS if whole.kind == "text" else None
     one = models.probe(whole, max_length=length)
     promised = measure.work(whole, one).macs / measure.work(cut, one).macs
-    run = processor_seconds(calls, rounds)
     print(f"{name}: promised {promised:.2f}")
     for word in ("PyTorch", "onnx"):
         change = measure.speedup(*(run[f"{when} {word}"] for when in ("dense", "control", "small")))
@@ -129,8 +139,20 @@ def speed(name: str, dense: Path | Source, small: Path, folder: Path, rounds: in
     print(
         "  ms: " + ", ".join(f"{label} {1000 * statistics.median(each):.0f}" for label, each in run.items()), flush=True
     )
+    for when in ("dense", "small"):
+        eager(f"{name} {when}", calls_of_torch[when])
     for when, (_, path) in zip(("dense", "small"), graphs[-2:], strict=True):
         profile(f"{name} {when}", path / "model.onnx", folder)
+
+
+def eager(name: str, call: Call) -> None:
+    """Print where PyTorch spends its time, by operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as held:
+        for _ in range(6):
+            call()
+    spent = {each.key: each.self_cpu_time_total / 6000 for each in held.key_averages()}
+    most = sorted(spent.items(), key=lambda each: -each[1])[:7]
+    print(f"  {name}, PyTorch: {sum(spent.values()):.0f} ms: " + ", ".join(f"{kind} {ms:.0f}" for kind, ms in most))
 
 
 def profile(name: str, path: Path, folder: Path) -> None:
@@ -163,7 +185,9 @@ def main() -> None:
     parser.add_argument("--models", default="ViT-Ti,MiniLM,MobileNetV2,stories260K,ViT-B/16")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--only", choices=["formats", "speed"])
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     asked = parser.parse_args()
+    clock = CLOCKS[asked.clock]
     print(f"threads: {torch.get_num_threads()}, rounds: {asked.rounds}, texts of {TOKENS} tokens in timings")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -178,7 +202,7 @@ def main() -> None:
                     formats(name, small, data, folder)
                 if asked.only != "formats" and name != "stories260K":
                     title = f"{name}, ranks multiples of {multiple}"
-                    speed(title, source, small, folder, asked.rounds, all_formats=multiple == 1)
+                    speed(title, source, small, folder, asked.rounds, clock, all_formats=multiple == 1)
 
 
 if __name__ == "__main__":
