@@ -32,6 +32,7 @@ LINES = {  # in this order, each in the folder that the ones before it left
     "prune-layers": [
         ["small", *DATA, "--score", "block-influence", "--keep", "1", "-o", "shorter"],
         ["small", "--drop", "1", "--dry-run"],
+        ["small", *DATA, "--drop", "1", "--retrain", "--steps", "1", "-o", "again"],
     ],
     "distill": [["small", *DATA, "--steps", "2", "-o", "healed"]],
     "finetune": [[*TUNE, "-o", "tuned"], [*TUNE, "--delta", "-o", "delta"]],

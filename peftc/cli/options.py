@@ -241,6 +241,10 @@ WithinDrop = Annotated[
     float | None, Option(parser=not_negative, metavar="X", help="drop what costs at most X of held-out quality")
 ]
 Repair = Annotated[bool, Option("--repair", help="close the gaps by linear maps, folded into the layers before them")]
+Retrain = Annotated[bool, Option("--retrain", help="finetune what is left on the same samples")]
+AdapterAgain = Annotated[
+    str | None, Option("--method", metavar="NAME", help="what learns with --retrain (default: as before, or lora)")
+]
 Stability = Annotated[bool, Option("--stability", help="score again with other seeds and on halves of the samples")]
 ScorePlot = Annotated[
     Path | None, Option("--plot", metavar="FILE", help="draw scores and t-SNE maps to this .png or .svg")

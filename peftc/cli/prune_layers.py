@@ -17,6 +17,12 @@ def prune_layers(
     drop: o.Drop = None,
     within_drop: o.WithinDrop = None,
     repair: o.Repair = False,
+    retrain: o.Retrain = False,
+    method: o.AdapterAgain = None,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    minutes: o.Minutes = None,
+    learning_rate: o.UsualRate = None,
     stability: o.Stability = False,
     delta: o.Delta = None,
     plot: o.ScorePlot = None,
@@ -39,9 +45,11 @@ def prune_layers(
 
     With labels they are found by t-SNE maps of what each layer gives; without, say how many stay: --keep N.
 
+    With --retrain the result is finetuned on the same samples; one of --epochs, --steps and --minutes says how long.
+
     \b
     Example:
-      peftc prune-layers tuned --data flowers/ -o shorter
+      peftc prune-layers tuned --data flowers/ --retrain -o shorter
     """
     from peftc.steps.prune_layers import prune_layers as step
 

@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, str]] = {
         "snell": "peftc.methods.adapter.snell",
         "snella": "peftc.methods.adapter.snella",
         "adapter": "peftc.methods.adapter.adapter",
+        "convpass": "peftc.methods.adapter.convpass",
         "sara": "peftc.methods.adapter.sara",
         "head": "peftc.methods.adapter.head",
         "bitfit": "peftc.methods.adapter.bitfit",

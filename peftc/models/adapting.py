@@ -56,7 +56,9 @@ def place(
     network = model.module
     network.requires_grad_(False)
     function = methods.find("adapter", method, "--method")
-    owners = _owners(network, on_product)
+    methods.trait(function, "refuse", lambda _: None)(network)
+    whole = methods.trait(function, "whole", None)
+    owners = _owners(network, on_product) if whole is None else {n: m for n, m in network.named_modules() if whole(m)}
     targets.refuse_unmatched(owners, include, skip)
     dense = {} if methods.trait(function, "EVERYWHERE", False) else _defaults(model, owners)
     found = Placed()

@@ -15,8 +15,14 @@ settle()            optional: find anew what follows from what learns, as a thre
 report()            optional: name -> count, as ``trainables``, ``entries`` of the weight, and ``changed`` of these
 ==================  ================================================================================================
 
-A method's module may have ``after_step(updates, step, steps, steps_per_epoch)``, to be called after each step of the
-optimizer, before its gradients are dropped: ``updates`` by name, the ``step`` from 1.
+A method's module may have
+
+==========================  ========================================================================================
+refuse(network)             raises where the method does not suit a network
+whole(module)               true of modules that it adapts as a whole, where not those with weights of their own
+after_step(updates, step,   called after each step of the optimizer, before its gradients are dropped: ``updates`` by
+steps, steps_per_epoch)     name, the ``step`` from 1
+==========================  ========================================================================================
 
 Buffers whose name begins with ``_`` serve the training alone: checkpoints hold them, artifacts do not. What a method
 found out from the values of the weights it says as ``resolved``, settings with which it builds the same update of a
@@ -25,6 +31,7 @@ module on the meta device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +51,9 @@ class Adapted(nn.Module):
         self.base = base.requires_grad_(False)
         self.update = update
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the module gives with its update."""
-        return self.update(self.base, x)
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        """Return what the module gives with its update, which sees ``x`` alone, as beside an attention with a mask."""
+        return self.update(functools.partial(self.base, **others) if others else self.base, x)
 
     @property
     def weight(self) -> Tensor:

@@ -21,6 +21,7 @@ from peftc.nn import surgery
 from peftc.steps.samples import Samples
 
 CLASS_TOKEN = ("bert", "electra", "mpnet", "ernie")  # transformers' text models that begin with one
+MEANS = "sentence-similarity"  # the task whose sentences are means over tokens
 OF_FEATURES = ("features", "input_features", "labels", "cosines", "angles")
 OF_DATA = (*OF_FEATURES, "gradient_products", "loss", "loss_without")
 
@@ -178,7 +179,7 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
     Raises:
         WeightError: a layer gives NaN or infinite features.
     """
-    class_token = has_class_token(model)
+    class_token = has_class_token(model) and (given.task is None or given.task.name != MEANS)
     last = str(getattr(model.module, "output_fmt", "")) == "NHWC"
     seen = Seen()
     mask: Tensor | None = None
@@ -216,7 +217,9 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
 
 
 def has_class_token(model: Model) -> bool:
-    """Return whether token 0 stands for the whole sample."""
+    """Return whether token 0 stands for the whole sample, and no mean does."""
+    if getattr(model.module, "global_pool", None) == "avg":  # timm's: BEiT and EVA have a class token all the same
+        return False
     config = getattr(model.module, "config", None)
     if any(word in str(getattr(config, "model_type", "")) for word in CLASS_TOKEN):
         return True

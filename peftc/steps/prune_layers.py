@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from peftc import depth, measure, processes, tasks
 from peftc.depth import Asked
-from peftc.errors import DataError, PlanError, UsageError
+from peftc.errors import ClassesError, DataError, PlanError, UsageError
 from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models import layers, shorten
@@ -22,7 +23,18 @@ from peftc.models.shorten import Shorter
 from peftc.objectives import OBJECTIVES
 from peftc.report import Report
 from peftc.source import Source
-from peftc.steps import closing, factored, layer_choice, layer_evidence, layer_scores, ordered, quality, samples, write
+from peftc.steps import (
+    closing,
+    factored,
+    layer_choice,
+    layer_evidence,
+    layer_scores,
+    ordered,
+    quality,
+    retraining,
+    samples,
+    write,
+)
 from peftc.steps.layer_choice import Choice, Work
 from peftc.steps.layer_plot import draw_scores
 from peftc.steps.layer_scores import Score
@@ -32,10 +44,6 @@ from peftc.tasks import Settings
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
-WARNING = (
-    "what was pruned needs training: at alpha 0.3 the authors of SLS fell from 95.9 % to 55.7 % on EuroSAT, and were "
-    "back at 94.6 % after training again"
-)
 
 
 def prune_layers(
@@ -50,6 +58,12 @@ def prune_layers(
     drop: str | Sequence[int] | None = None,
     within_drop: float | None = None,
     repair: bool = False,
+    retrain: bool = False,
+    method: str | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    learning_rate: float | None = None,
     stability: bool = False,
     delta: bool | None = None,
     plot: str | Path | None = None,
@@ -83,11 +97,15 @@ def prune_layers(
         within_drop: drop as many layers instead as the task's first metric allows, which may get so much worse on
             held-out samples: in the order of the score, and as ``drop`` the least harmful, measured again after each.
         repair: close each gap by a linear map, fitted on the samples and folded into the layer before it.
+        retrain: finetune what is left on the same samples, as `finetune` does, and write that; both steps are recorded.
+        method, epochs, steps, minutes, learning_rate: of that training; the method is that of the model's last
+            finetuning when None, ``lora`` where there was none.
         stability: score again with other seeds of t-SNE and on halves of the samples.
         delta: write which layers stay and what the task changed in them, on the model beneath, or a whole model; as
             ``model`` is when None.
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
-        task, num_samples, batch_size, image_size, max_length: how to read the data; 2,000 samples at most when None.
+        task, num_samples, batch_size, image_size, max_length: how to read the data; scores look at 2,000 samples at
+            most when None. A training takes them too.
         max_drop, min_quality: gates on the test split; a drop is against the model itself.
         max_params, max_bytes: gates on the size.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -111,17 +129,22 @@ def prune_layers(
     elif repair:
         raise UsageError("`--repair` changes weights of the base, which a delta leaves alone", hint="add `--full`")
     ordered.refuse_ordered(stored)
+    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
+    asked_of_training = {"method": method, **length, "learning_rate": learning_rate}
+    training = retraining.options(stored, data, {**asked_of_training, "batch_size": batch_size}) if retrain else None
     if stored.manifest is None and not stored.files:
         models.refuse_unbuildable(stored)
     runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device=device)
     names = _layers(stored, runs, asked)
     reading = Settings(image_size, max_length, num_samples or POINTS, seed)
-    given = _samples(runs, data, task, reading, wanted, asked)
+    given = _samples(runs, data, task, reading, wanted, asked, trains=retrain)
     chosen = _score(wanted, settings or {}, given, asked, data)
     if stability:
         layer_evidence.refuse_unrepeatable(chosen)
     work = Work(stored, runs, names, chosen, given, asked, batch_size, stability, seed)
     report = Report("prune-layers", notes=[*stored.notes, *(given.notes if given else [])])
+    if not retrain:
+        report.notes += retraining.idle(asked_of_training)
     if dry_run:
         choice, _ = _decide(work, report)
         report.notes.append("dry run: nothing was written")
@@ -134,21 +157,35 @@ def prune_layers(
         "max_length": max_length, "max_shard_bytes": shard_bytes, "device": device, "seed": seed,
     }  # fmt: skip
     output = write.output_folder(output_dir, stored, "prune-layers")
-    decided: Choice | None = None
-    with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
-        if job.done:
-            report = write.already(job, "prune-layers")
-        else:
-            job.require(measure.tensor_bytes(stored.module))
-            decided, shorter = _decide(work, report)
-            _carry_out(job, base, request, report, work, shorter, shard_bytes, repair=repair)
+    prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
+    if training:
+        report, decided = retraining.trained_again(
+            stored, output, request, training, prune, overwrite=overwrite, data=data, task=task,
+            num_samples=num_samples, image_size=image_size, max_length=max_length, device=device, seed=seed,
+        )  # fmt: skip
+    else:
+        report, decided = prune(output)
     _complete(report, stored, plot, decided, max_params, max_bytes)
     if given is not None and data is not None:
         quality.measure_on_test(
             report, stored, given, data=data, against=stored, max_drop=max_drop, min_quality=min_quality, task=task,
             image_size=image_size, max_length=max_length, device=device, seed=seed,
         )  # fmt: skip
+        retraining.tell_quality(report)
     return report
+
+
+def _prune(
+    work: Work, report: Report, request: dict[str, Any], output: Path, *, overwrite: bool
+) -> tuple[Report, Choice | None]:  # fmt: skip
+    """Decide and write, where it was not done before; return the report, and the choice where one was made."""
+    with write.writing(work.stored, output, request, overwrite=overwrite) as (job, base):
+        if job.done:
+            return write.already(job, "prune-layers"), None
+        job.require(measure.tensor_bytes(work.stored.module))
+        decided, shorter = _decide(work, report)
+        _carry_out(job, base, request, report, work, shorter)
+    return report, decided
 
 
 def _layers(stored: Model, runs: Model, asked: Asked) -> list[str]:
@@ -173,19 +210,37 @@ def _layers(stored: Model, runs: Model, asked: Asked) -> list[str]:
 
 
 def _samples(
-    model: Model, data: str | None, task: str | None, settings: Settings, wanted: Score | None, asked: Asked
+    model: Model, data: str | None, task: str | None, settings: Settings, wanted: Score | None, asked: Asked, *,
+    trains: bool,
 ) -> Samples | None:  # fmt: skip
-    """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens."""
+    """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
+
+    Samples of other classes than the model's do without, where no label is needed.
+
+    Raises:
+        DataError: they do not fit.
+    """
     if data is None:
         return None
     row = tasks.named_task(task) if task else tasks.guess(model)
     is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
     labels = row is not None and (row.has_classes or row.name.endswith("-lm") or (of_loss and row.name in OBJECTIVES))
-    return samples.read(
-        model, data, task=task, labels=labels, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
+    read = functools.partial(
+        samples.read, model, data, task=task, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
         otherwise="take data without labels",
     )  # fmt: skip
+    try:
+        return read(labels=labels)
+    except ClassesError as error:
+        of_depth = (wanted is None and not asked.drop) or (wanted is not None and wanted.is_of_depth)
+        if trains or of_loss or of_depth:
+            hint = "tune the model for these classes first: `peftc finetune`"
+            other = ", or rank layers without labels: `--score block-influence --keep N`"
+            raise ClassesError(error.what, why=error.why, hint=hint + ("" if trains else other)) from None
+    given = read(labels=False)
+    given.notes.append("classes: not those of the model, so these samples are taken without labels")
+    return given
 
 
 def _score(
@@ -240,7 +295,7 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     if len(kept) == len(work.names):
         report.warnings.append("no layer was dropped: all of them are needed by this rule")
     elif work.asked.within_drop is None:
-        report.notes.append(WARNING)
+        report.notes.append(retraining.WARNING)
     return choice, shorter
 
 
@@ -275,13 +330,12 @@ def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:
 
 
 def _carry_out(
-    job: Job, base: dict[str, Any], request: dict[str, Any], report: Report, work: Work, shorter: Shorter,
-    shard_bytes: int, *, repair: bool,
-) -> None:  # fmt: skip
+    job: Job, base: dict[str, Any], request: dict[str, Any], report: Report, work: Work, shorter: Shorter
+) -> None:
     """Write, reload and compare; the first process does."""
     if processes.rank():
         return
-    if repair and work.given is not None:
+    if request["repair"] and work.given is not None:
         closing.close_gaps(work, shorter, report)
     was = shorten.in_base(work.stored, work.names)
     kept = [was[name] for name in shorter.renamed] if len(shorter.renamed) < len(work.names) else None
@@ -292,8 +346,8 @@ def _carry_out(
         pieces = {name: pieces[name] for name in names}
         beneath = deltas.reference(work.stored, base, there)
     record = write.write_artifact(
-        job, shorter.model, base, request, pieces, shorter.modules, max_shard_bytes=shard_bytes, kept_layers=kept,
-        adapters=shorter.adapters, delta=beneath,
+        job, shorter.model, base, request, pieces, shorter.modules, max_shard_bytes=request["max_shard_bytes"],
+        kept_layers=kept, adapters=shorter.adapters, delta=beneath,
     )  # fmt: skip
     expected, _ = models.without_updates(replace(shorter.model, manifest=None))
     report.warnings += write.verify(job.folder, expected)

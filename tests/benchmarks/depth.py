@@ -1,14 +1,16 @@
 """How well layers are chosen: real tasks near to and far from the pre-training, text models, and what scoring costs.
 
     python tests/benchmarks/depth.py images cifar10|sign-digits|mnist [--train biases|all] [--seed 0] [--work FOLDER]
+                                            [--every-depth] [--brief]
     python tests/benchmarks/depth.py text stories260K|MODEL generated:64|DATA [--work FOLDER]
     python tests/benchmarks/depth.py cost [--rounds 3]
 
 `images` adapts ViT-Ti (trained on ImageNet) to 1,000 images of 96 x 96 pixels by its head and its biases and norms (or
 all of it), scores its layers on them, and prints the accuracy on test images that each choice leaves: from the top by
 SLS's rule, by block influence, by measured drop, at random, from the bottom; as it is, with the gap closed, and trained
-again. `text` does so for a language model or sentence model. `cost` times scoring beside a forward pass and t-SNE.
-One JSON object per line.
+again. `--brief` leaves measured drops and closed gaps out, and trains the top and the bottom alone again;
+`--every-depth` takes only the top off, at several depths, and trains each again, the whole model too. `text` does so
+for a language model or sentence model. `cost` times scoring beside a forward pass and t-SNE. One JSON object per line.
 """
 
 import argparse
@@ -50,7 +52,8 @@ SETS = {
 WEIGHTS = DATA / "weights" / "vit_tiny_patch16_224" / "model.safetensors"
 SIZE, IMAGES, TESTED, MEASURED = 96, 1000, 500, 100
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-EQUAL = (10, 8, 6, 4)  # layers kept where choices are compared
+DEPTHS = (12, 11, 10, 9, 8, 6, 4)
+EQUAL = (10, 8, 6)  # layers kept where choices are compared, and as many as the rule keeps at alpha 0.3
 
 
 def tell(**figures: Any) -> None:
@@ -131,39 +134,53 @@ def images(asked: argparse.Namespace) -> None:
 
     about = {"task": asked.task, "train": asked.train, "seed": seed}
     tell(**about, test=len(test.train), whole=accuracy(runs))
+    for number in DEPTHS if asked.every_depth else ():
+        kept = shorten.shorten(stored, names, names[:number]).model
+        figures = {"open": accuracy(kept)}
+        figures["trained again"] = accuracy(train(kept, given, asked.train, seed, asked.epochs / 4))
+        tell(**about, choice="top", layers=number, **figures)
+    if asked.every_depth:
+        return
     found = scored(runs, given, names)
     for word, values in found.items():
         tell(**about, score=word, scores=[round(value, 4) for value in values])
     for word in ("tsne-silhouette", "silhouette"):
         tell(**about, rule=word, kept={f"{alpha:g}": rule(found[word], alpha) for alpha in ALPHAS})
-    top = {number: accuracy(cut(runs, range(number))) for number in range(len(names) - 1, 2, -1)}
+    top = {number: accuracy(cut(runs, range(number))) for number in range(len(names) - 1, 0, -1)}
     tell(**about, choice="top", accuracy={number: round(each, 4) for number, each in top.items()})
+    number = rule(found["tsne-silhouette"], 0.3)
+    number = number if number and number < len(names) else EQUAL[0]
+    counts = {*EQUAL, number}
     orders = {
         "block-influence": depth.worst_first(found["block-influence"], [], of_depth=False),
-        "drop, greedy": greedy(runs, given, names), "bottom": list(range(len(names))),
-    }  # fmt: skip
+        "bottom": list(range(len(names))),
+    }
+    if not asked.brief:
+        orders["drop, greedy"] = greedy(runs, given, names, keep=min(counts))
     orders["random"] = random.Random(seed).sample(range(len(names)), len(names))
     orders["top"] = list(reversed(range(len(names))))
-    left = {word: {n: sorted(set(range(len(names))) - set(order[: len(names) - n])) for n in EQUAL}
+    left = {word: {n: sorted(set(range(len(names))) - set(order[: len(names) - n])) for n in counts}
             for word, order in orders.items()}  # fmt: skip
     for word, choices in left.items():
         tell(**about, choice=word, accuracy={n: round(accuracy(cut(runs, kept)), 4) for n, kept in choices.items()})
-    again(asked, about, stored, runs, given, names, left, rule(found["tsne-silhouette"], 0.3), accuracy)
+    again(asked, about, stored, runs, given, names, left, number, accuracy)
 
 
 def again(
     asked: argparse.Namespace, about: dict[str, Any], stored: load.Model, runs: load.Model, given: samples.Samples,
-    names: list[str], left: dict[str, dict[int, list[int]]], number: int | None, accuracy: Any,
+    names: list[str], left: dict[str, dict[int, list[int]]], number: int, accuracy: Any,
 ) -> None:  # fmt: skip
     """Close the gaps of each choice, and train each again for a quarter of the epochs, at the same number of layers."""
-    number = min((each for each in EQUAL), key=lambda each: abs(each - (number or 12)))
-    for word in ("top", "block-influence", "drop, greedy", "random", "bottom"):
+    for word in ("top", "bottom") if asked.brief else left:
         kept = left[word][number]
         work = layer_choice.Work(stored, runs, names, None, given, Asked(drop=(0,)), 50)
         shorter = shorten.shorten(stored, names, [names[at] for at in kept])
         figures = {"open": accuracy(shorter.model)}
         learnt = train(shorter.model, given, asked.train, asked.seed, asked.epochs / 4)
         figures["open, trained again"] = accuracy(learnt)
+        if asked.brief:
+            tell(**about, choice=word, layers=number, **figures)
+            continue
         try:
             closing.close_gaps(work, shorter, Report("prune-layers"))
             figures["closed"] = accuracy(shorter.model)
@@ -189,7 +206,7 @@ def rule(scores: Sequence[float], alpha: float) -> int | None:
         return None
 
 
-def greedy(runs: load.Model, given: samples.Samples, names: list[str], keep: int = min(EQUAL)) -> list[int]:
+def greedy(runs: load.Model, given: samples.Samples, names: list[str], keep: int) -> list[int]:
     """Return layers in the order in which measured drops take them out."""
     rows = list(given.train.rows)[:: max(1, len(given.train) // MEASURED)]
     trial = Trial(runs, given, Held(given.train.encoded, rows), 50)
@@ -313,6 +330,8 @@ def main() -> None:
     one.add_argument("--train", choices=["biases", "all"], default="biases")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--epochs", type=float, default=6)
+    one.add_argument("--every-depth", action="store_true")
+    one.add_argument("--brief", action="store_true")
     one.set_defaults(run=images)
     two = commands.add_parser("text")
     two.add_argument("model")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import manifest
-from peftc.errors import DataError, PeftcError, PlanError, UsageError, WeightError
+from peftc.errors import ClassesError, DataError, PeftcError, PlanError, UsageError, WeightError
 from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
 from peftc.steps import imitation, layer_scores, samples
@@ -235,6 +235,19 @@ def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Pat
     assert torch.equal(torch.cat(found.labels), torch.arange(60) % 5)
 
 
+def test_a_model_that_takes_means_is_scored_by_means(tmp_path: Path, images: Path, tiny_bert: Path) -> None:
+    (tmp_path / "beit").mkdir()
+    size = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 5}
+    folder = save_timm(tmp_path / "beit", "beit_base_patch16_224", size, INPUT)
+    runs, given, found = seen(folder, images)
+    assert found.pooling == "mean over tokens" and any("cls_token" in n for n, _ in runs.module.named_parameters())
+    runs = load.load(tiny_bert)
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\n" + "a word,another,0.5\none,two,0.1\n" * 8)
+    read = {"task": None, "labels": False, "held_out": 0, "settings": Settings()}
+    given = samples.read(runs, str(tmp_path / "pairs.csv"), **read)
+    assert layer_scores.see(runs, given, layers.layers(runs), 4).pooling == "mean over tokens"
+
+
 def test_padding_counts_for_nothing() -> None:
     tokens, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     found = layer_scores.pooled(tokens, mask)
@@ -351,6 +364,18 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     with pytest.raises(kind, match=message):
         peftc.prune_layers(vit, output_dir=tmp_path / "out", **{**CPU, **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_other_classes_rank_layers_where_no_label_is_needed(vit: Path, tmp_path: Path) -> None:
+    data = str(write_images(tmp_path / "images.npz", classes=3))
+    with pytest.raises(ClassesError, match="`peftc finetune`, or rank layers without labels"):
+        peftc.prune_layers(vit, data=data, output_dir=tmp_path / "out", **CPU)
+    for options in ({"score": "taylor", "keep": 2}, {"drop": "1", "retrain": True}, {"within_drop": 0.1}):
+        with pytest.raises(ClassesError, match="`peftc finetune`"):
+            peftc.prune_layers(vit, data=data, output_dir=tmp_path / "out", **options, **CPU)
+    assert not (tmp_path / "out").exists()
+    report = peftc.prune_layers(vit, data=data, score="block-influence", keep=2, output_dir=tmp_path / "out", **CPU)
+    assert any("taken without labels" in note for note in report.notes) and "quality" not in report.data
 
 
 def test_nan_features_name_the_layer(vit: Path, images: Path) -> None:
