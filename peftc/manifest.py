@@ -28,6 +28,7 @@ FIELDS: dict[str, Any] = {
 OPTIONAL: dict[str, Any] = {
     "ordered": dict,
     "kept_layers": list,
+    "skipped": dict,
     "adapters": dict,
     "delta": dict,
 }  # older ones lack them
@@ -51,6 +52,8 @@ class Manifest:
         ordered: dotted name -> ``{"form", "rank"}`` of each dense module whose factors of every rank up to that one lie
             in ``factors.safetensors``, for `truncate`; rank 0 where no factors would be smaller.
         kept_layers: names in the base of the layers that are left, in running order; empty where none was dropped.
+        skipped: dotted name -> lengths of the tuples that its output stood in, of each layer that was dropped and still
+            has its place, for its network cannot be built without it. Where there are some, layers keep their names.
         adapters: dotted name -> ``{"method", "settings"}`` of each module with an update that is not merged.
         delta: empty for an artifact that holds every tensor; otherwise the model that holds the others: its ``source``,
             the sha256 of its ``files``, and ``tensors``, name here -> name there, for those called otherwise there.
@@ -67,6 +70,7 @@ class Manifest:
     labels: list[str] | None = None
     ordered: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept_layers: list[str] = field(default_factory=list)
+    skipped: dict[str, list[int]] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     delta: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -142,6 +146,8 @@ def read(folder: Path) -> Manifest:
         raise _damaged(path, "one of its tied names is no text")
     if not all(isinstance(name, str) for name in value.get("kept_layers", [])):
         raise _damaged(path, "one of its kept layers is no text")
+    if not all(_is_lengths(lengths) for lengths in value.get("skipped", {}).values()):
+        raise _damaged(path, "one of its skipped layers does not say what it gave")
     for name, entry in value.get("adapters", {}).items():
         if not _has(entry, {"method": str, "settings": dict}):
             raise _damaged(path, f"its entry for the adapter of `{name}` has no method and settings")
@@ -161,6 +167,10 @@ def _shares(modules: dict[str, Any], edit: dict[str, Any]) -> bool:
     """Return whether the module that an entry names leads a group of the same rank."""
     first = modules.get(edit["shares"]) if isinstance(edit["shares"], str) else None
     return isinstance(first, dict) and (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
+
+
+def _is_lengths(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 1 <= number <= 100 for number in value)
 
 
 def _is_rank(value: Any) -> bool:

@@ -106,7 +106,9 @@ def _filled(before: Model, empty: Model, prefix: str) -> Headed:
         for entry in modules.values():
             entry.update({key: prefix + entry[key] for key in ("shares",) if key in entry})
         layers = [prefix + name for name in record.kept_layers]
-        record = replace(record, modules=modules, kept_layers=layers)
+        skipped = {prefix + name: lengths for name, lengths in record.skipped.items()}
+        record = replace(record, modules=modules, kept_layers=layers, skipped=skipped)
+        surgery.skip(empty.module, skipped)
         surgery.apply_edits(empty.module, modules)
     old, named = surgery.tensors_of(before.module), surgery.tensors_of(empty.module)
     outputs = targets.heads(empty, {name: each for name, each in empty.module.named_modules() if each._parameters})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from peftc.models.load import Model
 
 Batch: TypeAlias = "Tensor | dict[str, Tensor]"
+# what a network may raise on an input that was made up for it
+DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 def kind_of(module: nn.Module, library: str) -> str:
@@ -130,8 +132,13 @@ def _end(model: Model) -> int | None:
 
 
 def outputs(model: Model, batch: Batch) -> Tensor:
-    """Return the network's main output for a batch, as `forward` does; no gradient is kept."""
-    with torch.inference_mode():
+    """Return the network's main output for a batch, as `forward` does; no gradient is kept.
+
+    What a network draws at random, as ViTMAE does its mask, is the same at every call.
+    """
+    place = place_of(model.module)
+    with torch.inference_mode(), torch.random.fork_rng([place] if place.type == "cuda" else []):
+        torch.manual_seed(0)
         return forward(model, batch)
 
 

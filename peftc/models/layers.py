@@ -1,7 +1,8 @@
 """Where a network's layers are: the residual blocks that run one after the other.
 
 A layer is found by what it does, not by its name: siblings of one class that hold modules of their own, each reading
-what the one before it gave. Of stacks within stacks the inner ones are meant, as the blocks in a stage of Swin.
+what the one before it gave, some of them adding to it. Of stacks within stacks the inner ones are meant, as the blocks
+in a stage of Swin; but not the convolutions in a block of a ResNet, which add to nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc.errors import SourceError
 from peftc.models import inputs
 from peftc.models.load import Model
+
+WEIGHTED = ("Addmm", "Mm", "Bmm", "Convolution", "Embedding", "Attention")  # in autograd's names of what multiplies
 
 
 @contextmanager
@@ -35,39 +39,87 @@ def layers(model: Model) -> list[str]:
     Args:
         model: runnable; a random input goes through it once.
     """
+    if model.manifest is not None and model.manifest.skipped:  # they have gaps, and keep their names
+        return list(model.manifest.kept_layers)
     own, any_parent = (list(_stacks(model.module, strict=strict)) for strict in (True, False))
-    order, reads, gives = _flow(model, {name for stack in any_parent for name in stack})
+    flow = _Flow(model, {name for stack in any_parent for name in stack})
     for stacks in (own, any_parent):
-        chained: set[str] = set()
-        for stack in stacks:
-            ran = [name for name in stack if order.count(name) == 1 and gives[name] is not None]
-            chained |= {name for pair in pairwise(ran) if reads[pair[1]] is gives[pair[0]] for name in pair}
-        found = [name for name in order if name in chained]
-        if found:
+        chains = [chain for stack in stacks if (chain := flow.chained(stack))]
+        adding = [chain for chain in chains if any(flow.adds(name) for name in chain)]
+        kept = {name for chain in adding or chains for name in chain}
+        if kept:
+            found = [name for name in flow.order if name in kept]
             return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
     return []
 
 
-def _flow(model: Model, names: set[str]) -> tuple[list[str], dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Return in which order modules run on a random input, what each reads and what it gives."""
-    order: list[str] = []
-    reads: dict[str, Tensor | None] = {}
-    gives: dict[str, Tensor | None] = {}  # both are kept alive, so that identity means what it says
+class _Flow:
+    """In which order modules run on a random input, what each reads and what it gives."""
 
-    def watch(name: str) -> Callable[..., None]:
-        def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            order.append(name)
-            reads[name] = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
-            gives[name] = main(output)
+    def __init__(self, model: Model, names: set[str]) -> None:
+        self.order: list[str] = []
+        self.reads: dict[str, Tensor | None] = {}
+        self.gives: dict[str, Tensor | None] = {}  # both are kept alive, so that identity means what it says
+        self.starts: dict[str, Any] = {}  # nodes of autograd
+        modules = {name: model.module.get_submodule(name) for name in names}
+        hooks = [each.register_forward_pre_hook(self._enter(name), with_kwargs=True) for name, each in modules.items()]
+        hooks += [each.register_forward_hook(self._leave(name)) for name, each in modules.items()]
+        with registered(hooks), torch.enable_grad():
+            _run(model)
+
+    def _enter(self, name: str) -> Callable[..., Any]:
+        def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            read = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+            self.reads[name] = read
+            if read is None or not read.is_floating_point():
+                return None
+            followed = read if read.requires_grad else read.detach().requires_grad_() * 1
+            self.starts[name] = followed.grad_fn
+            swap = [followed if each is read else each for each in args]
+            return tuple(swap), {key: followed if each is read else each for key, each in kwargs.items()}
 
         return saw
 
-    modules = {name: model.module.get_submodule(name) for name in names}
-    handles = (module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items())
-    with registered(handles), torch.no_grad():
-        batch = inputs.probe(model)
+    def _leave(self, name: str) -> Callable[..., None]:
+        def saw(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.order.append(name)
+            self.gives[name] = main(output)
+
+        return saw
+
+    def chained(self, stack: Sequence[str]) -> set[str]:
+        """Return those of a stack that run once and read what the one before them gave, or are read by the next."""
+        ran = [name for name in stack if self.order.count(name) == 1 and self.gives[name] is not None]
+        return {name for one, two in pairwise(ran) if self.reads[two] is self.gives[one] for name in (one, two)}
+
+    def adds(self, name: str) -> bool:
+        """Return whether what a module reads gets into what it gives without being multiplied with a weight."""
+        start, given = self.starts.get(name), self.gives[name]
+        left = [given.grad_fn] if given is not None and start is not None else []
+        seen = set()
+        while left:
+            node = left.pop()
+            if node is start:
+                return True
+            if node is not None and node not in seen and not any(word in node.name() for word in WEIGHTED):
+                seen.add(node)
+                left += [before for before, _ in node.next_functions]
+        return False
+
+
+def _run(model: Model) -> None:
+    """Send a random input through a network.
+
+    Raises:
+        SourceError: it does not take it.
+    """
+    batch = inputs.probe(model)
+    try:
         model.module(**batch) if isinstance(batch, dict) else model.module(batch)
-    return order, reads, gives
+    except inputs.DOES_NOT_RUN as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "look at its config: do its sizes fit one another?"
+        raise SourceError(f"`{model.name}` does not run on a random input", why=why, hint=hint) from error
 
 
 def _stacks(network: nn.Module, *, strict: bool) -> Iterator[list[str]]:
@@ -140,6 +192,31 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     with registered(network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names):
         yield
+
+
+def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the lengths of the tuples that the main output of each layer stands first in, from the outer one.
+
+    Args:
+        model: runnable; a random input goes through it once.
+        names: of layers.
+    """
+    found: dict[str, list[int]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def saw(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[name] = _nesting(output)
+
+        return saw
+
+    hooks = (model.module.get_submodule(name).register_forward_hook(watch(name)) for name in names)
+    with registered(hooks), torch.no_grad():
+        _run(model)
+    return found
+
+
+def _nesting(output: Any) -> list[int]:
+    return [len(output), *_nesting(output[0])] if isinstance(output, list | tuple) else []
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

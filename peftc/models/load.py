@@ -235,6 +235,7 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
             hint="add `--allow-code` (in Python: `peftc.load(path, allow_code=True)`) if you trust that code",
         )
     base = build.from_record(record, folder, source)
+    surgery.skip(base.module, record.skipped)
     surgery.apply_edits(base.module, record.modules)
     adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)

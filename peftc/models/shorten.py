@@ -1,7 +1,8 @@
 """Build a network again with fewer layers: its own config corrected, the tensors of the kept layers renamed.
 
-Nothing is skipped at run time: the shorter network is one that its library builds by itself, so per-layer lists, layer
-indices and caches are right by construction. What cannot be built so that it takes exactly the kept tensors is refused.
+The shorter network is one that its library builds by itself, so per-layer lists, layer indices and caches are right by
+construction. Where no config builds one that takes exactly the kept tensors, `skip` puts modules that hand on what they
+read in the place of the dropped layers; such a model is loaded by peftc alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from peftc.errors import PeftcError, PlanError
 from peftc.models import adapting, from_timm
 from peftc.models.from_transformers import UNBUILDABLE
-from peftc.models.load import Model
+from peftc.models.load import Model, detached
 from peftc.models.skeleton import on_meta
 from peftc.nn import surgery
 
@@ -54,6 +55,7 @@ class Shorter:
         adapters: name -> entry of each update that is left.
         renamed: old name -> new name of each kept layer.
         tensors: new name -> old name of each tensor.
+        skipped: layer that is dropped in its place -> lengths of the tuples that its output stood in.
     """
 
     model: Model
@@ -61,6 +63,7 @@ class Shorter:
     adapters: dict[str, dict[str, Any]]
     renamed: dict[str, str]
     tensors: dict[str, str]
+    skipped: dict[str, list[int]] = field(default_factory=dict)
 
 
 def renumbered(kept: Sequence[str]) -> dict[str, str]:
@@ -76,6 +79,8 @@ def renumbered(kept: Sequence[str]) -> dict[str, str]:
 
 def in_base(model: Model, names: Sequence[str] = ()) -> dict[str, str]:
     """Return layer -> what it is called in the base, of a model whose layers are ``names`` where none was dropped."""
+    if model.manifest is not None and model.manifest.skipped:
+        return {name: name for name in model.manifest.kept_layers}
     if model.manifest is not None and model.manifest.kept_layers:
         return {name: was for was, name in renumbered(model.manifest.kept_layers).items()}
     return {name: name for name in names}
@@ -95,19 +100,8 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
     stacks = _stacks(model, names, kept)
     new = renumbered(kept)
     dropped = [name for name in names if name not in set(kept)]
-
-    def rename(name: str) -> str | None:
-        """Return the new name of a tensor or module; None for one that goes."""
-        if any(name == layer or name.startswith(f"{layer}.") for layer in dropped):
-            return None
-        layer = next((layer for layer in new if name == layer or name.startswith(f"{layer}.")), None)
-        return name if layer is None else new[layer] + name[len(layer) :]
-
-    edits, tied = _renamed_record(model, rename)
-    updates = model.manifest.adapters if model.manifest else {}
-    adapters = {there: dict(entry) for name, entry in updates.items() if (there := rename(name)) is not None}
+    edits, tied, adapters, wanted = _left(model, dropped, new)
     tensors = surgery.tensors_of(model.module)
-    wanted = {there: name for name in tensors if (there := rename(name)) is not None}
     why = "no argument or config key was found that counts its layers"
     for network, config in _candidates(model, stacks):
         try:
@@ -125,6 +119,42 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
         f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}", why=why,
         hint="choose other layers with `--drop`: some of its layers are not like the others",
     )  # fmt: skip
+
+
+def skip(model: Model, kept: Sequence[str], dropped: Mapping[str, list[int]]) -> Shorter:
+    """Return the model with its dropped layers handing on what they read; every name stays as it is.
+
+    Args:
+        model: with its weights; it is not changed.
+        kept: layers that stay.
+        dropped: layers that go -> lengths of the tuples that their output stands in.
+    """
+    edits, _, adapters, wanted = _left(model, list(dropped), {name: name for name in kept})
+    module = detached(model.module)
+    surgery.skip(module, dropped)
+    infos = {name: info for name, info in model.infos.items() if name in wanted}
+    made = replace(model, module=module.eval(), infos=infos, files=[])
+    earlier = model.manifest.skipped if model.manifest else {}
+    return Shorter(made, edits, adapters, {name: name for name in kept}, wanted, {**earlier, **dropped})
+
+
+def _left(
+    model: Model, dropped: Sequence[str], new: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the factored modules, ties, updates and tensors that are left, under the new names of their layers."""
+
+    def rename(name: str) -> str | None:
+        """Return the new name of a tensor or module; None for one that goes."""
+        if any(name == layer or name.startswith(f"{layer}.") for layer in dropped):
+            return None
+        layer = next((layer for layer in new if name == layer or name.startswith(f"{layer}.")), None)
+        return name if layer is None else new[layer] + name[len(layer) :]
+
+    edits, tied = _renamed_record(model, rename)
+    updates = model.manifest.adapters if model.manifest else {}
+    adapters = {there: dict(entry) for name, entry in updates.items() if (there := rename(name)) is not None}
+    wanted = {there: name for name in surgery.tensors_of(model.module) if (there := rename(name)) is not None}
+    return edits, tied, adapters, wanted
 
 
 def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Stack]:
@@ -177,8 +207,8 @@ def _candidates(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Modu
         yield from _of_transformers(model, stacks)
     else:
         raise PlanError(
-            f"`{model.name}` is built by your own code, which peftc cannot tell to build fewer layers",
-            hint="give the factory an argument for the depth, and make the shorter model with that",
+            f"`{model.name}` is built by your own code",
+            why="peftc cannot tell it to build fewer layers",
         )
 
 

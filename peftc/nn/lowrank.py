@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from peftc.allocate import Rank
 
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
 
 
@@ -85,10 +86,19 @@ class LowRankEmbedding(nn.Module):
 
 
 class LowRankConv2d(nn.Module):
-    """Two or three thin convolutions in a row: ``down``, for Tucker-2 ``core``, and ``up``."""
+    """Two or three thin convolutions in a row: ``down``, for Tucker-2 ``core``, and ``up``.
 
-    def __init__(self, down: nn.Module, up: nn.Module, core: nn.Module | None = None) -> None:
+    Args:
+        conv: in whose place they stand; its strides, padding and sizes can be read here, as some networks do.
+        form: of the factors.
+        down, up, core: the thin convolutions.
+    """
+
+    def __init__(self, conv: Any, form: str, down: nn.Module, up: nn.Module, core: nn.Module | None = None) -> None:
         super().__init__()
+        self.form = form
+        for name in GEOMETRY:
+            setattr(self, name, getattr(conv, name))
         self.down = down
         if core is not None:
             self.core = core
@@ -100,6 +110,17 @@ class LowRankConv2d(nn.Module):
         if hasattr(self, "core"):
             x = self.core(x)
         return self.up(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product (out, in, kh, kw)."""
+        parts = {f"{name}.weight": part.weight for name, part in self.named_children()}
+        return dense_weight(parts, (self.out_channels, self.in_channels, *self.kernel_size), self.form)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        return self.up.bias
 
 
 def matrix(weight: Tensor, form: str) -> Tensor:
@@ -135,19 +156,20 @@ def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv
     ph, pw = (padding, padding) if isinstance(padding, str) else padding
     if form == "channel":
         down = make(conv.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
-        return LowRankConv2d(down, nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias))
+        return LowRankConv2d(conv, form, down, nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias))
     if form == "spatial":
         text = isinstance(padding, str)
         down = make(conv.in_channels, rank, (kh, 1), (sh, 1), ph if text else (ph, 0), (dh, 1), bias=False, **mode)
         up = make(rank, conv.out_channels, (1, kw), (1, sw), pw if text else (0, pw), (1, dw), bias=has_bias, **mode)
-        return LowRankConv2d(down, up)
+        return LowRankConv2d(conv, form, down, up)
     rank_out, rank_in = rank  # type: ignore[misc]
     core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
     return LowRankConv2d(
+        conv, form,
         nn.Conv2d(conv.in_channels, rank_in, 1, bias=False),
         nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias),
         core,
-    )
+    )  # fmt: skip
 
 
 def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Tensor]:

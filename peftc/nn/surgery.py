@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, WeightError
-from peftc.nn import lowrank, shared
+from peftc.nn import lowrank, shared, skipped
 
 
 def rank_of(edit: Mapping[str, Any]) -> Rank:
@@ -43,6 +43,20 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
             shared.share([network.get_submodule(name) for name in names])
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"modules cannot share the down factor of `{first}`", why=str(error)) from error
+
+
+def skip(network: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
+    """Put a module that hands on what it reads in the place of each layer (name -> lengths of the tuples it gave).
+
+    Raises:
+        ArtifactError: the network lacks one of them.
+    """
+    for name, lengths in layers.items():
+        try:
+            old = network.get_submodule(name)
+        except AttributeError:
+            raise ArtifactError(f"the artifact skips `{name}`, which its base network does not have") from None
+        replace(network, old, skipped.Skipped(lengths))
 
 
 def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from peftc.header import read_header
 from peftc.job import Job
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
+from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
@@ -59,7 +60,7 @@ class Factoring:
         total = measure.parameters(self.model.module)
         try:
             work = measure.work(write.one_dtype(self.model))
-        except (PeftcError, *write.DOES_NOT_RUN):
+        except (PeftcError, *DOES_NOT_RUN):
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
             uses = [

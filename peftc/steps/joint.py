@@ -20,7 +20,7 @@ from peftc.allocate import Rank
 from peftc.artifact import Piece
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.hooks import Found
-from peftc.models.inputs import forward, probe
+from peftc.models.inputs import DOES_NOT_RUN, forward, probe
 from peftc.models.layers import registered
 from peftc.models.load import Model
 from peftc.nn import lowrank, shared, surgery
@@ -78,7 +78,7 @@ def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]
         batch = probe(subject)
         with _watching(subject.module, seen), torch.no_grad():  # inference tensors have no version
             forward(subject, batch)
-    except (PeftcError, *write.DOES_NOT_RUN):
+    except (PeftcError, *DOES_NOT_RUN):
         return []
     groups: dict[tuple[int, int], list[str]] = {}
     for name, calls in seen.items():

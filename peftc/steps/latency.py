@@ -19,11 +19,11 @@ from peftc import allocate, measure
 from peftc.allocate import Curve, Rank
 from peftc.errors import PlanError
 from peftc.measure import Speedup
+from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.layers import registered
 from peftc.models.load import Model, detached, outputs
 from peftc.nn import lowrank, surgery
 from peftc.plan import Target
-from peftc.steps import write
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
 SHAPE_ROUNDS = 9
@@ -97,7 +97,7 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
 def _runs(model: Model) -> Iterator[None]:
     try:
         yield
-    except write.DOES_NOT_RUN as error:
+    except DOES_NOT_RUN as error:
         if isinstance(error, RuntimeError) and measure.out_of_memory(error):
             raise
         raise PlanError(

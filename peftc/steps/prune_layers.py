@@ -16,7 +16,7 @@ from peftc.depth import Asked
 from peftc.errors import ClassesError, DataError, PlanError, UsageError
 from peftc.job import Job
 from peftc.models import delta as deltas
-from peftc.models import layers, shorten
+from peftc.models import inputs, layers, shorten
 from peftc.models import load as models
 from peftc.models.load import Model, load
 from peftc.models.shorten import Shorter
@@ -285,8 +285,7 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     """Decide which layers stay, build the shorter model, and say so."""
     choice = layer_choice.choose(work, report)
     kept = [work.names[at] for at in choice.decision.kept]
-    shorter = shorten.shorten(work.stored, work.names, kept)
-    _compare(work.stored, shorter, [name for name in work.names if name not in kept])
+    shorter = _shorter(work, kept, report)
     layer_choice.tell(report, work, choice)
     report.data["size"] = _sizes(work.stored, shorter.model)
     report.tables.append(factored.size_table(report.data["size"]))
@@ -299,6 +298,30 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     return choice, shorter
 
 
+def _shorter(work: Work, kept: Sequence[str], report: Report) -> Shorter:
+    """Build the model without some of its layers: by its own config, or else with them passed over in their places.
+
+    Raises:
+        PlanError: neither computes what the whole one does without them.
+    """
+    stored, dropped = work.stored, [name for name in work.names if name not in set(kept)]
+    if stored.manifest is None or not stored.manifest.skipped:
+        try:
+            shorter = shorten.shorten(stored, work.names, kept)
+            _compare(stored, shorter, dropped)
+            return shorter
+        except PlanError:
+            if stored.manifest is not None and stored.manifest.kept_layers:  # some have other names than in the base
+                raise
+            report.notes.append(
+                f"nothing in the config of `{stored.name}` leaves just these layers out: they keep their places and "
+                "hand on what they read, and only peftc loads the folder"
+            )
+    shorter = shorten.skip(stored, kept, layers.tuples(work.runs, dropped))
+    _compare(stored, shorter, dropped)
+    return shorter
+
+
 def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
     """Refuse a shorter network that is not the whole one with the dropped layers left out.
 
@@ -309,7 +332,12 @@ def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
     whole = write.one_dtype(stored)
     with layers.bypassed(whole.module, dropped):
         before = models.outputs(whole, batch).float()
-    after = models.outputs(write.one_dtype(shorter.model), batch).float()
+    try:
+        after = models.outputs(write.one_dtype(shorter.model), batch).float()
+    except inputs.DOES_NOT_RUN as error:
+        listed = ", ".join(f"`{name}`" for name in dropped[:4])
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PlanError(f"`{stored.name}` does not run without {listed}", why=why) from error
     gap = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
     if gap > write.CLOSE * float(before.abs().max()):
         raise PlanError(
@@ -347,7 +375,7 @@ def _carry_out(
         beneath = deltas.reference(work.stored, base, there)
     record = write.write_artifact(
         job, shorter.model, base, request, pieces, shorter.modules, max_shard_bytes=request["max_shard_bytes"],
-        kept_layers=kept, adapters=shorter.adapters, delta=beneath,
+        kept_layers=kept, adapters=shorter.adapters, delta=beneath, skipped=shorter.skipped,
     )  # fmt: skip
     expected, _ = models.without_updates(replace(shorter.model, manifest=None))
     report.warnings += write.verify(job.folder, expected)

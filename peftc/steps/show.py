@@ -55,6 +55,7 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
         ["files", ", ".join(sorted(record.files))],
         ["classes", count(len(record.labels)) if record.labels else ""],
         ["layers kept", ", ".join(record.kept_layers)],
+        ["layers passed over", ", ".join(record.skipped)],
     ]
     if record.holds_statistics:
         _add_statistics(report, facts, folder, artifact.statistics_note(folder, record))

@@ -21,6 +21,7 @@ from peftc.errors import ArtifactError, PeftcError, UsageError
 from peftc.header import encode_header, read_header
 from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
+from peftc.models import inputs
 from peftc.models import load as models
 from peftc.models.load import Model
 from peftc.models.weights import piece as piece
@@ -31,9 +32,7 @@ from peftc.source import Source
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, "data_config.json")
-LOCK = "this folder holds low-rank factors: load it with peftc.load"
-# what a network may raise on an input that was made up for it
-DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 
 
@@ -145,6 +144,7 @@ def write_artifact(
     modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
     factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
     adapters: Mapping[str, dict[str, Any]] | None = None, delta: Mapping[str, Any] | None = None,
+    skipped: Mapping[str, list[int]] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
@@ -155,13 +155,15 @@ def write_artifact(
         adapters = model.manifest.adapters if model.manifest else {}
     if kept_layers is None:
         kept_layers = model.manifest.kept_layers if model.manifest else []
+    if skipped is None:
+        skipped = model.manifest.skipped if model.manifest else {}
     groups = surgery.stored_names(model.module)
     files = artifact.write_weights(job.folder, pieces, job.id, max_shard_bytes)
     if factors:
         files |= artifact.write_weights(job.folder, factors, job.id, max_shard_bytes, artifact.FACTORS)
     if model.library != "python":
         config = dict(model.config)
-        if model.library == "transformers" and (modules or adapters or delta):
+        if model.library == "transformers" and (modules or adapters or delta or skipped):
             config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
@@ -173,7 +175,7 @@ def write_artifact(
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
         kept_layers=list(kept_layers), adapters={name: dict(entry) for name, entry in adapters.items()},
-        delta=dict(delta or {}),
+        delta=dict(delta or {}), skipped=dict(skipped),
     )  # fmt: skip
     record.write(job.folder)
     return record
@@ -199,7 +201,7 @@ def verify(folder: Path, expected: Model) -> list[str]:
     try:
         batch = models.probe(expected)
         before = _outputs(expected, batch)
-    except (PeftcError, *DOES_NOT_RUN) as error:
+    except (PeftcError, *inputs.DOES_NOT_RUN) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return [
             f"outputs were not compared, only tensors: no random input could be made up that the model takes ({why})"
@@ -226,7 +228,7 @@ def probe_outputs(model: Model) -> Tensor | None:
     """Return what a model gives for a random input, float32, on the CPU; None where it takes none."""
     try:
         return _outputs(model, models.probe(model))
-    except (PeftcError, *DOES_NOT_RUN):
+    except (PeftcError, *inputs.DOES_NOT_RUN):
         return None
 
 

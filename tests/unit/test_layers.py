@@ -36,7 +36,7 @@ def found(network: nn.Module) -> list[str]:
         ("resnet18", {}, "layer1.0", "layer4.1", 8),
         ("eva02_tiny_patch14_224", {}, "blocks.0", "blocks.11", 12),
         ("regnetx_002", {}, "s3.b1", "s4.b7", 11),
-        ("mobilenetv2_100", {}, "blocks.0", "blocks.6", 17),
+        ("mobilenetv2_100", {}, "blocks.1.0", "blocks.5.2", 15),
     ],
 )
 def test_layers_of_timm(name: str, arguments: dict[str, Any], first: str, last: str, number: int) -> None:

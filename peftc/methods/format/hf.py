@@ -47,6 +47,12 @@ def refuse_foreign(model: Model, library: str, word: str) -> None:
             why=f"its network is one of {model.library}" if model.library in others else "its network is your own code",
             hint=f"use `--format {others.get(model.library, 'onnx')}`",
         )
+    if model.manifest is not None and model.manifest.skipped:
+        raise ExportError(
+            f"`{model.name}` cannot be built by {library} alone",
+            why=f"`{next(iter(model.manifest.skipped))}` was dropped in its place, for no config leaves it out",
+            hint="export it as `--format onnx` or `--format torch-export`",
+        )
     names = foreign(model.module)
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
