@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import measure
+from peftc import manifest, measure
 from peftc.errors import ArtifactError, PlanError, SourceError, UsageError, WeightError
 from peftc.models import load as models
 from peftc.nn import lowrank
@@ -429,6 +429,28 @@ def test_a_dry_run_plans_the_same_and_writes_nothing(made, tmp_path: Path, monke
         assert planned.artifact is None and ranks(planned) == ranks(report)
         assert decompose(source, ratio=0.5, allocation="uniform", dry_run=True, **NETWORKS[name][3]).data["modules"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.2, "image_size": 32}),  # reads conv.stride
+        (
+            "ViTMAEModel",  # hides patches at random
+            {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+             "image_size": 32, "patch_size": 8},
+        ),
+    ],
+)  # fmt: skip
+def test_networks_with_habits_of_their_own_reload(tmp_path: Path, name: str, sizes: dict[str, Any]) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    network = getattr(transformers, name)
+    network(network.config_class(**sizes)).save_pretrained(tmp_path / "dense")
+    report = decompose(tmp_path / "dense", ratio=0.5, output_dir=tmp_path / "small", device="cpu")
+    assert not report.warnings
+    assert manifest.read(tmp_path / "small").modules
 
 
 def test_shards_hold_the_same_tensors(tiny_vit: Path, tmp_path: Path) -> None:

@@ -74,6 +74,34 @@ def test_layers_of_two_towers_and_of_fusion_within_one() -> None:
     ]
 
 
+def test_blocks_of_transformers_resnet_are_layers_and_the_convolutions_in_them_are_not() -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [3, 2], "layer_type": "basic"}
+    made = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    assert found(made) == [
+        f"resnet.encoder.stages.{stage}.layers.{n}" for stage, n in zip("00011", "01201", strict=True)
+    ]
+
+
+class Preactivated(nn.Module):
+    """A layer whose first operation changes what it reads in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.linear = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.relu(x))
+
+
+def test_layers_of_a_frozen_network_that_works_in_place_are_found() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(Preactivated() for _ in range(3)))).requires_grad_(False)
+    model = load.load(network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftc.models.inputs.probe", lambda *_args, **_kwargs: torch.ones(2, 4))
+        assert layers.layers(model) == ["1.0", "1.1", "1.2"]
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_a_network_without_a_stack_has_no_layers() -> None:
     assert found(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))) == []
 

@@ -178,6 +178,16 @@ def test_the_factors_multiply_back_to_the_weight(form: str) -> None:
     agree(dense_weight(named, tuple(weight.shape), form), weight)
 
 
+@pytest.mark.parametrize("form", CONV_FORMS)
+def test_a_factored_convolution_tells_what_the_one_in_its_place_was(form: str) -> None:
+    conv = nn.Conv2d(6, 8, (3, 5), stride=(2, 1), padding=(1, 2))
+    new = factored(conv, form)[0]
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(new, name) == getattr(conv, name)
+    agree(new.weight, conv.weight)
+    assert torch.equal(new.bias, conv.bias)
+
+
 def test_training_mode_is_inherited() -> None:
     assert not build(nn.Linear(4, 4).eval(), "linear", 1).training
     assert build(nn.Linear(4, 4).train(), "linear", 1).training
