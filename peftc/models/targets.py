@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from peftc.errors import UsageError
 from peftc.models import families
 from peftc.nn import lowrank, surgery
+from peftc.nn.adapted import Adapted
 from peftc.plan import Target
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
     parents = [network.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
     if any(isinstance(parent, LOW_RANK) for parent in parents):
         return "already factored"
+    if any(isinstance(parent, Adapted) for parent in parents):
+        return "beside or in an update that cannot be merged"
     if any(isinstance(parent, READS_WEIGHTS) for parent in parents[-1:]):
         return f"its parent `{type(parents[-1]).__name__}` reads the weight directly"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):

@@ -181,7 +181,8 @@ def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
         if record.base != name:
             continue
         before = (record.data.get("size") or {}).get("before") or {}
-        if len(record.stages) == 1 and row.parameters is None:
+        of_this_one = 2 if "retrain" in record.data else 1  # `prune-layers --retrain` is two stages in one report
+        if len(record.stages) == of_this_one and row.parameters is None:
             row.parameters, row.bytes, row.macs = (before.get(key) for key in ("parameters", "bytes", "macs"))
         if own.quality and _is(own.quality.get("against"), name):
             row.quality = {**own.quality, "metrics": own.quality["against"]["metrics"], "against": None}

@@ -130,6 +130,17 @@ def test_factored_blocks_take_it_too(vit: Path, images: str, tmp_path: Path) -> 
     assert peftc.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 
+def test_decompose_leaves_alone_what_an_update_sits_beside(vit: Path, images: str, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"data": images, "held_out": 0, "steps": 1, **CPU}
+    peftc.finetune(vit, method="adapter", settings={"rank": 2}, output_dir=tmp_path / "adapter", **quick)
+    report = peftc.decompose(tmp_path / "adapter", ratio=0.5, output_dir=tmp_path / "small", **CPU)
+    assert {name.rpartition(".")[2] for name in manifest.read(tmp_path / "small").modules} == {"qkv", "fc1"}
+    assert any("beside or in an update" in str(entry) for entry in report.data["dense"])
+    peftc.finetune(vit, method="convpass", output_dir=tmp_path / "convpass", **quick)
+    with pytest.raises(PlanError, match="has no eligible module"):
+        peftc.decompose(tmp_path / "convpass", ratio=0.5, output_dir=tmp_path / "none", **CPU)
+
+
 @pytest.mark.parametrize("count", [1, 3, 99])
 def test_tokens_that_are_no_square_are_refused(count: int) -> None:
     with pytest.raises(PlanError, match=f"a square of patches(.|\n)*\\[{count}\\]"):
