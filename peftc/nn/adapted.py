@@ -16,7 +16,8 @@ report()            optional: name -> count, as ``trainables``, ``entries`` of t
 ==================  ================================================================================================
 
 A method's module may have ``after_step(updates, step, steps, steps_per_epoch)``, to be called after each step of the
-optimizer, before its gradients are dropped: ``updates`` by name, the ``step`` from 1.
+optimizer, before its gradients are dropped: ``updates`` by name, the ``step`` from 1. It may have ``penalty(adapted)``,
+which gives what is added to the loss of a step, or None: ``adapted`` are the modules by name.
 
 Buffers whose name begins with ``_`` serve the training alone: checkpoints hold them, artifacts do not. What a method
 found out from the values of the weights it says as ``resolved``, settings with which it builds the same update of a
