@@ -13,7 +13,7 @@ from torch import nn
 
 from peftc import measure, methods, processes, tasks, train
 from peftc.data.augment import Augment
-from peftc.errors import UsageError, one_of
+from peftc.errors import ClassesError, UsageError, one_of
 from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models.heads import Headed
@@ -151,10 +151,13 @@ def finetune(
     asked = _weights(loss, teacher is not None, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
-    given = samples.read(
-        copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
-        settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
-    )  # fmt: skip
+    try:
+        given = samples.read(
+            copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
+            settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
+        )  # fmt: skip
+    except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
+        raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
     distill.refuse_nothing(loss, asked, terms, weight, given, data)
     guide = distill.teacher_of(teacher, stored, terms, device)
