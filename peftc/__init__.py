@@ -68,7 +68,8 @@ def load(model: Any, *, merge: bool = True, allow_code: bool = False) -> Any:
 
     Args:
         model: anything that the commands take as MODEL, or a ``Source``.
-        merge: take the updates of a delta into the weights that they change; False keeps them apart.
+        merge: take the updates of a delta, or of Hugging Face peft's adapter, into the weights that they change; False
+            keeps them apart.
         allow_code: import the Python code of yours that an artifact names as its base.
     """
     from peftc.models.load import load_module

@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any
     """Return the settings to call ``method`` with, each of its default's type.
 
     Raises:
-        UsageError: a setting is unknown, or its value has the wrong type.
+        UsageError: a setting is unknown, or its value has the wrong type or is no finite number.
     """
     known = settings_of(method)
     chosen = {}
@@ -162,5 +163,7 @@ def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any
             raise UsageError(
                 f"setting `{key}` of `{name}` is {value!r}", why=f"it takes a {kind.__name__}, as {known[key]!r}"
             )
+        if kind is float and not math.isfinite(value):
+            raise UsageError(f"setting `{key}` of `{name}` is {value}", why=f"it takes a number, as {known[key]!r}")
         chosen[key] = kind(value)
     return chosen

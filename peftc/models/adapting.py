@@ -27,11 +27,13 @@ class Placed:
     Attributes:
         adapters: module -> method and settings, as a manifest says them.
         own: module -> names of its own parameters that learn.
-        left: module -> why it has no update, for those that could be thought to have one.
+        whole: modules of which the method trains the weight, for its update would be no smaller.
+        left: module with a matrix -> why it has no update, for those that could be thought to have one.
     """
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,7 +62,8 @@ def place(
     whole = methods.trait(function, "whole", None)
     owners = _owners(network, on_product) if whole is None else {n: m for n, m in network.named_modules() if whole(m)}
     targets.refuse_unmatched(owners, include, skip)
-    dense = {} if methods.trait(function, "EVERYWHERE", False) else _defaults(model, owners)
+    everywhere = methods.trait(function, "EVERYWHERE", False)
+    dense = {} if everywhere else _defaults(model, owners)
     found = Placed()
     for name, module in owners.items():
         included = any(families.matches(name, pattern) for pattern in include)
@@ -76,7 +79,11 @@ def place(
             resolved = getattr(given, "resolved", {})
             found.adapters[name] = {"method": method, "settings": {**settings, **resolved}}
         elif given:
-            found.own[name] = tuple(given)
+            for owner, _, leaf in (f"{name}.{each}".removeprefix(".").rpartition(".") for each in given):
+                found.own[owner] = (*found.own.get(owner, ()), leaf)  # a factored module's weights are its factors'
+            found.whole += [] if everywhere else [name]
+        elif _dimensions(module) >= 2:
+            found.left[name] = f"`{method}` has no update of a {type(module).__name__}"
     return found
 
 

@@ -139,13 +139,18 @@ def load_module(
 
     Args:
         model: an artifact, or any other form of MODEL.
-        merge: take the updates of a delta into the weights that they change; kept apart they share those.
+        merge: take the updates of a delta, or of Hugging Face peft's adapter, into the weights that they change; kept
+            apart they share those.
         allow_code: let an artifact whose base is your own Python code import it.
     """
     if isinstance(model, nn.Module | Model):
         return load(model).module
     source = model if isinstance(model, Source) else Source(str(model))
-    return load(replace(source, allow_code=source.allow_code or allow_code), merge=merge).module
+    source = replace(source, allow_code=source.allow_code or allow_code)
+    if not merge and (located := locate(source)).kind == "peft":  # steps take it merged: no manifest names its updates
+        assert located.folder is not None
+        return from_peft.from_folder(source, located.folder, load).module.eval()
+    return load(source, merge=merge).module
 
 
 def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = False) -> nn.Module:

@@ -1,7 +1,7 @@
 """What SNELL and SNELLA do after each step of the training: thresholds follow the points, and layers compete.
 
 Section A.1.4 of the papers notes, after the authors' code: a layer's score is the sensitivity of its points times how
-uncertain that is (AdaLoRA, arXiv 2303.10512, equations 9 to 11), averaged over them.
+uncertain that is (that of AdaLoRA, arXiv 2303.10512), averaged over them.
 """
 
 from __future__ import annotations

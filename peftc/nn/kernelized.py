@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftc import budgets
 from peftc.errors import UsageError, one_of
-from peftc.nn import folded
+from peftc.nn import folded, forms
 from peftc.nn.kernels import HALVES, KERNELS, SPARSIFY, Kernel, threshold_of
 
 
@@ -207,8 +207,8 @@ class Kernelized(nn.Module):
         return list(chain.from_iterable(self.form.pull(g, *group) for g, group in zip(pieces, groups, strict=True)))
 
 
-def update_of(module: Any, settings: Settings) -> Kernelized | None:
-    """Return the update of a linear module or a convolution, None for others and where it would outweigh the weight."""
+def update_of(module: Any, settings: Settings) -> Kernelized | tuple[str, ...] | None:
+    """Return the update of a linear module or a convolution, its weight's name if that is smaller, None for others."""
     kind = folded.kind_of(module)
     if kind is None:
         return None
@@ -216,6 +216,6 @@ def update_of(module: Any, settings: Settings) -> Kernelized | None:
     out = shape[1] if kind == "transposed" else shape[0]
     in_ = module.weight.numel() // out
     matrices = settings.split if kind != "conv" and out == settings.split * in_ else 1
-    if settings.rank * (out + matrices * in_) >= out * in_:
-        return None
-    return Kernelized(shape, settings, transposed=kind == "transposed", matrices=matrices)
+    mix = 3 * matrices if settings.kernel == "mix" else 0
+    whole = forms.dense(module, settings.rank * (out + matrices * in_) + mix)
+    return whole or Kernelized(shape, settings, transposed=kind == "transposed", matrices=matrices)

@@ -293,7 +293,7 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
     of_task = {name: value / start[TASK] for name, value in start.items()} if start.get(TASK) else {}
     rows = [[name, f"{value:.4g}", f"{of_task[name]:.3g}" if of_task else ""] for name, value in start.items()]
     report.tables.append(Table("terms at step 0, as weighted", ["term", "value", "of the task's"], rows))
-    quiet = [name for name, share in of_task.items() if share < QUIET]
+    quiet = [name for name, share in of_task.items() if name in work.terms and share < QUIET]
     if quiet:
         report.notes.append(
             f"{', '.join(f'`{name}`' for name in quiet)} weighed under {QUIET:.0%} of the task's loss at step 0: raise "

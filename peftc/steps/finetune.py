@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from torch import nn
 
 from peftc import measure, methods, processes, tasks, train
 from peftc.data.augment import Augment
-from peftc.errors import UsageError, one_of
+from peftc.errors import ClassesError, UsageError, one_of
 from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models.heads import Headed
 from peftc.models.load import Model, load, place_of, refuse_unbuildable
 from peftc.nn import surgery
-from peftc.nn.adapted import adapted_modules
+from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.recipe import Recipe
 from peftc.report import Report, Table
 from peftc.source import Source
@@ -151,10 +151,13 @@ def finetune(
     asked = _weights(loss, teacher is not None, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
-    given = samples.read(
-        copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
-        settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
-    )  # fmt: skip
+    try:
+        given = samples.read(
+            copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
+            settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
+        )  # fmt: skip
+    except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
+        raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
     distill.refuse_nothing(loss, asked, terms, weight, given, data)
     guide = distill.teacher_of(teacher, stored, terms, device)
@@ -226,15 +229,20 @@ def _carry_out(
     report = Report("finetune", notes=[*stored.notes, *work.samples.notes])
     students.tell(report, pupil)
     held, after = work.samples.held, pupil.after_step
+    function, adapted = methods.find("adapter", request["method"], "--method"), adapted_modules(pupil.model.module)
+    loss: Callable[..., Any] = work.loss
+    penalty = methods.trait(function, "penalty", None)
+    if penalty is not None:
+        loss = functools.partial(_penalized, work.loss, penalty, adapted)
     if after is not None:
-        updates = {name: each.update for name, each in adapted_modules(pupil.model.module).items()}
+        updates = {name: each.update for name, each in adapted.items()}
         epoch = len(work.samples.train) / recipe.batch_size
         after = functools.partial(_after, after, updates, epoch)
     outcome = train.fit(
-        pupil.model.module, len(work.samples.train), work.batch, work.loss, recipe, device=device,
+        pupil.model.module, len(work.samples.train), work.batch, loss, recipe, device=device,
         score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
         log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
-        keep_last=methods.trait(methods.find("adapter", request["method"], "--method"), "KEEPS_LAST", False),
+        keep_last=methods.trait(function, "KEEPS_LAST", False),
     )  # fmt: skip
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
@@ -270,6 +278,15 @@ def _score(pupil: Student, work: Imitation, batch_size: int) -> float:
 
 def _after(method: Any, updates: Mapping[str, nn.Module], steps_per_epoch: float, step: int, steps: int) -> None:
     method(updates, step, steps, steps_per_epoch)
+
+
+def _penalized(
+    loss: Callable[..., Mapping[str, Any]], penalty: Callable[..., Any], adapted: Mapping[str, Adapted],
+    module: nn.Module, given: Any,
+) -> Mapping[str, Any]:  # fmt: skip
+    """Return the terms of a batch and what the method adds to them."""
+    found = penalty(adapted)
+    return {**loss(module, given), **({} if found is None else {"penalty": found})}
 
 
 def _write(

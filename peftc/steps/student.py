@@ -124,9 +124,8 @@ def build(
             torch.manual_seed(mixed(seed, 0, UPDATES))
             placed = adapting.place(copied, method, chosen, include=include, skip=skip, on_product=on_product)
     if has_classes:
-        owners = {name: each for name, each in copied.module.named_modules() if each._parameters}
-        for name in targets.heads(copied, owners):
-            placed.own[name] = tuple(owners[name]._parameters)
+        for name in sorted(_outputs(copied)):
+            placed.own[name] = tuple(copied.module.get_submodule(name)._parameters)
     for name, leaves in placed.own.items():
         for leaf in leaves:
             parameter = getattr(copied.module.get_submodule(name), leaf)
@@ -158,7 +157,19 @@ def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: s
         fresh: Any = function(each.base, **record.adapters[name]["settings"])  # with what only training needs
         fresh.load_state_dict({**fresh.state_dict(), **kept})
         each.update = fresh.to(load.place_of(copied.module)).requires_grad_(True)
-    return Placed(adapters={name: dict(entry) for name, entry in record.adapters.items()})
+    placed = Placed(adapters={name: dict(entry) for name, entry in record.adapters.items()})
+    settings = next(iter(placed.adapters.values()))["settings"]
+    held, outputs = delta.held(model), _outputs(copied)
+    for name, module in copied.module.named_modules():  # whose weight the method trained, as no update was smaller
+        given = function(module, **settings) if f"{name}.weight" in held and name not in outputs else None
+        if isinstance(given, tuple):
+            placed.own[name] = given
+            placed.whole.append(name)
+    return placed
+
+
+def _outputs(model: Model) -> set[str]:
+    return targets.heads(model, {name: each for name, each in model.module.named_modules() if each._parameters})
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -241,17 +252,27 @@ def tell(report: Report, student: Student) -> None:
     report.notes.append(f"{learning:,} of {total:,} parameters learn ({learning / total:.2%})")
     if student.head.new:
         report.notes.append(f"a new head for {len(student.stored.labels or [])} classes")
-    dense = [
-        name for name, leaves in placed.own.items() if "weight" in leaves and updates and name not in _outputs(student)
-    ]
-    if dense:
+    if placed.whole:
         report.notes.append(
-            f"{len(dense)} modules are smaller than their update would be and learn whole: "
-            + ", ".join(f"`{name}`" for name in dense[:4])
+            f"{len(placed.whole)} modules learn whole, for an update of theirs would be no smaller: "
+            + ", ".join(f"`{name}`" for name in placed.whole[:4])
         )
+    left = {name: why for name, why in placed.left.items() if name not in placed.own}
+    if updates and left:
+        report.notes.append(f"not adapted: {_by_reason(left)}")
     report.data["learning"] = {
         "parameters": learning, "of": total, "updates": counts, "own": {n: list(v) for n, v in placed.own.items()},
+        "whole": placed.whole, "left": left,
     }  # fmt: skip
+
+
+def _by_reason(left: Mapping[str, str]) -> str:
+    """Return the first module of each reason, how many there are, and the reason."""
+    groups: dict[str, list[str]] = {}
+    for name, why in left.items():
+        groups.setdefault(why, []).append(name)
+    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in groups.items()}
+    return ", ".join(f"`{names[0]}`{more[why]} ({why})" for why, names in groups.items())
 
 
 def tell_sparsity(report: Report, student: Student) -> None:
@@ -274,8 +295,3 @@ def tell_sparsity(report: Report, student: Student) -> None:
     least, most = min(shares, key=lambda name: shares[name]), max(shares, key=lambda name: shares[name])
     if shares[most] > shares[least]:
         report.notes.append(f"from {shares[least]:.1%} of `{least}` to {shares[most]:.1%} of `{most}`")
-
-
-def _outputs(student: Student) -> set[str]:
-    owners = {name: each for name, each in student.model.module.named_modules() if each._parameters}
-    return targets.heads(student.model, owners)

@@ -5,7 +5,8 @@
 All linear layers of the blocks are adapted, weights are random, the optimizer is AdamW. Contestants take turns, step by
 step, in one process on one thread, in CPU time; ours runs twice a round, which is the control. Peak memory is that of a
 process of its own (the highest resident size over five steps, less that before the model is built); kept are the bytes
-that the forward pass keeps for the backward one, weights apart.
+that the forward pass keeps for the backward one, weights apart. A step includes what a method does after it, as finding
+thresholds anew.
 """
 
 from __future__ import annotations
@@ -76,6 +77,13 @@ class Contestant:
         self.network = {"ours": ours, "peft": theirs}[maker](method, size, rank).train()
         self.learned = [each for each in self.network.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learned, lr=1e-3)
+        self.after, self.updates, self.steps = None, {}, 0
+        if maker == "ours":
+            from peftc.methods import find, trait
+            from peftc.nn.adapted import adapted_modules
+
+            self.after = trait(find("adapter", method, "--method"), "after_step", None)
+            self.updates = {name: each.update for name, each in adapted_modules(self.network).items()}
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(batch, 3, size, size, generator=generator)
         self.y = torch.randint(0, 10, (batch,), generator=generator)
@@ -85,6 +93,9 @@ class Contestant:
         self.optimizer.zero_grad()
         nn.functional.cross_entropy(self.network(self.x), self.y).backward()
         self.optimizer.step()
+        self.steps += 1
+        if self.after is not None:
+            self.after(self.updates, self.steps, 1000, 100.0)
         return time.process_time() - start
 
     def kept(self) -> int:

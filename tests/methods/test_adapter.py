@@ -16,6 +16,8 @@ from peftc.errors import UsageError
 from peftc.methods import METHODS, find, with_settings
 from peftc.methods.adapter.flora import flora
 from peftc.methods.adapter.lora import lora
+from peftc.methods.adapter.sara import after_step
+from peftc.methods.adapter.sara import penalty as sara_penalty
 from peftc.nn import forms, merging
 from peftc.nn.adapted import Adapted, take_in
 from peftc.nn.lowrank import LowRankLinear
@@ -372,6 +374,51 @@ def test_sara_trains_the_smallest_weights() -> None:
     assert update_of("sara", linear, share=0.0, threshold=1e-12) is None
 
 
+def test_sara_stops_halfway_what_has_outgrown_the_threshold() -> None:
+    linear = nn.Linear(64, 48)
+    module = Adapted(linear, update_of("sara", linear, share=0.2))
+    update: Any = module.update
+    before = linear.weight.detach().flatten()[update.places.long()].clone()
+    optimizer = torch.optim.AdamW(module.update.parameters(), lr=1e-2)
+    x, at_half = tokens(64), torch.empty(0)
+    for step in range(1, 9):
+        module(x).square().mean().backward()
+        optimizer.step()
+        after_step({"": update}, step, 8, 4.0)
+        optimizer.zero_grad()
+        at_half = update.values.detach().clone() if step == 4 else at_half
+    grown = (before + at_half).abs() > before.abs().max()
+    assert 0 < int(grown.sum()) < len(grown), "else this tests nothing"
+    assert torch.equal(update.values[grown], at_half[grown])
+    assert (update.values[~grown] != at_half[~grown]).all()
+    module(x).square().mean().backward()
+    assert not update.values.grad[grown].any() and update.values.grad[~grown].all()
+    free = update_of("sara", linear, share=0.2, reselect=False)
+    trained(free)
+    after_step({"": free}, 4, 8, 4.0)
+    assert free.learns.all()
+
+
+def test_sara_penalizes_the_nuclear_norm_of_the_weights_that_learn() -> None:
+    network = nn.ModuleDict({"wide": nn.Linear(80, 72), "narrow": nn.Linear(80, 64), "conv": nn.Conv2d(80, 72, 1)})
+    for name, module in list(network.items()):
+        network[name] = Adapted(module, update_of("sara", module, share=0.3, penalty=0.25))
+    wide: Any = network["wide"]
+    trained(wide.update)
+    found = sara_penalty(dict(network.items()))  # type: ignore[arg-type]
+    assert found is not None
+    found.backward()
+    masked = torch.zeros(72 * 80)
+    places = wide.update.places.long()
+    masked[places] = wide.update.weight(wide.base.weight).detach().flatten()[places]
+    left, values, right = torch.linalg.svd(masked.reshape(72, 80), full_matrices=False)
+    torch.testing.assert_close(found.detach(), 0.25 * values.sum())
+    torch.testing.assert_close(wide.update.values.grad, 0.25 * (left @ right).flatten()[places], atol=1e-4, rtol=1e-3)
+    assert all(network[name].update.values.grad is None for name in ("narrow", "conv"))
+    none = {"": Adapted(nn.Linear(80, 72), update_of("sara", nn.Linear(80, 72), penalty=0.0))}
+    assert sara_penalty(none) is None
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "depthwise 7 x 7"])
 @pytest.mark.parametrize("name", ["lora", "flora", "sara"])
 def test_between_forward_and_backward_no_dense_matrix_is_kept_but_the_base(name: str, kind: str) -> None:
@@ -402,6 +449,9 @@ def test_bitfit_names_the_biases_of_norms_too_and_full_what_a_module_has_itself(
         ("adapter", {"place": "before"}, "`after`, `parallel`"),
         ("sara", {"share": 1.5}, "share 1.5"),
         ("sara", {"threshold": 0.0}, "threshold 0"),
+        ("sara", {"penalty": -1.0}, "penalty` is -1"),
+        ("sara", {"penalty": math.nan}, "penalty` of `sara` is nan"),
+        ("lora", {"alpha": math.inf}, "alpha` of `lora` is inf"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(name: str, settings: dict[str, Any], match: str) -> None:

@@ -317,8 +317,15 @@ def test_what_computes_in_its_own_way_is_left_alone() -> None:
 
     for module in (Odd(40, 30), nn.Embedding(40, 30), nn.ConvTranspose2d(40, 30, 3), nn.LayerNorm(40)):
         assert snell(module, rank=2) is None
-    assert snell(nn.Conv2d(64, 64, 3, groups=64), rank=8) is None, "the update would outweigh the weight"
-    assert snell(nn.Conv2d(64, 64, 3), rank=8) is not None
+
+
+@pytest.mark.parametrize("method", [snell, snella])
+def test_a_weight_that_is_smaller_than_its_update_trains_itself(method: Any) -> None:
+    assert method(nn.Conv2d(64, 64, 3, groups=64), rank=8) == ("weight",)
+    assert method(nn.Linear(16, 12), rank=8) == ("weight",)
+    assert isinstance(method(nn.Conv2d(64, 64, 3), rank=8), nn.Module)
+    square = nn.Linear(16, 16, bias=False)  # as many points as weights
+    assert method(square, rank=8) == ("weight",) and isinstance(method(square, rank=6), nn.Module)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -96,6 +96,41 @@ def test_only_updates_and_the_head_learn(base: Path, few: Path, tmp_path: Path) 
     assert report.data["memory"]["optimizer_bytes"] == pytest.approx(8 * learning, rel=0.01)
 
 
+def test_small_modules_learn_whole_and_go_on_learning_and_the_rest_is_named(
+    tiny_vit: Path, few: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"method": "snell", "settings": {"rank": 18}, "delta": True}
+    report = tune(tiny_vit, few, tmp_path / "one", **options)
+    learning = report.data["learning"]
+    small = [f"blocks.{at}.attn.{name}" for at in (0, 1) for name in ("qkv", "proj")]  # 32 x 32 each < 18 (32 + 32)
+    assert learning["whole"] == small
+    assert any("4 modules learn whole" in note and "`blocks.0.attn.proj`" in note for note in report.notes)
+    assert any("not adapted: `patch_embed.proj` (" in note for note in report.notes)
+    before = load_file(tiny_vit / "model.safetensors")
+    one = tensors(tmp_path / "one")
+    assert not torch.equal(one["blocks.0.attn.proj.weight"], before["blocks.0.attn.proj.weight"])
+    assert torch.equal(one["patch_embed.proj.weight"], before["patch_embed.proj.weight"])
+    assert report.data["sparsity"]["changed"] == report.data["sparsity"]["asked"]
+    again = tune(tmp_path / "one", few, tmp_path / "two", **options)
+    assert again.data["learning"]["whole"] == learning["whole"]
+    assert again.data["learning"]["parameters"] == learning["parameters"]
+    two = tensors(tmp_path / "two")
+    assert not torch.equal(one["blocks.0.attn.proj.weight"], two["blocks.0.attn.proj.weight"])
+
+
+def test_a_penalty_of_the_method_is_in_the_loss(
+    tiny_vit: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftc.methods.adapter.sara.NARROW", 16)
+    settings = {"share": 0.1, "penalty": 0.5}
+    report = tune(tiny_vit, few, tmp_path / "with", method="sara", settings=settings)
+    assert report.data["terms"].keys() == {"task", "penalty"} and report.data["terms"]["penalty"] > 0
+    assert not any("raise its weight" in note for note in report.notes)
+    tune(tiny_vit, few, tmp_path / "without", method="sara", settings={**settings, "penalty": 0.0})
+    one, other = (tensors(tmp_path / name)["blocks.0.mlp.fc1.weight"] for name in ("with", "without"))
+    assert not torch.equal(one, other)
+
+
 def test_sparsity_is_exact_in_what_is_written(base: Path, few: Path, tmp_path: Path) -> None:
     settings = {"rank": 2, "sparsity": 0.8}
     report = tune(base, few, tmp_path / "out", method="snella", settings=settings, delta=True, evaluations=6)
@@ -122,8 +157,9 @@ def test_classes_that_fit_keep_their_head_unless_a_new_one_is_asked_for(base: Pa
     report = tune(tmp_path / "first", few, tmp_path / "third", steps=1, learning_rate=1e-9, head="new")
     assert not torch.allclose(tensors(tmp_path / "third")["head.weight"], one, atol=1e-3)
     assert "a new head for 3 classes" in report.notes
-    with pytest.raises(DataError, match="class"):
+    with pytest.raises(DataError, match="cannot match 3 classes with a model of 10 outputs") as refused:
         tune(base, few, tmp_path / "kept", head="keep", task="image-classification")
+    assert "`--head new`" in str(refused.value)
     assert not (tmp_path / "kept").exists()
 
 
@@ -180,6 +216,16 @@ def test_products_are_adapted_whole_and_merged_at_a_rank_that_is_said(base: Path
         whole, less = (peftc.load(tmp_path / folder).get_submodule(name).weight.detach() for folder in ("grown", "cut"))
         assert float((whole - less).norm() / whole.norm()) == pytest.approx(error, rel=1e-2, abs=1e-6)
     assert max(errors.values()) > 1e-4
+
+
+def test_a_product_smaller_than_its_update_learns_by_its_factors(base: Path, few: Path, tmp_path: Path) -> None:
+    peftc.decompose(base, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    report = tune(tmp_path / "small", few, tmp_path / "out", settings={"rank": 100}, on_product=True)
+    assert {"blocks.0.mlp.fc1.up", "blocks.0.mlp.fc1.down"} <= report.data["learning"]["own"].keys()
+    before, after = tensors(tmp_path / "small"), tensors(tmp_path / "out")
+    assert all(
+        not torch.equal(before[name], after[name]) for name in before if name.startswith("blocks.0.mlp.fc1.up.weight")
+    )
 
 
 @pytest.fixture
@@ -311,8 +357,11 @@ def test_half_precision_stays_and_merging_says_what_it_costs(base: Path, few: Pa
     assert report.data["merge"]["relative_deviation"] < 2e-2
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(base: Path, few: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    tune(base, few, tmp_path / "whole", delta=True)
+@pytest.mark.parametrize("method", ["lora", "sara"])  # the latter has held some values where they are since step 3
+def test_a_killed_run_resumes_to_the_same_bytes(
+    base: Path, few: Path, tmp_path: Path, monkeypatch: Any, method: str
+) -> None:
+    tune(base, few, tmp_path / "whole", delta=True, method=method)
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     original = train._Run.learn
 
@@ -323,11 +372,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(base: Path, few: Path, tmp_path:
 
     monkeypatch.setattr(train._Run, "learn", learn)
     with pytest.raises(KeyboardInterrupt):
-        tune(base, few, tmp_path / "killed", delta=True)
+        tune(base, few, tmp_path / "killed", delta=True, method=method)
     checkpoint = tmp_path / "killed.partial" / "work" / train.CHECKPOINT
     assert checkpoint.stat().st_size < (base / "model.safetensors").stat().st_size * 2  # what is frozen is not in it
     monkeypatch.setattr(train._Run, "learn", original)
-    report = tune(base, few, tmp_path / "killed", delta=True)
+    report = tune(base, few, tmp_path / "killed", delta=True, method=method)
     assert any(note.startswith("resumed at step 4") for note in report.notes)
     for name in ("model.safetensors", "peftc.json", train.LOG):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

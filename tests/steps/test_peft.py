@@ -9,6 +9,7 @@ import torch
 import peftc
 from peftc.errors import PeftcError, SourceError
 from peftc.models import load
+from peftc.nn.adapted import adapted_modules
 from peftc.source import Source
 
 peft = pytest.importorskip("peft")
@@ -42,6 +43,18 @@ def test_an_adapter_computes_what_it_does_in_peft(tiny_bert: Path, tmp_path: Pat
     with torch.no_grad():
         found = peftc.load(tmp_path / "adapter")(IDS).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_an_adapter_loads_unmerged(tiny_bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = save_adapter(tiny_bert, tmp_path / "adapter", **options)
+    base, network = peftc.load(tiny_bert), peftc.load(tmp_path / "adapter", merge=False)
+    found = adapted_modules(network)
+    assert found and not network.training and not any(each.training for each in network.modules())
+    for name, each in found.items():
+        assert torch.equal(each.base.weight, base.get_submodule(name).weight), name
+    with torch.no_grad():
+        torch.testing.assert_close(network(IDS).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_head_for_other_classes_comes_along(tiny_bert: Path, tmp_path: Path) -> None:

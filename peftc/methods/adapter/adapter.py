@@ -1,10 +1,9 @@
 """A bottleneck: y + up(GELU(down(.))), ``up`` at zero to begin with. It cannot be merged.
 
-``after`` reads the module's output, as the adapters of Houlsby et al. (arXiv 1902.00751, figure 2) do, which sit after
-the projections that end attention and MLP; ``parallel`` reads the module's input, as AdaptFormer (Chen et al., arXiv
-2205.13535, equations 2 and 3) does beside an MLP, with scale 0.1. Modules that expand (a fused qkv, the first
-of an MLP) are left alone: what is adapted are projections to a width no larger than their input's. The default rank is
-AdaptFormer's, and one of Houlsby's three.
+``after`` reads the module's output, as the adapters of Houlsby et al. (arXiv 1902.00751) do, which sit after the
+projections that end attention and MLP; ``parallel`` reads the module's input, as AdaptFormer (Chen et al., arXiv
+2205.13535) does beside an MLP. Modules that expand (a fused qkv, the first of an MLP) are left alone: what is adapted
+are projections to a width no larger than their input's. The default rank and scale are peftc's choice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""DoRA (Liu et al., arXiv 2402.09353, equation 5): magnitude * (weight + change) / |weight + change|, per output.
+"""DoRA (Liu et al., arXiv 2402.09353): magnitude * (weight + change) / |weight + change|, per output.
 
-The change is LoRA's. The norm is taken as a constant in the backward pass (section 4.3 of the paper), which Hugging
-Face peft does as well; outputs and gradients agree with it. The weight is made again in the backward pass, so that what
-the forward pass keeps is the input alone. An embedding has a magnitude per column, which is the output there. The
-default alpha is twice the rank, as in the paper's runs.
+The change is LoRA's. The norm is taken as a constant in the backward pass, as Hugging Face peft does; outputs and
+gradients agree with it. The weight is made again in the backward pass, so that what the forward pass keeps is the input
+alone. An embedding has a magnitude per column, which is the output there. The default rank and alpha are `lora`'s.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""LoRA (Hu et al., arXiv 2106.09685, equation 3): weight + alpha / rank * up @ down, ``up`` at zero to begin with.
+"""LoRA (Hu et al., arXiv 2106.09685): weight + alpha / rank * up @ down, ``up`` at zero to begin with.
 
 Initial values are those of Hugging Face peft. A convolution goes through a k x k convolution to ``rank`` channels and a
 1 x 1 one, which keeps the window whole (peft's layout); with groups the first is shared by all of them, so that the
 update fits the weight (out, in / groups, ...) and merges, as peft's does not. ``layout=loralib`` is the authors' own:
-the product of (out k / groups, rank k) and (rank k, in k), read as a weight. The default rank and alpha are those of
-the paper's runs on RoBERTa large (its appendix D).
+the product of (out k / groups, rank k) and (rank k, in k), read as a weight. The default rank is that of the LoRA which
+SNELL's paper compares with; alpha, twice the rank, is peftc's choice.
 """
 
 from __future__ import annotations

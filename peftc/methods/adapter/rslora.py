@@ -1,6 +1,7 @@
 """Rank-stabilized LoRA (Kalajdzievski, arXiv 2312.03732): LoRA with alpha / sqrt(rank) in place of alpha / rank.
 
-With it the size of the update's gradient does not fall as the rank rises. The default alpha is Hugging Face peft's.
+With it the size of the update's gradient does not fall as the rank rises. The default rank and alpha are those of
+Hugging Face peft.
 """
 
 from __future__ import annotations

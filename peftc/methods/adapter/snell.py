@@ -3,7 +3,8 @@
 The equations stand in `peftc.nn.kernels`. The dense change is not kept between forward and backward. Rank 8 is the
 smallest of the paper (8, 16, 32) and the one it uses for all backbones; sparsity 0.9 is that of its table 5a, the only
 one that it fixes for all tasks: elsewhere it is chosen per task, between 0 and 0.995, on held-out samples. The authors
-train with dropout 0.1 here, which takes a product of its own and a second copy of the input.
+train with dropout 0.1 here, which takes a product of its own and a second copy of the input. Where the points would be
+as many numbers as the weight, it trains itself, as with LoRA, and is in no competition.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def snell(
     threshold_every: int = 1,
     identity: bool = False,
     dropout: float = 0.0,
-) -> nn.Module | None:
-    """Return the update of a linear module or a convolution, None for others and where it would outweigh the weight.
+) -> nn.Module | tuple[str, ...] | None:
+    """Return the update of a linear module or a convolution, its weight's name if that is smaller, None for others.
 
     Args:
         module: whose weight, as a matrix (out, in) or (out, in kh kw), changes.

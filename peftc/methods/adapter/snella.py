@@ -2,9 +2,9 @@
 
 The equations stand in `peftc.nn.kernels`, the competition of layers in `peftc.nn.competition`. The paper's body was not
 at hand: it is the authors' code that this follows. Rank 32 is that of all their scripts; 0.55 is the middle of their
-sparsities per task (0.16 to 0.93, and none for four); 0.01 is where their VTAB scripts start. The floor is an addition:
-without one (``min_keep=0``, theirs) layers end up whole or empty. So is the last sharing out after the last step,
-which makes the sparsity exactly the one asked for.
+sparsities per task (0.16 to 0.93, and none for three); 0.01 is where their VTAB scripts start. The floor is an
+addition: without one (``min_keep=0``, theirs) layers end up whole or empty. So is the last sharing out after the last
+step, which makes the sparsity exactly the one asked for.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def snella(
     allocate: str = "bilevel",
     min_keep: float = 0.1,
     refresh_every: int = 0,
-) -> nn.Module | None:
-    """Return the update of a linear module or a convolution, None for others and where it would outweigh the weight.
+) -> nn.Module | tuple[str, ...] | None:
+    """Return the update of a linear module or a convolution, its weight's name if that is smaller, None for others.
 
     Args:
         module, rank, sparsify, split, threshold_every, identity, dropout: as for `snell`; the kernel has three
