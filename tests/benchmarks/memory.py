@@ -7,8 +7,8 @@
 With `--max-memory` it calibrates on so many sequences drawn from the model, and factors or calibrates all layers or the
 first few.
 
-Makes a sharded Llama (every matrix a square of `--side`) on the spot and polls RssAnon of the command: mapped file pages do not
-count.
+Makes a sharded Llama (every matrix a square of `--side`) on the spot and polls RssAnon of the command: mapped file
+pages do not count.
 """
 
 from __future__ import annotations
