@@ -76,10 +76,14 @@ def cases(folder: Path) -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
     }
 
 
-def quality(data: dict[str, Any]) -> tuple[float, float]:
-    """Return the first metric, and the divergence from the dense model (NaN where there is none)."""
+def quality(data: dict[str, Any], predicted: dict[str, Any]) -> tuple[float, ...]:
+    """Return the first metric, the divergence from the dense model, that predicted, and the sum over modules alone.
+
+    NaN where there is none. A prediction is per sample, and of texts the measured divergence is per token.
+    """
     divergence = (data.get("against") or {}).get("divergence") or {"value": float("nan")}
-    return next(iter(data["metrics"].values()))["value"], divergence["value"]
+    foreseen = (predicted["value"], predicted["apart"]) if "samples" in predicted else (float("nan"),) * 2
+    return (next(iter(data["metrics"].values()))["value"], divergence["value"], *foreseen)
 
 
 def planned(methods: list[str]) -> list[tuple[str, str]]:
@@ -98,7 +102,7 @@ def collected(case: Any, method: str, number: int, folder: Path) -> Path:
     return out
 
 
-def measured(case: Any, method: str, allocation: str, ratio: float, folder: Path) -> list[tuple[float, float]]:
+def measured(case: Any, method: str, allocation: str, ratio: float, folder: Path) -> list[tuple[float, ...]]:
     """Decompose and measure once for each data set; vectors have no divergence, so nothing is compared there."""
     model, specs, options = case
     figures = []
@@ -116,7 +120,7 @@ def measured(case: Any, method: str, allocation: str, ratio: float, folder: Path
             small = replace(model, spec=str(made.artifact)) if isinstance(model, Source) else made.artifact
             against = None if isinstance(model, Path) and "max_length" not in options else model
             found = peftc.evaluate(small, data=spec, against=against, **options).data
-        figures.append(quality(found))
+        figures.append(quality(found, made.data["predicted"]))
     return figures
 
 
@@ -133,10 +137,11 @@ def rows(
             except PeftcError as refusal:
                 print(f"{name} {method} {allocation} {ratio}: {refusal}", flush=True)
                 continue
-            metric, divergence = (sum(each) / len(figures) for each in zip(*figures, strict=True))
+            means = (sum(each) / len(figures) for each in zip(*figures, strict=True))
+            named = zip(("metric", "divergence", "predicted", "apart"), means, strict=True)
             yield {
                 "model": name, "method": method, "allocation": allocation, "ratio": ratio,
-                "metric": round(metric, 4), "divergence": None if math.isnan(divergence) else round(divergence, 4),
+                **{key: None if math.isnan(value) else round(value, 4) for key, value in named},
                 "seconds": round(time.process_time() - start),
             }  # fmt: skip
 
