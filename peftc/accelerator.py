@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from accelerate.state import AcceleratorState
 from peftc import processes
 from peftc.errors import PeftcError
 from peftc.models.load import device_of
-from peftc.recipe import Recipe
-
-SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+from peftc.recipe import Recipe, cannot_train
 
 
 def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
@@ -24,7 +21,6 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         PeftcError: Accelerate, or peftc, cannot train so here.
     """
     place = device_of(device)
-    _refuse_unheard()
     AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
     try:
         with warnings.catch_warnings():  # that a tracker is missing is refused below
@@ -37,23 +33,9 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise _cannot_train(kind)
+        raise cannot_train(kind)
     if log_with:
         if not accelerator.log_with:
             raise PeftcError(f"`{log_with}` is not installed", hint=f"`pip install {log_with}`, or leave `--log-with`")
         accelerator.init_trackers("peftc")
     return accelerator
-
-
-def _refuse_unheard() -> None:
-    """Refuse ways to spread a model that a launcher asked for: without GPUs Accelerate itself does not listen."""
-    for kind in SPREAD:
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("true", "1", "yes"):
-            raise _cannot_train(kind)
-
-
-def _cannot_train(kind: str) -> PeftcError:
-    return PeftcError(
-        f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
-        hint="configure Accelerate for data parallel training: `accelerate launch --num_processes N -m peftc ...`",
-    )  # fmt: skip
