@@ -13,6 +13,7 @@ from peftc.models import load as models
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
+from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Anchors
 from peftc.steps.prepared import Request, prepare
 from peftc.unlabelled import divergence
@@ -81,6 +82,21 @@ def test_what_is_predicted_is_what_the_ranks_lose_together(
         lost = divergence(known.task, dense(inputs), small(inputs), inputs).mean()
     assert dry["value"] == pytest.approx(float(lost), rel=1e-3)
     assert abs(dry["apart"] / dry["value"] - 1) > 0.05
+
+
+def test_a_dry_run_solves_each_module_once(tiny_vit: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are corrected by measurements, tried in three forms as a whole, and predicted."""
+    solved: list[str] = []
+    fresh = Factoring._fresh
+
+    def counting(self: Factoring, target: Any, *rest: Any) -> Any:
+        solved.append(target.name)
+        return fresh(self, target, *rest)
+
+    monkeypatch.setattr(Factoring, "_fresh", counting)
+    report = decompose(tiny_vit, ratio="0.5", data=images, dry_run=True, **CALIBRATED)
+    assert report.data["predicted"]["samples"] == 16
+    assert len(solved) == len(set(solved)) == len(report.data["modules"]) > 4
 
 
 def test_the_curve_goes_through_what_was_measured(tiny_vit: Path, images: str) -> None:
