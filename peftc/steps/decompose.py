@@ -213,7 +213,7 @@ def decompose(
             factor within.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
-            by it; 0 trusts the prediction.
+            by it, then measure whole plans; 0 trusts the prediction.
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
