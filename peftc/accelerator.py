@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from peftc import processes
 from peftc.errors import PeftcError
 from peftc.models.load import device_of
-from peftc.recipe import Recipe
+from peftc.recipe import Recipe, cannot_train
 
 
 def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
@@ -33,10 +33,7 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise PeftcError(
-            f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
-            hint="configure Accelerate for data parallel training",
-        )  # fmt: skip
+        raise cannot_train(kind)
     if log_with:
         if not accelerator.log_with:
             raise PeftcError(f"`{log_with}` is not installed", hint=f"`pip install {log_with}`, or leave `--log-with`")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peftc import processes
-from peftc.errors import UsageError
+from peftc.errors import PeftcError, UsageError
+
+SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range.
+        """Refuse numbers out of range, and a launch that asks for what peftc does not do.
 
         Raises:
             UsageError: naming the option.
+            PeftcError: a launcher was asked to spread the weights; without GPUs Accelerate itself does not listen.
         """
+        for kind in SPREAD:
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1", "yes"):
+                raise cannot_train(kind)
         if sum(each is not None for each in (self.epochs, self.steps, self.minutes)) != 1:
             raise UsageError("say how long to train", hint="with one of `--epochs`, `--steps` and `--minutes`")
         ranges: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
@@ -102,6 +109,14 @@ class Outcome:
     seconds_per_step: float = 0.0
     resumed: int = 0
     optimizer_bytes: int = 0
+
+
+def cannot_train(kind: str) -> PeftcError:
+    """Return the refusal of a way to spread a training over processes."""
+    return PeftcError(
+        f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
+        hint="configure Accelerate for data parallel training: `accelerate launch --num_processes N -m peftc ...`",
+    )  # fmt: skip
 
 
 def rate(step: int, total: int, warmup: float) -> float:

@@ -16,6 +16,7 @@ from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models import dual
 from peftc.models.inputs import moved
+from peftc.nn.peers import ALONE, Peers
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
@@ -208,7 +209,9 @@ def loss(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return losses(module, found, inputs)
 
 
-def losses(module: nn.Module, found: dual.Towers, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def losses(
+    module: nn.Module, found: dual.Towers, inputs: Mapping[str, Tensor], peers: Peers = ALONE
+) -> dict[str, Tensor]:
     """Return the losses that a dual encoder is trained with, each a scalar, by name; their sum is the task's loss.
 
     ``contrastive`` is the symmetric cross-entropy over the batch of CLIP (Radford et al., 2021, section 2.3), or, for a
@@ -221,29 +224,35 @@ def losses(module: nn.Module, found: dual.Towers, inputs: Mapping[str, Tensor]) 
         module: a dual encoder.
         found: what it gave for the batch, with gradients.
         inputs: of the batch.
+        peers: whose batches are one with this: every image meets the texts of all, and the mean over them of what each
+            returns is the loss of one process with all pairs.
     """
-    ids = inputs["input_ids"]
-    same = (ids[:, None] == ids[None]).all(-1)  # (batch, batch)
-    terms = {"contrastive": contrastive(module, found, same)}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    ids = peers.all(ids if mask is None else ids.masked_fill(mask == 0, -1), fill=-1)  # (pairs, tokens)
+    same = (ids[:, None] == ids[None]).all(-1)  # (pairs, pairs)
+    image, text = peers.all(torch.stack([found.image.float(), found.text.float()], 1)).unbind(1)
+    terms = {"contrastive": contrastive(module, image, text, same)}
     if found.matching is not None and found.patches is not None:
-        before = {key: tensor.roll(1, 0) for key, tensor in inputs.items() if key != "pixel_values"}
+        texts = {key: peers.all(tensor) for key, tensor in inputs.items() if key != "pixel_values"}
+        before = {key: peers.own(tensor.roll(1, 0)) for key, tensor in texts.items()}
         is_wrong = ~same.roll(1, 1).diagonal()
-        scores = torch.cat([found.matching, dual.matched(module, found.patches, before)[is_wrong]])
+        scores = torch.cat([found.matching, dual.matched(module, found.patches, before)[peers.own(is_wrong)]])
         belong = torch.arange(len(scores), device=scores.device) < len(found.matching)
-        terms["matching"] = F.cross_entropy(scores.float(), belong.long())
+        total = F.cross_entropy(scores.float(), belong.long(), reduction="sum")
+        terms["matching"] = total * peers.number / (len(same) + is_wrong.sum())
     return terms
 
 
-def contrastive(module: nn.Module, found: dual.Towers, same: Tensor) -> Tensor:
-    """Return the contrastive loss of a batch, in nats.
+def contrastive(module: nn.Module, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
+    """Return the contrastive loss of pairs, in nats.
 
     Args:
         module: for its ``logit_scale`` and ``logit_bias``, if it has them.
-        found: vectors.
-        same: (batch, batch), where the texts are equal.
+        image, text: (pairs, width), normalised, float32.
+        same: (pairs, pairs), where the texts are equal.
     """
     scale = getattr(module, "logit_scale", None)
-    scores = found.image.float() @ found.text.float().T  # (images, texts)
+    scores = image @ text.T  # (images, texts)
     scores = scores / TEMPERATURE if scale is None else scores * scale.float().exp()
     bias = getattr(module, "logit_bias", None)
     if bias is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import allocate, measure, progress
+from peftc import allocate, measure, processes, progress
 from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import UsageError, one_of
@@ -25,15 +25,19 @@ from peftc.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.source import Source
 from peftc.steps import joint as joining
-from peftc.steps import prediction, spectra
+from peftc.steps import prediction, sensitivity, spectra
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.plot import draw_spectra, refuse_unwritable
+from peftc.steps.prediction import Anchors, Trial
+from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Decomposed, Factorizer
 from peftc.steps.speedup import Input, decide
+from peftc.steps.statistics import Statistics
 
 ENERGIES = (90, 95, 99)
+SAMPLES = 32  # of the calibration set, on which plans are tried
 POINTS = 25  # of a spectrum, in JSON
 
 
@@ -141,7 +145,8 @@ def analyze(
             alone = [n for n, each in targets.items() if each.form != "tucker2" and not each.members]
             work.losses |= {name: tail_energies(found[name]) for name in alone}
         timed = Input(batch_size, image_size, max_length, device, seed)
-        _foresee(report, work, budget, allocation, multiple, timed, reasons, plan)
+        trial = _trial(work, source, Path(folder))
+        _foresee(report, work, budget, allocation, multiple, timed, reasons, plan, trial)
     if plot is not None:
         values = {name: each.tolist() for name, each in found.items()}
         draw_spectra(values, rows, Path(plot), loaded.name, report.data.get("curve"), report.data.get("plan"))
@@ -151,23 +156,32 @@ def analyze(
 
 def _foresee(
     report: Report, work: Factoring, budget: Budget | None, allocation: str, multiple: int, timed: Input,
-    reasons: dict[str, str], plan: str | Path | None,
+    reasons: dict[str, str], plan: str | Path | None, trial: Trial | None,
 ) -> None:  # fmt: skip
     """Add the curve of predicted losses, and under a budget the plan and what it is predicted to lose."""
-    if work.targets:
-        prediction.add_curve(report, work, allocation, multiple)
+    anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
     if budget is None:
         return
     known = {name: prediction.Held(work.losses_of(name)) for name in work.targets}
     decided = decide(work, budget, allocation, multiple, timed, known)
     _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
-    prediction.add(report, work, decided.ranks, {})
-    report.data["plan"]["predicted"] = report.data.pop("predicted")["value"]
+    report.data["plan"]["predicted"] = prediction.add_read_off(report, work, decided.ranks, anchors)
     decided.say(report)
     if plan is not None:
         name, asked = work.factorize.name, f"{budget} {allocation}"
         work.plan(decided.ranks, reasons | decided.slow, name, asked).write(Path(plan))
         report.artifact = Path(plan)
+
+
+def _trial(work: Factoring, source: Prepared | Statistics | None, folder: Path) -> Trial | None:
+    """Return what measures ranks as a whole on a few calibration samples; None where losses are no divergences."""
+    if not isinstance(source, Prepared) or not sensitivity.is_in_nats(work):
+        return None
+    work.keep_bases(folder)
+    samples = sensitivity.number(source, SAMPLES)
+    return Trial(
+        lambda ranks: processes.agreed(lambda: sensitivity.whole(work, source, ranks, samples, folder)), samples
+    )
 
 
 def _spectra(

@@ -63,14 +63,14 @@ class Question:
             work.use(known, self.reasons)
             if work.model.max_memory is not None:
                 passes.return_freed()
-        if self.budget is None:
-            return Decision(joining.gathered(self.plan).ranks if self.plan else {})
-        budget = self.budget
-        if spectra.needs_spectra(budget, self.allocation):
+        if self.budget is not None and spectra.needs_spectra(self.budget, self.allocation):
             self.work.share_spectra()
-        return processes.agreed(lambda: self._decide(budget, folder))
+        return processes.agreed(lambda: self._tried(self._decide(folder), folder))
 
-    def _decide(self, budget: Budget, folder: Path) -> Decision:
+    def _decide(self, folder: Path) -> Decision:
+        budget = self.budget
+        if budget is None:
+            return Decision(joining.gathered(self.plan).ranks if self.plan else {})
         if (
             self.sensitivity
             and isinstance(self.source, Prepared)
@@ -86,19 +86,25 @@ class Question:
     def _measured(self, source: Prepared, budget: Budget, folder: Path) -> Decision:
         """Decide by the predicted losses, by the measured ones, and in between; take what loses least as a whole."""
         each = measuring.measured(self.work, source, self.sensitivity, folder)
-        found: list[tuple[float, dict[str, Tensor], Decision]] = []
-        held = 4 * sum(target.entries for target in self.work.targets.values())  # bytes of all products at once
-        limit = self.work.model.max_memory
-        several = budget.kind != "speedup" and (limit is None or held < limit // 2)  # a speed-up would be timed again
+        found: list[tuple[dict[str, Tensor], Decision]] = []
+        several = budget.kind != "speedup" and measuring.fits(self.work)  # a speed-up would be timed again
         for share in measuring.SHARES if several else (1.0,):
             losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
             decision = self._found(budget, losses)
-            ranks = decision.ranks
-            lost = measuring.whole(self.work, source, ranks, self.sensitivity, folder) if several else 0.0
-            found.append((lost, losses, decision))
-        _, losses, decision = min(found, key=lambda one: one[0])
+            found.append((losses, self._tried(decision, folder) if several else decision))
+        losses, decision = min(found, key=lambda one: one[1].lost or 0.0)
         self.work.losses |= losses
         return decision
+
+    def _tried(self, found: Decision, folder: Path) -> Decision:
+        """Measure what ranks lose as a whole, on a few calibration samples, where that was not done yet."""
+        source, work = self.source, self.work
+        known = found.lost is not None or not any(found.ranks.values())
+        if known or not (self.sensitivity and isinstance(source, Prepared) and measuring.is_in_nats(work)):
+            return found
+        if not measuring.fits(work):
+            return found
+        return replace(found, lost=measuring.whole(work, source, found.ranks, self.sensitivity, folder))
 
     def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
         """Compute and keep the factors at the decided ranks."""
@@ -120,6 +126,8 @@ class Question:
 
     def rehearse(self, folder: Path) -> Report:
         """Say what would become of every module, and about what that would take."""
+        if self.sensitivity and isinstance(self.source, Prepared):
+            self.work.keep_bases(folder)
         report = self.report(self.decide(folder), {})
         estimate.add(report, self.work, self.source)
         return report
@@ -130,7 +138,9 @@ class Question:
             return ordered.report_on(self.work, cuts, self.reasons)
         reasons = self.reasons | found.slow
         report = factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
-        prediction.add(report, self.work, found.ranks, {} if self.work.losses else cuts)
+        known = {} if self.work.losses else cuts
+        on = measuring.number(self.source, self.sensitivity) if isinstance(self.source, Prepared) else 0
+        prediction.add(report, self.work, found.ranks, known, found.lost, on)
         return found.say(report)
 
 
@@ -203,7 +213,7 @@ def decompose(
             factor within.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
         sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
-            by it; 0 trusts the prediction.
+            by it, then measure whole plans; 0 trusts the prediction.
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.

@@ -228,8 +228,8 @@ def _carry_out(
 ) -> Report:  # fmt: skip
     """Train, write and verify."""
     report = Report("distill", notes=[*stored.notes, *work.samples.notes])
-    before = _standing(work, recipe, report)
     held = work.samples.held
+    taught = _taught(work, recipe)
     score = None if held is None else lambda: work.score(held, recipe.batch_size)
     outcome = train.fit(
         work.student.module, len(work.samples.train), work.batch, work.loss, recipe, device=device, score=score,
@@ -238,7 +238,7 @@ def _carry_out(
     )  # fmt: skip
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
-    tell(report, work, outcome, before)
+    tell(report, work, outcome, _standing(work, outcome, taught, report))
     if processes.rank():
         return report
     edited = replace(work.student, module=_as_stored(work.student.module, stored.module))
@@ -262,29 +262,29 @@ def _as_stored(module: nn.Module, stored: nn.Module) -> nn.Module:
     return copied.requires_grad_(False)
 
 
-def _standing(work: Imitation, recipe: Recipe, report: Report) -> dict[str, float]:
-    """Measure student and teacher on the held-out samples, and say where the teacher has nothing to teach."""
-    held = work.samples.held
-    teacher = work.teacher
+def _taught(work: Imitation, recipe: Recipe) -> float | None:
+    """Return how good the teacher is on the held-out samples; None where that says nothing."""
+    held, teacher = work.samples.held, work.teacher
     if held is None or not work.samples.labelled or teacher is None:
+        return None
+    return processes.agreed(lambda: samples.figures(teacher, work.samples, held, recipe.batch_size))
+
+
+def _standing(work: Imitation, outcome: Outcome, taught: float | None, report: Report) -> dict[str, float]:
+    """Return how good student and teacher were before the training, and say where there was nothing to teach."""
+    if taught is None:
         return {}
-    found = processes.agreed(
-        lambda: {
-            "student": samples.figures(work.student, work.samples, held, recipe.batch_size),
-            "teacher": samples.figures(teacher, work.samples, held, recipe.batch_size),
-        }
-    )
+    untaught = dict(outcome.scores)[0]
     chance = 1 / len(work.samples.outputs) if work.samples.outputs else None
-    if chance is not None and found["teacher"] <= chance:
+    if chance is not None and taught <= chance:
         report.warnings.append(
-            f"the teacher is no better than chance on the held-out samples: {found['teacher']:.3f} of {chance:.3f}"
+            f"the teacher is no better than chance on the held-out samples: {taught:.3f} of {chance:.3f}"
         )
-    elif found["teacher"] <= found["student"]:
+    elif taught <= untaught:
         report.warnings.append(
-            f"the teacher is no better than the student on the held-out samples: {found['teacher']:.4g} and "
-            f"{found['student']:.4g}"
+            f"the teacher is no better than the student on the held-out samples: {taught:.4g} and {untaught:.4g}"
         )
-    return found
+    return {"student": untaught, "teacher": taught}
 
 
 def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peftc import measure, processes, progress
+from peftc import hooks, measure, processes, progress
 from peftc.allocate import Rank, Use
 from peftc.artifact import Piece, from_file
 from peftc.errors import MethodError, PeftcError
@@ -32,6 +33,7 @@ from peftc.steps.statistics import Statistics
 
 Kept = tuple[dict[str, Tensor], dict[str, Piece]]  # factors by their names in `nn.lowrank.build`, and as stored
 HALF = (torch.float16, torch.bfloat16)
+BASIS = 8  # bytes of an entry of a basis, at most
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Factoring:
         factorize: the methods.
         device: where to compute.
         job: where finished parts are kept; None keeps them in memory (analysis, dry runs).
+        scratch: folder for the bases of modules that an analysis or a dry run looks at more than once.
         losses: module -> squared errors by rank, of every spectrum that a decision has seen.
     """
 
@@ -52,6 +55,7 @@ class Factoring:
     factorize: Factorizer
     device: torch.device
     job: Job | None = None
+    scratch: Path | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
@@ -116,11 +120,11 @@ class Factoring:
         return joint.spelled_out(plan, self.model, self.targets)
 
     def spectrum(self, target: Target) -> Decomposed:
-        """Return a module's decomposition; with a job, its basis is computed once and kept on disk.
+        """Return a module's decomposition; with a job or a scratch folder, its basis is computed once and kept on disk.
 
         One that was kept holds no statistics: they are read again where another rung must be climbed.
         """
-        if self.job is None or target.form == "tucker2":
+        if (self.job is None and self.scratch is None) or target.form == "tucker2":
             return self._fresh(target)
         part = self.part(target, "spectrum")
         if not part.is_file():
@@ -147,6 +151,12 @@ class Factoring:
         with _named(target.name):
             return (factorize or self.factorize)(weight, target)
 
+    def keep_bases(self, folder: Path) -> None:
+        """Keep the basis of every module in a folder from now on, where the disk has room for all of them."""
+        sides = [hooks.matrix_shape(target) for target in self.targets.values()]
+        if sum(BASIS * min(side) * sum(side) for side in sides) < shutil.disk_usage(folder).free // 2:
+            self.scratch = folder
+
     def _keep_basis(self, target: Target, part: Path) -> None:
         """Solve for the basis of a module and keep it in ``part``."""
         found = self._fresh(target)
@@ -161,8 +171,9 @@ class Factoring:
 
     def part(self, target: Target, kind: str) -> Path:
         """Return the file in which something finished about a module is kept."""
-        assert self.job is not None
-        return self.job.work / f"{list(self.targets).index(target.name):05d}-{kind}.safetensors"
+        folder = self.scratch if self.job is None else self.job.work
+        assert folder is not None
+        return folder / f"{list(self.targets).index(target.name):05d}-{kind}.safetensors"
 
     def share_spectra(self) -> None:
         """Of several processes, let each compute and keep the decompositions of its share of the modules."""

@@ -19,6 +19,7 @@ from peftc.models import dual, layers, load, shorten
 from peftc.models.inputs import main_output
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
+from peftc.nn.peers import ALONE, Peers, here
 from peftc.objectives import OBJECTIVES
 from peftc.steps import write
 from peftc.steps.samples import Held, Samples, figures
@@ -106,9 +107,15 @@ class Imitation:
         """Return some of the samples to learn from."""
         return Given(self.samples.train.batch(rows), rows)
 
-    def loss(self, module: nn.Module, given: Given) -> dict[str, Tensor]:
-        """Return the weighted terms of a batch; the module is the student's."""
-        batch = given.batch
+    def loss(self, module: nn.Module, given: Given, peers: Peers | None = None) -> dict[str, Tensor]:
+        """Return the weighted terms of a batch; the module is the student's.
+
+        Args:
+            module: of the student.
+            given: samples, as many in each process of a launch.
+            peers: whose batches are one with this where a term looks at all of it; all processes when None.
+        """
+        batch, peers = given.batch, here() if peers is None else peers
         inputs = load.moved(self.student, batch.inputs)
         known: dict[str, Any] = {"mask": mask_of(inputs), "masks": self.masks(inputs)}
         outputs, features, towers = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
@@ -117,6 +124,7 @@ class Imitation:
             known |= self.remembered(given) if self.kept is not None and given.rows else self.taught(batch)
         if "student_vectors" in self.needs:
             known["student_vectors"] = vectors(outputs, known["mask"], of_pairs=towers is not None)
+        known |= {name: peers.all(known[name]) for name in ("student_vectors", "teacher_vectors") if name in known}
         if "products" in self.needs:
             with torch.autocast(outputs.device.type, enabled=False):
                 known |= self.products(module)
@@ -124,10 +132,10 @@ class Imitation:
         if self.task:
             assert self.samples.task is not None
             if towers is not None:
-                found[TASK] = self.task * sum(retrieval.losses(module, towers, inputs).values())
+                found[TASK] = self.task * sum(retrieval.losses(module, towers, inputs, peers).values())
             else:
                 objective = OBJECTIVES[self.samples.task.name]
-                found[TASK] = self.task * objective(outputs, self.samples.mapped(batch))
+                found[TASK] = self.task * objective(outputs, self.samples.mapped(batch), peers)
         for name, term in self.terms.items():
             with torch.autocast(outputs.device.type, enabled=False):
                 found[name] = term.weight * term.function(**{need: known[need] for need in term.needs})
@@ -211,7 +219,7 @@ class Imitation:
         with torch.no_grad():
             for start in range(0, len(held), batch_size):
                 rows = range(start, min(start + batch_size, len(held)))
-                terms = self.loss(self.student.module, Given(held.batch(rows)))
+                terms = self.loss(self.student.module, Given(held.batch(rows)), ALONE)
                 total += len(rows) * float(sum(value for name, value in terms.items() if name != "perturbation"))
         return -total / len(held)
 

@@ -33,6 +33,7 @@ PROCESS = (
 )
 SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
 MMAP_THRESHOLD = -3  # of glibc's mallopt
+SMALL = 1 << 16  # bytes; what is larger goes back to the system when it is freed
 Run = Callable[[Collector, list[int]], None]
 
 
@@ -77,11 +78,12 @@ def return_freed() -> None:
     """Let the C library, where it is glibc, give back to the system what is free, and larger blocks once they are.
 
     Without, the copies of half-precision weights and the small tensors of a backward pass leave holes in the heap that
-    count as taken.
+    count as taken. Aligned blocks as torch asks for leave many (glibc before 2.38 cannot fill such a hole again with a
+    block of its own size): with blocks up to 1 MB in the heap it grew by 400 MB in passes that held 97 MB at most.
     """
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(MMAP_THRESHOLD, SMALL)
         library.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return

@@ -37,6 +37,7 @@ KEPT = "sensitivity.json"
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent, of the plans that are tried as a whole
 SHARE = 0.45  # of the break-even rank, at which a module is tried
 FAINT = 1e-6  # of the whole loss, below which both the prediction and the measurement are rounding
+PRODUCT = 4  # bytes of an entry of a product of factors
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
@@ -107,10 +108,15 @@ def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tenso
     return found
 
 
+def number(prepared: Prepared, samples: int) -> int:
+    """Return how many samples there are to measure on, where so many were asked for."""
+    return min(samples, prepared.encoded.size)
+
+
 def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
     """Return so many samples, spread over the calibration set, in batches."""
-    size = prepared.encoded.size
-    chosen = [at * size // min(samples, size) for at in range(min(samples, size))]  # spread over the set
+    size, few = prepared.encoded.size, number(prepared, samples)
+    chosen = [at * size // few for at in range(few)]  # spread over the set
     lengths = prepared.encoded.lengths
     runs = hooks.batches(None if lengths is None else [lengths[at] for at in chosen], len(chosen), batch_size)
     return [prepared.encoded.batch([chosen[at] for at in run]) for run in runs]
@@ -165,8 +171,15 @@ def outputs(prepared: Prepared, batch: Batch) -> Tensor:
 
 def is_of_use(work: Factoring, budget: Budget, allocation: str) -> bool:
     """Return whether losses decide the ranks, and are divergences, so that a measured one corrects them."""
-    return (
-        spectra.needs_spectra(budget, allocation)
-        and budget.kind != "energy"
-        and "output_gradient_gram" in work.factorize.needs
-    )
+    return spectra.needs_spectra(budget, allocation) and budget.kind != "energy" and is_in_nats(work)
+
+
+def is_in_nats(work: Factoring) -> bool:
+    """Return whether the losses of a method count divergence from the dense model."""
+    return "output_gradient_gram" in work.factorize.needs
+
+
+def fits(work: Factoring) -> bool:
+    """Return whether the products of all modules can be held at once, beside the model."""
+    held = PRODUCT * sum(target.entries for target in work.targets.values())
+    return work.model.max_memory is None or held < work.model.max_memory // 2

@@ -72,17 +72,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Decision:
-    """The rank of every eligible module, and for a speed-up what was measured.
+    """The rank of every eligible module, and what was measured of them.
 
     Attributes:
         ranks: None is dense.
         slow: module -> why it stays dense, for those whose factors are not faster.
-        figures: what was measured, JSON-ready; empty where nothing was.
+        figures: for a speed-up what was measured, JSON-ready; empty where nothing was.
+        lost: divergence from the dense model in nats per sample, with all modules at these ranks; None where it was
+            not measured.
     """
 
     ranks: dict[str, Rank | None]
     slow: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
+    lost: float | None = None
 
     def settle(
         self, job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any], plan: Plan

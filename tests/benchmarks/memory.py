@@ -2,13 +2,13 @@
 
     python tests/benchmarks/memory.py [--gigabytes 2] [--allocation energy] [--dtype float32]
     python tests/benchmarks/memory.py --max-memory 1GB [--methods whitened kfac] [--commands decompose calibrate]
-        [--sequences 4] [--tokens 16] [--layers 2] [--extra "--sensitivity 0"]
+        [--sequences 4] [--tokens 16] [--layers 2] [--side 2048] [--extra "--sensitivity 0"]
 
 With `--max-memory` it calibrates on so many sequences drawn from the model, and factors or calibrates all layers or the
 first few.
 
-Makes a sharded Llama (every side at most 2,048) on the spot and polls RssAnon of the command: mapped file pages do not
-count.
+Makes a sharded Llama (every matrix a square of `--side`) on the spot and polls RssAnon of the command: mapped file
+pages do not count.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ import tempfile
 import time
 from pathlib import Path
 
-SIDE = 2048
 
-
-def layers(gigabytes: float, dtype: str) -> int:
+def layers(gigabytes: float, dtype: str, side: int) -> int:
     """Return how many layers make a checkpoint of about that size."""
-    return max(1, round(gigabytes * 1e9 / (7 * SIDE * SIDE * (4 if dtype == "float32" else 2))))
+    return max(1, round(gigabytes * 1e9 / (7 * side * side * (4 if dtype == "float32" else 2))))
 
 
-def make(folder: Path, gigabytes: float, dtype: str) -> int:
+def make(folder: Path, gigabytes: float, dtype: str, side: int) -> int:
     """Write a sharded Llama checkpoint of about that size, one tensor in memory at a time; return its bytes."""
     import torch
     from safetensors.torch import save_file
@@ -40,8 +38,8 @@ def make(folder: Path, gigabytes: float, dtype: str) -> int:
 
     kind = getattr(torch, dtype)
     config = LlamaConfig(
-        hidden_size=SIDE, intermediate_size=SIDE, num_hidden_layers=layers(gigabytes, dtype),
-        num_attention_heads=16, num_key_value_heads=16, vocab_size=SIDE, tie_word_embeddings=False,
+        hidden_size=side, intermediate_size=side, num_hidden_layers=layers(gigabytes, dtype, side),
+        num_attention_heads=16, num_key_value_heads=16, vocab_size=side, tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     folder.mkdir()
@@ -53,7 +51,7 @@ def make(folder: Path, gigabytes: float, dtype: str) -> int:
     names = list(shapes)
     number = 0
     for name in names:
-        scale = SIDE**-0.5 if len(shapes[name]) == 2 else 1.0
+        scale = side**-0.5 if len(shapes[name]) == 2 else 1.0
         tensor = torch.randn(shapes[name], generator=generator) * scale
         shard[name] = tensor.to(kind) if len(shapes[name]) == 2 else torch.ones(shapes[name], dtype=kind)
         if sum(t.nbytes for t in shard.values()) > 2.5e8 or name == names[-1]:
@@ -87,6 +85,7 @@ def main() -> None:
     """Print a row per command."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--side", type=int, default=2048, help="of every matrix")
     parser.add_argument("--allocation", default="energy")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-memory")
@@ -102,13 +101,13 @@ def main() -> None:
     budget = ["--ratio", "0.5", "--allocation", options.allocation]
     few = ["--data", f"generated:{options.sequences}", "--max-length", str(options.tokens)]
     few += ["--max-memory", options.max_memory]
-    total = layers(options.gigabytes, options.dtype)
+    total = layers(options.gigabytes, options.dtype, options.side)
     left = range(total if options.layers is None else options.layers, total)
     skip = [word for layer in left for word in ("--skip", f"layers.{layer}.*")]
     asked = {"decompose": ["--ratio", "0.5", *options.extra.split()], "calibrate": []}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        size = make(model, options.gigabytes, options.dtype)
+        size = make(model, options.gigabytes, options.dtype, options.side)
         imports, _, _ = peak([sys.executable, "-c", "import torch, timm, transformers"])
         commands = [
             ["decompose", str(model), *budget],

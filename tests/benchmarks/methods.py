@@ -1,18 +1,23 @@
 """Accuracy or divergence against ratio, for every method and allocation, on the trained models.
 
-    python tests/benchmarks/methods.py [MODEL ...] [--ratios 0.5 0.75 0.9] [--plot methods.svg] [--defaults-only]
+    python tests/benchmarks/methods.py [MODEL ...] [--methods kfac default ...] [--ratios 0.5 0.75 0.9]
+        [--rows methods.jsonl] [--plot methods.svg]
 
 ImageNet models are calibrated on one half of the 150 images and measured on the other, both ways, averaged. One
-calibration serves all methods; `default` is what `decompose --data` does by itself, `sequential` adds `--sequential`.
+calibration serves `whitened` and `kfac`; `default` is what `decompose --data` does by itself, `sequential` adds
+`--sequential`. Rows that `--rows` holds already are not measured again, so that a table can be made in parts.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,47 +76,74 @@ def cases(folder: Path) -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
     }
 
 
-def quality(report: Any) -> tuple[float, float]:
-    """Return the first metric, and the divergence from the dense model (NaN where there is none)."""
-    found = report.data["quality"]
-    divergence = (found["against"] or {}).get("divergence") or {"value": float("nan")}
-    return next(iter(found["metrics"].values()))["value"], divergence["value"]
+def quality(data: dict[str, Any], predicted: dict[str, Any]) -> tuple[float, ...]:
+    """Return the first metric, the divergence from the dense model, that predicted, and the sum over modules alone.
+
+    NaN where there is none. A prediction is per sample, and of texts the measured divergence is per token.
+    """
+    divergence = (data.get("against") or {}).get("divergence") or {"value": float("nan")}
+    foreseen = (predicted["value"], predicted["apart"]) if "samples" in predicted else (float("nan"),) * 2
+    return (next(iter(data["metrics"].values()))["value"], divergence["value"], *foreseen)
 
 
-def rows(name: str, case: Any, ratios: list[float], folder: Path, defaults_only: bool) -> Iterator[dict[str, Any]]:
+def planned(methods: list[str]) -> list[tuple[str, str]]:
+    """Return the pairs of method and allocation of the table."""
+    pairs = [(m, a) for m in methods if m in METHODS for a in ("uniform", "energy", "global", "convex")]
+    pairs = [(m, a) for m, a in pairs if m in ("svd", "whitened", "kfac") or a in ("uniform", "energy")]
+    return pairs + [(method, "auto") for method in methods if method not in METHODS]
+
+
+def collected(case: Any, method: str, number: int, folder: Path) -> Path:
+    """Return the statistics of a method on one of the model's data sets, collected once."""
     model, specs, options = case
-    stats = {}
-    if not defaults_only:
-        for number, spec in enumerate(specs):
-            for method in ("kfac", "asvd", "fwsvd"):
-                out = folder / f"{name}-{method}-{number}"
-                peftc.calibrate(model, data=spec, method=method, output_dir=out, calibration_samples=512, **options)
-                stats[method, number] = out
-    plain = [(m, a) for m in METHODS for a in ("uniform", "energy", "global", "convex")]
-    plain = [(m, a) for m, a in plain if m in ("svd", "whitened", "kfac") or a in ("uniform", "energy")]
-    for method, allocation in ([] if defaults_only else plain) + [("default", "auto"), ("sequential", "auto")]:
+    out = folder / f"{method}-{number}"
+    if not out.exists():
+        peftc.calibrate(model, data=specs[number], method=method, output_dir=out, calibration_samples=512, **options)
+    return out
+
+
+def measured(case: Any, method: str, allocation: str, ratio: float, folder: Path) -> list[tuple[float, ...]]:
+    """Decompose and measure once for each data set; vectors have no divergence, so nothing is compared there."""
+    model, specs, options = case
+    figures = []
+    for number, spec in enumerate(specs):
+        asked: dict[str, Any] = {"ratio": ratio, **options}
+        if method in METHODS:
+            asked |= {"method": method, "allocation": allocation, "sensitivity": 0}
+            kept = {"whitened": "kfac"}.get(method, method)
+            asked |= {} if method == "svd" else {"statistics": collected(case, kept, number, folder)}
+        else:
+            asked |= {"data": spec, "sequential": method == "sequential"}
+        made = peftc.decompose(model, output_dir=folder / "out", overwrite=True, **asked)
+        found = made.data.get("quality")
+        if found is None:
+            small = replace(model, spec=str(made.artifact)) if isinstance(model, Source) else made.artifact
+            against = None if isinstance(model, Path) and "max_length" not in options else model
+            found = peftc.evaluate(small, data=spec, against=against, **options).data
+        figures.append(quality(found, made.data["predicted"]))
+    return figures
+
+
+def rows(
+    name: str, case: Any, ratios: list[float], methods: list[str], known: set[tuple[Any, ...]], folder: Path
+) -> Iterator[dict[str, Any]]:
+    for method, allocation in planned(methods):
         for ratio in ratios:
-            figures = []
-            for number, spec in enumerate(specs):
-                asked: dict[str, Any] = {"ratio": ratio, "data": spec, **options}
-                if method in METHODS:
-                    asked |= {"method": method, "allocation": allocation, "sensitivity": 0}
-                    kept = stats.get((method if method in ("asvd", "fwsvd") else "kfac", number))
-                    asked |= {"statistics": kept} if method != "svd" else {}
-                elif method == "sequential":
-                    asked["sequential"] = True
-                try:
-                    made = peftc.decompose(model, output_dir=folder / "out", overwrite=True, **asked)
-                except PeftcError as refusal:
-                    print(f"{name} {method} {allocation} {ratio}: {refusal}", flush=True)
-                    break
-                figures.append(quality(made))
-            else:
-                metric, divergence = (sum(each) / len(figures) for each in zip(*figures, strict=True))
-                yield {
-                    "model": name, "method": method, "allocation": allocation, "ratio": ratio,
-                    "metric": round(metric, 4), "divergence": round(divergence, 4),
-                }  # fmt: skip
+            if (name, method, allocation, ratio) in known:
+                continue
+            start = time.process_time()
+            try:
+                figures = measured(case, method, allocation, ratio, folder)
+            except PeftcError as refusal:
+                print(f"{name} {method} {allocation} {ratio}: {refusal}", flush=True)
+                continue
+            means = (sum(each) / len(figures) for each in zip(*figures, strict=True))
+            named = zip(("metric", "divergence", "predicted", "apart"), means, strict=True)
+            yield {
+                "model": name, "method": method, "allocation": allocation, "ratio": ratio,
+                **{key: None if math.isnan(value) else round(value, 4) for key, value in named},
+                "seconds": round(time.process_time() - start),
+            }  # fmt: skip
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
@@ -144,21 +176,25 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "default", "sequential"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--rows", type=Path, help="JSON lines to draw, or to add to")
-    parser.add_argument("--defaults-only", action="store_true")
+    parser.add_argument("--rows", type=Path, help="JSON lines: those there are kept, new ones are added")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    found = (
-        [json.loads(line) for line in asked.rows.read_text().splitlines()] if asked.rows and asked.rows.exists() else []
-    )
+    there = asked.rows is not None and asked.rows.exists()
+    found = [json.loads(line) for line in asked.rows.read_text().splitlines()] if there else []
+    known = {(row["model"], row["method"], row["allocation"], row["ratio"]) for row in found}
     with tempfile.TemporaryDirectory() as folder:
-        known = cases(Path(folder))
-        for name in asked.models or ([] if found else known):
-            for row in rows(name, known[name], asked.ratios, Path(folder), asked.defaults_only):
+        models = cases(Path(folder))
+        for name in asked.models or ([] if found else models):
+            (own := Path(folder) / name).mkdir()
+            for row in rows(name, models[name], asked.ratios, asked.methods, known, own):
                 print(json.dumps(row), flush=True)
                 found.append(row)
+                if asked.rows:
+                    with asked.rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
     if asked.plot:
         draw(found, asked.plot)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,8 @@ def test_a_validation_split_is_held_out_and_the_test_split_never_read(tiny_vit: 
 def test_what_a_teacher_cannot_teach_is_said(student: Path, tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT)
     assert any("the teacher is no better than" in warning for warning in report.warnings)  # its weights are random
+    held = report.data["held_out"]
+    assert held["before"]["student"] == dict(held["scores"])[0] and held["before"]["teacher"] > 0
 
 
 def test_terms_that_hardly_pull_are_named(student: Path, images: Path, tmp_path: Path) -> None:
@@ -409,18 +412,54 @@ def test_augmentation_that_cannot_be_is_refused(
         peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT | options)
 
 
-def test_two_processes_learn_what_one_does(student: Path, images: Path, tmp_path: Path) -> None:
-    words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--device", "cpu", "-o"]
-    (alone,) = launch(1, *words, tmp_path / "one")
-    first, second = launch(2, *words, tmp_path / "two")
-    assert (alone[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
+def by_one_and_by_two(folder: Path, *words: Any) -> list[list[dict[str, float]]]:
+    """Train in one process and in two; return the log of each, as a list of lines."""
+    words = (*words, "--device", "cpu", "-o")
+    (alone,) = launch(1, *words, folder / "one")
+    first, second = launch(2, *words, folder / "two")
+    assert (alone[0], first[0], second[0]) == (0, 0, 0), alone[2] + first[2] + second[2]
     assert second[1:] == ("", "")
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / train.LOG).read_text().splitlines()] for name in ("one", "two")
-    )
+    logs = [(folder / name / train.LOG).read_text().splitlines() for name in ("one", "two")]
+    return [[json.loads(line) for line in lines] for lines in logs]
+
+
+def test_two_processes_learn_what_one_does(student: Path, images: Path, tmp_path: Path) -> None:
+    one, two = by_one_and_by_two(tmp_path, "distill", student, "--data", images, "--steps", 6, "--batch-size", 16)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["tiny_clip", "tiny_blip", "tiny_bert"])
+def test_losses_of_a_whole_batch_see_the_samples_of_every_process(
+    kind: str, request: Any, captioned: Path, tmp_path: Path
+) -> None:
+    """Every image meets every text, and every pair of sentences every other, whichever process holds them."""
+    peftc.decompose(request.getfixturevalue(kind), output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    data, extra = captioned, []
+    if kind == "tiny_bert":
+        data, extra = tmp_path / "pairs.csv", ["--task", "sentence-similarity"]
+        words = " ".join(TEXTS).replace(",", "").split()
+        texts = [" ".join(words[at : at + 3 + at % 5]) for at in range(20)]  # of all lengths
+        rows = [f"{one},{other},{at * 3 % 7}" for at, (one, other) in enumerate(pairwise(texts))]
+        data.write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    asked = ["distill", tmp_path / "small", "--data", data, "--loss", "task=1,embeddings=1", "--held-out", 0, *extra]
+    one, two = by_one_and_by_two(tmp_path, *asked, "--steps", 5, "--batch-size", 6, "--learning-rate", 0.01)
+    for term in ("task", "embeddings"):
+        values = [[line[term] for line in lines] for lines in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), term
+        assert abs(values[0][-1] / values[0][0] - 1) > 0.01, values  # the steps between were worth something
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_what_a_launcher_was_asked_for_and_cannot_be_is_refused(
+    student: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Without GPUs Accelerate itself says nothing of it, and would train as if it had not been asked."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(PeftcError, match=f"does not train under {kind} yet"):
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT)
+    assert not (tmp_path / "out").exists()
 
 
 FAILS = """

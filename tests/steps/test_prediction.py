@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import peftc
 from peftc.models import load as models
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
+from peftc.steps.factoring import Factoring
+from peftc.steps.prediction import Anchors
+from peftc.steps.prepared import Request, prepare
+from peftc.unlabelled import divergence
 from tests.steps.test_evaluate import fill
 
 CALIBRATED: dict[str, Any] = {"calibration_samples": 24, "device": "cpu"}
@@ -53,11 +58,64 @@ def test_the_curve_is_what_decompose_plans_and_then_does(
         assert dry["size"]["after"]["parameters"] == point["parameters"]
         assert dry["size"]["after"]["macs"] == point["macs"]
         assert dry["predicted"]["unit"] == curve["unit"]
-        assert dry["predicted"]["value"] == pytest.approx(point["predicted"], rel=2e-3)
+        assert dry["predicted"]["value"] == dry["predicted"]["apart"]  # nothing was tried
+        assert dry["predicted"]["apart"] == pytest.approx(point["apart"], rel=2e-3)
     done = decompose(tiny_vit, method=method, ratio="0.9", output_dir=tmp_path / "out", **data, sensitivity=0).data
     assert done["predicted"]["value"] == pytest.approx(dry["predicted"]["value"], rel=2e-3)
     assert [row["rank"] for row in done["modules"]] == [row["rank"] for row in dry["modules"]]
     assert "estimate" in dry and "estimate" not in done
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "auto"])
+def test_what_is_predicted_is_what_the_ranks_lose_together(
+    tiny_vit: Path, images: str, tmp_path: Path, allocation: str
+) -> None:
+    """On the samples that it is predicted by; the sum over modules alone is something else."""
+    asked: dict[str, Any] = {"ratio": "0.5", "data": images, "allocation": allocation, "sensitivity": 24, **CALIBRATED}
+    dry = decompose(tiny_vit, dry_run=True, **asked).data["predicted"]
+    made = decompose(tiny_vit, output_dir=tmp_path / "small", **asked).data["predicted"]
+    assert made == dry and dry["unit"] == "nats per sample" and dry["samples"] == 24
+    known = prepare(models.load(tiny_vit), Request(images, samples=24), "cpu")
+    inputs = known.encoded.batch(range(24)).inputs
+    dense, small = (peftc.load(each) for each in (tiny_vit, tmp_path / "small"))
+    with torch.no_grad():
+        lost = divergence(known.task, dense(inputs), small(inputs), inputs).mean()
+    assert dry["value"] == pytest.approx(float(lost), rel=1e-3)
+    assert abs(dry["apart"] / dry["value"] - 1) > 0.05
+
+
+def test_a_dry_run_solves_each_module_once(tiny_vit: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are corrected by measurements, tried in three forms as a whole, and predicted."""
+    solved: list[str] = []
+    fresh = Factoring._fresh
+
+    def counting(self: Factoring, target: Any, *rest: Any) -> Any:
+        solved.append(target.name)
+        return fresh(self, target, *rest)
+
+    monkeypatch.setattr(Factoring, "_fresh", counting)
+    report = decompose(tiny_vit, ratio="0.5", data=images, dry_run=True, **CALIBRATED)
+    assert report.data["predicted"]["samples"] == 16
+    assert len(solved) == len(set(solved)) == len(report.data["modules"]) > 4
+
+
+def test_the_curve_goes_through_what_was_measured(tiny_vit: Path, images: str) -> None:
+    curve = analyze(tiny_vit, data=images, **CALIBRATED).data["curve"]
+    tried = [one for one in curve["points"] if "measured" in one]
+    assert [one["ratio"] for one in tried] == [0.3, 0.5, 0.75, 0.9] and curve["samples"] == 24
+    for before, one in zip([None, *tried], tried, strict=False):
+        rising = before is None or one["measured"] <= before["measured"]
+        assert one["predicted"] == pytest.approx(one["measured"], rel=1e-3) or not rising
+
+
+def test_between_trials_and_beyond_them() -> None:
+    anchors = Anchors.of([(1.0, 4.0), (0.01, 0.02), (0.1, 0.3), (0.0, 0.0), (0.2, 0.2)])
+    assert anchors.tried == [(0.01, 0.02), (0.1, 0.3), (0.2, 0.3), (1.0, 4.0)]
+    assert anchors.predicted(0) == 0
+    assert anchors.predicted(0.001) == pytest.approx(0.002)  # in proportion
+    assert anchors.predicted(2.0) == pytest.approx(8.0)
+    assert anchors.predicted(0.01 * 10**0.5) == pytest.approx((0.02 * 0.3) ** 0.5)
+    assert Anchors().predicted(0.5) == 0.5
 
 
 class Noisy(nn.Module):
@@ -101,7 +159,7 @@ def test_half_the_squared_losses_are_about_the_measured_divergence(images: str, 
     small = Source(str(tmp_path / "small"), allow_code=True)
     measured = evaluate(small, data=images, against=source, device="cpu").data["against"]["divergence"]["value"]
     assert predicted["unit"] == "nats per sample" and measured > 0
-    assert 1 / 2 < predicted["value"] / measured < 2
+    assert 1 / 2 < predicted["apart"] / measured < 2
 
 
 def test_a_dry_run_without_weights_predicts_nothing_and_says_so(tiny_vit: Path) -> None:

@@ -18,7 +18,7 @@ from peftc import hooks, retrieval
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
 from peftc.measure import work
-from peftc.models import dual, load
+from peftc.models import load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.load import Model
 from peftc.models.targets import targets
@@ -447,10 +447,10 @@ def test_equal_texts_of_a_batch_are_never_taken_for_a_wrong_pair(tiny_blip: Path
     before = model.module(**{**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}).itm_score
     expected = F.cross_entropy(torch.cat([own, before[[0, 2]]]), torch.tensor([1, 1, 1, 0, 0]))
     assert torch.allclose(seen, expected, atol=1e-5)
-    found = dual.Towers(torch.eye(2), torch.eye(2)[[0, 0]])
+    image, text = torch.eye(2), torch.eye(2)[[0, 0]]
     same = torch.ones(2, 2, dtype=torch.bool)
-    assert retrieval.contrastive(model.module, found, same) < 10
-    assert retrieval.contrastive(model.module, found, torch.eye(2, dtype=torch.bool)) > 3
+    assert retrieval.contrastive(model.module, image, text, same) < 10
+    assert retrieval.contrastive(model.module, image, text, torch.eye(2, dtype=torch.bool)) > 3
 
 
 @pytest.mark.parametrize("kind", ["tiny_clip", "tiny_blip"])
