@@ -17,7 +17,14 @@ report()            optional: name -> count, as ``trainables``, ``entries`` of t
 
 A method's module may have
 
-==========================  =================================================================================
+==========================  ========================================================================================
+refuse(network)             raises where the method does not suit a network
+whole(module)               true of modules that it adapts as a whole, where not those with weights of their own
+after_step(updates, step,   called after each step of the optimizer, before its gradients are dropped: ``updates`` by
+steps, steps_per_epoch)     name, the ``step`` from 1
+penalty(adapted)            gives what is added to the loss of a step, or None: ``adapted`` are the modules by name
+==========================  ========================================================================================
+
 Buffers whose name begins with ``_`` serve the training alone: checkpoints hold them, artifacts do not. What a method
 found out from the values of the weights it says as ``resolved``, settings with which it builds the same update of a
 module on the meta device.
