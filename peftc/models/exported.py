@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftc.errors import ExportError
 from peftc.models import alone
-from peftc.models.inputs import dtype_of
+from peftc.models.inputs import dtype_of, taken
 from peftc.models.load import Model
 
 Inputs = dict[str, Tensor]
@@ -59,9 +59,13 @@ def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
 
 
 def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
-    """Return the main output of a network in memory, float32, and its name."""
+    """Return the main output of a network in memory, float32, and its name.
+
+    Raises:
+        SourceError: it does not take the inputs.
+    """
     dtype = dtype_of(model.module)
-    with torch.inference_mode():
+    with torch.inference_mode(), taken(model):
         moved = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
         one = next(iter(moved.values()))
         value, name = alone.picked(model.module(**moved) if model.library == "transformers" else model.module(one))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import SourceError
+from peftc.errors import PeftcError, SourceError
 from peftc.models import dual
 from peftc.models.streaming import PLACE
 from peftc.nn import surgery
@@ -129,6 +131,23 @@ def _end(model: Model) -> int | None:
     config: Any = getattr(model.module, "config", None)
     end = getattr(getattr(config, "text_config", None), "eos_token_id", None)
     return end if isinstance(end, int) and 0 <= end < _vocabulary(model) else None
+
+
+@contextmanager
+def taken(model: Model) -> Iterator[None]:
+    """Say so where a network does not take an input that was made up for it.
+
+    Raises:
+        SourceError: it did not.
+    """
+    try:
+        yield
+    except PeftcError:
+        raise
+    except DOES_NOT_RUN as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "look at its config: do its sizes fit one another?"
+        raise SourceError(f"`{model.name}` does not run on a random input", why=why, hint=hint) from error
 
 
 def outputs(model: Model, batch: Batch) -> Tensor:

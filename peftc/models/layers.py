@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import SourceError
 from peftc.models import inputs
 from peftc.models.load import Model
 
@@ -114,12 +113,8 @@ def _run(model: Model) -> None:
         SourceError: it does not take it.
     """
     batch = inputs.probe(model)
-    try:
+    with inputs.taken(model):
         model.module(**batch) if isinstance(batch, dict) else model.module(batch)
-    except inputs.DOES_NOT_RUN as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        hint = "look at its config: do its sizes fit one another?"
-        raise SourceError(f"`{model.name}` does not run on a random input", why=why, hint=hint) from error
 
 
 def _stacks(network: nn.Module, *, strict: bool) -> Iterator[list[str]]:

@@ -289,6 +289,9 @@ def _shorter_configs(model: Model, config: dict[str, Any], stack: Stack) -> Iter
                 for alias in [alias for alias, meant in aliases.items() if meant == key]:
                     level.pop(alias, None)
                 level |= {key: way, **_per_layer(known, stack)}
+                if known.get("out_features") == [f"stage{stack.number}"]:  # the last stage, which is another one now
+                    for word in ("stage_names", "out_features", "out_indices"):
+                        level.pop(word, None)
                 made = _build(model, changed)
                 if made is not None:
                     yield made, changed

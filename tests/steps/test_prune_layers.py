@@ -425,3 +425,14 @@ def test_of_two_towers_only_named_layers_are_dropped(tiny_clip: Path, tmp_path: 
     with pytest.raises(PlanError, match="more than one stack"):
         peftc.prune_layers(tiny_clip, output_dir=tmp_path / "no", score="magnitude", keep=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_stages_in_a_config_follow_the_depth(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    folder = save_transformers(tmp_path / "dinov2", "Dinov2ForImageClassification", **sizes, num_labels=3)
+    peftc.prune_layers(folder, drop="1", output_dir=tmp_path / "shorter", **CPU)
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "shorter").eval()
+    assert plain.config.num_hidden_layers == 2
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x).logits, peftc.load(tmp_path / "shorter")(x).logits)
