@@ -223,7 +223,7 @@ def best(rows: Sequence[dict[str, Any]]) -> float:
 
 def table(path: Path, plot: Path | None) -> None:
     """Print a table for each model, and draw quality against trained parameters."""
-    points: dict[str, list[tuple[str, int, float, float, float]]] = {}
+    points: dict[str, list[tuple[str, int, float, float, float, str]]] = {}
     for model in METHODS:
         rows = read(path, model)
         if not rows:
@@ -248,13 +248,13 @@ def table(path: Path, plot: Path | None) -> None:
                 f"| {name} | {first['parameters']:,} | {mean:.3f} | [{low:.3f}, {high:.3f}] | {listed} | "
                 f"{milliseconds:.0f} | {first['optimizer'] / 1e6:.2f} |"
             )
-            points.setdefault(model, []).append((name, first["parameters"], mean, low, high))
+            points.setdefault(model, []).append((name, first["parameters"], mean, low, high, edge))
     if plot:
         draw(points, plot)
 
 
-def draw(points: dict[str, list[tuple[str, int, float, float, float]]], path: Path) -> None:
-    """Draw accuracy with its interval against the number of trained parameters; equal numbers side by side."""
+def draw(points: dict[str, list[tuple[str, int, float, float, float, str]]], path: Path) -> None:
+    """Draw accuracy with its interval against trained parameters, hollow where the best rate is at the edge."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -263,12 +263,15 @@ def draw(points: dict[str, list[tuple[str, int, float, float, float]]], path: Pa
     colors = {name: colormaps["tab20"](at) for at, name in enumerate(names)}
     for axes, (model, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         places = apart([parameters for _, parameters, *_ in found])
-        for x, (name, _, mean, low, high) in sorted(zip(places, found, strict=True), key=lambda each: -each[1][2]):
-            bars, label = [[mean - low], [high - mean]], f"{mean:.3f} {name}"
-            axes.errorbar(x, mean, bars, fmt="o", capsize=2, color=colors[name], label=label)
+        for x, (name, _, mean, low, high, edge) in sorted(
+            zip(places, found, strict=True), key=lambda each: -each[1][2]
+        ):
+            bars, fill = [[mean - low], [high - mean]], "white" if edge else colors[name]
+            label = f"{mean:.3f} {name}"
+            axes.errorbar(x, mean, bars, fmt="o", capsize=2, color=colors[name], markerfacecolor=fill, label=label)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
         axes.set_xscale("log")
-        axes.set_xlabel("parameters that learn, head included (about equal ones set apart)")
+        axes.set_xlabel("parameters that learn (equal ones set apart; hollow: a rate at the edge)")
         axes.set_ylabel("accuracy on the test split, 95 % interval")
         axes.set_title(TITLES[model])
         axes.grid(alpha=0.3)
