@@ -35,6 +35,7 @@ from peftc.unlabelled import divergence
 
 KEPT = "sensitivity.json"
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent, of the plans that are tried as a whole
+WHOLE = 4  # times as many samples as for one module, for plans: they are few, and one sample in ten may hold the loss
 SHARE = 0.45  # of the break-even rank, at which a module is tried
 FAINT = 1e-6  # of the whole loss, below which both the prediction and the measurement are rounding
 PRODUCT = 4  # bytes of an entry of a product of factors
@@ -72,11 +73,17 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
 
 
 def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path) -> float:
-    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``."""
+    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``.
+
+    Args:
+        work, prepared, folder: as for `measured`.
+        ranks: of the modules.
+        samples: of the calibration set, to measure on.
+    """
     known = work.factorize.statistics
     assert known is not None
     batches = samples_of(prepared, samples, known.batch_size)
-    dense = _dense(prepared, batches, folder)
+    dense = _dense(prepared, batches, folder / f"whole-{samples}")
     with ExitStack() as held:
         for name, rank in ranks.items():
             if isinstance(rank, int):
@@ -98,6 +105,7 @@ def _divergence(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -
 
 def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
     """Return the dense model's outputs for every batch, on the CPU; kept in files and mapped, for they may be large."""
+    folder.mkdir(exist_ok=True)
     found = []
     for number, batch in enumerate(batches):
         part = folder / f"outputs-{number:05d}.safetensors"
