@@ -92,7 +92,7 @@ class Question:
             losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
             decision = self._found(budget, losses)
             found.append((losses, self._tried(decision, folder) if several else decision))
-        losses, decision = min(found, key=lambda one: one[1].lost or 0.0)
+        losses, decision = min(found, key=lambda one: one[1].lost.value if one[1].lost else 0.0)
         self.work.losses |= losses
         return decision
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peftc import allocate, artifact, hooks, progress
 from peftc.allocate import Rank
+from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
@@ -72,7 +73,9 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
     return found_losses
 
 
-def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path) -> float:
+def whole(
+    work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path
+) -> Interval:
     """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``.
 
     Args:
@@ -91,16 +94,17 @@ def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None],
                 assert isinstance(found, Spectrum)
                 held.enter_context(cut(work, prepared.model.module, work.targets[name], found, rank))
                 del found
-        return _divergence(prepared, batches, dense)
+        each = _divergences(prepared, batches, dense).numpy()
+    return bootstrap(lambda rows: float(each[rows].mean()), len(each), seed=prepared.request.seed)
 
 
-def _divergence(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> float:
-    """Return the mean divergence of what the model gives now from what the dense one gave."""
+def _divergences(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> Tensor:
+    """Return (samples,) divergences of what the model gives now from what the dense one gave, on the CPU."""
     parts = []
     for one, batch in zip(dense, batches, strict=True):
         now = outputs(prepared, batch)
         parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
-    return float(torch.cat(parts).mean())
+    return torch.cat(parts).cpu()
 
 
 def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
@@ -139,7 +143,7 @@ def _scale(
     if predicted <= FAINT * float(found.losses()[0]) / 2:
         return 1.0
     with cut(work, prepared.model.module, target, found, rank):
-        seen = _divergence(prepared, batches, dense)
+        seen = float(_divergences(prepared, batches, dense).mean())
     return min(max(seen / predicted, 1 / LARGEST), LARGEST)
 
 

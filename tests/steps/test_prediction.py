@@ -82,6 +82,7 @@ def test_what_is_predicted_is_what_the_ranks_lose_together(
         lost = divergence(known.task, dense(inputs), small(inputs), inputs).mean()
     assert dry["value"] == pytest.approx(float(lost), rel=1e-3)
     assert abs(dry["apart"] / dry["value"] - 1) > 0.05
+    assert dry["low"] < dry["value"] < dry["high"]
 
 
 def test_a_dry_run_solves_each_module_once(tiny_vit: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
