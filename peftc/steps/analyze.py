@@ -37,7 +37,7 @@ from peftc.steps.speedup import Input, decide
 from peftc.steps.statistics import Statistics
 
 ENERGIES = (90, 95, 99)
-SAMPLES = 32  # of the calibration set, on which plans are tried
+SAMPLES = 64  # of the calibration set, on which plans are tried
 POINTS = 25  # of a spectrum, in JSON
 
 

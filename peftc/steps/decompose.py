@@ -92,7 +92,7 @@ class Question:
             losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
             decision = self._found(budget, losses)
             found.append((losses, self._tried(decision, folder) if several else decision))
-        losses, decision = min(found, key=lambda one: one[1].lost or 0.0)
+        losses, decision = min(found, key=lambda one: one[1].lost.value if one[1].lost else 0.0)
         self.work.losses |= losses
         return decision
 
@@ -104,7 +104,13 @@ class Question:
             return found
         if not measuring.fits(work):
             return found
-        return replace(found, lost=measuring.whole(work, source, found.ranks, self.sensitivity, folder))
+        return replace(found, lost=measuring.whole(work, source, found.ranks, self._tried_on, folder))
+
+    @property
+    def _tried_on(self) -> int:
+        """How many samples a plan is tried on."""
+        many = measuring.WHOLE * self.sensitivity
+        return measuring.number(self.source, many) if isinstance(self.source, Prepared) else 0
 
     def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
         """Compute and keep the factors at the decided ranks."""
@@ -139,8 +145,7 @@ class Question:
         reasons = self.reasons | found.slow
         report = factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
         known = {} if self.work.losses else cuts
-        on = measuring.number(self.source, self.sensitivity) if isinstance(self.source, Prepared) else 0
-        prediction.add(report, self.work, found.ranks, known, found.lost, on)
+        prediction.add(report, self.work, found.ranks, known, found.lost, self._tried_on)
         return found.say(report)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peftc.allocate import Rank
 from peftc.errors import PlanError
+from peftc.intervals import Interval
 from peftc.plan import Budget
 from peftc.report import Report, Table, short
 from peftc.steps.factoring import Factoring
@@ -42,7 +43,7 @@ class Trial:
         samples: of the calibration set, on which it is measured.
     """
 
-    lost: Callable[[Mapping[str, Rank | None]], float]
+    lost: Callable[[Mapping[str, Rank | None]], Interval]
     samples: int
 
 
@@ -92,7 +93,7 @@ def from_spectra(work: Factoring) -> Callable[[str, Rank], tuple[float, float]]:
 
 def add(
     report: Report, work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
-    measured: float | None = None, samples: int = 0,
+    measured: Interval | None = None, samples: int = 0,
 ) -> None:  # fmt: skip
     """Add the predicted loss of ranks to a report; where no weight was read there is none.
 
@@ -117,10 +118,10 @@ def add(
         report.data["predicted"] = {"unit": unit, "value": apart, "apart": apart}
         report.notes.append(f"predicted loss, not measured: {said(apart, unit)}")
         return
-    value = _rounded(measured)
-    report.data["predicted"] = {"unit": unit, "value": value, "apart": apart, "samples": samples}
+    figures = {name: _rounded(each) for name, each in measured._asdict().items()}
+    report.data["predicted"] = {"unit": unit, **figures, "apart": apart, "samples": samples}
     report.notes.append(
-        f"predicted loss: {value:g} nats per sample of divergence from the dense model, what these ranks lost on "
+        f"predicted loss: {measured} nats per sample of divergence from the dense model, what these ranks lost on "
         f"{samples} calibration samples before anything was written"
     )
 
@@ -202,7 +203,7 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
             "factored": sum(rank is not None for rank in ranks.values()),
         })  # fmt: skip
         if trial is not None and ratio in TRIED:
-            tried.append((apart, trial.lost(ranks)))
+            tried.append((apart, trial.lost(ranks).value))
             points[-1]["measured"] = _rounded(tried[-1][1])
     anchors = Anchors.of(tried)
     return anchors, [{**point, "predicted": _rounded(anchors.predicted(point["apart"]))} for point in points]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peftc import allocate, artifact, hooks, progress
 from peftc.allocate import Rank
+from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import load
 from peftc.nn import lowrank
@@ -35,6 +36,7 @@ from peftc.unlabelled import divergence
 
 KEPT = "sensitivity.json"
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent, of the plans that are tried as a whole
+WHOLE = 4  # times as many samples as for one module, for plans: they are few, and one sample in ten may hold the loss
 SHARE = 0.45  # of the break-even rank, at which a module is tried
 FAINT = 1e-6  # of the whole loss, below which both the prediction and the measurement are rounding
 PRODUCT = 4  # bytes of an entry of a product of factors
@@ -71,12 +73,20 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
     return found_losses
 
 
-def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path) -> float:
-    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``."""
+def whole(
+    work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path
+) -> Interval:
+    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``.
+
+    Args:
+        work, prepared, folder: as for `measured`.
+        ranks: of the modules.
+        samples: of the calibration set, to measure on.
+    """
     known = work.factorize.statistics
     assert known is not None
     batches = samples_of(prepared, samples, known.batch_size)
-    dense = _dense(prepared, batches, folder)
+    dense = _dense(prepared, batches, folder / f"whole-{samples}")
     with ExitStack() as held:
         for name, rank in ranks.items():
             if isinstance(rank, int):
@@ -84,20 +94,22 @@ def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None],
                 assert isinstance(found, Spectrum)
                 held.enter_context(cut(work, prepared.model.module, work.targets[name], found, rank))
                 del found
-        return _divergence(prepared, batches, dense)
+        each = _divergences(prepared, batches, dense).numpy()
+    return bootstrap(lambda rows: float(each[rows].mean()), len(each), seed=prepared.request.seed)
 
 
-def _divergence(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> float:
-    """Return the mean divergence of what the model gives now from what the dense one gave."""
+def _divergences(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> Tensor:
+    """Return (samples,) divergences of what the model gives now from what the dense one gave, on the CPU."""
     parts = []
     for one, batch in zip(dense, batches, strict=True):
         now = outputs(prepared, batch)
         parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
-    return float(torch.cat(parts).mean())
+    return torch.cat(parts).cpu()
 
 
 def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
     """Return the dense model's outputs for every batch, on the CPU; kept in files and mapped, for they may be large."""
+    folder.mkdir(exist_ok=True)
     found = []
     for number, batch in enumerate(batches):
         part = folder / f"outputs-{number:05d}.safetensors"
@@ -131,7 +143,7 @@ def _scale(
     if predicted <= FAINT * float(found.losses()[0]) / 2:
         return 1.0
     with cut(work, prepared.model.module, target, found, rank):
-        seen = _divergence(prepared, batches, dense)
+        seen = float(_divergences(prepared, batches, dense).mean())
     return min(max(seen / predicted, 1 / LARGEST), LARGEST)
 
 

@@ -17,6 +17,7 @@ import torch
 from peftc import allocate, artifact, progress
 from peftc.allocate import Rank
 from peftc.errors import PlanError
+from peftc.intervals import Interval
 from peftc.job import Job
 from peftc.models.load import Model, detached, probe, runnable
 from peftc.plan import Budget, Plan
@@ -85,7 +86,7 @@ class Decision:
     ranks: dict[str, Rank | None]
     slow: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
-    lost: float | None = None
+    lost: Interval | None = None
 
     def settle(
         self, job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any], plan: Plan

@@ -1,7 +1,7 @@
 """Accuracy or divergence against ratio, for every method and allocation, on the trained models.
 
     python tests/benchmarks/methods.py [MODEL ...] [--methods kfac default ...] [--ratios 0.5 0.75 0.9]
-        [--rows methods.jsonl] [--plot methods.svg]
+        [--rows methods.jsonl] [--table] [--plot methods.svg]
 
 ImageNet models are calibrated on one half of the 150 images and measured on the other, both ways, averaged. One
 calibration serves `whitened` and `kfac`; `default` is what `decompose --data` does by itself, `sequential` adds
@@ -146,6 +146,24 @@ def rows(
             }  # fmt: skip
 
 
+def table(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table for each model: its metric, and in parentheses the divergence in nats."""
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = {(row["method"], row["allocation"], row["ratio"]): row for row in found if row["model"] == model}
+        ratios = sorted({ratio for _, _, ratio in own})
+        yield f"{model}\n\n| method | allocation | {' | '.join(f'{ratio:g}' for ratio in ratios)} |\n|---|---|"
+        yield "--:|" * len(ratios) + "\n"
+        for method, allocation in dict.fromkeys((method, allocation) for method, allocation, _ in own):
+            cells = []
+            for ratio in ratios:
+                row = own.get((method, allocation, ratio), {"metric": None, "divergence": None})
+                metric, divergence = (row["metric"], row["divergence"])
+                shown = [f"{metric:.3f}"] if metric is not None and model != "stories260K" else []
+                cells.append(" ".join(shown + ([f"({divergence:.3g})"] if divergence is not None else [])))
+            yield f"| {method} | {allocation} | {' | '.join(cells)} |\n"
+        yield "\n"
+
+
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Draw one panel per model: its metric against the ratio, the best allocation of each method."""
     import matplotlib
@@ -179,6 +197,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "default", "sequential"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--table", action="store_true", help="print all rows as tables")
     parser.add_argument("--rows", type=Path, help="JSON lines: those there are kept, new ones are added")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -187,7 +206,7 @@ def main() -> None:
     known = {(row["model"], row["method"], row["allocation"], row["ratio"]) for row in found}
     with tempfile.TemporaryDirectory() as folder:
         models = cases(Path(folder))
-        for name in asked.models or ([] if found else models):
+        for name in asked.models or ([] if asked.table or asked.plot else models):
             (own := Path(folder) / name).mkdir()
             for row in rows(name, models[name], asked.ratios, asked.methods, known, own):
                 print(json.dumps(row), flush=True)
@@ -195,6 +214,8 @@ def main() -> None:
                 if asked.rows:
                     with asked.rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")
+    if asked.table:
+        print("".join(table(found)))
     if asked.plot:
         draw(found, asked.plot)
 
