@@ -28,9 +28,10 @@ from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
 from peftc.report import Report, Table
 from peftc.source import Source
+from peftc.steps import layer_maps
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, "data_config.json")
+NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
 LOCK = "this folder holds low-rank factors: load it with peftc.load"
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
