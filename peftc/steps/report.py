@@ -237,7 +237,7 @@ def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
     what = f"{number:,} of {kept.samples:,} samples" if number < kept.samples else f"{number:,} samples"
     drawn = []
     for row in rows:
-        word = "no score" if row["score"] is None else f"{row['score']:.3g}"
+        word = "no score" if row["score"] is None else f"{row['score']:.2f}"
         state = f"{word}, {'kept' if row['kept'] else 'dropped'}"
         text = f"{what} of {classes} classes; score {state}."
         picture = charts.cloud(f"t-SNE map after {row['name']}", text, kept.points[row["name"]], kept.labels)

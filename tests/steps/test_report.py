@@ -157,14 +157,14 @@ def test_the_map_of_every_layer_is_drawn_with_its_score(folder) -> None:
     maps = [drawing for drawing in found.all("svg") if drawing.get("class") == "map"]
     assert [drawing["aria-label"] for drawing in maps] == [
         f"t-SNE map after b.{at}. 40 samples of 10 classes; score {score}, {state}."
-        for at, (score, state) in enumerate([("0", "kept"), ("0.333", "kept"), ("0.667", "dropped")])
+        for at, (score, state) in enumerate([("0.00", "kept"), ("0.33", "kept"), ("0.67", "dropped")])
     ]
     text = (folder / "report.html").read_text()
     drawn = re.findall(r'<svg[^>]*class="map".*?</svg>', text, re.S)
     assert [len(re.findall(r"M\d", each)) for each in drawn] == [40, 40, 40], "as many marks as samples"
     for name in names:
         assert name in found.text
-    assert "b.2 0.667, dropped" in found.text
+    assert "b.2 0.67, dropped" in found.text
 
 
 def test_an_artifact_without_maps_says_why(folder) -> None:
