@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench docs clean
 
 help:
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ format: .venv/.dev ## mend style where a tool can
 
 bench: .venv/.dev ## run every benchmark
 	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+docs: .venv/.dev ## write the pages of commands and methods anew
+	$(BIN)/python -m tests.docs.pages
 
 clean: ## remove the virtual environment and the caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,9 @@ def test_python_gives_the_same_object(tiny_vit: Path) -> None:
     assert errors(peftc.analyze(tiny_vit, ratio=0.5).to_json()) == []
 
 
-def test_the_readme_lists_the_keys_of_every_command() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = text.split("| command | keys of its own |\n")[1].split("\n\n")[0].splitlines()[1:]
-    told: dict[str, set[str]] = {}
-    for row in rows:
-        first, keys = (cell.split("`")[1::2] for cell in row.strip("|").split("|"))
-        told.setdefault(first[0] if first else list(told)[-1], set()).update(keys)
-    own = {
-        word: SCHEMA["$defs"][word]["properties"].keys() - SCHEMA["properties"].keys()
-        for word in SCHEMA["properties"]["command"]["enum"]
-    }
-    assert told == own
+@pytest.mark.parametrize("word", COMMANDS)
+def test_the_page_of_a_command_lists_its_keys_with_what_they_hold(word: str) -> None:
+    page = Path(__file__).parents[1] / "peftc" / "docs" / "commands" / f"{word}.md"
+    told = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page.read_text(encoding="utf-8").partition("## JSON")[2], re.M))
+    assert told.keys() == SCHEMA["$defs"][word]["properties"].keys() - SCHEMA["properties"].keys()
+    assert all(text.strip() for text in told.values())

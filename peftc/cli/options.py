@@ -173,7 +173,7 @@ def _texts(value: Any) -> list[str]:
     return [str(item) for item in value]
 
 
-# what a command reads and writes
+# what it reads and writes
 Model = Annotated[
     str | None, Argument(metavar="[MODEL]", help="a folder, timm/NAME, ORG/NAME or - (default: this project's last)")
 ]
@@ -211,7 +211,7 @@ KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: s
 PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
 Plot = Annotated[Path | None, Option(metavar="FILE", help="draw spectra and predicted losses to this .png or .svg")]
 
-# how to choose and factor
+# how they share it
 Allocation = Annotated[
     str,
     Option(
@@ -221,9 +221,13 @@ Allocation = Annotated[
     ),
 ]
 RankMultiple = Annotated[int, Option(min=1, metavar="N", help="every rank is a multiple of N")]
+
+# methods and their settings
 Method = Annotated[str, Option(metavar="NAME", help="how to factor matrices, see `peftc methods`")]
 ConvMethod = Annotated[str, Option(metavar="NAME", help="how to factor convolutions")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="a setting of the method, repeatable")]
+
+# which modules
 Include = Annotated[list[str], Option(metavar="PATTERN", help="also factor these modules, repeatable")]
 Skip = Annotated[list[str], Option(metavar="PATTERN", help="leave these modules dense, repeatable")]
 
@@ -340,9 +344,13 @@ SameRank = Annotated[bool, Option("--same-rank", help="merge --on-product update
 Head = Annotated[
     str, Option(parser=choice("auto", "new", "keep"), metavar="auto|new|keep", help="whether the outputs are new ones")
 ]
+
+# what it reads and writes
 Delta = Annotated[
     bool | None, Option("--delta/--full", help="write what the task changed, or a whole model (default: as MODEL is)")
 ]
+
+# how to train
 Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
 UsualRate = Annotated[
     float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")

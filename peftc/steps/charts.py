@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peftc.steps.page import Html, prose, tag
+from peftc.steps.page import Html, joined, prose, tag
 
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38  # margins, for the figures on the axes
@@ -186,3 +186,40 @@ def _padded(values: Sequence[float], start: float, stop: float) -> Scale:
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - room, high + room, start, stop)
+
+
+MARKS = 32  # classes that marks tell apart: eight colours by four shapes
+SIDE, INSET = 320, 12  # of a map, and the room around its points
+
+
+def cloud(title: str, text: str, points: Sequence[tuple[float, float]], labels: Sequence[int]) -> Html:
+    """Draw a map of samples, (x, y) in [0, 1], each as the mark of its class; axes of t-SNE say nothing."""
+    parts = [tag("rect", x=1, y=1, width=SIDE - 2, height=SIDE - 2, class_="frame")]
+    for each in sorted(set(labels)):
+        where = [point for point, label in zip(points, labels, strict=True) if label == each]
+        parts.append(marks(each, [(_place(x), _place(1 - y)) for x, y in where]))
+    said = f"{title}. {text}".replace("`", "")
+    return tag("svg", *parts, viewBox=f"0 0 {SIDE} {SIDE}", role="img", class_="map", aria_label=said)
+
+
+def marks(number: int, places: Sequence[tuple[float, float]]) -> Html:
+    """Return the marks of a class, as one path: eight colours, and a shape that differs from those beside it."""
+    shape = SHAPES[(number + number // 8) % len(SHAPES)]
+    return tag("path", d="".join(f"M{x:g} {y:g}{shape[1]}" for x, y in places), class_=f"c{number % 8} {shape[0]}")
+
+
+# a path of no length has round or square ends; the others are drawn
+SHAPES = [("round", "h0"), ("filled", "m-6 5h12l-6-11z"), ("square", "h0"), ("cross", "m-5-5l10 10m-10 0l10-10")]
+
+
+def legend(names: Sequence[str]) -> Html:
+    """Return the mark of each class with its name."""
+    keys = (
+        joined([tag("svg", marks(at, [(10, 10)]), viewBox="0 0 20 20", aria_hidden="true"), name])
+        for at, name in enumerate(names)
+    )
+    return tag("ul", *(tag("li", key) for key in keys), class_="keys")
+
+
+def _place(share: float) -> int:
+    return round(INSET + (SIDE - 2 * INSET) * share)

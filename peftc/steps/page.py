@@ -7,9 +7,13 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #d5dade; --paper: #ffffff; --card: #f5f7f8;
-  --mark: #0b63b0; --other: #b3541e; --faint: #9db4c8; }
+  --mark: #0b63b0; --other: #b3541e; --faint: #9db4c8;
+  --c0: #c74ffd; --c1: #12a166; --c2: #e137ac; --c3: #0000fa; --c4: #2c020f; --c5: #1b0957; --c6: #968f00;
+  --c7: #781c03; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a3adb6; --line: #3a424a; --paper: #14181c;
-  --card: #1d2328; --mark: #6cb2f2; --other: #eb9a62; --faint: #48637b; } }
+  --card: #1d2328; --mark: #6cb2f2; --other: #eb9a62; --faint: #48637b;
+  --c0: #c83d27; --c1: #6a4dff; --c2: #9c5c82; --c3: #3aff8c; --c4: #9cccea; --c5: #f9ce13; --c6: #ffffee;
+  --c7: #b58aff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); }
@@ -35,6 +39,16 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--ink); } svg .soft { fil
 .bar { fill: var(--mark); } .bar.dense { fill: var(--faint); }
 .bar.gone { fill: none; stroke: var(--other); stroke-width: 1.2; }
 .limit { stroke: var(--other); stroke-width: 1.2; stroke-dasharray: 4 3; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 11rem), 1fr)); gap: .8rem; }
+.maps figure { padding: .5rem; } .maps figure.gone { outline: 1.5px dashed var(--other); }
+.maps figcaption { overflow-wrap: anywhere; }
+.frame { fill: none; stroke: var(--line); } .map path { opacity: .85; } .map path, .keys path { stroke-width: 9; }
+.round { stroke-linecap: round; } .square { stroke-linecap: square; fill: none; }
+.cross { stroke-linecap: round; fill: none; } .map .cross, .keys .cross { stroke-width: 4; }
+.map .filled, .keys .filled { stroke-width: 0; }
+.keys { display: flex; flex-wrap: wrap; gap: .1rem 1rem; list-style: none; padding: 0; font-size: .9rem; }
+.keys li { display: flex; align-items: center; gap: .3rem; overflow-wrap: anywhere; }
+.keys svg { width: 1rem; flex: none; }
 pre { background: var(--card); padding: .7rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; } pre, code { font: .85rem/1.45 ui-monospace, monospace; } code { overflow-wrap: anywhere; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--mark); padding: .2rem 0; }
@@ -52,6 +66,7 @@ dd { margin: 0; overflow-wrap: anywhere; } .warning { border-left: 3px solid var
   .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; block-size: auto; } figure, pre, tr { break-inside: avoid; } }
 """
+STYLE += "".join(f".c{at} {{ fill: var(--c{at}); stroke: var(--c{at}); }} " for at in range(8)) + "\n"
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>

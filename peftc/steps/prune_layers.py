@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +29,7 @@ from peftc.steps import (
     factored,
     layer_choice,
     layer_evidence,
+    layer_maps,
     layer_scores,
     ordered,
     quality,
@@ -37,7 +39,7 @@ from peftc.steps import (
 )
 from peftc.steps.layer_choice import Choice, Work
 from peftc.steps.layer_plot import draw_scores
-from peftc.steps.layer_scores import Score
+from peftc.steps.layer_scores import Score, Seen
 from peftc.steps.plot import refuse_unwritable
 from peftc.steps.samples import Samples
 from peftc.tasks import Settings
@@ -184,7 +186,7 @@ def _prune(
             return write.already(job, "prune-layers"), None
         job.require(measure.tensor_bytes(work.stored.module))
         decided, shorter = _decide(work, report)
-        _carry_out(job, base, request, report, work, shorter)
+        _carry_out(job, base, request, report, work, shorter, decided.seen)
     return report, decided
 
 
@@ -358,8 +360,9 @@ def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:
 
 
 def _carry_out(
-    job: Job, base: dict[str, Any], request: dict[str, Any], report: Report, work: Work, shorter: Shorter
-) -> None:
+    job: Job, base: dict[str, Any], request: dict[str, Any], report: Report, work: Work, shorter: Shorter,
+    seen: Seen | None,
+) -> None:  # fmt: skip
     """Write, reload and compare; the first process does."""
     if processes.rank():
         return
@@ -381,6 +384,8 @@ def _carry_out(
     report.warnings += write.verify(job.folder, expected)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
     report.tables[-1] = factored.size_table(report.data["size"])
+    if seen and seen.maps:
+        layer_maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
     write.finish(job, record, report, models.place_of(work.runs.module))
     report.artifact = job.output
 
@@ -391,11 +396,24 @@ def _complete(
 ) -> Report:  # fmt: skip
     """Draw the picture and add the gates on the size."""
     if plot is not None and processes.rank() == 0:
-        seen = choice.seen if choice else None
-        labels = torch.cat(seen.labels).cpu().numpy() if seen and seen.labels else None
-        draw_scores(report.data, Path(plot), stored.name, seen.maps if seen else None, labels, stored.labels)
-        report.notes.append(f"scores in `{plot}`")
-        if choice is None and report.data.get("score") == "tsne-silhouette":
-            report.notes.append("its maps are not kept with the artifact: `--dry-run` draws them again")
+        _draw(report, stored, Path(plot), choice)
     factored.gate_size(report, max_params, max_bytes)
     return report
+
+
+def _draw(report: Report, stored: Model, path: Path, choice: Choice | None) -> None:
+    """Draw the scores and the maps that they are taken of; of an artifact that was there, those that it keeps."""
+    kept = layer_maps.read(report.artifact) if choice is None and report.artifact is not None else None
+    seen = choice.seen if choice else None
+    if kept is not None and not kept.points.keys() >= {row["name"] for row in report.data["layers"]}:
+        kept = None
+    if kept is not None:
+        maps = {name: np.array(points) for name, points in kept.points.items()}
+        draw_scores(report.data, path, stored.name, maps, np.array(kept.labels), kept.classes)
+    else:
+        labels = torch.cat(seen.labels).cpu().numpy() if seen and seen.labels else None
+        draw_scores(report.data, path, stored.name, seen.maps if seen else None, labels, stored.labels)
+    report.notes.append(f"scores in `{path}`")
+    if kept is not None and len(kept.labels) < kept.samples:
+        shown = f"{len(kept.labels)} of {kept.samples:,} samples"
+        report.notes.append(f"its maps show {shown}, those that the artifact keeps: `--dry-run` draws all")

@@ -11,7 +11,7 @@ from peftc import __version__
 from peftc.errors import OutputError, UsageError
 from peftc.report import Report, count, grouped, percent, short, size, span
 from peftc.source import Source, read_json
-from peftc.steps import charts, page, records
+from peftc.steps import charts, layer_maps, page, records
 from peftc.steps.charts import Point
 from peftc.steps.compare import compare, quality_text, speed_texts
 from peftc.steps.page import Html, details, facts, joined, prose, section, tag
@@ -210,7 +210,7 @@ def _layers(record: Record) -> Html | None:
     ]
     whole = page.table("layers", ["layer", "score", ""], cells)
     if not scored:
-        return joined([tag("p", text), whole])
+        return joined([tag("p", text), whole, _maps(record, rows)])
     values = [(row["name"], row["score"], "" if row["kept"] else "gone") for row in scored]
     drawn = charts.bars(
         "score of each layer",
@@ -219,7 +219,36 @@ def _layers(record: Record) -> Html | None:
         text=text,
         limit=record.data.get("threshold"),
     )
-    return joined([tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole)])
+    return joined([
+        tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole), _maps(record, rows)
+    ])  # fmt: skip
+
+
+def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Draw the t-SNE map after each layer, or say why there is none."""
+    score, kept = record.data.get("score"), layer_maps.read(record.folder)
+    if score != "tsne-silhouette":
+        why = f"`{score}` is taken of none, as `tsne-silhouette` is" if score else "no layer was scored"
+        return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
+    if kept is None or not kept.points.keys() >= {row["name"] for row in rows}:
+        why = f"there is no `{layer_maps.FILE}` of these layers in the artifact"
+        return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
+    number, classes = len(kept.labels), len(kept.classes)
+    what = f"{number:,} of {kept.samples:,} samples" if number < kept.samples else f"{number:,} samples"
+    drawn = []
+    for row in rows:
+        word = "no score" if row["score"] is None else f"{row['score']:.2f}"
+        state = f"{word}, {'kept' if row['kept'] else 'dropped'}"
+        text = f"{what} of {classes} classes; score {state}."
+        picture = charts.cloud(f"t-SNE map after {row['name']}", text, kept.points[row["name"]], kept.labels)
+        said = tag("figcaption", tag("strong", row["name"]), f" {state}")
+        drawn.append(tag("figure", said, picture, class_=None if row["kept"] else "gone"))
+    known = classes <= charts.MARKS
+    told = f"t-SNE maps of {what} after each layer, marked by class; above each its score, which all samples count for."
+    more = "" if known else f" With {classes} classes several share a mark."
+    return joined([
+        tag("p", told + more), charts.legend(kept.classes) if known else None, tag("div", *drawn, class_="maps")
+    ])  # fmt: skip
 
 
 def _training(record: Record) -> Html | None:

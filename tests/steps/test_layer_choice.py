@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 import peftc
@@ -16,7 +17,7 @@ from peftc.depth import NOISE, Decision
 from peftc.errors import DataError, PeftcError, UsageError
 from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
-from peftc.steps import layer_evidence, layer_losses, layer_scores, samples
+from peftc.steps import layer_evidence, layer_losses, layer_maps, layer_scores, samples
 from peftc.steps.layer_losses import Trial
 from peftc.tasks import Settings
 from peftc.unlabelled import divergence
@@ -303,6 +304,24 @@ def test_the_picture_has_a_map_for_every_layer_with_its_score(vit: Path, images:
     quick = tmp_path / "quick.svg"
     peftc.prune_layers(vit, data=str(images), score="silhouette", plot=quick, dry_run=True, **CPU)
     assert quick.read_text().count("<image ") == 0
+
+
+def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: Path, tmp_path: Path) -> None:
+    on = {"data": str(images), "output_dir": tmp_path / "out", **MAPPED}
+    first = peftc.prune_layers(vit, plot=tmp_path / "first.svg", **on)
+    kept = layer_maps.read(tmp_path / "out")
+    assert kept is not None and first.data["samples"] == kept.samples == len(kept.labels)
+    assert list(kept.points) == [row["name"] for row in first.data["layers"]] == NAMES
+    for row in first.data["layers"]:
+        found = silhouette_score(np.array(kept.points[row["name"]]), kept.labels)
+        assert found == pytest.approx(row["score"], abs=0.01), "the points are those of the score, with their classes"
+    again = peftc.prune_layers(vit, plot=tmp_path / "again.svg", **on)
+    assert any("already done" in note for note in again.notes)
+    assert (tmp_path / "again.svg").read_text().count("<image ") == 4
+    peftc.decompose(tmp_path / "out", ratio=0.5, output_dir=tmp_path / "next")
+    assert not (tmp_path / "next" / layer_maps.FILE).exists(), "they are not those of the next artifact"
+    quick = peftc.prune_layers(vit, data=str(images), score="silhouette", output_dir=tmp_path / "quick", **CPU)
+    assert quick.artifact is not None and layer_maps.read(quick.artifact) is None
 
 
 def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: Path) -> None:

@@ -7,15 +7,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import peftc as package
 from peftc import artifact
 from peftc.errors import ArtifactError, OutputError, UsageError
-from peftc.steps import charts, page
+from peftc.steps import charts, layer_maps, page
 from peftc.steps.charts import Point, Scale
 from peftc.steps.report import report
 from tests.steps.test_compare import measure, quality, speed, write
@@ -126,6 +128,116 @@ def test_every_drawing_says_in_words_what_it_shows(folder) -> None:
     assert "top1 against parameters. 1: 400, top1 0.9; 2: 100, top1 0.6" in said
     assert "b.0: 0; b.1: 0.1; b.2: 0.2 (gone)" in said
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", said.lower())
+
+
+# t-SNE maps
+
+
+def mapped(folder: Path, layers: int = 3, points: int = 40, classes: int = 10) -> list[str]:
+    """Let an artifact keep maps in which every class is a heap of its own; return the names of the classes."""
+    names = [f"class <{at}>" for at in range(classes)]
+    labels = [at % classes for at in range(points)]
+    drawn = [(label / classes, (at % 7) / 7) for at, label in enumerate(labels)]
+    layer_maps.write(folder, {f"b.{at}": drawn for at in range(layers)}, labels, names)
+    result = json.loads((folder / "result.json").read_text())
+    result["report"]["data"] |= {
+        "score": "tsne-silhouette",
+        "layers": [
+            {**LAYERS[0], "name": f"b.{at}", "score": at / layers, "kept": at < layers - 1} for at in range(layers)
+        ],
+    }
+    artifact.write_json(folder / "result.json", result)
+    return names
+
+
+def test_the_map_of_every_layer_is_drawn_with_its_score(folder) -> None:
+    names = mapped(folder / "shorter")
+    found = written()
+    assert (found.wrong, found.open) == ([], [])
+    maps = [drawing for drawing in found.all("svg") if drawing.get("class") == "map"]
+    assert [drawing["aria-label"] for drawing in maps] == [
+        f"t-SNE map after b.{at}. 40 samples of 10 classes; score {score}, {state}."
+        for at, (score, state) in enumerate([("0.00", "kept"), ("0.33", "kept"), ("0.67", "dropped")])
+    ]
+    text = (folder / "report.html").read_text()
+    drawn = re.findall(r'<svg[^>]*class="map".*?</svg>', text, re.S)
+    assert [len(re.findall(r"M\d", each)) for each in drawn] == [40, 40, 40], "as many marks as samples"
+    for name in names:
+        assert name in found.text
+    assert "b.2 0.67, dropped" in found.text
+
+
+def test_an_artifact_without_maps_says_why(folder) -> None:
+    assert "No t-SNE maps: block-influence is taken of none, as tsne-silhouette is." in written().text
+    mapped(folder / "shorter")
+    (folder / "shorter" / layer_maps.FILE).write_text('{"maps": ')
+    assert "No t-SNE maps: there is no maps.json of these layers in the artifact." in written().text
+    mapped(folder / "shorter", layers=2)
+    result = json.loads(Path("shorter/result.json").read_text())
+    result["report"]["data"]["layers"] = LAYERS
+    artifact.write_json(Path("shorter/result.json"), result)
+    assert "there is no maps.json of these layers" in written().text, "the maps of other layers"
+
+
+def test_maps_of_a_deep_network_keep_the_page_small(folder) -> None:
+    written()
+    without = (folder / "report.html").stat().st_size
+    mapped(folder / "shorter", layers=12, points=2000)
+    assert "300 of 2,000 samples" in written().text
+    assert (folder / "report.html").stat().st_size - without < 80_000
+    mapped(folder / "shorter", classes=charts.MARKS + 1)
+    assert f"With {charts.MARKS + 1} classes several share a mark." in written().text
+
+
+def test_no_two_classes_have_the_same_mark() -> None:
+    found = [charts.marks(at, [(0, 0)]) for at in range(charts.MARKS)]
+    assert len(set(found)) == charts.MARKS
+    for at, (one, other) in enumerate(pairwise(found)):
+        shapes = [re.search(r'class="c\d (\w+)"', each)[1] for each in (one, other)]  # type: ignore[index]
+        assert shapes[0] != shapes[1], f"classes {at} and {at + 1} differ in colour alone"
+
+
+# how those see who lack one kind of cone, in linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1)
+SIGHT = {
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}  # fmt: skip
+
+
+def linear(color: str) -> np.ndarray:
+    value = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light: np.ndarray) -> np.ndarray:
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = (
+        value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116
+        for value in np.array(to_xyz) @ light.clip(0, 1) / [0.9505, 1, 1.089]
+    )
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_of_classes_are_told_apart_by_all_who_see(scheme: str, sight: str) -> None:
+    light, dark = page.STYLE.split("@media (prefers-color-scheme: dark)", 1)
+    style = light if scheme == "light" else dark
+    known = dict(re.findall(r"--(c\d|card): (#[0-9a-f]{6})", style))
+    colors = [linear(known[f"c{at}"]) for at in range(8)]
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    paper = float(weights @ linear(known["card"]))
+    for color in colors:
+        bright, dim = sorted([float(weights @ color), paper], reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 3, "as WCAG asks of graphics"
+    seen = [lab(np.array(SIGHT[sight]) @ color) for color in colors]
+    for at in range(8):
+        for other in range(at):
+            same_shape = (at - other) % 4 == 0
+            apart = float(np.linalg.norm(seen[at] - seen[other]))
+            assert apart > (30 if same_shape else 20), f"c{other} and c{at} are {apart:.1f} apart"
 
 
 def test_figures_and_commands_stand_in_the_text(folder) -> None:
@@ -262,6 +374,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: str) -> None:
+    mapped(folder / "shorter", layers=12)
     report(["small", "healed", "shorter"], analysis="analysis.json")
     shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said: list[str] = []
@@ -272,8 +385,11 @@ def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: s
     assert said == []
     assert asked == [(folder / "report.html").as_uri()]
     assert shown.evaluate("document.documentElement.scrollWidth") <= width, "nothing has to be pushed sideways"
-    sizes = shown.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)")
+    wide = ".map(s => s.getBoundingClientRect().width)"
+    sizes = shown.evaluate(f"[...document.querySelectorAll('svg[role=img]:not(.map)')]{wide}")
     assert min(sizes) > 280, "a chart is large enough to be read"
+    maps = shown.evaluate(f"[...document.querySelectorAll('svg.map')]{wide}")
+    assert len(maps) == 12 and min(maps) > 130, "two beside each other on a phone"
     text = shown.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
     assert min(text) > 9
     ink, paper = (

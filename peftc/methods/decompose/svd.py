@@ -1,9 +1,8 @@
 """Truncated singular value decomposition: the best rank-r approximation in the Frobenius norm.
 
-Eckart and Young, "The approximation of one matrix by another of lower rank", 1936; PELA (arXiv 2310.10700), section 1.2
-of the papers notes, for its use and the balanced square-root split. Solved as an eigenproblem of the Gram matrix of the
-smaller side: with W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular
-values.
+Eckart and Young, "The approximation of one matrix by another of lower rank", 1936; PELA (arXiv 2310.10700)
+for its use and the balanced square-root split. Solved as an eigenproblem of the Gram matrix of the smaller side: with
+W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular values.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SLS: how well the features after a layer cluster by class in a t-SNE map.
 
-Han et al., "Straightforward Layer-wise Pruning for More Efficient Visual Adaptation", 2024, arXiv:2407.14330, section 3
-(2.2 of the papers notes): a map of two components by scikit-learn with PCA initialisation and random state 0, each axis
-scaled to [0, 1], and the mean silhouette coefficient of the map with the true labels.
+Han et al., "Straightforward Layer-wise Pruning for More Efficient Visual Adaptation", 2024, arXiv:2407.14330,
+section 3: a map of two components by scikit-learn with PCA initialisation and random state 0, each axis scaled to
+[0, 1], and the mean silhouette coefficient of the map with the true labels.
 """
 
 from __future__ import annotations

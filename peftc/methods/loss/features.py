@@ -1,8 +1,7 @@
 """Feature distillation: every layer of the student gives what the teacher's layer gives.
 
-PELA (arXiv 2310.10700), section 1.3 of the papers notes: the mean squared error between the residual streams after
-each layer, all tokens, before the final norm, averaged over layers. Padding does not count, and every sample counts
-the same.
+PELA (arXiv 2310.10700): the mean squared error between the residual streams after each layer, all tokens, before the
+final norm, averaged over layers. Padding does not count, and every sample counts the same.
 """
 
 from __future__ import annotations

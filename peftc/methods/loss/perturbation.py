@@ -1,8 +1,8 @@
 """Regularised weight perturbation: the product of the factors stays near the weight that they stand for.
 
-PELA (arXiv 2310.10700), section 1.3 of the papers notes: of each factored module the largest entry of |B A - W|, beyond
-an epsilon, squared, averaged over modules. The hinge is ours: PELA's two-sided square would push the product away from
-the weight below epsilon. Its gradient touches one entry of each product: with PELA's weight it is all but inert.
+PELA (arXiv 2310.10700): of each factored module the largest entry of |B A - W|, beyond an epsilon, squared, averaged
+over modules. The hinge is an addition: PELA's two-sided square would push the product away from the weight below
+epsilon. Its gradient touches one entry of each product: with PELA's weight it is all but inert.
 """
 
 from __future__ import annotations

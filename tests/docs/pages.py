@@ -1,0 +1,305 @@
+"""Write the pages of peftc/docs that say what commands and methods are: `make docs`.
+
+What is declared elsewhere is taken from there: options with their defaults, the keys of JSON, papers and settings of
+methods. Prose and examples stand in `commands.md` and `methods.md` beside this file; other pages are written by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from peftc import methods, report
+from peftc.cli import app as program
+from peftc.cli import options
+
+WRITTEN = Path(__file__).parent
+DOCS = WRITTEN.parents[1] / "peftc" / "docs"
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
+FUNCTIONS = {word: command.callback for word, command in COMMANDS.items()}
+SCHEMA = json.loads(Path(report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
+FIRST = "what it reads and writes"  # the heading of options that are declared nowhere else
+NOTE = "<!-- `make docs` writes this page; prose and examples stand in tests/docs/{}.md -->"
+
+# kind of method -> its heading, the command that takes it, and how
+KINDS = {
+    "decompose": ("How matrices are factored", "decompose", "--method {}"),
+    "decompose_conv": ("How convolutions are factored", "decompose", "--conv-method {}"),
+    "importance": ("How layers are scored", "prune-layers", "--score {}"),
+    "loss": ("What healing pulls towards", "distill", "--loss {}=1"),
+    "adapter": ("What learns in finetuning", "finetune", "--method {}"),
+    "format": ("What an export is", "export", "--format {}"),
+}
+GUIDES = {
+    "models.md": "What MODEL takes: folders, timm, transformers, a network of your own",
+    "data.md": "What --data takes, splits, tasks and metrics",
+    "artifact.md": "The folder that is written, and what is promised of it",
+    "automation.md": "Pipes, projects, gates, exit codes, JSON, and completion in your shell",
+    "scale.md": "Models larger than memory, and several processes",
+    "extending.md": "A method of your own",
+    "migration.md": "Coming from Torch-Pruning, SVD-LLM, peft, mergekit, AIMET or Olive",
+}
+
+
+def sections(file: str) -> dict[str, str]:
+    """Return heading -> what stands under it, of a file beside this one."""
+    found: dict[str, list[str]] = {}
+    inside, fenced = "", False
+    for line in (WRITTEN / file).read_text(encoding="utf-8").splitlines():
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            inside = line[3:]
+            assert inside not in found, f"`{inside}` stands twice in {file}"
+            found[inside] = []
+        elif inside:  # what stands above the first heading is for those who write
+            found[inside].append(line[1:] if line.startswith("###") and not fenced else line)
+    return {name: "\n".join(lines).strip() for name, lines in found.items()}
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; a bar in a cell is escaped, and empty where there is no row."""
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    head = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    return "\n".join(f"| {line} |" for line in [*head, *lines]) if lines else ""
+
+
+def page(file: str, *parts: str) -> str:
+    """Return a page of parts that are not empty."""
+    return "\n\n".join([NOTE.format(file), *(part for part in parts if part)]) + "\n"
+
+
+# commands
+
+
+def said(word: str) -> list[str]:
+    """Return the paragraphs of a command's help, without the example."""
+    text = inspect.cleandoc(FUNCTIONS[word].__doc__ or "").split("\b")[0]
+    return [" ".join(part.split()) for part in text.strip().split("\n\n")]
+
+
+def groups() -> dict[int, str]:
+    """Return the heading of every declared option, by the identity of its declaration."""
+    heading, found = FIRST, {}
+    for line in Path(options.__file__).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            heading = line[2:]
+        elif name := re.match(r"(\w+)(?:: Any)? = (?:Annotated|\()", line):
+            found[id(getattr(options, name[1]))] = heading
+    return found
+
+
+def option_row(param: Any) -> list[str]:
+    """Return how an option is typed, what it does, and its default."""
+    if param.param_type_name == "argument":
+        return [f"`{param.metavar or param.human_readable_name}`", param.help or "", ""]
+    names = ", ".join(f"`{each}`" for each in (*param.opts, *param.secondary_opts))
+    value = "" if param.is_flag or param.count else f" `{param.metavar}`"
+    default = "" if param.default in (None, False, (), []) or param.count else f"`{param.default}`"
+    if param.is_flag and param.secondary_opts:
+        default = {True: f"`{param.opts[0]}`", False: f"`{param.secondary_opts[0]}`"}.get(param.default, "")
+    return [names + value, param.help or "", default]
+
+
+def option_tables(word: str) -> str:
+    """Return the options of a command alone, under the headings that they are declared under."""
+    params = {param.name: param for param in COMMANDS[word].params}
+    own = inspect.unwrap(FUNCTIONS[word])
+    known, found = groups(), {}
+    for name, parameter in inspect.signature(own, eval_str=True).parameters.items():
+        if name in params and name not in options.OUTPUT:
+            heading = known.get(id(parameter.annotation), FIRST)
+            found.setdefault(heading, []).append(option_row(params[name]))
+    parts = []
+    for heading, rows in found.items():
+        parts += [f"### {heading[0].upper()}{heading[1:]}"] if len(found) > 1 else []
+        parts.append(table(("option", "what it does", "default"), rows))
+    shared = [name for name in ("arch", "json") if name in params]
+    links = {"arch": "how a MODEL is built", "json": "what is printed"}
+    if shared:
+        listed = " and ".join(links[name] for name in shared)
+        parts.append(f"And the [options of every command](../options.md): {listed}.")
+    return "\n\n".join(parts)
+
+
+def keys(word: str) -> str:
+    """Return what stands in the JSON object of a command alone."""
+    own = SCHEMA["$defs"][word]["properties"]
+    rows = [[f"`{name}`", about(entry)] for name, entry in own.items() if name not in SCHEMA["properties"]]
+    return table(("key", "what it holds"), rows)
+
+
+def about(entry: Mapping[str, Any]) -> str:
+    """Return what the schema says of a key, or of what it refers to."""
+    if "description" not in entry and "$ref" in entry:
+        entry = SCHEMA["$defs"][entry["$ref"].rpartition("/")[2]]
+    return str(entry.get("description", ""))
+
+
+def function_of(word: str) -> str:
+    """Return how a command is called from Python; empty where it is not."""
+    import peftc
+
+    name = word.replace("-", "_")
+    public = f"peftc.{name}" if name in peftc.__all__ else f"peftc.steps.{name}.{name}"
+    if word in ("run", "methods"):
+        return ""
+    return f"In Python `{public}` takes the same words in the same order, with the same defaults, and returns a report."
+
+
+def command_page(word: str, written: Mapping[str, str]) -> str:
+    """Return the page of a command."""
+    first, *more = said(word)
+    json_ = (
+        f"## JSON\n\nWith `--json` you get, beside the [keys of every command](../automation.md#json):\n\n{keys(word)}"
+    )
+    return page(
+        "commands", f"# peftc {word}", first, *more, written[word], "## Options", option_tables(word),
+        function_of(word), json_ if keys(word) else "",
+    )  # fmt: skip
+
+
+def options_page() -> str:
+    """Return the page of the options that commands share."""
+    params = {param.name: param for param in COMMANDS["decompose"].params}
+    source = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.SOURCE))
+    output = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.OUTPUT))
+    return page(
+        "commands", "# Options of every command", "Underscores do where a dash stands, and `--help` lists them too.",
+        "## How a MODEL is built", "For every command that takes one MODEL; see [what MODEL takes](models.md).", source,
+        "## What is read first, and what is printed", output,
+    )  # fmt: skip
+
+
+# methods
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, str]:
+    """Return parameter -> what the docstring says of it; `as for` another method is looked up there."""
+    lines = inspect.cleandoc(function.__doc__ or "").split("Args:\n")[-1].split("\n\n")[0].splitlines()
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        if match := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
+            names = match[1].split(", ")
+            found |= dict.fromkeys(names, match[2])
+        elif names and line.startswith("        "):
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    for name, text in found.items():
+        if other := re.match(r"as for `(\w+)`", text):
+            kind = next(kind for kind, known in methods.METHODS.items() if other[1] in known)
+            found[name] = arguments(method(kind, other[1])).get(name, text)
+    return found
+
+
+def method(kind: str, name: str) -> Callable[..., Any]:
+    """Return the function of a method."""
+    return getattr(import_module(methods.METHODS[kind][name]), name)
+
+
+def literal(value: Any) -> str:
+    """Write a default as it is typed behind `--set`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def prose(text: str) -> str:
+    """Return a docstring as Markdown: each paragraph a line, code between single backticks."""
+    return re.sub(r"``(.+?)``", r"`\1`", "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")))
+
+
+def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
+    """Return the page of a method."""
+    _, command, typed = KINDS[kind]
+    function, word = method(kind, name), name.replace("_", "-") if kind in ("importance", "format") else name
+    told = arguments(function)
+    first, _, rest = prose(inspect.cleandoc(sys.modules[function.__module__].__doc__ or "")).partition("\n\n")
+    settings = table(
+        ("setting", "default", "what it is"),
+        (
+            [f"`{key}`", f"`{literal(value)}`", prose(told.get(key, ""))]
+            for key, value in methods.settings_of(function).items()
+        ),
+    )
+    how = f"Each is `--set {f'{word}.' if kind == 'loss' else ''}KEY=VALUE`."
+    if kind == "decompose_conv":  # `--set` is for the method of the matrices
+        how = "They are what they are: no option sets them."
+    needs = methods.needs_of(function) if kind in ("decompose", "importance") else []
+    reads = table(("statistic", "what it is"), ([f"`{need}`", prose(told.get(need, ""))] for need in needs))
+    recipe = " and ".join(f"`--{key.replace('_', '-')} {value}`" for key, value in methods.recipe_of(function).items())
+    taken = f"`peftc {command} {typed.format(word)}`, of [peftc {command}](../../commands/{command}.md)."
+    return page(
+        "methods", f"# {word}", first, taken, written[f"{kind}/{name}"],
+        f"It trains with {recipe} unless you say otherwise." if kind == "adapter" else "",
+        f"## Settings\n\n{how}\n\n{settings}" if settings else "It has no settings.",
+        f"## How it works\n\n{rest}" if rest else "",
+        f"## What it reads\n\nCollected as the samples go through the model.\n\n{reads}" if reads else "",
+    )  # fmt: skip
+
+
+def method_file(kind: str, name: str) -> str:
+    """Return where the page of a method stands."""
+    return f"methods/{kind.replace('_', '-')}/{name.replace('_', '-')}.md"
+
+
+# the index
+
+
+def first_sentence(kind: str, name: str) -> str:
+    """Return what a method is, in a line."""
+    return prose(str(methods.described(kind, name)["source"]))
+
+
+def index_page() -> str:
+    """Return the index of all pages."""
+    commands = table(
+        ("command", "what it does"), ([f"[{word}](commands/{word}.md)", said(word)[0]] for word in COMMANDS)
+    )
+    guides = table(("page", "what it says"), ([f"[{file[:-3]}]({file})", text] for file, text in GUIDES.items()))
+    parts = []
+    for kind, (heading, command, typed) in KINDS.items():
+        rows = (
+            [f"[{name.replace('_', '-')}]({method_file(kind, name)})", first_sentence(kind, name)]
+            for name in methods.METHODS[kind]
+        )
+        parts.append(
+            f"### {heading}\n\n`peftc {command} {typed.format('NAME')}`\n\n{table(('name', 'what it is'), rows)}"
+        )
+    return page(
+        "commands", "# The pages of peftc", sections("commands.md")["index"], "## Guides", guides, "## Commands",
+        commands, "## Methods", *parts,
+    )  # fmt: skip
+
+
+def pages() -> dict[str, str]:
+    """Return every page that is written here, by its path under peftc/docs."""
+    of_commands, of_methods = sections("commands.md"), sections("methods.md")
+    found = {"README.md": index_page(), "options.md": options_page()}
+    found |= {f"commands/{word}.md": command_page(word, of_commands) for word in COMMANDS}
+    for kind, names in methods.METHODS.items():
+        found |= {method_file(kind, name): method_page(kind, name, of_methods) for name in names}
+    unknown = of_commands.keys() - COMMANDS.keys() - {"index"}
+    unknown |= of_methods.keys() - {f"{kind}/{name}" for kind, names in methods.METHODS.items() for name in names}
+    assert not unknown, f"there are no such commands or methods: {sorted(unknown)}"
+    return found
+
+
+def main() -> None:
+    """Write the pages, and take away those of commands and methods that are gone."""
+    found = pages()
+    for path in DOCS.rglob("*.md"):
+        if str(path.relative_to(DOCS)) not in found.keys() | GUIDES.keys():
+            path.unlink()
+    for name, text in found.items():
+        (DOCS / name).parent.mkdir(parents=True, exist_ok=True)
+        (DOCS / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
