@@ -316,7 +316,7 @@ def _shorter(work: Work, kept: Sequence[str], report: Report) -> Shorter:
             if stored.manifest is not None and stored.manifest.kept_layers:  # some have other names than in the base
                 raise
             report.notes.append(
-                f"nothing in the config of `{stored.name}` leaves just these layers out: they keep their places and "
+                f"nothing in the config of `{stored.name}` leaves exactly these layers out: they keep their places and "
                 "hand on what they read, and only peftc loads the folder"
             )
     shorter = shorten.skip(stored, kept, layers.tuples(work.runs, dropped))
