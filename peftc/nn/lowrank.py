@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftc.allocate import Rank
-
 FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
 
 
@@ -47,6 +45,12 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
+
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankLinear:
+        """Return a fresh one of the shape of ``module``."""
+        in_, out = (module.in_features, module.out_features) if form == "linear" else module.weight.shape
+        return cls(in_, out, rank, getattr(module, "bias", None) is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -74,6 +78,11 @@ class LowRankEmbedding(nn.Module):
         # stored (rank, width) like every other `down`, so that a tied output head can share both factors
         self.down = nn.Linear(embedding_dim, rank, bias=False)
 
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankEmbedding:
+        """Return a fresh one of the shape of ``module``."""
+        return cls(module.num_embeddings, module.embedding_dim, rank, module.padding_idx)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to (..., width)."""
         return F.linear(self.up(ids), self.down.weight.T)
@@ -94,12 +103,45 @@ class LowRankConv2d(nn.Module):
             self.core = core
         self.up = up
 
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankConv2d:
+        """Return a fresh one of the shape of ``module``."""
+        # timm's Conv2dSame pads by its own rule, which the k x k part has to keep; it takes no padding mode
+        make: Any = type(module) if type(module).__name__ == "Conv2dSame" else nn.Conv2d
+        bias = module.bias is not None
+        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        padding, mode = module.padding, {} if module.padding_mode == "zeros" else {"padding_mode": module.padding_mode}
+        ph, pw = (padding, padding) if isinstance(padding, str) else padding
+        if form == "channel":
+            down = make(module.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+            return cls(down, nn.Conv2d(rank, module.out_channels, 1, bias=bias))
+        if form == "spatial":
+            text = isinstance(padding, str)
+            down = make(
+                module.in_channels, rank, (kh, 1), (sh, 1), ph if text else (ph, 0), (dh, 1), bias=False, **mode
+            )
+            up = make(rank, module.out_channels, (1, kw), (1, sw), pw if text else (0, pw), (1, dw), bias=bias, **mode)
+            return cls(down, up)
+        rank_out, rank_in = rank
+        core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+        return cls(
+            nn.Conv2d(module.in_channels, rank_in, 1, bias=False),
+            nn.Conv2d(rank_out, module.out_channels, 1, bias=bias),
+            core,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h', w')."""
         x = self.down(x)
         if hasattr(self, "core"):
             x = self.core(x)
         return self.up(x)
+
+
+KINDS: dict[str, Any] = {
+    "linear": LowRankLinear, "transposed": LowRankLinear, "embedding": LowRankEmbedding, "channel": LowRankConv2d,
+    "spatial": LowRankConv2d, "tucker2": LowRankConv2d,
+}  # fmt: skip
 
 
 def matrix(weight: Tensor, form: str) -> Tensor:
@@ -114,40 +156,8 @@ def matrix(weight: Tensor, form: str) -> Tensor:
 
 def build(module: Any, form: str, rank: Any) -> nn.Module:
     """Return the low-rank module that stands in for ``module``, with parameters on the meta device."""
-    has_bias = getattr(module, "bias", None) is not None
     with torch.device("meta"):
-        if form == "linear":
-            new: nn.Module = LowRankLinear(module.in_features, module.out_features, rank, has_bias)
-        elif form == "transposed":
-            new = LowRankLinear(module.weight.shape[0], module.weight.shape[1], rank, has_bias)
-        elif form == "embedding":
-            new = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank, module.padding_idx)
-        else:
-            new = _build_conv(module, form, rank, has_bias)
-    return new.train(module.training)
-
-
-def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv2d:
-    # timm's Conv2dSame pads by its own rule, which the k x k part has to keep; it takes no padding mode
-    make: Any = type(conv) if type(conv).__name__ == "Conv2dSame" else nn.Conv2d
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    padding, mode = conv.padding, {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
-    ph, pw = (padding, padding) if isinstance(padding, str) else padding
-    if form == "channel":
-        down = make(conv.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
-        return LowRankConv2d(down, nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias))
-    if form == "spatial":
-        text = isinstance(padding, str)
-        down = make(conv.in_channels, rank, (kh, 1), (sh, 1), ph if text else (ph, 0), (dh, 1), bias=False, **mode)
-        up = make(rank, conv.out_channels, (1, kw), (1, sw), pw if text else (0, pw), (1, dw), bias=has_bias, **mode)
-        return LowRankConv2d(down, up)
-    rank_out, rank_in = rank  # type: ignore[misc]
-    core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
-    return LowRankConv2d(
-        nn.Conv2d(conv.in_channels, rank_in, 1, bias=False),
-        nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias),
-        core,
-    )
+        return KINDS[form].like(module, form, rank).train(module.training)
 
 
 def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ def export(
 
     Args:
         model: an artifact, or any other model; it is not changed.
-        format: of the table of methods: ``hf``, ``timm``, ``safetensors``, ``onnx``, ``torch-export`` or ``peft``.
+        format: of the table of methods: ``hf``, ``hf-code``, ``timm``, ``safetensors``, ``onnx``, ``torch-export``,
+            ``executorch`` or ``peft``.
         output_dir: the folder to write; ``<model>-export`` when None.
         dense: multiply factors out first.
         settings: of the format.
