@@ -17,7 +17,7 @@ TORCH_FILES = {
     "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
-LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts")  # they read manifests and results alone
+LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts", "card", "push")  # manifests and results alone
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (
