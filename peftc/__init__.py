@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "merge",
     "prune_layers",
+    "push_to_hub",
     "show",
     "truncate",
     "with_adapter",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from peftc.steps.init import init
     from peftc.steps.merge import merge
     from peftc.steps.prune_layers import prune_layers
+    from peftc.steps.push import push_to_hub
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate
 
@@ -59,6 +61,7 @@ _HOMES = {
     "PeftcError": "peftc.errors",
     "Report": "peftc.report",
     "Source": "peftc.source",
+    "push_to_hub": "peftc.steps.push",
     "with_adapter": "peftc.models.load",
 }
 

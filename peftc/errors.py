@@ -10,7 +10,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
     ClassesError           classes that are not those of the model
   ChainError               a pipe or a project with nothing to hand on
   ExportError              a model that a format cannot hold, or an export that computes something else
-  OutputError              a folder that cannot be written
+  OutputError              a folder, or a repository of the hub, that cannot be written
   LostProcessError         another process of a launch that ended
   DivergenceError          a training whose loss is no number any more
   UsageError               exit 2: a value no run could accept, whatever the model
@@ -92,7 +92,7 @@ class ExportError(PeftcError):
 
 
 class OutputError(PeftcError):
-    """A folder cannot be written."""
+    """A folder, or a repository of the hub, cannot be written."""
 
 
 class LostProcessError(PeftcError):

@@ -55,8 +55,8 @@ class Located:
     Attributes:
         kind: ``artifact``, ``peft``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
             ``timm-arch`` (``name`` is in timm's registry) or ``python`` (``name`` is ``module:factory``).
-        name: hub id, architecture or factory.
-        folder: the local folder, or None.
+        name: hub id, architecture or factory; empty for a folder of yours.
+        folder: the local folder, also that of a hub model that was fetched, or None.
         revision: for the hub.
         weights: a weight file that the user named, or None.
     """
@@ -88,7 +88,7 @@ def locate(source: Source) -> Located:
         return _hub(spec.removeprefix("hf:"), source.revision)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _folder(path, source)
+        return in_folder(path, source)
     if path.is_file():
         return _file(path, source)
     if _looks_like_a_path(spec):
@@ -113,7 +113,12 @@ def _hub(name: str, revision: str | None) -> Located:
     return Located(kind, name, revision=at or revision)
 
 
-def _folder(path: Path, source: Source) -> Located:
+def in_folder(path: Path, source: Source) -> Located:
+    """Decide what a folder holds, from the files in it.
+
+    Raises:
+        SourceError: it holds no model.
+    """
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
     if (path / ADAPTER).is_file():

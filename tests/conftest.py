@@ -39,6 +39,26 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A hub on the loopback address, for this process and for those that it starts; the cache is empty."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN, serving  # type: ignore[import-not-found]
+
+    home = tmp_path / "hub-home"
+    with serving() as hub:
+        for name, value in {
+            "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=str(home))
+        os.environ.update(HF_TOKEN=TOKEN, HF_HUB_DISABLE_TELEMETRY="1")
+        yield hub
+
+
+@pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put a function in the place of a step: ``stub("decompose", function)``."""
 

@@ -17,7 +17,9 @@ TORCH_FILES = {
     "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
-LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts", "layer_maps")  # of manifests and results alone
+LIGHT_STEPS = (  # of manifests and results alone
+    "show", "records", "compare", "report", "page", "charts", "layer_maps", "card", "push",
+)  # fmt: skip
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (

@@ -7,7 +7,7 @@ import pytest
 
 import peftc
 from peftc.cli.app import app
-from peftc.cli.options import OUTPUT, SOURCE
+from peftc.cli.options import OUTPUT, PUSH, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
@@ -29,7 +29,7 @@ def step(word: str) -> inspect.Signature:
 
 @pytest.mark.parametrize("word", STEPS)
 def test_a_command_has_the_parameters_of_its_function(word: str) -> None:
-    extra = {"ctx", *SOURCE, *OUTPUT}
+    extra = {"ctx", *SOURCE, *PUSH, *OUTPUT}
     ours = {name: p.default for name, p in command(word).parameters.items() if name not in extra}
     theirs = {name: p.default for name, p in step(word).parameters.items()}
     for named in ("model", "models"):  # the project may stand in for it on the command line

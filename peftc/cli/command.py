@@ -14,7 +14,7 @@ from typer import Context, Exit
 
 from peftc import config, processes
 from peftc.cli import console
-from peftc.cli.options import OUTPUT, SOURCE, settings
+from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
 from peftc.errors import ArtifactError, ChainError, UsageError
 from peftc.report import Report
 from peftc.source import MANIFEST, Source
@@ -24,14 +24,17 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
 
 
-def command(*, source: bool = True, writes: bool = False) -> Callable[[Callable[..., Step]], Callable[..., Report]]:
+def command(
+    *, source: bool = True, writes: bool = False, pushes: bool = False
+) -> Callable[[Callable[..., Step]], Callable[..., Report]]:
     """Make a command of a function whose parameters are the options and which returns the step to run.
 
     Args:
         source: add the options that describe a model.
         writes: the step writes an artifact, and so has a place in the project's chain.
+        pushes: what it writes may be pushed to the hub; an artifact always may.
     """
-    extra = {**(SOURCE if source else {}), **OUTPUT}
+    extra = {**(SOURCE if source else {}), **(PUSH if writes or pushes else {}), **OUTPUT}
 
     def make(declare: Callable[..., Step]) -> Callable[..., Report]:
         own = inspect.signature(declare, eval_str=True)
@@ -42,7 +45,10 @@ def command(*, source: bool = True, writes: bool = False) -> Callable[[Callable[
             placed = ctx.obj.place is not None  # by a recipe, which prints what comes of it
             if not placed:
                 console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
+            repo = shared.get("push_to_hub")
+            _check_push(repo, shared, given)
             outcome = _run(ctx, functools.partial(declare, **given), _tidy(ctx, given), shared, writes=writes)
+            _push(outcome, repo, private=bool(shared.get("private")))
             if not placed:
                 if processes.rank() == 0:
                     console.report(outcome, json=shared["json"], quiet=shared["quiet"])
@@ -132,6 +138,37 @@ def _manifest(folder: Path) -> bytes | None:
         return (folder / MANIFEST).read_bytes()
     except OSError:
         return None
+
+
+def _check_push(repo: str | None, shared: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse a push that is sure to fail before the work is done."""
+    if repo is None:
+        if shared.get("private"):
+            raise UsageError("`--private` is of a repository", hint="name it: `--push-to-hub OWNER/NAME`")
+        return
+    if options.get("dry_run"):
+        raise UsageError("a dry run writes nothing to push", hint="leave `--dry-run` or `--push-to-hub` out")
+    if shared.get("offline"):
+        raise UsageError("`--push-to-hub` asks the network", hint="leave `--offline` out")
+    from peftc.steps.push import check
+
+    if processes.rank() == 0:
+        check(repo)
+
+
+def _push(outcome: Report, repo: str | None, *, private: bool) -> None:
+    """Push what was written, unless a gate says that it is not good enough."""
+    if repo is None or outcome.artifact is None or processes.rank():
+        return
+    if not outcome.passed:
+        outcome.warnings.append(f"not pushed to `{repo}`: a gate was not met")
+        return
+    from peftc.steps.push import push_to_hub
+
+    pushed = push_to_hub(outcome.artifact, repo, private=private)
+    outcome.data |= pushed.data
+    outcome.notes += pushed.notes
+    outcome.warnings += pushed.warnings
 
 
 def _standard_input() -> str:

@@ -4,7 +4,7 @@ from peftc.cli import options as o
 from peftc.cli.command import Step, command
 
 
-@command()
+@command(pushes=True)
 def export(
     model: o.Model = None,
     *,

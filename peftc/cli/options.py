@@ -1,7 +1,7 @@
 """Every option once: its spelling, its type, its help phrase.
 
 A command's parameters are named, ordered and defaulted like the Python function of the same word; the
-options that exist on the command line alone are ``SOURCE`` and ``OUTPUT``, which `peftc.cli.command` adds.
+options that exist on the command line alone are ``SOURCE``, ``PUSH`` and ``OUTPUT``, which `peftc.cli.command` adds.
 """
 
 from __future__ import annotations
@@ -409,6 +409,13 @@ SOURCE: dict[str, tuple[Any, Any]] = {
     "trust_remote_code": (Annotated[bool, Option("--trust-remote-code", help="run code that comes with MODEL")], False),
     "offline": (Annotated[bool, Option("--offline", help="never ask the network")], False),
     "base": (Annotated[str | None, Option(metavar="MODEL", help="what a delta changes, where it is not found")], None),
+}
+PUSH: dict[str, tuple[Any, Any]] = {
+    "push_to_hub": (
+        Annotated[str | None, Option(metavar="OWNER/NAME", help="push it to this repository of the hub, with a card")],
+        None,
+    ),
+    "private": (Annotated[bool, Option("--private", help="make that repository private, where there is none")], False),
 }
 OUTPUT: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),

@@ -62,10 +62,12 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "format": {
         "hf": "peftc.methods.format.hf",
+        "hf_code": "peftc.methods.format.hf_code",
         "timm": "peftc.methods.format.timm",
         "safetensors": "peftc.methods.format.safetensors",
         "onnx": "peftc.methods.format.onnx",
         "torch_export": "peftc.methods.format.torch_export",
+        "executorch": "peftc.methods.format.executorch",
         "peft": "peftc.methods.format.peft",
     },
 }

@@ -1,7 +1,8 @@
 """Run a plain folder by its own library alone. Started as a script: there peftc cannot be imported.
 
-It reads one JSON object per line and answers each with one: ``load`` builds the network of a folder, ``run`` computes
-a batch and writes what comes of it, ``again`` computes the last batch once more, for those who time it.
+It reads one JSON object per line and answers each with one: ``load`` builds the network of a folder and tells the
+shapes of its parameters, ``run`` computes a batch and writes what comes of it, ``again`` computes the last batch once
+more, for those who time it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ def picked(value: Any) -> Any:
     return value, "output"
 
 
-def load(folder: str, library: str, architecture: str) -> Any:
+def load(folder: str, library: str, architecture: str, trusted: bool) -> Any:
     """Return the network of a folder, as those load it who know nothing of peftc.
+
+    Args:
+        folder: of a model.
+        library: timm or transformers.
+        architecture: class of transformers.
+        trusted: the folder brings its own class, and `AutoModel` finds it.
 
     Raises:
         SystemExit: a tensor was not found in the folder, or was left over.
@@ -37,8 +44,9 @@ def load(folder: str, library: str, architecture: str) -> Any:
     else:
         import transformers
 
-        made = getattr(transformers, architecture)
-        network, info = made.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        made = transformers.AutoModel if trusted else getattr(transformers, architecture)
+        more = {"trust_remote_code": True} if trusted else {}
+        network, info = made.from_pretrained(folder, local_files_only=True, output_loading_info=True, **more)
         wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if wrong:
             raise SystemExit(f"from_pretrained does not find what it needs: {wrong[:4]}")
@@ -60,14 +68,15 @@ def main() -> None:
             asked = json.loads(line)
             if asked["do"] == "load":
                 torch.set_num_threads(asked["threads"])
-                network = load(asked["folder"], asked["library"], asked["architecture"])
+                network = load(asked["folder"], asked["library"], asked["architecture"], asked["trusted"])
             if asked["do"] == "run":
                 batch = load_file(asked["inputs"])
             if asked["do"] != "load":
                 value = network(**batch) if asked["named"] else network(next(iter(batch.values())))
             if asked["do"] == "run":
                 save_file({"output": picked(value)[0].contiguous()}, asked["outputs"])
-            answers.write("{}\n")
+            shapes = [list(each.shape) for each in network.parameters()] if asked["do"] == "load" else []
+            answers.write(json.dumps({"shapes": shapes}) + "\n")
             answers.flush()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
-from peftc.models import from_timm, from_transformers, hub, weights
+from peftc.models import from_timm, from_transformers, weights
 from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
 from peftc.source import Located, Source, read_json
@@ -29,11 +29,12 @@ def build(source: Source, located: Located, with_weights: bool) -> Base:
     elif located.kind == "timm-arch":
         base = from_timm.from_architecture(source, located, with_weights)
     else:
-        folder = located.folder or hub.snapshot(located, source, with_weights)
+        folder = located.folder
+        assert folder is not None
         base = (from_timm if located.kind == "timm" else from_transformers).from_folder(source, folder)
         if with_weights:
             base.weights = weights.from_file(located.weights) if located.weights else weights.from_folder(folder)
-        base.name = folder.resolve().name if located.folder else located.name.split("/")[-1]
+        base.name = located.name.split("/")[-1] or folder.resolve().name
     base.record["source"] = _source_record(source, located)
     return base
 

@@ -36,6 +36,8 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
     if model.manifest is not None:
         files = {n: e["sha256"] for n, e in model.manifest.files.items() if n.endswith(".safetensors")}
         record: dict[str, Any] = {"spec": model.source.spec, "artifact": model.manifest.id}
+        if model.hub is not None:
+            record |= {"spec": f"hf:{model.hub[0]}", "revision": model.hub[1]}
     else:
         files, record = dict(base["files"]), dict(base.get("source") or {})
     if not record or "memory" in files:
@@ -100,7 +102,7 @@ def _source(record: Manifest, folder: Path, source: Source) -> Source:
     beside = folder.resolve().parent / Path(spec).name
     if source.base is None and not Path(spec).expanduser().exists() and beside.exists():
         spec = str(beside)
-    elif (_is_path(spec) or "artifact" in named) and not Path(spec).expanduser().exists():
+    elif (_is_path(spec) or _is_artifact_here(named, source)) and not Path(spec).expanduser().exists():
         raise SourceError(
             f"`{folder}` is a delta on `{spec}`, which is not there",
             why=f"neither that path from here exists, nor `{beside}`",
@@ -109,9 +111,14 @@ def _source(record: Manifest, folder: Path, source: Source) -> Source:
     weights = named.get("weights")
     return Source(
         spec, arch=named.get("arch"), arch_set=named.get("arch_set", {}), weights=Path(weights) if weights else None,
-        revision=named.get("revision"), allow_code=source.allow_code, trust_remote_code=source.trust_remote_code,
-        offline=source.offline,
+        revision=None if source.base else named.get("revision"), allow_code=source.allow_code,
+        trust_remote_code=source.trust_remote_code, offline=source.offline,
     )  # fmt: skip
+
+
+def _is_artifact_here(named: Mapping[str, Any], source: Source) -> bool:
+    """Return whether what was named is an artifact of this machine, whose path may look like a hub id."""
+    return source.base is None and "artifact" in named and not named["spec"].startswith("hf:")
 
 
 def _is_path(spec: str) -> bool:

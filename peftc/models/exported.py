@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -72,16 +73,21 @@ def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
     return value.float(), "logits" if model.library == "timm" else name
 
 
-def plain(model: Model, folder: Path) -> Exported:
-    """Load a plain folder of timm or transformers in a fresh process that knows nothing of peftc.
+def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
+    """Load a folder of timm or transformers in a fresh process that knows nothing of peftc.
+
+    Args:
+        model: what was written.
+        folder: where.
+        trusted: the folder holds code of its own, which transformers is to run.
 
     Raises:
         ExportError: the library does not load it.
     """
     child = _Child(folder, model)
-    child.ask({
+    answer = child.ask({
         "do": "load", "folder": str(folder), "library": model.library, "architecture": model.architecture,
-        "threads": torch.get_num_threads(),
+        "trusted": trusted, "threads": torch.get_num_threads(),
     })  # fmt: skip
     by_name = {"named": model.library == "transformers"}
 
@@ -92,11 +98,15 @@ def plain(model: Model, folder: Path) -> Exported:
         child.run(inputs, by_name)
         return lambda: child.again(inputs, by_name)
 
+    how = f"transformers.{model.architecture}.from_pretrained"
+    if model.library == "timm":
+        how = f"timm.create_model('local-dir:{folder.name}', pretrained=True)"
+    elif trusted:
+        how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
     library = __import__(model.library)
     return Exported(
-        f"{model.library} {library.__version__} without peftc", run, prepare, close=child.close,
-        about={"load": f"timm.create_model('local-dir:{folder.name}', pretrained=True)"} if model.library == "timm"
-        else {"load": f"transformers.{model.architecture}.from_pretrained"},
+        f"{model.library} {library.__version__} without peftc", run, prepare, close=child.close, about={"load": how},
+        products=[tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None,
     )  # fmt: skip
 
 
@@ -112,10 +122,11 @@ class _Child:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, "HF_MODULES_CACHE": str(Path(self.files.name, "modules"))},
             )  # fmt: skip
 
-    def ask(self, asked: dict[str, Any]) -> None:
-        """Send a line and wait for the answer."""
+    def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Send a line and return the answer."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(asked) + "\n")
@@ -131,6 +142,7 @@ class _Child:
                 f"{self.model.library} does not load what was written of `{self.model.name}`",
                 why=told[-1] if told else "its process ended",
             )
+        return dict(json.loads(answer))
 
     def run(self, inputs: Inputs, more: dict[str, Any]) -> Tensor:
         """Return what the network gives for a batch."""

@@ -2,62 +2,162 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from peftc.errors import SourceError
-from peftc.source import Located, Source
+from peftc import manifest
+from peftc.errors import SourceError, UsageError
+from peftc.header import TensorInfo
+from peftc.source import MANIFEST, Located, Source, in_folder
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+CODE = "*.py"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the second only where a model has none of the first
+OWN = ("arch", "arch_set", "weights")  # of a source: an artifact says these itself
+
+
+def fetched(located: Located, source: Source, with_weights: bool) -> Located:
+    """Return what a hub id turned out to be, with its local folder.
+
+    Args:
+        located: by `locate`: nothing is known but the id.
+        source: what the user named.
+        with_weights: fetch weights too; an artifact is fetched whole all the same, as it is whole or damaged.
+
+    Raises:
+        SourceError: there is no network, no such model, no access to it, or no model in it.
+        UsageError: the options say how to build what says so itself.
+    """
+    folder = snapshot(located, source, with_weights)
+    if not any((folder / name).is_file() for name in (MANIFEST, "config.json", "adapter_config.json")):
+        raise SourceError(
+            f"`{located.name}` is a repository of the hub, but holds no model",
+            why=f"it has neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)",
+        )
+    found = replace(in_folder(folder, source), name=located.name, revision=located.revision)
+    asked = [name for name in OWN if getattr(source, name)]
+    if found.kind == "artifact" and asked:
+        raise UsageError(
+            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{located.name}` is an artifact",
+            hint="leave the option out: an artifact knows how it is built",
+        )
+    return found
 
 
 def snapshot(located: Located, source: Source, with_weights: bool) -> Path:
-    """Return the local folder of a hub model; weights are fetched only when asked for.
+    """Return the local folder of a hub model; weights are fetched only when asked for, or with an artifact.
 
     Raises:
         SourceError: there is no network, no such model, or no access to it.
     """
+    small = [*SMALL, *([CODE] if source.trust_remote_code else [])]
+    folder = _downloaded(located, source, small, "config and weights" if with_weights else "config")
+    at = replace(located, revision=folder.name)  # the commit that was found: nothing changes in between
+    if (folder / MANIFEST).is_file():
+        files = [MANIFEST, "result.json", *manifest.read(folder).files]
+        return _downloaded(at, source, files, "the artifact", asked=located.revision)
+    for weights in WEIGHTS if with_weights else ():
+        folder = _downloaded(at, source, [*small, weights], "config and weights", asked=located.revision)
+        if any(folder.glob(weights)):
+            break
+    return folder
+
+
+def looked_at(located: Located, source: Source) -> Path:
+    """Return a folder with the small files of a hub model alone.
+
+    Raises:
+        SourceError: there is no network, no such model, or no access to it.
+    """
+    return _downloaded(located, source, SMALL, "what describes it")
+
+
+def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, TensorInfo]:
+    """Return the tensors of safetensors files of a repository, of which the headers alone are fetched.
+
+    Raises:
+        SourceError: the hub does not give them.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: dict[str, TensorInfo] = {}
+    for name in names:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(located.name, name, revision=commit)
+        except (*HfHubHTTPError.__mro__[1:2], OSError) as error:
+            raise _refusal(error, located, Source(located.name), f"the header of `{name}`") from error
+        for tensor, info in header.tensors.items():
+            found[tensor] = TensorInfo(Path(name), info.dtype, tuple(info.shape), *info.data_offsets)
+    return found
+
+
+def _downloaded(
+    located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None
+) -> Path:  # fmt: skip
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    failures = (LocalEntryNotFoundError, HFValidationError, *HfHubHTTPError.__mro__[1:2], OSError)
+    try:
+        folder = snapshot_download(
+            located.name, revision=located.revision, local_files_only=source.offline, allow_patterns=patterns
+        )
+    except failures as error:
+        raise _refusal(error, replace(located, revision=asked or located.revision), source, what) from error
+    return Path(folder)
+
+
+def _refusal(error: Exception, located: Located, source: Source, what: str) -> SourceError:
+    """Say why a model could not be fetched."""
+    from huggingface_hub import errors
+
+    name = f"{located.name}@{located.revision}" if located.revision else located.name
+    wanted = f"`{name}` ({what}) from the hub"
+    local = "" if "/" not in name else f"; no local path `{source.spec}` exists either"
+    if isinstance(error, errors.HFValidationError):
+        return SourceError(f"`{source.spec}` is neither a path nor a hub id", why=str(error).splitlines()[0])
+    if isinstance(error, errors.GatedRepoError):
+        why = "access to it has to be granted"
+        hint = "ask for access on its page, then `hf auth login`"
+        return SourceError(f"may not download {wanted}", why=why, hint=hint)
+    if isinstance(error, errors.RevisionNotFoundError):
+        why = f"`{located.name}` has no revision `{located.revision}`"
+        return SourceError(f"cannot download {wanted}", why=why, hint="name a branch, a tag or a commit that it has")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check the name; `hf auth login` for a private one"
+        return SourceError(
+            f"cannot download {wanted}", why=f"the hub has no such model, or it is private{local}", hint=hint
+        )
+    answered = answer_of(error)
+    if answered is not None:
+        return SourceError(f"cannot download {wanted}", why=answered[0], hint=answered[1])
+    why = "the hub cannot be reached, and the cache does not hold it"
+    if source.offline:
+        why = "the hub may not be asked (`--offline`), and the cache does not hold it"
+    elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        why = "the hub may not be asked (`HF_HUB_OFFLINE` is set), and the cache does not hold it"
+    return SourceError(
+        f"would have downloaded {wanted}", why=why + local, hint="connect, or name a local folder or file"
     )
 
-    asked = f"{located.name}@{located.revision}" if located.revision else located.name
-    wanted = f"`{asked}` (config{' and weights' if with_weights else ''}) from the hub"
-    local = "" if "/" not in asked else f"; no local path `{source.spec}` exists either"
-    try:
-        for weights in WEIGHTS:
-            folder = Path(
-                snapshot_download(
-                    located.name, revision=located.revision, local_files_only=source.offline,
-                    allow_patterns=[*SMALL, weights] if with_weights else SMALL,
-                )
-            )  # fmt: skip
-            if not with_weights or any(folder.glob(weights)):
-                break
-        return folder
-    except GatedRepoError as error:
-        raise SourceError(
-            f"may not download {wanted}", why="access to it has to be granted", hint="`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"cannot download {wanted}",
-            why=f"the hub has no such model, or it is private{local}",
-            hint="check the name; `hf auth login` for a private one",
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"`{source.spec}` is neither a path nor a hub id", why=str(error).splitlines()[0]) from error
-    except (LocalEntryNotFoundError, *HfHubHTTPError.__mro__[1:2], OSError) as error:
-        why = (
-            "the hub may not be asked (`--offline`), and the cache does not hold it"
-            if source.offline
-            else "the hub cannot be reached, and the cache does not hold it"
-        )
-        raise SourceError(
-            f"would have downloaded {wanted}", why=why + local, hint="connect, or name a local folder or file"
-        ) from error
+
+def answer_of(error: BaseException | None) -> tuple[str, str] | None:
+    """Return what the hub answered in place of what was asked, and what to do; None where it did not answer."""
+    while error is not None:
+        response: Any = getattr(error, "response", None)
+        if getattr(response, "status_code", None) is not None:
+            break
+        error = error.__cause__
+    else:
+        return None
+    code = int(response.status_code)
+    told = (response.headers.get("X-Error-Message") or "").strip().rstrip(".")
+    words = f": {told[:1].lower()}{told[1:]}" if told else ""
+    if code == 401:
+        return f"the hub does not accept your token ({code}{words})", "`hf auth login`, or set `HF_TOKEN` to another"
+    if code == 403:
+        return f"your token does not allow it ({code}{words})", "use a token with that right: `hf auth login`"
+    return f"the hub answered {code}{words}", "try again later" if code >= 500 or code == 429 else "check the name"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import adapting, build, delta, from_peft, streaming, weights
+from peftc.models import adapting, build, delta, from_peft, hub, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
@@ -56,6 +56,7 @@ class Model:
         files: the weight files.
         notes: what people should know about how it was loaded.
         max_memory: bytes that running it may take; None for no limit.
+        hub: where an artifact was fetched, as ``owner/name`` and commit; None for one of yours.
     """
 
     module: nn.Module
@@ -72,6 +73,7 @@ class Model:
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     max_memory: int | None = None
+    hub: tuple[str, str] | None = None
 
     @property
     def kind(self) -> str:
@@ -101,6 +103,8 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
         return _live(model)
     source = model if isinstance(model, Source) else Source(str(model))
     located = locate(source)
+    if located.folder is None and located.kind in ("timm", "transformers"):
+        located = hub.fetched(located, source, weights)
     if located.kind == "artifact":
         return _artifact(source, located, weights, merge)
     if located.kind == "peft":
@@ -247,8 +251,9 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     table = artifact.tensor_table(folder, record)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=record.base,
-        name=folder.resolve().name, folder=folder, preprocess=_overridden(record.preprocess, source.preprocess),
-        labels=record.labels, manifest=record,
+        name=located.name.split("/")[-1] or folder.resolve().name, folder=folder, labels=record.labels, manifest=record,
+        preprocess=_overridden(record.preprocess, source.preprocess),
+        hub=(located.name, folder.name) if located.name else None,
     )  # fmt: skip
     if with_weights:
         _fill(loaded, record, table, source)

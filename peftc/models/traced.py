@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,12 +67,13 @@ class _Whole(nn.Module):
         return alone.picked(self.network(**dict(zip(self.names, inputs, strict=True)), **self.more))[0]
 
 
-def trace(model: Model, example: Inputs) -> Traced:
+def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = None) -> Traced:
     """Return the graph of a model in float32 with its batch free, and the length of texts.
 
     Args:
         model: as stored; it is not changed.
         example: two samples or more.
+        limits: largest ``batch`` and ``sequence``, for a runtime that plans its memory; None for no limit.
 
     Raises:
         ExportError: it reads images and texts at once, or no graph can hold what it does.
@@ -90,7 +91,10 @@ def trace(model: Model, example: Inputs) -> Traced:
     free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}
     axes = {name: {at: word for at, word in free.items() if at < tensor.ndim} for name, tensor in example.items()}
     whole = _Whole(runs.module, named).eval()
-    dynamic = tuple({at: torch.export.Dim.DYNAMIC for at in axes[name]} for name in example)
+    sides: dict[str, Any] = {word: torch.export.Dim.DYNAMIC for word in free.values()}
+    if limits is not None:
+        sides = {word: torch.export.Dim.DYNAMIC(max=limits[word]) for word in free.values()}
+    dynamic = tuple({at: sides[word] for at, word in axes[name].items()} for name in example)
     try:
         with torch.no_grad(), without_fused_layers():
             program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))

@@ -25,9 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftc.allocate import Rank
-
-GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
 
 
@@ -48,6 +45,12 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
+
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankLinear:
+        """Return a fresh one of the shape of ``module``."""
+        in_, out = (module.in_features, module.out_features) if form == "linear" else module.weight.shape
+        return cls(in_, out, rank, getattr(module, "bias", None) is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -75,6 +78,11 @@ class LowRankEmbedding(nn.Module):
         # stored (rank, width) like every other `down`, so that a tied output head can share both factors
         self.down = nn.Linear(embedding_dim, rank, bias=False)
 
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankEmbedding:
+        """Return a fresh one of the shape of ``module``."""
+        return cls(module.num_embeddings, module.embedding_dim, rank, module.padding_idx)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to (..., width)."""
         return F.linear(self.up(ids), self.down.weight.T)
@@ -88,21 +96,42 @@ class LowRankEmbedding(nn.Module):
 class LowRankConv2d(nn.Module):
     """Two or three thin convolutions in a row: ``down``, for Tucker-2 ``core``, and ``up``.
 
-    Args:
-        conv: in whose place they stand; its strides, padding and sizes can be read here, as some networks do.
-        form: of the factors.
-        down, up, core: the thin convolutions.
+    Strides, padding and sizes are those of the convolution in whose place they stand: some networks read them.
     """
 
-    def __init__(self, conv: Any, form: str, down: nn.Module, up: nn.Module, core: nn.Module | None = None) -> None:
+    TOLD = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+    def __init__(self, down: nn.Module, up: nn.Module, core: nn.Module | None = None) -> None:
         super().__init__()
-        self.form = form
-        for name in GEOMETRY:
-            setattr(self, name, getattr(conv, name))
         self.down = down
         if core is not None:
             self.core = core
         self.up = up
+
+    @classmethod
+    def like(cls, module: Any, form: str, rank: Any) -> LowRankConv2d:
+        """Return a fresh one of the shape of ``module``."""
+        # timm's Conv2dSame pads by its own rule, which the k x k part has to keep; it takes no padding mode
+        make: Any = type(module) if type(module).__name__ == "Conv2dSame" else nn.Conv2d
+        bias = module.bias is not None
+        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        padding, mode = module.padding, {} if module.padding_mode == "zeros" else {"padding_mode": module.padding_mode}
+        if form == "channel":
+            down = make(module.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+            made = cls(down, nn.Conv2d(rank, module.out_channels, 1, bias=bias))
+        elif form == "spatial":
+            top, left = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
+            down = make(module.in_channels, rank, (kh, 1), (sh, 1), top, (dh, 1), bias=False, **mode)
+            up = make(rank, module.out_channels, (1, kw), (1, sw), left, (1, dw), bias=bias, **mode)
+            made = cls(down, up)
+        else:
+            rank_out, rank_in = rank
+            core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
+            down = nn.Conv2d(module.in_channels, rank_in, 1, bias=False)
+            made = cls(down, nn.Conv2d(rank_out, module.out_channels, 1, bias=bias), core)
+        for name in cls.TOLD:
+            setattr(made, name, getattr(module, name))
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h', w')."""
@@ -114,13 +143,21 @@ class LowRankConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The product (out, in, kh, kw)."""
-        parts = {f"{name}.weight": part.weight for name, part in self.named_children()}
-        return dense_weight(parts, (self.out_channels, self.in_channels, *self.kernel_size), self.form)
+        up, down = self.up.weight[:, :, 0], self.down.weight  # (out, rank, w), (rank, in, h, v), where w or v is 1
+        if hasattr(self, "core"):
+            down = torch.einsum("abhv,bi->aihv", self.core.weight, down.flatten(1))
+        return torch.einsum("orw,rihv->oihwv", up, down).flatten(-2)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias (out,), or None."""
         return self.up.bias
+
+
+KINDS: dict[str, Any] = {
+    "linear": LowRankLinear, "transposed": LowRankLinear, "embedding": LowRankEmbedding, "channel": LowRankConv2d,
+    "spatial": LowRankConv2d, "tucker2": LowRankConv2d,
+}  # fmt: skip
 
 
 def matrix(weight: Tensor, form: str) -> Tensor:
@@ -135,41 +172,8 @@ def matrix(weight: Tensor, form: str) -> Tensor:
 
 def build(module: Any, form: str, rank: Any) -> nn.Module:
     """Return the low-rank module that stands in for ``module``, with parameters on the meta device."""
-    has_bias = getattr(module, "bias", None) is not None
     with torch.device("meta"):
-        if form == "linear":
-            new: nn.Module = LowRankLinear(module.in_features, module.out_features, rank, has_bias)
-        elif form == "transposed":
-            new = LowRankLinear(module.weight.shape[0], module.weight.shape[1], rank, has_bias)
-        elif form == "embedding":
-            new = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank, module.padding_idx)
-        else:
-            new = _build_conv(module, form, rank, has_bias)
-    return new.train(module.training)
-
-
-def _build_conv(conv: Any, form: str, rank: Rank, has_bias: bool) -> LowRankConv2d:
-    # timm's Conv2dSame pads by its own rule, which the k x k part has to keep; it takes no padding mode
-    make: Any = type(conv) if type(conv).__name__ == "Conv2dSame" else nn.Conv2d
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    padding, mode = conv.padding, {} if conv.padding_mode == "zeros" else {"padding_mode": conv.padding_mode}
-    ph, pw = (padding, padding) if isinstance(padding, str) else padding
-    if form == "channel":
-        down = make(conv.in_channels, rank, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
-        return LowRankConv2d(conv, form, down, nn.Conv2d(rank, conv.out_channels, 1, bias=has_bias))
-    if form == "spatial":
-        text = isinstance(padding, str)
-        down = make(conv.in_channels, rank, (kh, 1), (sh, 1), ph if text else (ph, 0), (dh, 1), bias=False, **mode)
-        up = make(rank, conv.out_channels, (1, kw), (1, sw), pw if text else (0, pw), (1, dw), bias=has_bias, **mode)
-        return LowRankConv2d(conv, form, down, up)
-    rank_out, rank_in = rank  # type: ignore[misc]
-    core = make(rank_in, rank_out, (kh, kw), (sh, sw), padding, (dh, dw), bias=False, **mode)
-    return LowRankConv2d(
-        conv, form,
-        nn.Conv2d(conv.in_channels, rank_in, 1, bias=False),
-        nn.Conv2d(rank_out, conv.out_channels, 1, bias=has_bias),
-        core,
-    )  # fmt: skip
+        return KINDS[form].like(module, form, rank).train(module.training)
 
 
 def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Tensor]:

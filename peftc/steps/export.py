@@ -49,7 +49,8 @@ def export(
 
     Args:
         model: an artifact, or any other model; it is not changed.
-        format: of the table of methods: ``hf``, ``timm``, ``safetensors``, ``onnx``, ``torch-export`` or ``peft``.
+        format: of the table of methods: ``hf``, ``hf-code``, ``timm``, ``safetensors``, ``onnx``, ``torch-export``,
+            ``executorch`` or ``peft``.
         output_dir: the folder to write; ``<model>-export`` when None.
         dense: multiply factors out first.
         settings: of the format.
@@ -112,7 +113,7 @@ def export(
                     )  # fmt: skip
             finally:
                 exported.close()
-            _finish(job, report, work, exported, word, request)
+            _finish(job, report, work, exported, word, request, base)
     parity.gate_quality(report, max_drop, min_quality)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
     return report
@@ -187,7 +188,8 @@ class _Work:
 
 
 def _finish(
-    job: Job, report: Report, work: _Work, exported: Exported, word: str, request: Mapping[str, Any]
+    job: Job, report: Report, work: _Work, exported: Exported, word: str, request: Mapping[str, Any],
+    base: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Add what travels along, write ``export.json`` and let the folder appear."""
     leaves = work.leaves
@@ -199,10 +201,15 @@ def _finish(
         path.name: {"sha256": manifest.file_digest(path), "bytes": path.stat().st_size}
         for path in sorted(job.folder.iterdir())
     }
+    record = work.stored.manifest
     about = {
         "format": word, "library": leaves.library, "architecture": leaves.architecture,
         "preprocess": leaves.preprocess, "labels": leaves.labels,
         "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
+        "made_from": {
+            "base": base, "steps": record.steps if record else [], "kept_layers": record.kept_layers if record else [],
+            "parameters": measure.parameters(leaves.module),
+        },
     }  # fmt: skip
     total = sum(path.stat().st_size for path in job.folder.iterdir())
     report.data |= {"files": files, "bytes": total}

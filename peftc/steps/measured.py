@@ -10,14 +10,15 @@ from peftc.report import Report, plain
 
 
 def keep(report: Report, model: Model, question: Any) -> None:
-    """Keep the figures of a report beside the artifact that they are of; another model has no place for them.
+    """Keep the figures of a report beside the artifact that they are of; another model, or one of the hub's cache, has
+    no place for them.
 
     Args:
         report: of `evaluate` or `bench`.
         model: what was measured.
         question: on what, where and against what: the same question again replaces the answer.
     """
-    if model.manifest is None or model.folder is None or processes.rank():
+    if model.manifest is None or model.folder is None or model.hub is not None or processes.rank():
         return
     try:
         artifact.add_measured(model.folder, report.command, plain(question), plain(report.data))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc import artifact, manifest
-from peftc.errors import ArtifactError
+from peftc.errors import ArtifactError, PeftcError
 from peftc.manifest import Manifest
+from peftc.models import hub
 from peftc.report import Cell, Report, Table, count, grouped, size, span
-from peftc.source import MANIFEST
+from peftc.source import MANIFEST, Located, Source, locate
 
 if TYPE_CHECKING:
-    from peftc.source import Source
+    from peftc.header import TensorInfo
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -24,20 +25,24 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     """Return what an artifact is made of.
 
     Args:
-        model: an artifact folder.
+        model: an artifact folder, or the hub id of one, of which only the small files are fetched.
         commands: only the command lines that rebuild it.
 
     Raises:
         ArtifactError: it is no artifact, or its files do not fit its manifest.
+        SourceError: the hub does not give it.
     """
-    folder = Path(getattr(model, "spec", model))  # type: ignore[arg-type]
+    source = model if isinstance(model, Source) else Source(str(model))
+    folder, there = Path(source.spec), None
     if not folder.is_dir():
-        raise ArtifactError(f"there is no artifact at `{folder}`", why="`peftc show` reads artifact folders only")
+        there = _of_the_hub(source)
+        folder = hub.looked_at(there, source)
+    name = there.name if there else str(folder)
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
-        hint = f"look into it with `peftc analyze {folder}`"
-        raise ArtifactError(f"`{folder}` is a model, not an artifact of peftc", hint=hint)
+        hint = f"look into it with `peftc analyze {name}`"
+        raise ArtifactError(f"`{name}` is a model, not an artifact of peftc", hint=hint)
     record = manifest.read(folder)
-    tensors = artifact.tensor_table(folder, record)
+    tensors = _tensors(folder, record, there)
     lines = command_lines(record)
     report = Report("show", {"manifest": vars(record), "commands": lines, "tensors": len(tensors)}, artifact=folder)
     if commands:
@@ -60,18 +65,43 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
     if record.holds_statistics:
         _add_statistics(report, facts, folder, artifact.statistics_note(folder, record))
     if record.ordered:
-        kept = artifact.tensor_table(folder, record, factors=True)
+        kept = _tensors(folder, record, there, factors=True)
         facts.append(["factors", f"{len(kept)} tensors, {size(sum(info.stop - info.start for info in kept.values()))}"])
-        report.tables.append(_modules("ordered factors, up to rank", record.ordered))
-        report.notes.append(f"cut it to any budget: `peftc truncate {folder} --ratio 0.5 -o small`")
-    report.tables.insert(0, Table(str(folder), ["", ""], [fact for fact in facts if fact[1]]))
+        report.tables.append(modules_table("ordered factors, up to rank", record.ordered))
+        report.notes.append(f"cut it to any budget: `peftc truncate {name} --ratio 0.5 -o small`")
+    report.tables.insert(0, Table(name, ["", ""], [fact for fact in facts if fact[1]]))
     if record.modules:
-        report.tables.insert(1, _modules("factored modules", record.modules))
+        report.tables.insert(1, modules_table("factored modules", record.modules))
     return report
 
 
-def _modules(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
-    """Group modules of one kind and form, with the span of their ranks."""
+def _of_the_hub(source: Source) -> Located:
+    """Return the hub id that was named.
+
+    Raises:
+        ArtifactError: it is the path of a folder that is not there.
+    """
+    try:
+        there = locate(source)
+    except PeftcError:
+        there = None
+    if there is None or there.kind not in ("timm", "transformers"):
+        why = "`peftc show` reads artifacts: folders, and repositories of the hub"
+        raise ArtifactError(f"there is no artifact at `{source.spec}`", why=why)
+    return there
+
+
+def _tensors(folder: Path, record: Manifest, there: Located | None, *, factors: bool = False) -> dict[str, TensorInfo]:
+    """Return the tensors of an artifact, or those of its ordered factors, wherever its files are."""
+    if there is None or all((folder / name).is_file() for name in record.files):
+        return artifact.tensor_table(folder, record, factors=factors)
+    names = [name for name in record.files if name.endswith(".safetensors")]
+    names = [name for name in names if name.startswith(artifact.FACTORS) == factors]
+    return hub.tensors(there, folder.name, names)
+
+
+def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
+    """Group factored modules of one kind and form, with the span of their ranks."""
     rows = []
     for kind, names in grouped(modules).items():
         edits = [modules[name] for name in names]
@@ -139,6 +169,8 @@ def _source_options(source: dict[str, Any]) -> list[str]:
 
 def _request_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a request, leaving out what its keys do not say."""
+    if request["command"] == "export":
+        return _export_options(request)
     words: list[str] = _training_options(request) if "loss" in request else []
     words += _layer_options(request) if request["command"] == "prune-layers" else []
     for kind, amount in (request.get("budget") or {}).items():
@@ -197,6 +229,16 @@ def _layer_options(request: dict[str, Any]) -> list[str]:
     options["within-drop"] = request.get("within_drop")
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     return words + [f"--{key}" for key in ("repair", "stability") if request.get(key)] + _delta_option(request)
+
+
+def _export_options(request: dict[str, Any]) -> list[str]:
+    """Return the options of an export: the format, and what it was compared on."""
+    options = {key: request.get(key) for key in ("format", "data", "task")}
+    options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
+    options["seed"] = request.get("seed") or None
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    words += [word for name, value in request.get("settings", {}).items() for word in ("--set", f"{name}={value}")]
+    return [*words, *(["--dense"] if request.get("dense") else [])]
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:

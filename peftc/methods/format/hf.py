@@ -13,6 +13,7 @@ from peftc.models.multiplied import foreign
 from peftc.models.weights import pieces_of
 
 SHARD = 5 * 10**9  # bytes per file, as transformers writes them
+KEEPS = {"transformers": "hf-code` or `--format onnx", "timm": "onnx"}  # factors
 
 
 def hf(model: Model, example: Inputs, folder: Path) -> Exported:
@@ -34,8 +35,8 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
     return exported.plain(model, folder)
 
 
-def refuse_foreign(model: Model, library: str, word: str) -> None:
-    """Refuse a model that a library cannot load by itself.
+def refuse_other_library(model: Model, library: str, word: str) -> None:
+    """Refuse a model of another library.
 
     Raises:
         ExportError: with what to do instead.
@@ -53,11 +54,20 @@ def refuse_foreign(model: Model, library: str, word: str) -> None:
             why=f"`{next(iter(model.manifest.skipped))}` was dropped in its place, for no config leaves it out",
             hint="export it as `--format onnx` or `--format torch-export`",
         )
+
+
+def refuse_foreign(model: Model, library: str, word: str) -> None:
+    """Refuse a model that a library cannot load by itself.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    refuse_other_library(model, library, word)
     names = foreign(model.module)
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ExportError(
             f"`{model.name}` cannot be exported as `{word}` as it is",
             why=f"{library} knows no factors, which `{names[0]}`{more} is made of",
-            hint="multiply them out with `--dense`, or keep them with `--format onnx`",
+            hint=f"multiply them out with `--dense`, or keep them with `--format {KEEPS[library]}`",
         )

@@ -1,0 +1,104 @@
+"""A program of ExecuTorch for phones and small boards, its products computed by XNNPACK where that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.errors import ExportError, UsageError
+from peftc.models import traced
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model
+
+NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
+
+
+def executorch(
+    model: Model, example: Inputs, folder: Path, *, largest_batch: int = 32, largest_length: int = 512
+) -> Exported:
+    """Write ``model.pte``, in float32, with a free batch and for texts a free length up to a limit.
+
+    Args:
+        model: of any kind but image and text together.
+        example: two samples.
+        folder: to write to.
+        largest_batch, largest_length: what memory is planned for, at least 2; a length also fits the positions of the
+            network.
+
+    Raises:
+        UsageError: a limit is too small.
+        ExportError: ExecuTorch is not installed, or cannot hold what the network does.
+    """
+    for name, limit in (("largest_batch", largest_batch), ("largest_length", largest_length)):
+        if limit < 2:
+            raise UsageError(f"`--set {name}={limit}` is too small", why="it is 2 at least")
+    for package in NEEDS:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ExportError(
+                "`--format executorch` needs the package `executorch`",
+                why=str(error),
+                hint="pip install 'peftc[executorch]'",
+            ) from None
+    positions = getattr(getattr(model.module, "config", None), "max_position_embeddings", None) or largest_length
+    limits = {"batch": largest_batch, "sequence": min(largest_length, positions)}
+    graph = traced.trace(model, example, limits=limits)
+    products = traced.products(graph.program)
+    path = folder / "model.pte"
+    path.write_bytes(_lowered(graph.program, model.name))
+    return _opened(path, graph, limits, products)
+
+
+def _lowered(program: Any, name: str) -> bytes:
+    """Translate a graph to what ExecuTorch runs."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.error import ExportError as Refusal
+    from executorch.exir.error import InternalError
+
+    try:
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return bytes(lowered.to_executorch().buffer)
+    except (*traced.UNTRACEABLE, Refusal, InternalError) as error:
+        raise ExportError(
+            f"`{name}` cannot be written for ExecuTorch",
+            why=traced.first_line(error),
+            hint="`--format torch-export` takes what torch can trace",
+        ) from error
+
+
+def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: list[tuple[int, ...]]) -> Exported:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    if method is None:
+        raise ExportError("ExecuTorch does not load what was written", why="it has no method `forward`")
+
+    def run(inputs: Inputs) -> Tensor:
+        return prepare(inputs)()[0].float().clone()
+
+    def prepare(inputs: Inputs) -> Callable[[], Any]:
+        first = next(iter(inputs.values()))
+        given = [inputs[name] if name in inputs else torch.zeros_like(first) for name in graph.inputs]
+
+        def call() -> Any:
+            try:
+                return method.execute(given)
+            except RuntimeError as error:
+                why = traced.first_line(error)
+                raise ExportError("ExecuTorch does not run what was written", why=why) from error
+
+        return call
+
+    axes = {word for free in graph.axes.values() for word in free.values()}
+    return Exported(
+        f"ExecuTorch {version('executorch')}", run, prepare, products=products, expected=graph.expected,
+        about={"inputs": graph.axes, "output": graph.output, "largest": {word: limits[word] for word in sorted(axes)}},
+    )  # fmt: skip

@@ -1,0 +1,234 @@
+"""A folder with a small modelling file of its own, which transformers runs with ``trust_remote_code=True``.
+
+The file subclasses the network's class of transformers and puts peftc's low-rank modules into it; what they compute is
+copied out of peftc, so the folder loads where peftc is not installed. `config.json` says which modules, at which rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import artifact
+from peftc.errors import ExportError
+from peftc.methods.format.hf import SHARD, refuse_other_library
+from peftc.models import exported
+from peftc.models.exported import Exported, Inputs
+from peftc.models.load import Model
+from peftc.models.multiplied import foreign
+from peftc.models.weights import pieces_of
+from peftc.nn import lowrank, shared, surgery
+
+CODE = "modeling_factored.py"
+LOCK = "this folder holds low-rank factors: load it with AutoModel and trust_remote_code=True"
+SHARING = [
+    "import threading",
+    "import weakref",
+    "from collections.abc import Callable",
+    "from dataclasses import dataclass",
+]
+HEAD = '''\
+"""{architecture} with low-rank factors in the place of some weights.
+
+Written by peftc; it needs transformers and torch. Load it with
+`transformers.{auto}.from_pretrained(FOLDER, trust_remote_code=True)`.
+"""
+
+{imports}
+
+LOCK = "{lock}"
+'''
+FACTOR = '''\
+def factor(network, modules):
+    """Replace modules by low-rank ones: name -> form and rank."""
+    for name, edit in modules.items():
+        old = network.get_submodule(name)
+        replace(network, old, KINDS[edit["form"]].like(old, edit["form"], edit["rank"]))
+'''
+SHARE = """\
+    groups = {}  # `shares` names the first of several modules with one down factor
+    for name, edit in modules.items():
+        if "shares" in edit:
+            groups.setdefault(edit["shares"], []).append(network.get_submodule(name))
+    for members in groups.values():
+        down = SharedDown(members[0].in_features, members[0].rank, len(members))
+        for member in members:
+            member.down = down
+"""
+CLASSES = '''\
+class {config}(transformers.{base_config}):
+    """The configuration of the dense network; `factored` says which modules are low-rank, and what they share."""
+
+    model_type = "{model_type}"
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Leave out what stops classes that know no factors."""
+        kept = {{key: value for key, value in config_dict.items() if key != "transformers_weights"}}
+        return super().from_dict(kept, **kwargs)
+
+    def to_dict(self):
+        """Stop classes that know no factors: they would fill them with random numbers."""
+        return {{**super().to_dict(), "transformers_weights": LOCK}}
+
+    def to_diff_dict(self):
+        """Say so in config.json too."""
+        return {{**super().to_diff_dict(), "transformers_weights": LOCK}}
+
+
+class {name}(transformers.{architecture}):
+    """The dense network, some of its modules replaced by low-rank ones."""
+
+    config_class = {config}
+    is_factored = False
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        factor(self, config.factored["modules"])
+        self.is_factored = True
+        self._tied_weights_keys = dict(config.factored["tied"])
+        self.all_tied_weights_keys = dict(config.factored["tied"])
+        self.tie_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels=False):
+        """Return alias -> name of each parameter that is also called otherwise."""
+        if not self.is_factored:
+            return super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return dict(self.config.factored["tied"])
+
+    def tie_weights(self, missing_keys=None, **kwargs):
+        """Make each alias the same parameter as its name."""
+        if not self.is_factored:
+            return super().tie_weights(missing_keys=missing_keys, **kwargs)
+        for alias, name in self.config.factored["tied"].items():
+            path, _, leaf = alias.rpartition(".")
+            setattr(self.get_submodule(path), leaf, self.get_parameter(name))
+        if missing_keys is not None:
+            missing_keys.difference_update(self.config.factored["tied"])
+'''
+
+
+def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
+    """Write ``config.json``, weights as they are, and the modelling file.
+
+    Args:
+        model: as stored, its modules those of transformers and factors.
+        example: not looked at.
+        folder: to write to.
+
+    Raises:
+        ExportError: the model is not of transformers, or has modules of peftc that are no factors, or no factors.
+    """
+    refuse_other_library(model, "transformers", "hf-code")
+    edits = dict(model.manifest.modules) if model.manifest else {}
+    if not edits:
+        raise ExportError(f"`{model.name}` has no factors", why="it needs no code of its own", hint="use `--format hf`")
+    others = [name for name in foreign(model.module) if name not in edits]
+    if others:
+        kind = type(model.module.get_submodule(others[0])).__name__
+        raise ExportError(
+            f"`{model.name}` cannot be exported as `hf-code`",
+            why=f"`{others[0]}` is a {kind}, which is no product of factors",
+            hint="take updates into the weights with `peftc merge`, or use `--format onnx`",
+        )
+    _refuse_foreign_class(model)
+    (folder / CODE).write_text(code(model, edits), encoding="utf-8")
+    artifact.write_json(folder / "config.json", _config(model, edits))
+    artifact.write_weights(folder, pieces_of(model), None, SHARD)
+    written = exported.plain(model, folder, trusted=True)
+    written.expected = _factors(model.module)
+    written.notes.append(f"it runs `{CODE}` of the folder: whoever loads it has to pass `trust_remote_code=True`")
+    return written
+
+
+def _refuse_foreign_class(model: Model) -> None:
+    """Refuse a network whose own code came with its checkpoint: the file would subclass what is not there.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    import transformers
+
+    network: Any = model.module
+    for name in (model.architecture, _config_class(network)):
+        if not hasattr(transformers, name):
+            raise ExportError(
+                f"`{model.name}` cannot be exported as `hf-code`", why=f"transformers itself has no class `{name}`",
+                hint="use `--format onnx`",
+            )  # fmt: skip
+
+
+def auto_classes(architecture: str) -> list[str]:
+    """Return the classes of transformers by which a network of this class is found, `AutoModel` first."""
+    from transformers.models.auto import modeling_auto
+
+    found = ["AutoModel"]
+    for name in sorted(vars(modeling_auto)):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if not name.startswith("AutoModelFor") or mapping is None:
+            continue
+        classes = [each if isinstance(each, tuple) else (each,) for each in mapping._model_mapping.values()]
+        if any(architecture in each for each in classes):
+            found.append(name)
+    return found
+
+
+def code(model: Model, edits: dict[str, Any]) -> str:
+    """Return the modelling file: the modules of peftc that the forms need, and two classes of transformers."""
+    forms = {edit["form"] for edit in edits.values()}
+    imports = ["from typing import Any", "", "import transformers", "from torch import Tensor, nn"]
+    kinds = {form: lowrank.KINDS[form] for form in lowrank.FORMS if form in forms}
+    parts: list[Any] = []
+    factor = FACTOR
+    if any("shares" in edit for edit in edits.values()):
+        factor = FACTOR + SHARE
+        imports = [*SHARING, *imports[:2], "import torch", *imports[2:]]
+        parts += [shared._Product, shared.SharedDown, shared._same, shared._forgetting, shared._saved_tensor_hooks]
+    if "embedding" in forms:
+        imports.append("from torch.nn import functional as F")
+    network: Any = model.module
+    head = HEAD.format(
+        architecture=model.architecture, auto=auto_classes(model.architecture)[-1], lock=LOCK,
+        imports="\n".join(["from __future__ import annotations", "", *imports]),
+    )  # fmt: skip
+    classes = CLASSES.format(
+        name=f"Factored{model.architecture}", architecture=model.architecture, base_config=_config_class(network),
+        config=f"Factored{_config_class(network)}", model_type=_model_type(network),
+    )  # fmt: skip
+    table = f"KINDS = {{{', '.join(f'{form!r}: {kind.__name__}' for form, kind in kinds.items())}}}\n"
+    sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
+    return "\n\n".join([head, *sources, table, inspect.getsource(surgery.replace), factor, classes])
+
+
+def _config_class(network: Any) -> str:
+    return type(network.config).__name__
+
+
+def _model_type(network: Any) -> str:
+    return f"factored_{network.config.model_type}"
+
+
+def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration: the dense one, the factors, and where the code is."""
+    network: Any = model.module
+    name, stem = f"Factored{model.architecture}", Path(CODE).stem
+    tied = {alias: names[0] for names in surgery.stored_names(network).values() for alias in names[1:]}
+    return {
+        **model.config, "model_type": _model_type(network), "architectures": [name], "transformers_weights": LOCK,
+        "factored": {"modules": edits, "tied": tied},
+        "auto_map": {
+            "AutoConfig": f"{stem}.Factored{_config_class(network)}",
+            **{each: f"{stem}.{name}" for each in auto_classes(model.architecture)},
+        },
+    }  # fmt: skip
+
+
+def _factors(network: nn.Module) -> list[tuple[int, ...]]:
+    """Return the shape of every factor, a shared one once."""
+    kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
+    parts = [part for module in network.modules() if isinstance(module, kinds) for part in module.children()]
+    weights = {id(part.weight): part.weight for part in parts if isinstance(part.weight, nn.Parameter)}
+    return [tuple(weight.shape) for weight in weights.values()]

@@ -1,0 +1,336 @@
+"""A finished folder > the card of its repository: what it is, what was done, what was measured, how to rebuild it.
+
+Written from manifest and results alone, without torch. Nothing in it is guessed: what nobody recorded is left out, or
+said to be unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peftc import __version__, artifact, job, manifest
+from peftc.errors import ArtifactError
+from peftc.manifest import Manifest
+from peftc.report import Table, count, size
+from peftc.source import MANIFEST
+from peftc.steps.compare import compare
+from peftc.steps.show import command_lines, modules_table
+
+LIBRARIES = {
+    "artifact": "peftc", "hf": "transformers", "hf-code": "transformers", "timm": "timm", "onnx": "onnx",
+    "peft": "peft", "safetensors": "peftc", "executorch": "executorch",
+}  # fmt: skip
+PIPELINES = {
+    "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
+}  # fmt: skip
+METRICS = {"top1": "accuracy", "spearman": "spearmanr"}  # what the hub calls them
+DONE = {
+    "decompose": "low-rank factors in the place of weight matrices",
+    "truncate": "ordered factors cut to a budget",
+    "prune-layers": "whole layers dropped",
+    "distill": "trained to imitate its teacher",
+    "finetune": "tuned for a task",
+    "merge": "updates taken into the weights",
+    "extract-lora": "the difference of two models as updates of low rank",
+    "export": "written for another program, and checked there against the model",
+}
+TAGS = {"prune-layers": "layer-pruning", "distill": "distillation", "finetune": "fine-tuned"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        folder: finished.
+        format: ``artifact``, or the word of an export.
+        record: the manifest, or for an export what it kept of the manifest that it was made from.
+        result: of ``result.json``.
+        about: how to use an export; empty for an artifact.
+    """
+
+    folder: Path
+    format: str
+    record: Manifest
+    result: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """What the user named as the base; None for a live network."""
+        spec = self.record.base.get("source", {}).get("spec")
+        return None if spec is None else str(spec)
+
+    @property
+    def hub_base(self) -> str | None:
+        """The hub id of the base, or None where it lay on somebody's disk."""
+        spec = (self.base or "").partition("@")[0]
+        if spec.startswith("timm:"):
+            return str((self.config.get("pretrained_cfg") or {}).get("hf_hub_id") or "") or None
+        named = spec.startswith("hf:") or (spec.count("/") == 1 and not spec.startswith((".", "/", "~")))
+        return spec.removeprefix("hf:") if named and not Path(spec).exists() else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of ``config.json``; empty where there is none."""
+        try:
+            found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def subject(folder: Path) -> Subject:
+    """Return what a finished folder is.
+
+    Raises:
+        ArtifactError: it is neither an artifact nor an export, or is damaged.
+    """
+    result = artifact.read_result(folder)
+    if (folder / MANIFEST).is_file():
+        record = manifest.read(folder)
+        if record.holds_statistics:
+            why = "`peftc calibrate` wrote it, and what it holds is no model"
+            raise ArtifactError(f"`{folder}` holds statistics", why=why)
+        artifact.tensor_table(folder, record)
+        return Subject(folder, "artifact", record, result)
+    if not (folder / job.EXPORT).is_file():
+        hint = "name what a step of peftc wrote"
+        raise ArtifactError(f"`{folder}` is neither an artifact nor an export of peftc", hint=hint)
+    export = job.read_export(folder)
+    made_from = export.about.get("made_from")
+    if not made_from:
+        raise ArtifactError(
+            f"`{folder}` does not say what it was made from", why="an older peftc exported it",
+            hint="export it again with `--overwrite`",
+        )  # fmt: skip
+    last = {"id": export.id, "request": dict(export.request)}
+    record = Manifest(
+        id=export.id, base=made_from["base"], steps=[*made_from["steps"], last], files=export.files,
+        parameters=made_from["parameters"], modules=export.about["modules"], kept_layers=made_from["kept_layers"],
+    )  # fmt: skip
+    return Subject(folder, str(export.about["format"]), record, result, export.about)
+
+
+def text_of(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
+    """Return the text of a ``README.md`` with its front matter.
+
+    Args:
+        subject: what it is about.
+        repo: ``owner/name``.
+        licence: of the base, as the front matter of its own card says it; empty where nobody knows.
+    """
+    parts = [
+        f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(subject),
+        "## Use", _use(subject, repo), "## What was done", _steps(subject), "## Measured", _measured(subject, repo),
+        "## Rebuild", _rebuild(subject), "## Licence", _licence(subject, licence),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
+    from huggingface_hub import ModelCardData
+
+    results = [result for entry in _evaluations(subject) for result in _results(entry)]
+    data = ModelCardData(
+        library_name=LIBRARIES.get(subject.format), base_model=subject.hub_base, **licence,
+        pipeline_tag=_pipeline(subject), tags=_tags(subject),
+        metrics=sorted({each.metric_type for each in results}) or None,
+        eval_results=results or None, model_name=repo.split("/")[-1] if results else None,
+    )  # fmt: skip
+    return str(data.to_yaml())
+
+
+def _pipeline(subject: Subject) -> str | None:
+    if subject.record.base["library"] == "timm":
+        classes = subject.config.get("num_classes", len(subject.record.labels or []) or None)
+        return None if classes is None else "image-classification" if classes else "image-feature-extraction"
+    ends = (word for end, word in PIPELINES.items() if subject.record.base["architecture"].endswith(end))
+    return next(ends, None)
+
+
+def _tags(subject: Subject) -> list[str]:
+    commands = [step["request"]["command"] for step in subject.record.steps]
+    tags = ["peftc", "model-compression", *(["low-rank"] if subject.record.modules else [])]
+    tags += [tag for command, tag in TAGS.items() if command in commands]
+    tags += [subject.format] if subject.format in ("onnx", "torch-export", "executorch") else []
+    return tags + (["custom_code"] if subject.format == "hf-code" else [])
+
+
+def _evaluations(subject: Subject) -> list[Mapping[str, Any]]:
+    """Return what was measured of quality, the newest on each split of each data set."""
+    found = list((subject.result.get("measured") or {}).get("evaluate", []))
+    if subject.format != "artifact":
+        quality = ((subject.result.get("report") or {}).get("data") or {}).get("quality")
+        found = [quality] if quality else []
+    newest = {(each["task"], _plain(each["data"]["spec"]), each["data"]["split"]): each for each in found}
+    return list(newest.values())
+
+
+def _plain(spec: str) -> str:
+    """Return a data set without its split, and one on somebody's disk without its place."""
+    spec = spec.partition("@")[0]
+    return spec if spec.startswith(("hf:", "sklearn:")) else Path(spec).name
+
+
+def _results(entry: Mapping[str, Any]) -> list[Any]:
+    """Return the metrics of one evaluation as the hub lists them; what is compared with another model is none."""
+    from huggingface_hub import EvalResult
+
+    name, split = _plain(entry["data"]["spec"]).removeprefix("hf:"), entry["data"]["split"]
+    task = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(entry["task"], entry["task"])
+    return [
+        EvalResult(
+            task_type=task, dataset_type=name, dataset_name=name, dataset_split=split,
+            metric_type=METRICS.get(metric, metric), metric_name=metric, metric_value=figure["value"],
+        )
+        for metric, figure in entry["metrics"].items()
+        if figure["value"] is not None
+    ]  # fmt: skip
+
+
+def _summary(subject: Subject) -> str:
+    record = subject.record
+    base = f"`{_short(subject)}`" if subject.base else "a network that was in memory"
+    weights = sum(entry["bytes"] for name, entry in record.files.items() if not name.endswith(".json"))
+    kind = "The updates of" if record.delta or subject.format == "peft" else "A smaller model made from"
+    lines = [
+        f"{kind} {base} (`{record.base['architecture']}` of {record.base['library']}) with peftc: "
+        f"{count(record.parameters)} parameters, {size(weights)} on disk."
+    ]
+    if record.modules:
+        told = "These modules are products of thin matrices in the place of one each:"
+        lines += [told, markdown(modules_table("factored", record.modules))]
+    if record.kept_layers:
+        lines.append("Layers kept: " + ", ".join(f"`{name}`" for name in record.kept_layers) + ".")
+    if record.delta:
+        lines.append(
+            f"It is a delta: the other weights are those of `{record.delta['source']['spec']}`, which has to be there."
+        )
+    return "\n\n".join(lines)
+
+
+def _short(subject: Subject) -> str:
+    """Return the hub id of the base, or the name of its folder: where it lay is nobody's business."""
+    return subject.hub_base or Path((subject.base or "").partition("@")[0]).name or str(subject.base)
+
+
+def _use(subject: Subject, repo: str) -> str:
+    architecture, tokens = subject.record.base["architecture"], (subject.folder / "tokenizer_config.json").is_file()
+    auto = [f'tokenizer = transformers.AutoTokenizer.from_pretrained("{repo}")'] if tokens else []
+    code = {
+        "artifact": ["import peftc", "", f'network = peftc.load("{repo}")  # an nn.Module in eval mode'],
+        "hf": ["import transformers", "", f'network = transformers.{architecture}.from_pretrained("{repo}")', *auto],
+        "hf-code": [
+            "import transformers", "",
+            f'network = transformers.AutoModel.from_pretrained("{repo}", trust_remote_code=True)', *auto,
+        ],
+        "timm": ["import timm", "", f'network = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'],
+        "onnx": [
+            "import huggingface_hub, onnxruntime", "", f'folder = huggingface_hub.snapshot_download("{repo}")',
+            'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")',
+        ],
+        "torch-export": [
+            "import huggingface_hub, torch", "", f'file = huggingface_hub.hf_hub_download("{repo}", "model.pt2")',
+            "network = torch.export.load(file).module()",
+        ],
+        "executorch": [
+            "import huggingface_hub", "from executorch.runtime import Runtime", "",
+            f'file = huggingface_hub.hf_hub_download("{repo}", "model.pte")',
+            'method = Runtime.get().load_program(file).load_method("forward")',
+        ],
+        "peft": [
+            "import peft", "", "base = ...  # the model that the updates were made for",
+            f'network = peft.PeftModel.from_pretrained(base, "{repo}")',
+        ],
+        "safetensors": [
+            "import huggingface_hub, safetensors.torch", "",
+            f'file = huggingface_hub.hf_hub_download("{repo}", "model.safetensors")',
+            "weights = safetensors.torch.load_file(file)  # export.json says how the modules compute",
+        ],
+    }[subject.format]  # fmt: skip
+    text = "```python\n" + "\n".join(code) + "\n```"
+    if subject.record.base["library"] == "python" and subject.format == "artifact":
+        return text + f"\n\nIts network is code, `{architecture}`, which is not here: pass `allow_code=True`."
+    if subject.format == "artifact":
+        text += f"\n\n`peftc` has to be installed. In a shell every command of it takes the id, as `peftc show {repo}`."
+    return text
+
+
+def _steps(subject: Subject) -> str:
+    lines = []
+    for number, step in enumerate(subject.record.steps, 1):
+        request = step["request"]
+        facts = [f"{kind} {amount}" for kind, amount in (request.get("budget") or {}).items()]
+        facts += [f"method `{request['method']}`"] if request.get("method") else []
+        facts += [f"format `{request['format']}`"] if request.get("format") else []
+        facts += ["factors multiplied out"] if request.get("dense") else []
+        data = request.get("data") or (request.get("statistics", {}).get("request") or {}).get("data")
+        spec = data["spec"] if isinstance(data, Mapping) else data
+        facts += [f"score `{request['score']}`"] if request.get("score") else []
+        facts += [f"{request['keep']} kept"] if request.get("keep") else []
+        facts += [f"data `{_plain(str(spec))}`"] if spec else []
+        facts += [f"{request['steps']} steps"] if request.get("steps") else []
+        told = f" ({', '.join(facts)})" if facts else ""
+        lines.append(f"{number}. `{request['command']}`: {DONE.get(request['command'], 'a step of peftc')}{told}")
+    return "\n".join(lines) or "Nothing yet."
+
+
+def _measured(subject: Subject, repo: str) -> str:
+    """Return the tables of what was measured, and on what."""
+    if subject.format == "artifact":
+        compared = compare([subject.folder])
+        named = {str(subject.folder): f"**{repo.split('/')[-1]}**"}
+        table = compared.tables[0]
+        rows = [[named.get(str(row[0]), row[0]), *row[1:]] for row in table.rows]
+        told = [note for note in compared.notes if note.startswith(("quality:", "speed:"))]
+        lacks = [kind for kind in ("quality", "speed") if not any(note.startswith(kind) for note in told)]
+        told += [f"{' and '.join(lacks).capitalize()} {_were(lacks)} not measured."] if lacks else []
+        return "\n\n".join([markdown(replace(table, rows=rows)), *told])
+    report = subject.result.get("report") or {}
+    tables = [Table(**table) for table in report.get("tables", [])]
+    notes = [note for note in report.get("notes", []) if not note.startswith("compared on random inputs")]
+    data = report.get("data") or {}
+    told = [f"Compared with the model that it was made from, run by {data['runtime']}."] if "runtime" in data else []
+    return "\n\n".join([*told, *(markdown(table) for table in tables), *notes])
+
+
+def _were(kinds: Sequence[str]) -> str:
+    return "was" if len(kinds) == 1 else "were"
+
+
+def _rebuild(subject: Subject) -> str:
+    lines = command_lines(subject.record)
+    versions = subject.result.get("versions") or {}
+    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers") if name in versions)
+    where = f" and {told}, on `{subject.result['device']}`" if told and "device" in subject.result else ""
+    return "\n\n".join([
+        "```sh\n" + "\n".join(lines) + "\n```",
+        f"Written with peftc {versions.get('peftc', __version__)}{where}.",
+    ])  # fmt: skip
+
+
+def _licence(subject: Subject, licence: Mapping[str, str]) -> str:
+    base = f"`{_short(subject)}`" if subject.base else "the base"
+    if licence:
+        name = licence.get("license_name") or licence["license"]
+        link = f", see {licence['license_link']}" if "license_link" in licence else ""
+        return f"The licence of {base} is `{name}`{link}. Its terms hold for what is made from it."
+    return (
+        f"peftc does not know the licence of {base}: look it up before you use this. "
+        "What is made from a model stays under its terms."
+    )
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join("" if cell is None else str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(table.columns), line(["---"] * len(table.columns)), *(line(row) for row in table.rows)])
