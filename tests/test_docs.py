@@ -244,7 +244,7 @@ def test_the_lists_of_choices_are_those_of_the_program() -> None:
 
 def test_the_json_object_has_the_keys_that_are_listed() -> None:
     told = TEXT.split("With `--json` you get one object: ")[1].split(" and the figures")[0]
-    assert set(re.findall(r"`(\w+)`", told)) == report.Report("show").to_json().keys()
+    assert set(re.findall(r"`(\w+)`", told)) == {*report.Report("show").to_json(), "pushed"}
     assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
 
 

@@ -24,7 +24,7 @@ DOCS = {
     str(path.relative_to(pages.DOCS)): path.read_text(encoding="utf-8") for path in sorted(pages.DOCS.rglob("*.md"))
 }
 EXAMPLES = {name: [b for b in blocks(text) if b.language in ("sh", "python")] for name, text in DOCS.items()}
-ELSEWHERE = {"commands/demo.md"}  # the README runs it
+ELSEWHERE = {"commands/demo.md", "methods/format/executorch.md"}  # the README runs one, tests of exports the other
 
 
 def test_the_pages_are_those_that_would_be_written() -> None:

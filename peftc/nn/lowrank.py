@@ -145,8 +145,9 @@ class LowRankConv2d(nn.Module):
         """The product (out, in, kh, kw)."""
         up, down = self.up.weight[:, :, 0], self.down.weight  # (out, rank, w), (rank, in, h, v), where w or v is 1
         if hasattr(self, "core"):
-            down = torch.einsum("abhv,bi->aihv", self.core.weight, down.flatten(1))
-        return torch.einsum("orw,rihv->oihwv", up, down).flatten(-2)
+            down = (self.core.weight.permute(0, 2, 3, 1) @ down.flatten(1)).permute(0, 3, 1, 2)
+        product = up.transpose(1, 2) @ down.flatten(1)  # (out, w, in h v)
+        return product.unflatten(-1, down.shape[1:]).permute(0, 2, 3, 1, 4).flatten(-2)
 
     @property
     def bias(self) -> Tensor | None:
@@ -172,6 +173,8 @@ def matrix(weight: Tensor, form: str) -> Tensor:
 
 def build(module: Any, form: str, rank: Any) -> nn.Module:
     """Return the low-rank module that stands in for ``module``, with parameters on the meta device."""
+    if form not in KINDS:
+        raise ValueError(f"`{form}` is no form of factors")
     with torch.device("meta"):
         return KINDS[form].like(module, form, rank).train(module.training)
 

@@ -141,7 +141,7 @@ def scores(model: Model, names: Sequence[str], score: Score, seen: Seen | None) 
         found = list(zip(mine, _at_once(lambda name: score.of(statistics(name)), mine, score.word), strict=True))
     everything = dict(processes.gathered(found))
     if seen is not None and score.has_map:
-        seen.maps = {name: drawn for name, (_, drawn) in everything.items() if drawn is not None}
+        seen.maps = {name: everything[name][1] for name in names if everything[name][1] is not None}
     return [everything[name][0] for name in names]
 
 

@@ -143,7 +143,8 @@ def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, di
     if not counts:
         return {}
     most = max(counts.values())
-    chosen = max((when, asked) for asked, when, _, _ in answers if counts[asked] == most)[1]
+    newest = max((when, turn) for turn, (asked, when, _, _) in enumerate(answers) if counts[asked] == most)
+    chosen = answers[newest[1]][0]  # of one second the later one: a record's answers are in order
     ours = [(bool(entry.get("against")), when, at, entry) for asked, when, at, entry in answers if asked == chosen]
     return {at: entry for _, _, at, entry in sorted(ours, key=lambda answer: answer[:2])}
 

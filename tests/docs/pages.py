@@ -115,15 +115,15 @@ def option_tables(word: str) -> str:
     own = inspect.unwrap(FUNCTIONS[word])
     known, found = groups(), {}
     for name, parameter in inspect.signature(own, eval_str=True).parameters.items():
-        if name in params and name not in options.OUTPUT:
+        if name in params and name not in {**options.OUTPUT, **options.PUSH}:
             heading = known.get(id(parameter.annotation), FIRST)
             found.setdefault(heading, []).append(option_row(params[name]))
     parts = []
     for heading, rows in found.items():
         parts += [f"### {heading[0].upper()}{heading[1:]}"] if len(found) > 1 else []
         parts.append(table(("option", "what it does", "default"), rows))
-    shared = [name for name in ("arch", "json") if name in params]
-    links = {"arch": "how a MODEL is built", "json": "what is printed"}
+    links = {"arch": "how a MODEL is built", "push_to_hub": "where it is pushed", "json": "what is printed"}
+    shared = [name for name in links if name in params]
     if shared:
         listed = " and ".join(links[name] for name in shared)
         parts.append(f"And the [options of every command](../options.md): {listed}.")
@@ -171,10 +171,12 @@ def options_page() -> str:
     """Return the page of the options that commands share."""
     params = {param.name: param for param in COMMANDS["decompose"].params}
     source = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.SOURCE))
+    push = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.PUSH))
     output = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.OUTPUT))
     return page(
         "commands", "# Options of every command", "Underscores do where a dash stands, and `--help` lists them too.",
         "## How a MODEL is built", "For every command that takes one MODEL; see [what MODEL takes](models.md).", source,
+        "## Where it is pushed", "For every command that writes an artifact or an export; see [hubs](hub.md).", push,
         "## What is read first, and what is printed", output,
     )  # fmt: skip
 
