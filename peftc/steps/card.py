@@ -17,6 +17,7 @@ from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
 from peftc.report import Table, count, size
 from peftc.source import MANIFEST
+from peftc.steps import records
 from peftc.steps.compare import compare
 from peftc.steps.show import command_lines, modules_table
 
@@ -102,19 +103,8 @@ def subject(folder: Path) -> Subject:
     if not (folder / job.EXPORT).is_file():
         hint = "name what a step of peftc wrote"
         raise ArtifactError(f"`{folder}` is neither an artifact nor an export of peftc", hint=hint)
-    export = job.read_export(folder)
-    made_from = export.about.get("made_from")
-    if not made_from:
-        raise ArtifactError(
-            f"`{folder}` does not say what it was made from", why="an older peftc exported it",
-            hint="export it again with `--overwrite`",
-        )  # fmt: skip
-    last = {"id": export.id, "request": dict(export.request)}
-    record = Manifest(
-        id=export.id, base=made_from["base"], steps=[*made_from["steps"], last], files=export.files,
-        parameters=made_from["parameters"], modules=export.about["modules"], kept_layers=made_from["kept_layers"],
-    )  # fmt: skip
-    return Subject(folder, str(export.about["format"]), record, result, export.about)
+    export = records.of_export(folder)
+    return Subject(folder, str(export.about["format"]), export.manifest, result, export.about)
 
 
 def text_of(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:

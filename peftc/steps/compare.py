@@ -1,4 +1,4 @@
-"""Artifacts > one table of what they are, what they cost, and what was measured of them: no torch."""
+"""Artifacts and exports > one table of what they are, what they cost, and what was measured of them: no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftc import artifact
 from peftc.report import Cell, Report, Table, count, short, size
 from peftc.source import Source
 from peftc.steps import records
@@ -15,21 +16,24 @@ from peftc.steps.records import Record, Row
 def compare(models: Sequence[str | Path | Source], *, commands: bool = False) -> Report:
     """Return what artifacts are made of and what `evaluate` and `bench` measured of them, side by side.
 
+    Of an export stand its stages and its size, and in a note how it ran beside the model that it was made from.
+
     Args:
-        models: artifact folders.
+        models: folders of artifacts and exports.
         commands: also the command lines that rebuild each.
 
     Raises:
         ArtifactError: one of them is no artifact.
         UsageError: none is named, or one of them twice.
     """
-    found = records.read(models)  # type: ignore[arg-type]
+    found = records.read(models, exports=True)  # type: ignore[arg-type]
     rows = records.rows(found)
     report = Report("compare", {"models": [_figures(row) for row in rows]})
     for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
         figures |= {"id": record.manifest.id, "base": record.base, "commands": record.commands()}
     report.tables.append(_table(rows))
     _say_what_was_measured(report, rows, found)
+    report.notes += [_of_export(record) for record in found if record.about]
     if commands:
         for record in found:
             report.tables.append(Table(f"rebuilds {record.folder}", [""], [[line] for line in record.commands()]))
@@ -102,10 +106,23 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         )
     options = {"evaluate": "--data DATA ", "bench": f"--batch-size {_batch(speed)} " if speed else ""}
     for word, kind in (("evaluate", "quality"), ("bench", "speed")):
-        names = [row.name for row in rows[-len(found) :] if getattr(row, kind) is None]
+        own = [row for row, record in zip(rows[-len(found) :], found, strict=True) if not record.about]
+        names = [row.name for row in own if getattr(row, kind) is None]
         if names:
-            same = " as the others" if len(names) < len(found) else ""
+            same = " as the others" if len(names) < len(own) else ""
             report.notes.append(f"no {kind}{same}: `peftc {word} {names[0]} {options[word]}--against base` measures it")
+
+
+def _of_export(record: Record) -> str:
+    """Say how an export ran beside the model that it was made from, when it was written."""
+    data = record.data
+    if "runtime" not in data:
+        return f"`{record.folder}`: its `{artifact.RESULT}` is gone, which says how it ran"
+    batch, timed = max(data["times"].items(), key=lambda each: int(each[0]))
+    return (
+        f"`{record.folder}` in {data['runtime']}: {timed['speedup']['verdict']} beside PyTorch at batch {batch}, and "
+        f"within {data['deviation']:.1e} of the largest output"
+    )
 
 
 def _batch(speed: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, manifest
+from peftc import artifact, job, manifest
 from peftc.errors import ArtifactError, UsageError
 from peftc.manifest import Manifest
 from peftc.source import MANIFEST
@@ -41,17 +41,19 @@ class Row:
 
 @dataclass
 class Record:
-    """An artifact as its files tell of it.
+    """An artifact or an export, as its files tell of it.
 
     Attributes:
         folder: where it lies.
-        manifest: what it is made of.
+        manifest: what it is made of; of an export what it kept of the artifact's that it was made from.
         result: what was measured, and the report of its last step; empty where it is gone.
+        about: how to use an export; empty for an artifact.
     """
 
     folder: Path
     manifest: Manifest
     result: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -60,8 +62,9 @@ class Record:
 
     @property
     def stages(self) -> list[str]:
-        """The commands that made it, oldest first."""
-        return [str(step["request"]["command"]) for step in self.manifest.steps]
+        """The commands that made it, oldest first, that of an export with its format."""
+        made = [str(step["request"]["command"]) for step in self.manifest.steps]
+        return [*made[:-1], f"export {self.about['format']}"] if self.about else made
 
     @property
     def base(self) -> str:
@@ -86,8 +89,29 @@ class Record:
         return command_lines(self.manifest)
 
 
-def read(models: Sequence[str | Path]) -> list[Record]:
-    """Return a record of each artifact.
+def of_export(folder: Path) -> Record:
+    """Return the record of an export.
+
+    Raises:
+        ArtifactError: it is damaged, or does not say what it was made from.
+    """
+    export = job.read_export(folder)
+    made_from = export.about.get("made_from")
+    if not made_from:
+        raise ArtifactError(
+            f"`{folder}` does not say what it was made from", why="an older peftc exported it",
+            hint="export it again with `--overwrite`",
+        )  # fmt: skip
+    last = {"id": export.id, "request": dict(export.request)}
+    kept = Manifest(
+        id=export.id, base=made_from["base"], steps=[*made_from["steps"], last], files=export.files,
+        parameters=made_from["parameters"], modules=export.about["modules"], kept_layers=made_from["kept_layers"],
+    )  # fmt: skip
+    return Record(folder, kept, artifact.read_result(folder), export.about)
+
+
+def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]:
+    """Return a record of each artifact, and with ``exports`` of each export.
 
     Raises:
         UsageError: none is named, or one of them twice.
@@ -100,13 +124,17 @@ def read(models: Sequence[str | Path]) -> list[Record]:
     for folder, path in zip(folders, resolved, strict=True):
         if resolved.count(path) > 1:
             raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
-        if not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).is_file() and not (exports and (folder / job.EXPORT).is_file()):
             what = "is no artifact" if folder.is_dir() else "does not exist"
             raise ArtifactError(
                 f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`",
                 hint="name artifacts; the model that they were made from stands beside them where it was measured",
             )  # fmt: skip
-    found = [Record(folder, manifest.read(folder), artifact.read_result(folder)) for folder in folders]
+    found = [
+        Record(folder, manifest.read(folder), artifact.read_result(folder))
+        if (folder / MANIFEST).is_file() else of_export(folder)
+        for folder in folders
+    ]  # fmt: skip
     for record in found:
         if record.manifest.holds_statistics:
             raise ArtifactError(
@@ -168,9 +196,9 @@ def _place(entry: Mapping[str, Any]) -> list[Any]:
 
 def _row(record: Record, quality: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> Row:
     size = (record.data.get("size") or {}).get("after") or {}
-    row = Row(
-        str(record.folder), record.stages, record.manifest.parameters, record.manifest.weight_bytes, size.get("macs")
-    )
+    own = record.manifest
+    stored = own.weight_bytes if not record.about else sum(entry["bytes"] for entry in own.files.values())
+    row = Row(str(record.folder), record.stages, own.parameters, stored, size.get("macs"))
     row.quality, row.speed = quality, speed
     return row
 

@@ -11,6 +11,7 @@ from peftc import artifact
 from peftc.errors import ArtifactError, UsageError
 from peftc.header import encode_header
 from peftc.manifest import Manifest, digest
+from peftc.steps.report import report as report_page
 
 LAYERS = {"data": None, "drop": None}  # what a request of prune-layers has to have
 
@@ -145,6 +146,23 @@ def test_in_a_project_it_takes_the_whole_chain(chain, peftc) -> None:
     stages = [each["stages"] for each in json.loads(peftc("compare", "--json").stdout)["models"]]
     assert stages == [[], ["decompose"], ["decompose", "distill"]]
     assert peftc("compare", "-", input="small\n").exit_code == 0
+
+
+def test_an_export_is_a_row_and_a_note(tmp_path, monkeypatch, tiny_vit: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+    package.export("small", format="safetensors", output_dir="weights", rounds=5, batch_size=1)
+    report = package.compare(["small", "weights"])
+    small, weights = report.data["models"][-2:]
+    assert (small["stages"], weights["stages"]) == (["decompose"], ["decompose", "export safetensors"])
+    assert weights["parameters"] == small["parameters"]
+    assert weights["bytes"] == sum(each.stat().st_size for each in Path("weights").glob("*.safetensors"))
+    assert weights["commands"][-1].startswith("peftc export")
+    (note,) = [note for note in report.notes if note.startswith("`weights` in ")]
+    assert "beside PyTorch at batch 1" in note
+    assert not any("evaluate weights" in note for note in report.notes)
+    with pytest.raises(ArtifactError, match="`weights` is no artifact"):
+        report_page(["weights"])
 
 
 def test_what_is_no_artifact_is_refused(chain) -> None:
