@@ -5,7 +5,7 @@ from peftc.cli.command import Step, command
 
 
 @command(source=False)
-def compare(models: o.Models = o.EMPTY, *, commands: o.Commands = False) -> Step:
+def compare(models: o.Models = o.EMPTY, *, analysis: o.Analysis = None, commands: o.Commands = False) -> Step:
     """Print stages, sizes, quality and speed side by side.
 
     \b

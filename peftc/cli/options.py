@@ -184,7 +184,7 @@ Models = Annotated[
 OutputDir = Annotated[Path | None, Option("-o", "--output-dir", metavar="DIR", help="folder to write")]
 Page = Annotated[str, Option("-o", "--output", metavar="FILE", help="page to write")]
 Analysis = Annotated[
-    Path | None, Option(metavar="FILE", help="what `peftc analyze --json` printed of the base, for its spectra")
+    Path | None, Option(metavar="FILE", help="what `peftc analyze --json` printed of the base: its spectra, its plan")
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of another request")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]

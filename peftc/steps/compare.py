@@ -10,29 +10,38 @@ from peftc import artifact
 from peftc.report import Cell, Report, Table, count, short, size
 from peftc.source import Source
 from peftc.steps import records
-from peftc.steps.records import Record, Row
+from peftc.steps.records import Analysis, Record, Row
 
 
-def compare(models: Sequence[str | Path | Source], *, commands: bool = False) -> Report:
+def compare(
+    models: Sequence[str | Path | Source], *, analysis: str | Path | None = None, commands: bool = False
+) -> Report:
     """Return what artifacts are made of and what `evaluate` and `bench` measured of them, side by side.
 
-    Of an export stand its stages and its size, and in a note how it ran beside the model that it was made from.
+    Of an export stand its stages and its size, its quality where `export` had gates on it, and in a note how it ran
+    beside the model that it was made from.
 
     Args:
         models: folders of artifacts and exports.
+        analysis: what `peftc analyze --json` printed of a plan; adds what was planned and predicted.
         commands: also the command lines that rebuild each.
 
     Raises:
         ArtifactError: one of them is no artifact.
-        UsageError: none is named, or one of them twice.
+        UsageError: none is named, or one of them twice, or ``analysis`` is no report of `analyze`.
     """
     found = records.read(models, exports=True)  # type: ignore[arg-type]
-    rows = records.rows(found)
+    analyzed = None if analysis is None else records.read_analysis(Path(analysis))
+    rows = records.rows(found, analyzed)
     report = Report("compare", {"models": [_figures(row) for row in rows]})
     for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
-        figures |= {"id": record.manifest.id, "base": record.base, "commands": record.commands()}
+        figures |= {
+            "artifact": figures["name"], "id": record.manifest.id, "base": record.base, "commands": record.commands(),
+        }  # fmt: skip
     report.tables.append(_table(rows))
     _say_what_was_measured(report, rows, found)
+    if analyzed:
+        report.notes.append(_of_analysis(analyzed))
     report.notes += [_of_export(record) for record in found if record.about]
     if commands:
         for record in found:
@@ -42,8 +51,8 @@ def compare(models: Sequence[str | Path | Source], *, commands: bool = False) ->
 
 def _figures(row: Row) -> dict[str, Any]:
     return {
-        "artifact": row.name if row.stages else None, "name": row.name, "stages": row.stages,
-        "parameters": row.parameters, "bytes": row.bytes, "macs": row.macs, "quality": row.quality, "speed": row.speed,
+        "artifact": None, "name": row.name, "stages": row.stages, "parameters": row.parameters, "bytes": row.bytes,
+        "macs": row.macs, "quality": row.quality, "speed": row.speed,
     }  # fmt: skip
 
 
@@ -111,6 +120,17 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         if names:
             same = " as the others" if len(names) < len(own) else ""
             report.notes.append(f"no {kind}{same}: `peftc {word} {names[0]} {options[word]}--against base` measures it")
+
+
+def _of_analysis(analysis: Analysis) -> str:
+    """Say what was planned, and what that was predicted to lose."""
+    plan = analysis.data.get("plan")
+    if not plan:
+        return f"`{analysis.file}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
+    return (
+        f"`{analysis.file}` planned {plan['budget']}, {plan['allocation']}, to keep {count(plan['parameters'])} "
+        f"parameters; predicted loss {plan['predicted']:g}"
+    )
 
 
 def _of_export(record: Record) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from peftc import artifact, job, manifest
 from peftc.errors import ArtifactError, UsageError
 from peftc.manifest import Manifest
-from peftc.source import MANIFEST
+from peftc.source import MANIFEST, read_json
 from peftc.steps.show import command_lines
 
 LOG = "log.jsonl"
@@ -73,8 +73,9 @@ class Record:
         return Path(spec.partition("@")[0]).name or spec
 
     def measured(self, kind: str) -> list[dict[str, Any]]:
-        """Return what `evaluate` or `bench` kept, oldest first."""
-        return list((self.result.get("measured") or {}).get(kind, []))
+        """Return what `evaluate` or `bench` kept, oldest first; of an export what its gates measured of its quality."""
+        gated = self.data.get("quality") if self.about and kind == "evaluate" else None
+        return [{"at": 0, **gated}] if gated else list((self.result.get("measured") or {}).get(kind, []))
 
     def log(self) -> list[dict[str, Any]]:
         """Return the training that made it, step by step; empty where there was none."""
@@ -87,6 +88,32 @@ class Record:
     def commands(self) -> list[str]:
         """Return the command lines that rebuild it."""
         return command_lines(self.manifest)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `peftc analyze --json` printed.
+
+    Attributes:
+        file: where.
+        data: its figures: ``modules`` with their spectra, and under a budget a ``plan``.
+    """
+
+    file: Path
+    data: Mapping[str, Any]
+
+
+def read_analysis(file: Path) -> Analysis:
+    """Return what `analyze` said.
+
+    Raises:
+        UsageError: the file holds no report of `analyze`.
+    """
+    found = read_json(file)
+    if found.get("command") != "analyze" or not all("spectrum" in row for row in found.get("modules", [{}])):
+        hint = "`peftc analyze MODEL --json >analysis.json` writes one"
+        raise UsageError(f"`{file}` holds no report of `peftc analyze`", hint=hint)
+    return Analysis(file, found)
 
 
 def of_export(folder: Path) -> Record:
@@ -143,8 +170,8 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
     return found
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
-    """Return a row for each artifact, behind those of the models that they were made from."""
+def rows(records: Sequence[Record], analysis: Analysis | None = None) -> list[Row]:
+    """Return a row for each artifact, behind those of the models that they were made from and of a plan for them."""
     quality = _common(records, "evaluate", _sample)
     speed = _common(records, "bench", _place)
     found = [_row(record, quality.get(at), speed.get(at)) for at, record in enumerate(records)]
@@ -154,7 +181,9 @@ def rows(records: Sequence[Record]) -> list[Row]:
         if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
             row.macs = row.speed["model"]["macs"]
     names = dict.fromkeys(record.base for record in records)
-    return [*(_base(name, records, found) for name in names), *found]
+    plan = analysis.data.get("plan") if analysis else None
+    planned = [Row(str(analysis.file), ["analyze"], plan["parameters"])] if analysis and plan else []
+    return [*(_base(name, records, found) for name in names), *planned, *found]
 
 
 def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, dict[str, Any]]:

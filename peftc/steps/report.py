@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peftc import __version__
-from peftc.errors import OutputError, UsageError
+from peftc.errors import OutputError
 from peftc.report import Report, count, grouped, percent, short, size, span
-from peftc.source import Source, read_json
+from peftc.source import Source
 from peftc.steps import charts, layer_maps, page, records
 from peftc.steps.charts import Point
 from peftc.steps.compare import compare, quality_text, speed_texts
@@ -26,7 +26,7 @@ def report(
     Args:
         models: artifact folders, in the order in which they are to stand.
         output: the file to write; one that is there is replaced.
-        analysis: what `peftc analyze --json` printed of the base, for its rank spectra.
+        analysis: what `peftc analyze --json` printed of the base, for its rank spectra and its plan.
 
     Raises:
         ArtifactError: one of the models is no artifact.
@@ -38,10 +38,10 @@ def report(
         why = "it is a folder" if file.is_dir() else f"there is no folder `{file.parent}`"
         raise OutputError(f"cannot write `{file}`", why=why, hint="name a file: `-o report.html`")
     found = records.read(models)  # type: ignore[arg-type]
-    analyzed = None if analysis is None else _analysis(Path(analysis))
-    rows = records.rows(found)
-    compared = compare(models)
-    text = _page(rows, found, analyzed, compared.notes)
+    analyzed = None if analysis is None else records.read_analysis(Path(analysis))
+    rows = records.rows(found, analyzed)
+    compared = compare(models, analysis=analysis)
+    text = _page(rows, found, analyzed.data if analyzed else None, compared.notes)
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
@@ -51,15 +51,7 @@ def report(
     return outcome
 
 
-def _analysis(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if found.get("command") != "analyze" or not all("spectrum" in row for row in found.get("modules", [{}])):
-        hint = "`peftc analyze MODEL --json >analysis.json` writes one"
-        raise UsageError(f"`{path}` holds no report of `peftc analyze`", hint=hint)
-    return found
-
-
-def _page(rows: list[Row], found: list[Record], analyzed: dict[str, Any] | None, notes: Sequence[str]) -> str:
+def _page(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
     bases = ", ".join(row.name for row in rows if not row.stages)
     title = f"{bases}: {len(found)} compressed {'model' if len(found) == 1 else 'models'}"
     parts = [("stages", "Stages", _stages(rows, notes)), ("trade", "What it costs, what it brings", _trade(rows))]

@@ -165,6 +165,34 @@ def test_an_export_is_a_row_and_a_note(tmp_path, monkeypatch, tiny_vit: Path) ->
         report_page(["weights"])
 
 
+def test_an_export_with_gates_has_the_quality_that_it_showed(tmp_path, monkeypatch, tiny_vit: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+    package.evaluate("small", data="sklearn:digits", against="base")
+    gated = {"data": "sklearn:digits", "max_drop": 0.5}
+    package.export("small", format="torch-export", output_dir="graph", rounds=5, batch_size=1, **gated)
+    small, graph = package.compare(["small", "graph"]).data["models"][-2:]
+    assert graph["quality"]["metrics"] == small["quality"]["metrics"]
+    assert graph["quality"]["against"]["name"] == "small"
+
+
+def test_what_was_planned_has_a_row_behind_the_base(chain) -> None:
+    planned = {"budget": "--ratio 1/2", "allocation": "convex", "parameters": 120, "predicted": 0.25, "eligible": 0.5}
+    analysis = {"command": "analyze", "modules": [], "plan": planned}
+    artifact.write_json(Path("analysis.json"), analysis)
+    report = package.compare(chain, analysis="analysis.json")
+    assert list(table(report)) == ["dense", "analysis.json", *chain]
+    assert table(report)["analysis.json"] == ["analyze", "120", *["-"] * 6]
+    assert report.data["models"][1]["artifact"] is None
+    assert [each["artifact"] for each in report.data["models"][2:]] == chain
+    (note,) = [note for note in report.notes if note.startswith("`analysis.json` planned --ratio 1/2, convex")]
+    assert "120 parameters; predicted loss 0.25" in note
+    artifact.write_json(Path("analysis.json"), {**analysis, "plan": None})
+    report = package.compare(chain, analysis="analysis.json")
+    assert list(table(report)) == ["dense", *chain]
+    assert any("planned nothing: give `peftc analyze` a budget" in note for note in report.notes)
+
+
 def test_what_is_no_artifact_is_refused(chain) -> None:
     with pytest.raises(ArtifactError, match="`nowhere` does not exist"):
         package.compare(["small", "nowhere"])
@@ -175,6 +203,8 @@ def test_what_is_no_artifact_is_refused(chain) -> None:
         package.compare(["small", "./small"])
     with pytest.raises(UsageError, match="nothing to compare"):
         package.compare([])
+    with pytest.raises(UsageError, match="holds no report of `peftc analyze`"):
+        package.compare(["small"], analysis="small/peftc.json")
 
 
 def test_evaluate_and_bench_leave_what_it_reads(tmp_path, monkeypatch, tiny_vit: Path) -> None:
