@@ -105,7 +105,7 @@ def check_the_tour(folder: Path, printed: dict[str, str]) -> None:
     assert planned["stages"] == ["analyze"] and planned["parameters"] == rows[0]["parameters"]
     assert all(row["quality"] for row in (base, *rows)), "quality of each, beside the base"
     assert all(row["speed"] for row in (base, *rows[:-1])), "that of the export stands in a note"
-    told = re.findall(r"^\| (?:\d-)?([a-z]+)(?:\.json)? \| ?([a-z -]*) \|", README, re.M)
+    told = re.findall(r"^\| (?:\d-)?([a-z]+)(?:\.json)? \| ?([a-z -]*) \| \d", README, re.M)
     shown = [("dense", ""), ("analysis", "analyze"), *zip(MISSION, stages, strict=True), ("release", "export onnx")]
     assert told == shown, "the table is that of the example"
     exported = json.loads((folder / "release" / "result.json").read_text())
