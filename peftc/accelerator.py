@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from peftc import processes
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, reason_of
 from peftc.models.load import device_of
 from peftc.recipe import Recipe, cannot_train
 
@@ -30,7 +30,7 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
                 project_dir=None if folder is None else str(folder),
             )  # fmt: skip
     except (ValueError, ImportError) as error:
-        raise PeftcError("Accelerate cannot train here as asked", why=(str(error).splitlines() or [""])[0]) from error
+        raise PeftcError("Accelerate cannot train here as asked", why=reason_of(error)) from error
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise cannot_train(kind)

@@ -113,6 +113,11 @@ class UsageError(PeftcError):
     exit_code = 2
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:
     """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
     if value in known:

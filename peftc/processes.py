@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftc.errors import LostProcessError, PeftcError
+from peftc.errors import LostProcessError, PeftcError, reason_of
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -156,6 +156,6 @@ def _gone() -> Iterator[None]:
 def _lost(error: RuntimeError) -> LostProcessError:
     return LostProcessError(
         "another process of this launch stopped",
-        why=(str(error).splitlines() or [type(error).__name__])[0],
+        why=reason_of(error),
         hint="see what it said, and run the same command again to resume",
     )

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import SourceError, WeightError
+from peftc.errors import SourceError, WeightError, reason_of
 from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
 from peftc.source import Source, read_json
@@ -46,8 +46,7 @@ def from_folder(source: Source, folder: Path) -> Base:
         else:
             module = on_meta(lambda: cls(made))
     except (*UNBUILDABLE, StrictDataclassError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"transformers cannot build the model of `{folder}`", why=why) from error
+        raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error
     module.tie_weights()
     record = {"library": "transformers", "architecture": type(module).__name__}
     preprocess = processor(folder)

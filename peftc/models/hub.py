@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc import manifest
-from peftc.errors import SourceError, UsageError
+from peftc.errors import SourceError, UsageError, reason_of
 from peftc.header import TensorInfo
 from peftc.source import MANIFEST, Located, Source, in_folder
 
@@ -118,7 +118,7 @@ def _refusal(error: Exception, located: Located, source: Source, what: str) -> S
     wanted = f"`{name}` ({what}) from the hub"
     local = "" if "/" not in name else f"; no local path `{source.spec}` exists either"
     if isinstance(error, errors.HFValidationError):
-        return SourceError(f"`{source.spec}` is neither a path nor a hub id", why=str(error).splitlines()[0])
+        return SourceError(f"`{source.spec}` is neither a path nor a hub id", why=reason_of(error))
     if isinstance(error, errors.GatedRepoError):
         why = "access to it has to be granted"
         hint = "ask for access on its page, then `hf auth login`"

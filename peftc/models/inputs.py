@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import PeftcError, SourceError
+from peftc.errors import PeftcError, SourceError, reason_of
 from peftc.models import dual
 from peftc.models.streaming import PLACE
 from peftc.nn import surgery
@@ -145,9 +145,8 @@ def taken(model: Model) -> Iterator[None]:
     except PeftcError:
         raise
     except DOES_NOT_RUN as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "look at its config: do its sizes fit one another?"
-        raise SourceError(f"`{model.name}` does not run on a random input", why=why, hint=hint) from error
+        raise SourceError(f"`{model.name}` does not run on a random input", why=reason_of(error), hint=hint) from error
 
 
 def outputs(model: Model, batch: Batch) -> Tensor:

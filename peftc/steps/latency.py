@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftc import allocate, measure
 from peftc.allocate import Curve, Rank
-from peftc.errors import PlanError
+from peftc.errors import PlanError, reason_of
 from peftc.measure import Speedup
 from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.layers import registered
@@ -102,7 +102,7 @@ def _runs(model: Model) -> Iterator[None]:
             raise
         raise PlanError(
             f"`{model.name}` cannot be timed",
-            why=f"it does not run on a random input: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            why=f"it does not run on a random input: {reason_of(error)}",
             hint="give another budget, as `--target-macs` or `--ratio`",
         ) from error
 

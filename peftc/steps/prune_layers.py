@@ -14,7 +14,7 @@ from torch import nn
 
 from peftc import depth, measure, processes, tasks
 from peftc.depth import Asked
-from peftc.errors import ClassesError, DataError, PlanError, UsageError
+from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
 from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten
@@ -338,8 +338,7 @@ def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
         after = models.outputs(write.one_dtype(shorter.model), batch).float()
     except inputs.DOES_NOT_RUN as error:
         listed = ", ".join(f"`{name}`" for name in dropped[:4])
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PlanError(f"`{stored.name}` does not run without {listed}", why=why) from error
+        raise PlanError(f"`{stored.name}` does not run without {listed}", why=reason_of(error)) from error
     gap = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
     if gap > write.CLOSE * float(before.abs().max()):
         raise PlanError(

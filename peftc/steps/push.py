@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import OutputError, UsageError
+from peftc.errors import OutputError, UsageError, reason_of
 from peftc.models.hub import answer_of
 from peftc.report import Report, count, size
 from peftc.steps import card as cards
@@ -68,7 +68,7 @@ def check(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"`{repo}` is no name of a repository", why=str(error).splitlines()[0]) from None
+        raise UsageError(f"`{repo}` is no name of a repository", why=reason_of(error)) from None
     if repo.count("/") != 1:
         raise UsageError(f"`{repo}` names no owner", hint=f"write it as `--push-to-hub OWNER/{repo}`")
     if constants.HF_HUB_OFFLINE:
@@ -142,7 +142,7 @@ def _first(error: BaseException) -> str:
     """Return the first line of what was said first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return reason_of(error).rstrip(".")
 
 
 def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftc import __version__, artifact, manifest, measure, processes
 from peftc.artifact import Piece
-from peftc.errors import ArtifactError, PeftcError, UsageError
+from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
 from peftc.header import encode_header, read_header
 from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
@@ -203,10 +203,8 @@ def verify(folder: Path, expected: Model) -> list[str]:
         batch = models.probe(expected)
         before = _outputs(expected, batch)
     except (PeftcError, *inputs.DOES_NOT_RUN) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        return [
-            f"outputs were not compared, only tensors: no random input could be made up that the model takes ({why})"
-        ]
+        why = f"no random input could be made up that the model takes ({reason_of(error)})"
+        return [f"outputs were not compared, only tensors: {why}"]
     after = _outputs(written, batch)
     if not torch.isfinite(before).all():
         return ["the outputs on a random input are not finite, in the model itself; they were compared all the same"]
