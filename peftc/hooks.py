@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
+from peftc.models.inputs import mask_of
 from peftc.models.layers import registered
 from peftc.models.load import Model, place_of
 from peftc.plan import Target
@@ -228,7 +229,7 @@ class Collector:
 
     def see(self, inputs: Tensor | Mapping[str, Tensor]) -> None:
         """Look at the next batch: which of its tokens are padding."""
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        mask = mask_of(inputs)
         self.mask = None if mask is None or bool(mask.all()) else mask.bool().to(place_of(self.model.module))
 
     @contextmanager

@@ -14,6 +14,7 @@ from peftc import tasks
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
+from peftc.models.inputs import mask_of_outputs
 from peftc.tasks import Batch, Encoded, Settings, Task
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def loss_of_own_prediction(
         inputs: of the batch; ``attention_mask`` says which tokens count.
         generators: one per sample, so that what is drawn depends on no other; on the CPU, the same for every device.
     """
-    mask = _mask(inputs)
+    mask = mask_of_outputs(inputs)
     outputs = outputs.float()
     if _has_classes(task):
         total = outputs.new_zeros(())
@@ -108,7 +109,7 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
         task, inputs: as for `loss_of_own_prediction`.
         reference, outputs: (batch, classes), (batch, tokens, vocabulary), or vectors.
     """
-    mask = _mask(inputs)
+    mask = mask_of_outputs(inputs)
     mask = None if mask is None else mask.to(outputs.device)
     if _has_classes(task):
         rows = max(1, BLOCK // outputs.shape[-1])  # in float64 at once: of a large vocabulary all would take much
@@ -123,13 +124,6 @@ def _kl(reference: Tensor, outputs: Tensor) -> Tensor:
     """Return (n,) divergences of scores (n, classes)."""
     p, q = reference.double().log_softmax(-1), outputs.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def _mask(inputs: Mapping[str, Tensor] | Tensor) -> Tensor | None:
-    """Return which tokens count; the outputs of a dual encoder are no tokens."""
-    if not isinstance(inputs, Mapping) or "pixel_values" in inputs:
-        return None
-    return inputs.get("attention_mask")
 
 
 def _has_classes(task: Task | None) -> bool:

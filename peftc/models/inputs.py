@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -160,9 +160,24 @@ def outputs(model: Model, batch: Batch) -> Tensor:
         return forward(model, batch)
 
 
+def run(module: nn.Module, batch: Batch) -> Any:
+    """Return what a network gives for a batch."""
+    return module(**batch) if isinstance(batch, dict) else module(batch)
+
+
+def mask_of(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | None:
+    """Return which tokens of inputs are no padding, (batch, tokens); None where nothing says it."""
+    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+def mask_of_outputs(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | None:
+    """Return which tokens of the outputs count; those of pairs of image and text are no tokens."""
+    return None if isinstance(inputs, Mapping) and "pixel_values" in inputs else mask_of(inputs)
+
+
 def forward(model: Model, batch: Batch) -> Tensor:
     """Return the network's main output for a batch: logits, the last hidden state, or the rows of `dual.stacked`."""
-    value = model.module(**batch) if isinstance(batch, dict) else model.module(batch)
+    value = run(model.module, batch)
     if isinstance(batch, dict) and dual.has_matching(model.module):
         return dual.stacked(dual.of_pairs(model.module, batch, value))
     return main_output(model, value)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftc.models import inputs
 from peftc.models.load import Model
+from peftc.nn.skipped import first_tensor
 
 WEIGHTED = ("Addmm", "Mm", "Bmm", "Convolution", "Embedding", "Attention")  # in autograd's names of what multiplies
 
@@ -68,7 +69,7 @@ class _Flow:
 
     def _enter(self, name: str) -> Callable[..., Any]:
         def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            read = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+            read = first_tensor(args, kwargs)
             self.reads[name] = read
             if read is None or not read.is_floating_point():
                 return None
@@ -114,7 +115,7 @@ def _run(model: Model) -> None:
     """
     batch = inputs.probe(model)
     with inputs.taken(model):
-        model.module(**batch) if isinstance(batch, dict) else model.module(batch)
+        inputs.run(model.module, batch)
 
 
 def _stacks(network: nn.Module, *, strict: bool) -> Iterator[list[str]]:
@@ -170,7 +171,7 @@ def tapped(network: nn.Module, names: Sequence[str], see: Callable[[str, Tensor,
         def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensor = main(output)
             assert tensor is not None
-            see(name, _read(args, kwargs), tensor)
+            see(name, first_tensor(args, kwargs), tensor)
 
         return saw
 
@@ -183,7 +184,7 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Let layers hand on what they read, in the forward passes made inside."""
 
     def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return in_place_of(output, _read(args, kwargs))
+        return in_place_of(output, first_tensor(args, kwargs))
 
     with registered(network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names):
         yield
@@ -212,10 +213,6 @@ def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
 
 def _nesting(output: Any) -> list[int]:
     return [len(output), *_nesting(output[0])] if isinstance(output, list | tuple) else []
-
-
-def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
 
 
 def in_place_of(output: Any, tensor: Tensor) -> Any:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first tensor that a module is called with, which is what a layer reads; None where there is none."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
 
 
 class Skipped(nn.Module):
@@ -22,7 +27,7 @@ class Skipped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the first tensor that is given; in place of further outputs, as attention maps, stands None."""
-        found: Any = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        found = first_tensor(args, kwargs)
         for length in reversed(self.lengths):
             found = (found, *(length - 1) * [None])
         return found

@@ -23,8 +23,8 @@ from peftc.models.load import Model
 from peftc.models.shorten import Shorter
 from peftc.nn import surgery
 from peftc.report import Report, Table
-from peftc.steps import layer_scores
 from peftc.steps.layer_choice import Work
+from peftc.steps.layer_scores import is_channels_last, tokens_of
 
 CHECKED = 5  # every so many-th sample only tells which ridge to take
 RIDGES = tuple(10.0**power for power in range(-5, 3))  # of the mean square of an input
@@ -194,10 +194,6 @@ def _shapes(work: Work) -> dict[str, Any]:
     return shapes
 
 
-def _channels_last(model: Model) -> bool:
-    return str(getattr(model.module, "output_fmt", "")) == "NHWC"
-
-
 def _site(runs: Model, layer: str, work: Work) -> tuple[Site | None, str]:
     """Return the last linear module of a layer whose output goes straight into what the layer gives, or why none does.
 
@@ -229,7 +225,7 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
         return output if nudge is None else output + nudge.to(output)
 
     def saw(_name: str, _before: Tensor, after: Tensor) -> None:
-        seen.append(layer_scores.tokens_of(after, _channels_last(runs)))
+        seen.append(tokens_of(after, is_channels_last(runs)))
 
     generator = torch.Generator().manual_seed(0)
     with registered([linear.register_forward_hook(push)]), layers.tapped(runs.module, [layer], saw):
@@ -265,7 +261,7 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
         hidden.append(args[0])
 
     def saw(key: str, after: Tensor) -> None:
-        wanted[key] = layer_scores.tokens_of(after, _channels_last(runs))
+        wanted[key] = tokens_of(after, is_channels_last(runs))
 
     counts = _tokens_that_count(work, runs, before)
     scale = torch.where(site.scale.abs() > 1e-6, site.scale, torch.full_like(site.scale, torch.inf)).to(place)
@@ -283,8 +279,7 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
             load.outputs(runs, each)
             h = hidden.pop().flatten(1, -2)
             t = (wanted["whole"] - wanted["shorter"]) / scale
-            mask = each.get("attention_mask") if isinstance(each, dict) else None
-            chosen = _chosen(h, counts, mask)
+            chosen = _chosen(h, counts, inputs.mask_of(each))
             for rows, moments in ((True, fitted), (False, checked)):
                 some = [at for at in range(len(h)) if (((start + at) % CHECKED) != CHECKED - 1) is rows]
                 moments.add(h[some][chosen[some]], t[some][chosen[some]])
@@ -319,7 +314,7 @@ def _tokens_that_count(work: Work, runs: Model, layer: str) -> Tensor | None:
     with registered([runs.module.get_submodule(layer).register_forward_hook(leaf)]), torch.enable_grad():
         total = inputs.forward(runs, each).float().square().sum()
         (gradient,) = torch.autograd.grad(total, held)
-    reached = layer_scores.tokens_of(gradient, _channels_last(runs)).abs().amax((0, 2)) > 0
+    reached = tokens_of(gradient, is_channels_last(runs)).abs().amax((0, 2)) > 0
     return None if bool(reached.all()) or not bool(reached.any()) else reached
 
 

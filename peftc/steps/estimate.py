@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftc import hooks, measure
+from peftc.models.inputs import run
 from peftc.models.load import Model, detached
 from peftc.plan import Target
 from peftc.report import Report, size
@@ -165,6 +166,6 @@ def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = model.module(**inputs) if isinstance(inputs, dict) else model.module(inputs)
+        outputs = run(model.module, inputs)
     del outputs
     return sum(kept.values()) if gradients else max(kept.values(), default=0) * LIVE

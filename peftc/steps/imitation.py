@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftc import methods, retrieval
 from peftc.errors import DataError, UsageError
 from peftc.models import dual, layers, load, shorten
-from peftc.models.inputs import main_output
+from peftc.models.inputs import main_output, mask_of, mask_of_outputs, run
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
@@ -117,7 +117,7 @@ class Imitation:
         """
         batch, peers = given.batch, here() if peers is None else peers
         inputs = load.moved(self.student, batch.inputs)
-        known: dict[str, Any] = {"mask": mask_of(inputs), "masks": self.masks(inputs)}
+        known: dict[str, Any] = {"mask": mask_of_outputs(inputs), "masks": self.masks(inputs)}
         outputs, features, towers = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
         known |= {"student_outputs": outputs, "student_features": features}
         if self.needs & set(OF_TEACHER[:3]):
@@ -150,7 +150,7 @@ class Imitation:
             outputs, features, towers = self.forward(self.teacher, self.teacher.module, theirs, inputs)
         found: dict[str, Any] = {"teacher_outputs": outputs, "teacher_features": features}
         if "teacher_vectors" in self.needs:
-            found["teacher_vectors"] = vectors(outputs, mask_of(inputs), of_pairs=towers is not None)
+            found["teacher_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
         return found
 
     def remembered(self, given: Given) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Imitation:
         self.kept.mkdir(exist_ok=True)
         paths = [self.kept / f"{row}.safetensors" for row in given.rows]
         inputs = given.batch.inputs
-        mask = mask_of(inputs)
+        mask = mask_of_outputs(inputs)
         masks = None if mask is None else mask.bool()
         if not all(path.is_file() for path in paths):
             found = self.taught(given.batch)
@@ -183,12 +183,12 @@ class Imitation:
                 outputs = dual.stacked(towers)
             else:
                 towers = None
-                outputs = main_output(model, module(**inputs) if isinstance(inputs, dict) else module(inputs))
+                outputs = main_output(model, run(module, inputs))
         return outputs, features, towers
 
     def masks(self, inputs: Any) -> list[Tensor | None]:
         """Return which tokens count after each layer; of image patches all do."""
-        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        mask = mask_of(inputs)
         has_images = isinstance(inputs, dict) and "pixel_values" in inputs
         return [None if has_images and dual.reads_image(name) else mask for name, _ in self.pairs]
 
@@ -276,11 +276,6 @@ def _padded(own: Sequence[Tensor], masks: Tensor | None) -> Tensor:
     for row, mask, each in zip(whole, masks, own, strict=True):
         row[mask] = each
     return whole
-
-
-def mask_of(inputs: Any) -> Tensor | None:
-    """Return which tokens of the outputs count; those of pairs of image and text are no tokens."""
-    return inputs.get("attention_mask") if isinstance(inputs, dict) and "pixel_values" not in inputs else None
 
 
 def vectors(outputs: Tensor, mask: Tensor | None, *, of_pairs: bool = False) -> Tensor:

@@ -58,10 +58,10 @@ def arrange(model: Model, targets: dict[str, Target], plan: Plan | None, asked: 
     """Put the groups that a plan names, or that share an input, in the place of their members; return their names."""
     if plan is not None:
         groups = plan.joint
-        _check_planned(model, targets, groups)
+        _check_planned(targets, groups)
     else:
         groups = of_one_input(model, targets) if asked else []
-    _group(model, targets, groups)
+    _group(targets, groups)
     return groups
 
 
@@ -104,7 +104,7 @@ def _watching(network: nn.Module, seen: Mapping[str, list[tuple[Tensor, int]]]) 
         yield
 
 
-def _check_planned(model: Model, targets: Mapping[str, Target], groups: Sequence[Sequence[str]]) -> None:
+def _check_planned(targets: Mapping[str, Target], groups: Sequence[Sequence[str]]) -> None:
     for names in groups:
         unknown = [name for name in names if name not in targets]
         if unknown:
@@ -125,7 +125,7 @@ def _in(target: Target) -> int:
     return target.shape[1] if target.form == "linear" else target.shape[0]
 
 
-def _group(model: Model, targets: dict[str, Target], groups: Sequence[Sequence[str]]) -> None:
+def _group(targets: dict[str, Target], groups: Sequence[Sequence[str]]) -> None:
     """Replace members by their group, at the place of the first one."""
     leads = {names[0]: names for names in groups}
     others = {name for names in groups for name in names[1:]}

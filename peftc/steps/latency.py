@@ -23,6 +23,7 @@ from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.layers import registered
 from peftc.models.load import Model, detached, outputs
 from peftc.nn import lowrank, surgery
+from peftc.nn.skipped import first_tensor
 from peftc.plan import Target
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
@@ -84,8 +85,9 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
             def add(
                 module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], name: str = name, form: str = form
             ) -> None:
-                tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
-                found[name] += [Site(form, repr(module), tuple(first.shape)) for first in tensors[:1]]
+                read = first_tensor(given, named)
+                if read is not None:
+                    found[name].append(Site(form, repr(module), tuple(read.shape)))
 
             handles.append(module.register_forward_pre_hook(add, with_kwargs=True))
     with registered(handles), _runs(model):

@@ -16,6 +16,7 @@ from peftc import methods, processes, progress
 from peftc.errors import WeightError
 from peftc.methods.importance import tsne_silhouette
 from peftc.models import layers, load
+from peftc.models.inputs import mask_of
 from peftc.models.load import Model
 from peftc.nn import surgery
 from peftc.steps.samples import Samples
@@ -180,7 +181,7 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
         WeightError: a layer gives NaN or infinite features.
     """
     class_token = has_class_token(model) and (given.task is None or given.task.name != MEANS)
-    last = str(getattr(model.module, "output_fmt", "")) == "NHWC"
+    last = is_channels_last(model)
     seen = Seen()
     mask: Tensor | None = None
 
@@ -207,13 +208,18 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
         for start in range(0, number, batch_size):
             batch = given.train.batch(range(start, min(start + batch_size, number)))
             inputs = load.moved(model, batch.inputs)
-            mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+            mask = mask_of(inputs)
             load.outputs(model, inputs)
             if given.outputs:
                 seen.labels.append(given.mapped(batch).targets)
             for _ in range(len(batch.targets)):
                 advance("")
     return seen
+
+
+def is_channels_last(model: Model) -> bool:
+    """Return whether the layers of a network give images as (batch, height, width, channels)."""
+    return str(getattr(model.module, "output_fmt", "")) == "NHWC"
 
 
 def has_class_token(model: Model) -> bool:
