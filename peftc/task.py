@@ -103,7 +103,23 @@ class Task:
     run: Callable[[Model, Batch], Tensor] | None = None
     over_all: Callable[[Columns], Columns] | None = None
 
+    def outputs(self, model: Model, batch: Batch) -> Tensor:
+        """Return what an evaluation looks at: outputs of the model, to which the batch is moved."""
+        from peftc.models import load
+
+        return self.run(model, batch) if self.run else load.outputs(model, load.moved(model, batch.inputs))
+
+    def over(self, parts: Sequence[Columns]) -> Columns:
+        """Return figures of all samples, from those of each batch."""
+        whole = concatenated(parts)
+        return self.over_all(whole) if self.over_all else whole
+
     @property
     def has_classes(self) -> bool:
         """Whether classes of the data must be matched with outputs of the model."""
         return self.name.endswith("classification")
+
+
+def concatenated(parts: Sequence[Columns]) -> Columns:
+    """Return the figures of several batches as those of one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

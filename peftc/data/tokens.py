@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # a target that is not predicted
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
+GENERATED, GENERATED_LENGTH = "generated:", 128  # a `--data` spec; tokens, where `--max-length` is not given
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -155,7 +156,27 @@ def masked(windows: Tensor, tokenizer: Any, *, seed: int) -> tuple[Tensor, Tenso
     return whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
 
 
-def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int | None = None) -> Dataset:
+def number_to_draw(spec: str, model: Model, task: str | None) -> int:
+    """Return the N of ``generated:N``.
+
+    Raises:
+        UsageError: it is no number.
+        DataError: the task of the model is not to write text.
+    """
+    number = spec.removeprefix(GENERATED)
+    if not number.isdecimal() or int(number) < 1:
+        raise UsageError(f"`--data {spec}` asks for no number of sequences", hint="write it as `--data generated:64`")
+    if task != "causal-lm":
+        raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
+    return int(number)
+
+
+def length_to_draw(model: Model, max_length: int | None) -> int:
+    """Return the tokens of each sequence to be drawn."""
+    return min(window(model, max_length), max_length or GENERATED_LENGTH)
+
+
+def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
     """Draw sequences from a causal language model: ancestral sampling at temperature 1, from its first token on.
 
     Every sequence has ``length`` tokens, whatever they are: the expected excess nll of another model on them is then
@@ -166,7 +187,6 @@ def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int
         number: sequences, >= 1.
         length: tokens, the given first one included.
         seed: of the draw.
-        batch_size: sequences drawn together; 32 when None, and one where memory is short.
     """
     config = model.config.get("text_config", model.config)
     start = next((config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None), None)
@@ -175,7 +195,7 @@ def sample(model: Model, number: int, length: int, *, seed: int, batch_size: int
         raise DataError(f"cannot draw text from `{model.name}`", why="its config names no first token (`bos_token_id`)")
     generator = torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
-    batch_size = batch_size or (32 if model.max_memory is None else 1)
+    batch_size = 32 if model.max_memory is None else 1
     with progress.track("drawing text from the model", number) as advance:
         while (done := sum(len(part) for part in parts)) < number:
             parts.append(_draw(model, start, min(batch_size, number - done), length, generator))

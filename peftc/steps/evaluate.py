@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ from torch import Tensor, nn
 from peftc import progress, tasks
 from peftc.data import Dataset, open_data
 from peftc.data.classes import match
-from peftc.data.tokens import sample, window
+from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import DataError, UsageError, WeightError
+from peftc.hooks import batches
 from peftc.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.models import load
 from peftc.models.load import Model
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import measured
+from peftc.task import concatenated
 from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
-
-GENERATED = "generated:"
-GENERATED_LENGTH = 128  # tokens, where `--max-length` is not given
 
 
 @dataclass
@@ -159,11 +157,7 @@ def _generated(
     **place: str,
 ) -> Dataset:
     """Draw the evaluation text from the model that the others are measured against."""
-    number = spec.removeprefix(GENERATED)
-    if not number.isdecimal() or int(number) < 1:
-        raise UsageError(f"`--data {spec}` asks for no number of sequences", hint="write it as `--data generated:64`")
-    if row is None or row.name != "causal-lm":
-        raise DataError(f"cannot draw text from `{subject.name}`", why="`generated:N` is for causal language models")
+    number = number_to_draw(spec, subject, row.name if row else None)
     author = reference
     if author is None and subject.manifest is not None:
         author = load.runnable(load.load(load.base_source(subject)), **place)
@@ -173,9 +167,9 @@ def _generated(
             f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
             "add `--against`"
         )
-    length = min(window(author, settings.max_length), settings.max_length or GENERATED_LENGTH)
+    length = length_to_draw(author, settings.max_length)
     report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {settings.seed}")
-    return sample(author, int(number), length, seed=settings.seed).take(settings.num_samples, seed=settings.seed)
+    return sample(author, number, length, seed=settings.seed).take(settings.num_samples, seed=settings.seed)
 
 
 def _sides(row: Task, models: list[Model], dataset: Dataset, settings: Settings, report: Report) -> list[_Side]:
@@ -209,10 +203,7 @@ def _match_classes(row: Task, side: _Side, dataset: Dataset, report: Report) -> 
 
 def _run(row: Task, sides: list[_Side], dataset: Dataset, batch_size: int, report: Report) -> Columns | None:
     """Run every sample through both models, batch by batch, and keep figures per sample; return how they compare."""
-    lengths = sides[0].encoded.lengths
-    order = list(range(sides[0].encoded.size))
-    if lengths is not None:
-        order.sort(key=lambda index: lengths[index])
+    encoded = sides[0].encoded
     seen: list[list[Columns]] = [[] for _ in sides]
     compared: list[Columns] | None = [] if row.compare and len(sides) == 2 else None
     if compared is not None and sides[0].outputs != sides[1].outputs:
@@ -220,10 +211,9 @@ def _run(row: Task, sides: list[_Side], dataset: Dataset, batch_size: int, repor
         report.notes.append(
             "the two models order their classes differently, so neither agreement nor divergence is measured"
         )
-    same = all(side.encoded.key == sides[0].encoded.key for side in sides)
-    with progress.track(f"evaluating on {dataset.name}", len(order)) as advance:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
+    same = all(side.encoded.key == encoded.key for side in sides)
+    with progress.track(f"evaluating on {dataset.name}", encoded.size) as advance:
+        for indices in batches(encoded.lengths, encoded.size, batch_size):
             given: list[tuple[Tensor, Batch]] = []
             for side, columns in zip(sides, seen, strict=True):
                 batch = given[0][1] if given and same else side.encoded.batch(indices)
@@ -234,9 +224,8 @@ def _run(row: Task, sides: list[_Side], dataset: Dataset, batch_size: int, repor
             for _ in indices:
                 advance("")
     for side, columns in zip(sides, seen, strict=True):
-        whole = _concatenated(columns)
-        side.columns = row.over_all(whole) if row.over_all else whole
-    return _concatenated(compared) if compared else None
+        side.columns = row.over(columns)
+    return concatenated(compared) if compared else None
 
 
 def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
@@ -247,17 +236,13 @@ def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _concatenated(parts: Sequence[Columns]) -> Columns:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def _mapped(side: _Side, batch: Batch) -> Batch:
     return Batch(batch.inputs, torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
 
 
 def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
     """Return the outputs for a batch, moved to the model's device and dtype first."""
-    logits = row.run(model, batch) if row.run else load.outputs(model, load.moved(model, batch.inputs))
+    logits = row.outputs(model, batch)
     if not torch.isfinite(logits).all():
         dtype = str(logits.dtype).removeprefix("torch.")
         raise WeightError(

@@ -217,10 +217,11 @@ class Imitation:
             return figures(self.student, self.samples, held, batch_size)
         total = 0.0
         with torch.no_grad():
-            for start in range(0, len(held), batch_size):
-                rows = range(start, min(start + batch_size, len(held)))
-                terms = self.loss(self.student.module, Given(held.batch(rows)), ALONE)
-                total += len(rows) * float(sum(value for name, value in terms.items() if name != "perturbation"))
+            for batch in held.batches(batch_size):
+                terms = self.loss(self.student.module, Given(batch), ALONE)
+                total += len(batch.targets) * float(
+                    sum(value for name, value in terms.items() if name != "perturbation")
+                )
         return -total / len(held)
 
     def check(self) -> None:

@@ -199,7 +199,6 @@ def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     flow: dict[str, tuple[Tensor, Tensor]] = {}
     frozen = [each for each in model.module.parameters() if each.is_floating_point() and not each.requires_grad]
-    number = len(given.train)
 
     def saw(name: str, before: Tensor, after: Tensor) -> None:
         flow[name] = (before, after)
@@ -207,9 +206,11 @@ def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_
     for each in frozen:
         each.requires_grad_(True)
     try:
-        with layers.tapped(model.module, names, saw), progress.track("looking at gradients", number) as advance:
-            for start in range(0, number, batch_size):
-                batch = given.mapped(given.train.batch(range(start, min(start + batch_size, number))))
+        with (
+            layers.tapped(model.module, names, saw),
+            progress.track("looking at gradients", len(given.train)) as advance,
+        ):
+            for batch in map(given.mapped, given.train.batches(batch_size)):
                 with torch.enable_grad():
                     loss = objective(inputs.forward(model, load.moved(model, batch.inputs)), batch)
                     total = loss * len(batch.targets)  # a sum, so that each sample has its own gradient

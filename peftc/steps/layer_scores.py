@@ -203,10 +203,8 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
             angles=pooled(cosine[..., None].acos() / torch.pi, mask)[:, 0],
         )  # fmt: skip
 
-    number = len(given.train)
-    with layers.tapped(model.module, names, saw), progress.track("looking at layers", number) as advance:
-        for start in range(0, number, batch_size):
-            batch = given.train.batch(range(start, min(start + batch_size, number)))
+    with layers.tapped(model.module, names, saw), progress.track("looking at layers", len(given.train)) as advance:
+        for batch in given.train.batches(batch_size):
             inputs = load.moved(model, batch.inputs)
             mask = mask_of(inputs)
             load.outputs(model, inputs)

@@ -7,13 +7,11 @@ from typing import Any
 
 from peftc import tasks, unlabelled
 from peftc.data import open_data
-from peftc.data.tokens import sample, window
-from peftc.errors import DataError, UsageError
+from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
+from peftc.errors import UsageError
 from peftc.models import load
 from peftc.models.load import Model, detached
 from peftc.tasks import Encoded, Settings, Task
-
-GENERATED, GENERATED_LENGTH = "generated:", 128
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,12 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
 
 def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
     """Return the samples as the model reads them, what identifies them, whether they have labels, and notes."""
+    name = task.name if task else None
     if request.data.startswith(GENERATED):
-        number = request.data.removeprefix(GENERATED)
-        if not number.isdecimal() or int(number) < 1:
-            raise UsageError(f"`--data {request.data}` asks for no number of sequences", hint="as `generated:64`")
-        if task is None or task.name != "causal-lm":
-            raise DataError(f"cannot draw text from `{model.name}`", why="`generated:N` is for causal language models")
-        length = min(window(model, request.max_length), request.max_length or GENERATED_LENGTH)
-        dataset = sample(model, int(number), length, seed=request.seed + 1)  # an evaluation draws with the seed itself
+        number, length = number_to_draw(request.data, model, name), length_to_draw(model, request.max_length)
+        dataset = sample(model, number, length, seed=request.seed + 1)  # an evaluation draws with the seed itself
     else:
-        dataset = open_data(request.data, seed=request.seed, task=task.name if task else None, role="calibration")
+        dataset = open_data(request.data, seed=request.seed, task=name, role="calibration")
     windows = task is not None and task.name.endswith("-lm")
     both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
     if not windows:  # of a pair both texts are samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from peftc.data.dataset import split_word
 from peftc.errors import DataError, UsageError
 from peftc.models import load
 from peftc.models.load import Model
-from peftc.tasks import Batch, Columns, Encoded, Settings, Task
+from peftc.tasks import Batch, Encoded, Settings, Task
 
 PLAIN = Augment()
 ALONE = "leave the labels alone: `--loss features=1`"
@@ -38,6 +38,11 @@ class Held:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the batch of some of these samples, counted among them."""
         return self.encoded.batch([self.rows[index] for index in indices])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all of these samples in order, at most ``size`` at once."""
+        for start in range(0, len(self), size):
+            yield self.encoded.batch(self.rows[start : start + size])
 
 
 @dataclass(frozen=True)
@@ -194,13 +199,7 @@ def figures(model: Model, samples: Samples, held: Held, batch_size: int) -> floa
     """Return the task's first metric of a model on samples, larger is better."""
     row = samples.task
     assert row is not None
-    seen: list[Columns] = []
-    for start in range(0, len(held), batch_size):
-        batch = held.batch(range(start, min(start + batch_size, len(held))))
-        outputs = row.run(model, batch) if row.run else load.outputs(model, load.moved(model, batch.inputs))
-        seen.append(row.observe(outputs, samples.mapped(batch)))
+    seen = [row.observe(row.outputs(model, batch), samples.mapped(batch)) for batch in held.batches(batch_size)]
     metric = row.metrics[0]
-    columns = {name: np.concatenate([each[name] for each in seen]) for name in seen[0]}
-    columns = row.over_all(columns) if row.over_all else columns
-    value = float(np.mean(metric.of(columns)))
+    value = float(np.mean(metric.of(row.over(seen))))
     return value if metric.higher_is_better else -value
