@@ -86,6 +86,12 @@ class Recipe:
             )
 
 
+def length(epochs: float | None, steps: int | None, minutes: float | None, usual: float) -> dict[str, Any]:
+    """Return how long to train, as was asked for; ``usual`` epochs where nothing was."""
+    asked = {"epochs": epochs, "steps": steps, "minutes": minutes}
+    return asked if any(each is not None for each in asked.values()) else {**asked, "epochs": usual}
+
+
 @dataclass
 class Outcome:
     """What came of a training.

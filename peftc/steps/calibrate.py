@@ -143,7 +143,6 @@ def _write(
         f"use it at any budget: `peftc decompose MODEL --statistics {job.output} --ratio 0.5 -o small`",
     ]
     write.finish(job, record, report, work.device)
-    report.artifact = job.output
 
 
 def _report(found: Statistics, targets: Mapping[str, Target], reasons: Mapping[str, str]) -> Report:

@@ -17,7 +17,7 @@ from peftc.errors import DataError, UsageError
 from peftc.job import Job
 from peftc.models.load import Model, base_source, load, place_of, runnable
 from peftc.nn import surgery
-from peftc.recipe import Outcome, Recipe
+from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import factored, imitation, ordered, quality, samples, spectra, write
@@ -100,11 +100,8 @@ def distill(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
-    if all(each is None for each in length.values()):
-        length["epochs"] = 5
     recipe = Recipe(
-        **length, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,  # type: ignore[arg-type]
+        **length(epochs, steps, minutes, 5), batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
         weight_decay=weight_decay, warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision,
         evaluations=evaluations, seed=seed,
     )  # fmt: skip
@@ -249,7 +246,6 @@ def _carry_out(
     report.warnings += write.verify(job.folder, edited)
     shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
     write.finish(job, record, report, place_of(work.student.module))
-    report.artifact = job.output
     return report
 
 

@@ -89,7 +89,6 @@ def extract_lora(
         report.data["size"] = {"after": {"parameters": written.parameters, "bytes": written.weight_bytes}}
         report.warnings += write.verify(job.folder, load(Source(str(job.folder), allow_code=True)))
         write.finish(job, written, report, place_of(network))
-        report.artifact = job.output
     return report
 
 

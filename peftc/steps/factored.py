@@ -243,7 +243,6 @@ def carry_out(
     report.warnings += write.verify(work.job.folder, work.model)
     _check_size(report, record, work.model, budget)
     write.finish(work.job, record, report, work.device)
-    report.artifact = work.job.output
 
 
 def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:

@@ -20,7 +20,7 @@ from peftc.models.heads import Headed
 from peftc.models.load import Model, load, place_of, refuse_unbuildable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
-from peftc.recipe import Recipe
+from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import distill, factored, imitation, ordered, quality, samples, write
@@ -30,6 +30,7 @@ from peftc.steps.merge import taken_in
 from peftc.steps.student import Student
 from peftc.tasks import Settings
 
+EPOCHS = 10  # where no length is given
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
 
 
@@ -125,11 +126,8 @@ def finetune(
     if chosen.get("dropout") and not dropout:
         raise UsageError("`--set dropout` acts in training mode only", hint="add `--dropout`")
     usual = methods.recipe_of(function)
-    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
-    if all(each is None for each in length.values()):
-        length["epochs"] = 10
     recipe = Recipe(
-        **length, batch_size=batch_size, accumulate=accumulate,  # type: ignore[arg-type]
+        **length(epochs, steps, minutes, EPOCHS), batch_size=batch_size, accumulate=accumulate,
         learning_rate=usual["learning_rate"] if learning_rate is None else learning_rate,
         weight_decay=usual["weight_decay"] if weight_decay is None else weight_decay,
         warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision, evaluations=evaluations,
@@ -264,7 +262,6 @@ def _carry_out(
     report.warnings += write.verify(job.folder, written)
     shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
     write.finish(job, record, report, place)
-    report.artifact = job.output
     return report
 
 

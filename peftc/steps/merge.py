@@ -63,7 +63,6 @@ def merge(
             report.warnings += write.verify(job.folder, whole)
             report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
             write.finish(job, record, report, place_of(whole.module))
-            report.artifact = job.output
     factored.gate_size(report, max_params, max_bytes)
     return report
 

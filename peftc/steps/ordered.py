@@ -108,7 +108,6 @@ def keep_all(
     report.tables[-1] = factored.size_table(report.data["size"])
     report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
     write.finish(job, record, report, work.device)
-    report.artifact = job.output
     return report
 
 

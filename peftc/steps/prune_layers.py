@@ -386,7 +386,6 @@ def _carry_out(
     if seen and seen.maps:
         layer_maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
     write.finish(job, record, report, models.place_of(work.runs.module))
-    report.artifact = job.output
 
 
 def _complete(

@@ -264,13 +264,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> None:
-    """Write the result beside the manifest and let the folder appear."""
-    result = {"seconds": round(job.seconds, 3), **environment(device), "report": asdict(_plain(report))}
+    """Write the result beside the manifest and let the folder appear, which the report then names."""
+    told = asdict(replace(report, artifact=None))
+    result = {"seconds": round(job.seconds, 3), **environment(device), "report": told}
     job.finish(record, result | ({"asked": job.asked} if job.asked else {}))
-
-
-def _plain(report: Report) -> Report:
-    return replace(report, artifact=None)
+    report.artifact = job.output
 
 
 def already(job: Job, command: str) -> Report:
