@@ -156,100 +156,86 @@ def command_lines(record: Manifest) -> list[str]:
 
 
 def _source_options(source: dict[str, Any]) -> list[str]:
-    words: list[str] = []
-    for key in ("arch", "weights", "revision"):
-        if source.get(key):
-            words += [f"--{key}", str(source[key])]
+    options = {key: source.get(key) or None for key in ("arch", "weights", "revision")}
     for key in ("arch_set", "preprocess"):
-        for name, value in source.get(key, {}).items():
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{key.replace('_', '-')}", f"{name}={text}"]
-    return [*words, *(["--trust-remote-code"] if source.get("trust_remote_code") else [])]
+        items = source.get(key, {}).items()
+        options[key] = [f"{name}={','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in items]
+    return _words(options | {"trust_remote_code": source.get("trust_remote_code", False)})
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as they are typed: nothing for None and False, a flag for True, one for each of a list."""
+    words: list[str] = []
+    for key, value in options.items():
+        option = f"--{key.replace('_', '-')}"
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False:
+                words += [option] if each is True else [option, str(each)]
+    return words
+
+
+def _of(request: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: request.get(key) for key in keys}
 
 
 def _request_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a request, leaving out what its keys do not say."""
-    if request["command"] == "export":
-        return _export_options(request)
-    words: list[str] = _training_options(request) if "loss" in request else []
-    words += _layer_options(request) if request["command"] == "prune-layers" else []
-    for kind, amount in (request.get("budget") or {}).items():
-        words += [f"--{kind}", str(amount)]
-    if request.get("keep_all_ranks"):
-        words.append("--keep-all-ranks")
-    if request.get("joint"):
-        words.append("--joint")
-    if request.get("max_shard_bytes", DEFAULT_SHARD) != DEFAULT_SHARD:
-        words += ["--max-shard-size", str(request["max_shard_bytes"])]
-    for key in ("allocation", "method", "conv_method", "device", "seed"):
-        if request.get(key) is not None:
-            words += [f"--{key.replace('_', '-')}", str(request[key])]
-    if "rank_multiple" in request:
-        words += ["--rank-multiple", str(request["rank_multiple"])]
-    if request.get("bias_correction") is False:
-        words.append("--no-bias-correction")
-    words += _calibration_options(request)
-    for name, value in request.get("settings", {}).items():
-        words += ["--set", f"{name}={value}"]
-    for key in ("include", "skip"):
-        for pattern in request.get(key, []):
-            words += [f"--{key}", pattern]
-    return words
+    command, settings = request["command"], [f"{name}={value}" for name, value in request.get("settings", {}).items()]
+    if command == "export":
+        return _words(
+            _of(request, "format", "data", "task", "num_samples", "image_size", "max_length")
+            | {"seed": request.get("seed") or None, "set": settings, "dense": request.get("dense")}
+        )
+    shard = request.get("max_shard_bytes", DEFAULT_SHARD)
+    return [
+        *(_training_options(request) if "loss" in request else []),
+        *(_layer_options(request) if command == "prune-layers" else []),
+        *_words(request.get("budget") or {}),
+        *_words(_of(request, "keep_all_ranks", "joint")),
+        *_words({"max_shard_size": None if shard == DEFAULT_SHARD else shard}),
+        *_words(_of(request, "allocation", "method", "conv_method", "device", "seed", "rank_multiple")),
+        *_words({"no_bias_correction": request.get("bias_correction") is False}),
+        *_calibration_options(request),
+        *_words({"set": settings, **_of(request, "include", "skip")}),
+    ]
 
 
 def _training_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a training: what it read, towards what, and how long."""
-    plain = (
-        "epochs", "steps", "minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "clip",
-        "ema", "mixed_precision", "held_out", "evaluations", "task", "num_samples", "image_size", "max_length",
+    teacher = request.get("teacher") or {"spec": None}  # without a name it is the base
+    options = _of(
+        request, "epochs", "steps", "minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup",
+        "clip", "ema", "mixed_precision", "held_out", "evaluations", "task", "num_samples", "image_size", "max_length",
     )  # fmt: skip
-    options = {key.replace("_", "-"): request.get(key) for key in plain}
-    options |= {"augment": request["policy"], "mixup": request["mixup"] or None, "cutmix": request["cutmix"] or None}
-    options["data"] = request["data"]["spec"]
-    options["loss"] = ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items())
-    if request.get("teacher") and request["teacher"]["spec"] is not None:  # else it is the base
-        options["teacher"] = request["teacher"]["spec"]
-    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    options |= {
+        "augment": request["policy"], "mixup": request["mixup"] or None, "cutmix": request["cutmix"] or None,
+        "data": request["data"]["spec"],
+        "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()), "teacher": teacher["spec"],
+    }  # fmt: skip
     if request["command"] == "finetune":
-        words += ["--head", request["head"], *_delta_option(request)]
-        words += [f"--{key.replace('_', '-')}" for key in ("on_product", "same_rank") if request[key]]
-    return [*words, *(["--dropout"] if request["dropout"] else [])]
+        options |= {"head": request["head"], **_delta(request), **_of(request, "on_product", "same_rank")}
+    return _words(options | {"dropout": request["dropout"]})
 
 
-def _delta_option(request: dict[str, Any]) -> list[str]:
-    return ["--delta" if request["delta"] else "--full"] if "delta" in request else []
+def _delta(request: dict[str, Any]) -> dict[str, bool]:
+    return {"delta" if request["delta"] else "full": True} if "delta" in request else {}
 
 
 def _layer_options(request: dict[str, Any]) -> list[str]:
     """Return the options that chose layers: the samples, the score, and how many or which."""
-    options = {key: request.get(key) for key in ("score", "alpha", "keep", "task")}
-    options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
+    options = _of(request, "score", "alpha", "keep", "task", "num_samples", "image_size", "max_length")
     options["data"] = request["data"]["spec"] if request["data"] else None
     options["drop"] = ",".join(map(str, request["drop"])) if request["drop"] else None
-    options["within-drop"] = request.get("within_drop")
-    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    return words + [f"--{key}" for key in ("repair", "stability") if request.get(key)] + _delta_option(request)
-
-
-def _export_options(request: dict[str, Any]) -> list[str]:
-    """Return the options of an export: the format, and what it was compared on."""
-    options = {key: request.get(key) for key in ("format", "data", "task")}
-    options |= {key.replace("_", "-"): request.get(key) for key in ("num_samples", "image_size", "max_length")}
-    options["seed"] = request.get("seed") or None
-    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    words += [word for name, value in request.get("settings", {}).items() for word in ("--set", f"{name}={value}")]
-    return [*words, *(["--dense"] if request.get("dense") else [])]
+    return _words(options | _of(request, "within_drop", "repair", "stability") | _delta(request))
 
 
 def _calibration_options(request: dict[str, Any]) -> list[str]:
     """Return the options of the calibration set that a request read itself."""
     asked = request.get("statistics", {}).get("request") or {}
-    options = {
-        "data": asked.get("data"), "task": asked.get("task"), "calibration-samples": asked.get("samples"),
-        "calibration-tokens": asked.get("tokens"), "image-size": asked.get("image_size"),
-        "max-length": asked.get("max_length"), "max-memory": asked.get("max_memory"),
-        "batch-size": asked.get("batch_size") if request["command"] == "calibrate" else None,
+    return _words({
+        **_of(asked, "data", "task"), "calibration_samples": asked.get("samples"),
+        "calibration_tokens": asked.get("tokens"), **_of(asked, "image_size", "max_length", "max_memory"),
+        "batch_size": asked.get("batch_size") if request["command"] == "calibrate" else None,
         "sensitivity": request.get("sensitivity") if request["command"] == "decompose" else None,
-    }  # fmt: skip
-    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    return [*words, *(["--sequential"] if request.get("sequential") else [])]
+        "sequential": request.get("sequential"),
+    })  # fmt: skip
