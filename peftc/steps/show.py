@@ -150,6 +150,8 @@ def command_lines(record: Manifest) -> list[str]:
             calibrated = f"{number:02d}-calibrate"
             lines.append(shlex.join(["peftc", "calibrate", *model, *_request_options(collected), "-o", calibrated]))
             model += ["--statistics", calibrated]
+        if request["command"] == "extract-lora":  # it names the base: of the tuned model only a digest is known
+            model = ["TUNED", *model]
         lines.append(shlex.join(["peftc", request["command"], *model, *_request_options(request), "-o", name]))
         model = [name, *(["--allow-code"] if record.base["library"] == "python" else [])]
     return lines
@@ -191,7 +193,7 @@ def _request_options(request: dict[str, Any]) -> list[str]:
         *(_training_options(request) if "loss" in request else []),
         *(_layer_options(request) if command == "prune-layers" else []),
         *_words(request.get("budget") or {}),
-        *_words(_of(request, "keep_all_ranks", "joint")),
+        *_words(_of(request, "keep_all_ranks", "joint", "rank", "on_product", "same_rank")),
         *_words({"max_shard_size": None if shard == DEFAULT_SHARD else shard}),
         *_words(_of(request, "allocation", "method", "conv_method", "device", "seed", "rank_multiple")),
         *_words({"no_bias_correction": request.get("bias_correction") is False}),
@@ -213,7 +215,7 @@ def _training_options(request: dict[str, Any]) -> list[str]:
         "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()), "teacher": teacher["spec"],
     }  # fmt: skip
     if request["command"] == "finetune":
-        options |= {"head": request["head"], **_delta(request), **_of(request, "on_product", "same_rank")}
+        options |= {"head": request["head"], **_delta(request)}
     return _words(options | {"dropout": request["dropout"]})
 
 

@@ -29,6 +29,8 @@ def test_a_low_rank_difference_is_found_again(tuned: Path, tiny_vit: Path, tmp_p
         and record.delta["source"]["spec"] == str(tiny_vit)
         and record.labels == ["0", "1", "2"]
     )
+    (line,) = peftc.show(tmp_path / "delta", commands=True).lines
+    assert line == f"peftc extract-lora TUNED {tiny_vit} --rank 2 -o 01-extract-lora"
     held = load_file(tmp_path / "delta" / "model.safetensors")
     assert {name for name in held if ".update." not in name} == {"head.weight", "head.bias"}
     image = torch.randn(2, 3, 32, 32)

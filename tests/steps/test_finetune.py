@@ -211,6 +211,8 @@ def test_products_are_adapted_whole_and_merged_at_a_rank_that_is_said(base: Path
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     cut = peftc.merge(tmp_path / "delta", output_dir=tmp_path / "cut", same_rank=True)
     assert {entry["rank"] for entry in manifest.read(tmp_path / "cut").modules.values()} == {4}
+    lines = peftc.show(tmp_path / "cut", commands=True).lines
+    assert "--on-product" in lines[-2] and "--same-rank" in lines[-1]
     errors = cut.data["merge"]["errors"]
     for name, error in errors.items():
         whole, less = (peftc.load(tmp_path / folder).get_submodule(name).weight.detach() for folder in ("grown", "cut"))
