@@ -54,20 +54,19 @@ def paired_shares(one: Sequence[bool], other: Sequence[bool]) -> Interval:
     return Interval(value, max(-1.0, min(centre - half, value)), min(1.0, max(centre + half, value)))
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], samples: int, *, seed: int, rounds: int = ROUNDS) -> Interval:
+def bootstrap(statistic: Callable[[np.ndarray], float], samples: int, *, seed: int) -> Interval:
     """Return a statistic with its percentile bootstrap interval (Efron and Tibshirani, 1993, section 13.3).
 
     Args:
         statistic: takes indices of samples, (samples,), and gives the figure over them; NaN where it has none.
         samples: >= 1.
         seed: of the resampling.
-        rounds: resamples.
     """
     import numpy as np
 
     value = float(statistic(np.arange(samples)))
     generator = np.random.default_rng(seed)
-    draws = np.array([statistic(generator.integers(0, samples, samples)) for _ in range(rounds)])
+    draws = np.array([statistic(generator.integers(0, samples, samples)) for _ in range(ROUNDS)])
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return Interval(value, value, value)

@@ -15,21 +15,9 @@ from peftc import progress
 if TYPE_CHECKING:
     from peftc.report import Cell, Gate, Report, Table
 
-ASCII = str.maketrans(
-    {
-        "…": "...",
-        "–": "-",
-        "—": "--",
-        "×": "x",
-        "±": "+-",
-        "→": "->",
-        "≤": "<=",
-        "≥": ">=",
-        "·": ".",
-        "²": "2",
-        "─": "-",
-    }
-)
+ASCII = str.maketrans({
+    "…": "...", "–": "-", "—": "--", "×": "x", "±": "+-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "²": "2", "─": "-",
+})  # fmt: skip
 BOLD, RED, YELLOW = "1", "31", "33"
 
 

@@ -23,7 +23,6 @@ WINDOWED = ("masked-lm", "causal-lm")  # their samples are windows of tokens, co
 def open_data(
     spec: str | Path,
     *,
-    split: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
@@ -36,7 +35,6 @@ def open_data(
 
     Args:
         spec: what the user typed; `@SPLIT` at its end picks a split.
-        split: the split, where ``spec`` names none.
         num_samples: keep so many, seeded, the classes as even as they allow; None keeps all.
         seed: of the subset.
         image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`;
@@ -50,7 +48,7 @@ def open_data(
     """
     name, at = parts_of(spec)
     splits = _splits(name, Columns(image_column, text_column, label_column), task)
-    chosen, note = choose(name, splits, at or split, role)
+    chosen, note = choose(name, splits, at or None, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
     return dataset if task in WINDOWED else dataset.take(num_samples, seed=seed)

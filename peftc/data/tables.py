@@ -20,46 +20,16 @@ from peftc.errors import DataError
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 TEXT = (
-    "text",
-    "sentence",
-    "content",
-    "document",
-    "review",
-    "query",
-    "question",
-    "utterance",
-    "comment",
-    "input",
-    "story",
-)
+    "text", "sentence", "content", "document", "review", "query", "question", "utterance", "comment", "input", "story",
+)  # fmt: skip
 PAIRS = (
-    ("sentence1", "sentence2"),
-    ("sentence_1", "sentence_2"),
-    ("sentence_a", "sentence_b"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-)
+    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"),
+    ("text_a", "text_b"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+)  # fmt: skip
 LABEL = (
-    "label",
-    "labels",
-    "category",
-    "class",
-    "intent",
-    "target",
-    "y",
-    "score",
-    "similarity",
-    "similarity_score",
-    "relatedness_score",
-    "stars",
-    "rating",
-    "fine_label",
-    "coarse_label",
-    "sentiment",
-)
+    "label", "labels", "category", "class", "intent", "target", "y", "score", "similarity", "similarity_score",
+    "relatedness_score", "stars", "rating", "fine_label", "coarse_label", "sentiment",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

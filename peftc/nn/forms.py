@@ -72,14 +72,14 @@ def as_weight(matrix: Tensor, weight: Tensor, form: str) -> Tensor:
     return matrix.T if form == "transposed" else matrix.reshape(weight.shape)
 
 
-def convolve(base: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve as ``base`` does, padding mode and groups included, with a weight (any, in / groups, ...)."""
+def convolve(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve as ``base`` does, padding mode and groups included, with a weight (any, in / groups, ...), no bias."""
     if not _pads_itself(base):
-        return base._conv_forward(x, weight, bias)
+        return base._conv_forward(x, weight, None)
     from timm.layers.padding import pad_same
 
     padded = pad_same(x, weight.shape[-2:], base.stride, base.dilation)
-    return F.conv2d(padded, weight, bias, base.stride, 0, base.dilation, base.groups)
+    return F.conv2d(padded, weight, None, base.stride, 0, base.dilation, base.groups)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -92,13 +92,9 @@ def analyze(
     """
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     budgets = {
-        "ratio": ratio,
-        "rank": rank,
-        "energy": energy,
-        "target_params": target_params,
-        "target_macs": target_macs,
+        "ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs,
         "speedup": speedup,
-    }
+    }  # fmt: skip
     multiple = plans.multiple_of(rank_multiple)
     asked = any(value is not None for value in budgets.values())
     notes = []
@@ -251,17 +247,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *(middle(f"rank_{level}") for level in ENERGIES), why,
         ])  # fmt: skip
     columns = [
-        "module",
-        "count",
-        "shape",
-        "share",
-        "full",
-        "break-even",
-        "effective",
-        "stable",
-        *(f"{level} %" for level in ENERGIES),
-        "stays dense",
-    ]
+        "module", "count", "shape", "share", "full", "break-even", "effective", "stable",
+        *(f"{level} %" for level in ENERGIES), "stays dense",
+    ]  # fmt: skip
     return Table("rank spectra (medians per kind)", columns, lines)
 
 

@@ -43,11 +43,11 @@ class Scale:
         return round(self.start + (self.stop - self.start) * (value - low) / ((high - low) or 1.0), 2)
 
 
-def ticks(low: float, high: float, number: int = 4) -> list[float]:
-    """Return about so many round values in [low, high]."""
+def ticks(low: float, high: float) -> list[float]:
+    """Return about four round values in [low, high]."""
     if not high > low:
         return [low]
-    rough = (high - low) / number
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peftc.errors import UsageError
+from peftc.steps.plot import drawing
 
 NAMED = 20  # classes at most have names beside the maps
 KEPT, DROPPED = "C0", "C3"
@@ -36,24 +36,14 @@ def draw_scores(
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", hint="`pip install 'peftc[report]'`") from None
     rows = data["layers"]
     columns = _columns(len(rows))
     lines = math.ceil(len(rows) / columns) if maps else 0
     width = max(5.0, 1.45 * columns) if maps else max(5.0, 0.22 * len(rows) + 1.5)
-    below = 1.62 * lines + (0.5 if maps else 0.0)
-    with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, 3.0 + below), layout="constrained")
-        heights = [3.0, below] if maps else [1.0]
-        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    with drawing(path, width, [3.0, 1.62 * lines + 0.5] if maps else [3.0]) as parts:
         _draw_curve(parts[0].subplots(), data, title)
         if maps and labels is not None:
             _draw_maps(parts[1], rows, maps, labels, classes, lines, columns)
-        figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _columns(layers: int) -> int:

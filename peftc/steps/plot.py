@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,12 @@ def draw_spectra(
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", hint="`pip install 'peftc[report]'`") from None
     figures = {row["name"]: row for row in rows}
     kinds = grouped(values)
     columns = min(4, len(kinds)) or 1
     lines = math.ceil(len(kinds) / columns)
-    with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
-        below = 3.4 if curve and curve["points"] else 0.0
-        width = max(3.1 * columns, 7.0)
-        figure = Figure(figsize=(width, 2.5 * lines + 0.6 + below), layout="constrained")
-        heights = [2.5 * lines + 0.6, below] if below else [1.0]
-        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    heights = [2.5 * lines + 0.6, *([3.4] if curve and curve["points"] else [])]
+    with drawing(path, max(3.1 * columns, 7.0), heights) as parts:
         grid: Any = parts[0].subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (kind, names) in zip(grid.flat, kinds.items(), strict=False):
             _draw_kind(axes, kind, names, values, figures)
@@ -59,8 +51,25 @@ def draw_spectra(
         )
         parts[0].supxlabel("share of the full rank")
         parts[0].supylabel("singular value / largest")
-        if curve and below:
+        if curve and curve["points"]:
             _draw_curve(parts[1], curve, plan)
+
+
+@contextmanager
+def drawing(path: Path, width: float, heights: Sequence[float]) -> Iterator[Any]:
+    """Yield the parts of a picture, one below the other, and write it; sizes are inches.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib", hint="`pip install 'peftc[report]'`") from None
+    with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+        yield figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
