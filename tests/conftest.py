@@ -101,9 +101,31 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_timm(
         tmp_path_factory.mktemp("tiny_vit"),
         "vit_tiny_patch16_224",
-        {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10},
-        {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0},
+        {**VIT, "depth": 2, "num_classes": 10},
+        INPUT,
     )
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm folder: a ViT of four layers, width 32, on 32 x 32 images, with five classes."""
+    return save_timm(tmp_path_factory.mktemp("vit"), "vit_tiny_patch16_224", VIT, INPUT)
+
+
+@pytest.fixture(scope="session")
+def small_vit(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ViT of two layers, factored."""
+    import peftc
+
+    folder = tmp_path_factory.mktemp("artifacts") / "small"
+    peftc.decompose(tiny_vit, ratio=0.6, output_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images of five classes, each of one colour, in a file of arrays: 60 to learn from and 60 to test on."""
+    return str(save_images(tmp_path_factory.mktemp("images") / "images.npz"))
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +183,8 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_captioned(tmp_path_factory.mktemp("captioned"), train=24, test=12)
 
 
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+INPUT: dict[str, Any] = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
 BERT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -251,6 +275,21 @@ def save_captioned(folder: Path, **splits: int) -> Path:
             lines.append(f"{path},{' '.join(draw.choice(WORDS[:19], int(draw.integers(3, 9))))}")
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def save_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int = 60, side: int = 32) -> Path:
+    """Write images of one colour for each class, as arrays of a train and a test split."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    colours = random.normal(size=(classes, 3, 1, 1))
+    splits = {}
+    for split in ("train", "test"):
+        labels = np.arange(number) % classes
+        pixels = colours[labels] + noise * random.normal(size=(number, 3, side, side))
+        splits |= {f"x_{split}": pixels.astype(np.float32), f"y_{split}": labels}
+    np.savez(path, **splits)
+    return path
 
 
 def _tokenizer(*, bert: bool) -> Any:

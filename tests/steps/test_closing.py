@@ -19,8 +19,8 @@ from peftc.report import Report
 from peftc.steps import closing, layer_choice, samples
 from peftc.steps.closing import Gap, Moments
 from peftc.tasks import Settings
-from tests.conftest import BERT, LLAMA, save_timm, save_transformers  # type: ignore[import-not-found]
-from tests.steps.test_prune_layers import GPT2, INPUT, VIT, text_of, write_images  # type: ignore[import-not-found]
+from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.steps.test_prune_layers import GPT2, text_of  # type: ignore[import-not-found]
 
 CPU: dict[str, Any] = {"device": "cpu"}
 
@@ -37,11 +37,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("colours") / "images.npz")
-
-
 def work(model: Path, data: Path, **settings: Any) -> layer_choice.Work:
     stored, runs = load.load(model), load.load(model)
     given = samples.read(runs, str(data), task=None, labels=True, held_out=0, settings=Settings(**settings))
@@ -54,9 +49,9 @@ def changed(before: Path, after: Path, renamed: dict[str, str]) -> set[str]:
     return {name for name, now in there.items() if not torch.equal(one[name], other[now])}
 
 
-def test_a_constant_gap_is_closed_by_a_bias_and_the_folder_is_plain(vit: Path, images: Path, tmp_path: Path) -> None:
+def test_a_constant_gap_is_closed_by_a_bias_and_the_folder_is_plain(vit: Path, images: str, tmp_path: Path) -> None:
     report = peftc.prune_layers(
-        vit, data=str(images), score="block-influence", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
+        vit, data=images, score="block-influence", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
     )
     (row,) = report.data["repair"]
     assert (row["after"], row["layers"], row["into"]) == ("blocks.1", 1, "blocks.1.mlp.fc2")
@@ -70,19 +65,19 @@ def test_a_constant_gap_is_closed_by_a_bias_and_the_folder_is_plain(vit: Path, i
     assert "--repair" in peftc.show(tmp_path / "out", commands=True).lines[-1]
 
 
-def gap_error(model: Path, whole: Path, images: Path) -> float:
+def gap_error(model: Path, whole: Path, images: str) -> float:
     """The squared error of the outputs on the samples that were fitted."""
     batch = work(whole, images).given.train.batch(range(60))  # type: ignore[union-attr]
     with torch.no_grad():
         return float((peftc.load(model)(batch.inputs) - peftc.load(whole)(batch.inputs)).square().mean())
 
 
-def test_every_gap_is_closed_as_far_as_it_goes(tmp_path: Path, images: Path) -> None:
+def test_every_gap_is_closed_as_far_as_it_goes(tmp_path: Path, images: str) -> None:
     (tmp_path / "base").mkdir()
     base = save_timm(tmp_path / "base", "vit_tiny_patch16_224", {**VIT, "depth": 6}, INPUT)
     for name, repair in (("open", False), ("closed", True)):
         report = peftc.prune_layers(
-            base, data=str(images), score="cka", drop="2,4,5", repair=repair, output_dir=tmp_path / name, **CPU
+            base, data=images, score="cka", drop="2,4,5", repair=repair, output_dir=tmp_path / name, **CPU
         )
     rows = report.data["repair"]
     assert [(row["after"], row["layers"]) for row in rows] == [("blocks.1", 1), ("blocks.3", 2)]
@@ -129,9 +124,9 @@ def test_what_cannot_be_folded_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gap_at_the_start_is_left_open_beside_one_that_is_closed(vit: Path, images: Path, tmp_path: Path) -> None:
+def test_a_gap_at_the_start_is_left_open_beside_one_that_is_closed(vit: Path, images: str, tmp_path: Path) -> None:
     report = peftc.prune_layers(
-        vit, data=str(images), score="cka", drop="0,2", repair=True, output_dir=tmp_path / "out", **CPU
+        vit, data=images, score="cka", drop="0,2", repair=True, output_dir=tmp_path / "out", **CPU
     )
     first, second = report.data["repair"]
     assert (first["after"], first["into"], first["why"]) == (None, None, "nothing before it reads samples")
@@ -149,13 +144,13 @@ def test_gaps_are_runs_of_neighbours() -> None:
     assert closing._gaps(list("abcd"), ["a"], {"a": 1, "b": 1, "c": 2, "d": 2}) == [Gap("a", "b", 1), Gap("a", "d", 2)]
 
 
-def test_only_the_class_token_counts_after_the_last_layer(vit: Path, images: Path) -> None:
+def test_only_the_class_token_counts_after_the_last_layer(vit: Path, images: str) -> None:
     done = work(vit, images)
     assert closing._tokens_that_count(done, done.runs, "blocks.3").tolist() == [True, *[False] * 16]  # type: ignore[union-attr]
     assert closing._tokens_that_count(done, done.runs, "blocks.2") is None
 
 
-def test_the_place_to_fold_is_found_by_what_it_does(tmp_path: Path, images: Path) -> None:
+def test_the_place_to_fold_is_found_by_what_it_does(tmp_path: Path, images: str) -> None:
     (tmp_path / "scaled").mkdir()
     arguments = {**VIT, "init_values": 0.5}
     base = save_timm(tmp_path / "scaled", "vit_tiny_patch16_224", arguments, INPUT)
@@ -199,7 +194,7 @@ def test_noise_is_not_fitted() -> None:
     assert found is None or found[0] > 0.98
 
 
-def test_the_whole_network_keeps_its_weights(vit: Path, images: Path) -> None:
+def test_the_whole_network_keeps_its_weights(vit: Path, images: str) -> None:
     done = work(vit, images)
     before = {name: tensor.clone() for name, tensor in surgery.tensors_of(done.stored.module).items()}
     shorter = shorten.shorten(done.stored, done.names, [done.names[at] for at in (0, 2, 3)])
@@ -215,7 +210,7 @@ def test_a_gap_behind_a_change_of_shape_is_left_open(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     arguments = {"embed_dim": 24, "img_size": 56, "depths": (2, 2, 4, 2), "num_classes": 5}
     base = save_timm(tmp_path / "base", "swin_tiny_patch4_window7_224", arguments, {**INPUT, "input_size": [3, 56, 56]})
-    data = str(write_images(tmp_path / "images.npz", side=56))
+    data = str(save_images(tmp_path / "images.npz", side=56))
     options: dict[str, Any] = {"data": data, "score": "cka", "repair": True, **CPU}
     report = peftc.prune_layers(base, drop="6,7,8,9", output_dir=tmp_path / "out", **options)
     first, second = report.data["repair"]
@@ -227,10 +222,10 @@ def test_a_gap_behind_a_change_of_shape_is_left_open(tmp_path: Path) -> None:
     assert "another stack, or gives another shape" in second["why"]
 
 
-def test_factors_take_the_map_too(vit: Path, images: Path, tmp_path: Path) -> None:
+def test_factors_take_the_map_too(vit: Path, images: str, tmp_path: Path) -> None:
     peftc.decompose(vit, ratio=0.7, output_dir=tmp_path / "small", **CPU)
     report = peftc.prune_layers(
-        tmp_path / "small", data=str(images), score="cka", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
+        tmp_path / "small", data=images, score="cka", drop="2", repair=True, output_dir=tmp_path / "out", **CPU
     )
     (row,) = report.data["repair"]
     assert row["into"].startswith("blocks.1.mlp.fc2") and row["left"] < 0.05

@@ -39,13 +39,6 @@ save_file({"y": value.contiguous()}, back)
 
 
 @pytest.fixture(scope="module")
-def small_vit(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vit") / "small"
-    peftc.decompose(tiny_vit, ratio=0.6, output_dir=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def small_bert(tiny_bert_classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier whose q, k and v share down factors."""
     folder = tmp_path_factory.mktemp("bert") / "small"

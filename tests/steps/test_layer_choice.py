@@ -21,8 +21,8 @@ from peftc.steps import layer_evidence, layer_losses, layer_maps, layer_scores, 
 from peftc.steps.layer_losses import Trial
 from peftc.tasks import Settings
 from peftc.unlabelled import divergence
-from tests.conftest import BERT, LLAMA, save_timm, save_transformers  # type: ignore[import-not-found]
-from tests.steps.test_prune_layers import INPUT, VIT, text_of, write_images  # type: ignore[import-not-found]
+from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.steps.test_prune_layers import text_of  # type: ignore[import-not-found]
 from tests.steps.test_scale import launch  # type: ignore[import-not-found]
 
 CPU: dict[str, Any] = {"device": "cpu"}
@@ -45,12 +45,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("colours") / "images.npz")
-
-
-def without_labels(images: Path, folder: Path) -> Path:
+def without_labels(images: str, folder: Path) -> Path:
     np.savez(folder / "bare.npz", x_train=np.load(images)["x_train"])
     return folder / "bare.npz"
 
@@ -68,10 +63,10 @@ def on_all(runs: Any, given: samples.Samples) -> Trial:
 # measured drop
 
 
-def test_a_drop_is_the_loss_without_the_layer_less_that_with_it(vit: Path, images: Path) -> None:
+def test_a_drop_is_the_loss_without_the_layer_less_that_with_it(vit: Path, images: str) -> None:
     runs, given = read(vit, images)
     batch = given.train.encoded.batch(range(60))
-    found = peftc.prune_layers(vit, data=str(images), score="drop", keep=4, dry_run=True, **CPU)
+    found = peftc.prune_layers(vit, data=images, score="drop", keep=4, dry_run=True, **CPU)
 
     def loss(*dropped: str) -> float:
         with layers.bypassed(runs.module, dropped), torch.no_grad():
@@ -83,7 +78,7 @@ def test_a_drop_is_the_loss_without_the_layer_less_that_with_it(vit: Path, image
     assert found.data["measured"]["samples"] == 60 and found.data["measured"]["removals"] == []
 
 
-def test_layers_go_one_by_one_and_the_others_are_measured_again(vit: Path, images: Path) -> None:
+def test_layers_go_one_by_one_and_the_others_are_measured_again(vit: Path, images: str) -> None:
     runs, given = read(vit, images)
     trial = on_all(runs, given)
     _, gone = layer_losses.greedy(trial, NAMES, [], keep=1, floor=None)
@@ -98,7 +93,7 @@ def test_layers_go_one_by_one_and_the_others_are_measured_again(vit: Path, image
     assert layer_losses.greedy(trial, NAMES, [0, 1, 2, 3], keep=1, floor=None)[1] == []
 
 
-def test_without_labels_a_drop_is_the_divergence_from_the_whole_model(vit: Path, images: Path) -> None:
+def test_without_labels_a_drop_is_the_divergence_from_the_whole_model(vit: Path, images: str) -> None:
     runs, given = read(vit, images, labels=False)
     trial = on_all(runs, given)
     assert trial.loss() == 0.0
@@ -133,7 +128,7 @@ def test_text_is_measured_by_its_own_loss(tmp_path: Path) -> None:
 # Taylor
 
 
-def test_taylor_is_the_slope_of_the_loss_as_the_layer_fades(vit: Path, images: Path) -> None:
+def test_taylor_is_the_slope_of_the_loss_as_the_layer_fades(vit: Path, images: str) -> None:
     runs, given = read(vit, images)
     found = layer_losses.gradient_products(runs, given, NAMES, 16)
     batch = given.train.batch(range(len(given.train)))
@@ -152,23 +147,22 @@ def test_taylor_is_the_slope_of_the_loss_as_the_layer_fades(vit: Path, images: P
     assert all(parameter.grad is None for parameter in runs.module.parameters())
 
 
-def test_an_idle_layer_goes_first(vit: Path, images: Path, tmp_path: Path) -> None:
+def test_an_idle_layer_goes_first(vit: Path, images: str, tmp_path: Path) -> None:
     for score, data in (("taylor", images), ("drop", without_labels(images, tmp_path))):
         report = peftc.prune_layers(vit, data=str(data), score=score, keep=3, output_dir=tmp_path / score, **CPU)
         assert [row["name"] for row in report.data["layers"] if not row["kept"]] == ["blocks.2"]
         assert (
-            peftc.evaluate(tmp_path / score, data=str(images), against=vit, **CPU).data["against"]["agreement"]["value"]
-            == 1
+            peftc.evaluate(tmp_path / score, data=images, against=vit, **CPU).data["against"]["agreement"]["value"] == 1
         )
 
 
 # within a loss of quality
 
 
-def test_as_many_go_as_the_quality_allows(vit: Path, images: Path) -> None:
-    free = peftc.prune_layers(vit, data=str(images), within_drop=1.0, dry_run=True, **CPU)
+def test_as_many_go_as_the_quality_allows(vit: Path, images: str) -> None:
+    free = peftc.prune_layers(vit, data=images, within_drop=1.0, dry_run=True, **CPU)
     assert free.data["score"] == "drop" and sum(row["kept"] for row in free.data["layers"]) == 1
-    some = peftc.prune_layers(vit, data=str(images), within_drop=0.0, dry_run=True, **CPU)
+    some = peftc.prune_layers(vit, data=images, within_drop=0.0, dry_run=True, **CPU)
     found = some.data["measured"]
     assert found["metric"] == "top1" and found["after"] >= found["before"]
     gone = [each["name"] for each in found["removals"]]
@@ -181,8 +175,8 @@ def test_as_many_go_as_the_quality_allows(vit: Path, images: Path) -> None:
     assert any("before" in note and "after" in note for note in some.notes)
 
 
-def test_the_order_may_be_that_of_another_score(vit: Path, images: Path) -> None:
-    report = peftc.prune_layers(vit, data=str(images), within_drop=0.05, score="silhouette", dry_run=True, **CPU)
+def test_the_order_may_be_that_of_another_score(vit: Path, images: str) -> None:
+    report = peftc.prune_layers(vit, data=images, within_drop=0.05, score="silhouette", dry_run=True, **CPU)
     number = sum(row["kept"] for row in report.data["layers"])
     assert [row["kept"] for row in report.data["layers"]] == [at < number for at in range(4)]  # from the end
     assert report.data["samples"] == 48 and report.data["measured"]["samples"] == 12  # none of them scored
@@ -215,7 +209,7 @@ def test_the_order_may_be_that_of_another_score(vit: Path, images: Path) -> None
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_is_refused(
-    vit: Path, images: Path, tmp_path: Path, options: dict[str, Any], kind: type[PeftcError], message: str
+    vit: Path, images: str, tmp_path: Path, options: dict[str, Any], kind: type[PeftcError], message: str
 ) -> None:
     data: Any = images
     if options.get("data") == "unlabelled":
@@ -233,8 +227,8 @@ def test_what_cannot_be_is_refused(
 MAPPED: dict[str, Any] = {"settings": {"perplexity": 5.0}, **CPU}
 
 
-def test_repeats_say_how_many_would_stay_and_other_scores_which(vit: Path, images: Path, tmp_path: Path) -> None:
-    report = peftc.prune_layers(vit, data=str(images), stability=True, output_dir=tmp_path / "out", **MAPPED)
+def test_repeats_say_how_many_would_stay_and_other_scores_which(vit: Path, images: str, tmp_path: Path) -> None:
+    report = peftc.prune_layers(vit, data=images, stability=True, output_dir=tmp_path / "out", **MAPPED)
     repeats = report.data["stability"]
     assert [each["what"] for each in repeats] == [
         "seed 1", "seed 2", "seed 3", "half 1 of the samples", "half 2 of the samples"
@@ -249,7 +243,7 @@ def test_repeats_say_how_many_would_stay_and_other_scores_which(vit: Path, image
     assert list(others) == ["silhouette", "block-influence", "angular", "cka", "magnitude"]
     assert -1 <= others["silhouette"]["spearman"] <= 1 and others["silhouette"]["kept"] >= 1
     assert others["magnitude"]["kept"] is None
-    again = peftc.prune_layers(vit, data=str(images), stability=True, output_dir=tmp_path / "out", **MAPPED)
+    again = peftc.prune_layers(vit, data=images, stability=True, output_dir=tmp_path / "out", **MAPPED)
     assert any("already done" in note for note in again.notes) and again.data["stability"] == repeats
     lines = peftc.show(tmp_path / "out", commands=True).lines
     assert "--stability" in lines[-1]
@@ -277,8 +271,8 @@ def test_layers_near_the_threshold_or_beyond_it_in_a_repeat_are_named(vit: Path)
     assert layer_evidence._flipping(case, repeats) == {2}
 
 
-def test_rank_correlation_and_overlap_are_those_of_their_definition(vit: Path, images: Path) -> None:
-    report = peftc.prune_layers(vit, data=str(images), score="block-influence", keep=2, dry_run=True, **CPU)
+def test_rank_correlation_and_overlap_are_those_of_their_definition(vit: Path, images: str) -> None:
+    report = peftc.prune_layers(vit, data=images, score="block-influence", keep=2, dry_run=True, **CPU)
     ours = [row["score"] for row in report.data["layers"]]
     gone = {row["number"] for row in report.data["layers"] if not row["kept"]}
     for other in report.data["agreement"]:
@@ -290,24 +284,24 @@ def test_rank_correlation_and_overlap_are_those_of_their_definition(vit: Path, i
 # the picture
 
 
-def test_the_picture_has_a_map_for_every_layer_with_its_score(vit: Path, images: Path, tmp_path: Path) -> None:
+def test_the_picture_has_a_map_for_every_layer_with_its_score(vit: Path, images: str, tmp_path: Path) -> None:
     path = tmp_path / "scores.svg"
-    report = peftc.prune_layers(vit, data=str(images), plot=path, dry_run=True, **MAPPED)
+    report = peftc.prune_layers(vit, data=images, plot=path, dry_run=True, **MAPPED)
     text = path.read_text()
     assert text.count("<image ") == 4
     for row in report.data["layers"]:
         assert f"<!-- {row['number']}: {row['score']:.2f}" in text
     assert "<!-- threshold (alpha 0.3) -->" in text
     again = tmp_path / "again.svg"
-    peftc.prune_layers(vit, data=str(images), plot=again, dry_run=True, **MAPPED)
+    peftc.prune_layers(vit, data=images, plot=again, dry_run=True, **MAPPED)
     assert again.read_bytes() == path.read_bytes()
     quick = tmp_path / "quick.svg"
-    peftc.prune_layers(vit, data=str(images), score="silhouette", plot=quick, dry_run=True, **CPU)
+    peftc.prune_layers(vit, data=images, score="silhouette", plot=quick, dry_run=True, **CPU)
     assert quick.read_text().count("<image ") == 0
 
 
-def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: Path, tmp_path: Path) -> None:
-    on = {"data": str(images), "output_dir": tmp_path / "out", **MAPPED}
+def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: str, tmp_path: Path) -> None:
+    on = {"data": images, "output_dir": tmp_path / "out", **MAPPED}
     first = peftc.prune_layers(vit, plot=tmp_path / "first.svg", **on)
     kept = layer_maps.read(tmp_path / "out")
     assert kept is not None and first.data["samples"] == kept.samples == len(kept.labels)
@@ -320,11 +314,11 @@ def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: Pat
     assert (tmp_path / "again.svg").read_text().count("<image ") == 4
     peftc.decompose(tmp_path / "out", ratio=0.5, output_dir=tmp_path / "next")
     assert not (tmp_path / "next" / layer_maps.FILE).exists(), "they are not those of the next artifact"
-    quick = peftc.prune_layers(vit, data=str(images), score="silhouette", output_dir=tmp_path / "quick", **CPU)
+    quick = peftc.prune_layers(vit, data=images, score="silhouette", output_dir=tmp_path / "quick", **CPU)
     assert quick.artifact is not None and layer_maps.read(quick.artifact) is None
 
 
-def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: Path) -> None:
+def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: str) -> None:
     runs, given = read(vit, images, held_out=0)
     seen = layer_scores.see(runs, given, NAMES, 16)
     score = layer_scores.named("tsne-silhouette", {"perplexity": 5.0})
@@ -340,7 +334,7 @@ def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: Path) ->
 
 @pytest.mark.parametrize("options", [["--alpha", 0.3, "--set", "perplexity=5.0"], ["--score", "drop", "--keep", 2]])
 def test_two_processes_score_and_choose_what_one_does(
-    vit: Path, images: Path, tmp_path: Path, options: list[Any]
+    vit: Path, images: str, tmp_path: Path, options: list[Any]
 ) -> None:
     words = ["prune-layers", vit, "--data", images, *options, "--device", "cpu", "--json", "-o"]
     (alone,) = launch(1, *words, tmp_path / "one")
@@ -361,7 +355,7 @@ def test_two_processes_score_and_choose_what_one_does(
 
 
 def test_what_one_process_cannot_score_ends_all(vit: Path, tmp_path: Path) -> None:
-    data = write_images(tmp_path / "few.npz", number=20)
+    data = save_images(tmp_path / "few.npz", number=20)
     first, second = launch(2, "prune-layers", vit, "--data", data, "--device", "cpu", "-o", tmp_path / "out")
     assert (first[0], second[0]) == (1, 1)
     assert "too few for t-SNE" in first[2] and "Traceback" not in first[2] + second[2]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -18,38 +17,11 @@ from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
 from peftc.steps import imitation, layer_scores, samples
 from peftc.tasks import Settings
-from tests.conftest import BERT, LLAMA, TEXTS, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-INPUT = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
 GPT2 = {"n_layer": 4, "n_embd": 32, "n_head": 2, "bos_token_id": 2, "eos_token_id": 3}
 CPU: dict[str, Any] = {"device": "cpu"}
 QUICK: dict[str, Any] = {"score": "silhouette", "alpha": 0.3, **CPU}
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_timm(tmp_path_factory.mktemp("deep_vit"), "vit_tiny_patch16_224", VIT, INPUT)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of five classes, each of one colour."""
-    folder = tmp_path_factory.mktemp("colours")
-    write_images(folder / "images.npz")
-    return folder / "images.npz"
-
-
-def write_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int = 60, side: int = 32) -> Path:
-    random = np.random.default_rng(0)
-    colours = random.normal(size=(max(classes, 1), 3, 1, 1))
-    splits = {}
-    for split in ("train", "test"):
-        labels = np.arange(number) % classes
-        pixels = colours[labels] + noise * random.normal(size=(number, 3, side, side))
-        splits |= {f"x_{split}": pixels.astype(np.float32), f"y_{split}": labels}
-    np.savez(path, **splits)
-    return path
 
 
 def text_of(path: Path) -> Path:
@@ -183,9 +155,7 @@ def test_factored_modules_and_ties_move_with_their_layers(tmp_path: Path) -> Non
         assert torch.equal(peftc.load(tmp_path / "out")(ids).logits, whole.module(ids).logits)
 
 
-def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(
-    vit: Path, images: Path, tmp_path: Path
-) -> None:
+def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(vit: Path, images: str, tmp_path: Path) -> None:
     peftc.prune_layers(vit, drop="1", output_dir=tmp_path / "three", **CPU)
     peftc.prune_layers(tmp_path / "three", drop="1", output_dir=tmp_path / "two", **CPU)
     assert manifest.read(tmp_path / "two").kept_layers == ["blocks.0", "blocks.3"]
@@ -195,7 +165,7 @@ def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(
     assert imitation.in_teacher(student, base, "blocks.1.attn.qkv") == "blocks.3.attn.qkv"
     report = peftc.distill(
         tmp_path / "two",
-        data=str(images),
+        data=images,
         loss="features=1",
         steps=3,
         held_out=0,
@@ -209,17 +179,17 @@ def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(
 # check 9: the features
 
 
-def seen(model: Path, images: Path, batch_size: int = 16) -> tuple[Any, Any, layer_scores.Seen]:
+def seen(model: Path, images: str, batch_size: int = 16) -> tuple[Any, Any, layer_scores.Seen]:
     runs = load.load(model)
-    given = samples.read(runs, str(images), task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
     return runs, given, layer_scores.see(runs, given, layers.layers(runs), batch_size)
 
 
-def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Path, images: Path) -> None:
+def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Path, images: str) -> None:
     calls = []
     runs = load.load(vit)
     handle = runs.module.register_forward_hook(lambda *_: calls.append(1))
-    given = samples.read(runs, str(images), task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
     names = layers.layers(runs)
     calls.clear()
     found = layer_scores.see(runs, given, names, 32)
@@ -235,7 +205,7 @@ def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Pat
     assert torch.equal(torch.cat(found.labels), torch.arange(60) % 5)
 
 
-def test_a_model_that_takes_means_is_scored_by_means(tmp_path: Path, images: Path, tiny_bert: Path) -> None:
+def test_a_model_that_takes_means_is_scored_by_means(tmp_path: Path, images: str, tiny_bert: Path) -> None:
     (tmp_path / "beit").mkdir()
     size = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 5}
     folder = save_timm(tmp_path / "beit", "beit_base_patch16_224", size, INPUT)
@@ -264,8 +234,8 @@ def test_pixels_are_tokens_wherever_the_width_stands() -> None:
 # the decision and what is reported
 
 
-def test_the_rule_keeps_what_the_scores_say(vit: Path, images: Path, tmp_path: Path) -> None:
-    report = peftc.prune_layers(vit, data=str(images), output_dir=tmp_path / "out", plot=tmp_path / "s.svg", **QUICK)
+def test_the_rule_keeps_what_the_scores_say(vit: Path, images: str, tmp_path: Path) -> None:
+    report = peftc.prune_layers(vit, data=images, output_dir=tmp_path / "out", plot=tmp_path / "s.svg", **QUICK)
     _, _, given = seen(vit, images, 60)
     expected = [silhouette(**given.of(f"blocks.{at}", ("features", "labels"))) for at in range(4)]
     rows = report.data["layers"]
@@ -280,8 +250,8 @@ def test_the_rule_keeps_what_the_scores_say(vit: Path, images: Path, tmp_path: P
     assert "threshold" in (tmp_path / "s.svg").read_text()
 
 
-def test_labels_make_the_score_that_of_sls(vit: Path, images: Path) -> None:
-    report = peftc.prune_layers(vit, data=str(images), settings={"perplexity": 10.0}, dry_run=True, **CPU)
+def test_labels_make_the_score_that_of_sls(vit: Path, images: str) -> None:
+    report = peftc.prune_layers(vit, data=images, settings={"perplexity": 10.0}, dry_run=True, **CPU)
     assert (report.data["score"], report.data["alpha"], report.artifact) == ("tsne-silhouette", 0.3, None)
 
 
@@ -307,9 +277,7 @@ def test_layers_that_change_the_shape_stay(tmp_path: Path) -> None:
         peftc.prune_layers(tmp_path / "base", drop="2", **CPU)
 
 
-def test_the_command_says_it_all_is_done_once_and_can_be_rebuilt(
-    vit: Path, images: Path, tmp_path: Path, peftc
-) -> None:
+def test_the_command_says_it_all_is_done_once_and_can_be_rebuilt(vit: Path, images: str, tmp_path: Path, peftc) -> None:
     words = ("prune-layers", vit, "--data", images, "--score", "silhouette", "--device", "cpu", "-o", tmp_path / "out")
     first = peftc(*words)
     assert first.exit_code == 0, first.output
@@ -359,7 +327,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
             "tiny": (20, 5, 0.1), "one-class": (40, 1, 0.1), "single": (5, 5, 0.1), "seven": (70, 7, 0.1),
             "noise": (60, 5, 100.0),
         }[options["data"]]  # fmt: skip
-        data = write_images(tmp_path / "data.npz", classes=classes, noise=noise, number=number)
+        data = save_images(tmp_path / "data.npz", classes=classes, noise=noise, number=number)
         options = {**options, "data": str(data)}
     with pytest.raises(kind, match=message):
         peftc.prune_layers(vit, output_dir=tmp_path / "out", **{**CPU, **options})
@@ -367,7 +335,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
 
 
 def test_samples_of_other_classes_rank_layers_where_no_label_is_needed(vit: Path, tmp_path: Path) -> None:
-    data = str(write_images(tmp_path / "images.npz", classes=3))
+    data = str(save_images(tmp_path / "images.npz", classes=3))
     with pytest.raises(ClassesError, match="`peftc finetune`, or rank layers without labels"):
         peftc.prune_layers(vit, data=data, output_dir=tmp_path / "out", **CPU)
     for options in ({"score": "taylor", "keep": 2}, {"drop": "1", "retrain": True}, {"within_drop": 0.1}):
@@ -378,12 +346,12 @@ def test_samples_of_other_classes_rank_layers_where_no_label_is_needed(vit: Path
     assert any("taken without labels" in note for note in report.notes) and "quality" not in report.data
 
 
-def test_nan_features_name_the_layer(vit: Path, images: Path) -> None:
+def test_nan_features_name_the_layer(vit: Path, images: str) -> None:
     network = peftc.load(vit)
     with torch.no_grad():
         network.blocks[2].attn.proj.weight[0, 0] = float("nan")
     runs = load.load(network)
-    given = samples.read(runs, str(images), task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
     with pytest.raises(WeightError, match=r"`blocks\.2`.*NaN"):
         layer_scores.see(runs, given, layers.layers(runs), 16)
 

@@ -49,13 +49,6 @@ def small(tiny_bert_classifier: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="module")
-def small_vit(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("push") / "vit"
-    peftc.decompose(tiny_vit, ratio=0.6, output_dir=folder)
-    return folder
-
-
 def words() -> dict[str, torch.Tensor]:
     ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -5,38 +5,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import peftc
 from peftc import manifest
 from peftc.errors import PeftcError, UsageError
 from peftc.steps import layer_choice, retraining
-from tests.conftest import save_timm  # type: ignore[import-not-found]
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-INPUT = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
 CPU: dict[str, Any] = {"device": "cpu"}
 PRUNE: dict[str, Any] = {"score": "block-influence", "keep": 2, **CPU}
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_timm(tmp_path_factory.mktemp("vit"), "vit_tiny_patch16_224", VIT, INPUT)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Images of five classes, each of one colour."""
-    random = np.random.default_rng(0)
-    colours, arrays = random.normal(size=(5, 3, 1, 1)), {}
-    for split in ("train", "test"):
-        labels = np.arange(60) % 5
-        pixels = colours[labels] + 0.1 * random.normal(size=(60, 3, 32, 32))
-        arrays |= {f"x_{split}": pixels.astype(np.float32), f"y_{split}": labels}
-    path = tmp_path_factory.mktemp("colours") / "images.npz"
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def same(one: Path, other: Path) -> bool:
