@@ -74,6 +74,13 @@ def looked_at(located: Located, source: Source) -> Path:
     return _downloaded(located, source, SMALL, "what describes it")
 
 
+def failures() -> tuple[Any, ...]:
+    """Return what asking the hub may raise: an error of its HTTP client, whichever that is, or of the system."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError)
+
+
 def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, TensorInfo]:
     """Return the tensors of safetensors files of a repository, of which the headers alone are fetched.
 
@@ -81,13 +88,12 @@ def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, Te
         SourceError: the hub does not give them.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     found: dict[str, TensorInfo] = {}
     for name in names:
         try:
             header = HfApi().parse_safetensors_file_metadata(located.name, name, revision=commit)
-        except (*HfHubHTTPError.__mro__[1:2], OSError) as error:
+        except failures() as error:
             raise _refusal(error, located, Source(located.name), f"the header of `{name}`") from error
         for tensor, info in header.tensors.items():
             found[tensor] = TensorInfo(Path(name), info.dtype, tuple(info.shape), *info.data_offsets)
@@ -98,14 +104,13 @@ def _downloaded(
     located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None
 ) -> Path:  # fmt: skip
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    failures = (LocalEntryNotFoundError, HFValidationError, *HfHubHTTPError.__mro__[1:2], OSError)
     try:
         folder = snapshot_download(
             located.name, revision=located.revision, local_files_only=source.offline, allow_patterns=patterns
         )
-    except failures as error:
+    except (HFValidationError, *failures()) as error:
         raise _refusal(error, replace(located, revision=asked or located.revision), source, what) from error
     return Path(folder)
 

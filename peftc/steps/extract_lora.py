@@ -74,7 +74,9 @@ def extract_lora(
         "tuned": write.base_record(tuned).get("files") if tuned.manifest is None else tuned.manifest.id,
     }  # fmt: skip
     output = write.output_folder(output_dir, tuned, "extract-lora")
-    stored = replace(base, config=tuned.config, labels=tuned.labels, base={**base.base, **_architecture(tuned)})
+    stored = replace(
+        base, config=tuned.config, labels=tuned.labels, base={**base.base, "architecture": tuned.architecture}
+    )
     with write.writing(stored, output, request, overwrite=overwrite) as (job, record):
         if job.done:
             return write.already(job, "extract-lora")
@@ -90,10 +92,6 @@ def extract_lora(
         report.warnings += write.verify(job.folder, load(Source(str(job.folder), allow_code=True)))
         write.finish(job, written, report, place_of(network))
     return report
-
-
-def _architecture(model: Model) -> dict[str, Any]:
-    return {"architecture": model.architecture}
 
 
 def _refuse_strangers(tuned: Model, base: Model) -> None:

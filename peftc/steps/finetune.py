@@ -120,7 +120,8 @@ def finetune(
         PeftcError: with the cause; nothing is written then.
     """
     one_of("--head", head, ["auto", "new", "keep"])
-    own, of_terms = _parted(settings or {})
+    own = {key: value for key, value in (settings or {}).items() if "." not in key}
+    of_terms = {key: value for key, value in (settings or {}).items() if "." in key}
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, own)
     if chosen.get("dropout") and not dropout:
@@ -146,7 +147,10 @@ def finetune(
         has_classes=row is not None and row.has_classes, device=device, seed=seed,
     )  # fmt: skip
     pupil = Student(copied, fitted, placed, after_step)
-    asked = _weights(loss, teacher is not None, copied, task)
+    if loss is None:
+        asked = {TASK: 1.0} if teacher is None else WITH_TEACHER
+    else:
+        asked = distill.weights_of(loss, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
     try:
@@ -186,22 +190,6 @@ def finetune(
         image_size=image_size, max_length=max_length, device=device, seed=seed,
     )  # fmt: skip
     return report
-
-
-def _parted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of the method, and those of terms, whose names have a dot."""
-    return (
-        {key: value for key, value in settings.items() if "." not in key},
-        {key: value for key, value in settings.items() if "." in key},
-    )
-
-
-def _weights(
-    loss: str | Mapping[str, float] | None, has_teacher: bool, student: Model, task: str | None
-) -> dict[str, float]:
-    if loss is None:
-        return dict(WITH_TEACHER) if has_teacher else {TASK: 1.0}
-    return distill.weights_of(loss, student, task)
 
 
 def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Model | None:

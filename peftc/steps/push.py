@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import OutputError, UsageError, reason_of
-from peftc.models.hub import answer_of
+from peftc.models.hub import answer_of, failures
 from peftc.report import Report, count, size
 from peftc.steps import card as cards
 from peftc.steps.card import Subject
@@ -94,13 +94,13 @@ def licence_of(subject: Subject) -> dict[str, str]:
 def _of_the_hub(base: str | None) -> dict[str, str]:
     """Return what the front matter of a model of the hub says of its licence."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     if base is None:
         return {}
     try:
         data = HfApi().model_info(base).card_data
-    except (HFValidationError, *HfHubHTTPError.__mro__[1:2], OSError):  # it is gone, or not ours to see
+    except (HFValidationError, *failures()):  # it is gone, or not ours to see
         return {}
     return _picked(data.to_dict() if data is not None else {})
 
@@ -116,7 +116,6 @@ def _pushed(folder: Path, names: list[str], text: str, repo: str, private: bool)
         OutputError: the hub refuses, cannot be reached, or is gone half way; then nothing was committed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
@@ -129,7 +128,7 @@ def _pushed(folder: Path, names: list[str], text: str, repo: str, private: bool)
         gone = [CommitOperationDelete(name) for name in _outdated(api, repo, there, names)]
         message = f"Push {folder.name}, written by peftc"
         made = api.create_commit(repo, [*additions, *gone], commit_message=message, parent_commit=info.sha)
-    except (*HfHubHTTPError.__mro__[1:2], OSError, RuntimeError) as error:  # the last wraps an upload that ended
+    except (*failures(), RuntimeError) as error:  # the last wraps an upload that ended
         answered = answer_of(error)
         why, hint = answered or (f"the hub cannot be reached, or was lost half way ({_first(error)})", AGAIN)
         raise OutputError(f"cannot push `{folder}` to `{repo}`", why=why, hint=hint) from error
