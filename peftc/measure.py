@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftc import progress
+from peftc.models.layers import registered
 from peftc.models.load import Model, outputs, probe
 
 Call = Callable[[], object]
@@ -91,17 +92,6 @@ def work(model: Model, batch: Any = None) -> Work:
     return Work(by_name.get("Global", 0), by_module, positions, grids)
 
 
-def macs(model: Model, batch: Any = None) -> tuple[int, dict[str, int]]:
-    """Return the multiply-adds of one sample, in total and by module."""
-    counted = work(model, batch)
-    return counted.macs, counted.by_module
-
-
-def positions(model: Model, batch: Any = None) -> dict[str, int]:
-    """Return how often each module's weight is applied to one sample."""
-    return work(model, batch).positions
-
-
 @contextmanager
 def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, tuple[int, int]]]]:
     counts: dict[str, int] = {}
@@ -122,11 +112,8 @@ def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, tu
                 grids[name] = (before + high * wide, between + output.shape[-2] * wide)
 
         hooks.append(child.register_forward_hook(add))
-    try:
+    with registered(hooks):
         yield counts, grids
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

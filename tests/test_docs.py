@@ -241,8 +241,8 @@ def test_the_lists_of_choices_are_those_of_the_program() -> None:
     budgets = [option.strip("`").split()[0][2:] for option, _ in table("How much to keep", "option | keeps")]
     assert {option.replace("-", "_") for option in budgets} == set(config.BUDGET)
     assert bullets("`--allocation` says") == list(allocate.ALLOCATIONS)
-    assert set(bullets("For convolutions")) == METHODS["decompose_conv"].keys()
-    assert set(re.findall(r"`--method (\w+)`", page)) == METHODS["decompose"].keys()
+    assert set(bullets("For convolutions")) == set(METHODS["decompose_conv"])
+    assert set(re.findall(r"`--method (\w+)`", page)) == set(METHODS["decompose"])
     told = re.split(r",\s+|\s+and\s+", TEXT.split("`--task` is one of ")[1].split(";")[0])
     assert set(told) == set(TASKS)
 

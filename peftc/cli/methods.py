@@ -51,10 +51,12 @@ def details_of(kind: str, name: str) -> dict[str, Any]:
 
 def known() -> dict[str, dict[str, str]]:
     """Return every method by kind and name with the module it lives in, those of other packages included."""
-    from peftc.methods import METHODS, outsiders
+    from peftc.methods import METHODS, home, outsiders
 
-    others = {kind: {name: point.value for name, point in outsiders(kind).items()} for kind in METHODS}
     return {
-        kind: {**own, **{name: value for name, value in others[kind].items() if name not in own}}
+        kind: {
+            **{name: home(kind, name) for name in own},
+            **{name: point.value for name, point in outsiders(kind).items() if name not in own},
+        }
         for kind, own in METHODS.items()
     }

@@ -1,6 +1,6 @@
-"""The table of methods: kind -> name -> module whose function of that name it is.
+"""The table of methods: kind -> names, each of a function in a module of its name.
 
-A method is a function in a file of its own plus one line here; others add theirs under the entry point group
+A method is a function in a file of its own plus its name here; others add theirs under the entry point group
 ``peftc.<kind>``. Keyword-only parameters without a default are statistics it needs, those with one are its settings.
 """
 
@@ -17,63 +17,24 @@ from typing import Any
 
 from peftc.errors import MethodError, UsageError, one_of
 
-METHODS: dict[str, dict[str, str]] = {
-    "decompose": {
-        "svd": "peftc.methods.decompose.svd",
-        "whitened": "peftc.methods.decompose.whitened",
-        "kfac": "peftc.methods.decompose.kfac",
-        "asvd": "peftc.methods.decompose.asvd",
-        "fwsvd": "peftc.methods.decompose.fwsvd",
-    },
-    "decompose_conv": {
-        "channel": "peftc.methods.decompose_conv.channel",
-        "spatial": "peftc.methods.decompose_conv.spatial",
-        "tucker2": "peftc.methods.decompose_conv.tucker2",
-    },
-    "loss": {
-        "features": "peftc.methods.loss.features",
-        "perturbation": "peftc.methods.loss.perturbation",
-        "logits": "peftc.methods.loss.logits",
-        "embeddings": "peftc.methods.loss.embeddings",
-    },
-    "importance": {
-        "tsne_silhouette": "peftc.methods.importance.tsne_silhouette",
-        "silhouette": "peftc.methods.importance.silhouette",
-        "block_influence": "peftc.methods.importance.block_influence",
-        "angular": "peftc.methods.importance.angular",
-        "cka": "peftc.methods.importance.cka",
-        "magnitude": "peftc.methods.importance.magnitude",
-        "taylor": "peftc.methods.importance.taylor",
-        "drop": "peftc.methods.importance.drop",
-    },
-    "adapter": {
-        "lora": "peftc.methods.adapter.lora",
-        "rslora": "peftc.methods.adapter.rslora",
-        "dora": "peftc.methods.adapter.dora",
-        "flora": "peftc.methods.adapter.flora",
-        "snell": "peftc.methods.adapter.snell",
-        "snella": "peftc.methods.adapter.snella",
-        "adapter": "peftc.methods.adapter.adapter",
-        "convpass": "peftc.methods.adapter.convpass",
-        "sara": "peftc.methods.adapter.sara",
-        "head": "peftc.methods.adapter.head",
-        "bitfit": "peftc.methods.adapter.bitfit",
-        "full": "peftc.methods.adapter.full",
-    },
-    "format": {
-        "hf": "peftc.methods.format.hf",
-        "hf_code": "peftc.methods.format.hf_code",
-        "timm": "peftc.methods.format.timm",
-        "safetensors": "peftc.methods.format.safetensors",
-        "onnx": "peftc.methods.format.onnx",
-        "torch_export": "peftc.methods.format.torch_export",
-        "executorch": "peftc.methods.format.executorch",
-        "peft": "peftc.methods.format.peft",
-    },
-}
-
-
+METHODS: dict[str, tuple[str, ...]] = {
+    "decompose": ("svd", "whitened", "kfac", "asvd", "fwsvd"),
+    "decompose_conv": ("channel", "spatial", "tucker2"),
+    "loss": ("features", "perturbation", "logits", "embeddings"),
+    "importance": (
+        "tsne_silhouette", "silhouette", "block_influence", "angular", "cka", "magnitude", "taylor", "drop",
+    ),
+    "adapter": (
+        "lora", "rslora", "dora", "flora", "snell", "snella", "adapter", "convpass", "sara", "head", "bitfit", "full",
+    ),
+    "format": ("hf", "hf_code", "timm", "safetensors", "onnx", "torch_export", "executorch", "peft"),
+}  # fmt: skip
 USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's and SNELLA's, papers notes A.1.7
+
+
+def home(kind: str, name: str) -> str:
+    """Return the module of a built-in method."""
+    return f"peftc.methods.{kind}.{name}"
 
 
 def outsiders(kind: str) -> dict[str, Any]:
@@ -91,7 +52,7 @@ def find(kind: str, name: str, option: str) -> Callable[..., Any]:
         MethodError: another package's entry point cannot be imported.
     """
     if name in METHODS[kind]:
-        return getattr(importlib.import_module(METHODS[kind][name]), name)
+        return getattr(importlib.import_module(home(kind, name)), name)
     others = outsiders(kind)
     one_of(option, name, [*METHODS[kind], *others])
     try:
@@ -128,8 +89,7 @@ def described(kind: str, name: str) -> dict[str, Any]:
     Returns:
         ``source``, the first sentence of its module; ``settings`` with their defaults; ``recipe`` of a finetuning.
     """
-    home = METHODS[kind][name]
-    spec = importlib.util.find_spec(home)
+    spec = importlib.util.find_spec(home(kind, name))
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)

@@ -204,7 +204,7 @@ def arguments(function: Callable[..., Any]) -> dict[str, str]:
 
 def method(kind: str, name: str) -> Callable[..., Any]:
     """Return the function of a method."""
-    return getattr(import_module(methods.METHODS[kind][name]), name)
+    return getattr(import_module(methods.home(kind, name)), name)
 
 
 def literal(value: Any) -> str:
