@@ -292,6 +292,11 @@ def save_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int
     return path
 
 
+def promised(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file but the result, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
+
+
 def _tokenizer(*, bert: bool) -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

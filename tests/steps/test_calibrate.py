@@ -22,8 +22,8 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.lanes import LANES
 from peftc.steps.show import show
-from tests.conftest import WORDS
-from tests.steps.test_decompose import promised, ranks
+from tests.conftest import WORDS, promised
+from tests.steps.test_decompose import ranks
 
 DIGITS: dict[str, Any] = {"data": "sklearn:digits", "calibration_samples": 64}
 FACTORS = (".up.weight", ".down.weight", ".up.bias")

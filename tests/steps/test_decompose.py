@@ -23,6 +23,7 @@ from peftc.source import Source
 from peftc.steps import write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
+from tests.conftest import promised
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = "python:tests.steps.test_decompose"
@@ -219,11 +220,6 @@ def read(folder: Path) -> Source:
     return Source(str(folder), allow_code=True)
 
 
-def promised(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file but the result, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
-
-
 def ranks(report: Report) -> dict[str, Any]:
     return {row["name"]: row["rank"] for row in report.data["modules"]}
 
@@ -274,7 +270,7 @@ def test_the_reported_sizes_are_those_of_the_reloaded_network(made, name: str) -
     loaded, after = models.load(read(artifact)), report.data["size"]["after"]
     assert after["parameters"] == measure.parameters(loaded.module)
     assert after["bytes"] == sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
-    assert after["macs"] == measure.macs(loaded)[0]
+    assert after["macs"] == measure.work(loaded).macs
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -625,7 +621,7 @@ def test_a_target_of_macs_is_never_exceeded(made, tmp_path: Path, name: str, all
     target = (report.data["size"]["before"]["macs"] + 2 * report.data["size"]["after"]["macs"]) // 3
     options = NETWORKS[name][3]
     report = decompose(source, output_dir=tmp_path / "out", target_macs=target, allocation=allocation, **options)
-    found = measure.macs(models.load(tmp_path / "out"))[0]
+    found = measure.work(models.load(tmp_path / "out")).macs
     assert found == report.data["size"]["after"]["macs"]
     assert found <= target
 

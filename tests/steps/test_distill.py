@@ -22,7 +22,7 @@ from peftc.steps import imitation, samples
 from peftc.steps.imitation import Imitation
 from peftc.tasks import Settings
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
-from tests.steps.test_scale import launch  # type: ignore[import-not-found]
+from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 
 SHORT: dict[str, Any] = {"steps": 10, "batch_size": 16, "device": "cpu", "learning_rate": 1e-3}
 DIGITS = "sklearn:digits"
@@ -415,9 +415,9 @@ def test_augmentation_that_cannot_be_is_refused(
 def by_one_and_by_two(folder: Path, *words: Any) -> list[list[dict[str, float]]]:
     """Train in one process and in two; return the log of each, as a list of lines."""
     words = (*words, "--device", "cpu", "-o")
-    (alone,) = launch(1, *words, folder / "one")
-    first, second = launch(2, *words, folder / "two")
-    assert (alone[0], first[0], second[0]) == (0, 0, 0), alone[2] + first[2] + second[2]
+    one = alone(*words, folder / "one")
+    first, second = launch(*words, folder / "two")
+    assert (one[0], first[0], second[0]) == (0, 0, 0), one[2] + first[2] + second[2]
     assert second[1:] == ("", "")
     logs = [(folder / name / train.LOG).read_text().splitlines() for name in ("one", "two")]
     return [[json.loads(line) for line in lines] for lines in logs]
@@ -482,7 +482,7 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     student: Path, images: Path, tmp_path: Path, rank: int
 ) -> None:
     words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--held-out", 0, "--device", "cpu"]
-    ended = launch(2, *words, "-o", tmp_path / "out", code=FAILS.format(rank=rank))
+    ended = launch(*words, "-o", tmp_path / "out", code=FAILS.format(rank=rank))
     assert ended[rank][0] == -9
     left = ended[1 - rank]
     assert left[0] == 1, left[2]

@@ -386,7 +386,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 def test_two_processes_learn_what_one_does(base: Path, few: Path, tmp_path: Path) -> None:
     words = ["finetune", base, "--data", few, "--steps", 4, "--batch-size", 16, "--held-out", 0, "--delta"]
-    for code, _, told in launch(2, *words, "-o", tmp_path / "two"):
+    for code, _, told in launch(*words, "-o", tmp_path / "two"):
         assert code == 0, told
     peftc.finetune(
         base, output_dir=tmp_path / "one", data=str(few), steps=4, batch_size=16, held_out=0, delta=True, device="cpu"

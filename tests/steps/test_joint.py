@@ -23,7 +23,8 @@ from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.show import command_lines, show
 from peftc.steps.truncate import truncate
-from tests.steps.test_decompose import NETWORKS, promised, ranks, read, save_network
+from tests.conftest import promised
+from tests.steps.test_decompose import NETWORKS, ranks, read, save_network
 
 HERE = "python:tests.steps.test_joint"
 Q, K, V = "query", "key", "value"

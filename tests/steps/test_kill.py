@@ -13,6 +13,7 @@ import pytest
 
 from peftc.errors import OutputError
 from peftc.steps.decompose import decompose
+from tests.conftest import promised
 
 # One process imports everything and computes nothing; it forks a child per run, so a run costs no second start.
 DRIVER = """
@@ -97,10 +98,6 @@ codes.append(wait(first, 60))
 told = {"codes": codes, "whole": all(seen), "kills": kills, "resumed": resumed, "second": second}
 print(json.dumps(told))
 """
-
-
-def promised(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
 
 
 def test_ten_kills_and_reruns_give_the_bytes_of_an_uninterrupted_run(tiny_vit: Path, tmp_path: Path) -> None:

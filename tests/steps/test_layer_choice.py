@@ -21,9 +21,9 @@ from peftc.steps import layer_evidence, layer_losses, layer_maps, layer_scores, 
 from peftc.steps.layer_losses import Trial
 from peftc.tasks import Settings
 from peftc.unlabelled import divergence
-from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.conftest import BERT, INPUT, LLAMA, VIT, promised, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 from tests.steps.test_prune_layers import text_of  # type: ignore[import-not-found]
-from tests.steps.test_scale import launch  # type: ignore[import-not-found]
+from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 
 CPU: dict[str, Any] = {"device": "cpu"}
 NAMES = [f"blocks.{at}" for at in range(4)]
@@ -337,26 +337,26 @@ def test_two_processes_score_and_choose_what_one_does(
     vit: Path, images: str, tmp_path: Path, options: list[Any]
 ) -> None:
     words = ["prune-layers", vit, "--data", images, *options, "--device", "cpu", "--json", "-o"]
-    (alone,) = launch(1, *words, tmp_path / "one")
-    first, second = launch(2, *words, tmp_path / "two")
-    assert (alone[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
+    found = alone(*words, tmp_path / "one")
+    first, second = launch(*words, tmp_path / "two")
+    assert (found[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
     assert second[1:] == ("", "")
-    one, two = (json.loads(each[1]) for each in (alone, first))
+    one, two = (json.loads(each[1]) for each in (found, first))
     for key in ("layers", "threshold", "agreement", "size", "quality", "data"):
         assert one.get(key) == two.get(key), key
-    names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {path.name for path in (tmp_path / "two").iterdir()}
-    for name in names - {"result.json"}:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    evaluated = ["evaluate", tmp_path / "two", "--data", images, "--against", "base", "--device", "cpu", "--json"]
-    (alone,) = launch(1, *evaluated)
-    first, second = launch(2, *evaluated)
-    assert json.loads(alone[1]) == json.loads(first[1]) and second[1:] == ("", "")
+    assert promised(tmp_path / "one") == promised(tmp_path / "two")
+
+
+def test_two_processes_evaluate_what_one_does(vit: Path, images: str, tmp_path: Path) -> None:
+    peftc.prune_layers(vit, drop="2", output_dir=tmp_path / "out", **CPU)
+    words = ["evaluate", tmp_path / "out", "--data", images, "--against", "base", "--device", "cpu", "--json"]
+    found, (first, second) = alone(*words), launch(*words)
+    assert json.loads(found[1]) == json.loads(first[1]) and second[1:] == ("", "")
 
 
 def test_what_one_process_cannot_score_ends_all(vit: Path, tmp_path: Path) -> None:
     data = save_images(tmp_path / "few.npz", number=20)
-    first, second = launch(2, "prune-layers", vit, "--data", data, "--device", "cpu", "-o", tmp_path / "out")
+    first, second = launch("prune-layers", vit, "--data", data, "--device", "cpu", "-o", tmp_path / "out")
     assert (first[0], second[0]) == (1, 1)
     assert "too few for t-SNE" in first[2] and "Traceback" not in first[2] + second[2]
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from peftc.errors import ArtifactError, PeftcError, SourceError
 from peftc.report import span
 from peftc.steps.decompose import decompose
 from peftc.steps.show import show
+from tests.conftest import promised
 
 PROBE = """
 import sys
@@ -27,10 +28,6 @@ print(sorted({"torch", "timm", "transformers", "numpy", "safetensors"} & sys.mod
 def small(tiny_vit: Path, tmp_path: Path) -> Path:
     decompose(tiny_vit, output_dir=tmp_path / "small", ratio=0.5)
     return tmp_path / "small"
-
-
-def promised(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
 
 
 def test_show_imports_nothing_heavy(small: Path) -> None:

@@ -25,6 +25,7 @@ from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.steps.speedup import search
+from tests.conftest import promised
 from tests.steps.test_decompose import Convolutions, Perceptron, save_network
 
 PER_MAC, PER_CALL = 1e-9, 1e-4
@@ -97,10 +98,6 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def wide(tmp_path: Path) -> Source:
     torch.save(Wide().state_dict(), tmp_path / "weights.pth")
     return Source("python:tests.steps.test_speedup:Wide", weights=tmp_path / "weights.pth", allow_code=True)
-
-
-def promised(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
 
 
 def seconds(model: nn.Module, batch: Tensor) -> float:

@@ -30,7 +30,8 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.show import show
 from peftc.steps.truncate import truncate
-from tests.steps.test_decompose import NETWORKS, Convolutions, promised, ranks, read, save_network
+from tests.conftest import promised
+from tests.steps.test_decompose import NETWORKS, Convolutions, ranks, read, save_network
 
 NAMES = [
     "vit",
