@@ -20,20 +20,22 @@ Shape = tuple[int, ...]
 ALLOCATIONS = ("uniform", "global", "energy", "convex")
 
 
-def entries_per_rank(shape: Shape, form: str) -> int:
-    """Return how many weight entries one more unit of rank costs; Tucker-2 has no single price."""
+def sides(shape: Shape, form: str) -> tuple[int, int]:
+    """Return the sides of the matrix that a weight is seen as: (out, in), but of a transposed one (in, out)."""
     if form == "spatial":
         out, in_, kh, kw = shape
-        return out * kw + in_ * kh
-    return shape[0] + math.prod(shape[1:])
+        return out * kw, in_ * kh
+    return shape[0], math.prod(shape[1:])
+
+
+def entries_per_rank(shape: Shape, form: str) -> int:
+    """Return how many weight entries one more unit of rank costs; Tucker-2 has no single price."""
+    return sum(sides(shape, form))
 
 
 def max_rank(shape: Shape, form: str) -> int:
     """Return the rank at which the factors are exact: the smaller side of the matrix."""
-    if form == "spatial":
-        out, in_, kh, kw = shape
-        return min(out * kw, in_ * kh)
-    return min(shape[0], math.prod(shape[1:]))
+    return min(sides(shape, form))
 
 
 def entries(shape: Shape, form: str, rank: Rank | None) -> int:
@@ -93,8 +95,8 @@ def tucker_path(shape: Shape, multiple: int = 1) -> list[tuple[int, int]]:
     """
     out, in_ = shape[:2]
     longest = max(out, in_)
-    sides = ((out * step // longest, in_ * step // longest) for step in range(1, longest + 1))
-    pairs = [(in_multiples(a, multiple), in_multiples(b, multiple)) for a, b in sides]
+    shrunk = ((out * step // longest, in_ * step // longest) for step in range(1, longest + 1))
+    pairs = [(in_multiples(a, multiple), in_multiples(b, multiple)) for a, b in shrunk]
     return list(dict.fromkeys(pair for pair in pairs if pair[0] <= out and pair[1] <= in_))
 
 

@@ -17,7 +17,6 @@ weight_fisher          (in,)                           squared gradients of a sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc.allocate import sides
 from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
 from peftc.models.inputs import mask_of
 from peftc.models.layers import registered
 from peftc.models.load import Model, place_of
+from peftc.nn import forms
 from peftc.plan import Target
 
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
@@ -193,12 +194,8 @@ def is_lookup(model: Model, target: Target) -> bool:
 
 def matrix_shape(target: Target) -> tuple[int, int]:
     """Return (out, in) of the matrix that a method sees; of an embedding (words, width)."""
-    if target.form == "transposed":
-        return target.shape[1], target.shape[0]
-    if target.form == "spatial":
-        out, in_, kh, kw = target.shape
-        return out * kw, in_ * kh
-    return target.shape[0], math.prod(target.shape[1:])
+    first, second = sides(target.shape, target.form)
+    return (second, first) if target.form == "transposed" else (first, second)
 
 
 def _reading(model: Model, target: Target) -> tuple[object, ...]:
@@ -349,10 +346,8 @@ def _patches(x: Tensor, module: Any, form: str) -> Tensor:
 
 def _padded(x: Tensor, conv: Any) -> Tensor:
     """Pad an input (batch, in, h, w) as its convolution does."""
-    if type(conv).__name__ == "Conv2dSame":
-        from timm.layers import pad_same
-
-        return pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
+    if forms.pads_itself(conv):
+        return forms.padded(conv, x)
     if conv.padding == "valid":
         return x
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from peftc.errors import UsageError
 from peftc.models import families
-from peftc.nn import lowrank, surgery
+from peftc.nn import forms, lowrank, surgery
 from peftc.nn.adapted import Adapted
 from peftc.plan import Target
 
@@ -93,16 +93,12 @@ def every_weight(model: Model) -> dict[str, Target]:
         if _kind(module) and id(module.weight) not in seen and module.weight.is_floating_point():  # type: ignore[union-attr, operator]
             seen.add(id(module.weight))
             form = {nn.Embedding: "embedding", nn.Linear: "linear"}.get(type(module), "channel")  # type: ignore[call-overload]
-            found[name] = Target(name, "transposed" if _is_conv1d(module) else form, tuple(module.weight.shape))  # type: ignore[arg-type]
+            found[name] = Target(name, "transposed" if forms.is_conv1d(module) else form, tuple(module.weight.shape))  # type: ignore[arg-type]
     return found
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' Linear with a transposed weight
-
-
 def _kind(module: nn.Module) -> bool:
-    return _is_conv1d(module) or isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return forms.is_conv1d(module) or isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _form(module: Any, conv_method: str) -> str:
@@ -164,7 +160,7 @@ def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
         return f"its weight is {module.weight.dtype}, already quantized"
     plain = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward, nn.Conv2d: nn.Conv2d.forward}
     for base, forward in plain.items():
-        if isinstance(module, base) and type(module).forward is not forward and type(module).__name__ != "Conv2dSame":
+        if isinstance(module, base) and type(module).forward is not forward and not forms.pads_itself(module):
             return f"its class `{type(module).__name__}` changes how the weight is used"
     return None
 

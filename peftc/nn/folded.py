@@ -20,25 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftc.nn import forms
+
 Rebuild = Callable[..., Tensor]
 Pull = Callable[..., Sequence[Tensor | None]]
 
-_FORWARDS = {  # of the modules whose weight can be changed; a subclass that computes in its own way is left alone
-    nn.Linear.forward: "linear",
-    nn.Conv1d.forward: "conv",
-    nn.Conv2d.forward: "conv",
-    nn.Conv3d.forward: "conv",
-}
-_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
-
-def kind_of(module: nn.Module) -> str | None:
-    """Return ``linear``, ``transposed`` (transformers' Conv1D), ``conv``, or None for what `folded` cannot compute."""
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return "transposed"
-    if type(module).__name__ == "Conv2dSame":
-        return "conv"
-    return _FORWARDS.get(type(module).forward)
+def form_of(module: nn.Module) -> str | None:
+    """Return the form of a module, ``linear``, ``transposed`` or ``channel``; None for what `folded` cannot compute."""
+    form = forms.form_of(module)
+    return form if form in ("linear", "transposed", "channel") else None
 
 
 def folded(
@@ -48,7 +39,7 @@ def folded(
     """Return what ``base`` gives for ``x`` with its weight changed.
 
     Args:
-        base: for which `kind_of` has a name; its weight gets no gradient here.
+        base: for which `form_of` has a name; its weight gets no gradient here.
         x: as ``base`` takes it.
         rebuild: gives the change.
         tensors: what it is given.
@@ -159,16 +150,14 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 def _operation(base: Any, x: Tensor) -> tuple[Any, Tensor]:
     """Return how ``base`` computes, and its input with the padding that is more than zeros on both sides."""
-    kind = kind_of(base)
-    if kind == "linear":
-        return _Product(transposed=False), x
-    if kind == "transposed":
-        return _Product(transposed=True), x
+    form = forms.form_of(base)
+    if form in ("linear", "transposed"):
+        return _Product(transposed=form == "transposed"), x
     unbatched = x.ndim < base.weight.ndim
     x = x.unsqueeze(0) if unbatched else x
     padding = base.padding
-    if type(base).__name__ == "Conv2dSame":
-        padding, x = (0, 0), F.pad(x, _same(x, base))
+    if forms.pads_itself(base):
+        padding, x = (0, 0), forms.padded(base, x)
     elif base.padding_mode != "zeros":
         x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         padding = (0,) * len(base.stride)
@@ -176,15 +165,6 @@ def _operation(base: Any, x: Tensor) -> tuple[Any, Tensor]:
         x = F.pad(x, base._reversed_padding_repeated_twice)
         padding = (0,) * len(base.stride)
     return _Convolution(base.stride, padding, base.dilation, base.groups, unbatched), x
-
-
-def _same(x: Tensor, conv: Any) -> list[int]:
-    """Return the zeros with which a convolution gives ceil(size / stride) outputs, last axis first."""
-    found: list[int] = []
-    for size, kernel, stride, dilation in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True):
-        whole = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-        found[:0] = [whole // 2, whole - whole // 2]
-    return found
 
 
 class _Product:
@@ -215,7 +195,7 @@ class _Convolution:
         self.unbatched = unbatched
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _CONVOLVE[weight.ndim - 3](x, weight, bias, *self.how)
+        return forms.CONVOLVE[weight.ndim - 2](x, weight, bias, *self.how)
 
     def of_input(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(gradient, x, weight, (True, False, False))[0]

@@ -38,10 +38,10 @@ def form_of(module: Any) -> str | None:
     weight = module._parameters.get("weight")  # a parametrized or quantized weight is none of these
     if weight is None or not weight.is_floating_point() or getattr(module, "max_norm", None) is not None:
         return None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if is_conv1d(module):
         return "transposed"
     for kind, form in PLAIN:
-        if isinstance(module, kind) and (type(module).forward is kind.forward or _pads_itself(module)):
+        if isinstance(module, kind) and (type(module).forward is kind.forward or pads_itself(module)):
             return form
     return None
 
@@ -74,12 +74,9 @@ def as_weight(matrix: Tensor, weight: Tensor, form: str) -> Tensor:
 
 def convolve(base: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve as ``base`` does, padding mode and groups included, with a weight (any, in / groups, ...), no bias."""
-    if not _pads_itself(base):
+    if not pads_itself(base):
         return base._conv_forward(x, weight, None)
-    from timm.layers.padding import pad_same
-
-    padded = pad_same(x, weight.shape[-2:], base.stride, base.dilation)
-    return F.conv2d(padded, weight, None, base.stride, 0, base.dilation, base.groups)
+    return F.conv2d(padded(base, x), weight, None, base.stride, 0, base.dilation, base.groups)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -92,5 +89,18 @@ def at_work(dropout: nn.Dropout) -> bool:
     return dropout.training and dropout.p > 0
 
 
-def _pads_itself(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d)  # timm's, by TensorFlow's rule
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' Conv1D, a linear one with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def pads_itself(module: nn.Module) -> bool:
+    """Return whether a module is timm's Conv2dSame, which pads by TensorFlow's rule."""
+    return type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d)
+
+
+def padded(conv: Any, x: Tensor) -> Tensor:
+    """Return an input (batch, in, h, w) as a convolution that `pads_itself` pads it."""
+    from timm.layers.padding import pad_same
+
+    return pad_same(x, conv.kernel_size, conv.stride, conv.dilation)

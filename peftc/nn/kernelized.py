@@ -209,13 +209,13 @@ class Kernelized(nn.Module):
 
 def update_of(module: Any, settings: Settings) -> Kernelized | tuple[str, ...] | None:
     """Return the update of a linear module or a convolution, its weight's name if that is smaller, None for others."""
-    kind = folded.kind_of(module)
-    if kind is None:
+    form = folded.form_of(module)
+    if form is None:
         return None
     shape = module.weight.shape
-    out = shape[1] if kind == "transposed" else shape[0]
+    out = shape[1] if form == "transposed" else shape[0]
     in_ = module.weight.numel() // out
-    matrices = settings.split if kind != "conv" and out == settings.split * in_ else 1
+    matrices = settings.split if form != "channel" and out == settings.split * in_ else 1
     mix = 3 * matrices if settings.kernel == "mix" else 0
     whole = forms.dense(module, settings.rank * (out + matrices * in_) + mix)
-    return whole or Kernelized(shape, settings, transposed=kind == "transposed", matrices=matrices)
+    return whole or Kernelized(shape, settings, transposed=form == "transposed", matrices=matrices)

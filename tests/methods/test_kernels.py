@@ -20,7 +20,7 @@ from peftc.methods.adapter.snell import after_step, snell
 from peftc.methods.adapter.snella import snella
 from peftc.nn import kernels
 from peftc.nn.adapted import Adapted, adapted_modules, take_in
-from peftc.nn.folded import folded, kind_of, rebuilt
+from peftc.nn.folded import folded, form_of, rebuilt
 from peftc.nn.kernels import KERNELS, SPARSIFY, Kernel, threshold_of
 
 KINDS = [(kernel, form) for kernel in KERNELS for form in SPARSIFY]
@@ -263,7 +263,7 @@ MODULES = [nn.Linear(6, 8), nn.Linear(6, 8, bias=False), Conv1D(8, 6), *CONVOLUT
 
 
 def sample(module: Any, dtype: torch.dtype = torch.float64) -> Tensor:
-    if kind_of(module) != "conv":
+    if form_of(module) != "channel":
         return torch.randn(3, 5, 6, dtype=dtype)
     return torch.randn(3, module.in_channels, *[6, 7, 5][: module.weight.ndim - 2], dtype=dtype)
 
