@@ -42,7 +42,7 @@ class Held:
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield all of these samples in order, at most ``size`` at once."""
         for start in range(0, len(self), size):
-            yield self.encoded.batch(self.rows[start : start + size])
+            yield self.batch(range(start, min(start + size, len(self))))
 
 
 @dataclass(frozen=True)
