@@ -147,10 +147,8 @@ def finetune(
         has_classes=row is not None and row.has_classes, device=device, seed=seed,
     )  # fmt: skip
     pupil = Student(copied, fitted, placed, after_step)
-    if loss is None:
-        asked = {TASK: 1.0} if teacher is None else WITH_TEACHER
-    else:
-        asked = distill.weights_of(loss, copied, task)
+    of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
+    asked = distill.weights_of(of_task if loss is None else loss, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
     try:
