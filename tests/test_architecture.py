@@ -1,6 +1,7 @@
 """The house keeps its shape: imports go down, names are words, and nothing grows without being seen."""
 
 import ast
+import functools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,14 @@ def layer(name: str) -> int:
     return found[0]
 
 
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def own_imports(file: Path) -> Iterator[tuple[int, str]]:
     """Yield line and first part of every import of this package, wherever it stands."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.module == "peftc":
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name != "__version__")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftc."):
@@ -65,7 +71,7 @@ def test_imports_only_go_down(file: Path) -> None:
 
 
 def functions(file: Path) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.FunctionDef):
             yield node
 
