@@ -27,12 +27,11 @@ from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Plan, Target
-from peftc.steps import joint, spectra, write
+from peftc.steps import joint, passes, spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics
 
 Kept = tuple[dict[str, Tensor], dict[str, Piece]]  # factors by their names in `nn.lowrank.build`, and as stored
-HALF = (torch.float16, torch.bfloat16)
 BASIS = 8  # bytes of an entry of a basis, at most
 
 
@@ -168,6 +167,12 @@ class Factoring:
             "rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed), "rungs": list(found.rungs),
         }  # fmt: skip
         write.save_part(part, {key: tensor for key, tensor in basis.items() if tensor is not None}, note)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Give back the holes that solving a module left in the heap: over some hundred modules they add up."""
+        if self.model.max_memory is not None:
+            passes.return_freed()
 
     def part(self, target: Target, kind: str) -> Path:
         """Return the file in which something finished about a module is kept."""
@@ -227,7 +232,7 @@ class Factoring:
         named = {key: tensor.to(dense.dtype).cpu() for key, tensor in named.items()}  # type: ignore[union-attr, arg-type]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
             raise MethodError(f"the factors of `{target.name}` do not fit into {dense.dtype}")  # type: ignore[union-attr]
-        error = cut.error if dense.dtype not in HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
+        error = cut.error if dense.dtype not in write.HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
         total = float(losses.flatten()[0])
         weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
         note = {
@@ -239,6 +244,7 @@ class Factoring:
         elif (bias := self.corrected_bias(target, cut.factors, by)) is not None:
             named = {**named, "up.bias": bias}
         write.save_part(part, named, note)
+        self._tidy()
         return note
 
     def _by_member(

@@ -33,6 +33,7 @@ from peftc.steps import layer_maps
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
+HALF = (torch.float16, torch.bfloat16)
 LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 
@@ -238,11 +239,14 @@ def _outputs(model: Model, batch: Any) -> Tensor:
 def one_dtype(model: Model) -> Model:
     """Return a model that can run: itself, or a float32 copy where stored dtypes are mixed.
 
-    Where memory is limited only the module that runs is copied.
+    Where memory is limited only the module that runs is copied; half precision too, as torch keeps what it prepares to
+    multiply by it for every shape, and factors come in many.
     """
-    if surgery.uniform_dtype(model.module) is not None:
+    stored, place = surgery.uniform_dtype(model.module), models.place_of(model.module).type
+    limited = model.max_memory is not None and place != "meta"
+    if stored is not None and not (limited and place == "cpu" and stored in HALF):
         return model
-    if model.max_memory is not None and models.place_of(model.module).type != "meta":
+    if limited:
         return models.runnable(replace(model, module=models.detached(model.module)), device="cpu")
     return replace(model, module=copy.deepcopy(model.module).float())
 

@@ -259,6 +259,33 @@ def test_a_model_of_two_dtypes_runs_a_module_at_a_time(half_llama: Path) -> None
     assert torch.equal(load.outputs(bounded, batch), load.outputs(whole, batch))
 
 
+def test_half_precision_is_checked_a_module_at_a_time_where_memory_is_limited(
+    half_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[torch.dtype] = []
+    outputs = load.outputs
+    monkeypatch.setattr(
+        load, "outputs", lambda model, batch: ran.append(load.dtype_of(model.module)) or outputs(model, batch)
+    )
+    report = decompose(half_llama, output_dir=tmp_path / "out", data=text, max_memory="4GB", sensitivity=0, **KFAC)
+    assert set(ran) == {torch.float32}  # torch keeps what it prepares for products in half precision, of every shape
+    stored = {each.dtype for each in load.load(report.artifact).module.parameters()}
+    assert stored == {torch.bfloat16}
+    assert load.dtype_of(write.one_dtype(load.load(half_llama)).module) == torch.bfloat16
+
+
+def test_what_solving_leaves_in_the_heap_goes_back_after_every_module(
+    tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(passes, "return_freed", lambda: given_back.append(True))
+    decompose(tiny_llama, output_dir=tmp_path / "free", data=text, sensitivity=0, **KFAC)
+    assert not given_back
+    report = decompose(tiny_llama, output_dir=tmp_path / "bound", data=text, max_memory="4GB", sensitivity=0, **KFAC)
+    factored = sum(row["rank"] is not None for row in report.data["modules"])
+    assert len(given_back) >= len(report.data["modules"]) + factored > 2  # solved, and then cut
+
+
 @pytest.fixture
 def moments(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Moment]]:
     """Second moments that methods were given."""
