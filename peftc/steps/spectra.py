@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -309,22 +310,24 @@ def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool, multip
     losses = spectrum.losses()
     energy = float(losses.flatten()[0])
     scale = (1 / energy if energy else 0.0) if relative else 1.0
-    ranks: list[Rank]
+    ranks: Sequence[Rank]
     if target.form == "tucker2":
         ranks = _pareto(target, losses, unit, multiple)
         kept = [float(losses[rank]) * scale for rank in ranks]
     else:
         largest = allocate.break_even_rank(target.shape, target.form)
-        ranks = list(range(multiple, largest + 1, multiple))
+        ranks = range(multiple, largest + 1, multiple)
         kept = (losses[multiple : largest + 1 : multiple] * scale).tolist()
     costs = [target.cost(rank, unit) for rank in ranks]
     dense = target.cost(None, unit)
     useful = [at for at, cost in enumerate(costs) if cost < dense]
     following = (len(ranks) + 1) * multiple
     next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
-    return Curve(
-        [ranks[at] for at in useful], [costs[at] for at in useful], [kept[at] for at in useful], dense, next_loss
-    )
+    some: Any = [ranks[at] for at in useful]
+    return Curve(  # arrays, as all modules' curves are held at once, and Python's own numbers take four times as much
+        some if target.form == "tucker2" else array("q", some), array("q", (costs[at] for at in useful)),
+        array("d", (kept[at] for at in useful)), dense, next_loss,
+    )  # fmt: skip
 
 
 def _pareto(target: Target, losses: Tensor, unit: str, multiple: int) -> list[Rank]:
