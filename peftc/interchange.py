@@ -228,4 +228,5 @@ def _whole(alpha: float) -> float:
 
 
 def _no_place(what: str, why: str) -> OutputError:
-    return OutputError(f"peft's format has no place for {what}", why=why)
+    hint = "export the whole model: `--format safetensors`"
+    return OutputError(f"peft's format has no place for {what}", why=why, hint=hint)

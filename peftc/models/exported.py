@@ -141,6 +141,7 @@ class _Child:
             raise ExportError(
                 f"{self.model.library} does not load what was written of `{self.model.name}`",
                 why=told[-1] if told else "its process ended",
+                hint="use `--format safetensors`, and please report this: it is a bug in peftc, or in that library",
             )
         return dict(json.loads(answer))
 

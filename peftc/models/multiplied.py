@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftc.errors import ExportError
 from peftc.models import build
+from peftc.models.foreign import instead, refuse_bound
 from peftc.models.load import Model
 from peftc.nn import lowrank, surgery
 
 PARTS = ("up.weight", "down.weight", "core.weight")
-
-
-def foreign(network: nn.Module) -> list[str]:
-    """Return the modules whose class is one of peftc's, by name; without those of which they are made."""
-    found: list[str] = []
-    for name, module in network.named_modules():
-        if type(module).__module__.startswith("peftc.") and not any(name.startswith(f"{one}.") for one in found):
-            found.append(name)
-    return found
 
 
 def multiplied(model: Model) -> Model:
@@ -29,17 +20,11 @@ def multiplied(model: Model) -> Model:
     The products are computed in float64 and stored in the dtype of their factors.
 
     Raises:
-        ExportError: the network has modules of peftc that are no factors.
+        ExportError: the network has modules of peftc that are no factors, or no manifest says what they stand for.
     """
     record = model.manifest
     edits = record.modules if record else {}
-    others = [name for name in foreign(model.module) if name not in edits]
-    if others:
-        raise ExportError(
-            f"`{others[0]}` of `{model.name}` cannot be multiplied out",
-            why=f"no manifest says what this {type(model.module.get_submodule(others[0])).__name__} stands for",
-            hint="write it as an artifact first, or export it as `--format onnx`",
-        )
+    refuse_bound(model, f"`{model.name}` cannot be multiplied out", f"leave `--dense` out, and {instead(model)}")
     if record is None or model.folder is None or not edits:
         return model
     base = build.from_record(record, model.folder, model.source)

@@ -15,6 +15,7 @@ from peftc.errors import ExportError
 from peftc.measure import without_fused_layers
 from peftc.models import alone, exported
 from peftc.models.exported import Inputs
+from peftc.models.foreign import instead, is_one_graph
 from peftc.models.load import Model, detached, runnable
 from peftc.nn.lowrank import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from peftc.nn.shared import SharedDown
@@ -78,11 +79,11 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     Raises:
         ExportError: it reads images and texts at once, or no graph can hold what it does.
     """
-    if model.kind == "image-text" or getattr(getattr(model.module, "config", None), "is_encoder_decoder", False):
+    if not is_one_graph(model):
         raise ExportError(
             f"`{model.name}` cannot be written as one graph",
             why="it has two networks that are used apart, and a graph holds one",
-            hint="export the folder that transformers loads: `--format hf`",
+            hint=instead(model),
         )
     runs = runnable(replace(model, module=detached(model.module)), device="cpu", dtype="float32")
     runs.module.requires_grad_(False)
@@ -102,6 +103,7 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
         raise ExportError(
             f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}",
             why=first_line(error),
+            hint=instead(model, graph=False),
         ) from error
     _merge_shared(program, whole)
     return Traced(program, list(example), output, _factors_in_use(program, whole), axes)
@@ -173,7 +175,11 @@ def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
     for name, module in whole.named_modules():
         for factor in _factors(module):
             if id(factor) in used and id(factor) not in in_product:
-                raise ExportError(f"the factors of `{name.removeprefix('network.')}` are no two products in the graph")
+                raise ExportError(
+                    f"the factors of `{name.removeprefix('network.')}` are no two products in the graph",
+                    why="the network reads its weight instead of calling it",
+                    hint="multiply the factors out with `--dense`, or keep them with `--format safetensors`",
+                )
             found[id(factor)] = in_product.get(id(factor), [])
     return [shape for shapes in found.values() for shape in shapes]
 

@@ -76,13 +76,18 @@ def export(
         raise DataError(
             "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
         )
+    unmerged = methods.trait(written_by, "UNMERGED", False)
+    if unmerged and dense:
+        raise UsageError(
+            f"`--dense` does not go with `--format {word}`", why="it writes updates, and no weights",
+            hint="leave one of them out",
+        )  # fmt: skip
     stored = load(model)
-    leaves = multiplied(stored) if dense else stored
-    if methods.trait(written_by, "UNMERGED", False):
-        leaves = load(model, merge=False)
+    leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
+    probes = parity.probes(runs, image_size=image_size, max_length=max_length)
     work = _Work(
-        stored, leaves, runs, parity.probes(runs, image_size=image_size, max_length=max_length),
+        stored, leaves, runs, list(probes),
         [parity.example(runs, n, image_size=image_size, max_length=max_length) for n in dict.fromkeys((1, batch_size))],
         rounds,
     )  # fmt: skip
@@ -101,6 +106,7 @@ def export(
         if job.done:
             report = _already(job)
         else:
+            parity.refuse_unsteady(runs, probes)
             job.require(measure.tensor_bytes(leaves.module))
             example = parity.example(runs, 2, image_size=image_size, max_length=max_length)
             exported = written_by(leaves, example, job.folder, **chosen)

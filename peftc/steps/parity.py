@@ -107,6 +107,31 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
     return Parity(deviation, agreed / count, is_share, spread)
 
 
+def refuse_unsteady(model: Model, batches: Sequence[Inputs]) -> None:
+    """Refuse a model that no export can be compared with: it gives other outputs for the same inputs, or no numbers.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    for inputs in batches:
+        once, again = (_without_padding(exports.computed(model, inputs)[0], inputs) for _ in range(2))
+        if not torch.isfinite(once).all():
+            raise ExportError(
+                f"`{model.name}` cannot be exported: it gives NaN or infinite outputs itself",
+                why="so no export can be compared with it",
+                hint="no format takes it: export what it was made from",
+            )
+        gap = float((once - again).abs().max()) / (float(once.abs().max()) or 1.0)
+        if gap > NOTHING:
+            raise ExportError(
+                f"`{model.name}` cannot be exported: it draws at random in its forward pass",
+                why=f"two runs on the same input differ by {gap:.2g} of the largest output, "
+                "so no export can be compared with it",
+                hint="no format takes it as it is: give what it draws to a module of your own, and export that, as "
+                "`python:MODULE:FACTORY`",
+            )
+
+
 def _without_padding(output: Tensor, inputs: Inputs) -> Tensor:
     mask = inputs.get("attention_mask")
     is_of_tokens = mask is not None and output.ndim == 3 and output.shape[:2] == mask.shape

@@ -93,10 +93,11 @@ def test_a_shorter_delta_stays_one(swin: Path, images: Path, tmp_path: Path) -> 
 
 
 def test_no_library_is_said_to_load_it(shorter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="cannot be built by timm alone") as caught:
-        peftc.export(shorter, format="timm", output_dir=tmp_path / "plain")
-    assert FIRST in str(caught.value)
-    assert not (tmp_path / "plain").exists()
+    for dense, hint in ((False, "use `--format onnx`"), (True, "leave `--dense` out, and use `--format onnx`")):
+        with pytest.raises(ExportError, match=f"`{FIRST}` was dropped in its place") as caught:
+            peftc.export(shorter, format="timm", dense=dense, output_dir=tmp_path / "plain")
+        assert caught.value.hint == hint
+        assert not (tmp_path / "plain").exists()
     report = peftc.export(shorter, format="torch-export", output_dir=tmp_path / "graph", rounds=5, batch_size=1)
     assert report.data["deviation"] < 1e-5
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from peftc import artifact
 from peftc.errors import ExportError
-from peftc.methods.format.hf import SHARD, refuse_other_library
+from peftc.methods.format.hf import SHARD
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
+from peftc.models.foreign import config_class, refuse_other_library
 from peftc.models.load import Model
-from peftc.models.multiplied import foreign
 from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, shared, surgery
 
@@ -126,15 +126,6 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
     edits = dict(model.manifest.modules) if model.manifest else {}
     if not edits:
         raise ExportError(f"`{model.name}` has no factors", why="it needs no code of its own", hint="use `--format hf`")
-    others = [name for name in foreign(model.module) if name not in edits]
-    if others:
-        kind = type(model.module.get_submodule(others[0])).__name__
-        raise ExportError(
-            f"`{model.name}` cannot be exported as `hf-code`",
-            why=f"`{others[0]}` is a {kind}, which is no product of factors",
-            hint="take updates into the weights with `peftc merge`, or use `--format onnx`",
-        )
-    _refuse_foreign_class(model)
     (folder / CODE).write_text(code(model, edits), encoding="utf-8")
     artifact.write_json(folder / "config.json", _config(model, edits))
     artifact.write_weights(folder, pieces_of(model), None, SHARD)
@@ -142,23 +133,6 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
     written.expected = _factors(model.module)
     written.notes.append(f"it runs `{CODE}` of the folder: whoever loads it has to pass `trust_remote_code=True`")
     return written
-
-
-def _refuse_foreign_class(model: Model) -> None:
-    """Refuse a network whose own code came with its checkpoint: the file would subclass what is not there.
-
-    Raises:
-        ExportError: with what to do instead.
-    """
-    import transformers
-
-    network: Any = model.module
-    for name in (model.architecture, _config_class(network)):
-        if not hasattr(transformers, name):
-            raise ExportError(
-                f"`{model.name}` cannot be exported as `hf-code`", why=f"transformers itself has no class `{name}`",
-                hint="use `--format onnx`",
-            )  # fmt: skip
 
 
 def auto_classes(architecture: str) -> list[str]:
@@ -195,16 +169,12 @@ def code(model: Model, edits: dict[str, Any]) -> str:
         imports="\n".join(["from __future__ import annotations", "", *imports]),
     )  # fmt: skip
     classes = CLASSES.format(
-        name=f"Factored{model.architecture}", architecture=model.architecture, base_config=_config_class(network),
-        config=f"Factored{_config_class(network)}", model_type=_model_type(network),
+        name=f"Factored{model.architecture}", architecture=model.architecture, base_config=config_class(model),
+        config=f"Factored{config_class(model)}", model_type=_model_type(network),
     )  # fmt: skip
     table = f"KINDS = {{{', '.join(f'{form!r}: {kind.__name__}' for form, kind in kinds.items())}}}\n"
     sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
     return "\n\n".join([head, *sources, table, inspect.getsource(surgery.replace), factor, classes])
-
-
-def _config_class(network: Any) -> str:
-    return type(network.config).__name__
 
 
 def _model_type(network: Any) -> str:
@@ -220,7 +190,7 @@ def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
         **model.config, "model_type": _model_type(network), "architectures": [name], "transformers_weights": LOCK,
         "factored": {"modules": edits, "tied": tied},
         "auto_map": {
-            "AutoConfig": f"{stem}.Factored{_config_class(network)}",
+            "AutoConfig": f"{stem}.Factored{config_class(model)}",
             **{each: f"{stem}.{name}" for each in auto_classes(model.architecture)},
         },
     }  # fmt: skip

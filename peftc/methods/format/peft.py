@@ -42,8 +42,8 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
     modules = adapted_modules(model.module)
     if not modules or model.manifest is None:
         raise ExportError(
-            f"`{model.name}` has no updates to export", why="it is a whole model",
-            hint="`peftc finetune --delta` and `peftc extract-lora` write some",
+            f"`{model.name}` has no updates to export", why="nothing of it lies beside its weights",
+            hint="write some beside its weights: `peftc finetune MODEL --data DATA --delta -o tuned`",
         )  # fmt: skip
     adapters = {name: _adapter(model.manifest.adapters[name], name, each) for name, each in modules.items()}
     known = surgery.tensors_of(model.module)
@@ -64,8 +64,9 @@ def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
     base: Any = module.base
     if why := interchange.why_not(base):
         raise ExportError(
-            f"the update of `{name}` cannot be exported as `peft`", why=why, hint="export the merged model"
-        )
+            f"the update of `{name}` cannot be exported as `peft`", why=why,
+            hint="export the whole model: `--format safetensors`",
+        )  # fmt: skip
     function = methods.find("adapter", entry["method"], "method")
     settings = methods.settings_of(function) | entry["settings"]
     window = tuple(getattr(base, "kernel_size", ()))

@@ -30,7 +30,7 @@ FORMS = {
 
 
 def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``model.safetensors``; ``export.json`` says form and rank of each factored module.
+    """Write ``model.safetensors``; ``export.json`` says how each module that is not plain computes with it.
 
     Args:
         model: as stored.
@@ -51,10 +51,15 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     def prepare(inputs: Inputs) -> Callable[[], object]:
         return lambda: run(inputs)
 
-    edits = model.manifest.modules if model.manifest else {}
+    record = model.manifest
+    edits = record.modules if record else {}
     forms = {edit["form"] for edit in edits.values()}
     tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
     about = {"modules": edits, "forms": {form: FORMS[form] for form in sorted(forms)}, "tied": tied}
+    if record is not None and record.adapters:
+        about["updates"] = record.adapters
+    if record is not None and record.skipped:
+        about["skipped"] = record.skipped
     runtime = f"safetensors {version('safetensors')}, torch {torch.__version__}"
     return Exported(runtime, run, prepare, about=about)
 

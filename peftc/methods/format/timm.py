@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from peftc import artifact
-from peftc.methods.format.hf import refuse_foreign
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
+from peftc.models.foreign import refuse_foreign
 from peftc.models.load import Model
 from peftc.models.weights import pieces_of
 
@@ -24,7 +24,7 @@ def timm(model: Model, example: Inputs, folder: Path) -> Exported:
         folder: to write to.
 
     Raises:
-        ExportError: the model is not of timm, or has factored modules.
+        ExportError: the model is not of timm, or has modules of peftc.
     """
     refuse_foreign(model, "timm", "timm")
     was = model.config.get("pretrained_cfg") or {}

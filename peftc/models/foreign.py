@@ -1,0 +1,128 @@
+"""What other programs do not know of a network: refused with the options of `peftc export` that do write it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftc.errors import ExportError
+from peftc.models.load import Model
+from peftc.nn.adapted import adapted_modules
+
+PLAIN = {"timm": "timm", "transformers": "hf"}  # library -> the format of its own folders
+
+
+def foreign(network: nn.Module) -> list[str]:
+    """Return the modules whose class is one of peftc's, by name; without those of which they are made."""
+    found: list[str] = []
+    for name, module in network.named_modules():
+        if type(module).__module__.startswith("peftc.") and not any(name.startswith(f"{one}.") for one in found):
+            found.append(name)
+    return found
+
+
+def bound(model: Model) -> dict[str, str]:
+    """Return the modules that no weight can stand for, and why: updates that cannot be merged, and dropped layers."""
+    record = model.manifest
+    if record is None:
+        kinds = {name: type(model.module.get_submodule(name)).__name__ for name in foreign(model.module)}
+        return {name: f"no manifest says what the {kind} at `{name}` stands for" for name, kind in kinds.items()}
+    whys = {name: f"`{name}` was dropped in its place, for no config leaves it out" for name in record.skipped}
+    for name, module in adapted_modules(model.module).items():
+        if not module.mergeable:
+            whys[name] = f"what `{record.adapters[name]['method']}` adds to `{name}` cannot be merged into a weight"
+    return whys
+
+
+def is_one_graph(model: Model) -> bool:
+    """Return whether a single graph can hold all that a model does, as none holds two networks that are used apart."""
+    return model.kind != "image-text" and not getattr(
+        getattr(model.module, "config", None), "is_encoder_decoder", False
+    )
+
+
+def instead(model: Model, *, graph: bool = True) -> str:
+    """Return a hint: the options that write a model as it is.
+
+    Args:
+        model: with the updates that can be merged in its weights.
+        graph: whether formats that hold a graph may be named.
+    """
+    graph = graph and is_one_graph(model)
+    plain = PLAIN.get(model.library) if _is_of_its_library(model) and not bound(model) else None
+    if plain is None:
+        return f"use `--format {'onnx' if graph else 'safetensors'}`"
+    if model.manifest is None or not model.manifest.modules:
+        return f"use `--format {plain}`"
+    keep = [f"`--format {word}`" for word, there in (("hf-code", plain == "hf"), ("onnx", graph)) if there]
+    return f"multiply the factors out with `--format {plain} --dense`, or keep them with {' or '.join(keep)}"
+
+
+def refuse_bound(model: Model, what: str, hint: str) -> None:
+    """Refuse a model that nothing but peftc can build.
+
+    Raises:
+        ExportError: it has updates that cannot be merged, or dropped layers.
+    """
+    names = bound(model)
+    if names:
+        more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
+        raise ExportError(what, why=f"{next(iter(names.values()))}{more}", hint=hint)
+
+
+def refuse_other_library(model: Model, library: str, word: str) -> None:
+    """Refuse a model that is not of a library, or that the library cannot build.
+
+    Args:
+        model: to export.
+        library: timm or transformers.
+        word: the format.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    what = f"`{model.name}` cannot be exported as `{word}`"
+    if model.library != library:
+        why = f"its network is one of {model.library}" if model.library in PLAIN else "its network is your own code"
+        raise ExportError(what, why=why, hint=instead(model))
+    if not _is_of_its_library(model):
+        raise ExportError(
+            what, why=f"{library} itself has no class `{model.architecture}`: it came with the checkpoint",
+            hint=instead(model),
+        )  # fmt: skip
+    refuse_bound(model, what, instead(model))
+
+
+def refuse_foreign(model: Model, library: str, word: str) -> None:
+    """Refuse a model that a library cannot load by itself.
+
+    Args:
+        model: to export.
+        library: timm or transformers.
+        word: the format.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    refuse_other_library(model, library, word)
+    names = foreign(model.module)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ExportError(
+            f"`{model.name}` cannot be exported as `{word}` as it is",
+            why=f"{library} knows no factors, which `{names[0]}`{more} is made of",
+            hint=instead(model),
+        )
+
+
+def _is_of_its_library(model: Model) -> bool:
+    """Return whether the library has the network's class, and not a checkpoint that brought it."""
+    if model.library != "transformers":
+        return model.library in PLAIN
+    import transformers
+
+    return all(hasattr(transformers, name) for name in (model.architecture, config_class(model)))
+
+
+def config_class(model: Model) -> str:
+    """Return the name of the class of a transformers network's configuration."""
+    return type(model.module.config).__name__
