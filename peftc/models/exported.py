@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,9 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         how = f"timm.create_model('local-dir:{folder.name}', pretrained=True)"
     elif trusted:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
-    library = __import__(model.library)
+    runtime = f"{model.library} {version(model.library)}"
     return Exported(
-        f"{model.library} {library.__version__} without peftc", run, prepare, close=child.close, about={"load": how},
+        f"{runtime} without peftc", run, prepare, close=child.close, about={"load": how, "tried_with": runtime},
         products=[tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None,
     )  # fmt: skip
 

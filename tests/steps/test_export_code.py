@@ -1,6 +1,8 @@
 """export --format hf-code: factors that transformers runs by the folder's own code, where peftc is not installed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc.errors import ExportError
+from peftc.methods.format.hf import hf
 from peftc.methods.format.hf_code import hf_code
 from peftc.models import exported
 from peftc.models.exported import Exported
 from peftc.models.load import load
+from peftc.models.multiplied import multiplied
 from tests.conftest import BERT, LLAMA, save_dual, save_transformers  # type: ignore[import-not-found]
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
@@ -155,6 +159,40 @@ def test_it_holds_the_factors_and_nothing_else_also_when_saved_again(kind: str, 
     factors = [name for name in names["small"] if name.endswith((".up.weight", ".down.weight", ".core.weight"))]
     assert int((place / "factors").read_text()) == len(factors) > 0
     assert {"config.json", "modeling_factored.py"} <= {path.name for path in (place / "again").iterdir()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multiplied_out_it_has_the_names_that_transformers_writes(
+    kind: str, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported, "plain", lambda *_, **__: Exported("none", dict, dict))
+    written = hf(multiplied(load(places[kind] / "small")), {}, tmp_path)
+    assert any("before 5.0" in note for note in written.notes) == (kind == "causal, tied")
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (places[kind] / "base", tmp_path))
+    assert {name: each.shape for name, each in ours.items()} == {name: each.shape for name, each in theirs.items()}
+
+
+@pytest.mark.parametrize("is_factored", [True, False], ids=["a factored module", "another module"])
+def test_a_transformers_with_other_modules_refuses_it_and_names_the_one_that_wrote_it(
+    is_factored: bool, places: dict[str, Path], tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = shutil.copytree(places["vision"] / "code", tmp_path / "code")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["factored"]["transformers"] == transformers.__version__
+    config["factored"]["transformers"] = "9.9"
+    if is_factored:
+        edits = config["factored"]["modules"]
+        config["factored"]["modules"] = {f"{name}.other": edit for name, edit in edits.items()}
+    else:
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {n: w for n, w in weights.items() if n != "classifier.bias"}, folder / "model.safetensors", {"format": "pt"}
+        )
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match=r"written with transformers 9\.9.*pip install transformers==9\.9"):
+        transformers.AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_other_classes_do_not_fill_it_with_random_numbers(tiny_bert: Path, tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peftc import artifact
+from peftc.artifact import Piece
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import refuse_foreign
 from peftc.models.load import Model
-from peftc.models.weights import pieces_of
+from peftc.models.weights import piece, pieces_of
+from peftc.nn import surgery
 
 SHARD = 5 * 10**9  # bytes per file, as transformers writes them
 
@@ -29,5 +33,29 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
     config = {name: value for name, value in model.config.items() if name != "transformers_weights"}
     config.setdefault("architectures", [model.architecture])
     artifact.write_json(folder / "config.json", config)
-    artifact.write_weights(folder, pieces_of(model), None, SHARD)
-    return exported.plain(model, folder)
+    artifact.write_weights(folder, _as_in_files(model), None, SHARD)
+    written = exported.plain(model, folder)
+    written.notes += read_otherwise(config)
+    return written
+
+
+def read_otherwise(config: Mapping[str, Any]) -> list[str]:
+    """Return a note where earlier versions of transformers read a config otherwise, and do not say so."""
+    parts = (config, *(each for each in config.values() if isinstance(each, Mapping)))
+    if not any("rope_parameters" in each for each in parts):
+        return []
+    return ["transformers before 5.0 does not read `rope_parameters` of `config.json`, and computes something else"]
+
+
+def _as_in_files(model: Model) -> dict[str, Piece]:
+    """Return the tensors by the names that files of transformers have, whatever this version calls its modules.
+
+    Another version looks for those, and fills with random numbers what it does not find.
+    """
+    state = surgery.tensors_of(model.module)
+    tensors = {name: state[name] for name in surgery.stored_names(model.module)}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 modules are called as in the files
+        return pieces_of(model)
+    return {name: piece(tensor) for name, tensor in revert_weight_conversion(model.module, tensors).items()}

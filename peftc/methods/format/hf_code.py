@@ -14,7 +14,7 @@ from torch import nn
 
 from peftc import artifact
 from peftc.errors import ExportError
-from peftc.methods.format.hf import SHARD
+from peftc.methods.format.hf import SHARD, read_otherwise
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import config_class, refuse_other_library
@@ -40,10 +40,21 @@ Written by peftc; it needs transformers and torch. Load it with
 {imports}
 
 LOCK = "{lock}"
+
+
+def other_version(config):
+    """Return the refusal of a transformers whose network has other modules."""
+    there = config.factored["transformers"]
+    return RuntimeError(
+        f"this folder was written with transformers {{there}}, which calls the modules of this network otherwise "
+        f"than transformers {{transformers.__version__}}: pip install transformers=={{there}}"
+    )
 '''
 FACTOR = '''\
 def factor(network, modules):
     """Replace modules by low-rank ones: name -> form and rank."""
+    if not modules.keys() <= dict(network.named_modules()).keys():
+        raise other_version(network.config)
     for name, edit in modules.items():
         old = network.get_submodule(name)
         replace(network, old, KINDS[edit["form"]].like(old, edit["form"], edit["rank"]))
@@ -93,6 +104,14 @@ class {name}(transformers.{architecture}):
         self.all_tied_weights_keys = dict(config.factored["tied"])
         self.tie_weights()
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """Load the weights, and refuse to fill what they lack with random numbers."""
+        network, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise other_version(network.config)
+        return (network, info) if output_loading_info else network
+
     def get_expanded_tied_weights_keys(self, all_submodels=False):
         """Return alias -> name of each parameter that is also called otherwise."""
         if not self.is_factored:
@@ -131,7 +150,9 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
     artifact.write_weights(folder, pieces_of(model), None, SHARD)
     written = exported.plain(model, folder, trusted=True)
     written.expected = _factors(model.module)
+    written.notes += read_otherwise(model.config)
     written.notes.append(f"it runs `{CODE}` of the folder: whoever loads it has to pass `trust_remote_code=True`")
+    written.notes.append("a transformers that calls the modules otherwise refuses the folder, and says which wrote it")
     return written
 
 
@@ -183,12 +204,14 @@ def _model_type(network: Any) -> str:
 
 def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration: the dense one, the factors, and where the code is."""
+    import transformers
+
     network: Any = model.module
     name, stem = f"Factored{model.architecture}", Path(CODE).stem
     tied = {alias: names[0] for names in surgery.stored_names(network).values() for alias in names[1:]}
     return {
         **model.config, "model_type": _model_type(network), "architectures": [name], "transformers_weights": LOCK,
-        "factored": {"modules": edits, "tied": tied},
+        "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
         "auto_map": {
             "AutoConfig": f"{stem}.Factored{config_class(model)}",
             **{each: f"{stem}.{name}" for each in auto_classes(model.architecture)},
