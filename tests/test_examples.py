@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -138,15 +139,72 @@ def test_the_recipe_of_ci_is_one_that_runs(trained: Path, monkeypatch: pytest.Mo
     assert steps == ["decompose", "distill", "prune-layers", "finetune", "evaluate", "bench", "export"]
 
 
-def test_the_workflow_of_ci_runs_that_recipe_and_keeps_what_it_gave() -> None:
+def act(workflow: Path, workspace: Path, **variables: str) -> tuple[int, set[str]]:
+    """Run a workflow's job as GitHub Actions does, but for `pip install` and the steps that are actions of their own.
+
+    Args:
+        workflow: its file.
+        workspace: what was checked out; the files by which steps speak to each other lie beside it.
+        variables: what an earlier step put into the environment.
+
+    Returns:
+        the first exit code that was not 0, and which paths were there for `upload-artifact`.
+    """
     yaml = pytest.importorskip("yaml")
-    workflow = yaml.safe_load((EXAMPLES / "ci" / "compress.yml").read_text())
-    steps = workflow["jobs"]["compress"]["steps"]
-    assert "peftc run ci/recipe.toml --json > report.json" in [step.get("run") for step in steps]
-    kept = next(step for step in steps if "upload" in step.get("uses", ""))
-    assert kept["if"] == "always()" and kept["with"]["path"].split() == ["report.json", "release/"]
+    (job,) = yaml.safe_load(workflow.read_text())["jobs"].values()
+    files = {f"GITHUB_{name}": workspace.parent / name for name in ("ENV", "OUTPUT", "PATH", "STEP_SUMMARY")}
+    files["GITHUB_ENV"].write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    code, kept = 0, set()
+    for step in job["steps"]:
+        if code and step.get("if") != "always()":
+            continue
+        if "upload-artifact" in step.get("uses", ""):
+            kept = {path for path in step["with"]["path"].split() if (workspace / path).exists()}
+        if "run" not in step or step["run"].startswith("pip install"):
+            continue
+        assert "${{" not in step["run"], "an expression that GitHub fills in"
+        (script := workspace.parent / "step.sh").write_text(step["run"])
+        earlier = dict(line.split("=", 1) for line in files["GITHUB_ENV"].read_text().splitlines())
+        said = {"CI": "true", "GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": str(workspace)}
+        said |= {name: str(path) for name, path in files.items()} | job.get("env", {}) | earlier | step.get("env", {})
+        options = ["--noprofile", "--norc", "-eo", "pipefail"] if step.get("shell") == "bash" else ["-e"]
+        code = subprocess.run(["bash", *options, str(script)], cwd=workspace, env=environment(**said)).returncode
+    return code, kept
+
+
+def checked_out(place: Path, trained: Path) -> Path:
+    """Return a repository as the workflow's head asks for it, with the model of the demo."""
+    (place / "ci").mkdir(parents=True)
     for name in ("recipe.toml", "compress.sh"):
-        assert (EXAMPLES / "ci" / name).is_file()
+        (place / "ci" / name).write_bytes((EXAMPLES / "ci" / name).read_bytes())
+    (place / "peftc-demo").mkdir()
+    (place / "peftc-demo/dense-seed-0").symlink_to(trained / "dense")
+    return place
+
+
+def test_the_workflow_of_ci_keeps_its_report_and_what_passed_and_fails_with_3_over_a_gate(
+    trained: Path, tmp_path: Path
+) -> None:
+    small = {f"PEFTC_{word}_NUM_SAMPLES": "200" for word in ("DECOMPOSE", "DISTILL", "PRUNE_LAYERS", "FINETUNE")}
+    small |= {f"PEFTC_{word}_STEPS": "2" for word in ("DISTILL", "FINETUNE")}
+    small |= {f"PEFTC_{word}_ROUNDS": "5" for word in ("BENCH", "EXPORT")}
+    workflow, first = EXAMPLES / "ci" / "compress.yml", checked_out(tmp_path / "first/work", trained)
+    assert act(workflow, first, **small, PEFTC_EVALUATE_MAX_DROP="1") == (0, {"report.json", "release/"})
+    report = json.loads((first / "report.json").read_text())
+    assert [each["state"] for each in report["steps"]] == ["done"] * 7
+    assert (first / "release/model.safetensors").is_file()
+    gate = next(each for each in report["gates"] if each["option"] == "--max-drop")
+    assert gate["passed"] and gate["limit"] == 1
+
+    second = checked_out(tmp_path / "second/work", trained)  # of another change; the cache brings `runs` back
+    shutil.copytree(first / "runs", second / "runs")
+    limit = str(gate["value"] - 0.01)
+    assert act(workflow, second, **small, PEFTC_EVALUATE_MAX_DROP=limit) == (3, {"report.json"})
+    states = {each["step"]: each["state"] for each in json.loads((second / "report.json").read_text())["steps"]}
+    assert states == {
+        **dict.fromkeys(("decompose", "distill", "prune-layers", "finetune"), "up to date"),
+        "evaluate": "gate not met", **dict.fromkeys(("bench", "export"), "not run"),
+    }  # fmt: skip
 
 
 # a network of your own
