@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ class Exported:
     close: Callable[[], None] = lambda: None
 
 
+def require(word: str, packages: Sequence[str]) -> None:
+    """Import what a format needs, which an extra of its name installs.
+
+    Raises:
+        ExportError: a package is not installed, or does not load.
+    """
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ExportError(
+                f"`--format {word}` needs the package `{package.partition('.')[0]}`", why=str(error),
+                hint=f"pip install 'peftc[{word}]'",
+            ) from None  # fmt: skip
+
+
 def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
     """Return a batch as inputs by name; the only one of a network that takes it by place is ``pixel_values``."""
     if isinstance(batch, Tensor):
@@ -85,7 +102,7 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
     Raises:
         ExportError: the library does not load it.
     """
-    child = _Child(folder, model)
+    child = _Child(model)
     answer = child.ask({
         "do": "load", "folder": str(folder), "library": model.library, "architecture": model.architecture,
         "trusted": trusted, "threads": torch.get_num_threads(),
@@ -114,8 +131,8 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
 class _Child:
     """A process that runs `alone`, and what it is to compute next."""
 
-    def __init__(self, folder: Path, model: Model) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, model: Model) -> None:
+        self.model = model
         self.files = tempfile.TemporaryDirectory()
         self.last: Inputs | None = None
         self.errors = Path(self.files.name, "errors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError, UsageError
-from peftc.models import traced
+from peftc.models import exported, traced
 from peftc.models.exported import Exported, Inputs
 from peftc.models.load import Model
 
 NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
+ELSE = "`--format torch-export` takes what torch can trace"
 
 
 def executorch(
@@ -38,15 +38,7 @@ def executorch(
     for name, limit in (("largest_batch", largest_batch), ("largest_length", largest_length)):
         if limit < 2:
             raise UsageError(f"`--set {name}={limit}` is too small", why="it is 2 at least")
-    for package in NEEDS:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ExportError(
-                "`--format executorch` needs the package `executorch`",
-                why=str(error),
-                hint="pip install 'peftc[executorch]'",
-            ) from None
+    exported.require("executorch", NEEDS)
     positions = getattr(getattr(model.module, "config", None), "max_position_embeddings", None) or largest_length
     limits = {"batch": largest_batch, "sequence": min(largest_length, positions)}
     graph = traced.trace(model, example, limits=limits)
@@ -70,7 +62,7 @@ def _lowered(program: Any, name: str) -> bytes:
         raise ExportError(
             f"`{name}` cannot be written for ExecuTorch",
             why=traced.first_line(error),
-            hint="`--format torch-export` takes what torch can trace",
+            hint=ELSE,
         ) from error
 
 
@@ -79,7 +71,7 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
 
     method = Runtime.get().load_program(path).load_method("forward")
     if method is None:
-        raise ExportError("ExecuTorch does not load what was written", why="it has no method `forward`")
+        raise ExportError("ExecuTorch does not load what was written", why="it has no method `forward`", hint=ELSE)
 
     def run(inputs: Inputs) -> Tensor:
         return prepare(inputs)()[0].float().clone()
@@ -93,7 +85,7 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
                 return method.execute(given)
             except RuntimeError as error:
                 why = traced.first_line(error)
-                raise ExportError("ExecuTorch does not run what was written", why=why) from error
+                raise ExportError("ExecuTorch does not run what was written", why=why, hint=ELSE) from error
 
         return call
 

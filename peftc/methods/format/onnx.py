@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError, UsageError, one_of
-from peftc.models import traced
+from peftc.models import exported, traced
 from peftc.models.exported import CLOSE, Exported, Inputs
 from peftc.models.load import Model
 from peftc.models.traced import Traced
@@ -26,6 +25,7 @@ LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf e
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "MatMulInteger", "ConvInteger")
 TOLERANCES = {"fp32": CLOSE, "fp16": 2e-2}
 OPSETS = range(18, 24)
+ELSE = "`--format torch-export` takes what torch can trace"
 
 
 def onnx(
@@ -51,13 +51,7 @@ def onnx(
         raise UsageError(f"`--set opset={opset}` is not supported", why=f"it is {OPSETS[0]} to {OPSETS[-1]}")
     if dtype == "fp16" and quantize == "int8":
         raise UsageError("`dtype=fp16` and `quantize=int8` are both given", hint="leave one of them out")
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ExportError(
-                f"`--format onnx` needs the package `{package}`", why=str(error), hint="pip install 'peftc[onnx]'"
-            ) from None
+    exported.require("onnx", ("onnx", "onnxscript", "onnxruntime"))
     graph = traced.trace(model, example)
     path = folder / "model.onnx"
     is_large = 4 * sum(tensor.numel() for tensor in model.module.state_dict().values()) > LARGEST
@@ -84,7 +78,7 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
         raise ExportError(
             f"`{name}` cannot be written as ONNX",
             why=traced.first_line(error),
-            hint="`--format torch-export` takes what torch can trace",
+            hint=ELSE,
         ) from error
     assert program is not None
     model = program.model
@@ -176,7 +170,8 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except _refusals() as error:
-        raise ExportError("ONNX Runtime does not load what was written", why=str(error).splitlines()[0]) from error
+        why = traced.first_line(error)
+        raise ExportError("ONNX Runtime does not load what was written", why=why, hint=ELSE) from error
 
     def fed(inputs: Inputs) -> dict[str, Any]:
         first = next(iter(inputs.values()))
@@ -187,7 +182,8 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
         try:
             return torch.from_numpy(session.run(None, fed(inputs))[0]).float()
         except _refusals() as error:
-            raise ExportError("ONNX Runtime does not run what was written", why=str(error).splitlines()[0]) from error
+            why = traced.first_line(error)
+            raise ExportError("ONNX Runtime does not run what was written", why=why, hint=ELSE) from error
 
     def prepare(inputs: Inputs) -> Callable[[], object]:
         given = fed(inputs)
