@@ -185,7 +185,8 @@ def checked_out(place: Path, trained: Path) -> Path:
 def test_the_workflow_of_ci_keeps_its_report_and_what_passed_and_fails_with_3_over_a_gate(
     trained: Path, tmp_path: Path
 ) -> None:
-    small = {f"PEFTC_{word}_NUM_SAMPLES": "200" for word in ("DECOMPOSE", "DISTILL", "PRUNE_LAYERS", "FINETUNE")}
+    small = {"OMP_NUM_THREADS": "1"}  # as every other test
+    small |= {f"PEFTC_{word}_NUM_SAMPLES": "200" for word in ("DECOMPOSE", "DISTILL", "PRUNE_LAYERS", "FINETUNE")}
     small |= {f"PEFTC_{word}_STEPS": "2" for word in ("DISTILL", "FINETUNE")}
     small |= {f"PEFTC_{word}_ROUNDS": "5" for word in ("BENCH", "EXPORT")}
     workflow, first = EXAMPLES / "ci" / "compress.yml", checked_out(tmp_path / "first/work", trained)
