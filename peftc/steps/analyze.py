@@ -119,8 +119,8 @@ def analyze(
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
     source = calibrating.source(
-        loaded, factorize.needs, data, statistics, device, samples=calibration_samples, tokens=calibration_tokens,
-        task=task, image_size=image_size, max_length=max_length, seed=seed,
+        loaded, factorize.needs, data, statistics, device, tries=True, samples=calibration_samples,
+        tokens=calibration_tokens, task=task, image_size=image_size, max_length=max_length, seed=seed,
     )  # fmt: skip
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
@@ -170,7 +170,7 @@ def _foresee(
 
 
 def _trial(work: Factoring, source: Prepared | Statistics | None, folder: Path) -> Trial | None:
-    """Return what measures ranks as a whole on a few calibration samples; None where losses are no divergences."""
+    """Return what measures ranks as a whole on a few samples; None where losses are no divergences."""
     if not isinstance(source, Prepared) or not sensitivity.is_in_nats(work):
         return None
     work.keep_bases(folder)

@@ -97,7 +97,7 @@ class Question:
         return decision
 
     def _tried(self, found: Decision, folder: Path) -> Decision:
-        """Measure what ranks lose as a whole, on a few calibration samples, where that was not done yet."""
+        """Measure what ranks lose as a whole, on a few samples kept apart, where that was not done yet."""
         source, work = self.source, self.work
         known = found.lost is not None or not any(found.ranks.values())
         if known or not (self.sensitivity and isinstance(source, Prepared) and measuring.is_in_nats(work)):
@@ -217,8 +217,8 @@ def decompose(
         max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate and
             factor within.
         bias_correction: let biases make up for the mean of what the factors lose, where there is a second moment.
-        sensitivity: measure each module's own loss on so many calibration samples, >= 0, and correct the predicted one
-            by it, then measure whole plans; 0 trusts the prediction.
+        sensitivity: measure each module's own loss on so many samples kept apart from calibration, >= 0, and correct
+            the predicted one by it, then measure whole plans; 0 trusts the prediction.
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
@@ -264,7 +264,7 @@ def decompose(
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
-        loaded, factorize.needs, data, statistics, device,
+        loaded, factorize.needs, data, statistics, device, tries=sensitivity > 0,
         samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
     )  # fmt: skip
     if sequential:

@@ -122,7 +122,7 @@ def add(
     report.data["predicted"] = {"unit": unit, **figures, "apart": apart, "samples": samples}
     report.notes.append(
         f"predicted loss: {measured} nats per sample of divergence from the dense model, what these ranks lost on "
-        f"{samples} calibration samples before anything was written"
+        f"{samples} samples kept apart from calibration, before anything was written"
     )
 
 
@@ -233,7 +233,7 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
     if anchors.tried and trial is not None:
         report.data["curve"]["samples"] = trial.samples
         ratios = ", ".join(f"{one['ratio']:g}" for one in points if "measured" in one)
-        report.notes.append(f"predicted losses: measured on {trial.samples} calibration samples at ratio {ratios}")
+        report.notes.append(f"predicted losses: measured on {trial.samples} samples kept apart, at ratio {ratios}")
     elif unit == NATS:
         report.notes.append(
             "predicted losses are sums of what modules lose one by one; together they have lost 2 to 9 times that on "

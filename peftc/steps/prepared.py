@@ -13,6 +13,9 @@ from peftc.models import load
 from peftc.models.load import Model, detached
 from peftc.tasks import Encoded, Settings, Task
 
+TRIED = 64  # samples kept apart to try plans on, at most
+FEWEST = 5  # samples of which a part is kept apart
+
 
 @dataclass(frozen=True)
 class Request:
@@ -65,6 +68,7 @@ class Prepared:
         task: of the model; None where nothing tells it.
         request: what was asked.
         encoded: the samples.
+        tried: samples that plans are tried on; others than those, where they were asked for.
         data: what identifies them.
         labelled: whether they could measure quality as well.
         notes: what people should know about them.
@@ -74,13 +78,21 @@ class Prepared:
     task: Task | None
     request: Request
     encoded: Encoded
+    tried: Encoded
     data: dict[str, Any]
     labelled: bool
     notes: list[str]
 
 
-def prepare(model: Model, request: Request, device: str) -> Prepared:
+def prepare(model: Model, request: Request, device: str, *, apart: bool = False) -> Prepared:
     """Open the calibration set, so that data that does not fit is refused before any work.
+
+    Args:
+        model: that reads it.
+        request: which samples.
+        device: to run on.
+        apart: keep samples to try plans on that nothing is calibrated on. On those that it was calibrated on, a cut of
+            a wide module loses next to nothing: of MobileNetV2, 75 images, 0.016 nats, where it loses 1.66 on others.
 
     Raises:
         DataError: the data cannot be read, or the model cannot read it.
@@ -89,12 +101,37 @@ def prepare(model: Model, request: Request, device: str) -> Prepared:
     subject = load.runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
-    encoded, data, labelled, notes = _encode(subject, task, request)
-    return Prepared(subject, task, request, encoded, data, labelled, notes)
+    encoded, data, labelled, notes = _encode(subject, task, request, TRIED if apart else 0)
+    tried = encoded
+    if apart and encoded.size >= FEWEST:
+        encoded, tried = _apart(encoded, request.samples)
+        notes[0] += f"; plans are tried on {tried.size} others"
+    data = {**data, "samples": encoded.size, **({"tried": tried.size} if tried is not encoded else {})}
+    notes[0] = f"calibration: {encoded.size} {notes[0]}"
+    return Prepared(subject, task, request, encoded, tried, data, labelled, notes)
 
 
-def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
-    """Return the samples as the model reads them, what identifies them, whether they have labels, and notes."""
+def _apart(encoded: Encoded, samples: int) -> tuple[Encoded, Encoded]:
+    """Return samples to calibrate on, and others to try plans on: what is there beyond ``samples``, or a fifth."""
+    size = encoded.size
+    number = min(TRIED, max(size - samples, size // 5))
+    tried = [at * size // number for at in range(number)]  # spread over the set
+    return _some(encoded, sorted(set(range(size)) - set(tried))), _some(encoded, tried)
+
+
+def _some(encoded: Encoded, rows: list[int]) -> Encoded:
+    """Return some of the samples."""
+    lengths = None if encoded.lengths is None else [encoded.lengths[row] for row in rows]
+    return replace(
+        encoded, size=len(rows), lengths=lengths, batch=lambda indices: encoded.batch([rows[at] for at in indices])
+    )
+
+
+def _encode(
+    model: Model, task: Task | None, request: Request, more: int
+) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
+    """Return the samples and ``more`` as the model reads them, what identifies them, if they have labels, and notes."""
+    samples = request.samples + more
     name = task.name if task else None
     if request.data.startswith(GENERATED):
         number, length = number_to_draw(request.data, model, name), length_to_draw(model, request.max_length)
@@ -104,9 +141,9 @@ def _encode(model: Model, task: Task | None, request: Request) -> tuple[Encoded,
     windows = task is not None and task.name.endswith("-lm")
     both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
     if not windows:  # of a pair both texts are samples
-        dataset = dataset.take(-(-request.samples // 2) if both else request.samples, seed=request.seed)
-    settings = Settings(request.image_size, request.max_length, request.samples, request.seed)
+        dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)
+    settings = Settings(request.image_size, request.max_length, samples, request.seed)
     encoded = unlabelled.encode(model, dataset, task, settings)
-    about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest, "samples": encoded.size}
-    said = [f"calibration: {encoded.size} samples of split `{dataset.split}` of `{request.data}`"]
+    about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest}
+    said = [f"samples of split `{dataset.split}` of `{request.data}`"]
     return encoded, about, windows or dataset.labels is not None or dataset.pairs is not None, said

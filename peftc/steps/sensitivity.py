@@ -1,7 +1,7 @@
 """Measure what each module's own factors do to the outputs, and correct the predicted losses by it.
 
 A method's loss is a second-order, module-by-module prediction. Here every module is cut to one rank, alone, and the
-divergence of the model's outputs from the dense model's is measured on a few calibration samples; the whole curve of
+divergence of the model's outputs from the dense model's is measured on a few other samples; the whole curve of
 that module is then scaled by measured / predicted. One evaluation per module bounds the cost.
 
 What a module loses alone and a little says too little of deep cuts in some networks: of ResNet-20 at half its weights
@@ -49,7 +49,7 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
     Args:
         work: with statistics; its network is not changed.
         prepared: the calibration set, and a runnable copy of the model.
-        samples: of the calibration set, for each measurement.
+        samples: of those kept apart, for each measurement.
         folder: where measurements are kept for a resume.
     """
     path = folder / KEPT
@@ -81,7 +81,7 @@ def whole(
     Args:
         work, prepared, folder: as for `measured`.
         ranks: of the modules.
-        samples: of the calibration set, to measure on.
+        samples: of those kept apart, to measure on.
     """
     known = work.factorize.statistics
     assert known is not None
@@ -122,16 +122,16 @@ def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tenso
 
 def number(prepared: Prepared, samples: int) -> int:
     """Return how many samples there are to measure on, where so many were asked for."""
-    return min(samples, prepared.encoded.size)
+    return min(samples, prepared.tried.size)
 
 
 def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
-    """Return so many samples, spread over the calibration set, in batches."""
-    size, few = prepared.encoded.size, number(prepared, samples)
-    chosen = [at * size // few for at in range(few)]  # spread over the set
-    lengths = prepared.encoded.lengths
+    """Return so many of the samples that plans are tried on, spread over them, in batches."""
+    size, few = prepared.tried.size, number(prepared, samples)
+    chosen = [at * size // few for at in range(few)]
+    lengths = prepared.tried.lengths
     runs = hooks.batches(None if lengths is None else [lengths[at] for at in chosen], len(chosen), batch_size)
-    return [prepared.encoded.batch([chosen[at] for at in run]) for run in runs]
+    return [prepared.tried.batch([chosen[at] for at in run]) for run in runs]
 
 
 def _scale(

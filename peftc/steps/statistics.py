@@ -89,9 +89,12 @@ class Statistics:
 
 
 def source(
-    model: Model, needs: Sequence[str], data: str | None, folder: str | Path | None, device: str, **asked: Any
-) -> Prepared | Statistics | None:
+    model: Model, needs: Sequence[str], data: str | None, folder: str | Path | None, device: str, *, tries: bool,
+    **asked: Any,
+) -> Prepared | Statistics | None:  # fmt: skip
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
+
+    With ``tries`` a calibration set keeps some samples apart that plans are tried on, where losses are divergences.
 
     Raises:
         UsageError: both were named for it, or statistics for a method that needs none.
@@ -100,7 +103,8 @@ def source(
         if not needs:
             raise UsageError("`--statistics` is of no use here", why="the method takes the weights alone")
         return read(Path(folder), model, needs)
-    return prepare(model, Request(data, **asked), device) if needs and data is not None else None
+    apart = tries and "output_gradient_gram" in needs
+    return prepare(model, Request(data, **asked), device, apart=apart) if needs and data is not None else None
 
 
 def obtain(

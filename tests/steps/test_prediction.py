@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.models import load as models
+from peftc.steps import prepared
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
@@ -48,8 +49,10 @@ def test_more_ratio_never_predicts_more_loss_and_all_of_it_none(
 
 @pytest.mark.parametrize("method", ["svd", "whitened", "kfac"])
 def test_the_curve_is_what_decompose_plans_and_then_does(
-    tiny_vit: Path, images: str, method: str, tmp_path: Path
+    tiny_vit: Path, images: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in {"TRIED": 0, "FEWEST": 1000}.items():  # `analyze` calibrates on the samples of `decompose` then
+        monkeypatch.setattr(prepared, name, value)
     data = {"data": images, **CALIBRATED} if method != "svd" else {}
     curve = analyze(tiny_vit, method=method, **data).data["curve"]
     for ratio in (0.5, 0.9):
@@ -74,9 +77,9 @@ def test_what_is_predicted_is_what_the_ranks_lose_together(
     asked: dict[str, Any] = {"ratio": "0.5", "data": images, "allocation": allocation, "sensitivity": 6, **CALIBRATED}
     dry = decompose(tiny_vit, dry_run=True, **asked).data["predicted"]
     made = decompose(tiny_vit, output_dir=tmp_path / "small", **asked).data["predicted"]
-    assert made == dry and dry["unit"] == "nats per sample" and dry["samples"] == 24
-    known = prepare(models.load(tiny_vit), Request(images, samples=24), "cpu")
-    inputs = known.encoded.batch(range(24)).inputs
+    assert made == dry and dry["unit"] == "nats per sample" and dry["samples"] == 6
+    known = prepare(models.load(tiny_vit), Request(images, samples=24), "cpu", apart=True)
+    inputs = known.tried.batch(range(6)).inputs
     dense, small = (peftc.load(each) for each in (tiny_vit, tmp_path / "small"))
     with torch.no_grad():
         lost = divergence(known.task, dense(inputs), small(inputs), inputs).mean()
@@ -96,14 +99,14 @@ def test_a_dry_run_solves_each_module_once(tiny_vit: Path, images: str, monkeypa
 
     monkeypatch.setattr(Factoring, "_fresh", counting)
     report = decompose(tiny_vit, ratio="0.5", data=images, dry_run=True, **CALIBRATED)
-    assert report.data["predicted"]["samples"] == 24
+    assert report.data["predicted"]["samples"] == 6
     assert len(solved) == len(set(solved)) == len(report.data["modules"]) > 4
 
 
 def test_the_curve_goes_through_what_was_measured(tiny_vit: Path, images: str) -> None:
     curve = analyze(tiny_vit, data=images, **CALIBRATED).data["curve"]
     tried = [one for one in curve["points"] if "measured" in one]
-    assert [one["ratio"] for one in tried] == [0.3, 0.5, 0.75, 0.9] and curve["samples"] == 24
+    assert [one["ratio"] for one in tried] == [0.3, 0.5, 0.75, 0.9] and curve["samples"] == 6
     for before, one in zip([None, *tried], tried, strict=False):
         rising = before is None or one["measured"] <= before["measured"]
         assert one["predicted"] == pytest.approx(one["measured"], rel=1e-3) or not rising
@@ -117,6 +120,20 @@ def test_between_trials_and_beyond_them() -> None:
     assert anchors.predicted(2.0) == pytest.approx(8.0)
     assert anchors.predicted(0.01 * 10**0.5) == pytest.approx((0.02 * 0.3) ** 0.5)
     assert Anchors().predicted(0.5) == 0.5
+
+
+@pytest.mark.parametrize(("samples", "calibrated", "tried"), [(24, 24, 6), (512, 24, 6), (4, 4, 26), (30, 24, 6)])
+def test_plans_are_tried_on_samples_that_nothing_is_calibrated_on(
+    tiny_vit: Path, images: str, samples: int, calibrated: int, tried: int
+) -> None:
+    known = prepare(models.load(tiny_vit), Request(images, samples=samples), "cpu", apart=True)
+    parts = [each.batch(range(each.size)).inputs for each in (known.encoded, known.tried)]
+    assert [len(part) for part in parts] == [calibrated, tried]
+    there = {tuple(image.flatten().tolist()) for image in parts[0]}
+    assert len(there) == calibrated
+    assert not there & {tuple(image.flatten().tolist()) for image in parts[1]}
+    whole = prepare(models.load(tiny_vit), Request(images, samples=samples), "cpu")
+    assert whole.tried is whole.encoded and whole.encoded.size == min(samples, 30)
 
 
 class Noisy(nn.Module):
