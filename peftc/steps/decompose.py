@@ -264,7 +264,7 @@ def decompose(
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
-        loaded, factorize.needs, data, statistics, device, tries=sensitivity > 0,
+        loaded, factorize.needs, data, statistics, device, tries=sensitivity > 0 and not keep_all_ranks,
         samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
     )  # fmt: skip
     if sequential:

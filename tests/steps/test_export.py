@@ -366,7 +366,7 @@ def refused(model: Any, tmp_path: Path, **options: Any) -> PeftcError:
         ({"format": "onnx", "settings": {"opset": 3}}, UsageError, "it is 18 to 23"),
         ({"format": "onnx", "settings": {"dtype": "fp8"}}, UsageError, "`fp8`"),
         ({"format": "onnx", "settings": {"dtype": "fp16", "quantize": "int8"}}, UsageError, "both given"),
-        ({"format": "timm"}, ExportError, "multiply them out with `--dense`"),
+        ({"format": "timm"}, ExportError, "multiply the factors out with `--format timm --dense`"),
         ({"format": "hf", "dense": True}, ExportError, "use `--format timm`"),
         ({"format": "timm", "rounds": 4}, UsageError, "too few"),
         ({"format": "safetensors", "max_drop": 0.1}, DataError, "`--data DATA`"),
