@@ -150,7 +150,8 @@ def test_the_example_in_the_help_parses(word: str, peftc: Any) -> None:
 
 @pytest.mark.parametrize("block", [b for b in TOUR if b.language == "sh"], ids=lambda block: block.headings[-1])
 def test_the_options_of_the_tour_exist(block: Block, tmp_path: Path) -> None:
-    noted = "peftc() { printf '%q ' \"$@\" >>typed; echo >>typed; }"  # so the shell fills in its variables itself
+    # the shell fills in its variables itself; the commands of a pipe run at once, so each writes its line in one go
+    noted = "peftc() { printf '%s\\n' \"$(printf '%q ' \"$@\")\" >>typed; }"
     subprocess.run(["bash", "-e", "-c", f"{noted}\n{block.text}"], cwd=tmp_path, check=True, capture_output=True)
     lines = (tmp_path / "typed").read_text().splitlines()
     assert len(lines) >= len(re.findall(r"\bpeftc [a-z-]+ ", re.sub(r"#.*", "", block.text)))
