@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,16 @@ class Encoded:
     key: str
     lengths: Sequence[int] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def spread(self, number: int) -> list[int]:
+        """Return so many rows, at most ``size``, spread over all."""
+        return [at * self.size // number for at in range(number)]
+
+    def some(self, rows: Sequence[int]) -> Encoded:
+        """Return the samples of some rows, counted among them."""
+        lengths = None if self.lengths is None else [self.lengths[row] for row in rows]
+        batch = self.batch
+        return replace(self, size=len(rows), lengths=lengths, batch=lambda some: batch([rows[at] for at in some]))
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,7 @@ def refuse_other_library(model: Model, library: str, word: str) -> None:
 
 
 def refuse_foreign(model: Model, library: str, word: str) -> None:
-    """Refuse a model that a library cannot load by itself.
-
-    Args:
-        model: to export.
-        library: timm or transformers.
-        word: the format.
+    """Refuse what `refuse_other_library` does, and a model with factors, which no library loads by itself.
 
     Raises:
         ExportError: with what to do instead.

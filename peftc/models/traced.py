@@ -30,6 +30,7 @@ VIEWS = (
     ATEN.detach.default, ATEN.to.dtype,
 )  # fmt: skip
 # what tracing raises where a network does what no graph can hold
+ELSE = "`--format torch-export` takes what torch can trace"
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 

@@ -101,36 +101,24 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     subject = load.runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
-    encoded, data, labelled, notes = _encode(subject, task, request, TRIED if apart else 0)
-    tried = encoded
+    encoded, data, labelled = _encode(subject, task, request, TRIED if apart else 0)
+    tried, others = encoded, ""
     if apart and encoded.size >= FEWEST:
         encoded, tried = _apart(encoded, request.samples)
-        notes[0] += f"; plans are tried on {tried.size} others"
-    data = {**data, "samples": encoded.size, **({"tried": tried.size} if tried is not encoded else {})}
-    notes[0] = f"calibration: {encoded.size} {notes[0]}"
-    return Prepared(subject, task, request, encoded, tried, data, labelled, notes)
+        others = f"; plans are tried on {tried.size} others"
+    data |= {"samples": encoded.size, **({"tried": tried.size} if others else {})}
+    note = f"calibration: {encoded.size} samples of split `{data['split']}` of `{request.data}`{others}"
+    return Prepared(subject, task, request, encoded, tried, data, labelled, [note])
 
 
 def _apart(encoded: Encoded, samples: int) -> tuple[Encoded, Encoded]:
     """Return samples to calibrate on, and others to try plans on: what is there beyond ``samples``, or a fifth."""
-    size = encoded.size
-    number = min(TRIED, max(size - samples, size // 5))
-    tried = [at * size // number for at in range(number)]  # spread over the set
-    return _some(encoded, sorted(set(range(size)) - set(tried))), _some(encoded, tried)
+    tried = encoded.spread(min(TRIED, max(encoded.size - samples, encoded.size // 5)))
+    return encoded.some(sorted(set(range(encoded.size)) - set(tried))), encoded.some(tried)
 
 
-def _some(encoded: Encoded, rows: list[int]) -> Encoded:
-    """Return some of the samples."""
-    lengths = None if encoded.lengths is None else [encoded.lengths[row] for row in rows]
-    return replace(
-        encoded, size=len(rows), lengths=lengths, batch=lambda indices: encoded.batch([rows[at] for at in indices])
-    )
-
-
-def _encode(
-    model: Model, task: Task | None, request: Request, more: int
-) -> tuple[Encoded, dict[str, Any], bool, list[str]]:
-    """Return the samples and ``more`` as the model reads them, what identifies them, if they have labels, and notes."""
+def _encode(model: Model, task: Task | None, request: Request, more: int) -> tuple[Encoded, dict[str, Any], bool]:
+    """Return the samples and ``more`` as the model reads them, what identifies them, and whether they have labels."""
     samples = request.samples + more
     name = task.name if task else None
     if request.data.startswith(GENERATED):
@@ -145,5 +133,4 @@ def _encode(
     settings = Settings(request.image_size, request.max_length, samples, request.seed)
     encoded = unlabelled.encode(model, dataset, task, settings)
     about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest}
-    said = [f"samples of split `{dataset.split}` of `{request.data}`"]
-    return encoded, about, windows or dataset.labels is not None or dataset.pairs is not None, said
+    return encoded, about, windows or dataset.labels is not None or dataset.pairs is not None

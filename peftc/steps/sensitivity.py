@@ -127,11 +127,8 @@ def number(prepared: Prepared, samples: int) -> int:
 
 def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
     """Return so many of the samples that plans are tried on, spread over them, in batches."""
-    size, few = prepared.tried.size, number(prepared, samples)
-    chosen = [at * size // few for at in range(few)]
-    lengths = prepared.tried.lengths
-    runs = hooks.batches(None if lengths is None else [lengths[at] for at in chosen], len(chosen), batch_size)
-    return [prepared.tried.batch([chosen[at] for at in run]) for run in runs]
+    some = prepared.tried.some(prepared.tried.spread(number(prepared, samples)))
+    return [some.batch(run) for run in hooks.batches(some.lengths, some.size, batch_size)]
 
 
 def _scale(

@@ -16,7 +16,6 @@ from peftc.models.exported import Exported, Inputs
 from peftc.models.load import Model
 
 NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
-ELSE = "`--format torch-export` takes what torch can trace"
 
 
 def executorch(
@@ -62,7 +61,7 @@ def _lowered(program: Any, name: str) -> bytes:
         raise ExportError(
             f"`{name}` cannot be written for ExecuTorch",
             why=traced.first_line(error),
-            hint=ELSE,
+            hint=traced.ELSE,
         ) from error
 
 
@@ -71,7 +70,9 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
 
     method = Runtime.get().load_program(path).load_method("forward")
     if method is None:
-        raise ExportError("ExecuTorch does not load what was written", why="it has no method `forward`", hint=ELSE)
+        raise ExportError(
+            "ExecuTorch does not load what was written", why="it has no method `forward`", hint=traced.ELSE
+        )
 
     def run(inputs: Inputs) -> Tensor:
         return prepare(inputs)()[0].float().clone()
@@ -85,7 +86,7 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
                 return method.execute(given)
             except RuntimeError as error:
                 why = traced.first_line(error)
-                raise ExportError("ExecuTorch does not run what was written", why=why, hint=ELSE) from error
+                raise ExportError("ExecuTorch does not run what was written", why=why, hint=traced.ELSE) from error
 
         return call
 

@@ -25,7 +25,6 @@ LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf e
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "MatMulInteger", "ConvInteger")
 TOLERANCES = {"fp32": CLOSE, "fp16": 2e-2}
 OPSETS = range(18, 24)
-ELSE = "`--format torch-export` takes what torch can trace"
 
 
 def onnx(
@@ -78,7 +77,7 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
         raise ExportError(
             f"`{name}` cannot be written as ONNX",
             why=traced.first_line(error),
-            hint=ELSE,
+            hint=traced.ELSE,
         ) from error
     assert program is not None
     model = program.model
@@ -171,7 +170,7 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except _refusals() as error:
         why = traced.first_line(error)
-        raise ExportError("ONNX Runtime does not load what was written", why=why, hint=ELSE) from error
+        raise ExportError("ONNX Runtime does not load what was written", why=why, hint=traced.ELSE) from error
 
     def fed(inputs: Inputs) -> dict[str, Any]:
         first = next(iter(inputs.values()))
@@ -183,7 +182,7 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
             return torch.from_numpy(session.run(None, fed(inputs))[0]).float()
         except _refusals() as error:
             why = traced.first_line(error)
-            raise ExportError("ONNX Runtime does not run what was written", why=why, hint=ELSE) from error
+            raise ExportError("ONNX Runtime does not run what was written", why=why, hint=traced.ELSE) from error
 
     def prepare(inputs: Inputs) -> Callable[[], object]:
         given = fed(inputs)
