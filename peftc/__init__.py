@@ -66,7 +66,7 @@ _HOMES = {
 }
 
 
-def load(model: Any, *, merge: bool = True, allow_code: bool = False) -> Any:
+def load(model: Any, *, merge: bool = True, allow_code: bool = False, verify: bool = True) -> Any:
     """Return the network of a model or an artifact, an ``nn.Module`` in eval mode.
 
     Args:
@@ -74,10 +74,12 @@ def load(model: Any, *, merge: bool = True, allow_code: bool = False) -> Any:
         merge: take the updates of a delta, or of Hugging Face peft's adapter, into the weights that they change; False
             keeps them apart.
         allow_code: import the Python code of yours that an artifact names as its base.
+        verify: compare the files of an artifact with the bytes that its manifest promises, each once until it
+            changes.
     """
     from peftc.models.load import load_module
 
-    return load_module(model, merge=merge, allow_code=allow_code)
+    return load_module(model, merge=merge, allow_code=allow_code, verify=verify)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftc import documents, verified
 from peftc import manifest as manifests
 from peftc.errors import ArtifactError
 from peftc.header import DTYPE_BITS, TensorInfo, encode_header, read_header
@@ -18,6 +19,11 @@ from peftc.manifest import Manifest
 
 MODEL, FACTORS, RESULT = "model", "factors", "result.json"  # the first two are stems of safetensors files
 BLOCK = 1 << 20
+SEEN_AT = {"leader": str, "side": str, "form": str, "lookup": bool, "rows": int, "width": int}  # of one module
+NOTE = {  # what `statistics.json` has to say
+    "needs": [str], "method": str, "samples": int, "data": {"spec": str, "split": str}, "eligible?": [str],
+    "collected": {"command": str}, "request": {"batch_size": int}, "modules": {str: SEEN_AT},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,12 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         factors: return the ordered factors beside the network, not the network's own tensors.
 
     Raises:
-        ArtifactError: a file is missing, has another length, or was written for another artifact.
+        ArtifactError: a file is missing, has another length, or was written for another artifact; of those that hold no
+            tensors, it has other bytes than the manifest promises (of tensors, `verify` says that).
         WeightError: a file is damaged.
     """
     table: dict[str, TensorInfo] = {}
+    small: dict[str, str] = {}
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
@@ -142,6 +150,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
                 f"`{path}` has {path.stat().st_size:,} bytes", why=f"its manifest says {entry['bytes']:,}"
             )
         if not name.endswith(".safetensors"):
+            small[name] = entry["sha256"]
             continue
         tensors, metadata = read_header(path)
         if metadata.get("peftc") != manifest.id:
@@ -155,10 +164,24 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if twice:
             raise ArtifactError(f"`{twice[0]}` stands in two files of `{folder}`")
         table.update(tensors)
+    verified.check(folder, small)
     if not table and not manifest.delta:
         what = "factors" if factors else "weights"
         raise ArtifactError(f"`{folder}` holds no {what}", why="its manifest lists no safetensors file of them")
     return table
+
+
+def verify(folder: Path, manifest: Manifest, *, remembered: bool = True) -> None:
+    """Compare every file of an artifact with the bytes that its manifest promises.
+
+    Args:
+        folder, manifest: of the artifact.
+        remembered: believe of a file that nobody wrote to what was found before.
+
+    Raises:
+        ArtifactError: naming each file that differs.
+    """
+    verified.check(folder, {name: entry["sha256"] for name, entry in manifest.files.items()}, remembered=remembered)
 
 
 def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -174,18 +197,39 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
             hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
         )  # fmt: skip
     try:
-        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"cannot read `{folder / name}`", why=str(error), hint="collect them again") from None
+        note = documents.read_json(folder / name)
+        why = documents.misfit(note, NOTE)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
+        raise ArtifactError(f"cannot read `{folder / name}`", why=why, hint="collect them again")
+    return dict(note)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return what an artifact's ``result.json`` holds; empty where it is gone or damaged."""
+    """Return what an artifact's ``result.json`` holds; empty where it is gone, damaged, or not as peftc wrote it."""
     try:
-        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = documents.read_json(folder / RESULT)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not documents.is_sealed(found):
+        return {}
+    del found[documents.SEAL]
+    return dict(found)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json`` beside itself, and put it in its place."""
+    partial = folder / f"{RESULT}.{os.getpid()}.partial"
+    write_json(partial, documents.sealed(dict(result)))
+    partial.replace(folder / RESULT)
+
+
+def altered_result(folder: Path) -> str | None:
+    """Return a warning where ``result.json`` is not as peftc wrote it, so that nothing of it is used; else None."""
+    if not (folder / RESULT).exists() or read_result(folder):
+        return None
+    return f"`{folder / RESULT}` is damaged, or was changed after peftc wrote it: what it says is left out"
 
 
 def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]) -> None:
@@ -205,9 +249,7 @@ def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]
     measured = result.setdefault("measured", {})
     others = [entry for entry in measured.get(kind, []) if entry["question"] != asked]
     measured[kind] = [*others, {"question": asked, "at": round(time.time()), **figures}]
-    partial = folder / f"{RESULT}.{os.getpid()}.partial"
-    write_json(partial, result)
-    partial.replace(folder / RESULT)
+    write_result(folder, result)
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftc import documents
 from peftc.errors import ChainError, UsageError
 from peftc.source import MANIFEST
 
@@ -118,6 +119,8 @@ def _read(path: Path, options: Options) -> dict[str, dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read `{path}`", why=str(error)) from None
+    except RecursionError:
+        raise UsageError(f"cannot read `{path}`", why="its tables and lists stand in one another too deep") from None
     words = {word.replace("-", "_"): word for word in options}
     tables: dict[str, dict[str, Any]] = {"": {}}
     for key, value in content.items():
@@ -284,10 +287,13 @@ def read_chain(runs: Path) -> Chain:
     if not path.is_file():
         return Chain(runs)
     try:
-        links = [Link(entry["step"], runs / entry["folder"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ChainError(f"cannot read `{path}`", why=why, hint="remove the file to start a new chain") from None
+        entries = documents.read_json(path)
+        why = documents.misfit(entries, [{"step": str, "folder": str}])
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
+        raise ChainError(f"cannot read `{path}`", why=why, hint="remove the file to start a new chain")
+    links = [Link(entry["step"], runs / entry["folder"]) for entry in entries]
     there = [(link.folder / MANIFEST).is_file() for link in links]
     end = there.index(False) if False in there else len(links)
     return Chain(runs, tuple(links[:end]), links[end].folder if end < len(links) else None)
@@ -367,8 +373,8 @@ def artifact_from(text: str) -> str:
         raise ChainError("standard input names no artifact", why="it is empty: the step before it failed", hint=hint)
     if text.startswith("{"):
         try:
-            found = json.loads(text)["artifact"]
-        except (ValueError, KeyError, RecursionError):
+            found = documents.parsed(text)["artifact"]
+        except (ValueError, KeyError):
             found = None
         if not isinstance(found, str):
             raise ChainError("standard input names no artifact", why="the JSON on it has no `artifact`", hint=hint)

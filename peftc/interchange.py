@@ -12,24 +12,46 @@ up, down of a convolution        the same                           (out, rank, 
 up, down of an embedding         lora_embedding_A, lora_embedding_B  (rank, words), (width, rank)
 magnitude                        lora_magnitude_vector              (out,); (1, out, 1 ...) of a convolution
 a module that trains whole       its own name, `modules_to_save`    its own
+the base of an embedding         base_layer.weight                  its own; read, never written
 ===============================  =================================  ========================================
+
+Reading works from a list of what is understood: a setting of a configuration that is not known to be without effect is
+refused by its name, and the modules and ranks that it names have to be those of the tensors.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftc import documents
 from peftc.errors import OutputError, SourceError
 
 METHODS = ("lora", "rslora", "dora")
 PREFIX = "base_model.model."
-# what changes the base or the product itself, so that its factors say something else than ours
-OTHER_PRODUCTS = ("use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config", "lora_bias")
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+NAMED = (str, [str], None)  # module names, or a pattern of them
+READ = {  # settings that are read here, in shape
+    "peft_type": str, "r": int, "lora_alpha": float, "target_modules": (str, [str]), "bias?": (str, None),
+    "rank_pattern?": ({str: int}, None), "alpha_pattern?": ({str: float}, None), "use_rslora?": (bool, None),
+    "use_dora?": (bool, None),
+    "init_lora_weights?": (bool, str, None), "exclude_modules?": NAMED, "layers_pattern?": NAMED,
+    "layers_to_transform?": (int, [int], None), "modules_to_save?": ([str], None), "lora_dropout?": float,
+    "base_model_name_or_path?": (str, None), "revision?": (str, None), "task_type?": (str, None),
+}  # fmt: skip
+SET_UP = (dict, None)
+WITHOUT_EFFECT = {  # on what a trained adapter computes: how it began, on what it was trained, by which version
+    "auto_mapping?": SET_UP, "peft_version?": (str, None), "inference_mode?": (bool, None),
+    "fan_in_fan_out?": (bool, None), "loftq_config?": SET_UP, "eva_config?": SET_UP, "corda_config?": SET_UP,
+    "lora_ga_config?": SET_UP, "megatron_core?": (str, None), "qalora_group_size?": (int, None),
+    "runtime_config?": SET_UP, "ensure_weight_tying?": (bool, None),
+}  # fmt: skip
+OFF: tuple[Any, ...] = (None, False, {})  # of any other setting
+PATIENCE = 2.0  # seconds that a pattern may take on the names of all modules
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
     """
     method = _method(config)
     found: dict[str, Any] = {}
-    adapters: dict[str, Adapter] = {}
+    downs: dict[str, tuple[str, Any]] = {}
+    ups: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         module, lora, rest = name.partition(".lora_")
@@ -145,22 +168,111 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
             found[name] = tensor
             continue
         part, form = _PARTS[rest]
+        if not tensor.is_floating_point() or tensor.ndim < (1 if part == "magnitude" else 2):
+            why = f"it holds {tensor.dtype} of shape {list(tensor.shape)}"
+            raise SourceError(f"`{key}` of the adapter is not read", why=why)
         found[f"{module}.update.{part}"] = _from(rest, tensor)
         if part == "down":
-            rank = tensor.shape[1] if form == "embedding" else tensor.shape[0]
-            form, window = ("channel" if tensor.ndim > 2 else form), tuple(tensor.shape[2:])
-            alpha = _matching(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-            dropout = float(config.get("lora_dropout", 0.0))
-            adapters[module] = Adapter(method, int(rank), float(alpha), dropout, form, window)
+            downs[module] = form, tensor
+        elif part == "up":
+            ups[module] = tensor
     parts = ("up", "down", *(("magnitude",) if method == "dora" else ()))
     modules = dict.fromkeys(name.rpartition(".update.")[0] for name in found if ".update." in name)
     lacking = [f"{module}.{part}" for module in modules for part in parts if f"{module}.update.{part}" not in found]
-    if lacking or not adapters:
+    if lacking or not downs:
         raise SourceError(
             f"the adapter lacks {', '.join(f'`{name}`' for name in lacking[:3]) or 'all factors'}",
             why=f"each module that {method} adapts has {', '.join(parts)}",
         )
+    for module, (_, down) in downs.items():
+        if ups[module].ndim != down.ndim or any(side != 1 for side in ups[module].shape[2:]):
+            shapes = f"{list(ups[module].shape)} and {list(down.shape)}"
+            raise SourceError(f"the factors of `{module}` are of no one module", why=f"their shapes are {shapes}")
+    adapters = {module: _adapter(config, method, module, *downs[module]) for module in downs}
+    for name in [name for name in found if name.endswith(".base_layer.weight")]:
+        owner = name.removesuffix(".base_layer.weight")
+        if owner not in adapters:
+            raise SourceError(f"`{PREFIX}{name}` of the adapter is not read", why=f"it does not adapt `{owner}`")
+        found[f"{owner}.base.weight"] = found.pop(name)
     return adapters, found
+
+
+def _adapter(config: Mapping[str, Any], method: str, module: str, form: str, down: Any) -> Adapter:
+    """Return how one module is adapted, from the configuration; its first factor has to be of that rank."""
+    rank = down.shape[1] if form == "embedding" else down.shape[0]
+    named = _matching(config.get("rank_pattern") or {}, module, config["r"])
+    if rank != named:
+        raise SourceError(
+            f"the adapter has factors of rank {rank} for `{module}`", why=f"its configuration says {named}"
+        )
+    form, window = ("channel" if down.ndim > 2 else form), tuple(down.shape[2:])
+    alpha = _matching(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return Adapter(method, int(rank), float(alpha), float(config.get("lora_dropout", 0.0)), form, window)
+
+
+def refuse_other_modules(
+    config: Mapping[str, Any], adapters: Iterable[str], own: Iterable[str], names: Sequence[str]
+) -> None:
+    """Refuse an adapter whose configuration names other modules than its tensors are of.
+
+    Args:
+        config: of the adapter.
+        adapters: the modules that its factors are of.
+        own: the tensors of modules that train whole.
+        names: all modules of the base.
+
+    Raises:
+        SourceError: naming the first of them.
+    """
+    there = set(adapters)
+    if foreign := sorted(there - set(names)):
+        raise SourceError(
+            f"the adapter adapts `{foreign[0]}`, which the model does not have",
+            hint="name the model that it was made for: `--base MODEL`",
+        )
+    meant = {name for name in names if _is_meant(config, name)}
+    if without := sorted(meant - there):
+        raise SourceError(
+            f"the adapter holds no factors for `{without[0]}`",
+            why=f"its `target_modules` name {len(meant)} modules of the base, and it has factors for {len(there)}",
+            hint="name the model that it was made for: `--base MODEL`",
+        )
+    if others := sorted(there - meant):
+        raise SourceError(
+            f"the adapter holds factors for `{others[0]}`",
+            why="its `target_modules`, as peft reads them, leave that module alone",
+        )
+    own = list(own)
+    for name in (name for name in names if any(name.endswith(saved) for saved in config.get("modules_to_save") or [])):
+        if not any(tensor.startswith(f"{name}.") for tensor in own):
+            raise SourceError(f"the adapter lacks `{name}`", why="its `modules_to_save` name that module")
+
+
+def _is_meant(config: Mapping[str, Any], name: str) -> bool:
+    """Return whether peft adapts a module: the rules of its `target_modules` and what limits them."""
+    targets, excluded = config["target_modules"], config.get("exclude_modules") or []
+    if _names(excluded, name):
+        return False
+    if any(_match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.get("modules_to_save") or []):
+        return False
+    if isinstance(targets, str):
+        return _names(targets, name)
+    if name in targets:
+        return True
+    layers = config.get("layers_to_transform")
+    if not _names(targets, name) or layers is None or layers == []:
+        return _names(targets, name)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = next((at for each in patterns if (at := _match(rf"(?:^|.*?\.){each}\.(?P<at>\d+)\.", name))), None)
+    return found is not None and int(found["at"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _names(wanted: str | Sequence[str], name: str) -> bool:
+    """Return whether a pattern is all of a module's name, or one of several names its end."""
+    if isinstance(wanted, str):
+        return bool(wanted) and _match(f"(?:{wanted})\\Z", name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 _PARTS = {
@@ -193,18 +305,25 @@ def _from(rest: str, tensor: Any) -> Any:
 
 
 def _method(config: Mapping[str, Any]) -> str:
+    if config.get("peft_type") == "LORA" and (why := documents.misfit(config, READ | WITHOUT_EFFECT)):
+        raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
     why = None
-    other = [key for key in OTHER_PRODUCTS if config.get(key)]
+    known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
+    others = [name for name, value in config.items() if name not in known and value not in OFF]
     if config.get("peft_type") != "LORA":
         why = f"its peft_type is {config.get('peft_type')}"
-    elif config.get("bias", "none") != "none":
+    elif str(config["target_modules"]).lower() == "all-linear":
+        why = "it names no modules but `all-linear`, which peft replaces by names when it trains"
+    elif (config.get("bias") or "none") != "none":
         why = f"it trained biases (`bias` is {config['bias']}), which the file may hold in part"
     elif config.get("init_lora_weights", True) not in PLAIN_STARTS:
         why = f"its start, {config['init_lora_weights']}, changed the base model"
+    elif config.get("task_type") not in TASK_TYPES:
+        why = f"its task_type is {config['task_type']}"
     elif config.get("use_dora") and config.get("use_rslora"):
         why = "it is DoRA scaled as rsLoRA"
-    elif other:
-        why = f"it uses {', '.join(f'`{key}`' for key in other)}"
+    elif others:
+        why = f"it uses {', '.join(f'`{key}`' for key in others[:4])}, of which peftc does not know what it changes"
     if why:
         raise SourceError(f"the adapter is none of {', '.join(METHODS)} as they are here", why=why)
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
@@ -212,7 +331,22 @@ def _method(config: Mapping[str, Any]) -> str:
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of a module's name, as peft finds it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if _match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _match(pattern: str, name: str) -> Any:
+    """Match a pattern from a file with a name, within `PATIENCE`: some patterns take longer than the universe."""
+    if re.escape(pattern) == pattern:
+        return re.match(pattern, name)
+    import regex
+
+    try:
+        return regex.match(pattern, name, timeout=PATIENCE)
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise SourceError(f"`{pattern}` in the configuration of the adapter is no pattern", why=str(error)) from None
+    except TimeoutError:
+        why = f"it is not done with the name `{name}` after {PATIENCE:g} seconds"
+        raise SourceError(f"`{pattern}` in the configuration of the adapter is no pattern for names", why=why) from None
 
 
 def _exactly(name: str) -> str:

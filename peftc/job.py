@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from peftc import artifact, manifest
+from peftc import artifact, documents, manifest
 from peftc.errors import ArtifactError, OutputError, PeftcError, UsageError
 from peftc.source import MANIFEST
 
@@ -38,6 +38,13 @@ CAUSES = {
 
 
 EXPORT = "export.json"  # in place of a manifest, in a folder that other programs read
+MADE_FROM = {
+    "base": manifest.FIELDS["base"], "steps": manifest.FIELDS["steps"], "kept_layers": [str], "parameters": int,
+}  # fmt: skip
+EXPORTED = {
+    "id": str, "request": manifest.REQUEST, "files": {str: manifest.ENTRY},
+    "about": {"format": str, "modules": manifest.FIELDS["modules"], "made_from?": MADE_FROM},
+}  # fmt: skip
 
 
 class Record(Protocol):
@@ -64,8 +71,8 @@ class ExportRecord:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write ``export.json`` into a folder."""
-        artifact.write_json(folder / EXPORT, asdict(self))
+        """Write ``export.json`` into a folder, with a digest of what it says."""
+        artifact.write_json(folder / EXPORT, documents.sealed(asdict(self)))
 
 
 def read_export(folder: Path) -> ExportRecord:
@@ -74,15 +81,21 @@ def read_export(folder: Path) -> ExportRecord:
     Raises:
         ArtifactError: it cannot be read, or a file that it lists is missing or of another length.
     """
+    path = folder / EXPORT
     try:
-        value = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
-        record = ExportRecord(value["id"], value["request"], value["files"], value["about"])
-        changed = [
-            name for name, entry in record.files.items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
-        ]  # fmt: skip
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"cannot read `{folder / EXPORT}`", why=repr(error)) from None
+        value = documents.read_json(path)
+        why = documents.misfit(value, EXPORTED)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
+        raise ArtifactError(f"cannot read `{path}`", why=why, hint="export again with `--overwrite`")
+    if documents.is_sealed(value) is False:
+        raise manifest.edited(path)
+    record = ExportRecord(value["id"], value["request"], value["files"], value["about"])
+    changed = [
+        name for name, entry in record.files.items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
+    ]  # fmt: skip
     if changed:
         raise ArtifactError(
             f"`{folder}` is not as it was exported",
@@ -162,7 +175,7 @@ class Job:
     def finish(self, record: Record, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
-        artifact.write_json(self.folder / artifact.RESULT, result)
+        artifact.write_result(self.folder, result)
         for path in self.folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -244,8 +257,8 @@ def _told(output: Path) -> Iterator[None]:
 def _owner(job: Job) -> str | None:
     """Return the id of the request whose work the partial folder holds, or None."""
     try:
-        return str(json.loads((job.partial / "job.json").read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(documents.read_json(job.partial / "job.json")["id"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import __version__, artifact, manifest
+from peftc import __version__, artifact, documents, manifest
 from peftc.errors import ChainError, PeftcError
 from peftc.source import MANIFEST
 
@@ -85,7 +85,7 @@ class Ledger:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{FILE}.{os.getpid()}.partial")
-        artifact.write_json(partial, {"schema_version": 1, "steps": self.entries})
+        artifact.write_json(partial, documents.sealed({"schema_version": 1, "steps": self.entries}))
         partial.replace(self.path)
 
 
@@ -99,15 +99,14 @@ def read(runs: Path) -> Ledger:
     if not path.is_file():
         return Ledger(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        entries = found["steps"] if found["schema_version"] == 1 else {}
-        keys = {"peftc", "model", "options", "files", "artifact", "id", "passed", "report"}
-        if not all(keys <= entry.keys() for entry in entries.values()):
-            raise ValueError("an entry lacks a field")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
+        found = documents.read_json(path)
+        why = None if documents.is_sealed(found) else "it was changed after peftc wrote it"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
         hint = "remove the file: steps whose artifacts stand are then looked at again, not made again"
-        raise ChainError(f"cannot read `{path}`", why=why, hint=hint) from None
+        raise ChainError(f"cannot read `{path}`", why=why, hint=hint)
+    entries = found["steps"] if found["schema_version"] == 1 else {}
     return Ledger(path, entries)
 
 

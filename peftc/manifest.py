@@ -8,30 +8,56 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from peftc import documents
+from peftc.documents import digest
 from peftc.errors import ArtifactError
 from peftc.source import MANIFEST
 
+__all__ = ["Manifest", "digest", "edited", "file_digest", "read"]
+
 SCHEMA_VERSION = 1
 STATISTICS = "statistics"  # stem of the files that `calibrate` writes
+ENTRY = {"sha256": str, "bytes": int}
+SOURCE = {
+    "spec": str, "arch?": (str, None), "arch_set?": dict, "weights?": (str, None), "revision?": (str, None),
+    "preprocess?": dict, "trust_remote_code?": bool, "artifact?": str, "base?": str,
+}  # fmt: skip
+PLAN = {"ranks": dict, "forms?": dict, "joint?": [[str]]}
+STATED = {"request?": ({"data?": (str, None)}, None), "collected?": {"command": str}}
+# of a request only what is read again: by `show --commands`, cards and later steps
+REQUEST = {
+    "command": str, "budget?": (dict, None), "plan?": (PLAN, None), "settings?": dict, "statistics?": STATED,
+    "method?": (str, None), "data?": ({"spec": str}, str, None), "drop?": ([int], None), "include?": [str],
+    "skip?": [str], "max_shard_bytes?": int, "delta?": bool,
+}  # fmt: skip
+TRAINING = {
+    "command": str, "loss": {str: float}, "data": {"spec": str}, "teacher?": ({"spec": (str, None)}, None),
+    "policy": (str, None), "mixup": (float, None), "cutmix": (float, None), "dropout": Any, "head?": Any,
+}  # fmt: skip
+DELTA = {"source": SOURCE, "files": {str: str}, "tensors": {str: str}}
 FIELDS: dict[str, Any] = {
     "schema_version": int,
     "id": str,
-    "base": dict,
-    "steps": list,
-    "modules": dict,
-    "tied": dict,
-    "files": dict,
+    "base": {"library": str, "architecture": str, "arguments?": dict, "files?": {str: str}, "source?": SOURCE},
+    "steps": [{"id": str, "request": REQUEST}],
+    "modules": {str: {"form": str, "rank": (int, [int]), "shares?": str}},
+    "tied": {str: str},
+    "files": {str: ENTRY},
     "parameters": int,
-    "preprocess": dict,
-    "labels": list | None,
-}  # `manifest.schema.json` says the same in full, and a test compares the two
+    "preprocess": {
+        "input_size?": [int], "mean?": [float], "std?": [float], "crop_pct?": float, "interpolation?": str,
+        "crop_mode?": str,
+    },
+    "labels": ([str], None),
+}  # fmt: skip
 OPTIONAL: dict[str, Any] = {
-    "ordered": dict,
-    "kept_layers": list,
-    "skipped": dict,
-    "adapters": dict,
+    "ordered": {str: {"form": str, "rank": int}},
+    "kept_layers": [str],
+    "skipped": {str: [int]},
+    "adapters": {str: {"method": str, "settings": dict}},
     "delta": dict,
-}  # older ones lack them
+    documents.SEAL: str,
+}  # older ones lack them; `manifest.schema.json` says the same in full, and a test compares the two
 
 
 @dataclass(frozen=True)
@@ -86,8 +112,9 @@ class Manifest:
         return f"{STATISTICS}.safetensors" in self.files
 
     def write(self, folder: Path) -> None:
-        """Write ``peftc.json`` into ``folder``, with sorted keys."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        """Write ``peftc.json`` into ``folder``, with sorted keys and a digest of what it says."""
+        value = documents.sealed(asdict(self))
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -95,14 +122,15 @@ def read(folder: Path) -> Manifest:
     """Return the manifest of an artifact, checked.
 
     Raises:
-        ArtifactError: it is missing, not JSON, of another schema version, or names a file outside the folder.
+        ArtifactError: it is missing, not JSON, of another schema version, was edited, or names a file outside the
+            folder.
     """
     path = folder / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = documents.read_json(path)
     except FileNotFoundError:
         raise ArtifactError(f"`{folder}` is not an artifact", why=f"it has no `{MANIFEST}`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read `{path}`", why=str(error)) from None
     if not isinstance(value, dict):
         raise _damaged(path, "it does not hold a JSON object")
@@ -111,71 +139,66 @@ def read(folder: Path) -> Manifest:
             f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}",
             hint="open it with the version of peftc that wrote it: `pip install -U peftc`",
         )
-    for name, kind in FIELDS.items():
-        if name not in value or not isinstance(value[name], kind):
-            raise _damaged(path, f"its field `{name}` is missing or of the wrong type")
-    for name, kind in OPTIONAL.items():
-        if not isinstance(value.get(name, kind()), kind):
-            raise _damaged(path, f"its field `{name}` is of the wrong type")
-    unknown = sorted(value.keys() - FIELDS.keys() - OPTIONAL.keys())
-    if unknown:
-        raise _damaged(path, f"it has unknown fields: {', '.join(unknown)}")
-    for name, entry in value["files"].items():
+    if documents.is_sealed(value) is False:
+        raise edited(path)
+    if why := _misfit(value):
+        raise _damaged(path, why)
+    for name in value["files"]:
         _check_file_name(path, name)
-        if not _has(entry, {"sha256": str, "bytes": int}):
-            raise _damaged(path, f"its entry for file `{name}` has no sha256 and bytes")
-    for step in value["steps"]:
-        request = step.get("request") if isinstance(step, dict) else None
-        if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-            raise _damaged(path, "one of its steps has no request with a command")
-        if not isinstance(request.get("budget") or {}, dict):
-            raise _damaged(path, "one of its steps has a budget that is no map")
-    for name, edit in value["modules"].items():
-        if not _has(edit, {"form": str}) or not _is_rank(edit.get("rank")):
-            raise _damaged(path, f"its entry for module `{name}` has no form and rank")
-        if "shares" in edit and not _shares(value["modules"], edit):
-            raise _damaged(path, f"`{name}` shares the down factor of {edit['shares']!r}, which has none of that rank")
-    for name, entry in value.get("ordered", {}).items():
-        if not _has(entry, {"form": str}) or type(entry.get("rank")) is not int or entry["rank"] < 0:
-            raise _damaged(path, f"its entry for the ordered factors of `{name}` has no form and rank")
-    if not _has(value["base"], {"library": str, "architecture": str}):
-        raise _damaged(path, "its base has no library and architecture")
-    if not all(_has(step, {"id": str}) for step in value["steps"]):
-        raise _damaged(path, "one of its steps has no id")
-    if not all(isinstance(name, str) for name in value["tied"].values()):
-        raise _damaged(path, "one of its tied names is no text")
-    if not all(isinstance(name, str) for name in value.get("kept_layers", [])):
-        raise _damaged(path, "one of its kept layers is no text")
-    if not all(_is_lengths(lengths) for lengths in value.get("skipped", {}).values()):
-        raise _damaged(path, "one of its skipped layers does not say what it gave")
-    for name, entry in value.get("adapters", {}).items():
-        if not _has(entry, {"method": str, "settings": dict}):
-            raise _damaged(path, f"its entry for the adapter of `{name}` has no method and settings")
-    delta = value.get("delta")
-    if delta and not (
-        _has(delta, {"source": dict, "files": dict, "tensors": dict}) and _has(delta["source"], {"spec": str})
-    ):
-        raise _damaged(path, "it is a delta, but does not say on which model")
+    value.pop(documents.SEAL, None)
     return Manifest(**value)
 
 
-def _has(entry: Any, fields: dict[str, type]) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+def edited(path: Path) -> ArtifactError:
+    """Return the refusal of a sealed document that says something else than peftc wrote."""
+    return ArtifactError(
+        f"`{path}` was changed after peftc wrote it",
+        why=f"its field `{documents.SEAL}` is not the digest of what it says",
+        hint=f"build it again; if you changed it on purpose and trust it, take the field `{documents.SEAL}` out",
+    )
+
+
+def _misfit(value: dict[str, Any]) -> str | None:
+    """Return what in a manifest is not as it has to be, beyond its file names; None where all is."""
+    unknown = sorted(value.keys() - FIELDS.keys() - OPTIONAL.keys())
+    if unknown:
+        return f"it has unknown fields: {', '.join(unknown)}"
+    optional = {f"{name}?": shape for name, shape in OPTIONAL.items()}
+    if why := documents.misfit(value, FIELDS | optional):
+        return why
+    for step in value["steps"]:
+        if "loss" in step["request"] and (why := documents.misfit(step["request"], TRAINING)):
+            return f"in a request, {why}"
+    for name, edit in value["modules"].items():
+        if not _is_rank(edit["rank"]):
+            return f"module `{name}` has the rank {edit['rank']}"
+        if "shares" in edit and not _shares(value["modules"], edit):
+            return f"`{name}` shares the down factor of `{edit['shares']}`, which has none of that rank"
+    for name, entry in value.get("ordered", {}).items():
+        if entry["rank"] < 0:
+            return f"the ordered factors of `{name}` have the rank {entry['rank']}"
+    if not all(1 <= length <= 100 for lengths in value.get("skipped", {}).values() for length in lengths):
+        return "one of its skipped layers does not say what it gave"
+    if value["preprocess"].get("input_size") is not None and not _is_size(value["preprocess"]["input_size"]):
+        return f"`preprocess.input_size` is {value['preprocess']['input_size']}, not channels, height and width"
+    delta = value.get("delta")
+    why = documents.misfit(delta, DELTA) if delta else None
+    return f"as a delta, {why}" if why else None
 
 
 def _shares(modules: dict[str, Any], edit: dict[str, Any]) -> bool:
     """Return whether the module that an entry names leads a group of the same rank."""
-    first = modules.get(edit["shares"]) if isinstance(edit["shares"], str) else None
-    return isinstance(first, dict) and (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
-
-
-def _is_lengths(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 1 <= number <= 100 for number in value)
+    first = modules.get(edit["shares"], {})
+    return (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
 
 
 def _is_rank(value: Any) -> bool:
     numbers = value if isinstance(value, list) and len(value) == 2 else [value]
     return all(type(number) is int and number >= 1 for number in numbers)
+
+
+def _is_size(value: list[int]) -> bool:
+    return len(value) == 3 and all(1 <= side <= 100_000 for side in value)
 
 
 def _check_file_name(path: Path, name: str) -> None:
@@ -186,16 +209,6 @@ def _check_file_name(path: Path, name: str) -> None:
 
 def _damaged(path: Path, why: str) -> ArtifactError:
     return ArtifactError(f"`{path}` is not a manifest that peftc wrote", why=why, hint="build the artifact again")
-
-
-def canonical(value: Any) -> str:
-    """Return JSON with sorted keys and no spaces: equal values, equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest(value: Any) -> str:
-    """Return the sha256, in hexadecimal, of a JSON-ready value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

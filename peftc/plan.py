@@ -10,12 +10,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from peftc import allocate
+from peftc import allocate, documents
 from peftc.allocate import Rank, Use
 from peftc.errors import PlanError, UsageError
 from peftc.report import AMOUNTS, scaled
 
 SCHEMA_VERSION = 1
+OTHERS = {  # fields of a plan beside its ranks; the last is for those who write one by hand
+    "forms": {str: str}, "reasons": {str: str}, "method": str, "settings": dict, "asked": str, "joint": [[str]],
+    "note": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,35 +193,36 @@ def read(path: Path) -> Plan:
         PlanError: it is unreadable, or no plan.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = documents.read_json(path)
+    except (OSError, ValueError) as error:
         raise PlanError(
             f"cannot read the plan `{path}`",
             why=str(error),
             hint="`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one",
         ) from None
-    if (
-        not isinstance(value, dict)
-        or not isinstance(value.get("ranks"), dict)
-        or not isinstance(value.get("forms", {}), dict)
-    ):
+    if not isinstance(value, dict) or not isinstance(value.get("ranks"), dict):
         raise PlanError(f"`{path}` is no plan", why="it has no map `ranks` from module to rank")
     if value.get("schema_version") != SCHEMA_VERSION:
         raise PlanError(
             f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
         )
+    unknown = sorted(value.keys() - OTHERS.keys() - {"schema_version", "ranks"})
+    if unknown:
+        known = ", ".join(f"`{name}`" for name in ("ranks", *OTHERS))
+        raise PlanError(f"`{path}` has an unknown field `{unknown[0]}`", why=f"the fields of a plan are {known}")
+    if why := documents.misfit(value, {f"{name}?": shape for name, shape in OTHERS.items()}):
+        raise PlanError(f"`{path}` is no plan", why=why)
     ranks = {name: _rank(path, name, rank) for name, rank in value["ranks"].items()}
     _check_joint(path, value.get("joint", []), ranks)
-    known = {"forms", "reasons", "method", "settings", "asked", "joint"}
-    return Plan(ranks, **{"forms": {}, **{key: value[key] for key in known & value.keys()}})
+    return Plan(ranks, **{"forms": {}, **{name: value[name] for name in OTHERS if name in value and name != "note"}})
 
 
-def _check_joint(path: Path, groups: Any, ranks: Mapping[str, Rank | None]) -> None:
-    if not isinstance(groups, list) or not all(isinstance(names, list) and len(names) > 1 for names in groups):
+def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, Rank | None]) -> None:
+    if not all(len(names) > 1 for names in groups):
         raise PlanError(f"`{path}` is no plan", why="`joint` is not a list of groups of two or more modules")
     together = [name for names in groups for name in names]
-    if len(set(map(str, together))) < len(together) or not all(isinstance(name, str) for name in together):
-        raise PlanError(f"`{path}` is no plan", why="a module stands twice in `joint`, or is not named by a text")
+    if len(set(together)) < len(together):
+        raise PlanError(f"`{path}` is no plan", why="a module stands twice in `joint`")
     for names in groups:
         several = {ranks.get(name) for name in names}
         if len(several) > 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftc import documents
 from peftc.errors import SourceError, UsageError
 
 MANIFEST = "peftc.json"
@@ -34,6 +34,7 @@ class Source:
         trust_remote_code: run code that comes with a transformers checkpoint.
         offline: never ask the network.
         base: the model beneath a delta, where it is not where it was.
+        verify: compare the files of an artifact with what its manifest promises before anything is computed from them.
     """
 
     spec: str
@@ -46,6 +47,7 @@ class Source:
     trust_remote_code: bool = False
     offline: bool = False
     base: str | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def read_json(path: Path) -> dict[str, Any]:
         SourceError: the file is unreadable or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = documents.read_json(path)
+    except (OSError, ValueError) as error:
         raise SourceError(f"cannot read `{path}`", why=str(error)) from None
     if not isinstance(value, dict):
         raise SourceError(f"`{path}` does not hold a JSON object")

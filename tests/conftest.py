@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +21,8 @@ for variable in [name for name in os.environ if name.startswith("PEFTC_")]:
     del os.environ[variable]  # they are options of every command under test
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_COLOR="1")
 os.environ.update(TOKENIZERS_PARALLELISM="false")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="peftc-tests-")  # nothing is left in that of the user
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests are run in
 
 WORDS = (
@@ -289,6 +294,15 @@ def save_images(path: Path, *, classes: int = 5, noise: float = 0.1, number: int
         pixels = colours[labels] + noise * random.normal(size=(number, 3, side, side))
         splits |= {f"x_{split}": pixels.astype(np.float32), f"y_{split}": labels}
     np.savez(path, **splits)
+    return path
+
+
+def rewritten(path: Path, change: Callable[[Any], Any]) -> Path:
+    """Change a document of peftc on purpose: without its digest, which would tell of it."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value.pop("digest", None)
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
     return path
 
 

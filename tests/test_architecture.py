@@ -28,8 +28,9 @@ LAYERS = [  # top to bottom; within one line modules may import each other
         "recipe",
         "interchange",
         "ledger",
+        "verified",
     },
-    {"errors", "header", "progress", "processes", "report", "intervals"},
+    {"errors", "header", "documents", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
 BANNED_STARTS = ("do_", "handle_", "process_")

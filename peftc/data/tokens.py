@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.data.dataset import Dataset
-from peftc.errors import DataError, UsageError, WeightError
+from peftc.errors import DataError, UsageError, WeightError, reason_of
 from peftc.models.inputs import place_of
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def tokenizer_of(model: Model) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=str(error).split("\n")[0]) from None
+    except Exception as error:  # the files are somebody's, and the reader is written in another language
+        if isinstance(error, MemoryError):
+            raise
+        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=reason_of(error)) from error
 
 
 def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2) -> int:
@@ -53,7 +55,7 @@ def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least
     Raises:
         UsageError, DataError: it is asked for fewer than ``least``, or more than the model takes.
     """
-    config = model.config.get("text_config", model.config)
+    config = model.config.get("text_config") or model.config
     known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
     inner = getattr(getattr(model.module, "config", None), "text_config", None)  # a file may leave out what is usual
     known += [getattr(inner, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
@@ -100,6 +102,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     is_pair = isinstance(texts[0], tuple)
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
     made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
+    refuse_unknown(model, made["input_ids"])
     keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
 
     def pad(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -109,6 +112,22 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
 
     digest = hashlib.sha256(repr([made[key] for key in keys]).encode()).hexdigest()
     return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)
+
+
+def refuse_unknown(model: Model, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse tokens that a model has no row for in its table of words.
+
+    Raises:
+        DataError: its tokenizer is that of another model.
+    """
+    table: Any = model.module.get_input_embeddings() if hasattr(model.module, "get_input_embeddings") else None
+    words, most = getattr(table, "num_embeddings", None), max((max(ids, default=0) for ids in rows), default=0)
+    if words is not None and most >= words:
+        raise DataError(
+            f"the tokenizer of `{model.name}` gives the token {most:,}",
+            why=f"the model knows {words:,} tokens, from 0 on",
+            hint="put the tokenizer files beside it that it was trained with",
+        )
 
 
 def joined(data: Dataset) -> str:
@@ -188,7 +207,7 @@ def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
         length: tokens, the given first one included.
         seed: of the draw.
     """
-    config = model.config.get("text_config", model.config)
+    config = model.config.get("text_config") or model.config
     start = next((config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None), None)
     start = start[0] if isinstance(start, list) else start
     if start is None:

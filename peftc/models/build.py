@@ -15,7 +15,7 @@ from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
 from peftc.models import from_timm, from_transformers, weights
 from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
-from peftc.source import Located, Source, read_json
+from peftc.source import Located, Source
 
 if TYPE_CHECKING:
     from peftc.manifest import Manifest
@@ -68,7 +68,7 @@ def from_record(record: Manifest, folder: Path, source: Source) -> Base:
     if library not in ("timm", "transformers"):
         raise ArtifactError(f"`{folder}` has a base of the unknown library `{library}`", why="its manifest is damaged")
     if library == "timm":
-        return from_timm.from_config(read_json(folder / "config.json"), folder.name, folder)
+        return from_timm.from_config(from_timm.read_config(folder, ours=True), folder.name, folder)
     return from_transformers.from_folder(source, folder)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from peftc import artifact, manifest
+from peftc import artifact, verified
 from peftc.errors import ArtifactError, SourceError
 from peftc.nn import surgery
 from peftc.source import Source
@@ -85,13 +85,15 @@ def beneath(
     """
     model = load(_source(record, folder, source))
     found = {path.name: path for path in model.files}
-    for name, digest in record.delta["files"].items():
-        if name not in found or manifest.file_digest(found[name]) != digest:
-            raise ArtifactError(
-                f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was",
-                why=f"`{name}` {'holds other bytes' if name in found else 'is not there'}",
-                hint="put the model back that it was made from, or make the delta again",
-            )
+    changed = [name for name in record.delta["files"] if name not in found]
+    there = {found[name]: digest for name, digest in record.delta["files"].items() if name in found}
+    changed += [path.name for path in verified.differing(there)]
+    if changed:
+        raise ArtifactError(
+            f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was",
+            why=f"`{changed[0]}` {'holds other bytes' if changed[0] in found else 'is not there'}",
+            hint="put the model back that it was made from, or make the delta again",
+        )
     return surgery.tensors_of(model.module), model.infos
 
 

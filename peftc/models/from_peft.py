@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import interchange, methods
+from peftc import documents, interchange, methods
 from peftc.errors import SourceError
+from peftc.header import read_header
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted
 from peftc.source import ADAPTER, Source, read_json
@@ -31,6 +32,8 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
         SourceError: the base is not named, or the adapter does not fit it.
     """
     config = read_json(folder / ADAPTER)
+    if why := documents.misfit(config, {"base_model_name_or_path?": (str, None), "revision?": (str, None)}):
+        raise SourceError(f"`{folder / ADAPTER}` is not as peft writes it", why=why)
     named = source.base or config.get("base_model_name_or_path")
     if not named:
         raise SourceError(
@@ -40,13 +43,19 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     path = folder / TENSORS
     if not path.is_file():
         raise SourceError(f"`{folder}` lacks `{TENSORS}`", hint="save the adapter with `safe_serialization=True`")
+    read_header(path)
     adapters, tensors = interchange.from_peft(config, load_file(path))
-    base = load(replace(source, spec=str(named), base=None))
-    own = {name: tensor for name, tensor in tensors.items() if ".update." not in name}
+    revision = None if source.base else config.get("revision")
+    base = load(replace(source, spec=str(named), base=None, revision=revision or source.revision))
+    whole = {name: tensor for name, tensor in tensors.items() if name.endswith(".base.weight")}
+    own = {name: tensor for name, tensor in tensors.items() if ".update." not in name and name not in whole}
     base = _with_outputs(base, own)
+    interchange.refuse_other_modules(config, adapters, own, [name for name, _ in base.module.named_modules()])
+    _untie(base, adapters)
     for name, adapter in adapters.items():
         _place(base.module, name, adapter, folder)
     known = surgery.tensors_of(base.module)
+    groups = {name: names for names in surgery.stored_names(base.module).values() for name in names}
     for name, tensor in tensors.items():
         if name not in known or known[name].shape != tensor.shape:
             there = list(known[name].shape) if name in known else "nothing of that name"
@@ -55,10 +64,11 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
                 why=f"its `{name}` has shape {list(tensor.shape)}, and there is {there}",
                 hint="name the model that it was made for: `--base MODEL`",
             )
-        surgery.assign(base.module, [name], tensor)
+        if name not in whole or not torch.equal(known[name], tensor.to(known[name].dtype)):
+            surgery.assign(base.module, groups[name], tensor)  # what is tied stays tied, as in peft
     base.module.requires_grad_(False)
     record = {**base.base, "source": {"spec": source.spec, **({"base": source.base} if source.base else {})}}
-    infos = {name: info for name, info in base.infos.items() if name not in own}
+    infos = {name: info for name, info in base.infos.items() if name not in own and name not in whole}
     return replace(base, source=source, base=record, name=folder.resolve().name, infos=infos, files=[*base.files, path])
 
 
@@ -75,16 +85,20 @@ def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:
         return heads.with_head(base, [f"LABEL_{at}" for at in range(len(matrices[0]))]).model
 
 
+def _untie(base: Model, adapters: Mapping[str, Adapter]) -> None:
+    """Say in the configs that what is adapted is no longer tied: its update is its own, merging parts the weights."""
+    for names in surgery.stored_names(base.module).values():
+        owners = {name.rpartition(".")[0] for name in names}
+        if len(names) > 1 and owners & adapters.keys() and "tie_word_embeddings" in base.config:
+            base.config["tie_word_embeddings"] = base.module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
 def _place(network: nn.Module, name: str, adapter: Adapter, folder: Path) -> None:
-    try:
-        module: Any = network.get_submodule(name)
-    except AttributeError:
-        raise SourceError(
-            f"the adapter in `{folder}` adapts `{name}`, which the model does not have",
-            hint="name the model that it was made for: `--base MODEL`",
-        ) from None
+    module: Any = network.get_submodule(name)
     function = methods.find("adapter", adapter.method, "peft_type")
     refused = interchange.why_not(module)
+    if refused is None and adapter.window != tuple(getattr(module, "kernel_size", ())):
+        refused = f"its factors are made for a window of {list(adapter.window)}"
     update = None if refused else function(module, rank=adapter.rank, alpha=adapter.alpha)
     if not isinstance(update, nn.Module):
         raise SourceError(

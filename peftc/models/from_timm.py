@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peftc.errors import SourceError, UsageError
+from peftc import documents
+from peftc.errors import SourceError, UsageError, reason_of
 from peftc.models import hub, weights
-from peftc.models.skeleton import Base, on_meta
+from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
 from peftc.source import Located, Source, read_json
 
 
@@ -47,38 +50,82 @@ def from_architecture(source: Source, located: Located, with_weights: bool) -> B
     return base
 
 
+SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
+    "input_size?": ([int], None), "mean?": ([float], float, None), "std?": ([float], float, None),
+    "crop_pct?": (float, None), "crop_mode?": (str, None), "interpolation?": (str, None), "num_classes?": (int, None),
+    "fixed_input_size?": (bool, None), "classifier?": (str, [str], None), "label_names?": ([str], None),
+    "hf_hub_id?": (str, None), "license?": (str, None),
+}  # fmt: skip
+CONFIG = {
+    "architecture": str, "num_classes?": (int, None), "model_args?": (dict, None), "label_names?": ([str], None),
+    "pretrained_cfg?": (SETTINGS, None),
+}  # fmt: skip
+CONFIG_NAMES = tuple(name.removesuffix("?") for name in CONFIG)
+
+
+def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
+    """Return timm's ``config.json`` in a folder.
+
+    Args:
+        folder: that holds it.
+        ours: peftc wrote the folder, perhaps with another timm, whose settings this one may not know.
+
+    Raises:
+        SourceError: it is none of timm's, or has a setting that this timm does not know.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if (
+        "pretrained_cfg" not in config and "input_size" in config and not ours
+    ):  # as timm wrote it before 0.9: all settings at the top
+        settings = {name: value for name, value in config.items() if name not in ("architecture", "num_features")}
+        config = {"architecture": config["architecture"], "pretrained_cfg": settings}
+    why = documents.misfit(config, CONFIG)
+    unknown = sorted((config.get("pretrained_cfg") or {}).keys() - _settings()) if why is None and not ours else []
+    if why or unknown:
+        why = why or f"timm {version('timm')} knows no setting `{unknown[0]}` of a `pretrained_cfg`"
+        raise SourceError(f"`{path}` is no configuration of timm", why=why)
+    return config
+
+
+def _settings() -> set[str]:
+    """Return the settings of a pretrained_cfg that this timm knows."""
+    from timm.models import PretrainedCfg
+
+    return {field.name for field in fields(PretrainedCfg)}
+
+
 def from_folder(source: Source, folder: Path) -> Base:
     """Return the network of a folder with timm's ``config.json``."""
-    config = read_json(folder / "config.json")
-    arguments = config.get("model_args") or {}
-    if not isinstance(arguments, dict):
-        raise SourceError(f"`model_args` in `{folder / 'config.json'}` is not a map from argument to value")
-    config["model_args"] = {**arguments, **source.arch_set}
+    config = read_config(folder)
+    config["model_args"] = {**(config.get("model_args") or {}), **source.arch_set}
     return from_config(config, folder.name, folder)
 
 
 def from_config(config: dict[str, Any], name: str, folder: Path | None) -> Base:
-    """Return the network that timm's configuration describes.
+    """Return the network that timm's configuration describes, as timm itself would read it.
 
     Raises:
         SourceError, UsageError: timm cannot build it.
     """
     import timm
 
-    if not isinstance(config["architecture"], str) or not isinstance(config.get("pretrained_cfg") or {}, dict):
-        raise SourceError(f"the config.json of `{name}` is no timm configuration", why="its architecture is no name")
-
     cfg = config.get("pretrained_cfg") or {}
     arguments = dict(config.get("model_args") or {})
     classes = config.get("num_classes", cfg.get("num_classes"))
     if classes is not None:
         arguments.setdefault("num_classes", classes)
+    known = {name: value for name, value in cfg.items() if name in _settings()}
+    settings = {"pretrained_cfg": known} if known else {}
+    stored = None if folder is None else stored_in(folder)
     try:
-        module = on_meta(lambda: timm.create_model(config["architecture"], pretrained=False, **arguments))
+        module = on_meta(
+            lambda: timm.create_model(config["architecture"], pretrained=False, **settings, **arguments), stored
+        )
     except TypeError as error:
         raise UsageError(f"timm's `{config['architecture']}` does not accept its arguments", why=str(error)) from error
-    except (RuntimeError, ValueError, AssertionError, LookupError) as error:
-        raise SourceError(f"timm cannot build `{config['architecture']}`", why=str(error)) from error
+    except UNBUILDABLE as error:
+        raise SourceError(f"timm cannot build `{config['architecture']}`", why=reason_of(error)) from error
     config = {**config, "num_classes": getattr(module, "num_classes", classes)}
     base = describe(module, config, name)
     base.folder = folder

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peftc import documents
 from peftc.errors import SourceError, WeightError, reason_of
-from peftc.models.skeleton import Base, on_meta
+from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
 from peftc.nn import surgery
-from peftc.source import Source, read_json
-
-UNBUILDABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+from peftc.source import MANIFEST, Source, read_json
 
 
 def from_folder(source: Source, folder: Path) -> Base:
@@ -23,12 +22,11 @@ def from_folder(source: Source, folder: Path) -> Base:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    config = read_json(folder / "config.json")
-    config.pop("transformers_weights", None)  # the writer's lock against loading factors as a dense model
+    config = read_config(folder)
     names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SourceError(f"`architectures` in `{folder / 'config.json'}` is not a list of class names")
     cls: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if cls is not None and not hasattr(cls, "from_pretrained"):
+        raise SourceError(f"`{names[0]}`, which `{folder / 'config.json'}` asks for, is no model of transformers")
     remote = cls is None
     if remote and not source.trust_remote_code:
         raise SourceError(
@@ -42,12 +40,13 @@ def from_folder(source: Source, folder: Path) -> Base:
             del made.transformers_weights
         if remote or cls is transformers.AutoModel:
             auto = transformers.AutoModel
-            module: Any = on_meta(lambda: auto.from_config(made, trust_remote_code=source.trust_remote_code))
+            made_by = lambda: auto.from_config(made, trust_remote_code=source.trust_remote_code)  # noqa: E731
         else:
-            module = on_meta(lambda: cls(made))
+            made_by = lambda: cls(made)  # noqa: E731
+        module: Any = on_meta(made_by, stored_in(folder))
+        module.tie_weights()
     except (*UNBUILDABLE, StrictDataclassError) as error:
         raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error
-    module.tie_weights()
     record = {"library": "transformers", "architecture": type(module).__name__}
     preprocess = processor(folder)
     return Base(
@@ -62,29 +61,93 @@ def from_folder(source: Source, folder: Path) -> Base:
     )
 
 
+TOKEN = (int, [int], None)
+CONFIG: dict[str, Any] = {  # what peftc itself reads of a config.json, in shape
+    "architectures?": ([str], None), "model_type?": str, "id2label?": ({str: (str, float)}, None),
+    "num_labels?": (int, None), "max_position_embeddings?": (int, None), "n_positions?": (int, None),
+    "vocab_size?": (int, None), "bos_token_id?": TOKEN, "eos_token_id?": TOKEN, "pad_token_id?": TOKEN,
+    "tie_word_embeddings?": (bool, None), "torch_dtype?": (str, dict, None), "dtype?": (str, dict, None),
+}  # fmt: skip
+CONFIG |= {"text_config?": (CONFIG | {"id2label?": Any}, None), "vision_config?": (dict, None)}
+DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
+MOST_CLASSES = 1_000_000  # a config makes a name for each
+
+
+def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
+    """Return the ``config.json`` of a transformers folder, without the lock that peftc writes into its own.
+
+    Args:
+        folder: that holds it.
+        ours: peftc wrote the folder.
+
+    Raises:
+        SourceError: it says something of which peftc does not know what it does to the weights.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    lock = config.pop("transformers_weights", None)
+    why = documents.misfit(config, CONFIG)
+    if why is None and lock is not None and not ours and not (folder / MANIFEST).is_file():
+        why = f"`transformers_weights` names another file of weights, {lock!r}"
+    elif why is None and config.get("quantization_config") is not None:
+        why = "`quantization_config`: its weights are quantized, and peftc reads plain ones"
+    elif (
+        why is None
+        and isinstance(given := config.get("dtype", config.get("torch_dtype")), str)
+        and (given not in DTYPES)
+    ):
+        why = f"`dtype` is {given!r}, which is not one of {', '.join(DTYPES)}"
+    elif why is None and (config.get("num_labels") or 0) > MOST_CLASSES:
+        why = f"`num_labels` is {config['num_labels']:,}; peftc reads up to {MOST_CLASSES:,} classes"
+    if why is None and not all(name.isdecimal() for name in config.get("id2label") or {}):
+        why = "`id2label` is not a map from numbers to names"
+    if why is not None:
+        raise SourceError(f"`{path}` is not read", why=why)
+    return config
+
+
+SIDE = (int, None)
+SIDES = (int, {"height?": SIDE, "width?": SIDE, "shortest_edge?": SIDE}, [int], None)
+PROCESSOR = {  # what peftc reads of an image processor, in shape
+    "do_center_crop?": (bool, None), "crop_size?": SIDES, "size?": SIDES, "image_mean?": ([float], None),
+    "image_std?": ([float], None), "resample?": (int, None),
+}  # fmt: skip
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # of PIL
+MOST_SIDE = 4096  # pixels of an image that a model reads
+
+
 def processor(folder: Path) -> dict[str, Any]:
     """Return how images become inputs, from ``preprocessor_config.json`` or the record of a whole processor.
 
     Empty where there is neither.
+
+    Raises:
+        SourceError: it says so in no way that peftc understands.
     """
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
         value = read_json(path)
         value = value.get("imageprocessor", value)
     else:
-        value = (read_json(whole) if whole.is_file() else {}).get("image_processor", {})
+        path, value = whole, (read_json(whole) if whole.is_file() else {}).get("image_processor", {})
+    if why := documents.misfit(value, PROCESSOR):
+        raise SourceError(f"`{path}` is not read", why=why)
     if not value:
         return {}
-    from PIL.Image import Resampling
-
+    if value.get("resample", 3) not in (None, *INTERPOLATIONS):
+        raise SourceError(f"`{path}` is not read", why=f"`resample` is {value['resample']}, which is no filter of PIL")
     size = value.get("crop_size") if value.get("do_center_crop") else value.get("size")
     size = value.get("size", 224) if size is None else size
     if isinstance(size, dict):
-        side = size.get("shortest_edge", 224)
-        size = (size.get("height", side), size.get("width", side))
-    height, width = (size, size) if isinstance(size, int) else size
-    resize = value.get("size", {})
-    edge = resize.get("shortest_edge", resize.get("height")) if isinstance(resize, dict) else resize
+        side = size.get("shortest_edge") or 224
+        size = (size.get("height") or side, size.get("width") or side)
+    height, width, *_ = (size, size) if isinstance(size, int) else [*(size or ()), 0, 0]
+    resize = value.get("size") or {}
+    edge = resize.get("shortest_edge") or resize.get("height") if isinstance(resize, dict) else None
+    edge = resize if isinstance(resize, int) else edge
+    if not all(1 <= side <= MOST_SIDE for side in (height, width, edge or 1)):
+        why = f"it makes images of {height} x {width} pixels; peftc reads up to {MOST_SIDE:,} a side"
+        raise SourceError(f"`{path}` is not read", why=why)
     crop = height / edge if value.get("do_center_crop") and edge else 1.0
     is_squashed = not value.get("do_center_crop") and isinstance(resize, dict) and "height" in resize
     return {
@@ -92,7 +155,7 @@ def processor(folder: Path) -> dict[str, Any]:
         "mean": list(value.get("image_mean") or [0.5] * 3),
         "std": list(value.get("image_std") or [0.5] * 3),
         "crop_pct": crop,
-        "interpolation": Resampling(value.get("resample", 3)).name.lower(),
+        "interpolation": INTERPOLATIONS[3 if value.get("resample") is None else value["resample"]],
         **({"crop_mode": "squash"} if is_squashed else {}),
     }
 

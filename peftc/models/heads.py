@@ -12,9 +12,8 @@ from torch import nn
 
 from peftc.errors import PeftcError, SourceError
 from peftc.models import from_timm, targets
-from peftc.models.from_transformers import UNBUILDABLE
 from peftc.models.load import Model
-from peftc.models.skeleton import on_meta
+from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
 
 SPREAD = 0.02  # standard deviation of new weights, as transformers' classes draw them

@@ -102,14 +102,42 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if isinstance(model, nn.Module):
         return _live(model)
     source = model if isinstance(model, Source) else Source(str(model))
-    located = locate(source)
-    if located.folder is None and located.kind in ("timm", "transformers"):
-        located = hub.fetched(located, source, weights)
+    located = _located(source, weights)
     if located.kind == "artifact":
         return _artifact(source, located, weights, merge)
     if located.kind == "peft":
         assert located.folder is not None
-        return without_updates(from_peft.from_folder(source, located.folder, load))[0]
+        return without_updates(from_peft.from_folder(source, located.folder, _whole))[0]
+    return _foreign(source, located, weights)
+
+
+def _located(source: Source, weights: bool) -> Located:
+    """Return what a source is, fetched where it is one of the hub."""
+    located = locate(source)
+    if located.folder is None and located.kind in ("timm", "transformers"):
+        located = hub.fetched(located, source, weights)
+    return located
+
+
+def _whole(source: Source) -> Model:
+    """Return the model beneath an adapter or a delta, which has to hold every tensor: neither stands on another.
+
+    Raises:
+        SourceError: it is an adapter or a delta, perhaps itself.
+    """
+    located = _located(source, True)
+    if located.kind == "peft" or (
+        located.kind == "artifact" and located.folder is not None and manifest.read(located.folder).delta
+    ):
+        raise SourceError(
+            f"`{source.spec}` cannot be the model beneath another", why="it is an adapter or a delta itself",
+            hint="name the whole model: `--base MODEL`",
+        )  # fmt: skip
+    return load(source)
+
+
+def _foreign(source: Source, located: Located, weights: bool) -> Model:
+    """Return the model in what is neither an artifact nor an adapter."""
     base = build.build(source, located, weights)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
@@ -137,7 +165,11 @@ def _refuse_lazy(model: Model) -> None:
 
 
 def load_module(
-    model: str | Path | Source | nn.Module | Model, *, merge: bool = True, allow_code: bool = False
+    model: str | Path | Source | nn.Module | Model,
+    *,
+    merge: bool = True,
+    allow_code: bool = False,
+    verify: bool = True,
 ) -> nn.Module:
     """Return the network behind MODEL in eval mode, ready to run.
 
@@ -146,14 +178,15 @@ def load_module(
         merge: take the updates of a delta, or of Hugging Face peft's adapter, into the weights that they change; kept
             apart they share those.
         allow_code: let an artifact whose base is your own Python code import it.
+        verify: compare the files of an artifact with the bytes that its manifest promises, each once.
     """
     if isinstance(model, nn.Module | Model):
         return load(model).module
     source = model if isinstance(model, Source) else Source(str(model))
-    source = replace(source, allow_code=source.allow_code or allow_code)
+    source = replace(source, allow_code=source.allow_code or allow_code, verify=source.verify and verify)
     if not merge and (located := locate(source)).kind == "peft":  # steps take it merged: no manifest names its updates
         assert located.folder is not None
-        return from_peft.from_folder(source, located.folder, load).module.eval()
+        return from_peft.from_folder(source, located.folder, _whole).module.eval()
     return load(source, merge=merge).module
 
 
@@ -249,6 +282,8 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)
     table = artifact.tensor_table(folder, record)
+    if source.verify:
+        artifact.verify(folder, record)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=record.base,
         name=located.name.split("/")[-1] or folder.resolve().name, folder=folder, labels=record.labels, manifest=record,
@@ -272,7 +307,7 @@ def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], sourc
     others: dict[str, Tensor] = {}
     infos = dict(table)
     if record.delta:
-        beneath, theirs = delta.beneath(record, model.folder, source, load)
+        beneath, theirs = delta.beneath(record, model.folder, source, _whole)
         for name in surgery.stored_names(model.module):
             there = record.delta["tensors"].get(name, name)
             if name not in table and there in beneath:

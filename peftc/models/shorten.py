@@ -18,9 +18,8 @@ from torch import nn
 
 from peftc.errors import PeftcError, PlanError
 from peftc.models import adapting, from_timm
-from peftc.models.from_transformers import UNBUILDABLE
 from peftc.models.load import Model, detached
-from peftc.models.skeleton import on_meta
+from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
 
 COUNTS = (

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from peftc.errors import SourceError
 
 if TYPE_CHECKING:
     from peftc.models.weights import Weights
+
+# what a constructor of another library may raise on a configuration that it does not understand
+UNBUILDABLE = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, OSError,
+    MemoryError,
+)  # fmt: skip
 
 
 @dataclass
@@ -31,40 +41,122 @@ class Base:
     notes: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Build networks whose parameters take no memory, while buffers, which may be computed, stay real.
+@dataclass
+class Limits:
+    """What a config may ask for: a network that is some times as large as the weights beside it.
 
-    A parameter that is already on the meta device is kept as the same object, so ties made by constructors survive.
+    A config that says ten million layers would otherwise be built until the memory is full.
+
+    Attributes:
+        stored: bytes of the weight files.
+        entries: of the parameters that were built so far.
+        parameters: number of them.
+    """
+
+    stored: int
+    entries: int = 0
+    parameters: int = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of all parameters, and of any one tensor that a constructor makes: files may hold 4 bits for 32."""
+        return max(SMALL, 16 * self.stored)
+
+    @property
+    def most_parameters(self) -> int:
+        """Number of parameters, most of which have many entries."""
+        return 20_000 + self.stored // 1000
+
+    def count(self, parameter: nn.Parameter) -> None:
+        """Take note of a parameter that was built.
+
+        Raises:
+            SourceError: there are too many.
+        """
+        self.entries += parameter.numel()
+        self.parameters += 1
+        if self.parameters > self.most_parameters or 4 * self.entries > self.most_bytes:
+            raise self.refusal(f"{self.parameters:,} parameters of {self.entries:,} entries and more")
+
+    def refusal(self, what: str) -> SourceError:
+        """Return the refusal of a config that asks for ``what``."""
+        return SourceError(
+            f"the config asks for {what}",
+            why=f"its weights have {self.stored:,} bytes: at most {self.most_parameters:,} parameters and "
+            f"{self.most_bytes:,} bytes are built for them",
+            hint="look at the numbers of layers and the sizes in it",
+        )
+
+
+SMALL = 512 * 1024 * 1024  # bytes that any config may ask for
+FACTORIES = {
+    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand,
+    torch.randint, torch.randn, torch.zeros,
+}  # fmt: skip
+
+
+class _Sized(TorchFunctionMode):
+    """Refuse a tensor that is larger than the limits allow before it takes memory."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__()
+        self.limits = limits
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in FACTORIES:
+            shape = function(*args, **{**kwargs, "device": "meta"})
+            if shape.numel() * shape.itemsize > self.limits.most_bytes:
+                raise self.limits.refusal(f"a tensor of {shape.numel() * shape.itemsize:,} bytes")
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _watched(limits: Limits | None, *, meta: bool) -> Iterator[None]:
+    """Watch what is built: parameters stay within the limits and, with ``meta``, take no memory.
+
+    Buffers, which may be computed, stay real. A parameter that is already on the meta device is kept as the same
+    object, so ties made by constructors survive.
     """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        if param is not None and limits is not None:
+            limits.count(param)
+        if param is not None and meta and not param.is_meta:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         original(module, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with _Sized(limits) if limits is not None else nullcontext():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(make: Callable[[], nn.Module], stored: int | None = None) -> nn.Module:
     """Return the network that ``make`` builds, its parameters on the meta device.
 
     A constructor that looks into its own parameters cannot run there: it runs for real, and the parameters are let go.
+
+    Args:
+        make: builds it.
+        stored: bytes of the weights that are to fill it, where a file says what to build: `Limits` follow from them.
+
+    Raises:
+        SourceError: it is far larger than those.
     """
     try:
-        with parameters_on_meta():
+        with _watched(None if stored is None else Limits(stored), meta=True):
             network = make()
         computed = not any(buffer.is_meta for buffer in network.buffers())  # some take the device of a parameter
         if computed and not any(parametrize.is_parametrized(module) for module in network.modules()):
             return network
     except (NotImplementedError, RuntimeError):
         pass  # run it for real; what is wrong for another reason fails there again
-    network = make()
+    with _watched(None if stored is None else Limits(stored), meta=False):
+        network = make()
     moved: dict[int, nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -72,3 +164,8 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
                 empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
                 module._parameters[name] = moved.setdefault(id(parameter), empty)
     return network
+
+
+def stored_in(folder: Path) -> int:
+    """Return the bytes of the weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftc import artifact
+from peftc import artifact, documents
 from peftc.artifact import Piece
 from peftc.errors import SourceError, WeightError
 from peftc.header import TensorInfo, read_header
 from peftc.nn import surgery
+from peftc.source import read_json
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
@@ -126,15 +126,18 @@ def from_folder(folder: Path) -> Weights:
 
 
 def _from_shards(folder: Path, index: Path) -> Weights:
-    try:
-        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"cannot read `{index}`", why=repr(error)) from None
+    content = read_json(index)
+    if why := documents.misfit(content, {"weight_map": {str: str}, "metadata?": dict}):
+        raise SourceError(f"`{index}` is no index of weights", why=why)
+    where = content["weight_map"]
     weights = Weights(str(folder))
-    for name in sorted(set(map(str, where.values()))):
-        if "/" in name or "\\" in name or not (folder / name).is_file():
+    for name in sorted(set(where.values())):
+        if "/" in name or "\\" in name or "\0" in name or not (folder / name).is_file():
             raise SourceError(f"`{folder}` lacks the shard `{name}`", why=f"`{index.name}` lists it")
         shard = from_file(folder / name)
+        lost = next((each for each in shard.names() if where.get(each, name) != name), None)
+        if lost is not None:
+            raise SourceError(f"`{index}` looks for `{lost}` in `{where[lost]}`", why=f"it lies in `{name}`")
         weights.files += shard.files
         weights.infos.update(shard.infos)
         weights.loaded.update(shard.loaded)

@@ -184,6 +184,11 @@ def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) ->
             f"`{names[0]}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
             hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
         )
+    if expected.is_floating_point() != tensor.is_floating_point():
+        raise WeightError(
+            f"`{names[0]}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
+            why="whole numbers are no weights: they are quantized, or the file is damaged",
+        )
     assign(network, names, tensor)
 
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, job, manifest
+from peftc import artifact, documents, job, manifest
 from peftc.errors import ArtifactError, UsageError
 from peftc.manifest import Manifest
 from peftc.source import MANIFEST, read_json
 from peftc.steps.show import command_lines
 
 LOG = "log.jsonl"
+ANALYSIS = {  # of what `analyze --json` prints, what is read again
+    "modules": [{
+        "name": str, "shape": [int], "max_rank": int, "break_even_rank": int, "rank_90": int, "rank_95": int,
+        "rank_99": int, "spectrum": [[float]], "reason?": (str, None),
+    }],
+    "plan?": {"budget": str, "allocation": str, "parameters": int, "predicted?": float},
+}  # fmt: skip
+TOLD = {"step": int, "loss?": float, "score?": (float, None)}  # what a line of it says
 
 
 @dataclass
@@ -78,12 +87,16 @@ class Record:
         return [{"at": 0, **gated}] if gated else list((self.result.get("measured") or {}).get(kind, []))
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the training that made it, step by step; empty where there was none."""
+        """Return the training that made it, step by step; empty where there was none. A damaged line is left out."""
         try:
             lines = (self.folder / LOG).read_text(encoding="utf-8").splitlines()
-            return [entry for line in lines if isinstance(entry := json.loads(line), dict)]
         except (OSError, ValueError):
             return []
+        found = []
+        for line in lines:
+            with suppress(ValueError):
+                found.append(documents.parsed(line))
+        return [entry for entry in found if documents.misfit(entry, TOLD) is None]
 
     def commands(self) -> list[str]:
         """Return the command lines that rebuild it."""
@@ -110,7 +123,7 @@ def read_analysis(file: Path) -> Analysis:
         UsageError: the file holds no report of `analyze`.
     """
     found = read_json(file)
-    if found.get("command") != "analyze" or not all("spectrum" in row for row in found.get("modules", [{}])):
+    if found.get("command") != "analyze" or documents.misfit(found, ANALYSIS):
         hint = "`peftc analyze MODEL --json >analysis.json` writes one"
         raise UsageError(f"`{file}` holds no report of `peftc analyze`", hint=hint)
     return Analysis(file, found)

@@ -149,8 +149,9 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
         ArtifactError: the folder holds none, or those of another model, or lacks what the method needs.
     """
     record = manifest.read(folder)
-    note = artifact.statistics_note(folder, record)
     artifact.tensor_table(folder, record)
+    artifact.verify(folder, record)
+    note = artifact.statistics_note(folder, record)
     theirs = record.base.get("files"), [step["id"] for step in record.steps[:-1]]
     earlier = model.manifest.steps if model.manifest else []
     if theirs != (write.base_record(model).get("files"), [step["id"] for step in earlier]):

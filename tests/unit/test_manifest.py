@@ -1,7 +1,6 @@
 """The manifest is sorted, strict, and the same in Python and in its published schema."""
 
 import json
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import pytest
 from peftc import manifest
 from peftc.errors import ArtifactError
 from peftc.manifest import FIELDS, OPTIONAL, Manifest
+from tests.conftest import rewritten
 
 SCHEMA = json.loads((Path(manifest.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
 SHA = "a" * 64
-JSON_TYPES = {int: "integer", str: "string", dict: "object", list: "array", types.NoneType: "null"}
 
 
 def example(**changes: Any) -> Manifest:
@@ -33,10 +32,7 @@ def example(**changes: Any) -> Manifest:
 
 def written(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     example().write(folder)
-    value = json.loads((folder / "peftc.json").read_text(encoding="utf-8"))
-    change(value)
-    (folder / "peftc.json").write_text(json.dumps(value), encoding="utf-8")
-    return folder
+    return rewritten(folder / "peftc.json", change).parent
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -67,36 +63,39 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("schema version 2; this peftc reads 1", lambda value: value.update(schema_version=2)),
     ("schema version None", lambda value: value.pop("schema_version")),
     *[
-        (f"its field `{name}` is missing", lambda value, name=name: value.pop(name))
+        (f"`{name}` is missing", lambda value, name=name: value.pop(name))
         for name in FIELDS
         if name != "schema_version"
     ],
     *[
-        (f"its field `{name}` is missing or of the wrong type", lambda value, name=name: value.update({name: 1.5}))
-        for name in FIELDS
-        if name != "schema_version"
+        (f"`{name}` is `1.5`, not ", lambda value, name=name: value.update({name: 1.5}))
+        for name in [*FIELDS, *OPTIONAL]
+        if name not in ("schema_version", "digest")
     ],
     ("unknown fields: more, other", lambda value: value.update(other=1, more=2)),
-    ("file `model.safetensors` has no sha256", lambda value: value["files"]["model.safetensors"].pop("bytes")),
-    ("no sha256 and bytes", lambda value: value["files"]["model.safetensors"].update(bytes="8")),
-    ("no sha256 and bytes", lambda value: value["files"].update(x=3)),
-    ("module `fc` has no form and rank", lambda value: value["modules"]["fc"].pop("form")),
-    ("module `fc` has no form and rank", lambda value: value["modules"].update(fc=[])),
-    ("module `fc` has no form and rank", lambda value: value["modules"]["fc"].update(rank=0)),
-    ("module `fc` has no form and rank", lambda value: value["modules"]["fc"].update(rank="9")),
-    ("module `conv` has no form and rank", lambda value: value["modules"]["conv"].update(rank=[1, 2, 3])),
-    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].pop("form")),
-    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].update(rank=-1)),
-    ("ordered factors of `head` has no form and rank", lambda value: value["ordered"]["head"].update(rank=[1, 2])),
-    ("field `ordered` is of the wrong type", lambda value: value.update(ordered=[])),
-    ("its base has no library and architecture", lambda value: value["base"].pop("library")),
-    ("no request with a command", lambda value: value["steps"].append({"id": SHA})),
-    ("no request with a command", lambda value: value["steps"].append({"id": SHA, "request": {}})),
-    ("no request with a command", lambda value: value["steps"].append(3)),
-    ("a budget that is no map", lambda value: value["steps"][0]["request"].update(budget=3)),
-    ("one of its steps has no id", lambda value: value["steps"][0].pop("id")),
+    ("`files.model.safetensors.bytes` is missing", lambda value: value["files"]["model.safetensors"].pop("bytes")),
+    ("safetensors.bytes` is `\"8\"`, not a whole", lambda value: value["files"]["model.safetensors"].update(bytes="8")),
+    ("`files.x` is `3`, not a map", lambda value: value["files"].update(x=3)),
+    ("`modules.fc.form` is missing", lambda value: value["modules"]["fc"].pop("form")),
+    (r"`modules.fc` is `\[\]`, not a map", lambda value: value["modules"].update(fc=[])),
+    ("module `fc` has the rank 0", lambda value: value["modules"]["fc"].update(rank=0)),
+    ("`modules.fc.rank` is `\"9\"`", lambda value: value["modules"]["fc"].update(rank="9")),
+    (r"module `conv` has the rank \[1, 2, 3\]", lambda value: value["modules"]["conv"].update(rank=[1, 2, 3])),
+    ("`ordered.head.form` is missing", lambda value: value["ordered"]["head"].pop("form")),
+    ("factors of `head` have the rank -1", lambda value: value["ordered"]["head"].update(rank=-1)),
+    ("`ordered.head.rank` is", lambda value: value["ordered"]["head"].update(rank=[1, 2])),
+    (r"`ordered` is `\[\]`, not a map", lambda value: value.update(ordered=[])),
+    ("`base.library` is missing", lambda value: value["base"].pop("library")),
+    (r"`steps\[1\].request` is missing", lambda value: value["steps"].append({"id": SHA})),
+    (r"`steps\[1\].request.command` is missing", lambda value: value["steps"].append({"id": SHA, "request": {}})),
+    (r"`steps\[1\]` is `3`, not a map", lambda value: value["steps"].append(3)),
+    (r"request.budget` is `3`, not", lambda value: value["steps"][0]["request"].update(budget=3)),
+    (r"`steps\[0\].id` is missing", lambda value: value["steps"][0].pop("id")),
     ("schema version True", lambda value: value.update(schema_version=True)),
-    ("one of its tied names is no text", lambda value: value["tied"].update(a=["b"])),
+    (r"`tied.a` is `\[\"b\"\]`, not a text", lambda value: value["tied"].update(a=["b"])),
+    (r"`labels\[1\]` is `7`, not a text", lambda value: value.update(labels=["cat", 7])),
+    (r"input_size` is \[3, 224\]", lambda value: value["preprocess"].update(input_size=[3, 224])),
+    ("as a delta, `files` is missing", lambda value: value.update(delta={"source": {"spec": "x"}})),
 ]  # fmt: skip
 
 
@@ -145,11 +144,17 @@ def test_the_schema_names_the_fields_that_python_checks() -> None:
     assert SCHEMA["properties"].keys() == FIELDS.keys() | OPTIONAL.keys()
     assert FIELDS.keys() == set(SCHEMA["required"])
     assert SCHEMA["properties"]["schema_version"]["const"] == manifest.SCHEMA_VERSION
-    for name, kind in (FIELDS | OPTIONAL).items():
-        said = SCHEMA["properties"][name]
-        if name not in ("schema_version", "id"):
-            expected = [JSON_TYPES[each] for each in getattr(kind, "__args__", (kind,))]
-            assert said["type"] == (expected[0] if len(expected) == 1 else expected), name
+
+
+def test_an_edit_is_noticed_and_accepted_where_the_digest_is_taken_out(tmp_path: Path) -> None:
+    example().write(tmp_path)
+    path = tmp_path / "peftc.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="was changed after peftc wrote it") as refusal:
+        manifest.read(tmp_path)
+    assert refusal.match("take the field `digest` out")
+    rewritten(path, lambda value: None)
+    assert manifest.read(tmp_path).steps[0]["request"]["seed"] == 1
 
 
 def test_the_schema_is_a_schema_and_knows_every_form() -> None:
