@@ -234,12 +234,14 @@ def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
 def _draw(model: Model, start: int, number: int, length: int, generator: torch.Generator) -> Tensor:
     device = place_of(model.module)
     tokens = torch.full((number, 1), start, device=device)
+    taken = inspect.signature(model.module.forward).parameters
+    word = "cache" if "cache" in taken else "past_key_values"  # the older name, which 5.24 warns of
     cache: Any = None
     with torch.inference_mode():
         while tokens.shape[1] < length:
             fresh = tokens if cache is None else tokens[:, -1:]
-            out = model.module(input_ids=fresh, past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
+            out = model.module(input_ids=fresh, use_cache=True, **{word: cache})
+            cache = getattr(out, word, None)
             chances = out.logits[:, -1].float().softmax(-1).cpu()  # drawn on the CPU: the same text on every device
             if not chances.isfinite().all():
                 raise WeightError(f"`{model.name}` gives NaN or infinite outputs", why="no text can be drawn from it")
