@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+
 
 @dataclass
 class _Product:
@@ -110,8 +112,9 @@ def _forgetting(product: weakref.ref[_Product]) -> Callable[[object], None]:
 
 def _saved_tensor_hooks() -> tuple[Any, ...]:
     """Return the hooks of the checkpoint that is being recorded: what one checkpoint computed is not another's."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return (top(True) if top is not None else None) or ()
+    if TOP_HOOKS is None:  # so nothing is handed out that a backward pass may go through
+        return (object(),) if torch.is_grad_enabled() else ()
+    return TOP_HOOKS(True) or ()
 
 
 def share(members: Sequence[Any]) -> SharedDown:
