@@ -7,8 +7,7 @@ import pytest
 
 import peftc as package
 from peftc.errors import SourceError
-
-demo_step = pytest.importorskip("peftc.steps.demo", exc_type=ImportError)
+from peftc.steps import demo as demo_step
 
 
 @pytest.fixture
