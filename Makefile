@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test pages lint format bench docs clean
 
 help:
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,6 +15,9 @@ demo: .venv/.installed ## run the main job on the embedded default
 # one process for each core, so that none of them needs more than a thread
 test: .venv/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+pages: .venv/.dev ## run the examples of the README, of the pages and of examples/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m pages $(ARGS)
 
 lint: .venv/.dev ## check style and types
 	$(BIN)/ruff check

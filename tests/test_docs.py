@@ -116,6 +116,7 @@ def check_the_tour(folder: Path, printed: dict[str, str]) -> None:
     assert {file.name for file in (folder / "small").iterdir()} == set(listed)
 
 
+@pytest.mark.pages
 def test_the_tour_runs_on_a_model_that_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftc.steps import demo
 

@@ -56,11 +56,13 @@ def check_pipeline(done: subprocess.CompletedProcess[str], out: Path, task: str)
 # pipelines
 
 
+@pytest.mark.pages
 def test_the_timm_pipeline_runs(tiny_vit: Path, tmp_path: Path) -> None:
     done = run("timm_pipeline.sh", tiny_vit, "sklearn:digits", "out", folder=tmp_path)
     check_pipeline(done, tmp_path / "out", "image-classification")
 
 
+@pytest.mark.pages
 def test_the_transformers_pipeline_runs(tiny_bert_classifier: Path, tmp_path: Path) -> None:
     rows = [("the cat sang", "positive"), ("a dog ran", "negative"), ("the bird sat", "neutral")] * 4
     (tmp_path / "test.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
@@ -68,6 +70,7 @@ def test_the_transformers_pipeline_runs(tiny_bert_classifier: Path, tmp_path: Pa
     check_pipeline(done, tmp_path / "out", "text-classification")
 
 
+@pytest.mark.pages
 @pytest.mark.real
 def test_the_transformers_pipeline_halves_a_sentence_model(minilm: Path, data_folder: Path, tmp_path: Path) -> None:
     data = data_folder / "sets/stsb_en/stsb-en-test.csv"
@@ -83,6 +86,7 @@ def test_a_pipeline_without_its_arguments_says_how_to_call_it(tmp_path: Path) ->
     assert "usage:" in done.stderr and "MODEL DATA" in done.stderr
 
 
+@pytest.mark.pages
 def test_a_pipeline_stops_where_a_command_fails(tmp_path: Path) -> None:
     done = run("timm_pipeline.sh", "nowhere/at/all", folder=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -110,6 +114,7 @@ def compress(folder: Path, out: str, **variables: str) -> subprocess.CompletedPr
     return subprocess.run(line, cwd=folder, env=environment(**variables), capture_output=True, text=True)
 
 
+@pytest.mark.pages
 def test_the_script_of_ci_passes_where_the_gates_are_met(trained: Path) -> None:
     done = compress(trained, "released", MAX_DROP="1", KEEP="3")
     assert (done.returncode, done.stdout) == (0, "released/export\n"), done.stderr
@@ -120,6 +125,7 @@ def test_the_script_of_ci_passes_where_the_gates_are_met(trained: Path) -> None:
     assert speed["model"]["parameters"] < 0.6 * speed["against"]["parameters"]
 
 
+@pytest.mark.pages
 def test_the_script_of_ci_fails_with_3_and_one_line_where_the_drop_is_over_the_gate(trained: Path) -> None:
     done = compress(trained, "refused", MAX_DROP="0.05", RATIO="0.05")
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
@@ -182,6 +188,7 @@ def checked_out(place: Path, trained: Path) -> Path:
     return place
 
 
+@pytest.mark.pages
 def test_the_workflow_of_ci_keeps_its_report_and_what_passed_and_fails_with_3_over_a_gate(
     trained: Path, tmp_path: Path
 ) -> None:

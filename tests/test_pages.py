@@ -158,6 +158,7 @@ def models(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("name", [name for name, found in EXAMPLES.items() if found])
 def test_the_examples_of_a_page_run(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftc: Callable[..., Any]
