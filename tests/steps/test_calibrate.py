@@ -3,8 +3,6 @@
 import json
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from peftc.steps.evaluate import evaluate
 from peftc.steps.lanes import LANES
 from peftc.steps.show import show
 from tests.conftest import WORDS, promised
+from tests.forked import forked
 from tests.steps.test_decompose import ranks
 
 DIGITS: dict[str, Any] = {"data": "sklearn:digits", "calibration_samples": 64}
@@ -406,7 +405,7 @@ calibrate(sys.argv[1], output_dir=sys.argv[2], data="sklearn:digits", calibratio
 def test_a_kill_loses_no_finished_part_and_changes_no_byte(
     tiny_vit: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tiny_vit), str(tmp_path / "out"), "2"], timeout=120)
+    done = forked(tiny_vit, tmp_path / "out", 2, code=KILLED)
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == [
         "lane-0-0.safetensors", "lane-0-1.safetensors",

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from peftc.steps import write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from tests.conftest import promised
+from tests.forked import forked
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = "python:tests.steps.test_decompose"
@@ -303,9 +302,7 @@ def test_every_artifact_moved_elsewhere_reloads_in_a_fresh_process_with_the_same
         batch = models.probe(loaded)
         torch.save((batch, models.outputs(loaded, batch).clone()), f"{folder}.pt")
         folders.append(str(folder))
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD], input="\n".join(folders), capture_output=True, text=True, cwd=REPOSITORY
-    )
+    done = forked(code=RELOAD, stdin="\n".join(folders), cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if not line.startswith("True")] == []
     assert len(done.stdout.splitlines()) == len(NETWORKS)
@@ -717,12 +714,24 @@ def test_gates_leave_the_artifact_and_end_with_3(peftc, tiny_vit: Path, tmp_path
         assert peftc("decompose", tiny_vit, "--ratio", 0.5, "-o", out, gate[0], "1G").exit_code == 0
 
 
+PIPED = """
+import os, subprocess, sys
+from peftc.cli.app import main
+tool = subprocess.Popen([sys.executable, "-m", "json.tool"], stdin=subprocess.PIPE)
+os.dup2(tool.stdin.fileno(), 1)
+tool.stdin.close()
+try:
+    main()
+finally:
+    sys.stdout.flush()
+    os.close(1)
+    assert tool.wait() == 0
+"""
+
+
 def test_json_of_three_hundred_modules_goes_through_a_pipe(tmp_path: Path) -> None:
-    command = f"'{sys.executable}' -m peftc decompose {HERE}:Deep --allow-code --ratio 0.5 -o '{tmp_path}/out' --json"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{command} | '{sys.executable}' -m json.tool"],
-        capture_output=True, text=True, cwd=REPOSITORY,
-    )  # fmt: skip
+    words = ["decompose", f"{HERE}:Deep", "--allow-code", "--ratio", 0.5, "-o", tmp_path / "out", "--json"]
+    done = forked(*words, code=PIPED, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["modules"]) == 299
     assert "Traceback" not in done.stderr

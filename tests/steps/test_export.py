@@ -20,6 +20,7 @@ from peftc.models import exported, traced
 from peftc.models import load as models
 from peftc.nn.lowrank import LowRankLinear
 from tests.conftest import BERT, TEXTS, save_transformers  # type: ignore[import-not-found]
+from tests.forked import forked  # type: ignore[import-not-found]
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
 ALONE = """
@@ -71,10 +72,9 @@ def left(folder: Path) -> list[str]:
 
 
 def alone(kind: str, folder: Path, inputs: dict[str, torch.Tensor], place: Path) -> torch.Tensor:
-    """Run a folder in a fresh interpreter in which peftc cannot be imported."""
+    """Run a folder in a process of its own in which peftc cannot be imported."""
     save_file(inputs, place / "inputs")
-    words = [sys.executable, "-W", "ignore", "-c", ALONE, kind, str(folder), str(place / "inputs"), str(place / "back")]
-    subprocess.run(words, check=True, capture_output=True)
+    forked(kind, folder, place / "inputs", place / "back", code=ALONE).check_returncode()
     return load_file(place / "back")["y"]
 
 

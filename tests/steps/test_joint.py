@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from peftc.steps.decompose import decompose
 from peftc.steps.show import command_lines, show
 from peftc.steps.truncate import truncate
 from tests.conftest import promised
+from tests.forked import forked
 from tests.steps.test_decompose import NETWORKS, ranks, read, save_network
 
 HERE = "python:tests.steps.test_joint"
@@ -152,10 +151,7 @@ def test_a_fresh_process_loads_the_same(tmp_path: Path) -> None:
         "import torch, peftc; m = peftc.load('out', allow_code=True); x = torch.load('x.pth');"
         "torch.save((m(x).detach(), m.query.down is m.value.down), 'y.pth')"
     )
-    root = str(Path(__file__).parents[2])
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"], cwd=tmp_path, check=True
-    )
+    forked(code=code, cwd=tmp_path).check_returncode()
     y, one = torch.load(tmp_path / "y.pth")
     assert one
     assert torch.equal(y, models.load(read(tmp_path / "out")).module(x).detach())

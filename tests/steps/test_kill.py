@@ -4,8 +4,6 @@ import fcntl
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from peftc.errors import OutputError
 from peftc.steps.decompose import decompose
 from tests.conftest import promised
+from tests.forked import Forked
 
 # One process imports everything and computes nothing; it forks a child per run, so a run costs no second start.
 DRIVER = """
@@ -101,12 +100,7 @@ print(json.dumps(told))
 
 
 def test_ten_kills_and_reruns_give_the_bytes_of_an_uninterrupted_run(tiny_vit: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tiny_vit), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = Forked(tiny_vit, tmp_path / "out", code=DRIVER).done(300)
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert set(told["codes"]) == {0}, done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from peftc import Source
 from peftc.models import load as models
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
+from tests.forked import forked  # type: ignore[import-not-found]
 
 pytestmark = pytest.mark.real
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -74,8 +73,6 @@ def test_every_trained_model_reloads_in_a_fresh_process_with_identical_outputs(
         model = models.runnable(models.load(Source(str(folder), allow_code=True)), device="cpu")
         expected[str(folder)] = models.outputs(model, models.probe(model)).double().flatten()[:64].tolist()
     threads = str(torch.get_num_threads())
-    run = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(EXAMPLES), *expected], capture_output=True, text=True, check=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-    )  # fmt: skip
+    run = forked(EXAMPLES, *expected, code=RELOAD, env={**os.environ, "OMP_NUM_THREADS": threads})
+    assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == expected

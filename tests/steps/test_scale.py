@@ -30,6 +30,7 @@ from peftc.steps.show import show
 from peftc.steps.spectra import factorizer
 from peftc.steps.statistics import Statistics
 from tests.conftest import promised
+from tests.forked import Forked
 
 TEXT = "the cat sat on the mat . a small dog ran under the big tree ! then the red bird sang , and it was very blue . "
 NEEDS = ("second_moment", "output_gradient_gram")
@@ -455,21 +456,18 @@ def alone(*words: Any) -> tuple[int, str, str]:
 
 
 def launch(*words: Any, code: str | None = None) -> list[tuple[int, str, str]]:
-    """Start two processes as a launcher does; return exit code, stdout and stderr of each."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, *(["-m", "peftc"] if code is None else ["-c", code]), *map(str, words)]
+    """Run two processes as a launcher starts them; return exit code, stdout and stderr of each."""
+    running = [Forked(*words, code=code, env=variables) for variables in environments()]
+    return [(done.returncode, done.stdout, done.stderr) for done in (process.done() for process in running)]
+
+
+def launch_freshly(*words: Any) -> list[tuple[int, str, str]]:
+    """Do the same with an interpreter for each, from its start to its end."""
+    line = [sys.executable, "-m", "peftc", *map(str, words)]
     running = [
-        subprocess.Popen(
-            start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+        for variables in environments()
+    ]
     try:
         told = [process.communicate(timeout=240) for process in running]
     finally:
@@ -478,10 +476,21 @@ def launch(*words: Any, code: str | None = None) -> list[tuple[int, str, str]]:
     return [(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
 
 
+def environments() -> list[dict[str, str]]:
+    """Return the variables that a launcher gives to each of two processes."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [{**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
 def test_two_processes_write_the_bytes_of_one(tiny_vit: Path, tmp_path: Path) -> None:
     words = ["decompose", tiny_vit, "--data", "sklearn:digits", "--calibration-samples", 40, "--ratio", 0.5, "-o"]
     one = alone(*words, tmp_path / "one")
-    first, second = launch(*words, tmp_path / "two")
+    first, second = launch_freshly(*words, tmp_path / "two")
     assert (one[0], first[0], second[0]) == (0, 0, 0), first[2] + second[2]
     assert first[1].strip() == str(tmp_path / "two")
     assert "factored modules" in first[2]

@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from peftc.steps.evaluate import evaluate
 from peftc.steps.show import show
 from peftc.steps.truncate import truncate
 from tests.conftest import promised
+from tests.forked import forked
 from tests.steps.test_decompose import NETWORKS, Convolutions, ranks, read, save_network
 
 NAMES = [
@@ -480,24 +478,18 @@ def test_a_full_disk_is_refused_before_the_work(all_ranks: Path, tiny_vit: Path,
 
 
 KILLED = """
-import sys, time
+import os, signal, sys
 from peftc.steps import write
 from peftc.steps.truncate import truncate
-original = write.verify
-def slow(*words):
-    print("written", flush=True)
-    time.sleep(60)
-    return original(*words)
-write.verify = slow
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+write.verify = killed
 truncate(sys.argv[1], ratio=0.5, output_dir=sys.argv[2])
 """
 
 
 def test_a_cut_that_is_killed_leaves_no_folder_and_ends_in_the_same_bytes(all_ranks: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", KILLED, str(all_ranks), str(tmp_path / "out")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "written\n"
-        os.kill(process.pid, signal.SIGKILL)
+    assert forked(all_ranks, tmp_path / "out", code=KILLED).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     truncate(all_ranks, ratio=0.5, output_dir=tmp_path / "out")
     truncate(all_ranks, ratio=0.5, output_dir=tmp_path / "other")

@@ -1,0 +1,96 @@
+"""Processes of their own that cost no second start: forked from one that has imported the libraries, and no more.
+
+A fresh interpreter imports torch, timm and transformers for seconds before a command does anything. These children
+find them in place, but nothing of peftc and nothing that a test computed. Two things are not as in a fresh interpreter:
+variables that a library reads while it is imported say nothing any more, and the end of the interpreter is skipped.
+A test of either starts `sys.executable` itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["accelerate", "sklearn.datasets", "sklearn.metrics", "timm", "torch.distributed", "transformers", "typer"]
+)
+STREAMS = ("stdin", "stdout", "stderr")
+
+
+class Forked:
+    """A command line of peftc, or a program, at work in a process of its own.
+
+    Args:
+        words: what follows ``peftc``, or the arguments of the program.
+        code: the program, as for ``python -c``.
+        stdin: what it reads.
+        cwd: where it works; here when None.
+        env: its environment; that of this process when None.
+    """
+
+    def __init__(
+        self, *words: Any, code: str | None = None, stdin: str = "", cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder = tempfile.TemporaryDirectory()
+        for name in STREAMS:
+            self.path(name).write_text(stdin if name == "stdin" else "", encoding="utf-8")
+        line = [str(word) for word in words]
+        variables = dict(os.environ if env is None else env)
+        given = (self.folder.name, line, code, str(cwd or Path.cwd()), variables)
+        self.process = CONTEXT.Process(target=_run, args=given, daemon=True)
+        self.process.start()
+
+    def path(self, stream: str) -> Path:
+        """Return the file that stands for a stream."""
+        return Path(self.folder.name, stream)
+
+    def done(self, seconds: float = 240) -> subprocess.CompletedProcess[str]:
+        """Wait for its end, and return what there is to know of it; it is killed if it does not come."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired("forked", seconds, *(self.path(name).read_bytes() for name in STREAMS[1:]))
+        out, err = (self.path(name).read_text(encoding="utf-8", errors="replace") for name in STREAMS[1:])
+        self.folder.cleanup()
+        return subprocess.CompletedProcess(["forked"], self.process.exitcode or 0, out, err)
+
+
+def forked(*words: Any, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command line of peftc, or a program, to its end in a process of its own; see `Forked`."""
+    return Forked(*words, **how).done()
+
+
+def _run(folder: str, words: list[str], code: str | None, cwd: str, variables: dict[str, str]) -> None:
+    """Be the process: the target of the fork."""
+    for number, name in enumerate(STREAMS):
+        file = os.open(Path(folder, name), os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number in range(3)
+    )
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    if "OMP_NUM_THREADS" in variables:
+        import torch
+
+        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    if code is None:
+        sys.argv = ["peftc", *words]
+        from peftc.cli.app import main
+
+        main()
+    else:
+        sys.argv = ["-c", *words]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
