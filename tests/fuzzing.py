@@ -1,4 +1,4 @@
-"""Seeded mutations of the files that peftc reads: JSON, safetensors headers, TOML, bytes of anything; and their judge."""
+"""Seeded mutations of the files that peftc reads (JSON, safetensors, TOML, bytes of anything), and their judge."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from peftc import progress
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, UsageError, WeightError, reason_of
 from peftc.models.inputs import place_of
+from peftc.models.padding import reads_last_token
 
 if TYPE_CHECKING:
     from peftc.models.load import Model
@@ -96,8 +97,10 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
         full: pad every text to that length, for a model that was trained so.
     """
     tokenizer = tokenizer_of(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:  # what pads is masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if reads_last_token(model.module):
+        tokenizer.padding_side = "right"  # positions are counted from the left, so a text behind padding is another
     limit = window(model, max_length, tokenizer)
     is_pair = isinstance(texts[0], tuple)
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)

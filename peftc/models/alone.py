@@ -69,6 +69,8 @@ def main() -> None:
             if asked["do"] == "load":
                 torch.set_num_threads(asked["threads"])
                 network = load(asked["folder"], asked["library"], asked["architecture"], asked["trusted"])
+                if asked["padding"] is not None:
+                    network.config.pad_token_id = asked["padding"]
             if asked["do"] == "run":
                 batch = load_file(asked["inputs"])
             if asked["do"] != "load":

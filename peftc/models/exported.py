@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError
-from peftc.models import alone
-from peftc.models.inputs import dtype_of, taken
+from peftc.models import alone, padding
+from peftc.models.inputs import dtype_of, run, taken
 from peftc.models.load import Model
 
 Inputs = dict[str, Tensor]
@@ -87,7 +87,7 @@ def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
     with torch.inference_mode(), taken(model):
         moved = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
         one = next(iter(moved.values()))
-        value, name = alone.picked(model.module(**moved) if model.library == "transformers" else model.module(one))
+        value, name = alone.picked(run(model.module, moved if model.library == "transformers" else one))
     return value.float(), "logits" if model.library == "timm" else name
 
 
@@ -105,7 +105,7 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
     child = _Child(model)
     answer = child.ask({
         "do": "load", "folder": str(folder), "library": model.library, "architecture": model.architecture,
-        "trusted": trusted, "threads": torch.get_num_threads(),
+        "trusted": trusted, "threads": torch.get_num_threads(), "padding": _padding(model),
     })  # fmt: skip
     by_name = {"named": model.library == "transformers"}
 
@@ -126,6 +126,12 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         f"{runtime} without peftc", run, prepare, close=child.close, about={"load": how, "tried_with": runtime},
         products=[tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None,
     )  # fmt: skip
+
+
+def _padding(model: Model) -> int | None:
+    """Return the id that a user of the folder has to name before several texts are classified at once."""
+    asks = model.library == "transformers" and padding.reads_last_token(model.module)
+    return padding.id_to_write(model) if asks and padding.padding_id(model.module) is None else None
 
 
 class _Child:

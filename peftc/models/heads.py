@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftc.errors import PeftcError, SourceError
-from peftc.models import from_timm, targets
+from peftc.models import from_timm, padding, targets
 from peftc.models.load import Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
@@ -82,8 +82,6 @@ def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
         "label2id": {name: at for at, name in enumerate(classes)},
     }  # fmt: skip
     config.pop("num_labels", None)
-    if model.kind == "text" and config.get("pad_token_id") is None:
-        config["pad_token_id"] = config.get("eos_token_id")
     try:
         made = type(before).from_dict(copy.deepcopy(config))
         made._attn_implementation = before._attn_implementation
@@ -91,10 +89,16 @@ def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
     except UNBUILDABLE as error:
         raise SourceError(f"transformers cannot build `{architecture}` for `{model.name}`", why=str(error)) from error
     network.tie_weights()
+    notes = list(model.notes)
+    if padding.reads_last_token(network) and padding.padding_id(network) is None:
+        padding.name_in_config(network, found := padding.id_to_write(model))
+        config["pad_token_id"] = found
+        notes.append(f"`config.json` names token {found} as padding: transformers needs one to classify several texts")
     prefix = f"{cls.base_model_prefix}."
     has_prefix = any(name.startswith(prefix) for name in surgery.tensors_of(model.module))
     base = {**model.base, "architecture": architecture}
-    return replace(model, module=network, config=config, labels=list(classes), base=base), "" if has_prefix else prefix
+    headed = replace(model, module=network, config=config, labels=list(classes), base=base, notes=notes)
+    return headed, "" if has_prefix else prefix
 
 
 def _filled(before: Model, empty: Model, prefix: str) -> Headed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import PeftcError, SourceError, reason_of
-from peftc.models import dual
+from peftc.models import dual, padding
 from peftc.models.streaming import PLACE
 from peftc.nn import surgery
 
@@ -162,7 +162,10 @@ def outputs(model: Model, batch: Batch) -> Tensor:
 
 def run(module: nn.Module, batch: Batch) -> Any:
     """Return what a network gives for a batch."""
-    return module(**batch) if isinstance(batch, dict) else module(batch)
+    if not isinstance(batch, dict):
+        return module(batch)
+    with padding.told(module, batch) as known:
+        return module(**known)
 
 
 def mask_of(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | None:

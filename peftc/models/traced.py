@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftc.errors import ExportError
 from peftc.measure import without_fused_layers
-from peftc.models import alone, exported
+from peftc.models import alone, exported, padding
 from peftc.models.exported import Inputs
 from peftc.models.foreign import instead, is_one_graph
 from peftc.models.load import Model, detached, runnable
@@ -88,6 +88,8 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
         )
     runs = runnable(replace(model, module=detached(model.module)), device="cpu", dtype="float32")
     runs.module.requires_grad_(False)
+    if padding.reads_last_token(runs.module) and padding.padding_id(runs.module) is None:
+        padding.name_in_config(runs.module, padding.id_to_write(model))  # one for all batches: a graph cannot look
     output = exported.computed(runs, example)[1]
     named = list(example) if model.library == "transformers" else None
     free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}

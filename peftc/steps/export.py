@@ -15,6 +15,7 @@ from peftc.errors import DataError, UsageError
 from peftc.job import EXPORT, ExportRecord, Job, execution
 from peftc.measure import Speedup
 from peftc.models import load as models
+from peftc.models import padding
 from peftc.models.exported import Exported, Inputs
 from peftc.models.load import Model, load
 from peftc.models.multiplied import multiplied
@@ -85,6 +86,7 @@ def export(
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
+    pad = _padding(stored, runs)
     probes = parity.probes(runs, image_size=image_size, max_length=max_length)
     work = _Work(
         stored, leaves, runs, list(probes),
@@ -109,7 +111,7 @@ def export(
             parity.refuse_unsteady(runs, probes)
             job.require(measure.tensor_bytes(leaves.module))
             example = parity.example(runs, 2, image_size=image_size, max_length=max_length)
-            exported = written_by(leaves, example, job.folder, **chosen)
+            exported = _padded(written_by(leaves, example, job.folder, **chosen), stored, pad)
             try:
                 report = work.check(exported, word, data)
                 if is_judged:
@@ -138,6 +140,35 @@ def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callabl
     written_by = methods.find("format", name, "--format")
     word = name.replace("_", "-")
     return word, written_by, methods.with_settings(written_by, word, settings)
+
+
+def _padding(stored: Model, runs: Model) -> int | None:
+    """Return the id by which what is written finds the last token of a text, which the model to compare with is told.
+
+    None for a model that looks for no such token.
+    """
+    if not padding.reads_last_token(runs.module):
+        return None
+    named = padding.padding_id(runs.module)
+    pad = padding.id_to_write(stored) if named is None else named
+    padding.name_in_config(runs.module, pad)
+    return pad
+
+
+def _padded(exported: Exported, stored: Model, pad: int | None) -> Exported:
+    """Return an export whose inputs are padded as it expects them, and that says so."""
+    if pad is None:
+        return exported
+    run, prepare = exported.run, exported.prepare
+    exported.run = lambda inputs: run(padding.filled(inputs, pad))
+    exported.prepare = lambda inputs: prepare(padding.filled(inputs, pad))
+    exported.about["pad_token_id"] = pad
+    if padding.padding_id(stored.module) is None:
+        exported.notes.append(
+            f"the model's config names no padding: several texts at once are padded with token {pad}, which is told "
+            "from the last token of each by its id"
+        )
+    return exported
 
 
 @dataclass

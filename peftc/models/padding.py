@@ -1,0 +1,112 @@
+"""Padding of the classifiers that read the last token of a text, as decoders do.
+
+transformers finds that token by its id: it is the last that is not `pad_token_id` of the config, and without one in the
+config only a single text is taken. GPT-2 and Llama, as they are published, have none. So the masked tokens of a batch
+get the id of the config or, where that names none, one in which no text of the batch ends: a batch then gives what its
+texts give one at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from peftc.errors import DataError
+
+if TYPE_CHECKING:
+    from peftc.models.load import Model
+
+NEVER = -1  # the id of no token: nothing in the batch is padding
+
+
+def reads_last_token(module: nn.Module) -> bool:
+    """Return whether a classifier of transformers reads the last token, which it finds by the id of padding."""
+    config = getattr(module, "config", None)
+    return config is not None and not getattr(config, "is_encoder_decoder", False) and _asks_for_padding(type(module))
+
+
+@lru_cache
+def _asks_for_padding(cls: Any) -> bool:
+    """Whether its forward looks for padding by id: nothing else in a class of transformers tells."""
+    try:
+        return cls.__name__.endswith("ForSequenceClassification") and "pad_token_id" in inspect.getsource(cls.forward)
+    except (OSError, TypeError):  # no source
+        return False
+
+
+def padding_id(module: nn.Module) -> int | None:
+    """Return the id that the config of a classifier names for padding; None where it names none that is a token."""
+    config = _text_config(module)
+    found = config.pad_token_id
+    return found if isinstance(found, int) and 0 <= found < config.vocab_size else None  # Llama 1 says -1
+
+
+def _text_config(module: Any) -> Any:
+    return module.config.get_text_config()
+
+
+@contextmanager
+def told(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Give a batch as a network takes it; while it runs, the config of a classifier names what pads it.
+
+    Raises:
+        DataError: its texts end in every token that there is, so that none is left to pad with.
+    """
+    inner = module if hasattr(module, "config") else getattr(module, "module", module)  # in a launch it is wrapped
+    if "input_ids" not in batch or not reads_last_token(inner):
+        yield dict(batch)
+        return
+    config, named = _text_config(inner), padding_id(inner)
+    before = config.pad_token_id
+    config.pad_token_id = _unused(batch, config.vocab_size) if named is None else named
+    try:
+        yield filled(batch, config.pad_token_id)
+    finally:
+        config.pad_token_id = before
+
+
+def filled(batch: Mapping[str, Tensor], padding: int) -> dict[str, Tensor]:
+    """Return a batch whose masked tokens have an id."""
+    mask = batch.get("attention_mask")
+    if mask is None or padding == NEVER:
+        return dict(batch)
+    return {**batch, "input_ids": batch["input_ids"].masked_fill(mask == 0, padding)}
+
+
+def _unused(batch: Mapping[str, Tensor], tokens: int) -> int:
+    """Return the first id in which no text of a batch ends."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.is_meta or bool(mask.all()):
+        return NEVER
+    places = mask.new_tensor(range(mask.shape[1]))
+    last = batch["input_ids"].gather(1, (places * (mask != 0)).argmax(1, keepdim=True))
+    free = set(range(min(tokens, len(last) + 1))) - set(last.flatten().tolist())
+    if not free:
+        why = f"its {tokens} tokens all stand at the end of a text"
+        raise DataError(f"no token is left to pad a batch of {len(last)} texts", why=why, hint="lower `--batch-size`")
+    return min(free)
+
+
+def id_to_write(model: Model) -> int:
+    """Return the id for a config that has to name one: of the tokenizer's padding, else the end of a text, else 0."""
+    from peftc.data.tokens import tokenizer_of  # which looks at networks by way of this module
+
+    known: list[Any] = [model.config.get("eos_token_id")]
+    try:
+        tokenizer = tokenizer_of(model)
+        known = [tokenizer.pad_token_id, *known, tokenizer.eos_token_id]
+    except DataError:  # a network in memory has none
+        pass
+    ids = [each[0] if isinstance(each, list) and each else each for each in known]
+    tokens = _text_config(model.module).vocab_size
+    return next((each for each in ids if isinstance(each, int) and 0 <= each < tokens), 0)
+
+
+def name_in_config(module: nn.Module, padding: int) -> None:
+    """Let the config of a network in memory name what pads it."""
+    _text_config(module).pad_token_id = padding
