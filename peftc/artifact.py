@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc import documents, verified
+from peftc import documents, results, verified
 from peftc import manifest as manifests
-from peftc.errors import ArtifactError
+from peftc.errors import ArtifactError, reason_of
 from peftc.header import DTYPE_BITS, TensorInfo, encode_header, read_header
 from peftc.manifest import Manifest
 
@@ -207,29 +207,30 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return what an artifact's ``result.json`` holds; empty where it is gone, damaged, or not as peftc wrote it."""
+    """Return what an artifact's ``result.json`` holds; empty where it is gone or damaged."""
     try:
         found = documents.read_json(folder / RESULT)
     except (OSError, ValueError):
         return {}
-    if not documents.is_sealed(found):
-        return {}
-    del found[documents.SEAL]
-    return dict(found)
+    return {} if results.misfit(found) else dict(found)
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write ``result.json`` beside itself, and put it in its place."""
     partial = folder / f"{RESULT}.{os.getpid()}.partial"
-    write_json(partial, documents.sealed(dict(result)))
+    write_json(partial, result)
     partial.replace(folder / RESULT)
 
 
-def altered_result(folder: Path) -> str | None:
-    """Return a warning where ``result.json`` is not as peftc wrote it, so that nothing of it is used; else None."""
+def damaged_result(folder: Path) -> str | None:
+    """Return a warning where a ``result.json`` is damaged, so that nothing of it is used; None where all is well."""
     if not (folder / RESULT).exists() or read_result(folder):
         return None
-    return f"`{folder / RESULT}` is damaged, or was changed after peftc wrote it: what it says is left out"
+    try:
+        why = results.misfit(documents.read_json(folder / RESULT)) or "it says nothing"
+    except (OSError, ValueError) as error:
+        why = reason_of(error)
+    return f"`{folder / RESULT}` is damaged ({why}): what it says of figures is left out"
 
 
 def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ WITHOUT_EFFECT = {  # on what a trained adapter computes: how it began, on what 
     "runtime_config?": SET_UP, "ensure_weight_tying?": (bool, None),
 }  # fmt: skip
 OFF: tuple[Any, ...] = (None, False, {})  # of any other setting
-PATIENCE = 2.0  # seconds that a pattern may take on the names of all modules
+PATIENCE = 1.0  # seconds that a pattern may take on the names of all modules
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _method(config: Mapping[str, Any]) -> str:
         raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
     why = None
     known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
-    others = [name for name, value in config.items() if name not in known and value not in OFF]
+    others = [name for name, value in config.items() if name not in known and (value not in OFF or name == "self")]
     if config.get("peft_type") != "LORA":
         why = f"its peft_type is {config.get('peft_type')}"
     elif str(config["target_modules"]).lower() == "all-linear":

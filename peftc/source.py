@@ -159,5 +159,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SourceError(f"cannot read `{path}`", why=str(error)) from None
     if not isinstance(value, dict):
-        raise SourceError(f"`{path}` does not hold a JSON object")
+        raise SourceError(f"cannot read `{path}`", why="it does not hold a JSON object")
     return value

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftc import retrieval
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
-from peftc.data.tokens import IGNORED, cut, joined, masked, refuse_unknown, tokenise, tokenizer_of, window
+from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window
 from peftc.errors import DataError, UsageError, one_of
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
@@ -113,8 +113,7 @@ def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
         windows = torch.stack([data[index][0] for index in range(len(data))])
     else:
         tokenizer = tokenizer_of(model)
-        ids = tokenizer(joined(data), verbose=False)["input_ids"]
-        refuse_unknown(model, [ids])
+        ids = ids_of(model, tokenizer, joined(data))
         windows = cut(
             data.name,
             ids,
@@ -140,8 +139,7 @@ def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
 def _encode_masked(model: Model, data: Dataset, settings: Settings) -> Encoded:
     tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=3)
-    ids = tokenizer(joined(data), add_special_tokens=False, verbose=False)["input_ids"]
-    refuse_unknown(model, [ids])
+    ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
     inner = cut(data.name, ids, length - 2, number=settings.num_samples, seed=settings.seed)
     tokens, targets = masked(inner, tokenizer, seed=settings.seed)
 

@@ -30,7 +30,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
         "ledger",
         "verified",
     },
-    {"errors", "header", "documents", "progress", "processes", "report", "intervals"},
+    {"errors", "header", "documents", "results", "progress", "processes", "report", "intervals"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
 BANNED_STARTS = ("do_", "handle_", "process_")

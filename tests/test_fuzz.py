@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -109,6 +110,25 @@ def told(folder: Path) -> list[Any]:
     return [first.data["tensors"], second.lines]
 
 
+def on_purpose(folder: Path) -> str:
+    """Take the digest out of a document, as who changes it on purpose does; what then comes of it is theirs to say."""
+    for name in ("peftc.json", "export.json"):
+        path = folder / name
+        if path.exists() and isinstance(value := parsed_or_none(path), dict):
+            value.pop("digest", None)
+            path.write_text(json.dumps(value))
+    if (folder / "export.json").exists():
+        return str(told_of_export(folder))
+    return str([told(folder), vit_outputs(folder)])
+
+
+def parsed_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+
+
 def told_of_export(folder: Path) -> list[Any]:
     found = compare([folder], commands=True).data["models"]
     return [found[-1]["id"], found[-1]["commands"]]
@@ -145,11 +165,11 @@ def command(folder: Path, *words: str) -> str:
 
 def parsed(folder: Path) -> dict[str, str]:
     """Look at what `peftc run` would run, and return the options that `decompose` takes from the file."""
-    from peftc.cli import options as o
+    from peftc.cli import defaults
 
     command(folder, "run", "--dry-run", "--json")
     group: Any = __import__("typer").main.get_command(app)
-    project = config.load("decompose", o.known(group), folder / "peftc.toml")
+    project = config.load("decompose", defaults.known(group), folder / "peftc.toml")
     with group.make_context("peftc", ["decompose", "--help"], resilient_parsing=True) as parent:
         one = group.commands["decompose"].make_context("decompose", [], parent=parent, obj=project)
     return {name: text_of(one.params[name]) for name in project.defaults if name in ("ratio", "rank", "seed", "skip")}
@@ -167,6 +187,8 @@ def as_in_toml(folder: Path) -> dict[str, str]:
     content = tomllib.loads((folder / "peftc.toml").read_text())
     table = {**content, **content.get("decompose", {})}
     found = {name: value for name, value in table.items() if name in ("ratio", "rank", "seed", "skip")}
+    if isinstance(found.get("skip"), str):
+        found["skip"] = shlex.split(found["skip"])
     return {name: text_of(str(value) if name == "ratio" else value) for name, value in found.items()}
 
 
@@ -267,6 +289,8 @@ def subjects_of(site: Path) -> dict[str, Subject]:
         "artifact, as told": Subject(site / "delta", ("result.json", "peftc.json", "log.jsonl"), told, share=2),
         "delta": Subject(site / "delta", ("peftc.json", weights), vit_outputs),
         "artifact of text": Subject(site / "small-bert", ("tokenizer*.json", "config.json"), text_outputs, share=2),
+        "artifact, on purpose": Subject(site / "delta", ("peftc.json",), on_purpose, on_purpose, 2, AS_WRITTEN),
+        "export, on purpose": Subject(site / "export", ("export.json",), on_purpose, on_purpose, 0.5, AS_WRITTEN),
         "all ranks": Subject(site / "ranks", ("peftc.json", "factors.safetensors"), truncated, share=0.5),
         "statistics": Subject(site / "statistics", ("peftc.json", "statistics.*"), calibrated, share=0.5),
         "export": Subject(site / "export", ("export.json", "result.json", weights), told_of_export, share=0.5),

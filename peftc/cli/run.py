@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from typer import Argument, Context, Exit
 
 from peftc import config, ledger, processes
-from peftc.cli import console
+from peftc.cli import console, defaults
 from peftc.cli import options as o
 from peftc.errors import PeftcError, UsageError
 from peftc.ledger import Asked, Ledger
@@ -93,7 +93,7 @@ def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project
         UsageError: there is no recipe, or a step of it is no step of a chain.
     """
     group = parent.command
-    known = o.known(group)
+    known = defaults.known(group)
     file = recipe or Path(config.FILE)
     if not file.is_file():
         hint = f"name one, as in `peftc run recipe.toml`, or write a `{config.FILE}`: `{config.INIT}`"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.data.dataset import Dataset
-from peftc.errors import DataError, UsageError, WeightError, reason_of
-from peftc.models.inputs import place_of
+from peftc.errors import DataError, PeftcError, UsageError, WeightError, reason_of
+from peftc.models.inputs import place_of, vocabulary
 from peftc.models.padding import reads_last_token
 
 if TYPE_CHECKING:
@@ -42,10 +43,23 @@ def tokenizer_of(model: Model) -> Any:
         )
     from transformers import AutoTokenizer
 
-    try:
+    with _refusing(model):
         return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-    except Exception as error:  # the files are somebody's, and the reader is written in another language
-        if isinstance(error, MemoryError):
+
+
+@contextmanager
+def _refusing(model: Model) -> Iterator[None]:
+    """Turn what a tokenizer raises on its own files into a refusal: they are somebody's, and anything may stand there.
+
+    Raises:
+        DataError: it raised, or its Rust code panicked, which is no Exception.
+    """
+    try:
+        yield
+    except (PeftcError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"cannot read the tokenizer of `{model.name}`", why=reason_of(error)) from error
 
@@ -59,7 +73,11 @@ def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least
     config = model.config.get("text_config") or model.config
     known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
     inner = getattr(getattr(model.module, "config", None), "text_config", None)  # a file may leave out what is usual
-    known += [getattr(inner, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    most = getattr(tokenizer, "model_max_length", None)
+    if not isinstance(most, int | float | None):
+        why = f"`model_max_length` is {most!r}"
+        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=why)
+    known += [getattr(inner, "max_position_embeddings", None), most]
     limit = min((int(value) for value in known if value), default=sys.maxsize)
     if max_length is None:
         return min(limit, LONGEST)
@@ -104,8 +122,9 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     limit = window(model, max_length, tokenizer)
     is_pair = isinstance(texts[0], tuple)
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
-    made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
-    refuse_unknown(model, made["input_ids"])
+    with _refusing(model):
+        made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
+    _refuse_unknown(model, [*made["input_ids"], [tokenizer.pad_token_id or 0]])
     keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
 
     def pad(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -117,15 +136,21 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)
 
 
-def refuse_unknown(model: Model, rows: Iterable[Sequence[int]]) -> None:
-    """Refuse tokens that a model has no row for in its table of words.
+def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Return the tokens of one long text, all of which the model knows.
 
     Raises:
-        DataError: its tokenizer is that of another model.
+        DataError: the tokenizer is damaged, or that of another model.
     """
-    table: Any = model.module.get_input_embeddings() if hasattr(model.module, "get_input_embeddings") else None
-    words, most = getattr(table, "num_embeddings", None), max((max(ids, default=0) for ids in rows), default=0)
-    if words is not None and most >= words:
+    with _refusing(model):
+        ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
+    _refuse_unknown(model, [ids])
+    return ids
+
+
+def _refuse_unknown(model: Model, rows: Iterable[Sequence[int]]) -> None:
+    words, most = vocabulary(model), max((max(ids, default=0) for ids in rows), default=0)
+    if most >= words:
         raise DataError(
             f"the tokenizer of `{model.name}` gives the token {most:,}",
             why=f"the model knows {words:,} tokens, from 0 on",

@@ -25,7 +25,7 @@ def from_folder(source: Source, folder: Path) -> Base:
     config = read_config(folder)
     names = config.get("architectures") or []
     cls: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if cls is not None and not hasattr(cls, "from_pretrained"):
+    if names and cls is not None and not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise SourceError(f"`{names[0]}`, which `{folder / 'config.json'}` asks for, is no model of transformers")
     remote = cls is None
     if remote and not source.trust_remote_code:

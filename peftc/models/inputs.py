@@ -64,7 +64,7 @@ def probe(
         return torch.randn(batch, *shape, generator=generator).to(first.device, dtype)
 
     def ids() -> Tensor:
-        drawn = torch.randint(0, _vocabulary(model), (batch, length), generator=generator)
+        drawn = torch.randint(0, vocabulary(model), (batch, length), generator=generator)
         if kind == "image-text" and (end := _end(model)) is not None:
             drawn[:, -1] = end  # where CLIP takes the vector of a text
         return drawn.to(first.device)
@@ -117,7 +117,8 @@ def _image_shape(model: Model, image_size: int | None) -> tuple[int, int, int]:
     return channels, int(size[1]), int(size[2])
 
 
-def _vocabulary(model: Model) -> int:
+def vocabulary(model: Model) -> int:
+    """Return how many tokens a network of texts knows."""
     config: Any = getattr(model.module, "config", None)
     config = getattr(config, "text_config", config)
     known = getattr(config, "vocab_size", None)
@@ -130,7 +131,7 @@ def _vocabulary(model: Model) -> int:
 def _end(model: Model) -> int | None:
     config: Any = getattr(model.module, "config", None)
     end = getattr(getattr(config, "text_config", None), "eos_token_id", None)
-    return end if isinstance(end, int) and 0 <= end < _vocabulary(model) else None
+    return end if isinstance(end, int) and 0 <= end < vocabulary(model) else None
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def from_folder(folder: Path) -> Weights:
 def _from_shards(folder: Path, index: Path) -> Weights:
     content = read_json(index)
     if why := documents.misfit(content, {"weight_map": {str: str}, "metadata?": dict}):
-        raise SourceError(f"`{index}` is no index of weights", why=why)
+        raise SourceError(f"cannot read `{index}`", why=why)
     where = content["weight_map"]
     weights = Weights(str(folder))
     for name in sorted(set(where.values())):
@@ -141,6 +141,8 @@ def _from_shards(folder: Path, index: Path) -> Weights:
         weights.files += shard.files
         weights.infos.update(shard.infos)
         weights.loaded.update(shard.loaded)
+    if "metadata" not in content:
+        raise SourceError(f"cannot read `{index}`", why="it has no `metadata`, without which transformers reads it not")
     lacking = sorted(where.keys() - set(weights.names()))
     if lacking:
         raise SourceError(f"the shards of `{folder}` lack `{lacking[0]}`", why=f"`{index.name}` lists it")

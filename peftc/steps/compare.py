@@ -38,6 +38,7 @@ def compare(
         figures |= {
             "artifact": figures["name"], "id": record.manifest.id, "base": record.base, "commands": record.commands(),
         }  # fmt: skip
+    report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
     report.tables.append(_table(rows))
     _say_what_was_measured(report, rows, found)
     if analyzed:

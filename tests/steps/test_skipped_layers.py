@@ -1,6 +1,5 @@
 """prune-layers where no config leaves the layers out: they keep their places and hand on what they read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from peftc.errors import ArtifactError, ExportError, SourceError
 from peftc.models import load
 from peftc.nn.skipped import Skipped
 from peftc.steps import imitation
-from tests.conftest import save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.conftest import rewritten, save_timm, save_transformers  # type: ignore[import-not-found]
 
 SWIN = {"embed_dim": 24, "img_size": 112, "depths": (2, 2, 2, 2), "num_classes": 5}
 INPUT = {"input_size": [3, 112, 112], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
@@ -164,8 +163,7 @@ def test_a_network_of_your_own_loses_layers_too(tmp_path: Path) -> None:
 def test_a_damaged_manifest_is_refused(shorter: Path, tmp_path: Path, skipped: dict[str, int], text: str) -> None:
     for path in shorter.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    record = json.loads((tmp_path / "peftc.json").read_text())
-    (tmp_path / "peftc.json").write_text(json.dumps({**record, "skipped": skipped}))
+    rewritten(tmp_path / "peftc.json", lambda record: record.update(skipped=skipped))
     with pytest.raises(ArtifactError, match="skip|manifest") as caught:
         peftc.load(tmp_path)
     assert text in str(caught.value)

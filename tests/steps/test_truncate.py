@@ -27,7 +27,7 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.show import show
 from peftc.steps.truncate import truncate
-from tests.conftest import promised
+from tests.conftest import promised, rewritten
 from tests.forked import forked
 from tests.steps.test_decompose import NETWORKS, Convolutions, ranks, read, save_network
 
@@ -292,10 +292,9 @@ def test_half_of_a_correction_is_refused(tiny_vit: Path, tmp_path: Path) -> None
     factors = load_file(path)
     del factors["blocks.0.attn.qkv.down_mean"]
     save_file(factors, path, metadata=metadata)
-    record = json.loads((tmp_path / "all" / "peftc.json").read_text())
     content = path.read_bytes()
-    record["files"][path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (tmp_path / "all" / "peftc.json").write_text(json.dumps(record))
+    promise = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    rewritten(tmp_path / "all" / "peftc.json", lambda record: record["files"].update({path.name: promise}))
     with pytest.raises(ArtifactError, match=r"`blocks\.0\.attn\.qkv\.down_mean` among the factors .* is absent"):
         truncate(tmp_path / "all", ratio=0.5, output_dir=tmp_path / "cut")
 
@@ -396,9 +395,7 @@ def test_a_cut_takes_exactly_one_budget(all_ranks: Path) -> None:
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    value = json.loads((folder / "peftc.json").read_text())
-    change(value)
-    (folder / "peftc.json").write_text(json.dumps(value))
+    rewritten(folder / "peftc.json", change)
 
 
 def refactor(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

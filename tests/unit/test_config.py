@@ -165,3 +165,26 @@ def test_what_a_pipe_hands_on() -> None:
     assert config.artifact_from('{"artifact": "small", "x": 1}') == "small"
     with pytest.raises(ChainError, match="the step before it failed"):
         config.artifact_from(" ")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("skip = 1979-05-27", "`skip` in `peftc.toml` is 1979-05-27"),
+        ("skip = { a = 1 }", "the option takes a list of texts"),
+        ("skip = [[1]]", "the option takes a list of texts"),
+        ("skip = '\"'", "the option takes a list of texts"),
+        ("ratio = [0.5]", "the option takes one value"),
+        ("method = { a = 1 }", "the option takes one value"),
+        ("set = { a = { b = 1 } }", "or a table of its settings"),
+        ("seed = 0.5", "'0.5' is not a valid int"),
+        ("seed = 07:32:00", "the option takes one value"),
+    ],
+)
+def test_a_value_that_nobody_could_type_is_refused(
+    peftc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("peftc.toml").write_text(f'model = "m"\n[decompose]\n{line}\n')
+    done = peftc("decompose")
+    assert done.exit_code == 2 and said in done.stderr, done.stderr

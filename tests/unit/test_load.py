@@ -284,3 +284,63 @@ def test_a_timm_folder_that_says_nothing_of_images_reads_them_as_its_architectur
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tiny_vit / "model.safetensors").read_bytes())
     assert load(tmp_path).preprocess["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        ("tiny_bert", {"num_hidden_layers": 10_000_000}),
+        ("tiny_bert", {"max_position_embeddings": 10**9}),
+        ("tiny_bert", {"intermediate_size": 10**8}),
+        ("tiny_llama", {"num_hidden_layers": 10_000_000}),
+        ("tiny_bert", {"num_labels": 10**9}),
+        ("tiny_vit", {"depth": 10_000_000}),
+        ("tiny_vit", {"img_size": 1_000_000}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_a_config_that_asks_for_far_more_than_the_weights_is_refused_before_it_is_built(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, change: dict[str, int]
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (config["model_args"] if model == "tiny_vit" else config).update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PeftcError, match=r"the config asks for|is not read|allocate") as refusal:
+        load(folder)
+    assert any(character.isdigit() for character in str(refusal.value)), "the limit is named"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantized"),
+        ({"transformers_weights": "other.safetensors"}, "names another file of weights, 'other.safetensors'"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'"),
+        ({"architectures": "BertModel"}, "`architectures` is"),
+        ({"architectures": ["BertTokenizer"]}, "is no model of transformers"),
+        ({"id2label": ["a", "b"]}, "`id2label` is"),
+        ({"id2label": {"x": "a"}}, "`id2label` is not a map from numbers to names"),
+        ({"eos_token_id": "2"}, "`eos_token_id` is"),
+        ({"max_position_embeddings": "64"}, "`max_position_embeddings` is"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_of_transformers_that_is_not_understood_is_refused(
+    tiny_bert: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(SourceError) as refusal:
+        load(folder)
+    assert said in str(refusal.value)
+
+
+def test_whole_numbers_in_the_place_of_weights_are_refused(tiny_vit: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_vit, tmp_path / "vit")
+    state = load_file(folder / "model.safetensors")
+    state["head.weight"] = state["head.weight"].view(torch.int32)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(WeightError, match=r"`head.weight` .* holds torch.int32; the network needs torch.float32"):
+        load(folder)

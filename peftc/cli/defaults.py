@@ -1,0 +1,81 @@
+"""The values that a project file and `PEFTC_` variables give to options, as if they had been typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typer import Context
+
+from peftc import config
+from peftc.errors import UsageError
+
+
+def configure(ctx: Context, file: Path | None) -> None:
+    """Read the project before any other option, so that it sets their defaults."""
+    group: Any = ctx.parent.command if ctx.parent else None
+    if group is None or ctx.resilient_parsing:
+        return
+    project = ctx.obj or config.load(str(ctx.info_name), known(group), file)  # a recipe has read its own already
+    ctx.obj = project
+    params = {param.name: param for param in ctx.command.params}
+    ctx.default_map = {name: _typed(project, params[name], value) for name, value in project.defaults.items()}
+
+
+def _typed(project: config.Project, param: Any, value: Any) -> Any:
+    """Return a value of a file or a variable as it would be typed: a text, or several for a repeated option.
+
+    Raises:
+        UsageError: nobody could type it for that option.
+    """
+    repeated, pairs = getattr(param, "multiple", False), param.opts[0] in PAIRS
+    found = _texts(value, pairs=pairs) if repeated else None if isinstance(value, dict | list) else _text(value)
+    if found is None:
+        takes = "a list of texts" if repeated else "one value"
+        raise UsageError(
+            f"`{param.opts[0].lstrip('-')}` in `{project.file or config.FILE}` is {str(value)[:60]}",
+            why=f"the option takes {takes}" + (", or a table of its settings" if pairs else ""),
+        )
+    return value if isinstance(value, bool) and param.is_flag else found
+
+
+PAIRS = ("--set", "--arch-set", "--preprocess")  # options of KEY=VALUE, which a file may say as a table
+
+
+def known(group: Any) -> dict[str, dict[str, str]]:
+    """Return the options of every command of the program: what a project file may say."""
+    return {word: _spellings(command) for word, command in group.commands.items()}
+
+
+def _spellings(command: Any) -> dict[str, str]:
+    """Map what a file or a variable may call an option to the name of its parameter."""
+    own = (param for param in command.params if param.name not in ("model", "models", "config"))
+    return {
+        opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
+    }
+
+
+def _texts(value: Any, *, pairs: bool) -> list[str] | None:
+    """Return a repeated option as it would be typed: a list, a table, words in one string; else None."""
+    if isinstance(value, Mapping) and pairs:
+        found = {key: _joined(item) if isinstance(item, list) else _text(item) for key, item in value.items()}
+        return None if None in found.values() else [f"{key}={text}" for key, text in found.items()]
+    if isinstance(value, str):
+        from shlex import split
+
+        try:
+            return split(value)
+        except ValueError:
+            return None
+    found_texts = [_text(item) for item in value] if isinstance(value, list) else [None]
+    return None if None in found_texts else [text for text in found_texts if text is not None]
+
+
+def _joined(items: list[Any]) -> str | None:
+    texts = [_text(item) for item in items]
+    return None if None in texts else ",".join(map(str, texts))
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int | float) else None

@@ -1,0 +1,61 @@
+"""What ``result.json`` says, in shape: what a step found, and what was measured of its artifact since.
+
+`show`, `compare`, `report` and cards read it again. A file that says it otherwise is damaged: nothing of it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftc import documents
+
+NUMBER, TEXT, COUNT = (float, None), (str, None), (int, None)
+CELL = (str, float, bool, None)
+INTERVAL = {"value": float, "low": float, "high": float}
+SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
+DATA = {"spec": str, "split": str, "samples": int, "digest": str}
+EVALUATED = {
+    "at?": int, "question?": Any, "task": str, "metric": str, "metrics": {str: INTERVAL}, "data": DATA,
+    "higher_is_better?": bool, "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
+}  # fmt: skip
+TIMED = {
+    "dtype": str, "parameters": int, "macs": COUNT, "bytes_on_disk": COUNT, "batch_1": {"median_seconds": float},
+    "saturating": {"batch": int, "samples_per_second": float},
+}  # fmt: skip
+BENCHED = {
+    "at": int, "question?": Any, "model": TIMED, "against?": (TIMED | {"name": str}, None), "input": Any,
+    "speedup?": ({"saturating": ({"verdict": str}, None)}, None),
+    "environment": {"device_name": str, "threads": int},
+}  # fmt: skip
+MODULE = {
+    "name": str, "shape?": [int], "rank?": (int, [int], None), "reason?": TEXT, "error?": NUMBER,
+    "parameters_before?": COUNT, "parameters_after?": COUNT,
+}  # fmt: skip
+LAYER = {"name": str, "score": NUMBER, "kept": bool}
+SPEEDUP = {"value": float, "low": float, "high": float}
+REPORT = {
+    "data?": {
+        "size?": ({"before?": (SIZE, None), "after?": (SIZE, None)}, None), "modules?": ([MODULE], dict, None),
+        "layers?": ([LAYER], None), "score?": TEXT, "threshold?": NUMBER, "quality?": (EVALUATED, None),
+        "runtime?": str, "deviation?": float, "times?": {str: {"speedup": {"verdict": str}}},
+    },
+    "tables?": [{"title": str, "columns": [str], "rows": [[CELL]]}], "notes?": [str], "warnings?": [str],
+}  # fmt: skip
+RESULT = {
+    "report?": REPORT, "seconds?": NUMBER, "device?": TEXT, "platform?": TEXT, "threads?": COUNT,
+    "versions?": {str: str}, "measured?": {"evaluate?": [EVALUATED | {"at": int}], "bench?": [BENCHED]},
+    "asked?": ({"id?": str, "request?": dict}, None),
+}  # fmt: skip
+
+
+def misfit(value: Any) -> str | None:
+    """Return what in a result is not as it has to be; None where all is."""
+    if why := documents.misfit(value, RESULT):
+        return why
+    entries = (value.get("measured") or {}).get("evaluate", [])
+    gated = ((value.get("report") or {}).get("data") or {}).get("quality")
+    for entry in [*entries, *([gated] if gated else [])]:
+        if entry["metric"] not in entry["metrics"]:
+            return f"it has no figure of the metric `{entry['metric']}`"
+    times = ((value.get("report") or {}).get("data") or {}).get("times") or {}
+    return None if all(batch.isdecimal() for batch in times) else "one of its batch sizes is no number"
