@@ -14,7 +14,7 @@ demo: .venv/.installed ## run the main job on the embedded default
 
 # one process for each core, so that none of them needs more than a thread
 test: .venv/.dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 pages: .venv/.dev ## run the examples of the README, of the pages and of examples/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m pages $(ARGS)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +73,15 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return put
+
+
+@pytest.fixture
+def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load exported folders by their library in a forked process; one test of each library starts an interpreter."""
+    from peftc.models import exported
+    from tests.forked import ForkedScript  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(exported, "subprocess", SimpleNamespace(Popen=ForkedScript, PIPE=None))
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 A fresh interpreter imports torch, timm and transformers for seconds before a command does anything. These children
 find them in place, but nothing of peftc and nothing that a test computed. Two things are not as in a fresh interpreter:
-variables that a library reads while it is imported say nothing any more, and the end of the interpreter is skipped.
-A test of either starts `sys.executable` itself.
+variables that a library reads while it is imported say nothing any more (`_run` mends two), and the end of the
+interpreter is skipped. A test of either starts `sys.executable` itself.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -44,7 +45,7 @@ class Forked:
             self.path(name).write_text(stdin if name == "stdin" else "", encoding="utf-8")
         line = [str(word) for word in words]
         variables = dict(os.environ if env is None else env)
-        given = (self.folder.name, line, code, str(cwd or Path.cwd()), variables)
+        given = ([str(self.path(name)) for name in STREAMS], line, code, str(cwd or Path.cwd()), variables)
         self.process = CONTEXT.Process(target=_run, args=given, daemon=True)
         self.process.start()
 
@@ -69,10 +70,36 @@ def forked(*words: Any, **how: Any) -> subprocess.CompletedProcess[str]:
     return Forked(*words, **how).done()
 
 
-def _run(folder: str, words: list[str], code: str | None, cwd: str, variables: dict[str, str]) -> None:
+class ForkedScript:
+    """What `subprocess.Popen` makes of a script, as far as `peftc.models.exported` asks for it: pipes and an end."""
+
+    def __init__(self, line: Sequence[str], *, stderr: TextIO, env: Mapping[str, str], **pipes: Any) -> None:
+        theirs, ours = zip(CONTEXT.Pipe(duplex=False), reversed(CONTEXT.Pipe(duplex=False)), strict=True)
+        self.stdin, self.stdout = (
+            os.fdopen(os.dup(end.fileno()), mode) for end, mode in zip(ours, ("w", "r"), strict=True)
+        )
+        code = f"import runpy; runpy.run_path({line[-1]!r}, run_name='__main__')"
+        given = ((*theirs, stderr.name), [], code, str(Path.cwd()), dict(env))
+        self.process = CONTEXT.Process(target=_run, args=given, daemon=True)
+        self.process.start()
+        for end in (*theirs, *ours):
+            end.close()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self.process.join()
+
+
+def _run(
+    streams: Sequence[str | Connection], words: list[str], code: str | None, cwd: str, variables: dict[str, str]
+) -> None:
     """Be the process: the target of the fork."""
-    for number, name in enumerate(STREAMS):
-        file = os.open(Path(folder, name), os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
+    for number, stream in enumerate(streams):
+        if isinstance(stream, str):
+            file = os.open(stream, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        else:
+            file = os.dup(stream.fileno())
+            stream.close()
         os.dup2(file, number)
         os.close(file)
     sys.stdin, sys.stdout, sys.stderr = (
@@ -86,6 +113,10 @@ def _run(folder: str, words: list[str], code: str | None, cwd: str, variables: d
         import torch
 
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    if "HF_MODULES_CACHE" in variables:
+        from transformers import dynamic_module_utils
+
+        dynamic_module_utils.HF_MODULES_CACHE = variables["HF_MODULES_CACHE"]
     if code is None:
         sys.argv = ["peftc", *words]
         from peftc.cli.app import main

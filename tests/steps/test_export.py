@@ -110,6 +110,7 @@ def test_a_factored_classifier_multiplied_out_loads_from_pretrained(small_bert: 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_tied_factors_become_one_tied_weight(small_llama: Path, tmp_path: Path) -> None:
     report = peftc.export(small_llama, format="hf", dense=True, output_dir=tmp_path / "plain", **QUICK)
     assert report.data["deviation"] < 1e-5
@@ -117,6 +118,7 @@ def test_tied_factors_become_one_tied_weight(small_llama: Path, tmp_path: Path) 
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_products_of_half_precision_may_be_rounded(small_llama: Path, tmp_path: Path) -> None:
     peftc.load(small_llama.parent).bfloat16().save_pretrained(tmp_path / "half")
     peftc.decompose(tmp_path / "half", ratio=0.7, output_dir=tmp_path / "small")
@@ -125,6 +127,7 @@ def test_products_of_half_precision_may_be_rounded(small_llama: Path, tmp_path: 
     assert {tensor.dtype for tensor in load_file(tmp_path / "plain/model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_so_may_those_of_a_file_that_is_half_precision_in_part(tiny_vit: Path, tmp_path: Path) -> None:
     weights = load_file(tiny_vit / "model.safetensors")
     mixed = {name: tensor if "norm" in name else tensor.half() for name, tensor in weights.items()}
@@ -136,6 +139,7 @@ def test_so_may_those_of_a_file_that_is_half_precision_in_part(tiny_vit: Path, t
     assert 1e-4 < report.data["deviation"] < report.data["tolerance"] == 1e-2
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> None:
     peftc.prune_layers(tiny_vit, drop="1", output_dir=tmp_path / "shorter", device="cpu")
     peftc.export(tmp_path / "shorter", format="timm", output_dir=tmp_path / "plain", **QUICK)
@@ -145,6 +149,7 @@ def test_a_depth_pruned_model_needs_no_dense(tiny_vit: Path, tmp_path: Path) -> 
     assert all(torch.equal(written[name], stored[name]) for name in stored)
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_delta_is_exported_whole(tiny_vit: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pixels = {f"x_{split}": random.normal(size=(20, 3, 32, 32)).astype(np.float32) for split in ("train", "test")}
@@ -418,6 +423,7 @@ def test_an_export_that_computes_something_else_is_exit_1_and_leaves_nothing(
     assert left(tmp_path) == []
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_plain_folder_that_its_library_does_not_load_is_refused(
     small_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

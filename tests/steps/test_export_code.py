@@ -21,6 +21,7 @@ from peftc.models.exported import Exported
 from peftc.models.load import load
 from peftc.models.multiplied import multiplied
 from tests.conftest import BERT, LLAMA, save_dual, save_transformers  # type: ignore[import-not-found]
+from tests.forked import forked  # type: ignore[import-not-found]
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
 VISION = {**BERT, "image_size": 32, "patch_size": 8}
@@ -127,10 +128,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (place / "factors").write_text(str(len(written.expected)))
         lines.append(f"{auto}={place}")
     modules = str(tmp_path_factory.mktemp("modules"))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ALONE, *lines], capture_output=True, text=True,
-        env={**os.environ, "HF_MODULES_CACHE": modules},
-    )  # fmt: skip
+    done = forked(*lines, code=ALONE, env={**os.environ, "HF_MODULES_CACHE": modules})
     assert done.returncode == 0, done.stderr
     return found
 
@@ -233,6 +231,7 @@ def test_what_needs_no_code_or_cannot_have_it_is_refused(tiny_bert: Path, tiny_v
     assert not (tmp_path / "code").exists()
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_dual_encoder_has_its_code_too(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     base = save_dual(tmp_path / "clip", "CLIPModel")

@@ -90,6 +90,7 @@ def test_plain_weights_are_said_to_belong_to_updates(models: dict[str, Path], tm
         ("text", "timm", "hf", "`--format hf-code` or `--format onnx`"),
     ],
 )
+@pytest.mark.usefixtures("quick_exports")
 def test_factors_are_multiplied_out_or_kept(
     name: str, word: str, plain: str, kept: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
