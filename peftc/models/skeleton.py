@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -95,16 +95,26 @@ FACTORIES = {
 }  # fmt: skip
 
 
-class _Sized(TorchFunctionMode):
-    """Refuse a tensor that is larger than the limits allow before it takes memory."""
+FILLS = frozenset(
+    getattr(Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+)
 
-    def __init__(self, limits: Limits) -> None:
+
+class _Watching(TorchFunctionMode):
+    """Refuse a tensor that is larger than the limits allow before it takes memory, and fill none on the meta device.
+
+    What is there holds no numbers, and torch takes milliseconds to draw none for a parameter.
+    """
+
+    def __init__(self, limits: Limits | None) -> None:
         super().__init__()
         self.limits = limits
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in FACTORIES:
+        if function in FILLS and args[0].is_meta:
+            return args[0]
+        if self.limits is not None and function in FACTORIES:
             shape = function(*args, **{**kwargs, "device": "meta"})
             if shape.numel() * shape.itemsize > self.limits.most_bytes:
                 raise self.limits.refusal(f"a tensor of {shape.numel() * shape.itemsize:,} bytes")
@@ -129,7 +139,7 @@ def _watched(limits: Limits | None, *, meta: bool) -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        with _Sized(limits) if limits is not None else nullcontext():
+        with _Watching(limits):
             yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -260,9 +260,9 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
     weights = data_folder / "weights/vit_tiny_patch16_224/model.safetensors"
     model = models.load(Source(str(weights), arch="timm:vit_tiny_patch16_224"))
     data = data_folder / "sets/imagenet_sample/imagenet_sample_150.zip"
-    prepared = prepare(model, Request(str(data), samples=24), "cpu")
+    prepared = prepare(model, Request(str(data), samples=16), "cpu")
     every, _ = eligible(prepared.model, conv_method="channel")
-    targets = {name: target for name, target in every.items() if name.split(".")[1] in ("1", "4", "7")}
+    targets = {name: target for name, target in every.items() if name.split(".")[1] in ("1", "7")}
     needs = ("second_moment", "output_gradient_gram")
     known = statistics.collect(prepared, targets, needs, tmp_path)
     batch = prepared.encoded.batch(range(prepared.encoded.size)).inputs
@@ -285,6 +285,6 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
             module.bias.copy_(bias)
         measured = float((dense.exp() * (dense - small)).sum(-1).mean())
         ratios[name] = measured / (float(spectrum.losses()[rank]) / 2)
-    assert len(ratios) == 12
+    assert len(ratios) == 8
     near = [name for name, ratio in ratios.items() if 1 / 4 <= ratio <= 4]
-    assert len(near) >= 10, ratios
+    assert len(near) >= 7, ratios

@@ -113,14 +113,18 @@ def test_a_slice_has_the_ranks_and_factors_of_a_direct_decompose(kept, tmp_path:
     source, artifact, _ = kept(name)
     for number, asked in enumerate(BUDGETS if name in EVERY_BUDGET else BUDGETS[2:3]):
         budget = budget_for(artifact, asked)
-        direct = decompose(source, output_dir=tmp_path / f"{number}-direct", **budget, **NETWORKS[name][3])
-        cut = truncate(read(artifact), output_dir=tmp_path / f"{number}-cut", **budget)
+        how: dict[str, Any] = {"dry_run": number > 0 and name != "vit"}  # factors depend on their ranks alone
+        direct = decompose(source, output_dir=tmp_path / f"{number}-direct", **budget, **how, **NETWORKS[name][3])
+        cut = truncate(read(artifact), output_dir=tmp_path / f"{number}-cut", **budget, **how)
         assert ranks(cut) == ranks(direct), budget
         assert any(ranks(cut).values()), budget
-        close(tmp_path / f"{number}-cut", tmp_path / f"{number}-direct")
-        for ours, theirs in zip(cut.data["modules"], direct.data["modules"], strict=True):
-            assert ours["error"] == pytest.approx(theirs["error"], rel=1e-3, abs=1e-6)
-        assert cut.data["size"]["after"] == direct.data["size"]["after"]
+        if not how["dry_run"]:
+            close(tmp_path / f"{number}-cut", tmp_path / f"{number}-direct")
+            for ours, theirs in zip(cut.data["modules"], direct.data["modules"], strict=True):
+                assert ours["error"] == pytest.approx(theirs["error"], rel=1e-3, abs=1e-6)
+            assert cut.data["size"]["after"] == direct.data["size"]["after"]
+        for key in ("parameters", "macs"):  # bytes are an estimate before there is a file
+            assert cut.data["size"]["after"][key] == direct.data["size"]["after"][key]
         assert cut.data["ratio"] == direct.data["ratio"] and cut.data["dense"] == direct.data["dense"]
 
 
@@ -253,11 +257,12 @@ def test_a_slice_of_calibrated_factors_has_the_corrected_bias(
     source, options = calibrated(name, tiny_vit, tmp_path)
     decompose(source, output_dir=tmp_path / "all", keep_all_ranks=True, method=method, **options)
     dense = models.load(source).module.state_dict()
-    for number, budget in enumerate(({"ratio": 0.5}, {"rank": 3}, {"energy": 0.9})):
+    budgets: list[dict[str, Any]] = [{"ratio": 0.5}, {"rank": 3}, {"energy": 0.9}]
+    for number, budget in enumerate(budgets if name == "vit" else budgets[:1]):
         direct = decompose(
             source, output_dir=tmp_path / f"direct-{number}", method=method, sensitivity=0, **budget, **options
-        )  # type: ignore[arg-type]
-        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **budget)  # type: ignore[arg-type]
+        )
+        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **budget)
         assert ranks(cut) == ranks(direct) and any(ranks(cut).values())
         ours, theirs = (load_file(tmp_path / f"{kind}-{number}" / "model.safetensors") for kind in ("cut", "direct"))
         assert ours.keys() == theirs.keys()
