@@ -120,7 +120,7 @@ def from_config(config: dict[str, Any], name: str, folder: Path | None) -> Base:
     stored = None if folder is None else stored_in(folder)
     try:
         module = on_meta(
-            lambda: timm.create_model(config["architecture"], pretrained=False, **settings, **arguments), stored
+            lambda: timm.create_model(config["architecture"], pretrained=False, **settings, **arguments), stored, config
         )
     except TypeError as error:
         raise UsageError(f"timm's `{config['architecture']}` does not accept its arguments", why=str(error)) from error

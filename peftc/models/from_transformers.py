@@ -43,7 +43,7 @@ def from_folder(source: Source, folder: Path) -> Base:
             made_by = lambda: auto.from_config(made, trust_remote_code=source.trust_remote_code)  # noqa: E731
         else:
             made_by = lambda: cls(made)  # noqa: E731
-        module: Any = on_meta(made_by, stored_in(folder))
+        module: Any = on_meta(made_by, stored_in(folder), config)
         module.tie_weights()
     except (*UNBUILDABLE, StrictDataclassError) as error:
         raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Limits:
     @property
     def most_parameters(self) -> int:
         """Number of parameters, most of which have many entries."""
-        return 20_000 + self.stored // 1000
+        return 5_000 + self.stored // 1000
 
     def count(self, parameter: nn.Parameter) -> None:
         """Take note of a parameter that was built.
@@ -78,6 +79,19 @@ class Limits:
         if self.parameters > self.most_parameters or 4 * self.entries > self.most_bytes:
             raise self.refusal(f"{self.parameters:,} parameters of {self.entries:,} entries and more")
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Look at what a config says of layers: some constructors make long lists of them before the first parameter.
+
+        Raises:
+            SourceError: it says more than there can be parameters.
+        """
+        for name, value in config.items():
+            if isinstance(value, dict):
+                self.check(value)
+            numbers = value if isinstance(value, list) else [value]
+            if COUNTS.search(name) and any(type(n) is int and n > self.most_parameters for n in numbers):
+                raise self.refusal(f"`{name}` {value}")
+
     def refusal(self, what: str) -> SourceError:
         """Return the refusal of a config that asks for ``what``."""
         return SourceError(
@@ -88,6 +102,7 @@ class Limits:
         )
 
 
+COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?)$")
 SMALL = 512 * 1024 * 1024  # bytes that any config may ask for
 FACTORIES = {
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand,
@@ -145,7 +160,9 @@ def _watched(limits: Limits | None, *, meta: bool) -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def on_meta(make: Callable[[], nn.Module], stored: int | None = None) -> nn.Module:
+def on_meta(
+    make: Callable[[], nn.Module], stored: int | None = None, config: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Return the network that ``make`` builds, its parameters on the meta device.
 
     A constructor that looks into its own parameters cannot run there: it runs for real, and the parameters are let go.
@@ -153,10 +170,13 @@ def on_meta(make: Callable[[], nn.Module], stored: int | None = None) -> nn.Modu
     Args:
         make: builds it.
         stored: bytes of the weights that are to fill it, where a file says what to build: `Limits` follow from them.
+        config: what that file says.
 
     Raises:
         SourceError: it is far larger than those.
     """
+    if stored is not None:
+        Limits(stored).check(config or {})
     try:
         with _watched(None if stored is None else Limits(stored), meta=True):
             network = make()
