@@ -50,7 +50,8 @@ WITHOUT_EFFECT = {  # on what a trained adapter computes: how it began, on what 
     "lora_ga_config?": SET_UP, "megatron_core?": (str, None), "qalora_group_size?": (int, None),
     "runtime_config?": SET_UP, "ensure_weight_tying?": (bool, None),
 }  # fmt: skip
-OFF: tuple[Any, ...] = (None, False, {})  # of any other setting
+OFF: tuple[Any, ...] = (None, False, {})  # of any other setting but these, which peft does not take so
+NEVER_OFF = (("use_bdlora", False), ("self", None))
 PATIENCE = 1.0  # seconds that a pattern may take on the names of all modules
 
 
@@ -309,7 +310,9 @@ def _method(config: Mapping[str, Any]) -> str:
         raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
     why = None
     known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
-    others = [name for name, value in config.items() if name not in known and (value not in OFF or name == "self")]
+    others = [
+        name for name, value in config.items() if name not in known and (value not in OFF or (name, value) in NEVER_OFF)
+    ]
     if config.get("peft_type") != "LORA":
         why = f"its peft_type is {config.get('peft_type')}"
     elif str(config["target_modules"]).lower() == "all-linear":

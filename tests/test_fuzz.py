@@ -189,6 +189,8 @@ def as_in_toml(folder: Path) -> dict[str, str]:
     found = {name: value for name, value in table.items() if name in ("ratio", "rank", "seed", "skip")}
     if isinstance(found.get("skip"), str):
         found["skip"] = shlex.split(found["skip"])
+    if "skip" in found:
+        found["skip"] = [str(each) for each in found["skip"]]
     return {name: text_of(str(value) if name == "ratio" else value) for name, value in found.items()}
 
 

@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
 }  # fmt: skip
 CONFIG = {
     "architecture": str, "num_classes?": (int, None), "model_args?": (dict, None), "label_names?": ([str], None),
-    "pretrained_cfg?": (SETTINGS, None),
+    "pretrained_cfg?": SETTINGS,
 }  # fmt: skip
 CONFIG_NAMES = tuple(name.removesuffix("?") for name in CONFIG)
 

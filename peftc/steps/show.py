@@ -215,7 +215,7 @@ def _training_options(request: dict[str, Any]) -> list[str]:
         "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()), "teacher": teacher["spec"],
     }  # fmt: skip
     if request["command"] == "finetune":
-        options |= {"head": request["head"], **_delta(request)}
+        options |= {"head": request.get("head"), **_delta(request)}
     return _words(options | {"dropout": request["dropout"]})
 
 
@@ -226,8 +226,8 @@ def _delta(request: dict[str, Any]) -> dict[str, bool]:
 def _layer_options(request: dict[str, Any]) -> list[str]:
     """Return the options that chose layers: the samples, the score, and how many or which."""
     options = _of(request, "score", "alpha", "keep", "task", "num_samples", "image_size", "max_length")
-    options["data"] = request["data"]["spec"] if request["data"] else None
-    options["drop"] = ",".join(map(str, request["drop"])) if request["drop"] else None
+    options["data"] = request["data"]["spec"] if request.get("data") else None
+    options["drop"] = ",".join(map(str, request["drop"])) if request.get("drop") else None
     return _words(options | _of(request, "within_drop", "repair", "stability") | _delta(request))
 
 
