@@ -39,6 +39,7 @@ INIT = "peftc init MODEL --data DATA"
 PREFIX = "PEFTC_"
 RECIPE = "chain"  # the key that lists the steps of `peftc run`
 TOP = ("model", "runs", "data", "teacher", RECIPE)
+TRUST = ("allow_code", "trust_remote_code")  # these count only where somebody typed them, or set a variable
 # of these a user means one: naming one on a higher level drops the others from the levels below
 BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "speedup", "plan", "keep_all_ranks")
 
@@ -54,6 +55,7 @@ class Project:
         model: the model that the chain starts from.
         runs: the folder of the chain.
         defaults: parameter -> value, for the command that runs.
+        from_file: parameters, and ``model``, whose value the file gave.
         chain: the names of the steps of `peftc run`, in order.
         place: where a recipe has put this step; None where it was typed.
         warnings: variables that name no option.
@@ -63,6 +65,7 @@ class Project:
     model: str | None = None
     runs: Path = Path("runs")
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    from_file: frozenset[str] = frozenset()
     chain: tuple[str, ...] = ()
     place: Place | None = None
     warnings: tuple[str, ...] = ()
@@ -92,8 +95,10 @@ def load(step: str, options: Options, file: Path | None = None, environ: Mapping
     for level in (*levels, variables.get("", {}), variables.get(command, {})):
         defaults = override(command, defaults, {own[key]: value for key, value in level.items() if key in own})
     top = {**tables.get("", {}), **variables.get("", {})}
-    chain = tuple(top.get(RECIPE, ()))
-    return Project(path, top.get("model"), Path(top.get("runs", "runs")), defaults, chain, warnings=warnings)
+    set_outside = {own.get(key, key) for level in (variables.get("", {}), variables.get(command, {})) for key in level}
+    from_file = frozenset({own.get(key, key) for level in levels for key in level} - set_outside)
+    runs, chain = Path(top.get("runs", "runs")), tuple(top.get(RECIPE, ()))
+    return Project(path, top.get("model"), runs, defaults, from_file, chain, warnings=warnings)
 
 
 def word_of(step: str) -> str:
@@ -182,6 +187,13 @@ def _every(options: Options) -> list[str]:
 
 
 def _known(path: Path, key: str, known: Iterable[str], where: str = "") -> None:
+    if key.replace("-", "_") in TRUST:
+        option = f"--{key.replace('_', '-')}"
+        raise UsageError(
+            f"`{key}` in `{path}` is not taken from a file",
+            why="whoever wrote the file would decide that code runs on this machine",
+            hint=f"type `{option}`, or set `{PREFIX}{key.replace('-', '_').upper()}=1`",
+        )
     words = list(dict.fromkeys(name.replace("_", "-") for name in known))
     word = key.replace("_", "-")
     if word not in words:

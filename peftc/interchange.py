@@ -310,9 +310,7 @@ def _method(config: Mapping[str, Any]) -> str:
         raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
     why = None
     known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
-    others = [
-        name for name, value in config.items() if name not in known and (value not in OFF or (name, value) in NEVER_OFF)
-    ]
+    others = [name for name, value in config.items() if name not in known and not _is_off(name, value)]
     if config.get("peft_type") != "LORA":
         why = f"its peft_type is {config.get('peft_type')}"
     elif str(config["target_modules"]).lower() == "all-linear":
@@ -330,6 +328,10 @@ def _method(config: Mapping[str, Any]) -> str:
     if why:
         raise SourceError(f"the adapter is none of {', '.join(METHODS)} as they are here", why=why)
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value in OFF and (name, value) not in NEVER_OFF
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -18,6 +18,15 @@ FORMS = (
     "`file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
 )
 
+# the small files that travel with a model: tokenizer, processor, generation settings, sentence-transformers, licence
+COMPANIONS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt",
+    "dict*.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes", "*preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "chat_template*", "*.jinja", "modules.json", "sentence_*config.json",
+    "config_sentence_transformers.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+CODE = "*.py"  # of a checkpoint that brings its own; it travels only where that code is trusted
+
 
 @dataclass(frozen=True)
 class Source:
@@ -34,6 +43,7 @@ class Source:
         trust_remote_code: run code that comes with a transformers checkpoint.
         offline: never ask the network.
         base: the model beneath a delta, where it is not where it was.
+        from_file: the spec was read from a file, and not typed: code that it names runs with ``allow_code`` alone.
         verify: compare the files of an artifact with what its manifest promises before anything is computed from them.
     """
 
@@ -47,6 +57,7 @@ class Source:
     trust_remote_code: bool = False
     offline: bool = False
     base: str | None = None
+    from_file: bool = False
     verify: bool = True
 
 
@@ -115,12 +126,33 @@ def _hub(name: str, revision: str | None) -> Located:
     return Located(kind, name, revision=at or revision)
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder of which a config or companion is a link to somewhere else.
+
+    What it points to would be read, copied into artifacts and pushed to hubs. Links of weights are followed, as
+    clusters need it, and those of a snapshot in the cache of the hub point to files of that cache.
+
+    Raises:
+        SourceError: naming the link.
+    """
+    whole = folder.resolve()
+    own = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
+    for path in sorted(folder.iterdir()):
+        small = path.name in (MANIFEST, ADAPTER, "config.json") or any(path.match(each) for each in (*COMPANIONS, CODE))
+        if small and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in own):
+            raise SourceError(
+                f"`{path}` is a link that leaves its folder", why=f"it points to `{path.resolve()}`",
+                hint="put a copy of the file in its place, if it belongs to the model",
+            )  # fmt: skip
+
+
 def in_folder(path: Path, source: Source) -> Located:
     """Decide what a folder holds, from the files in it.
 
     Raises:
-        SourceError: it holds no model.
+        SourceError: it holds no model, or a link of it leaves it.
     """
+    refuse_links(path)
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
     if (path / ADAPTER).is_file():

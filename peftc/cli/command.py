@@ -96,14 +96,22 @@ def _run(
     if "model" not in options:
         return find()(**options)
     model = options.pop("model")
+    from_file = {name for name in project.from_file if _came_from(ctx, name) != "COMMANDLINE"}
     place = config.place(project, str(ctx.info_name), _standard_input() if model == "-" else model, writes=writes)
     if place.chain and place.chain.gone:
         console.warn(f"`{place.chain.gone}` is gone: the chain ends before it")
+    if model is not None or (place.model == project.model and "model" not in from_file):
+        from_file.discard("model")
+    else:
+        from_file.add("model")  # also what the list of the chain names
     sources: list[Any] = [place.model]
     if "arch" in shared:
-        sources = _sources(ctx, [place.model, options.get("against")], shared)
+        specs = {"model": place.model, "against": options.get("against")}
+        sources = _sources(ctx, specs, shared, from_file)
     if "against" in options:
         options["against"] = sources[1]
+    if isinstance(options.get("teacher"), str) and "teacher" in from_file:
+        options["teacher"] = Source(options["teacher"], from_file=True, **_trusted(shared))
     return _in_place(find, sources[0], options, place, str(ctx.info_name))
 
 
@@ -177,12 +185,18 @@ def _standard_input() -> str:
     return config.artifact_from(os.fsdecode(sys.stdin.buffer.read()))
 
 
-def _sources(ctx: Context, specs: list[str | None], shared: dict[str, Any]) -> list[Any]:
+def _trusted(shared: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the options for sources holds for any model, however it is built."""
+    return {name: shared[name] for name in SOURCE if name not in SHAPE and name in shared}
+
+
+def _sources(ctx: Context, named: dict[str, str | None], shared: dict[str, Any], from_file: set[str]) -> list[Any]:
     """Return a source per model; how to build one applies to those that are no artifacts."""
+    specs = list(named.values())
     given = {name: shared[name] for name in SOURCE}
     given["arch_set"] = settings("--arch-set", given["arch_set"] or ())
     given["preprocess"] = settings("--preprocess", given["preprocess"] or (), lists=True)
-    trusted = {name: given[name] for name in given.keys() - set(SHAPE)}
+    trusted = _trusted(given)
     built = [spec is not None and spec != "base" and not Path(spec, MANIFEST).is_file() for spec in specs]
     asked = [name for name in SHAPE if _came_from(ctx, name) == "COMMANDLINE"]
     if asked and not any(built):
@@ -191,6 +205,8 @@ def _sources(ctx: Context, specs: list[str | None], shared: dict[str, Any]) -> l
             hint="leave the option out: an artifact knows how it is built",
         )
     return [
-        spec if spec is None or spec == "base" else Source(spec, **(given if new else trusted))
-        for spec, new in zip(specs, built, strict=True)
+        spec
+        if spec is None or spec == "base"
+        else Source(spec, from_file=name in from_file, **(given if new else trusted))
+        for (name, spec), new in zip(named.items(), built, strict=True)
     ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def build(source: Source, located: Located, with_weights: bool) -> Base:
     """Return the base network of anything but an artifact, unfilled."""
     if located.kind == "python":
+        _refuse_unasked(source)
         base = _python(located.name, dict(source.arch_set), empty=located.weights is not None or not with_weights)
         base.weights = weights.from_file(located.weights) if located.weights and with_weights else None
     elif located.kind == "timm-arch":
@@ -37,6 +38,20 @@ def build(source: Source, located: Located, with_weights: bool) -> Base:
         base.name = located.name.split("/")[-1] or folder.resolve().name
     base.record["source"] = _source_record(source, located)
     return base
+
+
+def _refuse_unasked(source: Source) -> None:
+    """Refuse to run code that a file names, unless the user said so: whoever wrote the file would decide what runs.
+
+    Raises:
+        SourceError: with the option that allows it.
+    """
+    if source.from_file and not source.allow_code:
+        raise SourceError(
+            f"`{source.spec}` is code that a file names, and peftc would have to import and run it",
+            why="it was not typed: it stands in a manifest, an adapter, a chain or a project file",
+            hint="add `--allow-code` (in Python: `allow_code=True`) if you trust that file and that code",
+        )
 
 
 def _source_record(source: Source, located: Located) -> dict[str, Any]:

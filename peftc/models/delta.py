@@ -114,7 +114,8 @@ def _source(record: Manifest, folder: Path, source: Source) -> Source:
     return Source(
         spec, arch=named.get("arch"), arch_set=named.get("arch_set", {}), weights=Path(weights) if weights else None,
         revision=None if source.base else named.get("revision"), allow_code=source.allow_code,
-        trust_remote_code=source.trust_remote_code, offline=source.offline,
+        trust_remote_code=source.trust_remote_code, offline=source.offline, from_file=source.base is None,
+        verify=source.verify,
     )  # fmt: skip
 
 

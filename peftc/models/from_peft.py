@@ -46,7 +46,11 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     read_header(path)
     adapters, tensors = interchange.from_peft(config, load_file(path))
     revision = None if source.base else config.get("revision")
-    base = load(replace(source, spec=str(named), base=None, revision=revision or source.revision))
+    base = load(
+        replace(
+            source, spec=str(named), base=None, revision=revision or source.revision, from_file=source.base is None
+        )
+    )  # fmt: skip
     whole = {name: tensor for name, tensor in tensors.items() if name.endswith(".base.weight")}
     own = {name: tensor for name, tensor in tensors.items() if ".update." not in name and name not in whole}
     base = _with_outputs(base, own)

@@ -375,7 +375,7 @@ def base_source(model: Model) -> Source:
         weights=Path(weight_file) if weight_file else None, revision=record.get("revision"),
         preprocess=model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})},
         allow_code=model.source.allow_code, trust_remote_code=model.source.trust_remote_code,
-        offline=model.source.offline,
+        offline=model.source.offline, from_file=True,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def _text(source: Source, data: str | None) -> str:
 def _settings(source: Source, data: str | None) -> dict[str, Any]:
     """Return the model, the data, and what was said of how to build the model."""
     found: dict[str, Any] = {"model": source.spec, "data": data}
-    for name in ("arch", "revision", "weights", "arch_set", "preprocess", "allow_code", "trust_remote_code", "offline"):
+    for name in ("arch", "revision", "weights", "arch_set", "preprocess", "offline"):
         value = getattr(source, name)
         found[name.replace("_", "-")] = str(value) if isinstance(value, Path) else value
     return {name: value for name, value in found.items() if value}

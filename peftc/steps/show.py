@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from peftc.header import TensorInfo
 
 DEFAULT_SHARD = 5_000_000_000
+WRITING = (
+    "calibrate", "decompose", "distill", "export", "extract-lora", "finetune", "merge", "prune-layers", "truncate",
+)  # fmt: skip
 
 
 def show(model: str | Path | Source, *, commands: bool = False) -> Report:
@@ -141,6 +144,11 @@ def command_lines(record: Manifest) -> list[str]:
     lines = []
     for number, step in enumerate(record.steps, 1):
         request = step["request"]
+        if request["command"] not in WRITING:
+            raise ArtifactError(
+                f"the manifest names the command `{request['command']}`", why="it is no command of peftc that writes",
+                hint="build the artifact again with this version of peftc, or look at its files by hand",
+            )  # fmt: skip
         name = f"{number:02d}-{request['command']}"
         if request.get("plan"):
             lines.append(f"cat >{name}.json <<'PLAN'\n{json.dumps(request['plan'])}\nPLAN")

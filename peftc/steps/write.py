@@ -28,10 +28,10 @@ from peftc.models.weights import piece as piece
 from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
 from peftc.report import Report, Table
-from peftc.source import Source
+from peftc.source import CODE, COMPANIONS, Source
 from peftc.steps import layer_maps
 
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
+SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
 HALF = (torch.float16, torch.bfloat16)
 LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
@@ -133,10 +133,13 @@ def companions(model: Model) -> dict[str, bytes]:
     """Return the small files that travel with a model: tokenizer, processor, generation settings."""
     if model.folder is None:
         return {}
+    named = model.manifest.files if model.manifest is not None else {}
     found = {}
     for path in sorted(model.folder.iterdir()):
-        known = path.suffix in COMPANIONS and not path.name.endswith(".index.json") and path.name not in NOT_COMPANIONS
-        if path.is_file() and known and (path.suffix != ".py" or model.source.trust_remote_code):
+        known = path.name in named and path.suffix in SMALL and not path.name.endswith(".index.json")
+        known = known or any(path.match(each) for each in COMPANIONS)
+        known = (known and path.name not in NOT_COMPANIONS) or (path.match(CODE) and model.source.trust_remote_code)
+        if known and path.is_file():
             found[path.name] = path.read_bytes()
     return found
 
