@@ -350,6 +350,7 @@ DType = Annotated[
     ),
 ]
 Seed = Annotated[int, Option(min=0, metavar="N", help="seed of everything random")]
+Verify = Annotated[bool, Option("--verify", help="compare every file with the digest in the manifest")]
 Commands = Annotated[bool, Option("--commands", help="print the command lines that rebuild it")]
 Json = Annotated[bool, Option("--json", help="print one JSON object")]
 Quiet = Annotated[bool, Option("-q", "--quiet", help="show warnings and errors only")]

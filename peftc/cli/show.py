@@ -5,7 +5,7 @@ from peftc.cli.command import Step, command
 
 
 @command(source=False)
-def show(model: o.Model = None, *, commands: o.Commands = False) -> Step:
+def show(model: o.Model = None, *, commands: o.Commands = False, verify: o.Verify = False) -> Step:
     """Print what an artifact is made of and how it came to be.
 
     \b

@@ -116,7 +116,7 @@ def _check(rounds: int, batch_size: int | None, min_speedup: float | None, again
 
 
 def _baseline(subject: Model, against: str | Path | Source | nn.Module | Model) -> Model:
-    return load.load(load.base_source(subject) if against == "base" else against)
+    return load.load_base(subject) if against == "base" else load.load(against)
 
 
 def _shapes(sample: Tensor | dict[str, Tensor]) -> dict[str, list[int]]:

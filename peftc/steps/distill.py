@@ -15,7 +15,7 @@ from peftc import measure, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.job import Job
-from peftc.models.load import Model, base_source, load, place_of, runnable
+from peftc.models.load import Model, load, load_base, place_of, runnable
 from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
@@ -208,7 +208,7 @@ def teacher_of(
         raise UsageError(
             f"`{student.name}` records no base that could teach it", hint="name a teacher: `--teacher MODEL`"
         )
-    guide = runnable(load(base_source(student) if teacher is None else teacher), device=device)
+    guide = runnable(load_base(student) if teacher is None else load(teacher), device=device)
     guide.module.requires_grad_(False)
     return guide
 

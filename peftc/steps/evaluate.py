@@ -79,7 +79,7 @@ def evaluate(
     """
     _check(max_drop, min_quality, against, batch_size)
     data, subject = str(data), load.load(model)
-    reference = None if against is None else load.load(load.base_source(subject) if against == "base" else against)
+    reference = None if against is None else load.load_base(subject) if against == "base" else load.load(against)
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
     row = tasks.named_task(task) if task else tasks.guess(subject)
     for each in (subject, reference):
@@ -160,7 +160,7 @@ def _generated(
     number = number_to_draw(spec, subject, row.name if row else None)
     author = reference
     if author is None and subject.manifest is not None:
-        author = load.runnable(load.load(load.base_source(subject)), **place)
+        author = load.runnable(load.load_base(subject), **place)
     if author is None:
         author = subject
         report.warnings.append(

@@ -24,27 +24,30 @@ WRITING = (
 )  # fmt: skip
 
 
-def show(model: str | Path | Source, *, commands: bool = False) -> Report:
+def show(model: str | Path | Source, *, commands: bool = False, verify: bool = False) -> Report:
     """Return what an artifact is made of.
 
     Args:
         model: an artifact folder, or the hub id of one, of which only the small files are fetched.
         commands: only the command lines that rebuild it.
+        verify: read every file and compare it with the digest in the manifest, whatever was compared before.
 
     Raises:
-        ArtifactError: it is no artifact, or its files do not fit its manifest.
+        ArtifactError: it is no artifact, its files do not fit its manifest, or ``verify`` found other bytes.
         SourceError: the hub does not give it.
     """
     source = model if isinstance(model, Source) else Source(str(model))
     folder, there = Path(source.spec), None
     if not folder.is_dir():
         there = _of_the_hub(source)
-        folder = hub.looked_at(there, source)
+        folder = hub.snapshot(there, source, True) if verify else hub.looked_at(there, source)
     name = there.name if there else str(folder)
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
         hint = f"look into it with `peftc analyze {name}`"
         raise ArtifactError(f"`{name}` is a model, not an artifact of peftc", hint=hint)
     record = manifest.read(folder)
+    if verify:
+        artifact.verify(folder, record, remembered=False)
     tensors = _tensors(folder, record, there)
     lines = command_lines(record)
     report = Report("show", {"manifest": vars(record), "commands": lines, "tensors": len(tensors)}, artifact=folder)
@@ -52,6 +55,9 @@ def show(model: str | Path | Source, *, commands: bool = False) -> Report:
         report.lines = lines
         return report
     report.notes += [f"rebuilt by: {line}" for line in lines]
+    if verify:
+        read = size(sum(entry["bytes"] for entry in record.files.values()))
+        report.notes.append(f"all {count(len(record.files))} files, {read}, hold the bytes that the manifest promises")
     base = record.base
     stored = size(sum(info.stop - info.start for info in tensors.values()))
     facts = [
