@@ -18,9 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# what moves a cursor, changes a terminal or turns the order of letters around
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SEAL = "digest"  # the field that holds the sha256 of all others
 MOST_BYTES = 512 * 1024 * 1024  # the largest honest document, a tokenizer, has 40 MB
 MOST_DEEP = 200  # maps and lists in one another; the deepest honest document, a tokenizer, has 10
@@ -71,6 +74,15 @@ def _refuse_deep(value: Any) -> None:
 
 def _children(value: dict[str, Any] | list[Any]) -> Any:
     return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, dict | list)]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in a document, the names in its maps too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from texts(each)
 
 
 def misfit(value: Any, shape: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftc import progress
+from peftc.documents import CONTROL
 
 if TYPE_CHECKING:
     from peftc.report import Cell, Gate, Report, Table
@@ -19,6 +21,7 @@ ASCII = str.maketrans({
     "…": "...", "–": "-", "—": "--", "×": "x", "±": "+-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "²": "2", "─": "-",
 })  # fmt: skip
 BOLD, RED, YELLOW = "1", "31", "33"
+OURS = re.compile(r"\x1b\[(?:0|1|31|33)m")
 
 
 # writing
@@ -43,6 +46,11 @@ def say(text: str = "") -> None:
     if sys.stderr is None:
         return
     encoding = sys.stderr.encoding or "ascii"
+    own = OURS.findall(
+        text
+    )  # anything else that moves a cursor or colours came from a file, and is shown as it is written
+    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
+    text = "".join(part + code for part, code in zip(parts, [*own, ""], strict=True))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -52,6 +60,12 @@ def say(text: str = "") -> None:
         sys.stderr.flush()
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def _harmless(text: str) -> str:
+    """Write control characters as escapes: all but our own colours came from a file, or from who named it."""
+    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
+    return "".join(part + code for part, code in zip(parts, [*OURS.findall(text), ""], strict=True))
 
 
 def error(text: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc import artifact, manifest
+from peftc import artifact, documents, manifest
+from peftc.documents import CONTROL
 from peftc.errors import ArtifactError, PeftcError
 from peftc.manifest import Manifest
 from peftc.models import hub
@@ -145,6 +146,10 @@ def _add_statistics(report: Report, facts: list[list[str]], folder: Path, note: 
 
 def command_lines(record: Manifest) -> list[str]:
     """Return the shell lines that rebuild an artifact, one per step."""
+    asked = [record.base.get("source", {}), [step["request"] for step in record.steps]]
+    if any(CONTROL.search(text) for text in documents.texts(asked)):
+        why = "a terminal, or a shell that reads them, would do what those say"
+        raise ArtifactError("the commands of the manifest hold control characters", why=why)
     source = record.base.get("source", {})
     model = [source.get("spec", "MODEL"), *_source_options(source)]
     lines = []
