@@ -129,8 +129,22 @@ def _state() -> PartialState:
 
     from accelerate import PartialState
 
-    with _gone():
+    with _gone(), _without_output():
         return PartialState(cpu=True, timeout=timedelta(days=PATIENCE))  # words travel over the network, not the GPU
+
+
+@contextmanager
+def _without_output() -> Iterator[None]:
+    """Drop what is printed below Python: gloo of torch 2.8 tells of its connections on stdout, which is for data."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,6 +35,18 @@ TEXTS = [
     "a small dog ran under the big tree !",
     "then the red bird sang , and it was very blue .",
 ]
+
+
+class Deprecations(logging.Handler):
+    """Makes a warning of what a library only logs as deprecated, for the filters of pyproject.toml to deal with."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage():
+            warnings.warn(f"{record.name}: {record.getMessage()}", DeprecationWarning, stacklevel=2)
+
+
+for library in ("transformers", "huggingface_hub", "datasets", "timm", "peft", "accelerate", "torch"):
+    logging.getLogger(library).addHandler(Deprecations(logging.WARNING))
 
 
 @pytest.fixture(autouse=True)

@@ -232,7 +232,7 @@ def test_an_interrupted_run_says_how_to_resume(number: signal.Signals) -> None:
     assert process.stderr.readline() == b"ready\n"
     time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, b"")
     assert b"run the same command again to resume" in err
     assert b"Traceback" not in err

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
-
 
 @dataclass
 class _Product:
@@ -112,9 +110,7 @@ def _forgetting(product: weakref.ref[_Product]) -> Callable[[object], None]:
 
 def _saved_tensor_hooks() -> tuple[Any, ...]:
     """Return the hooks of the checkpoint that is being recorded: what one checkpoint computed is not another's."""
-    if TOP_HOOKS is None:  # so nothing is handed out that a backward pass may go through
-        return (object(),) if torch.is_grad_enabled() else ()
-    return TOP_HOOKS(True) or ()
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
 
 
 def share(members: Sequence[Any]) -> SharedDown:

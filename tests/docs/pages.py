@@ -46,8 +46,16 @@ GUIDES = {
     "automation.md": "Pipes, projects, gates, exit codes, JSON, and completion in your shell",
     "scale.md": "Models larger than memory, and several processes",
     "extending.md": "A method of your own",
+    "versions.md": "Which versions of Python, torch and transformers the tests have passed with",
     "migration.md": "Coming from Torch-Pruning, SVD-LLM, peft, mergekit, AIMET or Olive",
 }
+VERSIONS = """\
+peftc should work with every version that its `pyproject.toml` admits. `make matrix` runs the tests with three sets of
+them, each in a virtual environment of its own, and this page tells what it saw.
+
+- `lowest`: every library in the lowest version that is admitted. What these need in turn is as new as they allow.
+- `between`: versions about half-way.
+- `newest`: all as new as it was that day. What a library has deprecated is an error here; elsewhere it is shown."""
 
 
 def sections(file: str) -> dict[str, str]:
@@ -251,6 +259,24 @@ def method_file(kind: str, name: str) -> str:
     return f"methods/{kind.replace('_', '-')}/{name.replace('_', '-')}.md"
 
 
+# versions
+
+
+def versions_page() -> str:
+    """Return the page of the versions that `make matrix` saw, with what became of the tests."""
+    seen = json.loads((WRITTEN / "versions.json").read_text(encoding="utf-8"))
+    names = dict.fromkeys(name for row in seen.values() for name in row["versions"])
+    rows = [[name, *(row["versions"].get(name, "") for row in seen.values())] for name in names]
+    rows.append(["tests passed", *(f"{row['passed']:,}" for row in seen.values())])
+    rows.append(["tests failed", *(f"{row['failed']:,}" for row in seen.values())])
+    rows.append(["seen on", *(row["date"] for row in seen.values())])
+    rows.append(["system", *(row["system"] for row in seen.values())])
+    return "\n\n".join(
+        ["<!-- `make matrix` writes this page, from tests/docs/versions.json -->", "# Versions", VERSIONS,
+         table(("", *seen), rows)]
+    ) + "\n"  # fmt: skip
+
+
 # the index
 
 
@@ -283,7 +309,7 @@ def index_page() -> str:
 def pages() -> dict[str, str]:
     """Return every page that is written here, by its path under peftc/docs."""
     of_commands, of_methods = sections("commands.md"), sections("methods.md")
-    found = {"README.md": index_page(), "options.md": options_page()}
+    found = {"README.md": index_page(), "options.md": options_page(), "versions.md": versions_page()}
     found |= {f"commands/{word}.md": command_page(word, of_commands) for word in COMMANDS}
     for kind, names in methods.METHODS.items():
         found |= {method_file(kind, name): method_page(kind, name, of_methods) for name in names}

@@ -134,7 +134,7 @@ def test_other_networks_of_timm(
     x = torch.randn(1, 3, side, side)
     plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad(), layers.bypassed(whole.module, gone):
-        assert torch.equal(plain(x), whole.module(x))
+        torch.testing.assert_close(plain(x), whole.module(x), rtol=1e-5, atol=1e-7)  # where weights lie may round
 
 
 def test_factored_modules_and_ties_move_with_their_layers(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def test_transformers_does_not_fill_the_gap_with_random_numbers(tmp_path: Path) 
     }
     folder = save_transformers(tmp_path / "swin", "SwinForImageClassification", **sizes, num_labels=3)
     peftc.prune_layers(folder, drop="0", output_dir=tmp_path / "shorter", **CPU)
-    assert manifest.read(tmp_path / "shorter").skipped == {"swin.encoder.layers.0.blocks.0": [2]}
+    ((layer, given),) = manifest.read(tmp_path / "shorter").skipped.items()
+    assert layer == "swin.encoder.layers.0.blocks.0" and given in ([1], [2])  # one thing fewer in transformers 5.0
     with pytest.raises(ValueError, match="peftc.load"):
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "shorter")
 

@@ -55,7 +55,7 @@ def test_layers_of_timm(name: str, arguments: dict[str, Any], first: str, last: 
 )
 def test_layers_of_transformers(config: str, network: str, expected: list[str]) -> None:
     made = getattr(transformers, network)(getattr(transformers, config)(**SMALL, bos_token_id=1, eos_token_id=2))
-    assert [name.replace("vit.encoder.layer.", "vit.layers.") for name in found(made)] == expected  # before 5.0
+    assert [name.replace("vit.encoder.layer.", "vit.layers.") for name in found(made)] == expected  # its older name
 
 
 def test_layers_of_two_towers_and_of_fusion_within_one() -> None:

@@ -65,7 +65,7 @@ class Dora(nn.Module):
 
     def ratio(self, weight: Tensor) -> Tensor:
         """Return what each output of weight plus change is multiplied by."""
-        # detached: under `no_grad`, autocast of torch 2.6 would keep casts that the gradient cannot go through
+        # detached: under `no_grad`, autocast of torch 2.8 would keep casts that the gradient cannot go through
         norm = self._norm(self._changed(weight, self.up.detach(), self.down.detach()))
         return wide(self.magnitude) / norm
 
