@@ -123,8 +123,7 @@ def test_a_slice_has_the_ranks_and_factors_of_a_direct_decompose(kept, tmp_path:
             for ours, theirs in zip(cut.data["modules"], direct.data["modules"], strict=True):
                 assert ours["error"] == pytest.approx(theirs["error"], rel=1e-3, abs=1e-6)
             assert cut.data["size"]["after"] == direct.data["size"]["after"]
-        for key in ("parameters", "macs"):  # bytes are an estimate before there is a file
-            assert cut.data["size"]["after"][key] == direct.data["size"]["after"][key]
+        assert cut.data["size"]["after"]["parameters"] == direct.data["size"]["after"]["parameters"]
         assert cut.data["ratio"] == direct.data["ratio"] and cut.data["dense"] == direct.data["dense"]
 
 
