@@ -135,10 +135,12 @@ def test_the_script_of_ci_fails_with_3_and_one_line_where_the_drop_is_over_the_g
     assert not (trained / "refused" / "export").exists()
 
 
-def test_the_recipe_of_ci_is_one_that_runs(trained: Path, monkeypatch: pytest.MonkeyPatch, peftc: Any) -> None:
-    monkeypatch.chdir(trained)
-    (trained / "peftc-demo").mkdir()
-    (trained / "peftc-demo/dense-seed-0").symlink_to(trained / "dense")
+def test_the_recipe_of_ci_is_one_that_runs(
+    tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftc: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("peftc-demo").mkdir()
+    Path("peftc-demo/dense-seed-0").symlink_to(tiny_vit)
     foreseen = peftc("run", EXAMPLES / "ci" / "recipe.toml", "--dry-run", "--json")
     assert foreseen.exit_code == 0, foreseen.stderr
     steps = [each["step"] for each in json.loads(foreseen.stdout)["steps"]]

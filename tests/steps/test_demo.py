@@ -14,7 +14,7 @@ from peftc.steps import demo as demo_step
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller model, a shorter training and the fewest rounds."""
     monkeypatch.setattr(demo_step, "ARGUMENTS", {**demo_step.ARGUMENTS, "embed_dim": 32, "depth": 2})
-    monkeypatch.setattr(demo_step, "EPOCHS", 2)
+    monkeypatch.setattr(demo_step, "EPOCHS", 1)
     monkeypatch.setattr(demo_step, "HEALING", 1)
     monkeypatch.setattr(demo_step, "BENCH_ROUNDS", 5)
 

@@ -50,7 +50,13 @@ def small_bert(tiny_bert_classifier: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    wide = {**BERT, "num_key_value_heads": 1, "tie_word_embeddings": True, "initializer_range": 0.2}
+    wide = {
+        **BERT,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    }
     save_transformers(folder, "LlamaForCausalLM", **wide)
     peftc.decompose(folder, ratio=0.7, output_dir=folder / "small")
     return folder / "small"
