@@ -114,8 +114,11 @@ def _chain(start: bytes, pieces: dict[str, Piece]) -> Iterator[Any]:
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write a JSON file with sorted keys and return its sha256 and bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_bytes(path, text.encode())
+    return write_bytes(path, _text(value).encode())
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
@@ -216,10 +219,8 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``result.json`` beside itself, and put it in its place."""
-    partial = folder / f"{RESULT}.{os.getpid()}.partial"
-    write_json(partial, result)
-    partial.replace(folder / RESULT)
+    """Write ``result.json``, which is there whole or as it was before."""
+    documents.write_whole(folder / RESULT, _text(result))
 
 
 def damaged_result(folder: Path) -> str | None:

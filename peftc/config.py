@@ -97,7 +97,7 @@ def load(step: str, options: Options, file: Path | None = None, environ: Mapping
     top = {**tables.get("", {}), **variables.get("", {})}
     set_outside = {own.get(key, key) for level in (variables.get("", {}), variables.get(command, {})) for key in level}
     from_file = frozenset({own.get(key, key) for level in levels for key in level} - set_outside)
-    runs, chain = Path(top.get("runs", "runs")), tuple(top.get(RECIPE, ()))
+    runs, chain = Path(top.get("runs", "runs")).expanduser(), tuple(top.get(RECIPE, ()))
     return Project(path, top.get("model"), runs, defaults, from_file, chain, warnings=warnings)
 
 
@@ -279,9 +279,7 @@ class Chain:
         links = (*self.links[:index], link)
         text = json.dumps([{"step": one.step, "folder": self._name(one.folder)} for one in links], indent=2) + "\n"
         self.runs.mkdir(parents=True, exist_ok=True)
-        partial = self.runs / f"{CHAIN}.{os.getpid()}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.runs / CHAIN)
+        documents.write_whole(self.runs / CHAIN, text)
         return self.links[index:] if old and old.folder.resolve() != link.folder.resolve() else self.links[index + 1 :]
 
     def _name(self, folder: Path) -> str:

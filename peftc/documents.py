@@ -15,8 +15,10 @@ A *shape* says what a value has to be:
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,41 @@ NAMES: dict[Any, str] = {
     dict: "a map", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
     None: "null",
 }  # fmt: skip
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file beside its place and rename it, so that it is there whole or not at all.
+
+    What a killed process left of its own attempt is removed.
+
+    Raises:
+        OSError: it cannot be written; then nothing is left of it.
+    """
+    path = path.expanduser()
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        number = leftover.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        if number.isdecimal() and not _runs(int(number)):
+            leftover.unlink(missing_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   ChainError               a pipe or a project with nothing to hand on
   ExportError              a model that a format cannot hold, or an export that computes something else
   OutputError              a folder, or a repository of the hub, that cannot be written
+    TakenError             a folder whose name somebody took while the work was done
   LostProcessError         another process of a launch that ended
   DivergenceError          a training whose loss is no number any more
   UsageError               exit 2: a value no run could accept, whatever the model
@@ -93,6 +94,12 @@ class ExportError(PeftcError):
 
 class OutputError(PeftcError):
     """A folder, or a repository of the hub, cannot be written."""
+
+
+class TakenError(OutputError):
+    """What was computed cannot get its name, which somebody took in the meantime; the work is kept."""
+
+    keeps_work = True
 
 
 class LostProcessError(PeftcError):

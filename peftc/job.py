@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftc import artifact, documents, manifest
-from peftc.errors import ArtifactError, OutputError, PeftcError, UsageError
+from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError
 from peftc.source import MANIFEST
 
 CAUSES = {
@@ -37,6 +37,8 @@ CAUSES = {
 }
 
 
+IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+CHECKPOINT = "checkpoint"  # how files of a training begin that it goes on from
 EXPORT = "export.json"  # in place of a manifest, in a folder that other programs read
 MADE_FROM = {
     "base": manifest.FIELDS["base"], "steps": manifest.FIELDS["steps"], "kept_layers": [str], "parameters": int,
@@ -117,6 +119,7 @@ class Job:
         done: the folder is already there, from the same request.
         resumed: parts of an earlier, interrupted run are there.
         record: the file by which a finished folder is known: the manifest of an artifact, or `EXPORT`.
+        overwrite: what stands at ``output`` in the end may be replaced.
     """
 
     output: Path
@@ -127,6 +130,7 @@ class Job:
     resumed: bool = False
     started: float = field(default_factory=time.monotonic)
     record: str = MANIFEST
+    overwrite: bool = False
 
     @property
     def partial(self) -> Path:
@@ -175,14 +179,24 @@ class Job:
     def finish(self, record: Record, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
-        artifact.write_result(self.folder, result)
+        artifact.write_json(self.folder / artifact.RESULT, result)
         for path in self.folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         artifact.sync_folder(self.folder)
-        if self.output.exists() or self.output.is_symlink():
+        if self.overwrite and (self.output.exists() or self.output.is_symlink()):
             self.output.rename(self.replaced)
-        self.folder.rename(self.output)
+        try:
+            self.folder.rename(self.output)  # which takes the place of nothing but an empty folder
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            stays = f"; what was computed stays in `{self.partial}`" if any(self.work.iterdir()) else ""
+            raise TakenError(
+                f"`{self.output}` is in the way",
+                why="it was not there when this run began, so peftc neither writes into it nor deletes it",
+                hint=f"move it, and run the same command again{stays}",
+            ) from None
         artifact.sync_folder(self.output.parent)
 
     def restore(self) -> None:
@@ -209,7 +223,9 @@ def execution(
     """
     if output.name in ("", ".."):
         raise UsageError(f"`{output}` names no folder of its own", hint="give it a name: `-o small`")
-    job = Job(output, identity, request or {}, record=record)
+    if output.is_symlink() and output.is_dir():
+        output = output.resolve()  # a link to a folder on another disk stands for that folder
+    job = Job(output, identity, request or {}, record=record, overwrite=overwrite)
     with _told(output):
         _refuse_foreign(job)
         if job.replaced.exists() and not output.exists():
@@ -230,13 +246,23 @@ def execution(
                 yield job
             except (PeftcError, OSError) as error:
                 job.restore()
-                if fresh and not (isinstance(error, PeftcError) and error.keeps_work and any(job.work.iterdir())):
+                learnt = any(path.name.startswith(CHECKPOINT) for path in job.work.iterdir())
+                keeps = learnt or (isinstance(error, PeftcError) and error.keeps_work and any(job.work.iterdir()))
+                if learnt and isinstance(error, OSError) and error.errno in CAUSES:
+                    raise _unwritten(output, error, _kept(job)) from error
+                if learnt and isinstance(error, PeftcError) and not error.keeps_work:
+                    error.hint = "; ".join([*([error.hint] if error.hint else []), _kept(job)])
+                if fresh and not keeps:
                     shutil.rmtree(job.partial, ignore_errors=True)
                     for folder in missing:
                         with suppress(OSError):  # somebody else may have put something there
                             folder.rmdir()
                 raise
             shutil.rmtree(job.partial, ignore_errors=True)
+
+
+def _kept(job: Job) -> str:
+    return f"what was learnt so far stays in `{job.partial}`: mend the cause, and run the same command again to go on"
 
 
 @contextmanager
@@ -247,11 +273,12 @@ def _told(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in CAUSES:
             raise
-        raise OutputError(
-            f"cannot write `{output}`",
-            why=f"{CAUSES[error.errno]} ({error.filename or output})",
-            hint="write elsewhere with `-o`",
-        ) from error
+        raise _unwritten(output, error) from error
+
+
+def _unwritten(output: Path, error: OSError, hint: str = "write elsewhere with `-o`") -> OutputError:
+    why = f"{CAUSES[error.errno or 0]} ({error.filename or output})"
+    return OutputError(f"cannot write `{output}`", why=why, hint=hint)
 
 
 def _owner(job: Job) -> str | None:
@@ -263,10 +290,11 @@ def _owner(job: Job) -> str | None:
 
 
 def _refuse_foreign(job: Job) -> None:
-    """Refuse a folder in the place of unfinished work that peftc did not make."""
+    """Refuse a folder in the place of unfinished work that peftc did not make: any kill leaves only what is known."""
     if not job.partial.exists() or _owner(job) is not None:
         return
-    if {path.name for path in job.partial.iterdir()} - {"lock", "job.json"}:
+    there = {path.name for path in job.partial.iterdir() if not path.name.startswith("job.json.")}
+    if there - {"lock", "job.json", *(("work", "artifact", "replaced") if "lock" in there else ())}:
         raise ArtifactError(
             f"`{job.partial}` is in the way",
             why="it is no unfinished work of peftc, so peftc neither writes into it nor deletes it",
@@ -359,7 +387,7 @@ def _claim(job: Job, overwrite: bool) -> bool:
         )
     if owner != job.id:
         shutil.rmtree(job.work, ignore_errors=True)
-        artifact.write_json(job.partial / "job.json", {"id": job.id})
+        documents.write_whole(job.partial / "job.json", json.dumps({"id": job.id}) + "\n")
     for leftover in (job.folder, job.replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     job.work.mkdir(exist_ok=True)

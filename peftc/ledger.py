@@ -84,9 +84,8 @@ class Ledger:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{FILE}.{os.getpid()}.partial")
-        artifact.write_json(partial, documents.sealed({"schema_version": 1, "steps": self.entries}))
-        partial.replace(self.path)
+        value = documents.sealed({"schema_version": 1, "steps": self.entries})
+        documents.write_whole(self.path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read(runs: Path) -> Ledger:

@@ -183,7 +183,7 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the plan for people to read and edit."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        documents.write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
 
 
 def read(path: Path) -> Plan:

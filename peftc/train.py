@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from peftc import processes, progress
+from peftc import documents, processes, progress
 from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure import out_of_memory
@@ -389,12 +389,21 @@ def _cut(log: Path, step: int, *, judged: bool) -> None:
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        told = [(line, json.loads(line)) for line in whole]
+        told = [(line, of) for line in whole if "step" in (of := _told(line))]
         last = ("loss", "score") if judged else ("loss",)
         kept = [
             line for line, of in told if of["step"] < step or (of["step"] == step and any(key in of for key in last))
         ]
-        log.write_text("".join(kept), encoding="utf-8")
+        documents.write_whole(log, "".join(kept))
+
+
+def _told(line: str) -> dict[str, Any]:
+    """Return what a line of a log says; nothing where a machine that went down left something else."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _kept(path: Path | None) -> int:
@@ -403,7 +412,7 @@ def _kept(path: Path | None) -> int:
 
 def _keep(path: Path | None, steps: int) -> int:
     if path is not None:
-        path.write_text(json.dumps(steps))
+        documents.write_whole(path, json.dumps(steps))
     return steps
 
 

@@ -41,6 +41,7 @@ def command(
 
         @functools.wraps(declare)
         def call(ctx: Context, **given: Any) -> Report:
+            given = {name: _at_home(value) for name, value in given.items()}
             shared = {name: given.pop(name) for name in extra}
             placed = ctx.obj.place is not None  # by a recipe, which prints what comes of it
             if not placed:
@@ -64,6 +65,15 @@ def command(
         return call
 
     return make
+
+
+def _at_home(value: Any) -> Any:
+    """Expand `~` in a path, typed or from a file: no shell does that for what stands in a file or behind a `=`."""
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(each) for each in value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value  # noqa: PTH111
 
 
 def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftc import config, processes
+from peftc import config, documents, processes
 from peftc.data import split_names
 from peftc.errors import OutputError
 from peftc.models.load import load
@@ -78,9 +78,7 @@ def init(model: str | Path | Source, *, data: str | None = None, overwrite: bool
     found = load(source, weights=False)
     splits = split_names(data) if data is not None else []
     if processes.rank() == 0:
-        partial = file.with_name(f"{file}.partial")
-        partial.write_text(_text(source, data), encoding="utf-8")
-        partial.replace(file)
+        documents.write_whole(file, _text(source, data))
     report = Report("init", {"file": str(file), "model": source.spec, "data": data, "splits": splits})
     report.lines = [str(file)]
     report.notes.append(f"`{source.spec}` is a {type(found.module).__name__} of {found.library}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import __version__
+from peftc import __version__, documents
 from peftc.errors import OutputError
 from peftc.report import Report, count, grouped, percent, short, size, span
 from peftc.source import Source
@@ -42,9 +42,7 @@ def report(
     rows = records.rows(found, analyzed)
     compared = compare(models, analysis=analysis)
     text = _page(rows, found, analyzed.data if analyzed else None, compared.notes)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    documents.write_whole(file, text)
     outcome = Report("report", {"file": str(file), "bytes": len(text.encode()), "models": compared.data["models"]})
     outcome.lines = [str(file)]
     outcome.notes += [note for note in compared.notes if note.startswith("no ")]

@@ -298,7 +298,7 @@ def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:
     Raises:
         UsageError: it names no folder of its own.
     """
-    folder = Path(asked) if asked is not None else Path(f"{model.name}-{command}")
+    folder = Path(asked).expanduser() if asked is not None else Path(f"{model.name}-{command}")
     if not folder.name or folder.name == "..":
         raise UsageError(f"`-o {asked}` is no folder to be made", hint="name a new one: `-o small`")
     return folder

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from peftc import artifact
+from peftc import artifact, documents
 from peftc.artifact import Piece, write_weights
-from peftc.errors import ArtifactError, OutputError, PlanError, UsageError
+from peftc.errors import ArtifactError, DataError, OutputError, PeftcError, PlanError, TakenError, UsageError
 from peftc.job import Job, execution
 from peftc.manifest import Manifest, read
 
@@ -353,3 +353,79 @@ def test_a_kill_after_the_second_rename_leaves_a_finished_folder(output: Path) -
     assert holds(output) == OTHER
     assert build(output, OTHER).done
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_what_takes_the_name_of_the_output_meanwhile_is_not_deleted(output: Path) -> None:
+    with pytest.raises(TakenError, match="is in the way") as refusal, execution(output, ONE) as job:
+        (job.work / "part").write_text("computed")
+        output.mkdir()
+        (output / "thesis.txt").write_text("the only copy")
+        fill(job)
+    assert "what was computed stays in" in str(refusal.value)
+    assert (output / "thesis.txt").read_text() == "the only copy"
+    assert (output.with_name("out.partial") / "work" / "part").read_text() == "computed"
+    with pytest.raises(ArtifactError, match="in the way"), execution(output, ONE):
+        pass
+    (output / "thesis.txt").rename(output.parent / "thesis.txt")
+    output.rmdir()
+    with execution(output, ONE) as job:
+        assert job.resumed and (job.work / "part").exists()
+        fill(job)
+    assert holds(output) == ONE and not job.partial.exists()
+
+
+@pytest.mark.parametrize("left", ["", "empty", "torn", "beside"])
+def test_unfinished_work_in_any_state_is_understood(output: Path, left: str) -> None:
+    with pytest.raises(KeyboardInterrupt), execution(output, ONE) as job:
+        (job.work / "part").write_text("computed")
+        raise KeyboardInterrupt
+    path = job.partial / "job.json"
+    content = path.read_text()
+    path.unlink()
+    if left in ("empty", "torn"):
+        path.write_text("" if left == "empty" else content[:9])
+    if left == "beside":
+        (job.partial / "job.json.4000000.partial").write_text("")
+    with execution(output, ONE) as job:
+        assert not job.resumed
+        fill(job)
+    assert holds(output) == ONE and not job.partial.exists()
+
+
+def test_a_link_to_a_folder_stands_for_that_folder(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    output.symlink_to(tmp_path / "elsewhere")
+    with execution(output, ONE) as job:
+        fill(job)
+    assert output.is_symlink() and holds(tmp_path / "elsewhere") == ONE
+    with execution(output, ONE) as job:
+        assert job.done
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("a damaged image"), OSError(errno.ENOSPC, "full", "x")], ids=["data", "disk"]
+)
+def test_a_training_that_fails_keeps_its_checkpoint_and_says_how_to_go_on(output: Path, error: Exception) -> None:
+    with pytest.raises(PeftcError) as refusal, execution(output, ONE) as job:
+        (job.work / "checkpoint.pt").write_text("learnt")
+        raise error
+    assert "run the same command again to go on" in str(refusal.value)
+    with execution(output, ONE) as job:
+        assert job.resumed and (job.work / "checkpoint.pt").read_text() == "learnt"
+        fill(job)
+
+
+def test_a_file_is_written_whole_or_not_at_all_and_leftovers_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    documents.write_whole(path, "one")
+    (tmp_path / "plan.json.4000000.partial").write_text("of a process that was killed")
+    (tmp_path / f"plan.json.{os.getppid()}.partial").write_text("of one that runs")
+    documents.write_whole(path, b"two")
+    assert path.read_text() == "two"
+    assert {each.name for each in tmp_path.iterdir()} == {"plan.json", f"plan.json.{os.getppid()}.partial"}
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        documents.write_whole(path, "three")
+    assert path.read_text() == "two" and len(list(tmp_path.iterdir())) == 2
