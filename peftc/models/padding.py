@@ -26,9 +26,10 @@ NEVER = -1  # the id of no token: nothing in the batch is padding
 
 def reads_last_token(module: nn.Module) -> bool:
     """Return whether a classifier of transformers reads the last token, which it finds by the id of padding."""
-    config, made = getattr(module, "config", None), type(module)
-    is_decoder = config is not None and not getattr(config, "is_encoder_decoder", False)
-    return is_decoder and _asks_for_padding(made)  # type: ignore[arg-type]
+    config, cls = getattr(module, "config", None), type(module)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    return _asks_for_padding(cls)  # type: ignore[arg-type]
 
 
 @lru_cache
