@@ -125,6 +125,29 @@ def reason_of(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def shown(name: object) -> str:
+    r"""Return a name as people can read it and a terminal can print it: bytes that are no UTF-8 as `\xe9`."""
+    text = str(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes, as Python decodes those of file names, or half a character, as JSON can have it
+        text = "".join(f"\\x{ord(each) - 0xDC00:02x}" if "\udc80" <= each <= "\udcff" else each for each in text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def refuse_not_utf8(what: str, name: object, kind: type[PeftcError] = UsageError) -> None:
+    """Refuse a name that is not UTF-8: JSON, which records it, has no way to write it.
+
+    Raises:
+        PeftcError: of the kind, with the bytes escaped.
+    """
+    if shown(name) != str(name):
+        raise kind(
+            f"{what} `{shown(name)}` is not UTF-8", why="peftc records names in JSON, which holds UTF-8 alone",
+            hint="rename it, or reach it through a link with another name",
+        )  # fmt: skip
+
+
 def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:
     """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
     if value in known:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftc import artifact, documents, manifest
-from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError
+from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError, refuse_not_utf8
 from peftc.source import MANIFEST
 
 CAUSES = {
@@ -223,6 +223,7 @@ def execution(
     """
     if output.name in ("", ".."):
         raise UsageError(f"`{output}` names no folder of its own", hint="give it a name: `-o small`")
+    refuse_not_utf8("the name of the output", output)
     if output.is_symlink() and output.is_dir():
         output = output.resolve()  # a link to a folder on another disk stands for that folder
     job = Job(output, identity, request or {}, record=record, overwrite=overwrite)

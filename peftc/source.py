@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc import documents
-from peftc.errors import SourceError, UsageError
+from peftc.errors import SourceError, UsageError, refuse_not_utf8
 
 MANIFEST = "peftc.json"
 ADAPTER = "adapter_config.json"  # of Hugging Face peft
@@ -89,6 +89,8 @@ def locate(source: Source) -> Located:
         UsageError: the spec contradicts the other options.
     """
     spec = source.spec
+    for name in (spec, source.weights):
+        refuse_not_utf8("the name of the model", name)
     weights = _weights(source.weights)
     if spec.startswith("python:"):
         factory = spec.removeprefix("python:")
@@ -150,8 +152,10 @@ def in_folder(path: Path, source: Source) -> Located:
     """Decide what a folder holds, from the files in it.
 
     Raises:
-        SourceError: it holds no model, or a link of it leaves it.
+        SourceError: it holds no model, a file that cannot be recorded, or a link that leaves it.
     """
+    for each in path.iterdir():
+        refuse_not_utf8(f"in `{path}` the name", each.name, SourceError)
     refuse_links(path)
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)

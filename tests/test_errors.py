@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_a_refusal_says_what_why_and_what_to_do(peftc, stub) -> None:
         (OSError(errno.EROFS, "Read-only file system", "out"), 1, "read-only file system"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "free some space"),
         (MemoryError(), 1, "error: out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory"),
+        (RuntimeError("unable to mmap 96 bytes from file <w>: Cannot allocate memory (12)"), 1, "error: out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory"),
+        (RuntimeError("can't start new thread"), 1, "error: out of memory"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 1, "error: out of memory"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, "`ulimit -u`"),
+        (UnicodeEncodeError("utf-8", 'a "caf\udce9" b', 6, 7, "surrogates not allowed"), 1, "error: `caf\\xe9` cannot"),
+        (UnicodeEncodeError("ascii", "caf\u00e9", 3, 4, "ordinal not in range"), 70, "this is a bug in peftc"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "error: out of memory"),
         (ZeroDivisionError("division by zero"), 70, "this is a bug in peftc"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "this is a bug in peftc"),
@@ -60,6 +69,60 @@ def test_an_exception_becomes_a_message_and_a_code(peftc, stub, problem, code, t
     assert (result.exit_code, result.stdout) == (code, "")
     assert text in result.stderr
     assert ("Traceback" in result.stderr) == (code == 70)
+
+
+def test_what_came_of_a_refused_allocation_is_one_too_and_names_the_limit(peftc, stub, monkeypatch) -> None:
+    problem = KeyError("x")
+    problem.__cause__ = MemoryError("Unable to allocate 9 GiB")
+    stub("decompose", raising(problem))
+    limits = {resource.RLIMIT_AS: (4_000_000_000, -1), resource.RLIMIT_DATA: (-1, -1)}
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits[kind])
+    result = peftc("decompose", "m", "--ratio", 0.5)
+    assert result.exit_code == 1 and "`ulimit -v` gives this process 4 GB" in result.stderr
+
+
+def test_the_program_ends_with_one_error_where_the_memory_is_limited(tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20)); "
+    words = f"import sys; sys.argv = ['peftc', 'analyze', {str(tmp_path)!r}]; from peftc.cli.app import main; main()"
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    done = subprocess.run([sys.executable, "-c", limit + words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "ulimit -v" in done.stderr, done.stderr
+
+
+NAME = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["decompose", NAME, "--ratio", "0.5"],
+        ["decompose", "m", "--ratio", "0.5", "-o", NAME],
+        ["decompose", "m", "--plan", NAME],
+        ["decompose", "m", "--ratio", "0.5", "--weights", NAME],
+        ["evaluate", "m", "--data", NAME],
+        ["analyze", "m", "--plot", NAME],
+        ["compare", "m", NAME],
+    ],
+    ids=lambda words: " ".join(words).replace(NAME, "NAME"),
+)
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(peftc, stub, words: list[str]) -> None:
+    stub(words[0], raising(AssertionError("it began to work")))
+    result = peftc(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "`caf\\xe9` is not UTF-8" in result.stderr and result.stderr.count("error: ") == 1
+
+
+def test_a_variable_that_is_not_utf8_is_refused(peftc, stub, monkeypatch) -> None:
+    stub("evaluate", raising(AssertionError("it began to work")))
+    monkeypatch.setenv("PEFTC_DATA", NAME)
+    result = peftc("evaluate", "m")
+    assert result.exit_code == 2 and "`--data`, `caf\\xe9` is not UTF-8" in result.stderr
+
+
+def test_a_report_with_such_a_name_is_printed(peftc, stub) -> None:
+    stub("decompose", lambda model, **options: Report("decompose", artifact=Path(NAME), notes=[f"{NAME} \ud800"]))
+    result = peftc("decompose", "m", "--ratio", 0.5)
+    assert result.exit_code == 0 and r"caf\xe9 \ud800" in result.stderr
 
 
 @pytest.mark.parametrize(

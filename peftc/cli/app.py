@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import signal
 import sys
 import warnings
@@ -43,7 +45,8 @@ from peftc.cli.report import report
 from peftc.cli.run import run
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
-from peftc.errors import LostProcessError, PeftcError
+from peftc.errors import LostProcessError, PeftcError, shown
+from peftc.report import size
 
 COMPLETE = "_PEFTC_COMPLETE"
 FULL = "free some space, or write to another disk with `-o`"
@@ -59,8 +62,17 @@ REFUSALS = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "check the path: its links go round in a circle",
     errno.EMFILE: "raise the limit on open files with `ulimit -n`",
+    errno.EAGAIN: "raise the limit on processes with `ulimit -u`, or stop some",
     errno.EIO: "the disk reports an error: check it, and use another one with `-o`",
 }
+NO_MEMORY = (  # how torch, safetensors and other libraries say it, and the loader of shared libraries
+    "can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
+    "failed to map segment from shared object", "can't start new thread", "error return without exception set",
+)  # fmt: skip
+
+
+class NoMemoryExit(SystemExit):
+    """The end of a process that has no memory left, and may not even have enough to end in order."""
 
 
 class Boundary(TyperGroup):
@@ -125,22 +137,28 @@ def _usage(problem: ClickException) -> str:
 def _unplanned(problem: BaseException) -> int:
     """Explain what the machine refused; anything else is a bug and keeps its traceback."""
     text = str(problem)
+    if _is_out_of_memory(problem):
+        hint = "lower `--batch-size`, use `--device cpu`, or stop what else uses the memory"
+        cause = text.splitlines()[0] if text else "an allocation failed"
+        problem.__traceback__ = None  # lets go of what the calls held
+        console.error(f"out of memory\n  cause: {cause}{_memory_limit()}\n  hint: {hint}")
+        raise NoMemoryExit(1)
     number = getattr(problem, "errno", None) if isinstance(problem, OSError) else None
     if number is None and "No space left on device" in text:  # from libraries that write without Python
         number = errno.ENOSPC
     if number in REFUSALS:
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else text
-        where = getattr(problem, "filename", None) or "the output"
+        where = shown(getattr(problem, "filename", None) or "the output")
         console.error(f"cannot read or write `{where}`\n  cause: {reason.lower()}\n  hint: {REFUSALS[number]}")
         return 1
-    if (
-        isinstance(problem, MemoryError)
-        or type(problem).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-    ):
-        hint = "lower `--batch-size`, use `--device cpu`, or stop what else uses the memory"
+    if isinstance(problem, UnicodeEncodeError) and shown(problem.object) != problem.object:
+        word = (
+            re.split(r'["\s]', problem.object[: problem.end])[-1] + re.split(r'["\s]', problem.object[problem.end :])[0]
+        )
         console.error(
-            f"out of memory\n  cause: {text.splitlines()[0] if text else 'an allocation failed'}\n  hint: {hint}"
+            f"`{shown(word[:200])}` cannot be written: it is not UTF-8\n"
+            "  cause: peftc records names in JSON, which holds UTF-8 alone\n"
+            "  hint: rename the file or folder that is called so"
         )
         return 1
     import traceback
@@ -150,6 +168,30 @@ def _unplanned(problem: BaseException) -> int:
         f"this is a bug in peftc {__version__}\n  hint: report it with the lines above and the command you typed"
     )
     return 70
+
+
+def _is_out_of_memory(problem: BaseException | None) -> bool:
+    """Whether memory was refused, or what another library raised came of that: each says so in words of its own."""
+    seen: set[int] = set()
+    while problem is not None and id(problem) not in seen:
+        seen.add(id(problem))
+        if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(problem, OSError) and problem.errno == errno.ENOMEM:
+            return True
+        if any(word in str(problem) for word in NO_MEMORY):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def _memory_limit() -> str:
+    """Say which limit the process has; that of a container refuses nothing, it ends the process."""
+    for kind, command in ((resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")):
+        most = resource.getrlimit(kind)[0]
+        if most != resource.RLIM_INFINITY:
+            return f" (`ulimit {command}` gives this process {size(most)})"
+    return ""
 
 
 def _version(wanted: bool) -> None:
@@ -203,5 +245,8 @@ def main() -> NoReturn:
         warnings.simplefilter(
             "ignore"
         )  # what other libraries deprecate is not the user's business; `python -W` shows it
-    app()
+    try:
+        app()
+    except NoMemoryExit:
+        os._exit(1)  # threads of libraries that could not start bring the usual end to a crash
     raise AssertionError("unreachable: the boundary exits")

@@ -15,7 +15,7 @@ from typer import Context, Exit
 from peftc import config, processes
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
-from peftc.errors import ArtifactError, ChainError, UsageError
+from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8
 from peftc.report import Report
 from peftc.source import MANIFEST, Source
 
@@ -42,6 +42,7 @@ def command(
         @functools.wraps(declare)
         def call(ctx: Context, **given: Any) -> Report:
             given = {name: _at_home(value) for name, value in given.items()}
+            _check_names(given)
             shared = {name: given.pop(name) for name in extra}
             placed = ctx.obj.place is not None  # by a recipe, which prints what comes of it
             if not placed:
@@ -74,6 +75,15 @@ def _at_home(value: Any) -> Any:
     if isinstance(value, Path):
         return value.expanduser()
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value  # noqa: PTH111
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Refuse names that are not UTF-8 before any work, wherever they came from."""
+    for name, value in given.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str | Path):
+                option = "MODEL" if name in ("model", "models") else f"`--{name.replace('_', '-')}`"
+                refuse_not_utf8(f"the value of {option},", each)
 
 
 def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +202,9 @@ def _push(outcome: Report, repo: str | None, *, private: bool) -> None:
 def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ChainError("standard input names no artifact", why="nothing is piped in", hint="name MODEL by its path")
-    return config.artifact_from(os.fsdecode(sys.stdin.buffer.read()))
+    text = os.fsdecode(sys.stdin.buffer.read())
+    refuse_not_utf8("what stands on standard input,", text.strip()[:200])
+    return config.artifact_from(text)
 
 
 def _trusted(shared: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc import progress
 from peftc.documents import CONTROL
+from peftc.errors import shown
 
 if TYPE_CHECKING:
     from peftc.report import Cell, Gate, Report, Table
@@ -35,22 +36,24 @@ def out(text: str) -> None:
         try:
             sys.stdout.write(text)
         except UnicodeEncodeError:  # a path is bytes, whatever the terminal speaks
-            sys.stdout.buffer.write(os.fsencode(text))
+            sys.stdout.buffer.write(_bytes(text))
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  the interpreter flushes stdout once more at its end
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:  # no name of a file
+        return shown(text).encode()
 
 
 def say(text: str = "") -> None:
     """Write a line to stderr in whatever characters it takes; a stderr that is closed or full is no error."""
     if sys.stderr is None:
         return
-    encoding = sys.stderr.encoding or "ascii"
-    own = OURS.findall(
-        text
-    )  # anything else that moves a cursor or colours came from a file, and is shown as it is written
-    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
-    text = "".join(part + code for part, code in zip(parts, [*own, ""], strict=True))
+    encoding, text = sys.stderr.encoding or "ascii", _harmless(shown(text))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -60,6 +63,12 @@ def say(text: str = "") -> None:
         sys.stderr.flush()
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def _harmless(text: str) -> str:
+    """Write control characters as escapes: all but our own colours came from a file, or from who named it."""
+    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
+    return "".join(part + code for part, code in zip(parts, [*OURS.findall(text), ""], strict=True))
 
 
 def _harmless(text: str) -> str:
