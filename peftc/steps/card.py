@@ -243,8 +243,14 @@ def _use(subject: Subject, repo: str) -> str:
             f'file = huggingface_hub.hf_hub_download("{repo}", "model.safetensors")',
             "weights = safetensors.torch.load_file(file)  # export.json says how the modules compute",
         ],
-    }[subject.format]  # fmt: skip
-    text = "```python\n" + "\n".join(code) + "\n```"
+    }  # fmt: skip
+    if subject.format not in code:
+        by = (subject.result.get("report") or {}).get("data", {}).get("runtime")
+        ran = f", which {by} ran when it was written" if by else ""
+        return (
+            f"Its format, `{subject.format}`, is that of another package{ran}. `export.json` has what that says of it."
+        )
+    text = "```python\n" + "\n".join(code[subject.format]) + "\n```"
     if subject.record.base["library"] == "python" and subject.format == "artifact":
         return text + f"\n\nIts network is code, `{architecture}`, which is not here: pass `allow_code=True`."
     if subject.format == "artifact":
