@@ -15,7 +15,7 @@ from peftc import retrieval
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window
-from peftc.errors import DataError, UsageError, one_of
+from peftc.errors import DataError, UsageError, one_of, reason_of
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
@@ -39,7 +39,25 @@ def _encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
     def batch(indices: Sequence[int]) -> Batch:
         return Batch(pixels(indices), torch.tensor([labels[data.rows[index]] for index in indices]))
 
+    if data.kind == "tensor" or settings.image_size is not None:
+        _refuse_shape(model, pixels([0]), data.name)
     return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
+
+
+def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
+    """Refuse inputs that are not as the model itself asks for, where it does not run on the first of them."""
+    from peftc.models import inputs
+
+    if model.module.training or inputs.place_of(model.module).type == "meta":
+        return
+    try:
+        with torch.no_grad():
+            inputs.forward(model, inputs.moved(model, sample))
+    except inputs.DOES_NOT_RUN as error:
+        if "memory" in str(error):
+            raise
+        why = f"it does not run on one of shape {list(sample.shape[1:])}: {reason_of(error)}"
+        raise DataError(f"`{model.name}` does not take the samples of `{name}`", why=why) from error
 
 
 def _fixed_size(model: Model, image_size: int | None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from peftc.data import arrays, captioned, images, tables
+from peftc.data import arrays, captioned, images, limits, tables
 from peftc.data.dataset import Dataset, Splits, choose, split_word
 from peftc.data.tables import Columns
-from peftc.errors import DataError
+from peftc.errors import DataError, refuse_not_utf8
 
 __all__ = ["Dataset", "open_data", "parts_of", "split_names"]
 
@@ -46,6 +47,7 @@ def open_data(
     Raises:
         DataError: nothing is there, it cannot be read, or it does not hold what was asked for.
     """
+    refuse_not_utf8("`--data`", spec)
     name, at = parts_of(spec)
     splits = _splits(name, Columns(image_column, text_column, label_column), task)
     chosen, note = choose(name, splits, at or None, role)
@@ -57,7 +59,7 @@ def open_data(
 def parts_of(spec: str | Path) -> tuple[str, str]:
     """Return what a `--data` spec names, and the split that it picks, or no text."""
     name, at = str(spec), ""
-    if not Path(name).exists() and "@" in name:
+    if "@" in name and not os.path.exists(name):  # noqa: PTH110  it takes any text, as a name that is too long
         name, _, at = name.rpartition("@")
     return name, at
 
@@ -72,11 +74,14 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
         return tables.hub(name.removeprefix("hf:"), columns, task)
     if name.startswith("sklearn:"):
         return arrays.sklearn(name.removeprefix("sklearn:"))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    with limits.refused(name):
+        path = Path(name).expanduser()
+        is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
+    if is_folder:
         return _folder(path, columns, task)
-    if not path.is_file():
-        raise DataError(f"there is no data at `{name}`", why="the path does not exist", hint=f"`--data` takes {FORMS}")
+    if not is_file:
+        why = "it is no file, but a pipe or a device" if is_there else "the path does not exist"
+        raise DataError(f"there is no data at `{name}`", why=why, hint=f"`--data` takes {FORMS}")
     ending = path.suffix.lower()
     if "-ubyte" in path.name:
         return arrays.idx(arrays.idx_pair(path), name)
@@ -95,7 +100,9 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
 
 def _folder(path: Path, columns: Columns, task: str | None) -> Splits:
     """Read IDX files, or tables named by split or beside images, in the folder itself; else class folders."""
-    if found := arrays.idx_files(path):
+    with limits.refused(path):
+        found = arrays.idx_files(path)
+    if found:
         return arrays.idx(found, str(path))
     if found := [file for file in sorted(path.iterdir()) if file.suffix in tables.ENDINGS and split_word(file.stem)]:
         return tables.files(found, str(path), columns, task)

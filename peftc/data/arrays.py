@@ -6,16 +6,19 @@ import gzip
 import math
 import re
 import zipfile
-import zlib
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from peftc.data import limits
 from peftc.data.dataset import Dataset, Splits, split_word
 from peftc.data.images import named
+from peftc.data.limits import AXES, HEADER
 from peftc.errors import DataError, one_of
 from peftc.header import read_header
 
@@ -29,46 +32,89 @@ Arrays = dict[str, np.ndarray]
 
 def npz(path: Path) -> Splits:
     """Read `x_train`, `y_train`, `x_test`, ... (or `train_images`, `images`, `target`, ...) from a .npz file."""
+    why = "it is no whole .npz file of plain arrays: "
+    with limits.opened(path) as raw:
+        with limits.refused(path, why):
+            archive = zipfile.ZipFile(raw)
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        limits.refuse_bomb(str(path), path.stat().st_size, sum(info.file_size for info in members.values()))
+
+        def read(key: str) -> np.ndarray:
+            with limits.refused(path, why), archive.open(members[key]) as file:
+                return _read_npy(file, members[key].file_size, f"{path}: {key}")
+
+        return _paired(str(path), members, read)
+
+
+def _read_npy(file: IO[bytes], length: int, name: str) -> np.ndarray:
+    """Read an array, whose header says how large it is: that is compared with the bytes that there are, and no more."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise DataError(f"cannot read `{path}`", why=f"it is no whole .npz file of plain arrays: {error}") from None
-    return _paired(str(path), arrays)
+        shape, is_transposed, dtype = header(file, max_header_size=HEADER)
+    except (RecursionError, MemoryError, TokenError):  # it is a literal of Python, of at most 10,000 characters
+        raise DataError(f"`{name}` is no plain array", why="its header is nested too deep") from None
+    if dtype.kind not in "buif" or not len(shape) <= AXES:
+        raise DataError(f"`{name}` is no plain array", why=f"its header says {len(shape)} axes of dtype `{dtype}`")
+    promised, there = math.prod(shape) * dtype.itemsize, length - file.tell()
+    if promised != there or min(shape, default=0) < 0:
+        why = f"its header says shape {_shape(shape)} of `{dtype}`, {promised:,} bytes, and {there:,} bytes follow"
+        raise DataError(f"`{name}` is no whole array", why=why)
+    array: np.ndarray = np.empty(promised, np.uint8)
+    for start in range(0, promised, limits.MIB):  # so that no second copy of it is made
+        part = array[start : start + limits.MIB]
+        part[:] = np.frombuffer(file.read(len(part)), np.uint8)
+    return array.view(dtype).reshape(shape, order="F" if is_transposed else "C")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(f"{side:,}" for side in [*shape][:AXES])
 
 
 def safetensors(path: Path) -> Splits:
     """Read the same names from a .safetensors file."""
-    from safetensors.torch import load_file
+    import safetensors
 
-    read_header(path)
-    tensors = load_file(path)
-    return _paired(str(path), {key: (t.float() if t.is_floating_point() else t).numpy() for key, t in tensors.items()})
+    there = read_header(path)[0]
+    with limits.refused(path, "", safetensors.SafetensorError):
+        file = safetensors.safe_open(path, framework="pt")
+
+    def read(key: str) -> np.ndarray:
+        with limits.refused(path, "", safetensors.SafetensorError):
+            tensor = file.get_tensor(key)
+            return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    return _paired(str(path), there, read)
 
 
-def _paired(name: str, arrays: Arrays) -> Splits:
-    """Sort arrays into splits by the words in their names."""
-    found: dict[str, Arrays] = {}
+def _paired(name: str, keys: Iterable[str], read: Callable[[str], np.ndarray]) -> Splits:
+    """Sort arrays into splits by the words in their names, and read those that have a place there."""
+    found: dict[str, dict[str, str]] = {}
     unknown = []
-    for key, array in arrays.items():
+    for key in keys:
         parts = set(re.split(r"[^a-z0-9]+", key.lower()))
         role = "x" if parts & INPUTS else "y" if parts & LABELS else None
         if role is None:
             unknown.append(key)
         else:
-            found.setdefault(split_word(key) or "all", {})[role] = array
+            found.setdefault(split_word(key) or "all", {})[role] = key
     without = [split for split, pair in found.items() if "x" not in pair]
     if not found or without:
         raise DataError(
             f"`{name}` holds no samples" + (f" for split `{without[0]}`" if without else ""),
-            why=f"its arrays are {named(sorted(arrays))}",
+            why=f"its arrays are {named(sorted(keys))}",
             hint="name them `x_train`, `y_train`, `x_test`, `y_test`, or `images` and `labels`",
         )
     notes = [f"data: arrays left unread: {named(unknown)}"] if unknown else []
-    return _splits(name, found, notes)
+    arrays = {split: {role: read(key) for role, key in pair.items()} for split, pair in found.items()}
+    return _splits(name, arrays, notes)
 
 
 def _splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
+    for split, pair in found.items():
+        if pair["x"].ndim < 2 or not pair["x"].size or pair["x"].dtype.kind not in "buif":
+            why = f"they have shape {list(pair['x'].shape)} and dtype `{pair['x'].dtype}`"
+            raise DataError(f"the samples of `{name}@{split}` are none", why=why)
     labels = {
         split: _labels(f"{name}@{split}", pair["y"], len(pair["x"])) for split, pair in found.items() if "y" in pair
     }
@@ -87,10 +133,14 @@ def _labels(name: str, array: np.ndarray, samples: int) -> np.ndarray:
             f"the labels of `{name}` have shape {list(array.shape)}",
             why=f"there are {samples} samples, with one label each",
         )
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise DataError(f"the labels of `{name}` contain NaN or infinite values")
-        return array.astype(np.int64) if (array == array.astype(np.int64)).all() else array
+    if array.dtype.kind not in "buif":
+        raise DataError(f"the labels of `{name}` are no numbers", why=f"their dtype is `{array.dtype}`")
+    if not np.isfinite(array).all():
+        raise DataError(f"the labels of `{name}` contain NaN or infinite values")
+    if array.dtype.kind == "f" and (array % 1).any():
+        return array
+    if (array > 2**62).any() or (array < -(2**62)).any():
+        raise DataError(f"the labels of `{name}` are too large", why=f"they go from {array.min()} to {array.max()}")
     return array.astype(np.int64)
 
 
@@ -103,6 +153,8 @@ def _dataset(
         labels = [index[label] for label in labels]
     is_image = x.dtype == np.uint8
     x = _channels_last(f"{name}@{split}", x) if is_image else x[:, None] if x.ndim == 3 else x
+    if is_image:
+        limits.refuse_sides(f"{name}@{split}", x.shape[2], x.shape[1])
     return Dataset(
         kind="image" if is_image else "tensor",
         name=name,
@@ -133,9 +185,11 @@ def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _finite(name: str, x: np.ndarray, row: int) -> torch.Tensor:
-    if not np.isfinite(x[row]).all():
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        sample = np.array(x[row], dtype=np.float32)
+    if not np.isfinite(sample).all():
         raise DataError(f"sample {row} of `{name}` contains NaN or infinite values")
-    return torch.from_numpy(np.ascontiguousarray(x[row], dtype=np.float32))
+    return torch.from_numpy(sample)
 
 
 def idx_files(folder: Path) -> list[Path]:
@@ -170,21 +224,25 @@ def idx_pair(path: Path) -> list[Path]:
 
 def _read_idx(path: Path) -> np.ndarray:
     """Read the IDX format: two zero bytes, a type, a number of axes, their big-endian sizes, the values."""
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read `{path}`", why=str(error)) from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise DataError(f"`{path}` is no IDX file", why=f"it starts with the bytes {content[:4].hex(' ')}")
-    axes, dtype = content[3], np.dtype(IDX_TYPES[content[2]])
-    start = 4 + 4 * axes
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if len(content) != start + math.prod(shape) * dtype.itemsize:
-        raise DataError(
-            f"`{path}` is no whole IDX file", why=f"its header says shape {shape}, but it has {len(content):,} bytes"
-        )
-    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    is_packed = path.suffix == ".gz"
+    with limits.opened(path) as raw, limits.refused(path):
+        file = gzip.GzipFile(fileobj=raw) if is_packed else raw
+        start = file.read(4)
+        if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in IDX_TYPES or not 1 <= start[3] <= AXES:
+            raise DataError(f"`{path}` is no IDX file", why=f"it starts with the bytes {start.hex(' ')}")
+        dtype = np.dtype(IDX_TYPES[start[2]])
+        sizes = file.read(4 * start[3])
+        shape = [int.from_bytes(sizes[at : at + 4], "big") for at in range(0, len(sizes), 4)]
+        promised, packed = math.prod(shape) * dtype.itemsize, path.stat().st_size
+        if is_packed:
+            limits.refuse_bomb(str(path), packed, promised)
+        there = None if is_packed else packed - 4 - len(sizes)
+        content = file.read(promised + 1) if there in (None, promised) else b""
+    if len(shape) != start[3] or len(content) != promised:
+        found = f"{there:,}" if there is not None else f"{len(content):,}" if len(content) <= promised else "more"
+        why = f"its header says shape {_shape(shape)}, {promised:,} bytes, and {found} follow"
+        raise DataError(f"`{path}` is no whole IDX file", why=why)
+    return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
 def sklearn(name: str) -> Splits:

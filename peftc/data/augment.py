@@ -76,9 +76,9 @@ class Augmented:
         if self.transform is None:
             return self.plain(indices).inputs  # type: ignore[no-any-return]
         with ThreadPoolExecutor() as pool:  # decoding is the slow part, and has nothing random
-            images = list(pool.map(lambda index: self.data[index][0], indices))
-        with _drawn():
-            made = [self.transform(with_mode(image, self.mode, self.data.name)) for image in images]
+            images = list(pool.map(lambda index: self.data[index][0], indices))[::-1]
+        with _drawn():  # an image is gone when the next is changed: large ones are decoded only now
+            made = [self.transform(with_mode(images.pop(), self.mode, self.data.name)) for _ in indices]
         return torch.stack([self.normalise(torch.as_tensor(each).float() / 255) for each in made])
 
     def mixed(self, inputs: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftc.data import limits
 from peftc.data.dataset import Dataset, Pairs
 from peftc.data.images import decode, named
 from peftc.errors import DataError
@@ -40,6 +41,18 @@ def _usual(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((known[name] for name in names if name in known), None)
 
 
+def column_of(table: Any, column: str, name: str) -> list[Any]:
+    """Return the values of a column.
+
+    Raises:
+        DataError: they are no text, or damaged otherwise.
+    """
+    from pyarrow import ArrowException
+
+    with limits.refused(name, f"column `{column}`: ", ArrowException):
+        return list(table[column])
+
+
 def cells(table: Any, column: str, name: str, folder: Path | None) -> Cells:
     """Return the readers of a column of images.
 
@@ -53,24 +66,28 @@ def cells(table: Any, column: str, name: str, folder: Path | None) -> Cells:
         DataError: a file is not there.
     """
     import datasets
+    from pyarrow import ArrowException
 
     if folder is not None and getattr(table.features[column], "dtype", None) in ("string", "large_string"):
-        return _files([str(cell) if cell else "" for cell in table[column]], column, name, folder)
-    stored = table.cast_column(column, datasets.Image(decode=False))
+        return _files([str(cell) if cell else "" for cell in column_of(table, column, name)], column, name, folder)
+    with limits.refused(name, f"column `{column}` holds no images: ", ArrowException):
+        stored = table.cast_column(column, datasets.Image(decode=False))
 
     def content(row: int) -> bytes:
-        value = stored[row][column]
-        if value is None:
+        with limits.refused(name, f"row {row}: ", ArrowException):
+            value = stored[row][column]
+        if value is None or not (value["bytes"] or value["path"]):
             raise DataError(f"row {row} of `{name}` has no image in column `{column}`")
         if value["bytes"] is not None:
             return bytes(value["bytes"])
-        return _read((folder or Path()) / value["path"], row, name)
+        return _read((folder or Path()) / (value["path"]), row, name)
 
     return content, lambda row: hashlib.sha256(content(row)).hexdigest()
 
 
 def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
-    missing = [row for row, path in enumerate(paths) if not path or not (folder / path).is_file()]
+    with limits.refused(name, f"column `{column}`: "):
+        missing = [row for row, path in enumerate(paths) if not path or not (folder / path).is_file()]
     if missing:
         first = missing[0]
         raise DataError(
@@ -82,10 +99,8 @@ def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
 
 
 def _read(path: Path, row: int, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read row {row} of `{name}`", why=str(error)) from None
+    with limits.refused(f"row {row} of {name}"), limits.opened(path) as file:
+        return limits.whole(file, limits.IMAGE_BYTES, f"{name}, row {row}")
 
 
 def pairs(
@@ -113,7 +128,7 @@ def pairs(
                 hint=f"name it: `{option} NAME`",
             )
     assert image is not None and text is not None
-    captions = list(table[text])
+    captions = column_of(table, text, name)
     bad = next((row for row, value in enumerate(captions) if not isinstance(value, str) or not value.strip()), None)
     if bad is not None:
         raise DataError(
@@ -127,7 +142,7 @@ def pairs(
         split=split,
         rows=range(len(captions)),
         read=lambda row: (decode(content(row), f"{name}, row {row}"), captions[row]),
-        content=lambda row: content(row) + b"\0" + captions[row].encode(),
+        content=lambda row: content(row) + b"\0" + captions[row].encode("utf-8", "surrogatepass"),
         pairs=Pairs(captions, [known.setdefault(identity(row), row) for row in range(len(captions))]),
         notes=notes,
     )

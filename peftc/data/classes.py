@@ -36,9 +36,9 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
             found = _by_name(classes, names)
             if len(found) == len(classes):
                 return [found[name] for name in classes], f"classes: matched by name with {whose}"
-            if found and not all(name.isdecimal() for name in classes):
+            if found and not all(map(is_index, classes)):
                 return _all(classes, found, outputs, whose), ""
-    if all(name.isdecimal() and int(name) < outputs for name in classes) and not _has_own_numbers(classes, outputs):
+    if all(is_index(name) and int(name) < outputs for name in classes) and not _has_own_numbers(classes, outputs):
         return [int(name) for name in classes], "classes: their names read as class indices"
     if labels is None and len(classes) == outputs:
         note = f"classes: the model has no class names, so its {outputs} outputs are taken in sorted order"
@@ -50,6 +50,11 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
             hint="name them by WordNet id, class index or class name",
         )
     return _all(classes, {}, outputs, f"class names {named(list(labels), 3)}"), ""
+
+
+def is_index(name: str) -> bool:
+    """Whether a name reads as a number; Python reads none of more than 4,300 digits."""
+    return name.isdecimal() and len(name) < 20
 
 
 def _has_own_numbers(classes: Sequence[str], outputs: int) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,10 +18,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from peftc.data import limits
 from peftc.data.dataset import SPLIT_WORDS, Dataset, Splits
-from peftc.errors import DataError
+from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
+from peftc.errors import DataError, reason_of, refuse_not_utf8, shown
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+# of Pillow's formats those with these endings, and two that pages send under another; EPS would start a program
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LAYOUT = "peftc reads `CLASS/image.jpg`, or `test/CLASS/image.jpg` with a folder for each split"
 
@@ -37,28 +41,58 @@ class Tree:
 
 
 def folder_tree(path: Path) -> Tree:
-    """List a folder; hidden files are left out."""
+    """List a folder; hidden files are left out, and links are followed.
+
+    Raises:
+        DataError: a folder cannot be read, or links lead round in a circle, or to one folder again and again.
+    """
     files, folders = [], []
-    for here, below, names in os.walk(path, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = Path(here).relative_to(path)
-        folders += [(relative / name).as_posix() for name in below]
-        files += [(relative / name).as_posix() for name in sorted(names) if not name.startswith(".")]
-    return Tree(str(path), files, folders, lambda name: (path / name).read_bytes())
+    seen: Counter[tuple[int, int]] = Counter()
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while waiting:
+        here, above = waiting.pop()
+        with limits.refused(path / here):
+            there = (path / here).stat()
+            entries = sorted(os.scandir(path / here), key=lambda entry: entry.name)
+            below = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        at = (there.st_dev, there.st_ino)
+        seen[at] += 1
+        if at in above or seen[at] > SAME_FOLDER:
+            why = (
+                "it is a link to a folder above it"
+                if at in above
+                else f"links lead to it more than {SAME_FOLDER} times"
+            )
+            raise DataError(f"`{shown(path)}` has no end: see `{shown(path / here)}`", why=why, hint="remove the link")
+        prefix = f"{here}/" if here else ""
+        folders += [prefix + name for name in below]
+        others = {entry.name for entry in entries if not entry.name.startswith(".")} - {*below}
+        files += [prefix + name for name in sorted(others)]
+        waiting += [(prefix + name, (*above, at)) for name in reversed(below)]
+
+    def read(name: str) -> bytes:
+        with limits.opened(path / name) as file:
+            return limits.whole(file, IMAGE_BYTES, f"{path}/{name}")
+
+    return Tree(str(path), files, folders, read)
 
 
 def zip_tree(path: Path) -> Tree:
     """List a zip, which is read in place."""
-    try:
+    with limits.refused(path, "it is no whole zip file: "):
         archive = zipfile.ZipFile(path)
         names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"cannot read `{path}`", why=f"it is no whole zip file: {error}") from None
     names = sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-    files = [name for name in names if not name.endswith("/")]
-    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
-    folders |= {name.rstrip("/") for name in names if name.endswith("/")}
-    return Tree(str(path), files, sorted(folders - {"."}), archive.read)
+    there = {"/".join(part for part in name.split("/") if part): name for name in names}
+    files = [name for name, inside in there.items() if name and not inside.endswith("/")]
+    folders = {parent.as_posix() for name in there for parent in PurePosixPath(name).parents}
+    folders |= {name for name, inside in there.items() if inside.endswith("/")}
+
+    def read(name: str) -> bytes:
+        with archive.open(there[name]) as member:
+            return limits.whole(member, IMAGE_BYTES, f"{path}/{name}")
+
+    return Tree(str(path), files, sorted(folders - {".", ""}), read)
 
 
 def class_folders(tree: Tree) -> Splits:
@@ -81,6 +115,8 @@ def class_folders(tree: Tree) -> Splits:
     bases = {split: f"{root}{split}/" for split in splits} or {"all": root}
     classes = sorted({name for base in bases.values() for name in _children(tree, base)})
     left_out = [top for top in tops if splits and top not in splits]
+    for name in (*splits, *classes):
+        refuse_not_utf8(f"in `{tree.name}` the name of the folder", name, DataError)
     found: Splits = {}
     for split, base in bases.items():
         found[split] = partial(
@@ -138,36 +174,56 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         split=split,
         rows=range(len(files)),
         read=lambda row: decode(_bytes(tree, files[row]), f"{tree.name}/{files[row]}"),
-        content=lambda row: files[row].encode() + b"\0" + _bytes(tree, files[row]),
+        content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + _bytes(tree, files[row]),
     )
 
 
 def named(names: list[str], most: int = 5) -> str:
     """Write up to ``most`` names in backticks, and how many more there are."""
-    text = ", ".join(f"`{name}`" for name in names[:most])
+    text = ", ".join(f"`{name if len(name) < 100 else name[:97] + '...'}`" for name in map(shown, names[:most]))
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _bytes(tree: Tree, name: str) -> bytes:
-    try:
+    with limits.refused(f"{tree.name}/{name}"):
         return tree.read(name)
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"cannot read `{tree.name}/{name}`", why=str(error)) from None
+
+
+@lru_cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Return the image in ``content``.
+    """Return the image in ``content``; a large one is read when `with_mode` asks for its pixels.
 
     Raises:
-        DataError: it is no image, or a damaged one.
+        DataError: it is no image, or a damaged one, or too large.
     """
+    name = shown(name)
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=_formats())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"`{name}` has too many pixels", why=str(error), hint="shrink or remove it") from None
+    except (UnidentifiedImageError, *DAMAGED) as error:
+        raise _no_image(name, error) from None
+    limits.refuse_sides(name, image.width, image.height)
+    return image if _is_large(image) else _loaded(image, name)
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    try:
         image.load()
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
-        why = "its bytes are of no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"`{name}` is no whole image", why=why, hint="replace or remove it") from None
+    except (Image.DecompressionBombError, *DAMAGED) as error:
+        raise _no_image(name, error) from None
     return image
+
+
+def _no_image(name: str, error: BaseException) -> DataError:
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    why = "its bytes are of no known image format" if is_unknown else reason_of(error)
+    return DataError(f"`{name}` is no whole image", why=why, hint="replace or remove it")
 
 
 def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> Callable[[Any, str], Tensor]:
@@ -216,15 +272,17 @@ def reader(
     """
     to_tensor = transform(preprocess, image_size)
 
-    def read(index: int) -> Tensor:
+    def read(index: int, alone: ThreadPoolExecutor) -> Tensor:
         value = data[index][0]
         if data.kind == "tensor":
             return value
-        return to_tensor(value[0] if data.kind == "image-text" else value, f"{data.name}, sample {index}")
+        image, name = value[0] if data.kind == "image-text" else value, f"{data.name}, sample {index}"
+        # in one thread, and always the same: what a thread has freed, the allocator keeps for it
+        return alone.submit(to_tensor, image, name).result() if _is_large(image) else to_tensor(image, name)
 
     def stacked(indices: Sequence[int]) -> Tensor:
-        with ThreadPoolExecutor() as pool:  # decoding and resizing release the interpreter's lock
-            tensors = list(pool.map(read, indices))
+        with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+            tensors = list(pool.map(lambda index: read(index, alone), indices))
         shapes = sorted({tuple(tensor.shape) for tensor in tensors})
         if len(shapes) > 1:
             raise DataError(
@@ -235,6 +293,10 @@ def reader(
         return torch.stack(tensors)
 
     return stacked
+
+
+def _is_large(image: Any) -> bool:
+    return isinstance(image, Image.Image) and image.width * image.height > MANY_PIXELS
 
 
 def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:
@@ -251,8 +313,13 @@ def with_mode(image: Any, mode: str, name: str) -> Image.Image:
     """Return an image or an array as an image of one mode."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
+    name = shown(name)
     if not isinstance(image, Image.Image):
         raise DataError(f"`{name}` is a {type(image).__name__}, not an image")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
+    image = _loaded(image, name)
+    try:
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if image.mode == mode else image.convert(mode)
+    except DAMAGED as error:
+        raise DataError(f"`{name}` cannot be read as {mode}", why=reason_of(error), hint="convert it") from None

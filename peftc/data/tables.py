@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftc.data import captioned
+from peftc.data import captioned, jsonl, limits
+from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Splits, split_word
 from peftc.data.images import decode, named
-from peftc.errors import DataError
+from peftc.errors import DataError, reason_of
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 TEXT = (
@@ -62,7 +66,7 @@ def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) 
 
 
 def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset:
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         text = _text(path)
         return Dataset(
             kind="text",
@@ -73,12 +77,13 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
             content=lambda row: text.encode(),
         )
     notes: list[str] = []
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
+        _refuse_parquet(path)
         table = _load("parquet", path)
-    elif path.suffix == ".jsonl":
-        table = _load("json", path)
+    elif path.suffix.lower() == ".jsonl":
+        table = jsonl.table(path)
     else:
-        sep = "\t" if path.suffix == ".tsv" else ","
+        sep = "\t" if path.suffix.lower() == ".tsv" else ","
         header = _header(path, sep, columns)
         if header is not None:
             notes = [f"data: the first row of `{path.name}` is data, so its columns are called {named(header)}"]
@@ -89,10 +94,16 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
 
 
 def _text(path: Path) -> str:
+    with limits.opened(path) as file:
+        content = file.read()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read `{path}`", why=str(error), hint="peftc reads UTF-8 text") from None
+    if "\0" in text:
+        raise DataError(
+            f"cannot read `{path}`", why="it holds zero bytes, so it is no text", hint="peftc reads UTF-8 text"
+        )
     if not text.strip():
         raise DataError(f"`{path}` is empty")
     return text
@@ -101,21 +112,65 @@ def _text(path: Path) -> str:
 def _load(builder: str, path: Path, **options: Any) -> Any:
     """Read a file into memory and leave nothing in a cache."""
     import datasets
+    from pyarrow import ArrowException
 
-    if path.stat().st_size == 0:
-        raise DataError(f"`{path}` is empty")
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as cache:
+    with limits.opened(path) as file:
+        if not file.read(1):
+            raise DataError(f"`{path}` is empty")
+    damaged = (datasets.exceptions.DatasetsError, ArrowException)
+    with limits.refused(path, "", *damaged), tempfile.TemporaryDirectory() as cache, _silent(datasets):
+        try:
             return datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+                builder, data_files=_escaped(path), split="train", cache_dir=cache, keep_in_memory=True, **options
             )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"cannot read `{path}`", why=str(error.__cause__ or error).split("\n")[0]) from None
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+
+
+@contextmanager
+def _silent(datasets: Any) -> Iterator[None]:
+    """Keep the library from drawing bars, and from logging what is raised anyway."""
+    shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     finally:
+        datasets.logging.set_verbosity(level)
         if not shown:
             datasets.enable_progress_bars()
+
+
+def _escaped(path: Path) -> str:
+    """Return a path in which the library sees no pattern."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path))
+
+
+def _refuse_parquet(path: Path) -> None:
+    """Refuse a file that unpacks to more than data would: a value that repeats is stored once.
+
+    Raises:
+        DataError: with the limit.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+    from pyarrow.types import is_dictionary
+
+    packed = path.stat().st_size
+    with limits.opened(path) as raw, limits.refused(path, "", ArrowException), ParquetFile(raw) as file:
+        about = file.metadata
+        if about.num_columns > limits.COLUMNS:
+            raise DataError(f"cannot read `{path}`", why=f"it has more than {limits.COLUMNS:,} columns")
+        groups = [about.row_group(at) for at in range(about.num_row_groups)]
+        limits.refuse_bomb(str(path), packed, sum(group.total_byte_size for group in groups))
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if about.num_rows * largest <= limits.UNPACKED:
+            return
+        unpacked = 0
+        for batch in file.iter_batches(max(1, min(1024, limits.UNPACKED // max(largest, 1)))):
+            plain = [each.dictionary_decode() if is_dictionary(each.type) else each for each in batch.columns]
+            unpacked += sum(max(each.nbytes, 8 * len(each)) for each in plain)
+            limits.refuse_bomb(str(path), packed, unpacked)
 
 
 def _is_quoted(path: Path) -> bool:
@@ -130,10 +185,15 @@ def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
     A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise it is a
     header where a column of numbers follows under a word.
     """
-    try:
+    with limits.refused(path, "", csv.Error):
         sample = [row for row in csv.reader(io.StringIO(_text(path)[:100_000]), delimiter=sep) if row][:50]
-    except csv.Error as error:
-        raise DataError(f"cannot read `{path}`", why=str(error)) from None
+    if not sample:
+        raise DataError(f"`{path}` has no rows")
+    if len(sample[0]) > limits.COLUMNS:
+        raise DataError(f"cannot read `{path}`", why=f"it has more than {limits.COLUMNS:,} columns")
+    if len(sample) > 1 and len(sample[1]) > len(sample[0]):  # pandas would take the first cell for a name of the row
+        why = f"its first row has {len(sample[0])} cells, and its second has {len(sample[1])}"
+        raise DataError(f"cannot read `{path}`", why=why)
     first, rest = sample[0], [row for row in sample[1:-1] or sample[1:] if len(row) == len(sample[0])]
     cells = {cell.strip().lower() for cell in first}
     usual = {*captioned.IMAGE, *captioned.FILE, *captioned.CAPTION, *TEXT, *LABEL}
@@ -176,15 +236,16 @@ def hub(spec: str, columns: Columns, task: str | None) -> Splits:
     try:
         builder = datasets.load_dataset_builder(name, config or None)
         splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config or None))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"cannot read the data set `{name}`",
-            why=str(error).split("\n")[0],
+            why=reason_of(error),
             hint=f"it would have been downloaded from the hub as `{name}`",
         ) from None
 
     def split_of(split: str) -> Dataset:
-        table = datasets.load_dataset(name, config or None, split=split)
+        with limits.refused(f"hf:{spec}", "", datasets.exceptions.DatasetsError):
+            table = datasets.load_dataset(name, config or None, split=split)
         return rows(table, f"hf:{spec}", split, columns, task, [])
 
     return {split: partial(split_of, split) for split in splits}
@@ -255,7 +316,7 @@ def _images(table: Any, column: str, name: str, folder: Path | None) -> Readers:
 
 
 def _texts(table: Any, columns: list[str], name: str) -> Readers:
-    values = [list(table[column]) for column in columns]
+    values = [captioned.column_of(table, column, name) for column in columns]
     for column, cells in zip(columns, values, strict=True):
         bad = next((row for row, cell in enumerate(cells) if not isinstance(cell, str | int | float)), None)
         if bad is not None:
@@ -272,7 +333,7 @@ def _texts(table: Any, columns: list[str], name: str) -> Readers:
 
 def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> tuple[list[Any], list[str] | None]:
     """Return (indices, classes), or (scores, None) where a pair has a number that is no class."""
-    values = list(table[column])
+    values = captioned.column_of(table, column, name)
     bad = next((row for row, value in enumerate(values) if not isinstance(value, str | int | float)), None)
     if bad is not None:
         raise DataError(
@@ -291,7 +352,7 @@ def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> 
     if kind == "pairs" and (task == "sentence-similarity" or (task is None and fractions)):
         return _scores(values, column, name), None
     texts = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
-    classes = sorted(set(texts), key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    classes = sorted(set(texts), key=lambda text: (0, int(text), "") if is_index(text) else (1, 0, text))
     index = {text: number for number, text in enumerate(classes)}
     return [index[text] for text in texts], classes
 
