@@ -71,12 +71,6 @@ def _harmless(text: str) -> str:
     return "".join(part + code for part, code in zip(parts, [*OURS.findall(text), ""], strict=True))
 
 
-def _harmless(text: str) -> str:
-    """Write control characters as escapes: all but our own colours came from a file, or from who named it."""
-    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
-    return "".join(part + code for part, code in zip(parts, [*OURS.findall(text), ""], strict=True))
-
-
 def error(text: str) -> None:
     """Say why nothing more will happen; ``cause:`` and ``hint:`` lines follow the first."""
     say(f"{_styled('error:', RED)} {text}")
