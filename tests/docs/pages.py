@@ -42,6 +42,7 @@ GUIDES = {
     "models.md": "What MODEL takes: folders, timm, transformers, a network of your own",
     "data.md": "What --data takes, splits, tasks and metrics",
     "artifact.md": "The folder that is written, and what is promised of it",
+    "trust.md": "What runs when, what is compared when, and what a stranger's folder can do",
     "hub.md": "What goes to a hub and comes from one, and the card",
     "automation.md": "Pipes, projects, gates, exit codes, JSON, and completion in your shell",
     "scale.md": "Models larger than memory, and several processes",
