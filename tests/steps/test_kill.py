@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -146,15 +145,15 @@ def test_unfinished_work_of_another_request_is_not_mixed_in(tiny_vit: Path, tmp_
 
 def test_an_overwrite_killed_between_its_renames_loses_nothing(tiny_vit: Path, tmp_path: Path, monkeypatch) -> None:
     decompose(tiny_vit, output_dir=tmp_path / "out", ratio=0.5)
-    before, rename = promised(tmp_path / "out"), os.rename
+    before, rename = promised(tmp_path / "out"), Path.rename
 
-    def killed(source: Any, to: Any) -> None:
-        if Path(source).name == "artifact":
+    def killed(source: Path, to: Any) -> None:
+        if source.name == "artifact":
             raise KeyboardInterrupt
         rename(source, to)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", killed)
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             decompose(tiny_vit, output_dir=tmp_path / "out", ratio=0.6, overwrite=True)
     with pytest.raises(Exception, match="another request"):
