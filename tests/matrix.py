@@ -97,6 +97,11 @@ def run(row: str, python: str) -> dict[str, Any]:
     subprocess.run(["make", "test", f"PYTHON={python}", f"VENV={venv}", f"ARGS={shlex.join(words)}"], env=own)
     if not told.exists():
         sys.exit(f"error: the tests of the row `{row}` did not run")
+    return seen(venv, told)
+
+
+def seen(venv: Path, told: Path) -> dict[str, Any]:
+    """Return the versions in an environment, and what became of the tests there."""
     suite = next(ElementTree.parse(told).getroot().iter("testsuite")).attrib
     failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
     (site,) = venv.glob("lib/python*/site-packages")
@@ -110,6 +115,12 @@ def run(row: str, python: str) -> dict[str, Any]:
         "skipped": skipped,
         "versions": {"python": own_version, **{name: there[plain(name)] for name in bounds() if plain(name) in there}},
     }
+
+
+def write(row: str, told: dict[str, Any]) -> None:
+    """Write down what was seen of a row, beside what was seen of the others."""
+    rows = {**json.loads(SEEN.read_text(encoding="utf-8")), row: told}
+    SEEN.write_text(json.dumps({row: rows[row] for row in PYTHON if row in rows}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -129,19 +140,14 @@ def main() -> None:
     for row, python in found.items():
         print(f"== {row}: {python}", flush=True)
         try:
-            seen = json.loads(SEEN.read_text(encoding="utf-8")) if SEEN.exists() else {}
-            seen[row] = run(row, str(python))
-            SEEN.write_text(
-                json.dumps({row: seen[row] for row in PYTHON if row in seen}, indent=2) + "\n", encoding="utf-8"
-            )
-            subprocess.run(
-                [ENVIRONMENTS / row / "bin" / "python", "-m", "tests.docs.pages"], cwd=REPOSITORY, check=True
-            )
+            told = run(row, str(python))
+            write(row, told)
+            subprocess.run([ENVIRONMENTS / row / "bin" / "python", "-m", "tests.docs.pages"], check=True)
         finally:
             if not os.environ.get("KEEP"):
                 shutil.rmtree(ENVIRONMENTS / row, ignore_errors=True)
-        failed += seen[row]["failed"]
-        print(f"== {row}: {seen[row]['passed']} passed, {seen[row]['failed']} failed", flush=True)
+        failed += told["failed"]
+        print(f"== {row}: {told['passed']} passed, {told['failed']} failed", flush=True)
     sys.exit(1 if failed else 0)
 
 
