@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftc.errors import LostProcessError, PeftcError, reason_of
@@ -136,15 +136,17 @@ def _state() -> PartialState:
 @contextmanager
 def _without_output() -> Iterator[None]:
     """Drop what is printed below Python: gloo of torch 2.8 tells of its connections on stdout, which is for data."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    kept = None
+    with suppress(OSError):  # closed: there is nothing to keep clean
+        kept = os.dup(1)
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextmanager
