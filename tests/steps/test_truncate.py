@@ -257,12 +257,11 @@ def test_a_slice_of_calibrated_factors_has_the_corrected_bias(
     source, options = calibrated(name, tiny_vit, tmp_path)
     decompose(source, output_dir=tmp_path / "all", keep_all_ranks=True, method=method, **options)
     dense = models.load(source).module.state_dict()
-    budgets: list[dict[str, Any]] = [{"ratio": 0.5}, {"rank": 3}, {"energy": 0.9}]
-    for number, budget in enumerate(budgets if name == "vit" else budgets[:1]):
+    for number, budget in enumerate(({"ratio": 0.5}, {"rank": 3}, {"energy": 0.9})):
         direct = decompose(
             source, output_dir=tmp_path / f"direct-{number}", method=method, sensitivity=0, **budget, **options
-        )
-        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **budget)
+        )  # type: ignore[arg-type]
+        cut = truncate(read(tmp_path / "all"), output_dir=tmp_path / f"cut-{number}", **budget)  # type: ignore[arg-type]
         assert ranks(cut) == ranks(direct) and any(ranks(cut).values())
         ours, theirs = (load_file(tmp_path / f"{kind}-{number}" / "model.safetensors") for kind in ("cut", "direct"))
         assert ours.keys() == theirs.keys()
