@@ -29,6 +29,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="peftc-tests-")  # nothin
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests are run in
 
+from tests.forked import ForkedScript  # type: ignore[import-not-found]  # noqa: E402  (it keeps these variables)
+
 WORDS = (
     "the a cat dog bird sat ran sang on in under mat house tree red blue small big and then it was very . , !".split()
 )
@@ -101,7 +103,6 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load exported folders by their library in a forked process; one test of each library starts an interpreter."""
     from peftc.models import exported
-    from tests.forked import ForkedScript  # type: ignore[import-not-found]
 
     monkeypatch.setattr(exported, "subprocess", SimpleNamespace(Popen=ForkedScript, PIPE=None))
 

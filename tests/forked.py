@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ CONTEXT.set_forkserver_preload(
     ["accelerate", "sklearn.datasets", "sklearn.metrics", "timm", "torch.distributed", "transformers", "typer"]
 )
 STREAMS = ("stdin", "stdout", "stderr")
+ENVIRONMENT = dict(os.environ)  # before any test
 
 
 class Forked:
@@ -47,7 +49,7 @@ class Forked:
         variables = dict(os.environ if env is None else env)
         given = ([str(self.path(name)) for name in STREAMS], line, code, str(cwd or Path.cwd()), variables)
         self.process = CONTEXT.Process(target=_run, args=given, daemon=True)
-        self.process.start()
+        _start(self.process)
 
     def path(self, stream: str) -> Path:
         """Return the file that stands for a stream."""
@@ -81,13 +83,25 @@ class ForkedScript:
         code = f"import runpy; runpy.run_path({line[-1]!r}, run_name='__main__')"
         given = ((*theirs, stderr.name), [], code, str(Path.cwd()), dict(env))
         self.process = CONTEXT.Process(target=_run, args=given, daemon=True)
-        self.process.start()
+        _start(self.process)
         for end in (*theirs, *ours):
             end.close()
 
     def wait(self) -> None:
         """Wait for its end."""
         self.process.join()
+
+
+def _start(process: BaseProcess) -> None:
+    """Start a process; what it is forked from, if that is still to start, sees no variable of one test."""
+    now = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(now)
 
 
 def _run(
