@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,20 +113,14 @@ def _chain(start: bytes, pieces: dict[str, Piece]) -> Iterator[Any]:
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write a JSON file with sorted keys and return its sha256 and bytes."""
-    return write_bytes(path, _text(value).encode())
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write a JSON file with sorted keys, whole or not at all, and return its sha256 and bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a small file durably and return its sha256 and bytes."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a small file durably, whole or not at all, and return its sha256 and bytes."""
+    documents.write_whole(path, content)
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
@@ -218,11 +212,6 @@ def read_result(folder: Path) -> dict[str, Any]:
     return {} if results.misfit(found) else dict(found)
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``result.json``, which is there whole or as it was before."""
-    documents.write_whole(folder / RESULT, _text(result))
-
-
 def damaged_result(folder: Path) -> str | None:
     """Return a warning where a ``result.json`` is damaged, so that nothing of it is used; None where all is well."""
     if not (folder / RESULT).exists() or read_result(folder):
@@ -251,7 +240,7 @@ def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]
     measured = result.setdefault("measured", {})
     others = [entry for entry in measured.get(kind, []) if entry["question"] != asked]
     measured[kind] = [*others, {"question": asked, "at": round(time.time()), **figures}]
-    write_result(folder, result)
+    write_json(folder / RESULT, result)
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:

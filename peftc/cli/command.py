@@ -15,7 +15,7 @@ from typer import Context, Exit
 from peftc import config, processes
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
-from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8
+from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8, shown
 from peftc.report import Report
 from peftc.source import MANIFEST, Source
 
@@ -203,7 +203,8 @@ def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ChainError("standard input names no artifact", why="nothing is piped in", hint="name MODEL by its path")
     text = os.fsdecode(sys.stdin.buffer.read())
-    refuse_not_utf8("what stands on standard input,", text.strip()[:200])
+    if shown(text) != text:
+        raise ChainError("standard input names no artifact", why=f"`{shown(text.strip()[:80])}` is not UTF-8")
     return config.artifact_from(text)
 
 

@@ -22,7 +22,7 @@ def from_folder(source: Source, folder: Path) -> Base:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    config = read_config(folder)
+    config = read_config(folder, ours=source.trust_remote_code)  # code that comes along knows its own weights
     names = config.get("architectures") or []
     cls: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if names and cls is not None and not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -78,7 +78,7 @@ def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
 
     Args:
         folder: that holds it.
-        ours: peftc wrote the folder.
+        ours: peftc wrote the folder, or the code that it brings reads it.
 
     Raises:
         SourceError: it says something of which peftc does not know what it does to the weights.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftc import artifact, manifest, processes, verified
+from peftc import artifact, manifest, processes
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import adapting, build, delta, from_peft, hub, streaming, weights
 from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftc.manifest import Manifest
 
 __all__ = [
-    "Model", "dtype_of", "load", "load_base", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
+    "Model", "dtype_of", "load", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
 ]  # fmt: skip
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
@@ -351,48 +351,6 @@ def _live(module: nn.Module) -> Model:
     return Model(
         module=base.module.eval(), source=source, library=base.library, config=base.config, base=base.record,
         name=base.name, preprocess=base.preprocess, labels=base.labels,
-    )  # fmt: skip
-
-
-def load_base(model: Model) -> Model:
-    """Return the base that an artifact's manifest records, with the bytes that it had then.
-
-    Raises:
-        ArtifactError: the model is no artifact, its base was a live network, or it is not what it was.
-        SourceError: the base is not there, or is code that nobody allowed.
-    """
-    base = load(_base_source(model))
-    assert model.manifest is not None
-    promised, found = model.manifest.base.get("files", {}), {path.name: path for path in base.files}
-    there = {found[name]: digest for name, digest in promised.items() if name in found}
-    changed = [*(name for name in promised if name not in found), *(path.name for path in verified.differing(there))]
-    if changed:
-        raise ArtifactError(
-            f"`{base.source.spec}` is not the base that `{model.source.spec}` was made from",
-            why=f"`{changed[0]}` {'holds other bytes' if changed[0] in found else 'is not there'}",
-            hint="put the model back that it was made from, or name another one: `--against MODEL`, `--teacher MODEL`",
-        )
-    return base
-
-
-def _base_source(model: Model) -> Source:
-    """Return where the base of an artifact was."""
-    if model.manifest is None:
-        raise ArtifactError(
-            f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`"
-        )
-    record = model.manifest.base.get("source")
-    if record is None:
-        raise ArtifactError(
-            f"the base of `{model.source.spec}` was a live network", hint="name one that is stored: `--against MODEL`"
-        )
-    weight_file = record.get("weights")
-    return Source(
-        record["spec"], arch=record.get("arch"), arch_set=record.get("arch_set", {}),
-        weights=Path(weight_file) if weight_file else None, revision=record.get("revision"),
-        preprocess=model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})},
-        allow_code=model.source.allow_code, trust_remote_code=model.source.trust_remote_code,
-        offline=model.source.offline, from_file=True,
     )  # fmt: skip
 
 

@@ -137,8 +137,8 @@ class _Watching(TorchFunctionMode):
 
 
 @contextmanager
-def _watched(limits: Limits | None, *, meta: bool) -> Iterator[None]:
-    """Watch what is built: parameters stay within the limits and, with ``meta``, take no memory.
+def parameters_on_meta(limits: Limits | None = None, *, meta: bool = True) -> Iterator[None]:
+    """Build networks whose parameters stay within the limits and, unless ``meta`` is False, take no memory.
 
     Buffers, which may be computed, stay real. A parameter that is already on the meta device is kept as the same
     object, so ties made by constructors survive.
@@ -178,14 +178,14 @@ def on_meta(
     if stored is not None:
         Limits(stored).check(config or {})
     try:
-        with _watched(None if stored is None else Limits(stored), meta=True):
+        with parameters_on_meta(None if stored is None else Limits(stored)):
             network = make()
         computed = not any(buffer.is_meta for buffer in network.buffers())  # some take the device of a parameter
         if computed and not any(parametrize.is_parametrized(module) for module in network.modules()):
             return network
     except (NotImplementedError, RuntimeError):
         pass  # run it for real; what is wrong for another reason fails there again
-    with _watched(None if stored is None else Limits(stored), meta=False):
+    with parameters_on_meta(None if stored is None else Limits(stored), meta=False):
         network = make()
     moved: dict[int, nn.Parameter] = {}
     for module in network.modules():

@@ -21,6 +21,7 @@ from peftc.errors import SourceError, UsageError
 from peftc.measure import Call, Speedup, Times
 from peftc.models import load
 from peftc.models.load import Model, outputs, probe, runnable
+from peftc.models.recorded import load_base
 from peftc.report import Report, Table, count, short, size
 from peftc.source import Source
 from peftc.steps import measured
@@ -116,7 +117,7 @@ def _check(rounds: int, batch_size: int | None, min_speedup: float | None, again
 
 
 def _baseline(subject: Model, against: str | Path | Source | nn.Module | Model) -> Model:
-    return load.load_base(subject) if against == "base" else load.load(against)
+    return load_base(subject) if against == "base" else load.load(against)
 
 
 def _shapes(sample: Tensor | dict[str, Tensor]) -> dict[str, list[int]]:

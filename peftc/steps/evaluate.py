@@ -20,6 +20,7 @@ from peftc.hooks import batches
 from peftc.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.models import load
 from peftc.models.load import Model
+from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.source import Source
 from peftc.steps import measured
@@ -79,7 +80,7 @@ def evaluate(
     """
     _check(max_drop, min_quality, against, batch_size)
     data, subject = str(data), load.load(model)
-    reference = None if against is None else load.load_base(subject) if against == "base" else load.load(against)
+    reference = None if against is None else load_base(subject) if against == "base" else load.load(against)
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
     row = tasks.named_task(task) if task else tasks.guess(subject)
     for each in (subject, reference):
@@ -160,7 +161,7 @@ def _generated(
     number = number_to_draw(spec, subject, row.name if row else None)
     author = reference
     if author is None and subject.manifest is not None:
-        author = load.runnable(load.load_base(subject), **place)
+        author = load.runnable(load_base(subject), **place)
     if author is None:
         author = subject
         report.warnings.append(

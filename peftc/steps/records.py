@@ -22,7 +22,7 @@ ANALYSIS = {  # of what `analyze --json` prints, what is read again
         "name": str, "shape": [int], "max_rank": int, "break_even_rank": int, "rank_90": int, "rank_95": int,
         "rank_99": int, "spectrum": [[float]], "reason?": (str, None),
     }],
-    "plan?": {"budget": str, "allocation": str, "parameters": int, "predicted?": float},
+    "plan?": ({"budget": str, "allocation": str, "parameters": int, "predicted?": float}, None),
 }  # fmt: skip
 TOLD = {"step": int, "loss?": float, "score?": (float, None)}  # what a line of it says
 
