@@ -150,6 +150,7 @@ def test_each_member_in_a_checkpoint_of_its_own() -> None:
     agree(group.members[0].down.weight.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_compiled_and_exported_networks_agree() -> None:
     group = Group().eval()
     x = torch.randn(2, 8)
