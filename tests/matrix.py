@@ -36,7 +36,7 @@ BETWEEN = {
     "matplotlib": "3.10.8", "numpy": "2.3.5", "onnx": "1.20.1", "onnxruntime": "1.26.0", "onnxscript": "0.7.1",
     "peft": "0.19.1", "pillow": "12.0.0", "psutil": "7.0.0", "pytest": "8.4.2", "pytest-xdist": "3.7.0",
     "regex": "2025.10.22", "rich": "14.2.0", "safetensors": "0.7.0", "scikit-learn": "1.7.2", "timm": "1.0.28",
-    "torch": "2.11.0", "torchvision": "0.26.0", "transformers": "5.12.1", "typer": "0.27.0",
+    "torch": "2.11.0", "torchvision": "0.26.0", "transformers": "5.12.1", "typer": "0.28.0",
 }  # fmt: skip
 
 
