@@ -83,8 +83,8 @@ def from_record(record: Manifest, folder: Path, source: Source) -> Base:
     if library not in ("timm", "transformers"):
         raise ArtifactError(f"`{folder}` has a base of the unknown library `{library}`", why="its manifest is damaged")
     if library == "timm":
-        return from_timm.from_config(from_timm.read_config(folder, ours=True), folder.name, folder)
-    return from_transformers.from_folder(source, folder)
+        return from_timm.from_config(from_timm.read_config(folder, ours=True), folder.name, folder, record)
+    return from_transformers.from_folder(source, folder, record)
 
 
 def from_live(module: Any) -> Base:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from peftc.errors import SourceError, UsageError, reason_of
 from peftc.models import hub, weights
 from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
 from peftc.source import Located, Source, read_json
+
+if TYPE_CHECKING:
+    from peftc.manifest import Manifest
 
 
 def from_architecture(source: Source, located: Located, with_weights: bool) -> Base:
@@ -102,8 +105,14 @@ def from_folder(source: Source, folder: Path) -> Base:
     return from_config(config, folder.name, folder)
 
 
-def from_config(config: dict[str, Any], name: str, folder: Path | None) -> Base:
+def from_config(config: dict[str, Any], name: str, folder: Path | None, record: Manifest | None = None) -> Base:
     """Return the network that timm's configuration describes, as timm itself would read it.
+
+    Args:
+        config: of timm.
+        name: of the model, for messages.
+        folder: that holds its weights.
+        record: of an artifact.
 
     Raises:
         SourceError, UsageError: timm cannot build it.
@@ -117,7 +126,7 @@ def from_config(config: dict[str, Any], name: str, folder: Path | None) -> Base:
         arguments.setdefault("num_classes", classes)
     known = {name: value for name, value in cfg.items() if name in _settings()}
     settings = {"pretrained_cfg": known} if known else {}
-    stored = None if folder is None else stored_in(folder)
+    stored = None if folder is None else stored_in(folder, record)
     try:
         module = on_meta(
             lambda: timm.create_model(config["architecture"], pretrained=False, **settings, **arguments), stored, config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftc import documents
 from peftc.errors import SourceError, WeightError, reason_of
@@ -12,9 +12,17 @@ from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
 from peftc.nn import surgery
 from peftc.source import MANIFEST, Source, read_json
 
+if TYPE_CHECKING:
+    from peftc.manifest import Manifest
 
-def from_folder(source: Source, folder: Path) -> Base:
+
+def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Base:
     """Return the network of a transformers folder, of the class that its config names.
+
+    Args:
+        source: what the user named.
+        folder: that holds the config.
+        record: of an artifact.
 
     Raises:
         SourceError: there is no such class, or it cannot be built.
@@ -43,17 +51,17 @@ def from_folder(source: Source, folder: Path) -> Base:
             made_by = lambda: auto.from_config(made, trust_remote_code=source.trust_remote_code)  # noqa: E731
         else:
             made_by = lambda: cls(made)  # noqa: E731
-        module: Any = on_meta(made_by, stored_in(folder), config)
+        module: Any = on_meta(made_by, stored_in(folder, record), config)
         module.tie_weights()
     except (*UNBUILDABLE, StrictDataclassError) as error:
         raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error
-    record = {"library": "transformers", "architecture": type(module).__name__}
+    described = {"library": "transformers", "architecture": type(module).__name__}
     preprocess = processor(folder)
     return Base(
         module,
         "transformers",
         folder.resolve().name,
-        record,
+        described,
         config,
         folder,
         preprocess=preprocess,

@@ -276,14 +276,14 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
             why=f"its base network is `python:{record.base['architecture']}`, which peftc would have to import and run",
             hint="add `--allow-code` (in Python: `peftc.load(path, allow_code=True)`) if you trust that code",
         )
+    table = artifact.tensor_table(folder, record)
+    if source.verify:
+        artifact.verify(folder, record)
     base = build.from_record(record, folder, source)
     surgery.skip(base.module, record.skipped)
     surgery.apply_edits(base.module, record.modules)
     adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)
-    table = artifact.tensor_table(folder, record)
-    if source.verify:
-        artifact.verify(folder, record)
     loaded = Model(
         module=base.module, source=source, library=base.library, config=base.config, base=record.base,
         name=located.name.split("/")[-1] or folder.resolve().name, folder=folder, labels=record.labels, manifest=record,

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from peftc.errors import SourceError
 
 if TYPE_CHECKING:
+    from peftc.manifest import Manifest
     from peftc.models.weights import Weights
 
 # what a constructor of another library may raise on a configuration that it does not understand
@@ -129,7 +130,7 @@ class _Watching(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in FILLS and args[0].is_meta:
             return args[0]
-        if self.limits is not None and function in FACTORIES:
+        if self.limits is not None and function in FACTORIES and not kwargs.keys() & {"out", "generator"}:
             shape = function(*args, **{**kwargs, "device": "meta"})
             if shape.numel() * shape.itemsize > self.limits.most_bytes:
                 raise self.limits.refusal(f"a tensor of {shape.numel() * shape.itemsize:,} bytes")
@@ -196,6 +197,13 @@ def on_meta(
     return network
 
 
-def stored_in(folder: Path) -> int:
-    """Return the bytes of the weight files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+def stored_in(folder: Path, record: Manifest | None = None) -> int | None:
+    """Return the bytes of the weights that a folder's config is about; None where they are elsewhere, as on a hub.
+
+    Args:
+        folder: that holds them.
+        record: of an artifact: its base may have had many times as many, and a delta leaves most of them elsewhere.
+    """
+    if record is not None:
+        return 50 * max(record.weight_bytes, 4 * record.parameters)
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")) or None

@@ -344,3 +344,17 @@ def test_whole_numbers_in_the_place_of_weights_are_refused(tiny_vit: Path, tmp_p
     save_file(state, folder / "model.safetensors")
     with pytest.raises(WeightError, match=r"`head.weight` .* holds torch.int32; the network needs torch.float32"):
         load(folder)
+
+
+def test_a_small_rest_of_a_large_network_is_built(tiny_vit: Path, tmp_path: Path, monkeypatch) -> None:
+    from peftc.models import skeleton
+
+    monkeypatch.setattr(skeleton, "SMALL", 1)  # as if the network were large
+    few: dict[str, Any] = {"data": "sklearn:digits", "steps": 1, "num_samples": 20, "held_out": 0, "device": "cpu"}
+    peftc.finetune(tiny_vit, method="bitfit", delta=True, output_dir=tmp_path / "delta", **few)
+    decompose(tiny_vit, rank=1, output_dir=tmp_path / "small")
+    for name in ("delta", "small"):
+        assert load(tmp_path / name).module is not None
+    config = json.loads((tiny_vit / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path, weights=False).module is not None, "the weights are still on the hub"
