@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,18 @@ def _downloaded(
         )
     except (HFValidationError, *failures()) as error:
         raise _refusal(error, replace(located, revision=asked or located.revision), source, what) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # an answer that is not the hub's
+        raise _not_understood(located, what, reason_of(error)) from error
+    if not re.fullmatch(r"[0-9a-f]{40}", Path(folder).name):
+        raise _not_understood(located, what, f"it calls a commit `{Path(folder).name}`, not by 40 hexadecimal digits")
     return Path(folder)
+
+
+def _not_understood(located: Located, what: str, why: str) -> SourceError:
+    return SourceError(
+        f"the answer of the hub about `{located.name}` ({what}) is not understood", why=why,
+        hint="check `HF_ENDPOINT` and what stands between here and the hub, or try again later",
+    )  # fmt: skip
 
 
 def _refusal(error: Exception, located: Located, source: Source, what: str) -> SourceError:

@@ -1,6 +1,8 @@
 """What the hub would have given: one clear line where it cannot be asked."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,3 +50,35 @@ def test_an_unknown_architecture_names_the_nearest() -> None:
     with pytest.raises(SourceError, match="no architecture `vit_tiny_patch16_225`") as caught:
         load("timm:vit_tiny_patch16_225")
     assert "vit_tiny" in (caught.value.hint or "")
+
+
+SHA = "a" * 40
+INFO = {"_id": "1", "id": "me/model", "modelId": "me/model", "private": False, "gated": False, "tags": []}
+ANSWERS: dict[str, bytes] = {
+    "html": b"<!DOCTYPE html><html><body>Sign in to this network</body></html>",
+    "nothing": b"",
+    "truncated": json.dumps({**INFO, "sha": SHA, "siblings": [{"rfilename": "config.json"}]}).encode()[:-20],
+    "a list": b"[]",
+    "a number": b"3",
+    "no siblings": json.dumps({**INFO, "sha": SHA}).encode(),
+    "siblings of another type": json.dumps({**INFO, "sha": SHA, "siblings": "config.json"}).encode(),
+    "siblings without names": json.dumps({**INFO, "sha": SHA, "siblings": [{"name": "x"}, 3]}).encode(),
+    "names that climb": json.dumps({**INFO, "sha": SHA, "siblings": [{"rfilename": "../../../config.json"}]}).encode(),
+    "no commit": json.dumps({**INFO, "siblings": [{"rfilename": "config.json"}]}).encode(),
+    "a commit that climbs": json.dumps({**INFO, "sha": "../../../x", "siblings": [{"rfilename": "a.json"}]}).encode(),
+    "a commit that is a number": json.dumps({**INFO, "sha": 3, "siblings": [{"rfilename": "a.json"}]}).encode(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_is_not_the_hubs_is_one_clear_error(
+    hub: Any, peftc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    hub.add("me/model", {"config.json": b"{}"})
+    monkeypatch.setattr("tests.hub_server.Handler.info", lambda *_: (200, {}, answer))
+    home = tmp_path / "hub-home"
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(home)}
+    done = peftc("analyze", "me/model", "--ratio", 0.5)
+    assert done.exit_code == 1 and done.stderr.count("error: ") == 1, done.stderr
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(home)} == before
