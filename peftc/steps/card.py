@@ -7,12 +7,14 @@ said to be unknown.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peftc import __version__, artifact, job, manifest
+from peftc.documents import CONTROL
 from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
 from peftc.report import Table, count, size
@@ -115,12 +117,28 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
         repo: ``owner/name``.
         licence: of the base, as the front matter of its own card says it; empty where nobody knows.
     """
+    shown = replace(
+        subject, record=Manifest(**_harmless(asdict(subject.record))), result=_harmless(subject.result),
+        about=_harmless(subject.about),
+    )  # fmt: skip
     parts = [
-        f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(subject),
-        "## Use", _use(subject, repo), "## What was done", _steps(subject), "## Measured", _measured(subject, repo),
+        f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(shown),
+        "## Use", _use(shown, repo), "## What was done", _steps(shown), "## Measured", _measured(shown, repo),
         "## Rebuild", _rebuild(subject), "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _harmless(value: Any) -> Any:
+    """Return what a file said, with texts that can become neither HTML nor another part of a page in Markdown."""
+    if isinstance(value, Mapping):
+        return {_harmless(name): _harmless(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_harmless(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], value).replace("\n", " ")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
 
 
 def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
@@ -305,8 +323,9 @@ def _rebuild(subject: Subject) -> str:
     versions = subject.result.get("versions") or {}
     told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers") if name in versions)
     where = f" and {told}, on `{subject.result['device']}`" if told and "device" in subject.result else ""
+    fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
     return "\n\n".join([
-        "```sh\n" + "\n".join(lines) + "\n```",
+        f"{fence}sh\n" + "\n".join(lines) + f"\n{fence}",
         f"Written with peftc {versions.get('peftc', __version__)}{where}.",
     ])  # fmt: skip
 
