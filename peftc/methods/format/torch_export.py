@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
     graph = traced.trace(model, example)
     path = folder / "model.pt2"
     torch.export.save(graph.program, path)
-    program = torch.export.load(path)
+    with warnings.catch_warnings():  # torch 2.11 warns of buffers that it makes itself
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        program = torch.export.load(path)
     network = program.module()
 
     def run(inputs: Inputs) -> Tensor:
