@@ -321,6 +321,10 @@ def _method(config: Mapping[str, Any]) -> str:
         why = f"its start, {config['init_lora_weights']}, changed the base model"
     elif config.get("task_type") not in TASK_TYPES:
         why = f"its task_type is {config['task_type']}"
+    elif isinstance(config["target_modules"], str) and (config.get("layers_pattern") or _layers(config) is not None):
+        why = "`layers_pattern` and `layers_to_transform` go with names of modules, and `target_modules` is a pattern"
+    elif config.get("layers_pattern") and _layers(config) is None:
+        why = "`layers_pattern` goes with `layers_to_transform`, which is not there"
     elif config.get("use_dora") and config.get("use_rslora"):
         why = "it is DoRA scaled as rsLoRA"
     elif others:
@@ -328,6 +332,10 @@ def _method(config: Mapping[str, Any]) -> str:
     if why:
         raise SourceError(f"the adapter is none of {', '.join(METHODS)} as they are here", why=why)
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+
+
+def _layers(config: Mapping[str, Any]) -> int | list[int] | None:
+    return config.get("layers_to_transform")
 
 
 def _is_off(name: str, value: Any) -> bool:
