@@ -113,6 +113,11 @@ def _children(value: dict[str, Any] | list[Any]) -> Any:
     return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, dict | list)]
 
 
+def escaped(text: str) -> str:
+    """Return a text whose control characters stand there as they are written in code."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def texts(value: Any) -> Iterator[str]:
     """Yield every text in a document, the names in its maps too."""
     if isinstance(value, str):

@@ -308,7 +308,7 @@ def _from(rest: str, tensor: Any) -> Any:
 def _method(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") == "LORA" and (why := documents.misfit(config, READ | WITHOUT_EFFECT)):
         raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
-    why = None
+    why, layers = None, config.get("layers_to_transform")
     known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
     others = [name for name, value in config.items() if name not in known and not _is_off(name, value)]
     if config.get("peft_type") != "LORA":
@@ -321,9 +321,9 @@ def _method(config: Mapping[str, Any]) -> str:
         why = f"its start, {config['init_lora_weights']}, changed the base model"
     elif config.get("task_type") not in TASK_TYPES:
         why = f"its task_type is {config['task_type']}"
-    elif isinstance(config["target_modules"], str) and (config.get("layers_pattern") or _layers(config) is not None):
+    elif isinstance(config["target_modules"], str) and (config.get("layers_pattern") or layers is not None):
         why = "`layers_pattern` and `layers_to_transform` go with names of modules, and `target_modules` is a pattern"
-    elif config.get("layers_pattern") and _layers(config) is None:
+    elif config.get("layers_pattern") and layers is None:
         why = "`layers_pattern` goes with `layers_to_transform`, which is not there"
     elif config.get("use_dora") and config.get("use_rslora"):
         why = "it is DoRA scaled as rsLoRA"
@@ -332,10 +332,6 @@ def _method(config: Mapping[str, Any]) -> str:
     if why:
         raise SourceError(f"the adapter is none of {', '.join(METHODS)} as they are here", why=why)
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-
-
-def _layers(config: Mapping[str, Any]) -> int | list[int] | None:
-    return config.get("layers_to_transform")
 
 
 def _is_off(name: str, value: Any) -> bool:

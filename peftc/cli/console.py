@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftc import progress
-from peftc.documents import CONTROL
+from peftc.documents import escaped
 from peftc.errors import shown
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def say(text: str = "") -> None:
 
 def _harmless(text: str) -> str:
     """Write control characters as escapes: all but our own colours came from a file, or from who named it."""
-    parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in OURS.split(text)]
+    parts = [escaped(part) for part in OURS.split(text)]
     return "".join(part + code for part, code in zip(parts, [*OURS.findall(text), ""], strict=True))
 
 

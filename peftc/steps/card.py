@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc import __version__, artifact, job, manifest
-from peftc.documents import CONTROL
+from peftc.documents import escaped
 from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
 from peftc.report import Table, count, size
@@ -137,7 +137,7 @@ def _harmless(value: Any) -> Any:
         return [_harmless(each) for each in value]
     if not isinstance(value, str):
         return value
-    text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], value).replace("\n", " ")
+    text = escaped(value).replace("\n", " ")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
 
 
