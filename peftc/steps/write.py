@@ -66,13 +66,7 @@ def base_record(model: Model) -> dict[str, Any]:
     """
     if model.manifest is not None:
         assert model.folder is not None
-        changed = artifact.changed_files(model.folder, model.manifest)
-        if changed:
-            raise ArtifactError(
-                f"`{model.folder}` was changed after it was written",
-                why=f"its manifest promises other bytes in {', '.join(f'`{name}`' for name in changed)}",
-                hint="build it again: `peftc show --commands` prints how",
-            )
+        artifact.verify(model.folder, model.manifest)  # again: it may have changed since it was loaded
         return model.base
     files = {path.name: manifest.file_digest(path) for path in model.files}
     if not files:
