@@ -149,6 +149,7 @@ def _foreign(source: Source, located: Located, weights: bool) -> Model:
         loaded.module, loaded.notes = base.module, list(base.notes)  # transformers' own loader makes another network
         loaded.infos = {name: base.weights.infos[there] for name, there in found.items() if there in base.weights.infos}
         loaded.files = base.weights.files
+        loaded.notes += [said] if (said := surgery.two_halves(loaded.module)) else []
     _refuse_lazy(loaded)
     loaded.module.eval()
     return loaded

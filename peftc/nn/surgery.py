@@ -140,7 +140,7 @@ def fill(
         for each first name of `stored_names`, the name under which its tensor was found.
 
     Raises:
-        WeightError: a tensor is missing, left over, or has the wrong shape.
+        WeightError: a tensor is missing, left over, or has the wrong shape or kind of numbers.
     """
     left = set(available)
     found: dict[str, str] = {}
@@ -184,10 +184,10 @@ def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) ->
             f"`{names[0]}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
             hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
         )
-    if expected.is_floating_point() != tensor.is_floating_point():
+    if expected.dtype != tensor.dtype and not (expected.is_floating_point() and tensor.is_floating_point()):
         raise WeightError(
             f"`{names[0]}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
-            why="whole numbers are no weights: they are quantized, or the file is damaged",
+            why="only floating numbers are read in another precision: it is quantized, or the file is damaged",
         )
     assign(network, names, tensor)
 
@@ -217,6 +217,24 @@ def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
         f"the tensors of `{where}` do not match the network",
         why="; ".join(whys),
         hint="no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file",
+    )
+
+
+def two_halves(network: nn.Module) -> str | None:
+    """Return a sentence on a network of which some tensors are float16 and some bfloat16; None where there is none.
+
+    Both have 16 bits: a damaged header that takes one for the other changes values, and no size.
+    """
+    names: dict[torch.dtype, list[str]] = {torch.float16: [], torch.bfloat16: []}
+    for name, tensor in tensors_of(network).items():
+        names.get(tensor.dtype, []).append(name)
+    few, many = sorted(names, key=lambda dtype: len(names[dtype]))
+    if not names[few]:
+        return None
+    one, other = (str(dtype).removeprefix("torch.") for dtype in (few, many))
+    return (
+        f"weights: {len(names[few])} of the tensors are {one}, as `{names[few][0]}`, and {len(names[many])} {other}: "
+        "a file seldom holds both; see that it is not damaged"
     )
 
 

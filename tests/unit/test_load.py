@@ -14,6 +14,7 @@ from torch import nn
 import peftc
 from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError, WeightError
 from peftc.models.load import load, outputs, probe, runnable
+from peftc.nn import surgery
 from peftc.source import Source
 from peftc.steps.decompose import decompose
 
@@ -358,3 +359,21 @@ def test_a_small_rest_of_a_large_network_is_built(tiny_vit: Path, tmp_path: Path
     config = json.loads((tiny_vit / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load(tmp_path, weights=False).module is not None, "the weights are still on the hub"
+
+
+def test_whole_numbers_of_another_size_are_refused() -> None:
+    network = nn.BatchNorm1d(2)
+    tensors = {**network.state_dict(), "num_batches_tracked": torch.tensor(0, dtype=torch.int32)}
+    with pytest.raises(WeightError, match=r"`num_batches_tracked` .* holds torch.int32; the network needs torch.int64"):
+        surgery.fill(network, tensors, tensors.__getitem__, where="file")
+
+
+def test_a_file_of_float16_and_bfloat16_is_named(tiny_vit: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_vit, tmp_path / "vit")
+    path = folder / "model.safetensors"
+    state = {name: tensor.half() for name, tensor in load_file(path).items()}
+    save_file(state, path)
+    assert not load(folder).notes
+    save_file({**state, "head.bias": state["head.bias"].view(torch.bfloat16)}, path)
+    (note,) = load(folder).notes
+    assert note.startswith("weights: 1 of the tensors are bfloat16, as `head.bias`, and ")
