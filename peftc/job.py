@@ -254,12 +254,19 @@ def execution(
                 if learnt and isinstance(error, PeftcError) and not error.keeps_work:
                     error.hint = "; ".join([*([error.hint] if error.hint else []), _kept(job)])
                 if fresh and not keeps:
-                    shutil.rmtree(job.partial, ignore_errors=True)
+                    _drop(job)
                     for folder in missing:
                         with suppress(OSError):  # somebody else may have put something there
                             folder.rmdir()
                 raise
-            shutil.rmtree(job.partial, ignore_errors=True)
+            _drop(job)
+
+
+def _drop(job: Job) -> None:
+    """Remove the folder of unfinished work; what tells that it is peftc's goes last, so that a kill leaves that."""
+    for each in (job.work, job.folder, job.replaced):
+        shutil.rmtree(each, ignore_errors=True)
+    shutil.rmtree(job.partial, ignore_errors=True)
 
 
 def _kept(job: Job) -> str:
@@ -305,9 +312,9 @@ def _refuse_foreign(job: Job) -> None:
 
 def _sweep(job: Job) -> None:
     """Remove what a finished request left behind, unless another run works there."""
-    if _owner(job) == job.id:
+    if job.partial.exists() and _owner(job) in (None, job.id):
         with suppress(OutputError), _locked(job):
-            shutil.rmtree(job.partial, ignore_errors=True)
+            _drop(job)
 
 
 def _is_done(job: Job, overwrite: bool) -> bool:

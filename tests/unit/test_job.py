@@ -392,6 +392,18 @@ def test_unfinished_work_in_any_state_is_understood(output: Path, left: str) -> 
     assert holds(output) == ONE and not job.partial.exists()
 
 
+@pytest.mark.parametrize("left", [("lock", "job.json"), ("lock",), ()])
+def test_what_a_kill_leaves_of_the_last_clean_up_is_swept(output: Path, left: tuple[str, ...]) -> None:
+    with execution(output, ONE) as job:
+        fill(job)
+    job.partial.mkdir()
+    for name in left:
+        (job.partial / name).write_text('{"id": "%s"}' % ONE if name == "job.json" else "")
+    with execution(output, ONE) as job:
+        assert job.done
+    assert not job.partial.exists()
+
+
 def test_a_link_to_a_folder_stands_for_that_folder(output: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     output.symlink_to(tmp_path / "elsewhere")
