@@ -120,6 +120,7 @@ class Job:
         resumed: parts of an earlier, interrupted run are there.
         record: the file by which a finished folder is known: the manifest of an artifact, or `EXPORT`.
         overwrite: what stands at ``output`` in the end may be replaced.
+        places: where the artifacts that it comes from were read, by id.
     """
 
     output: Path
@@ -131,6 +132,7 @@ class Job:
     started: float = field(default_factory=time.monotonic)
     record: str = MANIFEST
     overwrite: bool = False
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:

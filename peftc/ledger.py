@@ -130,15 +130,17 @@ def state(name: str) -> str | None:
     """Return a digest that changes when what a text names on disk does; None where it names nothing there.
 
     Args:
-        name: a path, or a `--data` spec with its split.
+        name: a path, or a `--data` spec with its columns and its split.
     """
-    path = Path(name).expanduser()
+    bare = name.partition("?")[0]
+    spelled = (
+        Path(each).expanduser() for each in (name, name.rpartition("@")[0], bare, bare.rpartition("@")[0]) if each
+    )
     try:
-        if not path.exists() and "@" in name:
-            path = Path(name.rpartition("@")[0]).expanduser()
-        if not path.exists() or not name:
-            return None
+        path = next((each for each in spelled if each.exists()), None)
     except OSError:  # a text that is no path at all
+        return None
+    if path is None:
         return None
     if _is_artifact(path):
         return manifest.file_digest(path / MANIFEST)

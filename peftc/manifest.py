@@ -39,7 +39,7 @@ FIELDS: dict[str, Any] = {
     "schema_version": int,
     "id": str,
     "base": {"library": str, "architecture": str, "arguments?": dict, "files?": {str: str}, "source?": SOURCE},
-    "steps": [{"id": str, "request": REQUEST}],
+    "steps": [{"id": str, "request": REQUEST, "new_head?": bool}],
     "modules": {str: {"form": str, "rank": (int, [int]), "shares?": str}},
     "tied": {str: str},
     "files": {str: ENTRY},
@@ -67,7 +67,7 @@ class Manifest:
     Attributes:
         id: digest of the base and of every request: same question, same id.
         base: library, class and constructor arguments of the base network; source, revision and sha256 of its files.
-        steps: one ``{"id", "request"}`` per step, oldest first.
+        steps: one ``{"id", "request"}`` per step, oldest first, and ``new_head`` where it gave other outputs.
         modules: dotted name -> ``{"form", "rank"}`` of each factored module, and ``shares``, the first member of its
             group, for one whose down factor is that of all members.
         tied: alias -> stored name, for tensors that are one and the same.

@@ -11,6 +11,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
+GUESSED = "guessed: "  # begins a note that is shown with `-q`, too: what it says may be wrong
 Cell = str | int | float | None
 
 
@@ -43,7 +44,7 @@ class Report:
         artifact: the folder written or read, printed on stdout.
         lines: for stdout, in place of the artifact's path.
         tables: what people see on stderr.
-        notes: sentences for people that are no problem.
+        notes: sentences for people that are no problem; one that begins with `GUESSED` is shown with `-q`, too.
         warnings: sentences that say what was not done, or not as asked.
         gates: limits and whether they were kept.
     """

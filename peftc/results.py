@@ -16,7 +16,7 @@ SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
 DATA = {"spec": str, "split": str, "samples": int, "digest": str}
 EVALUATED = {
     "at?": int, "question?": Any, "task": str, "metric": str, "metrics": {str: INTERVAL}, "data": DATA,
-    "higher_is_better?": bool, "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
+    "higher_is_better?": bool, "seen?": bool, "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
 }  # fmt: skip
 TIMED = {
     "dtype": str, "parameters": int, "macs": COUNT, "bytes_on_disk": COUNT, "batch_1": {"median_seconds": float},
@@ -44,7 +44,7 @@ REPORT = {
 RESULT = {
     "report?": REPORT, "seconds?": NUMBER, "device?": TEXT, "platform?": TEXT, "threads?": COUNT,
     "versions?": {str: str}, "measured?": {"evaluate?": [EVALUATED | {"at": int}], "bench?": [BENCHED]},
-    "asked?": ({"id?": str, "request?": dict}, None),
+    "asked?": ({"id?": str, "request?": dict}, None), "places?": {str: {"spec": str, "revision?": str}},
 }  # fmt: skip
 
 

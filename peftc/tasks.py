@@ -14,7 +14,7 @@ from torch import Tensor
 from peftc import retrieval
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
-from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window
+from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window, windows_of
 from peftc.errors import DataError, UsageError, one_of, reason_of
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
@@ -25,6 +25,9 @@ __all__ = [
     "TASKS", "Batch", "Columns", "Encoded", "Metric", "Settings", "Task", "fitting", "guess", "macro_f1", "named_task",
     "sentence_vectors", "spearman",
 ]  # fmt: skip
+
+
+LABELS = "name the column of labels: `--data '{}?label=NAME'`"
 
 
 # images
@@ -80,7 +83,7 @@ def _need_classes(data: Dataset, task: str) -> None:
         raise DataError(
             f"`{task}` needs a class for each sample of `{data.name}`",
             why=why,
-            hint="name the column: `--label-column NAME`",
+            hint=LABELS.format(data.name),
         )
 
 
@@ -114,7 +117,7 @@ def _encode_pairs(model: Model, data: Dataset, settings: Settings) -> Encoded:
     if data.labels is None or data.classes is not None:
         raise DataError(
             f"`sentence-similarity` needs a score for each pair of `{data.name}`",
-            hint="name the column: `--label-column NAME`",
+            hint=LABELS.format(data.name),
         )
     samples = [data[index] for index in range(len(data))]
     scores = torch.tensor([score for _, score in samples], dtype=torch.float64)
@@ -129,16 +132,9 @@ def _encode_pairs(model: Model, data: Dataset, settings: Settings) -> Encoded:
 def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
     if data.kind == "tensor":
         windows = torch.stack([data[index][0] for index in range(len(data))])
+        note = f"data: windows of {windows.shape[1]} tokens, the first of each given"
     else:
-        tokenizer = tokenizer_of(model)
-        ids = ids_of(model, tokenizer, joined(data))
-        windows = cut(
-            data.name,
-            ids,
-            window(model, settings.max_length, tokenizer),
-            number=settings.num_samples,
-            seed=settings.seed,
-        )
+        windows, note = windows_of(model, data, settings)
 
     def batch(indices: Sequence[int]) -> Batch:
         tokens = windows[list(indices)]
@@ -146,12 +142,7 @@ def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
         targets[:, -1] = IGNORED
         return Batch({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, targets)
 
-    return Encoded(
-        len(windows),
-        batch,
-        key=_key(windows),
-        notes=[f"data: windows of {windows.shape[1]} tokens, the first of each given"],
-    )
+    return Encoded(len(windows), batch, key=_key(windows), notes=[note])
 
 
 def _encode_masked(model: Model, data: Dataset, settings: Settings) -> Encoded:
@@ -333,6 +324,13 @@ def guess(model: Model) -> Task | None:
     return None
 
 
+def digest_of(task: Task | None, data: Dataset, encoded: Encoded) -> str:
+    """Return what identifies samples: their content, and of windows of text the tokens in each, too."""
+    if task is None or not task.name.endswith("-lm"):
+        return data.digest
+    return hashlib.sha256(f"{data.digest} {encoded.key}".encode()).hexdigest()
+
+
 def fitting(task: Task, data: Dataset) -> Task:
     """Return the task where it can read the data.
 
@@ -348,5 +346,5 @@ def fitting(task: Task, data: Dataset) -> Task:
     raise DataError(
         f"`{task.name}` cannot be evaluated on `{data.name}`",
         why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",
-        hint=f"choose other data or columns (`--text-column`), or another `--task`: {', '.join(TASKS)}",
+        hint=f"choose other data or columns (`--data 'FILE?text=NAME'`), or another `--task`: {', '.join(TASKS)}",
     )

@@ -85,6 +85,27 @@ def test_a_path_of_the_chain_goes_on_from_there(project, calls) -> None:
     assert chain() == ["01-decompose", "02-decompose"]
 
 
+@pytest.mark.parametrize("where", ['text-column = "tweet"', '[decompose]\ntext-column = "tweet"', "variable"])
+def test_columns_of_the_project_hold_for_every_command(
+    peftc, stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+    for word in ("decompose", "evaluate"):
+        stub(word, lambda model, **options: seen.update(options) or Report("bench"))
+    text = 'label-column = "mood"' if where == "variable" else where
+    Path("peftc.toml").write_text(f'model = "base"\ndata = "a.csv@dev"\n{text}\n')
+    if where == "variable":
+        monkeypatch.setenv("PEFTC_TEXT_COLUMN", "tweet")
+    assert peftc("decompose").exit_code == 0
+    assert seen["data"] == ("a.csv?text=tweet&label=mood@dev" if where == "variable" else "a.csv?text=tweet@dev")
+    assert peftc("decompose", "--data", "b.csv?text=own").exit_code == 0
+    assert seen["data"] == ("b.csv?text=own&label=mood" if where == "variable" else "b.csv?text=own"), "typed wins"
+    if not where.startswith("["):
+        assert peftc("evaluate").exit_code == 0
+        assert (seen["data"], seen["text_column"]) == ("a.csv@dev", "tweet"), "it has options of its own for that"
+
+
 def test_another_request_rewinds_and_deletes_nothing(project) -> None:
     project("decompose", "--ratio", 0.5)
     project("decompose", "runs/01-decompose", "--ratio", 0.7)

@@ -108,6 +108,10 @@ def _run(
     project: config.Project = ctx.obj
     for text in project.warnings:
         console.warn(text)
+    if project.columns and options.get("data"):
+        from peftc.data.spec import with_columns
+
+        options["data"] = with_columns(str(options["data"]), project.columns)
     if shared.get("offline"):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
     if "models" in options:

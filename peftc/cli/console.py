@@ -124,10 +124,13 @@ def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
 
 def tell(outcome: Report, *, quiet: bool = False) -> None:
     """Print what a report has for people."""
+    from peftc.report import GUESSED
+
     if not quiet:
         for table in outcome.tables:
             say("\n".join([*table_lines(table, width()), ""]))
-        for text in outcome.notes:
+    for text in outcome.notes:
+        if not quiet or text.startswith(GUESSED):
             note(text)
     for text in outcome.warnings:
         warn(text)

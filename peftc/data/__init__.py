@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 from peftc.data import arrays, captioned, images, limits, tables
 from peftc.data.dataset import Dataset, Splits, choose, split_word
-from peftc.data.tables import Columns
+from peftc.data.spec import Columns, columns_of, merged, parts_of
 from peftc.errors import DataError, refuse_not_utf8
 
 __all__ = ["Dataset", "open_data", "parts_of", "split_names"]
@@ -35,7 +34,7 @@ def open_data(
     """Return the samples that a `--data` spec names.
 
     Args:
-        spec: what the user typed; `@SPLIT` at its end picks a split.
+        spec: what the user typed; `?text=NAME` names a column of a table, and `@SPLIT` at its end picks a split.
         num_samples: keep so many, seeded, the classes as even as they allow; None keeps all.
         seed: of the subset.
         image_column, text_column, label_column: overrule the guess from usual names; two text columns as `one,two`;
@@ -49,24 +48,17 @@ def open_data(
     """
     refuse_not_utf8("`--data`", spec)
     name, at = parts_of(spec)
-    splits = _splits(name, Columns(image_column, text_column, label_column), task)
+    name, own = columns_of(name)
+    splits = _splits(name, merged(name, own, Columns(image_column, text_column, label_column)), task)
     chosen, note = choose(name, splits, at or None, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
     return dataset if task in WINDOWED else dataset.take(num_samples, seed=seed)
 
 
-def parts_of(spec: str | Path) -> tuple[str, str]:
-    """Return what a `--data` spec names, and the split that it picks, or no text."""
-    name, at = str(spec), ""
-    if "@" in name and not os.path.exists(name):  # noqa: PTH110  it takes any text, as a name that is too long
-        name, _, at = name.rpartition("@")
-    return name, at
-
-
 def split_names(spec: str | Path) -> list[str]:
     """Return all splits of what a `--data` spec names."""
-    return list(_splits(parts_of(spec)[0], Columns(None, None, None), None))
+    return list(_splits(columns_of(parts_of(spec)[0])[0], Columns(), None))
 
 
 def _splits(name: str, columns: Columns, task: str | None) -> Splits:

@@ -93,7 +93,7 @@ def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
         raise DataError(
             f"{len(missing)} of {len(paths)} images of `{name}` are missing",
             why=f"row {first} names `{paths[first]}` as its `{column}`, and there is no file `{folder / paths[first]}`",
-            hint="paths start from the folder of the table; name another column: `--image-column NAME`",
+            hint=f"paths start from the folder of the table; name another column: `--data '{name}?image=NAME'`",
         )
     return lambda row: _read(folder / paths[row], row, name), lambda row: paths[row]
 
@@ -120,12 +120,12 @@ def pairs(
     """
     image = image or image_column(table) or _usual(table.column_names, FILE)
     text = text or _usual([column for column in table.column_names if column != image], CAPTION)
-    for column, what, option in ((image, "images", "--image-column"), (text, "captions", "--text-column")):
+    for column, what, kind in ((image, "images", "image"), (text, "captions", "text")):
         if column is None:
             raise DataError(
                 f"`{name}` has no column of a usual name for {what}",
                 why=f"its columns are {named(table.column_names, 20)}",
-                hint=f"name it: `{option} NAME`",
+                hint=f"name it: `--data '{name}?{kind}=NAME'`",
             )
     assert image is not None and text is not None
     captions = column_of(table, text, name)

@@ -38,8 +38,10 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
                 return [found[name] for name in classes], f"classes: matched by name with {whose}"
             if found and not all(map(is_index, classes)):
                 return _all(classes, found, outputs, whose), ""
-    if all(is_index(name) and int(name) < outputs for name in classes) and not _has_own_numbers(classes, outputs):
-        return [int(name) for name in classes], "classes: their names read as class indices"
+    numbers = [int(name) for name in classes if is_index(name)]
+    is_numbered = len(set(numbers)) == len(classes) and max(numbers, default=0) < outputs  # `01` and `1` are two
+    if is_numbered and not _has_own_numbers(classes, outputs):
+        return numbers, "classes: their names read as class indices"
     if labels is None and len(classes) == outputs:
         note = f"classes: the model has no class names, so its {outputs} outputs are taken in sorted order"
         return list(range(outputs)), note

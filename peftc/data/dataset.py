@@ -19,6 +19,9 @@ SPLIT_WORDS = {
 }
 
 
+SKETCH, HASH = 128, 10  # hashes in a sketch, and digits in each
+
+
 @dataclass(frozen=True)
 class Pairs:
     """What is known of pairs of an image and a text before any image is read.
@@ -48,6 +51,7 @@ class Dataset:
         rows: which rows are used.
         pairs: captions and images by row, where the kind is ``image-text``.
         notes: what people should know about how it was read.
+        bare: gives the bytes of the input of a row alone, where ``content`` names its file, too.
     """
 
     kind: str
@@ -60,6 +64,7 @@ class Dataset:
     classes: list[str] | None = None
     pairs: Pairs | None = None
     notes: list[str] = field(default_factory=list)
+    bare: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,6 +83,17 @@ class Dataset:
             name = self.classes[int(label)] if self.classes and label is not None else label
             total.update(b"%d:" % len(content) + content + repr(name).encode())
         return total.hexdigest()
+
+    @cached_property
+    def sketch(self) -> str:
+        """The least hashes of the inputs used, in hexadecimal: sets that share many inputs share many of these.
+
+        A bottom-k sketch (Cohen and Kaplan, 2007): of two large sets it estimates what they share, of small ones it
+        holds all.
+        """
+        content = self.bare or self.content
+        hashes = {hashlib.sha256(content(row)).hexdigest()[:HASH] for row in self.rows}
+        return "".join(sorted(hashes)[:SKETCH])
 
     def take(self, number: int | None, *, seed: int) -> Dataset:
         """Keep ``number`` samples, the classes as even as they allow; None or more than there are keeps all."""

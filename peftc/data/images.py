@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from peftc.data import limits
@@ -26,6 +26,7 @@ from peftc.errors import DataError, reason_of, refuse_not_utf8, shown
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # of Pillow's formats those with these endings, and two that pages send under another; EPS would start a program
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+SIXTEEN = ("PNG", "PPM")  # formats whose images Pillow may give as 32 bits, with numbers from 0 to 65,535
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LAYOUT = "peftc reads `CLASS/image.jpg`, or `test/CLASS/image.jpg` with a folder for each split"
 
@@ -175,6 +176,7 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         rows=range(len(files)),
         read=lambda row: decode(_bytes(tree, files[row]), f"{tree.name}/{files[row]}"),
         content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + _bytes(tree, files[row]),
+        bare=lambda row: _bytes(tree, files[row]),
     )
 
 
@@ -213,11 +215,28 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Return an image with its pixels, turned as its EXIF data says, in 8 bits per channel."""
     try:
         image.load()
+        upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, *DAMAGED) as error:
         raise _no_image(name, error) from None
-    return image
+    return _in_8_bits(upright, image.format, name) if image.mode.startswith(("I", "F")) else upright
+
+
+def _in_8_bits(image: Image.Image, format: str | None, name: str) -> Image.Image:
+    """Return an image of whole numbers from 0 to 65,535 as one from 0 to 255.
+
+    Raises:
+        DataError: its numbers are of another range, which nothing in the file names.
+    """
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and format in SIXTEEN):
+        kind = "floating numbers" if image.mode == "F" else "whole numbers of 32 bits"
+        raise DataError(
+            f"`{name}` holds {kind} per pixel", why="nothing in it says which of them is white",
+            hint="store it with 8 or 16 bits per channel",
+        )  # fmt: skip
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _no_image(name: str, error: BaseException) -> DataError:
@@ -311,9 +330,9 @@ def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:
 
 def with_mode(image: Any, mode: str, name: str) -> Image.Image:
     """Return an image or an array as an image of one mode."""
+    name = shown(name)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    name = shown(name)
     if not isinstance(image, Image.Image):
         raise DataError(f"`{name}` is a {type(image).__name__}, not an image")
     image = _loaded(image, name)

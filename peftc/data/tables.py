@@ -9,9 +9,9 @@ import logging
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ from peftc.data import captioned, jsonl, limits
 from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Splits, split_word
 from peftc.data.images import decode, named
+from peftc.data.spec import Columns, halves
 from peftc.errors import DataError, reason_of
+from peftc.report import GUESSED
 
+SAMPLE = 1000  # rows of a file that tell whether the first is a header
+WHOLE = re.compile(r"-?\d{1,19}\.0*")
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 TEXT = (
     "text", "sentence", "content", "document", "review", "query", "question", "utterance", "comment", "input", "story",
@@ -34,24 +38,6 @@ LABEL = (
     "label", "labels", "category", "class", "intent", "target", "y", "score", "similarity", "similarity_score",
     "relatedness_score", "stars", "rating", "fine_label", "coarse_label", "sentiment",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns the user named; ``text`` may name two, with a comma between."""
-
-    image: str | None = None
-    text: str | None = None
-    label: str | None = None
-
-    def names(self) -> list[str]:
-        """Return every column named."""
-        return [name for column in (self.image, self.label) if column for name in [column]] + split_names(self.text)
-
-
-def split_names(text: str | None) -> list[str]:
-    """Split `sentence1,sentence2`."""
-    return [name.strip() for name in text.split(",")] if text else []
 
 
 def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) -> Splits:
@@ -83,13 +69,21 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
     elif path.suffix.lower() == ".jsonl":
         table = jsonl.table(path)
     else:
-        sep = "\t" if path.suffix.lower() == ".tsv" else ","
+        sep = "\t" if path.suffix.lower() == ".tsv" else _separator(path)
+        if sep == ";":
+            notes.append(f"data: the cells of `{path.name}` are separated by `;`")
         header = _header(path, sep, columns)
         if header is not None:
-            notes = [f"data: the first row of `{path.name}` is data, so its columns are called {named(header)}"]
+            notes.append(
+                f"{GUESSED}the first row of `{path.name}` is data, so its columns are called {named(header)}; if it "
+                f"names them, say so: `--data '{path}?text=NAME&label=NAME'`"
+            )
         # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
         quoting = csv.QUOTE_NONE if sep == "\t" and not _is_quoted(path) else csv.QUOTE_MINIMAL
-        table = _load("csv", path, sep=sep, column_names=header, keep_default_na=False, quoting=quoting)
+        as_texts = dict.fromkeys(range(len(_sample(path, sep)[0])), str)  # of numbers `01` and `1` would be one
+        table = _load(
+            "csv", path, sep=sep, column_names=header, keep_default_na=False, quoting=quoting, converters=as_texts
+        )
     return rows(table, str(path), split, columns, task, notes, path.parent)
 
 
@@ -179,18 +173,36 @@ def _is_quoted(path: Path) -> bool:
     return all(len(cell) > 1 and cell.endswith('"') for cell in cells)
 
 
-def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
-    """Return names for the columns of a file without a header; None where the first row is one.
+def _separator(path: Path) -> str:
+    """Return what separates the cells of a .csv file: a comma, or a semicolon where that alone makes a table."""
+    whole, other = (_sample(path, sep) for sep in (",", ";"))
+    widths = {len(row) for row in other}
+    return ";" if len(whole[0]) == 1 and len(widths) == 1 and widths != {1} else ","
 
-    A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise it is a
-    header where a column of numbers follows under a word.
+
+def _sample(path: Path, sep: str) -> list[list[str]]:
+    """Return the first rows of a file, the last of which may be cut.
+
+    Raises:
+        DataError: there are none, or they are no table.
     """
     with limits.refused(path, "", csv.Error):
-        sample = [row for row in csv.reader(io.StringIO(_text(path)[:100_000]), delimiter=sep) if row][:50]
+        sample = [row for row in csv.reader(io.StringIO(_text(path)[:100_000]), delimiter=sep) if row][:SAMPLE]
     if not sample:
         raise DataError(f"`{path}` has no rows")
     if len(sample[0]) > limits.COLUMNS:
         raise DataError(f"cannot read `{path}`", why=f"it has more than {limits.COLUMNS:,} columns")
+    return sample
+
+
+def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
+    """Return names for the columns of a file without a header; None where the first row is one.
+
+    A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise columns
+    tell: where one holds numbers under a word, or a few words again and again under one that never returns, the row is
+    a header; where the word returns, it is data.
+    """
+    sample = _sample(path, sep)
     if len(sample) > 1 and len(sample[1]) > len(sample[0]):  # pandas would take the first cell for a name of the row
         why = f"its first row has {len(sample[0])} cells, and its second has {len(sample[1])}"
         raise DataError(f"cannot read `{path}`", why=why)
@@ -203,7 +215,10 @@ def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
             raise DataError(f"`{path}` has no rows", why="it ends after its header")
         return None
     numeric = [bool(rest) and all(_is_number(row[at]) for row in rest) for at in range(len(first))]
-    if not any(map(_is_number, first)) and any(numeric):
+    counts = [Counter(row[at] for row in rest) for at in range(len(first))]
+    few = [at for at, words in enumerate(counts) if words and min(words.values()) > 1]
+    returns = any(first[at] in counts[at] for at in few)
+    if not any(map(_is_number, first)) and not returns and (any(numeric) or few):
         return None
     lengths = [sum(len(row[at]) for row in [first, *rest]) for at in range(len(first))]
     return _names(lengths, numeric)
@@ -267,7 +282,7 @@ def rows(
             raise DataError(
                 f"`{name}` has no column `{wanted}`",
                 why=f"its columns are {named(table.column_names, 20)}",
-                hint="see `--image-column`, `--text-column`, `--label-column`",
+                hint=f"name them as `--data '{name}?text=NAME&label=NAME'`",
             )
     if captioned.is_asked(columns.image, columns.text, task):
         return captioned.pairs(table, name, split, image=columns.image, text=columns.text, folder=folder, notes=notes)
@@ -296,7 +311,7 @@ Readers = tuple[str, Callable[[int], Any], Callable[[int], bytes]]
 
 def _text_columns(known: dict[str, str], columns: Columns, name: str, there: list[str]) -> list[str]:
     if columns.text:
-        return split_names(columns.text)[:2]
+        return halves(columns.text)[:2]
     for pair in PAIRS:
         if all(half in known for half in pair):
             return [known[half] for half in pair]
@@ -305,7 +320,7 @@ def _text_columns(known: dict[str, str], columns: Columns, name: str, there: lis
         raise DataError(
             f"`{name}` has no column of a usual name for text",
             why=f"its columns are {named(there, 20)}",
-            hint="name it: `--text-column NAME`, or `--text-column FIRST,SECOND` for pairs",
+            hint=f"name it: `--data '{name}?text=NAME'`, or `?text=FIRST,SECOND` for pairs",
         )
     return [found]
 
@@ -334,11 +349,12 @@ def _texts(table: Any, columns: list[str], name: str) -> Readers:
 def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> tuple[list[Any], list[str] | None]:
     """Return (indices, classes), or (scores, None) where a pair has a number that is no class."""
     values = captioned.column_of(table, column, name)
-    bad = next((row for row, value in enumerate(values) if not isinstance(value, str | int | float)), None)
+    bad = next((row for row, value in enumerate(values) if not _is_label(value)), None)
     if bad is not None:
         raise DataError(
-            f"row {bad} of `{name}` has no label in column `{column}`", why=f"it holds {values[bad]!r}"[:200]
-        )
+            f"row {bad} of `{name}` has no label in column `{column}`", why=f"it holds {values[bad]!r}"[:200],
+            hint="give it one, or take the row out",
+        )  # fmt: skip
     names = getattr(table.features[column], "names", None)
     if names:
         if any(not 0 <= value < len(names) for value in values):
@@ -351,10 +367,20 @@ def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> 
     fractions = any(_is_number(str(value)) and not float(value).is_integer() for value in values)
     if kind == "pairs" and (task == "sentence-similarity" or (task is None and fractions)):
         return _scores(values, column, name), None
-    texts = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
-    classes = sorted(set(texts), key=lambda text: (0, int(text), "") if is_index(text) else (1, 0, text))
+    texts = [_label_text(value) for value in values]
+    if all(WHOLE.fullmatch(text) for text in texts):  # as tables write whole numbers between others: `1.0`
+        texts = [text.partition(".")[0] for text in texts]
+    classes = sorted(set(texts), key=lambda text: (0, int(text), text) if is_index(text) else (1, 0, text))
     index = {text: number for number, text in enumerate(classes)}
     return [index[text] for text in texts], classes
+
+
+def _label_text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int | float) and bool(str(value).strip()) and value == value
 
 
 def _scores(values: list[Any], column: str, name: str) -> list[float]:

@@ -25,6 +25,7 @@ from peftc.models.recorded import load_base
 from peftc.report import Report, Table, count, short, size
 from peftc.source import Source
 from peftc.steps import measured
+from peftc.steps.baseline import FOLDER
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
 NOISY = 1.15  # a noise band that reaches further hides most real changes
@@ -97,6 +98,7 @@ def bench(
     data["noise"] = {case: _noise(run) for case, run in times.items()}
     data |= {"input": shapes["model"], "rounds": rounds, "environment": _environment(place)}
     report = _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
+    report.notes += [FOLDER] if against == "base" and Path("base").exists() else []
     if isinstance(model, str | Path | Source):
         where = {name: data["environment"][name] for name in ("device_name", "threads")}
         baseline_name = None if against is None else baseline.name

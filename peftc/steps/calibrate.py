@@ -90,7 +90,7 @@ def calibrate(
     work.leave_uncalled(reasons, include)
     prepared = prepare(loaded, asked, device)
     if dry_run:
-        report = Report("calibrate", {"eligible": list(work.targets), "data": prepared.data})
+        report = Report("calibrate", {"eligible": list(work.targets), "data": _without_sketch(prepared.data)})
         report.tables.append(factored.dense_table([], reasons))
         report.notes += [
             *prepared.notes, f"{len(work.targets)} modules: {', '.join(factorize.needs)}, for `{factorize.name}`",
@@ -145,11 +145,16 @@ def _write(
     write.finish(job, record, report, work.device)
 
 
+def _without_sketch(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "sketch"}
+
+
 def _report(found: Statistics, targets: Mapping[str, Target], reasons: Mapping[str, str]) -> Report:
     """Say of which modules there are statistics, and over how many rows."""
     about = found.note["modules"]
     never = {name: found.why_not(name) for name in targets if name not in found}
-    report = Report("calibrate", {key: found.note[key] for key in ("method", "needs", "data", "samples", "modules")})
+    report = Report("calibrate", {key: found.note[key] for key in ("method", "needs", "samples", "modules")})
+    report.data["data"] = _without_sketch(found.note["data"])
     report.data["dense"] = [{"name": name, "reason": reason} for name, reason in {**reasons, **never}.items()]
     report.tables += [statistics_table(about), factored.dense_table([], {**reasons, **never})]
     report.notes += [*found.notes, f"for `--method {found.note['method']}`: {', '.join(found.note['needs'])}"]

@@ -182,7 +182,7 @@ def _evaluations(subject: Subject) -> list[Mapping[str, Any]]:
 
 def _plain(spec: str) -> str:
     """Return a data set without its split, and one on somebody's disk without its place."""
-    spec = spec.partition("@")[0]
+    spec = re.split("[?@]", spec, maxsplit=1)[0]
     return spec if spec.startswith(("hf:", "sklearn:")) else Path(spec).name
 
 
@@ -191,10 +191,11 @@ def _results(entry: Mapping[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     name, split = _plain(entry["data"]["spec"]).removeprefix("hf:"), entry["data"]["split"]
+    known = " (the model has learnt from it)" if entry.get("seen") else ""
     task = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(entry["task"], entry["task"])
     return [
         EvalResult(
-            task_type=task, dataset_type=name, dataset_name=name, dataset_split=split,
+            task_type=task, dataset_type=name, dataset_name=name + known, dataset_split=split,
             metric_type=METRICS.get(metric, metric), metric_name=metric, metric_value=figure["value"],
         )
         for metric, figure in entry["metrics"].items()

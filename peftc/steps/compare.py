@@ -81,7 +81,8 @@ def quality_text(row: Row) -> str:
     if row.quality is None:
         return "-"
     value = row.quality["metrics"][row.quality["metric"]]
-    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+    known = " on samples it knows" if row.quality.get("seen") else ""
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]{known}"
 
 
 def speed_texts(row: Row) -> list[str]:

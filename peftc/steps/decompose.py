@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from peftc import allocate, measure, processes
 from peftc import plan as plans
+from peftc.data import open_data
+from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
 from peftc.job import Job
 from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
@@ -20,7 +22,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.source import Source
-from peftc.steps import estimate, factored, ordered, passes, prediction, quality, spectra, write
+from peftc.steps import baseline, estimate, factored, ordered, passes, prediction, quality, seen, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
@@ -222,7 +224,8 @@ def decompose(
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
-        max_drop, min_quality, max_params, max_bytes: gates.
+        max_drop, min_quality, max_params, max_bytes: gates; a drop is against the earliest model of the chain with
+            the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
         device, seed: where and with which random numbers to compute.
         dry_run: stop at the plan and write nothing.
@@ -287,6 +290,7 @@ def decompose(
         **calibrating.identity(source, sensitivity, sequential),
         **unusual(budget, multiple, sample),
     }  # fmt: skip
+    against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         work.job = job
@@ -297,17 +301,19 @@ def decompose(
             report = question.carry_out(job, base, request, shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-    _measure(report, measured, model, loaded, on)
+    _measure(report, measured, model, loaded, on, against)
     return report
 
 
-def _measure(report: Report, measured: bool | None, model: Any, loaded: Model, on: Mapping[str, Any]) -> None:
-    """Measure what was written against the model, or say why that could not be."""
+def _measure(
+    report: Report, measured: bool | None, model: Any, loaded: Model, on: Mapping[str, Any], against: Model | None
+) -> None:
+    """Measure what was written against another model, or itself before, or say why that could not be."""
     if measured is None:
         report.warnings.append(f"{UNMEASURED} the classes of `{on['data']}` are not those of `{loaded.name}`")
     elif measured:
-        against = model if isinstance(model, nn.Module | Model) else load(loaded.source)
-        quality.add(report, loaded, against=against, **on)
+        itself = model if isinstance(model, nn.Module | Model) else load(loaded.source)
+        quality.add(report, loaded, against=against or itself, **on)
 
 
 def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
@@ -348,7 +354,22 @@ def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) 
         if gated or not isinstance(source, Prepared):
             raise
         return None
+    if gated and source is not None:
+        _refuse_seen(source, on)
     return True
+
+
+def _refuse_seen(source: Prepared | Statistics, on: Mapping[str, Any]) -> None:
+    """Refuse a gate on the samples that are calibrated on, before any work.
+
+    Raises:
+        DataError: they are the same.
+    """
+    about = source.data if isinstance(source, Prepared) else source.note["data"]
+    if not str(on["data"]).startswith(GENERATED):
+        dataset = open_data(on["data"], task=on["task"])
+        if seen.among(about, on["data"], dataset):
+            seen.refuse_gate("decompose", dataset)
 
 
 def eligible(

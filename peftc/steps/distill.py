@@ -21,7 +21,7 @@ from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
 from peftc.source import Source
-from peftc.steps import factored, imitation, ordered, quality, samples, spectra, write
+from peftc.steps import baseline, factored, imitation, ordered, quality, samples, spectra, write
 from peftc.steps.imitation import TASK, Imitation
 from peftc.tasks import Settings
 
@@ -93,7 +93,8 @@ def distill(
         evaluations: how often the held-out samples are looked at.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length: how to read the data, and how much of it.
-        max_drop, min_quality: gates on the test split; a drop is against the teacher.
+        max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
+            model of the chain with the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
         device, seed: where and with which random numbers to compute.
         overwrite: replace another artifact at ``output_dir``.
@@ -132,6 +133,9 @@ def distill(
     work = Imitation(student, guide, given, terms, weight, pairs)
     work.check()
 
+    against = guide or load(stored.source)
+    if max_drop is not None and (guide is None or teacher is None):
+        against = baseline.of_gate(stored)
     request = {
         "command": "distill", "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
         "data": given.about,
@@ -149,8 +153,8 @@ def distill(
             work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, given, data=data, against=guide or load(stored.source), max_drop=max_drop,
-        min_quality=min_quality, task=task, image_size=image_size, max_length=max_length, device=device, seed=seed,
+        report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
+        image_size=image_size, max_length=max_length, device=device, seed=seed,
     )  # fmt: skip
     return report
 

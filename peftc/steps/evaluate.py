@@ -23,7 +23,7 @@ from peftc.models.load import Model
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.source import Source
-from peftc.steps import measured
+from peftc.steps import baseline, measured, seen
 from peftc.task import concatenated
 from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
 
@@ -63,7 +63,8 @@ def evaluate(
         model: any form of MODEL.
         data: a `--data` spec, or `generated:N` for N sequences drawn from ``against`` (else the base, else the model).
         task: a name of the task table; guessed from the model when None.
-        against: another model, or `base` for the one that the artifact records; adds paired differences.
+        against: another model, or `base` for the earliest of the artifact's chain with the same head and task; adds
+            paired differences.
         num_samples: evaluate on a seeded subset; all samples when None.
         batch_size: samples at once.
         image_size: side in pixels instead of the model's.
@@ -80,8 +81,10 @@ def evaluate(
     """
     _check(max_drop, min_quality, against, batch_size)
     data, subject = str(data), load.load(model)
-    reference = None if against is None else load_base(subject) if against == "base" else load.load(against)
+    reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
+    if against == "base" and Path("base").exists():
+        report.notes.append(baseline.FOLDER)
     row = tasks.named_task(task) if task else tasks.guess(subject)
     for each in (subject, reference):
         if each is not None:
@@ -100,12 +103,25 @@ def evaluate(
             task=row.name if row else None,
         )
     row = tasks.fitting(row or _by_data(subject, dataset), dataset)
+    known_to = seen.by(subject.manifest, data, dataset)
+    if known_to and (max_drop is not None or min_quality is not None):
+        seen.refuse_gate(known_to, dataset)
+    if known_to:
+        report.warnings.append(
+            f"`{known_to}` calibrated or taught the model with samples of these: its figure on others may be worse"
+        )
     report.notes += dataset.notes if task else [f"task: `{row.name}`, guessed from `{subject.name}`", *dataset.notes]
     sides = _sides(row, [subject] if reference is None else [subject, reference], dataset, settings, report)
     compared = _run(row, sides, dataset, batch_size or row.batch_size, report)
     report.data = {
         "task": row.name,
-        "data": {"spec": data, "split": dataset.split, "samples": sides[0].encoded.size, "digest": dataset.digest},
+        "data": {
+            "spec": data,
+            "split": dataset.split,
+            "samples": sides[0].encoded.size,
+            "digest": tasks.digest_of(row, dataset, sides[0].encoded),
+        },
+        "seen": known_to is not None,
         "metric": row.metrics[0].name,
         "higher_is_better": row.metrics[0].higher_is_better,
         "metrics": _metrics(row, sides[0].columns, seed),
@@ -318,7 +334,8 @@ def _table(row: Task, sides: list[_Side], data: dict[str, Any]) -> Table:
         return "" if values is None else str(Interval(**values))
 
     used = data["data"]
-    title = f"{row.name}: {used['spec']}, split {used['split']}, {used['samples']} samples, 95 % intervals"
+    known = " that the model knows" if data["seen"] else ""
+    title = f"{row.name}: {used['spec']}, split {used['split']}, {used['samples']} samples{known}, 95 % intervals"
     against = data.get("against")
     if against is None:
         return Table(

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from peftc import artifact, manifest, measure, methods
-from peftc.errors import DataError, UsageError
+from peftc.data import open_data
+from peftc.errors import ArtifactError, DataError, UsageError
 from peftc.job import EXPORT, ExportRecord, Job, execution
 from peftc.measure import Speedup
 from peftc.models import load as models
@@ -22,7 +23,7 @@ from peftc.models.multiplied import multiplied
 from peftc.nn import surgery
 from peftc.report import Report, Table, percent, size
 from peftc.source import Source
-from peftc.steps import parity, write
+from peftc.steps import baseline, parity, seen, write
 from peftc.tasks import Settings
 
 
@@ -60,7 +61,8 @@ def export(
         num_samples: of ``data``, to compare on.
         batch_size: of the second timing; the first is of one sample.
         image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
-        max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the model itself.
+        max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the
+            earliest model of the chain with the same head.
         max_bytes: gate on the files together.
         rounds: timed rounds, at least 5.
         seed: which samples to take.
@@ -86,6 +88,7 @@ def export(
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
+    against = _judge(stored, str(data), task, max_drop) if is_judged else None
     pad = _padding(stored, runs)
     probes = parity.probes(runs, image_size=image_size, max_length=max_length)
     work = _Work(
@@ -116,7 +119,8 @@ def export(
                 report = work.check(exported, word, data)
                 if is_judged:
                     parity.quality(
-                        report, runs, exported, data=str(data), task=task, image_size=image_size, max_length=max_length,
+                        report, runs, exported, data=str(data), against=against or runs, task=task,
+                        image_size=image_size, max_length=max_length,
                         batch_size=batch_size, seed=seed,
                     )  # fmt: skip
             finally:
@@ -125,6 +129,26 @@ def export(
     parity.gate_quality(report, max_drop, min_quality)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
     return report
+
+
+def _judge(stored: Model, data: str, task: str | None, max_drop: float | None) -> Model | None:
+    """Return the model that a drop is judged against, where that is not the exported one itself.
+
+    Raises:
+        DataError: the model knows these samples.
+        ArtifactError: it is not there, and a gate asks for it.
+    """
+    dataset = open_data(data, task=task)
+    known_to = seen.by(stored.manifest, data, dataset)
+    if known_to:
+        seen.refuse_gate(known_to, dataset)
+    try:
+        found = baseline.of_gate(stored)
+    except ArtifactError:
+        if max_drop is not None:
+            raise
+        return None
+    return None if found is stored else found
 
 
 def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Exported], dict[str, Any]]:

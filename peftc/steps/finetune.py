@@ -23,7 +23,7 @@ from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
 from peftc.source import Source
-from peftc.steps import distill, factored, imitation, ordered, quality, samples, write
+from peftc.steps import baseline, distill, factored, imitation, ordered, quality, samples, write
 from peftc.steps import student as students
 from peftc.steps.imitation import TASK, Imitation
 from peftc.steps.merge import taken_in
@@ -111,7 +111,8 @@ def finetune(
         evaluations: how often the held-out samples are looked at.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length: how to read the data, and how much of it.
-        max_drop, min_quality: gates on the test split; a drop is against the teacher, or the model itself.
+        max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
+            model of the chain with the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
         device, seed: where and with which random numbers to compute.
         overwrite: replace another artifact at ``output_dir``.
@@ -164,7 +165,7 @@ def finetune(
     pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
     work = Imitation(copied, guide, given, terms, weight, pairs)
     work.check()
-    against = _against(guide, fitted, max_drop)
+    against = _against(guide if teacher is not None else None, fitted, max_drop)
 
     as_delta = deltas.is_delta(stored) if delta is None else delta
     request = {
@@ -191,11 +192,14 @@ def finetune(
 
 
 def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Model | None:
-    """Return the model that does the same task and that the result is compared with: the teacher, or itself before."""
+    """Return the model that does the same task and that the result is compared with.
+
+    A teacher that was named; else of a gate the earliest of the chain, and without one the model itself before.
+    """
     if guide is not None and (guide.labels == fitted.model.labels or not fitted.new):
         return guide
     if not fitted.new:
-        return fitted.model
+        return fitted.model if max_drop is None else baseline.of_gate(fitted.model)
     if max_drop is not None:
         raise UsageError(
             "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",
@@ -279,7 +283,7 @@ def _write(
     stored, adapters, learned = pupil.stored, pupil.placed.adapters, pupil.learned
     module = students.as_stored(pupil.model.module, stored.module, adapters)
     tuned = replace(stored, module=module, infos={}, files=[])
-    options: dict[str, Any] = {"max_shard_bytes": shard_bytes}
+    options: dict[str, Any] = {"max_shard_bytes": shard_bytes, "new_head": bool(pupil.head.new)}
     if request["delta"]:
         names, there = students.beneath(pupil, learned)
         tensors = surgery.tensors_of(module)

@@ -203,10 +203,10 @@ class _InRuntime(nn.Module):
         self.forward = forward
 
 
-def quality(report: Report, model: Model, written: Exported, *, data: str, **options: Any) -> None:
-    """Evaluate the export in its own runtime against the model, and add what came of it."""
+def quality(report: Report, model: Model, written: Exported, *, data: str, against: Model, **options: Any) -> None:
+    """Evaluate the export in its own runtime against a model, and add what came of it."""
     there = replace(model, module=_InRuntime(model.module, model, written), notes=[])
-    found = evaluate(there, data=data, against=model, device="cpu", **options)
+    found = evaluate(there, data=data, against=against, device="cpu", **options)
     report.data["quality"] = found.data
     report.tables += found.tables
     report.notes += found.notes

@@ -1,11 +1,11 @@
 """What ranks are expected to cost before anything is written, and the whole curve of that against the budget.
 
 A sum over modules adds up their squared losses, each as if it were the only one that changed. `kfac` weighs them so
-that half of it is the divergence from the dense model in nats per sample, to second order (`peftc.methods.decompose.
-kfac`). On trained networks that is 2 to 9 times too little: the error of one layer is carried through all others, and
-factors fit the samples that they were made from (tests/benchmarks/RESULTS.md). So where a network can be run, ranks are
-tried as a whole on a few samples, and that is what is said. The losses of other methods are in units of their own; they
-are only compared with the whole.
+that half of it is the divergence from the dense model in nats, to second order (`peftc.methods.decompose.kfac`): of
+language models per token, as `evaluate` measures it, of others per sample. On trained networks that is 2 to 9 times too
+little: the error of one layer is carried through all others, and factors fit the samples that they were made from
+(tests/benchmarks/RESULTS.md). So where a network can be run, ranks are tried as a whole on a few samples, and that is
+what is said. The losses of other methods are in units of their own; they are only compared with the whole.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from peftc.errors import PlanError
 from peftc.intervals import Interval
 from peftc.plan import Budget
 from peftc.report import Report, Table, short
+from peftc.steps import sensitivity
 from peftc.steps.factoring import Factoring
 
 RATIOS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.95", "1.0")
-NATS, SHARE = "nats per sample", "relative squared error"
+PER_SAMPLE, PER_TOKEN, SHARE = "nats per sample", "nats per token", "relative squared error"
 TRIED = ("0.3", "0.5", "0.75", "0.9")  # ratios of the curve at which plans are tried as a whole
 DIGITS = 4  # of a figure; the last ones of a loss depend on how its module was solved
 
@@ -39,7 +40,7 @@ class Trial:
     """What measures ranks as a whole.
 
     Attributes:
-        lost: ranks -> divergence from the dense model in nats per sample.
+        lost: ranks -> divergence from the dense model, in nats per sample, of language models per token.
         samples: of the calibration set, on which it is measured.
     """
 
@@ -60,7 +61,9 @@ class Held:
 
 def unit_of(work: Factoring) -> str:
     """Return what a predicted loss counts under the method at hand."""
-    return NATS if "output_gradient_gram" in work.factorize.needs else SHARE
+    if "output_gradient_gram" not in work.factorize.needs:
+        return SHARE
+    return PER_TOKEN if sensitivity.tokens_of(work) > 1 else PER_SAMPLE
 
 
 def loss(
@@ -74,8 +77,8 @@ def loss(
         squared: (module, rank) -> its squared loss at that rank, and at rank 0.
     """
     found = [squared(name, rank) for name, rank in ranks.items() if rank is not None and name in work.targets]
-    if unit_of(work) == NATS:
-        total = sum(lost for lost, _ in found) / 2
+    if unit_of(work) != SHARE:
+        total = sum(lost for lost, _ in found) / 2 / sensitivity.tokens_of(work)
     else:
         total = sum(lost / whole for lost, whole in found if whole) / max(len(work.targets), 1)
     return _rounded(total)
@@ -102,7 +105,7 @@ def add(
         work: the eligible modules.
         ranks: of them.
         cuts: what `Factoring.factor` found of each; empty in a dry run.
-        measured: what the ranks lost when they were tried as a whole, in nats per sample; None where they were not.
+        measured: what the ranks lost when they were tried as a whole; None where they were not.
         samples: of the calibration set, on which they were tried.
     """
     if not cuts and next(work.model.module.parameters()).is_meta:
@@ -121,16 +124,16 @@ def add(
     figures = {name: _rounded(each) for name, each in measured._asdict().items()}
     report.data["predicted"] = {"unit": unit, **figures, "apart": apart, "samples": samples}
     report.notes.append(
-        f"predicted loss: {measured} nats per sample of divergence from the dense model, what these ranks lost on "
+        f"predicted loss: {measured} {unit} of divergence from the dense model, what these ranks lost on "
         f"{samples} samples kept apart from calibration, before anything was written"
     )
 
 
 def said(value: float, unit: str) -> str:
     """Write a predicted loss with what it means."""
-    if unit == NATS:
+    if unit != SHARE:
         return (
-            f"{value:g} nats per sample of divergence from the dense model, the sum of what modules lose one by one; "
+            f"{value:g} {unit} of divergence from the dense model, the sum of what modules lose one by one; "
             "together they have lost 2 to 9 times that on trained models, so compare budgets by it"
         )
     return f"{value:g} relative squared error, the mean over the eligible modules"
@@ -234,7 +237,7 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
         report.data["curve"]["samples"] = trial.samples
         ratios = ", ".join(f"{one['ratio']:g}" for one in points if "measured" in one)
         report.notes.append(f"predicted losses: measured on {trial.samples} samples kept apart, at ratio {ratios}")
-    elif unit == NATS:
+    elif unit != SHARE:
         report.notes.append(
             "predicted losses are sums of what modules lose one by one; together they have lost 2 to 9 times that on "
             "trained models: compare budgets by them"
@@ -245,6 +248,6 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
 def add_read_off(report: Report, work: Factoring, ranks: Mapping[str, Rank | None], anchors: Anchors) -> float:
     """Say what a plan is predicted to lose, as the curve has it, and return it."""
     value, unit = anchors.predicted(loss(work, ranks, from_spectra(work))), unit_of(work)
-    about = f"{_rounded(value):g} nats per sample, read off the curve" if anchors.tried else said(value, unit)
+    about = f"{_rounded(value):g} {unit}, read off the curve" if anchors.tried else said(value, unit)
     report.notes.append(f"predicted loss of the plan: {about}")
     return _rounded(value)

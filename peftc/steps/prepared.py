@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftc import tasks, unlabelled
-from peftc.data import open_data
+from peftc.data import Dataset, open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
 from peftc.models import load
 from peftc.models.load import Model, detached
+from peftc.report import GUESSED
 from peftc.tasks import Encoded, Settings, Task
 
 TRIED = 64  # samples kept apart to try plans on, at most
@@ -101,14 +102,19 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     subject = load.runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
-    encoded, data, labelled = _encode(subject, task, request, TRIED if apart else 0)
+    encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)
+    guesses = [note for note in dataset.notes if note.startswith(GUESSED)]
+    data: dict[str, Any] = {
+        "spec": request.data, "split": dataset.split, "digest": tasks.digest_of(task, dataset, encoded),
+        "sketch": dataset.sketch,
+    }  # fmt: skip
     tried, others = encoded, ""
     if apart and encoded.size >= FEWEST:
         encoded, tried = _apart(encoded, request.samples)
         others = f"; plans are tried on {tried.size} others"
     data |= {"samples": encoded.size, **({"tried": tried.size} if others else {})}
     note = f"calibration: {encoded.size} samples of split `{data['split']}` of `{request.data}`{others}"
-    return Prepared(subject, task, request, encoded, tried, data, labelled, [note])
+    return Prepared(subject, task, request, encoded, tried, data, labelled, [note, *guesses])
 
 
 def _apart(encoded: Encoded, samples: int) -> tuple[Encoded, Encoded]:
@@ -117,8 +123,8 @@ def _apart(encoded: Encoded, samples: int) -> tuple[Encoded, Encoded]:
     return encoded.some(sorted(set(range(encoded.size)) - set(tried))), encoded.some(tried)
 
 
-def _encode(model: Model, task: Task | None, request: Request, more: int) -> tuple[Encoded, dict[str, Any], bool]:
-    """Return the samples and ``more`` as the model reads them, what identifies them, and whether they have labels."""
+def _encode(model: Model, task: Task | None, request: Request, more: int) -> tuple[Encoded, Dataset, bool]:
+    """Return the samples and ``more`` as the model reads them, as they are, and whether they have labels."""
     samples = request.samples + more
     name = task.name if task else None
     if request.data.startswith(GENERATED):
@@ -132,5 +138,4 @@ def _encode(model: Model, task: Task | None, request: Request, more: int) -> tup
         dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)
     settings = Settings(request.image_size, request.max_length, samples, request.seed)
     encoded = unlabelled.encode(model, dataset, task, settings)
-    about = {"spec": request.data, "split": dataset.split, "digest": dataset.digest}
-    return encoded, about, windows or dataset.labels is not None or dataset.pairs is not None
+    return encoded, dataset, windows or dataset.labels is not None or dataset.pairs is not None

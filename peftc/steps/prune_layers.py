@@ -25,6 +25,7 @@ from peftc.objectives import OBJECTIVES
 from peftc.report import Report
 from peftc.source import Source
 from peftc.steps import (
+    baseline,
     closing,
     factored,
     layer_choice,
@@ -108,7 +109,8 @@ def prune_layers(
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
         task, num_samples, batch_size, image_size, max_length: how to read the data; scores look at 2,000 samples at
             most when None. A training takes them too.
-        max_drop, min_quality: gates on the test split; a drop is against the model itself.
+        max_drop, min_quality: gates on the test split; a drop is against the earliest model of the chain with the same
+            head.
         max_params, max_bytes: gates on the size.
         max_shard_size: bytes per weight file, as ``5GB``.
         dry_run: stop at the decision and write nothing.
@@ -158,6 +160,7 @@ def prune_layers(
         "stability": stability, "delta": as_delta, "task": task, "num_samples": num_samples, "image_size": image_size,
         "max_length": max_length, "max_shard_bytes": shard_bytes, "device": device, "seed": seed,
     }  # fmt: skip
+    against = stored if max_drop is None else baseline.of_gate(stored)
     output = write.output_folder(output_dir, stored, "prune-layers")
     prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
     if training:
@@ -170,7 +173,7 @@ def prune_layers(
     _complete(report, stored, plot, decided, max_params, max_bytes)
     if given is not None and data is not None:
         quality.measure_on_test(
-            report, stored, given, data=data, against=stored, max_drop=max_drop, min_quality=min_quality, task=task,
+            report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
             image_size=image_size, max_length=max_length, device=device, seed=seed,
         )  # fmt: skip
         retraining.tell_quality(report)

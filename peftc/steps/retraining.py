@@ -107,6 +107,8 @@ def _join(report: Report, tuned: Report, folder: Path) -> None:
 def _take(job: Job, report: Report, folder: Path) -> None:
     """Move the trained artifact into place, under the name that both steps have."""
     record = manifest.read(folder)
+    places = artifact.read_result(folder).get("places", {})
+    job.places = {each: place for each, place in places.items() if each != record.steps[-2]["id"]}
     job.folder.rmdir()
     folder.rename(job.folder)
     job.settle(record.id)
@@ -121,7 +123,8 @@ def tell_quality(report: Report) -> None:
     rows = [
         [stage, *(str(Interval(**metrics[name])) for name in before)]
         for stage, metrics in (
-            ("the model", quality["against"]["metrics"]), ("pruned", before), ("trained again", quality["metrics"]),
+            (quality["against"]["name"], quality["against"]["metrics"]), ("pruned", before),
+            ("trained again", quality["metrics"]),
         )
     ]  # fmt: skip
     report.tables.append(Table("quality", ["", *before], rows))

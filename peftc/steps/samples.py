@@ -101,7 +101,7 @@ def read(
     )
     labelled = labels and row is not None and dataset.kind in row.reads and _has_labels(row, dataset)
     encoded = _encode(model, dataset, row, settings, labelled=labelled, otherwise=otherwise)
-    notes = list(dataset.notes) + encoded.notes
+    notes = [*dataset.notes, *encoded.notes]
     outputs: list[int] = []
     if labelled and row is not None and row.has_classes:
         outputs, note = _outputs(model, dataset, encoded, otherwise)
@@ -121,7 +121,10 @@ def read(
             notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
         train = replace(train, encoded=_augmented(model, dataset, encoded, settings, augment, outputs))
-    about = {"spec": data, "split": dataset.split, "digest": dataset.digest, "samples": len(train)}
+    digest = tasks.digest_of(row if labelled else None, dataset, encoded)
+    about = {
+        "spec": data, "split": dataset.split, "digest": digest, "samples": len(train), "sketch": dataset.sketch,
+    }  # fmt: skip
     return Samples(row, labelled, train, held, about, outputs, notes)
 
 
@@ -156,15 +159,23 @@ def _encode(
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
         return unlabelled.encode(model, dataset, row, settings)
-    if row.has_classes and dataset.labels is not None:
-        there = {dataset.labels[index] for index in dataset.rows}
-        if len(there) < 2:
-            raise DataError(
-                f"the samples of `{dataset.name}` are all of one class",
-                why="nothing can be learnt from telling one class apart",
-                hint=f"use data with two classes or more, or {otherwise}",
-            )
+    if row.has_classes:
+        refuse_one_class(dataset, otherwise)
     return row.encode(model, dataset, settings)
+
+
+def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:
+    """Refuse samples with labels that are all the same.
+
+    Raises:
+        DataError: they are.
+    """
+    if dataset.labels is not None and len({dataset.labels[index] for index in dataset.rows}) < 2:
+        raise DataError(
+            f"the samples of `{dataset.name}` are all of one class",
+            why="nothing can be learnt from telling one class apart",
+            hint=f"use data with two classes or more, or {otherwise}",
+        )
 
 
 def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -> tuple[list[int], str]:

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import allocate, artifact, hooks, progress
+from peftc import allocate, artifact, hooks, progress, tasks
 from peftc.allocate import Rank
 from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
@@ -76,7 +76,9 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
 def whole(
     work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path
 ) -> Interval:
-    """Return the measured divergence, in nats per sample, of the model with all modules cut to ``ranks``.
+    """Return the measured divergence, in nats, of the model with all modules cut to ``ranks``.
+
+    Of language models it is that per token, of others per sample.
 
     Args:
         work, prepared, folder: as for `measured`.
@@ -94,8 +96,16 @@ def whole(
                 assert isinstance(found, Spectrum)
                 held.enter_context(cut(work, prepared.model.module, work.targets[name], found, rank))
                 del found
-        each = _divergences(prepared, batches, dense).numpy()
+        each = _divergences(prepared, batches, dense).numpy() / tokens_of(work)
     return bootstrap(lambda rows: float(each[rows].mean()), len(each), seed=prepared.request.seed)
+
+
+def tokens_of(work: Factoring) -> float:
+    """Return the tokens of a sample, where the model is one of language: what it loses is said of each; else 1."""
+    known, task = work.factorize.statistics, tasks.guess(work.model)
+    if known is None or task is None or not task.name.endswith("-lm"):
+        return 1.0
+    return float(known.note["rows"] / known.note["samples"])
 
 
 def _divergences(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> Tensor:

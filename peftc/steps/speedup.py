@@ -79,7 +79,7 @@ class Decision:
         ranks: None is dense.
         slow: module -> why it stays dense, for those whose factors are not faster.
         figures: for a speed-up what was measured, JSON-ready; empty where nothing was.
-        lost: divergence from the dense model in nats per sample, with all modules at these ranks; None where it was
+        lost: divergence from the dense model in nats, with all modules at these ranks; None where it was
             not measured.
     """
 

@@ -21,7 +21,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
-from peftc.steps import spectra, write
+from peftc.steps import samples, spectra, write
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
@@ -81,6 +81,9 @@ def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> H
         return Headed(model, [], {})
     if head == "keep" or (head == "auto" and row is not None and row.has_classes and _fits(model, classes)):
         return Headed(model, [], {})
+    samples.refuse_one_class(
+        dataset, "keep the head and imitate a teacher: `--head keep --teacher MODEL --loss features=1`"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed(seed, 0, HEAD))
         return heads.with_head(model, classes)

@@ -143,12 +143,13 @@ def write_artifact(
     modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
     factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
     adapters: Mapping[str, dict[str, Any]] | None = None, delta: Mapping[str, Any] | None = None,
-    skipped: Mapping[str, list[int]] | None = None,
+    skipped: Mapping[str, list[int]] | None = None, new_head: bool = False,
 ) -> Manifest:  # fmt: skip
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
     The layers and the updates that are left are those of the model's own manifest, unless others are named. With
-    ``delta`` the pieces are only those that the model beneath does not have.
+    ``delta`` the pieces are only those that the model beneath does not have. ``new_head`` says that the model was
+    given other outputs than it had.
     """
     if adapters is None:
         adapters = model.manifest.adapters if model.manifest else {}
@@ -168,8 +169,10 @@ def write_artifact(
     for name, content in companions(model).items():
         files[name] = artifact.write_bytes(job.folder / name, content)
     earlier = model.manifest.steps if model.manifest else []
+    step = {"id": job.id, "request": request, **({"new_head": True} if new_head else {})}
+    job.places = _places(model)
     record = Manifest(
-        id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
+        id=job.id, base=base, steps=[*earlier, step], files=files,
         parameters=measure.parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
@@ -178,6 +181,16 @@ def write_artifact(
     )  # fmt: skip
     record.write(job.folder)
     return record
+
+
+def _places(model: Model) -> dict[str, dict[str, str]]:
+    """Return where the artifacts of a chain were read, by id: those that an artifact knows of, and itself."""
+    if model.manifest is None or model.folder is None:
+        return {}
+    spec = {"spec": model.source.spec}
+    if model.hub is not None:
+        spec = {"spec": f"hf:{model.hub[0]}", "revision": model.hub[1]}
+    return {**artifact.read_result(model.folder).get("places", {}), model.manifest.id: spec}
 
 
 def verify(folder: Path, expected: Model) -> list[str]:
@@ -269,7 +282,8 @@ def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> 
     """Write the result beside the manifest and let the folder appear, which the report then names."""
     told = asdict(replace(report, artifact=None))
     result = {"seconds": round(job.seconds, 3), **environment(device), "report": told}
-    job.finish(record, result | ({"asked": job.asked} if job.asked else {}))
+    extra = {"asked": job.asked} if job.asked else {}
+    job.finish(record, result | extra | ({"places": job.places} if job.places else {}))
     report.artifact = job.output
 
 

@@ -748,9 +748,11 @@ def test_verify_notices_what_was_not_written_right(tiny_vit: Path, tmp_path: Pat
 def test_gates_judge_the_quality_on_held_out_data_and_leave_the_result_in_place(
     peftc, tiny_bert_classifier: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "held.csv"
+    data = tmp_path / "texts"
+    data.mkdir()
     rows = ["the cat sat on the mat .,negative", "a small dog ran !,neutral", "the red bird sang .,positive"]
-    data.write_text("text,label\n" + "\n".join(rows) + "\n")
+    (data / "test.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (data / "train.csv").write_text("text,label\nthe dog sat .,negative\na cat ran !,neutral\nthe bird .,positive\n")
     words = ("decompose", tiny_bert_classifier, "--ratio", "0.5", "--data", data, "--task", "text-classification")
     met = peftc(*words, "-o", tmp_path / "one", "--max-drop", "1", "--json")
     assert met.exit_code == 0, met.stderr

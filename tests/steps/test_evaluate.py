@@ -234,12 +234,21 @@ def test_perplexity_is_that_of_the_model_itself(tiny_llama: Path, story: str) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
-    ids = torch.tensor(tokenizer(Path(story).read_text())["input_ids"])
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    ids = torch.tensor(tokenizer(Path(story).read_text(), add_special_tokens=False)["input_ids"])
+    inner = ids[: len(ids) // 31 * 31].view(-1, 31)
+    windows = torch.cat(
+        [torch.full((len(inner), 1), tokenizer.bos_token_id), inner], 1
+    )  # as the tokenizer begins texts
     with torch.no_grad():
         wanted = model(input_ids=windows, labels=windows).loss
     measured = values(evaluate(tiny_llama, data=story, max_length=32, device="cpu"))
     assert measured["nll"] == pytest.approx(float(wanted), abs=1e-5)
+    report = evaluate(tiny_llama, data=story, max_length=32, device="cpu")
+    assert (
+        "data: windows of 32 tokens, each begun by `<s>`, as the tokenizer begins texts; the first of each given"
+        in (report.notes)
+    )
+    assert report.data["data"]["digest"] != evaluate(tiny_llama, data=story, max_length=16).data["data"]["digest"]
     assert measured["perplexity"] == pytest.approx(math.exp(measured["nll"]))
 
 

@@ -41,7 +41,7 @@ def test_the_report_has_the_model_the_pruned_one_and_the_trained_one(vit: Path, 
     report = peftc.prune_layers(vit, data=images, retrain=True, steps=30, output_dir=tmp_path / "out", **PRUNE)
     peftc.prune_layers(vit, data=images, output_dir=tmp_path / "pruned", **PRUNE)
     shown = next(table for table in report.tables if table.title == "quality")
-    assert [row[0] for row in shown.rows] == ["the model", "pruned", "trained again"]
+    assert [row[0] for row in shown.rows] == [report.data["quality"]["against"]["name"], "pruned", "trained again"]
     tops = [
         peftc.evaluate(each, data=f"{images}@test", **CPU).data["metrics"]["top1"]
         for each in (vit, tmp_path / "pruned", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import struct
 import zipfile
@@ -16,7 +17,7 @@ from PIL import Image
 
 from peftc.data import open_data
 from peftc.data.classes import match
-from peftc.data.images import transform
+from peftc.data.images import decode, transform, with_mode
 from peftc.errors import DataError, UsageError
 
 
@@ -43,6 +44,42 @@ def zipped(folder: Path, target: Path, prefix: str = "") -> Path:
 
 
 SPLIT = ["train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "test/dog/4.png", "test/dog/5.png"]
+
+
+# pixels
+
+
+def stored(image: Any, **how: Any) -> Image.Image:
+    """Return an image as it is read from a file."""
+    file = io.BytesIO()
+    image.save(file, **how)
+    return with_mode(decode(file.getvalue(), "a"), "L", "a")
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for ending in ("PNG", "TIFF", "PPM"):
+        assert np.array_equal(np.asarray(stored(Image.fromarray(ramp * 257), format=ending)), ramp), ending
+    assert np.array_equal(np.asarray(with_mode(ramp * 257, "L", "a")), ramp), "an array too"
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_pixels_without_a_range_are_refused(kind: str) -> None:
+    with pytest.raises(DataError, match="numbers .*per pixel"):
+        stored(Image.fromarray(np.ones((4, 4), kind)), format="TIFF")
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+def test_images_are_turned_as_their_exif_data_says(way: int) -> None:
+    lying, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 9), Image.Exif()
+    exif[0x0112] = way
+    turned = np.asarray(stored(lying, format="PNG", exif=exif.tobytes()))
+    pixels = np.asarray(lying)
+    right = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T,
+        6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].T, 8: np.rot90(pixels),
+    }  # fmt: skip
+    assert np.array_equal(turned, right[way])
 
 
 # class folders
@@ -190,7 +227,85 @@ def test_a_csv_without_a_header_loses_no_row(tmp_path: Path) -> None:
     data = open_data(table(tmp_path / "sts.csv", "A dog.,A cat.,2.5\nOne.,Two.,5.0\nUp.,Down.,0\n"))
     assert (data.kind, data.classes) == ("pairs", None)
     assert rows(data) == [(("A dog.", "A cat."), 2.5), (("One.", "Two."), 5.0), (("Up.", "Down."), 0.0)]
-    assert any("first row of `sts.csv` is data" in note for note in data.notes)
+    assert any(note.startswith("guessed: the first row of `sts.csv` is data") for note in data.notes)
+
+
+SMS = "".join(("spam" if at % 2 else "ham") + f",message number {at} for you\n" for at in range(40))
+
+
+def test_a_header_of_unusual_names_is_recognised(tmp_path: Path) -> None:
+    file = table(tmp_path / "sms.csv", "v1,v2\n" + SMS)
+    with pytest.raises(DataError, match=r"no column of a usual name[\s\S]*`v1`, `v2`[\s\S]*sms.csv\?text=NAME'"):
+        open_data(file)
+    data = open_data(f"{file}?text=v2&label=v1")
+    assert (len(data), data.classes, data[0]) == (40, ["ham", "spam"], ("message number 0 for you", 0))
+    data = open_data(table(tmp_path / "bare.csv", SMS))
+    assert (len(data), data.classes) == (40, ["ham", "spam"])
+    assert any(note.startswith("guessed: ") and "`label`, `text`" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize("empty", ["", "  ", None])
+def test_an_empty_label_is_refused_with_its_row(tmp_path: Path, name: str, empty: str | None) -> None:
+    labels = ["pos", "neg", empty, "pos"]
+    if name == "a.csv":
+        text = "text,label\n" + "".join(f"film {at},{label or ''}\n" for at, label in enumerate(labels))
+    else:
+        text = "".join(json.dumps({"text": f"film {at}", "label": label}) + "\n" for at, label in enumerate(labels))
+    with pytest.raises(DataError, match="row 2 of .* has no label in column `label`"):
+        open_data(table(tmp_path / name, text))
+
+
+def test_labels_that_are_one_number_stay_apart(tmp_path: Path) -> None:
+    data = open_data(table(tmp_path / "a.csv", "text,label\na,01\nb,1\nc,002\nd,1\n"))
+    assert data.classes == ["01", "1", "002"]
+    assert [label for _, label in rows(data)] == [0, 1, 2, 1]
+    assert match(["01", "1"], None, 2)[0] == [0, 1], "two outputs, and not twice the one numbered 1"
+    assert match(["01", "1"], ["1", "01"], 2)[0] == [1, 0]
+    assert open_data(table(tmp_path / "b.csv", "text,label\na,1.0\nb,0.0\n")).classes == ["0", "1"]
+
+
+def test_a_table_of_semicolons_is_read(tmp_path: Path) -> None:
+    data = open_data(table(tmp_path / "a.csv", 'text;label\n"well; then, yes";good\nno, thanks;bad\n'))
+    assert rows(data) == [("well; then, yes", 1), ("no, thanks", 0)]
+    assert any("separated by `;`" in note for note in data.notes)
+    assert rows(open_data(table(tmp_path / "b.csv", "text\nyes; no\nwell; then\n"))) == [
+        ("yes; no", None),
+        ("well; then", None),
+    ]
+
+
+@pytest.mark.parametrize("spec", ["{0}/a.csv?text=t%40x&label=a b@test", "{0}/a.csv@test?text=t%40x&label=a b"])
+def test_columns_and_split_stand_in_the_spec(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "a.csv").mkdir()
+    for split in ("train", "test"):
+        table(tmp_path / "a.csv" / f"{split}.csv", f"t@x,other,a b\n{split} one,k,yes\n{split} two,l,no\n")
+    assert rows(open_data(spec.format(tmp_path))) == [("test one", 1), ("test two", 0)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{0}?tweet=a", "unknown value `tweet`"),
+        ("{0}?text=", "names no column"),
+        ("{0}?text=nothing", "has no column `nothing`"),
+    ],
+)
+def test_a_spec_that_names_no_column_is_refused(tmp_path: Path, spec: str, message: str) -> None:
+    file = table(tmp_path / "a.csv", "text,label\nx,y\n")
+    with pytest.raises((DataError, UsageError), match=message):
+        open_data(spec.format(file))
+
+
+def test_a_column_is_named_once(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.csv", "text,title,label\nx,z,y\n")
+    assert rows(open_data(f"{file}?text=title", text_column="title")) == [("z", 0)]
+    with pytest.raises(UsageError, match="names `title` as the text column, and `--text-column` names `text`"):
+        open_data(f"{file}?text=title", text_column="text")
+
+
+def test_a_file_may_be_called_as_a_spec_looks(tmp_path: Path) -> None:
+    assert len(open_data(table(tmp_path / "a?text=b.csv", "text,label\nx,y\n"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -237,7 +352,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
     file = table(tmp_path / "a.csv", "text,label\nx,y\n")
     with pytest.raises(DataError, match=r"no column `mood`[\s\S]*`text`, `label`"):
         open_data(file, label_column="mood")
-    with pytest.raises(DataError, match=r"no column of a usual name[\s\S]*--text-column"):
+    with pytest.raises(DataError, match=r"no column of a usual name[\s\S]*b.jsonl\?text=NAME'"):
         open_data(table(tmp_path / "b.jsonl", '{"foo": "x", "bar": "y"}\n'))
 
 

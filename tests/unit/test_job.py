@@ -1,6 +1,7 @@
 """One output folder belongs to one request at a time, appears whole or not at all, and nothing of others is deleted."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -398,7 +399,7 @@ def test_what_a_kill_leaves_of_the_last_clean_up_is_swept(output: Path, left: tu
         fill(job)
     job.partial.mkdir()
     for name in left:
-        (job.partial / name).write_text('{"id": "%s"}' % ONE if name == "job.json" else "")
+        (job.partial / name).write_text(json.dumps({"id": ONE}) if name == "job.json" else "")
     with execution(output, ONE) as job:
         assert job.done
     assert not job.partial.exists()

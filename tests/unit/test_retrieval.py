@@ -111,8 +111,8 @@ def test_the_digest_tells_captions_and_images_apart(tmp_path: Path) -> None:
     [
         ("file_name,caption\n1.png,a\nno.png,b\n,c\n", r"2 of 3 images .* missing[\s\S]*row 1 names `no.png`"),
         ("file_name,caption\n1.png,a\n1.png, \n", r"row 1 .* no caption in column `caption`[\s\S]*' '"),
-        ("file_name,mood\n1.png,a\n", r"no column .* for captions[\s\S]*`file_name`, `mood`[\s\S]*--text-column"),
-        ("mood,caption\n1.png,a\n", r"no column .* for images[\s\S]*`mood`, `caption`[\s\S]*--image-column"),
+        ("file_name,mood\n1.png,a\n", r"no column .* for captions[\s\S]*`file_name`, `mood`[\s\S]*\?text=NAME"),
+        ("mood,caption\n1.png,a\n", r"no column .* for images[\s\S]*`mood`, `caption`[\s\S]*\?image=NAME"),
     ],
 )  # fmt: skip
 def test_what_a_table_lacks_is_refused_by_row_and_column(tmp_path: Path, text: str, message: str) -> None:

@@ -1,0 +1,94 @@
+"""A `--data` spec taken apart: what it names, the columns of a table, and the split.
+
+``tweets.csv?text=tweet&label=sentiment@train``: the columns and the split may be left out. A name of a file that holds
+one of these characters is taken as it is, and in the name of a column ``%40`` stands for ``@``, ``%26`` for ``&``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from peftc.errors import UsageError, one_of
+
+COLUMNS = ("image", "text", "label")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns the user named; ``text`` may name two, with a comma between."""
+
+    image: str | None = None
+    text: str | None = None
+    label: str | None = None
+
+    def names(self) -> list[str]:
+        """Return every column named."""
+        return [name for name in (self.image, self.label) if name] + halves(self.text)
+
+
+def halves(text: str | None) -> list[str]:
+    """Split `sentence1,sentence2`."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def parts_of(spec: str | Path) -> tuple[str, str]:
+    """Return what a `--data` spec names, with its columns, and the split that it picks, or no text."""
+    name = str(spec)
+    bare, mark, query = name.partition("?")
+    if "@" not in name or _exists(name) or (mark and "@" not in query and _exists(bare)):
+        return name, ""
+    name, _, end = name.rpartition("@")
+    split, mark, query = end.partition("?")
+    return name + mark + query, split
+
+
+def columns_of(name: str) -> tuple[str, Columns]:
+    """Return what a spec without its split names, and the columns that it names.
+
+    Raises:
+        UsageError: it names a column of no kind that there is, or none.
+    """
+    bare, mark, query = name.partition("?")
+    if not mark or "=" not in query or _exists(name):
+        return name, Columns()
+    found: dict[str, str] = {}
+    for part in query.split("&"):
+        kind, _, column = part.partition("=")
+        one_of(f"--data {name}", kind, list(COLUMNS))
+        if not column:
+            raise UsageError(f"`{part}` in `--data {name}` names no column", hint="write it as `text=NAME`")
+        found[kind] = unquote(column)
+    return bare, Columns(**found)
+
+
+def merged(name: str, own: Columns, options: Columns) -> Columns:
+    """Return the columns that a spec and options name.
+
+    Raises:
+        UsageError: they name different ones of a kind.
+    """
+    for kind in COLUMNS:
+        one, other = getattr(own, kind), getattr(options, kind)
+        if one and other and one != other:
+            raise UsageError(
+                f"`--data {name}` names `{one}` as the {kind} column, and `--{kind}-column` names `{other}`",
+                hint="name it once",
+            )
+    return replace(options, **{kind: column for kind, column in vars(own).items() if column})
+
+
+def with_columns(spec: str, columns: Mapping[str, str]) -> str:
+    """Return a spec with columns (``text`` -> name) of the kinds that it does not name itself."""
+    name, split = parts_of(spec)
+    bare, own = columns_of(name)
+    named = {kind: getattr(own, kind) or columns.get(kind) or "" for kind in COLUMNS}
+    query = "&".join(f"{kind}={quote(column, safe=', ')}" for kind, column in named.items() if column)
+    return bare + (f"?{query}" if query else "") + (f"@{split}" if split else "")
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(name)  # noqa: PTH110  it takes any text, as a name that is too long

@@ -1,0 +1,114 @@
+"""The model that quality is compared with: the earliest of a chain that has the same head and the same task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peftc import artifact, manifest, tasks
+from peftc.errors import ArtifactError, PeftcError
+from peftc.models.load import Model, load
+from peftc.models.recorded import load_base
+from peftc.source import Source
+
+FOLDER = "`--against base` means the model that the artifact records; the folder here is `--against ./base`"
+NAME_ONE = "name one: `peftc evaluate ... --against MODEL`"
+
+
+def before(model: Model) -> Model:
+    """Return the earliest model that an artifact was made from and that answers the same question.
+
+    That is the base which its manifest records or, where a step gave it another head, what that step wrote.
+
+    Raises:
+        ArtifactError: there is none, it is not there any more, or it is not what it was.
+    """
+    found = _earliest(model)
+    if found is None:
+        raise ArtifactError(
+            f"nothing before `{model.name}` has its head",
+            why="its last step gave it a new one, so there is no quality to compare with", hint=NAME_ONE,
+        )  # fmt: skip
+    return found
+
+
+def of_gate(model: Model) -> Model:
+    """Return the model that a drop of what is made from ``model`` is judged against; that may be ``model`` itself.
+
+    Raises:
+        ArtifactError: it is not there any more, or it is not what it was.
+    """
+    return (None if model.manifest is None else _earliest(model)) or model
+
+
+def _earliest(model: Model) -> Model | None:
+    """Return the earliest model of the chain with the head of the last; None where that is the last."""
+    steps: list[dict[str, Any]] = model.manifest.steps if model.manifest is not None else []
+    first = max((number for number, step in enumerate(steps, 1) if step.get("new_head")), default=0)
+    if steps and first == len(steps):
+        return None
+    found = _there(model, first)
+    if _head(found) != _head(model):
+        raise ArtifactError(
+            f"`{found.source.spec}` has another head than `{model.name}`, so their quality cannot be compared",
+            why="it is the earliest model of the chain, and no step says that it gave another head", hint=NAME_ONE,
+        )  # fmt: skip
+    note = f"compared with `{found.source.spec}`, the earliest model of the chain with the same head and task"
+    return replace(found, notes=[*found.notes, note])
+
+
+def _there(model: Model, step: int) -> Model:
+    """Return what a step wrote, counted from 1, or the recorded base for 0.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or is not what it was.
+    """
+    try:
+        return load_base(model) if step == 0 else _written(model, step)
+    except PeftcError as error:
+        if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
+            raise
+        raise ArtifactError(
+            f"the model to compare `{model.name}` with cannot be loaded", why=f"{error.what}",
+            hint=f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE,
+        ) from error  # fmt: skip
+
+
+def _written(model: Model, step: int) -> Model:
+    """Return what a step wrote: where it was read then, or beside the artifact under the same name."""
+    assert model.manifest is not None and model.folder is not None
+    made = model.manifest.steps[step - 1]["id"]
+    named = artifact.read_result(model.folder).get("places", {}).get(made)
+    if named is None:
+        raise ArtifactError(f"`{model.folder}` does not say where step {step} of its chain lies", hint=NAME_ONE)
+    spec = named["spec"]
+    if not spec.startswith("hf:"):
+        places = [Path(spec).expanduser(), model.folder.resolve().parent / Path(spec).name]
+        spec = next((str(place) for place in places if _is(place, made)), None)
+    if spec is None:
+        why = f"neither `{named['spec']}` is that artifact, nor anything of that name beside `{model.folder}`"
+        raise ArtifactError(f"step {step} of the chain of `{model.name}` is not there", why=why, hint=NAME_ONE)
+    return load(
+        Source(
+            spec, revision=named.get("revision"), allow_code=model.source.allow_code, offline=model.source.offline,
+            trust_remote_code=model.source.trust_remote_code, from_file=True,
+        )
+    )  # fmt: skip
+
+
+def _is(folder: Path, made: str) -> bool:
+    try:
+        return manifest.read(folder).id == made
+    except PeftcError:
+        return False
+
+
+def _head(model: Model) -> tuple[Any, ...]:
+    """Return what two models have in common that answer the same question: their task and their classes."""
+    task = tasks.guess(model)
+    width = None
+    if task is not None and task.has_classes and model.library != "python":
+        config: Any = getattr(model.module, "config", None)
+        width = getattr(model.module, "num_classes", None) if config is None else getattr(config, "num_labels", None)
+    return (task.name if task else None, model.labels, width)

@@ -1,0 +1,68 @@
+"""Whether samples already calibrated or taught the model that is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peftc.data import Dataset, parts_of
+from peftc.data.dataset import HASH, SKETCH
+from peftc.errors import DataError
+from peftc.manifest import Manifest
+
+SHARED = 0.1  # of the smaller set: fewer are repeats that many data sets hold, as short messages do
+
+
+def by(record: Manifest | None, spec: str, dataset: Dataset) -> str | None:
+    """Return the command of the first step of an artifact that read these samples; None where none did.
+
+    Args:
+        record: of the artifact; None for another model, of which nothing is known.
+        spec: `--data` as it was typed.
+        dataset: what is measured on.
+    """
+    steps = record.steps if record is not None else []
+    known = (step for step in steps if any(among(about, spec, dataset) for about in _read(step)))
+    return next((step["request"]["command"] for step in known), None)
+
+
+def among(about: Mapping[str, Any], spec: str, dataset: Dataset) -> bool:
+    """Return whether samples are among those that a step read, of which it kept the spec, a digest and a sketch."""
+    same_place = (parts_of(about["spec"])[0], about.get("split")) == (parts_of(spec)[0], dataset.split)
+    if "sketch" not in about:
+        return same_place or about.get("digest") == dataset.digest
+    theirs, ours = (_hashes(sketch) for sketch in (about["sketch"], dataset.sketch))
+    most = min(max(each) if len(each) >= SKETCH else "~" for each in (theirs, ours) if each) if theirs and ours else ""
+    theirs, ours = ({one for one in each if one <= most} for each in (theirs, ours))
+    common = len(theirs & ours)
+    if same_place:
+        return bool(common) or not (theirs and ours)
+    return common > SHARED * min(len(theirs), len(ours))
+
+
+def refuse_gate(command: str, dataset: Dataset) -> None:
+    """Refuse to judge a model by samples that it knows.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        f"no gate is judged on samples that the model knows: `{command}` has read split `{dataset.split}` of "
+        f"`{dataset.name}`",
+        why="what a model gives for samples that calibrated or taught it says nothing about others",
+        hint="measure on other samples: `--data NAME@SPLIT`, or without a gate",
+    )
+
+
+def _read(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what a step kept of the samples that it read."""
+    request = step["request"]
+    statistics = request.get("statistics") or {}
+    collected = (statistics.get("collected") or {}).get("statistics") or {}
+    for data in (request.get("data"), statistics.get("data"), collected.get("data")):
+        if isinstance(data, Mapping) and isinstance(data.get("spec"), str):
+            yield data
+
+
+def _hashes(sketch: Any) -> set[str]:
+    return {sketch[at : at + HASH] for at in range(0, len(sketch), HASH)} if isinstance(sketch, str) else set()
