@@ -49,7 +49,9 @@ def open_data(
     refuse_not_utf8("`--data`", spec)
     name, at = parts_of(spec)
     name, own = columns_of(name)
-    splits = _splits(name, merged(name, own, Columns(image_column, text_column, label_column)), task)
+    splits, is_table = _splits(name, merged(name, own, Columns(image_column, text_column, label_column)), task)
+    if own.names() and not is_table:
+        raise DataError(f"`{name}` has no columns", why="it is no table", hint="leave what follows the `?` out")
     chosen, note = choose(name, splits, at or None, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
@@ -58,14 +60,15 @@ def open_data(
 
 def split_names(spec: str | Path) -> list[str]:
     """Return all splits of what a `--data` spec names."""
-    return list(_splits(columns_of(parts_of(spec)[0])[0], Columns(), None))
+    return list(_splits(columns_of(parts_of(spec)[0])[0], Columns(), None)[0])
 
 
-def _splits(name: str, columns: Columns, task: str | None) -> Splits:
+def _splits(name: str, columns: Columns, task: str | None) -> tuple[Splits, bool]:
+    """Return the splits of what a name stands for, and whether it is a table."""
     if name.startswith("hf:"):
-        return tables.hub(name.removeprefix("hf:"), columns, task)
+        return tables.hub(name.removeprefix("hf:"), columns, task), True
     if name.startswith("sklearn:"):
-        return arrays.sklearn(name.removeprefix("sklearn:"))
+        return arrays.sklearn(name.removeprefix("sklearn:")), False
     with limits.refused(name):
         path = Path(name).expanduser()
         is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists()
@@ -76,28 +79,28 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
         raise DataError(f"there is no data at `{name}`", why=why, hint=f"`--data` takes {FORMS}")
     ending = path.suffix.lower()
     if "-ubyte" in path.name:
-        return arrays.idx(arrays.idx_pair(path), name)
+        return arrays.idx(arrays.idx_pair(path), name), False
     if ending == ".npz":
-        return arrays.npz(path)
+        return arrays.npz(path), False
     if ending == ".safetensors":
-        return arrays.safetensors(path)
+        return arrays.safetensors(path), False
     if ending in tables.ENDINGS:
-        return tables.files([path], name, columns, task)
+        return tables.files([path], name, columns, task), ending != ".txt"
     if ending == ".zip" or zipfile.is_zipfile(path):
-        return images.class_folders(images.zip_tree(path))
+        return images.class_folders(images.zip_tree(path)), False
     raise DataError(
         f"cannot read data from `{name}`", why=f"`{ending}` is no known ending", hint=f"`--data` takes {FORMS}"
     )
 
 
-def _folder(path: Path, columns: Columns, task: str | None) -> Splits:
+def _folder(path: Path, columns: Columns, task: str | None) -> tuple[Splits, bool]:
     """Read IDX files, or tables named by split or beside images, in the folder itself; else class folders."""
     with limits.refused(path):
         found = arrays.idx_files(path)
     if found:
-        return arrays.idx(found, str(path))
+        return arrays.idx(found, str(path)), False
     if found := [file for file in sorted(path.iterdir()) if file.suffix in tables.ENDINGS and split_word(file.stem)]:
-        return tables.files(found, str(path), columns, task)
+        return tables.files(found, str(path), columns, task), True
     if captioned.is_asked(columns.image, columns.text, task) and (found := captioned.tables(path, tables.ENDINGS)):
-        return tables.files(found, str(path), columns, task)
-    return images.class_folders(images.folder_tree(path))
+        return tables.files(found, str(path), columns, task), True
+    return images.class_folders(images.folder_tree(path)), False

@@ -51,7 +51,7 @@ class Dataset:
         rows: which rows are used.
         pairs: captions and images by row, where the kind is ``image-text``.
         notes: what people should know about how it was read.
-        bare: gives the bytes of the input of a row alone, where ``content`` names its file, too.
+        is_named: ``content`` begins with the name of a file, and a zero byte.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Dataset:
     classes: list[str] | None = None
     pairs: Pairs | None = None
     notes: list[str] = field(default_factory=list)
-    bare: Callable[[int], bytes] | None = None
+    is_named: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,27 +73,33 @@ class Dataset:
         row = self.rows[index]
         return self.read(row), None if self.labels is None else self.labels[row]
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """The sha256 over content and label of every sample used, in order."""
-        total = hashlib.sha256(self.kind.encode())
-        for row in self.rows:
-            content = self.content(row)
-            label = None if self.labels is None else self.labels[row]
-            name = self.classes[int(label)] if self.classes and label is not None else label
-            total.update(b"%d:" % len(content) + content + repr(name).encode())
-        return total.hexdigest()
+        return self._digests[0]
 
-    @cached_property
+    @property
     def sketch(self) -> str:
         """The least hashes of the inputs used, in hexadecimal: sets that share many inputs share many of these.
 
         A bottom-k sketch (Cohen and Kaplan, 2007): of two large sets it estimates what they share, of small ones it
         holds all.
         """
-        content = self.bare or self.content
-        hashes = {hashlib.sha256(content(row)).hexdigest()[:HASH] for row in self.rows}
-        return "".join(sorted(hashes)[:SKETCH])
+        return self._digests[1]
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        total, least = hashlib.sha256(self.kind.encode()), set[str]()
+        for row in self.rows:
+            content = self.content(row)
+            label = None if self.labels is None else self.labels[row]
+            name = self.classes[int(label)] if self.classes and label is not None else label
+            total.update(b"%d:" % len(content) + content + repr(name).encode())
+            alone = content.partition(b"\0")[2] if self.is_named else content
+            least.add(hashlib.sha256(alone).hexdigest()[:HASH])
+            if len(least) > 64 * SKETCH:
+                least = set(sorted(least)[:SKETCH])
+        return total.hexdigest(), "".join(sorted(least)[:SKETCH])
 
     def take(self, number: int | None, *, seed: int) -> Dataset:
         """Keep ``number`` samples, the classes as even as they allow; None or more than there are keeps all."""

@@ -26,6 +26,7 @@ from peftc.errors import DataError, reason_of, refuse_not_utf8, shown
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # of Pillow's formats those with these endings, and two that pages send under another; EPS would start a program
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+ORIENTATION = 0x0112  # the tag of EXIF
 SIXTEEN = ("PNG", "PPM")  # formats whose images Pillow may give as 32 bits, with numbers from 0 to 65,535
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LAYOUT = "peftc reads `CLASS/image.jpg`, or `test/CLASS/image.jpg` with a folder for each split"
@@ -176,7 +177,7 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         rows=range(len(files)),
         read=lambda row: decode(_bytes(tree, files[row]), f"{tree.name}/{files[row]}"),
         content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + _bytes(tree, files[row]),
-        bare=lambda row: _bytes(tree, files[row]),
+        is_named=True,
     )
 
 
@@ -218,10 +219,18 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
     """Return an image with its pixels, turned as its EXIF data says, in 8 bits per channel."""
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, *DAMAGED) as error:
         raise _no_image(name, error) from None
+    upright = _upright(image)
     return _in_8_bits(upright, image.format, name) if image.mode.startswith(("I", "F")) else upright
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        is_turned = image.getexif().get(ORIENTATION, 1) != 1
+    except (SyntaxError, *DAMAGED):  # EXIF data that nobody can read: the pixels are whole
+        return image
+    return ImageOps.exif_transpose(image) if is_turned else image
 
 
 def _in_8_bits(image: Image.Image, format: str | None, name: str) -> Image.Image:

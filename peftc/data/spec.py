@@ -59,8 +59,9 @@ def columns_of(name: str) -> tuple[str, Columns]:
     for part in query.split("&"):
         kind, _, column = part.partition("=")
         one_of(f"--data {name}", kind, list(COLUMNS))
-        if not column:
-            raise UsageError(f"`{part}` in `--data {name}` names no column", hint="write it as `text=NAME`")
+        if not column or kind in found:
+            why = "names no column" if not column else "names one again"
+            raise UsageError(f"`{part}` in `--data {name}` {why}", hint="write it as `text=NAME`, of pairs `text=A,B`")
         found[kind] = unquote(column)
     return bare, Columns(**found)
 

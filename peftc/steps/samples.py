@@ -138,9 +138,10 @@ def _augmented(
     number = len(model.labels or []) or max(outputs, default=0) + 1
 
     def batch(indices: Sequence[int]) -> Batch:
-        targets = torch.tensor([0 if dataset.labels is None else dataset.labels[dataset.rows[at]] for at in indices])
+        targets = torch.zeros(len(indices), dtype=torch.long)  # where no class is an output, nothing looks at them
         if outputs:
-            targets = torch.tensor(outputs)[targets]
+            assert dataset.labels is not None
+            targets = torch.tensor(outputs)[[int(dataset.labels[dataset.rows[at]]) for at in indices]]
         inputs, shares = images.mixed(images.read(indices), targets, number)
         one_hot = torch.nn.functional.one_hot(shares, number).float() if shares.ndim == 1 else shares
         return Batch(inputs, one_hot)

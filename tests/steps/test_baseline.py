@@ -184,3 +184,13 @@ def test_a_gate_on_what_is_calibrated_on_is_refused_before_the_work(texts: Path,
         package.decompose(tiny_bert_classifier, output_dir=texts / "no", max_drop=1.0, **how)
     assert not (texts / "no").exists()
     assert package.decompose(tiny_bert_classifier, output_dir=texts / "yes", **how).data["quality"]["seen"] is True
+
+
+def test_images_are_known_under_other_names(chain: Path) -> None:
+    few = few_classes(chain)
+    package.decompose("dense", data=str(few), ratio=0.5, output_dir="thin")
+    other = chain / "holiday" / "test"
+    for path in few.rglob("*.png"):
+        (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other / path.parent.name / f"copy-{path.name}")
+    assert package.evaluate("thin", data=str(other.parent), device="cpu").data["seen"] is True

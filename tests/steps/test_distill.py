@@ -395,6 +395,9 @@ def test_augmented_images_differ_each_time_and_are_the_same_again(tiny_vit: Path
 def test_a_student_learns_from_augmented_images(student: Path, images: Path, tmp_path: Path) -> None:
     report = peftc.distill(student, output_dir=tmp_path / "out", data=str(images), mixup=0.8, cutmix=1.0, **SHORT)
     assert set(report.data["terms"]) == {"features", "perturbation", "task"}
+    options = {"mixup": 0.8, "loss": "features=1,logits=1", **SHORT}  # labels of the data are of no use to these
+    report = peftc.distill(student, output_dir=tmp_path / "alone", data=str(images), **options)
+    assert set(report.data["terms"]) == {"features", "logits"}
 
 
 @pytest.mark.parametrize(

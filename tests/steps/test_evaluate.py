@@ -428,3 +428,23 @@ def test_the_small_llama_knows_its_own_stories(data_folder: Path) -> None:
 def test_the_digits_of_mnist_do_not_fit_an_imagenet_model(data_folder: Path) -> None:
     with pytest.raises(DataError, match="cannot match 10 classes with a model of 1000 outputs"):
         evaluate(vit(data_folder), data=str(data_folder / "sets" / "mnist" / "mnist_10k2k.npz"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "words", [("evaluate",), ("calibrate", "-o", "stats"), ("finetune", "--steps", 1, "-o", "out")]
+)
+def test_what_was_guessed_of_a_table_is_said_where_notes_are_not(
+    peftc, tiny_bert_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bare.csv").write_text("".join(f"the cat sat {at},{('negative', 'neutral')[at % 2]}\n" for at in range(20)))
+    done = peftc(words[0], tiny_bert_classifier, "--data", "bare.csv", "-q", *words[1:])
+    assert done.exit_code == 0, done.stderr
+    assert "guessed: the first row of `bare.csv` is data" in done.stderr and "task: " not in done.stderr
+
+
+def test_texts_of_one_class_are_refused_as_images_are(peftc, tiny_bert_classifier: Path, tmp_path: Path) -> None:
+    file = tmp_path / "one.csv"
+    file.write_text("text,label\n" + "".join(f"the cat sat {at},happy\n" for at in range(20)))
+    refused = peftc("finetune", tiny_bert_classifier, "--data", file, "-o", tmp_path / "out")
+    assert refused.exit_code == 1 and "are all of one class" in refused.stderr, refused.stderr

@@ -102,6 +102,17 @@ def test_a_delta_leaves_as_an_adapter_and_comes_back(tiny_bert: Path, tmp_path: 
         torch.testing.assert_close(peftc.load(tmp_path / "adapter")(IDS).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_modules_that_are_learnt_whole_leave_with_the_bias_that_is_not(tiny_vit: Path, tmp_path: Path) -> None:
+    """A factor too thin for an update learns its weight alone; peft takes such modules whole."""
+    peftc.decompose(tiny_vit, rank=6, include=["attn.proj"], skip=["mlp", "qkv"], output_dir=tmp_path / "thin")
+    few: dict[str, Any] = {"data": "sklearn:digits", "num_samples": 32, "steps": 1, "held_out": 0, "device": "cpu"}
+    peftc.finetune(tmp_path / "thin", delta=True, output_dir=tmp_path / "delta", **few)
+    report = peftc.export(tmp_path / "delta", format="peft", output_dir=tmp_path / "adapter", rounds=5)
+    assert report.data["deviation"] < 1e-5
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "blocks.0.attn.proj.up" in config["modules_to_save"]
+
+
 def test_what_peft_has_no_place_for_is_refused(tiny_vit: Path, tmp_path: Path) -> None:
     options = {"data": "sklearn:digits", "num_samples": 40, "steps": 1, "delta": True, "held_out": 0, "image_size": 32}
     with pytest.raises(PeftcError, match="has no updates to export"):

@@ -82,6 +82,12 @@ def test_images_are_turned_as_their_exif_data_says(way: int) -> None:
     assert np.array_equal(turned, right[way])
 
 
+def test_exif_data_that_cannot_be_read_are_passed_over() -> None:
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    for exif in (bytes(range(1, 200)), b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"):
+        assert stored(image, format="JPEG", exif=exif).size == (8, 8)
+
+
 # class folders
 
 
@@ -289,6 +295,8 @@ def test_columns_and_split_stand_in_the_spec(tmp_path: Path, spec: str) -> None:
         ("{0}?tweet=a", "unknown value `tweet`"),
         ("{0}?text=", "names no column"),
         ("{0}?text=nothing", "has no column `nothing`"),
+        ("{0}?text=text&text=label", "names one again"),
+        ("sklearn:digits?text=text", "`sklearn:digits` has no columns"),
     ],
 )
 def test_a_spec_that_names_no_column_is_refused(tmp_path: Path, spec: str, message: str) -> None:

@@ -47,7 +47,9 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
         )  # fmt: skip
     adapters = {name: _adapter(model.manifest.adapters[name], name, each) for name, each in modules.items()}
     known = surgery.tensors_of(model.module)
-    names = delta.held(model) | {name for name in known if ".update." in name}
+    held = delta.held(model)
+    whole = {name.rpartition(".")[0] for name in held}  # what is no update peft takes module by module, biases included
+    names = held | {name for name in known if ".update." in name or name.rpartition(".")[0] in whole}
     source = model.manifest.delta.get("source", {})
     config, tensors = interchange.to_peft(adapters, {name: known[name] for name in sorted(names)}, source.get("spec"))
     artifact.write_json(folder / ADAPTER, config)
