@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import __version__, artifact, documents, manifest
+from peftc import artifact, documents, manifest
 from peftc.errors import ChainError, PeftcError
 from peftc.source import MANIFEST
+from peftc.version import __version__
 
 FILE = "ledger.json"
 WRITTEN = ("output_dir", "plot", "output")  # options that name what a step writes, not what it reads

@@ -30,7 +30,7 @@ LAYERS = [  # top to bottom; within one line modules may import each other
         "ledger",
         "verified",
     },
-    {"errors", "header", "documents", "results", "progress", "processes", "report", "intervals"},
+    {"errors", "header", "documents", "results", "progress", "processes", "report", "intervals", "version"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
 BANNED_STARTS = ("do_", "handle_", "process_")
@@ -56,7 +56,7 @@ def own_imports(file: Path) -> Iterator[tuple[int, str]]:
     """Yield line and first part of every import of this package, wherever it stands."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.module == "peftc":
-            yield from ((node.lineno, alias.name) for alias in node.names if alias.name != "__version__")
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftc."):
             yield node.lineno, str(node.module).split(".")[1]
         elif isinstance(node, ast.Import):

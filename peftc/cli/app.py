@@ -24,7 +24,7 @@ from typer import Exit, Option, Typer
 from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHelpError  # typer exports no base class
 from typer.core import TyperGroup
 
-from peftc import __version__, config, processes
+from peftc import config, processes
 from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
@@ -47,6 +47,7 @@ from peftc.cli.show import show
 from peftc.cli.truncate import truncate
 from peftc.errors import LostProcessError, PeftcError, shown
 from peftc.report import size
+from peftc.version import __version__
 
 COMPLETE = "_PEFTC_COMPLETE"
 FULL = "free some space, or write to another disk with `-o`"

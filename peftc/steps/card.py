@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peftc import __version__, artifact, job, manifest
+from peftc import artifact, job, manifest
 from peftc.documents import escaped
 from peftc.errors import ArtifactError
 from peftc.manifest import Manifest
@@ -22,6 +22,7 @@ from peftc.source import MANIFEST
 from peftc.steps import records
 from peftc.steps.compare import compare
 from peftc.steps.show import command_lines, modules_table
+from peftc.version import __version__
 
 LIBRARIES = {
     "artifact": "peftc", "hf": "transformers", "hf-code": "transformers", "timm": "timm", "onnx": "onnx",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import __version__, documents
+from peftc import documents
 from peftc.errors import OutputError
 from peftc.report import Report, count, grouped, percent, short, size, span
 from peftc.source import Source
@@ -16,6 +16,7 @@ from peftc.steps.charts import Point
 from peftc.steps.compare import compare, quality_text, speed_texts
 from peftc.steps.page import Html, details, facts, joined, prose, section, tag
 from peftc.steps.records import Record, Row
+from peftc.version import __version__
 
 
 def report(

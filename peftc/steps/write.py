@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import __version__, artifact, manifest, measure, processes
+from peftc import artifact, manifest, measure, processes
 from peftc.artifact import Piece
 from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
 from peftc.header import encode_header, read_header
@@ -30,6 +30,7 @@ from peftc.nn import surgery
 from peftc.report import Report, Table
 from peftc.source import CODE, COMPANIONS, Source
 from peftc.steps import layer_maps
+from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
