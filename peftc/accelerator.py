@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from peftc import processes
 from peftc.errors import PeftcError, reason_of
-from peftc.models.load import device_of
+from peftc.models.place import device_of
 from peftc.recipe import Recipe, cannot_train
 
 

@@ -30,7 +30,8 @@ from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
 from peftc.models.inputs import mask_of
 from peftc.models.layers import registered
-from peftc.models.load import Model, place_of
+from peftc.models.model import Model
+from peftc.models.place import place_of
 from peftc.nn import forms
 from peftc.plan import Target
 

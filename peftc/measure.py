@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftc import progress
+from peftc.models.inputs import outputs, probe
 from peftc.models.layers import registered
-from peftc.models.load import Model, outputs, probe
+from peftc.models.model import Model
 
 Call = Callable[[], object]
 

@@ -15,12 +15,12 @@ from peftc.data.images import reader
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models import dual
-from peftc.models.inputs import moved
+from peftc.models.place import moved
 from peftc.nn.peers import ALONE, Peers
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 TEMPERATURE = 0.07  # where a network has none of its own, as BLIP's class in transformers (Li et al., 2022)
 BLOCK = 1024  # queries ranked at once

@@ -10,9 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
+from peftc.models import inputs
+from peftc.models.place import moved
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 Columns = dict[str, np.ndarray]  # one figure per sample each
 
@@ -115,9 +117,8 @@ class Task:
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         """Return what an evaluation looks at: outputs of the model, to which the batch is moved."""
-        from peftc.models import load
 
-        return self.run(model, batch) if self.run else load.outputs(model, load.moved(model, batch.inputs))
+        return self.run(model, batch) if self.run else inputs.outputs(model, moved(model, batch.inputs))
 
     def over(self, parts: Sequence[Columns]) -> Columns:
         """Return figures of all samples, from those of each batch."""

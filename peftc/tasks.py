@@ -16,10 +16,11 @@ from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window, windows_of
 from peftc.errors import DataError, UsageError, one_of, reason_of
+from peftc.models.place import moved, place_of
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 __all__ = [
     "TASKS", "Batch", "Columns", "Encoded", "Metric", "Settings", "Task", "fitting", "guess", "macro_f1", "named_task",
@@ -51,11 +52,11 @@ def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
     """Refuse inputs that are not as the model itself asks for, where it does not run on the first of them."""
     from peftc.models import inputs
 
-    if model.module.training or inputs.place_of(model.module).type == "meta":
+    if model.module.training or place_of(model.module).type == "meta":
         return
     try:
         with torch.no_grad():
-            inputs.forward(model, inputs.moved(model, sample))
+            inputs.forward(model, moved(model, sample))
     except inputs.DOES_NOT_RUN as error:
         if "memory" in str(error):
             raise

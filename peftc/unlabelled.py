@@ -18,7 +18,7 @@ from peftc.models.inputs import mask_of_outputs
 from peftc.tasks import Batch, Encoded, Settings, Task
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 BLOCK = 1 << 22  # scores that are worked on at once
 

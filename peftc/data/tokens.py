@@ -16,11 +16,12 @@ from torch import Tensor
 from peftc import progress
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, PeftcError, UsageError, WeightError, reason_of
-from peftc.models.inputs import place_of, vocabulary
+from peftc.models.inputs import vocabulary
 from peftc.models.padding import reads_last_token
+from peftc.models.place import place_of
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
     from peftc.task import Settings
 
 IGNORED = -100  # a target that is not predicted

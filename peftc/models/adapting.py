@@ -17,7 +17,7 @@ from peftc.nn import lowrank, surgery
 from peftc.nn.adapted import Adapted, without_scratch
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 
 @dataclass

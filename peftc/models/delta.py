@@ -16,7 +16,7 @@ from peftc.source import Source
 if TYPE_CHECKING:
     from peftc.header import TensorInfo
     from peftc.manifest import Manifest
-    from peftc.models.load import Model
+    from peftc.models.model import Model
     from peftc.models.shorten import Shorter
 
 

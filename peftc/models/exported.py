@@ -20,8 +20,9 @@ from torch import Tensor
 
 from peftc.errors import ExportError
 from peftc.models import alone, padding
-from peftc.models.inputs import dtype_of, run, taken
-from peftc.models.load import Model
+from peftc.models.inputs import run, taken
+from peftc.models.model import Model
+from peftc.models.place import dtype_of
 
 Inputs = dict[str, Tensor]
 CLOSE = 1e-4  # of the largest output, in float32: other kernels, and products in another order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peftc.errors import ExportError
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.nn.adapted import adapted_modules
 
 PLAIN = {"timm": "timm", "transformers": "hf"}  # library -> the format of its own folders

@@ -20,7 +20,7 @@ from peftc.source import ADAPTER, Source, read_json
 
 if TYPE_CHECKING:
     from peftc.interchange import Adapter
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 TENSORS = "adapter_model.safetensors"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftc.errors import PeftcError, SourceError
 from peftc.models import from_timm, padding, targets
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
 

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import PeftcError, SourceError, reason_of
 from peftc.models import dual, padding
-from peftc.models.streaming import PLACE
+from peftc.models.model import Batch
+from peftc.models.place import place_of
 from peftc.nn import surgery
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
-Batch: TypeAlias = "Tensor | dict[str, Tensor]"
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-
-
-def kind_of(module: nn.Module, library: str) -> str:
-    """Return ``image``, ``text``, ``image-text`` or ``other`` from the forward's main input or the first module."""
-    if library == "timm":
-        return "image"
-    if library == "transformers":
-        if hasattr(module.config, "text_config") and hasattr(module.config, "vision_config"):
-            return "image-text"
-        names = {"input_ids": "text", "pixel_values": "image"}
-        return names.get(getattr(module, "main_input_name", ""), "other")
-    for child in module.modules():
-        if isinstance(child, nn.Conv2d):
-            return "image"
-        if isinstance(child, nn.Embedding):
-            return "text"
-        if isinstance(child, nn.Linear):
-            return "other"
-    return "other"
 
 
 def probe(
@@ -203,28 +184,3 @@ def main_output(model: Model, value: Any) -> Tensor:
         else:
             raise SourceError(f"`{model.name}` returns a {type(value).__name__}, in which peftc finds no tensor")
     return value
-
-
-def place_of(module: nn.Module) -> torch.device:
-    """Return the device on which a network computes: of its first parameter; the CPU where it has none."""
-    if PLACE in module.__dict__:
-        return module.__dict__[PLACE][0]  # type: ignore[no-any-return]
-    first = next(module.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Return the dtype in which a network computes: of its first floating parameter; float32 where it has none."""
-    if PLACE in module.__dict__:
-        return module.__dict__[PLACE][1]  # type: ignore[no-any-return]
-    return next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
-
-
-def moved(model: Model, inputs: Batch) -> Batch:
-    """Return inputs on the model's device, floating ones in its dtype."""
-    device, floating = place_of(model.module), dtype_of(model.module)
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)
-
-    return {name: move(tensor) for name, tensor in inputs.items()} if isinstance(inputs, dict) else move(inputs)

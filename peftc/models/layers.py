@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.models import inputs
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.nn.skipped import first_tensor
 
 WEIGHTED = ("Addmm", "Mm", "Bmm", "Convolution", "Embedding", "Attention")  # in autograd's names of what multiplies

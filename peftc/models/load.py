@@ -5,20 +5,19 @@ Nothing is copied: a loaded parameter is a window on its file. Loading is strict
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peftc import artifact, manifest, processes
+from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.models import adapting, build, delta, from_peft, hub, streaming, weights
-from peftc.models.inputs import dtype_of, kind_of, moved, outputs, place_of, probe
+from peftc.models import adapting, build, delta, from_peft, hub, weights
+from peftc.models.model import Model, detached
+from peftc.models.place import place_of
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.nn.adapted import TakenIn, take_in, with_ranks
@@ -27,63 +26,6 @@ from peftc.source import Located, Source, locate
 if TYPE_CHECKING:
     from peftc.header import TensorInfo
     from peftc.manifest import Manifest
-
-__all__ = [
-    "Model", "dtype_of", "load", "load_module", "moved", "outputs", "place_of", "probe", "runnable",
-]  # fmt: skip
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
-}  # fmt: skip
-
-
-@dataclass
-class Model:
-    """A network with its weights and all that must travel with it.
-
-    Attributes:
-        module: in eval mode; parameters are mapped from the file unless moved.
-        source: what the user named.
-        library: ``timm``, ``transformers`` or ``python``.
-        config: content of ``config.json``; empty for ``python``.
-        base: the manifest's record of the base network.
-        folder: where tokenizer and processor files lie, or None.
-        preprocess: for images: input_size, mean, std, crop_pct, interpolation; empty otherwise.
-        labels: class names in output order, where known.
-        name: a short name for folders and tables.
-        manifest: when the source is an artifact.
-        infos: stored tensor name -> byte range in its file; absent for tensors that only live in memory.
-        files: the weight files.
-        notes: what people should know about how it was loaded.
-        max_memory: bytes that running it may take; None for no limit.
-        hub: where an artifact was fetched, as ``owner/name`` and commit; None for one of yours.
-    """
-
-    module: nn.Module
-    source: Source
-    library: str
-    config: dict[str, Any]
-    base: dict[str, Any]
-    name: str
-    folder: Path | None = None
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    labels: list[str] | None = None
-    manifest: Manifest | None = None
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    max_memory: int | None = None
-    hub: tuple[str, str] | None = None
-
-    @property
-    def kind(self) -> str:
-        """What it reads: ``image``, ``text``, ``image-text`` or ``other``."""
-        return kind_of(self.module, self.library)
-
-    @property
-    def architecture(self) -> str:
-        """The name of the network's class or timm architecture."""
-        return str(self.base.get("architecture", ""))
 
 
 def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True, merge: bool = True) -> Model:
@@ -338,14 +280,6 @@ def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, di
     return replace(model, infos=infos, manifest=record), changed
 
 
-def detached(module: nn.Module) -> nn.Module:
-    """Return a copy of a network that shares its tensors, so that moving or editing it leaves the original alone."""
-    memo: dict[int, Any] = {id(buffer): buffer.detach() for buffer in module.buffers()}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(module, memo)
-
-
 def _live(module: nn.Module) -> Model:
     base = build.from_live(detached(module))
     source = Source(f"a live {type(module).__name__}")
@@ -353,62 +287,3 @@ def _live(module: nn.Module) -> Model:
         module=base.module.eval(), source=source, library=base.library, config=base.config, base=base.record,
         name=base.name, preprocess=base.preprocess, labels=base.labels,
     )  # fmt: skip
-
-
-def device_of(device: str) -> torch.device:
-    """Return the device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` names.
-
-    Raises:
-        UsageError: it is none of these, or is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(
-            f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`"
-        )
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and chosen.index is None and processes.size() > 1 and torch.cuda.is_available():
-        chosen = torch.device("cuda", processes.place() % torch.cuda.device_count())
-    there = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(
-        chosen.type, torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
-    )
-    if not there:
-        raise SourceError(f"there is no `{device}` on this machine", hint="run on `--device auto`")
-    return chosen
-
-
-def solver_device(device: torch.device) -> torch.device:
-    """Return where to factor: the device itself, or the CPU for one without float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Model:
-    """Move the network to a device in one floating dtype, and return the same model.
-
-    ``auto`` keeps the stored dtype, except where stored dtypes are mixed, or are half precision on a CPU: then float32.
-    """
-    place = device_of(device)
-    if dtype == "auto":
-        stored = surgery.uniform_dtype(model.module)
-        half_on_cpu = place.type == "cpu" and stored in (torch.float16, torch.bfloat16)
-        wanted = torch.float32 if stored is None or half_on_cpu else stored
-    elif dtype in DTYPES:
-        wanted = DTYPES[dtype]
-    else:
-        raise UsageError(f"unknown value `{dtype}` for `--dtype`", why=f"it is `auto` or one of {', '.join(DTYPES)}")
-    if _is_streamed(model, place, wanted):
-        streaming.install(model.module, place, wanted)
-    else:
-        model.module.to(place, wanted)
-    return model
-
-
-def _is_streamed(model: Model, place: torch.device, wanted: torch.dtype) -> bool:
-    """Return whether a copy of all weights, in another dtype or on a device, is more than the memory is for."""
-    if model.max_memory is None:
-        return False
-    floating = [each for each in surgery.tensors_of(model.module).values() if each.is_floating_point()]
-    if place.type == "cpu":  # what is as it is stored stays mapped
-        return any(each.dtype != wanted for each in floating)
-    return sum(each.numel() for each in floating) * wanted.itemsize > model.max_memory // 2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftc.models import build
 from peftc.models.foreign import instead, refuse_bound
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
 
 PARTS = ("up.weight", "down.weight", "core.weight")

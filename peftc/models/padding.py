@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftc.errors import DataError
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 NEVER = -1  # the id of no token: nothing in the batch is padding
 

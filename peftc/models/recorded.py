@@ -6,7 +6,8 @@ from pathlib import Path
 
 from peftc import verified
 from peftc.errors import ArtifactError
-from peftc.models.load import Model, load
+from peftc.models.load import load
+from peftc.models.model import Model
 from peftc.source import Source
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from peftc.errors import PeftcError, PlanError
 from peftc.models import adapting, from_timm
-from peftc.models.load import Model, detached
+from peftc.models.model import Model, detached
 from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
 

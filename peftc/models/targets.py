@@ -19,7 +19,7 @@ from peftc.nn.adapted import Adapted
 from peftc.plan import Target
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 NARROW = 10
 LOW_RANK = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)

@@ -16,7 +16,8 @@ from peftc.measure import without_fused_layers
 from peftc.models import alone, exported, padding
 from peftc.models.exported import Inputs
 from peftc.models.foreign import instead, is_one_graph
-from peftc.models.load import Model, detached, runnable
+from peftc.models.model import Model, detached
+from peftc.models.place import runnable
 from peftc.nn.lowrank import LowRankConv2d, LowRankEmbedding, LowRankLinear
 from peftc.nn.shared import SharedDown
 

@@ -19,7 +19,7 @@ from peftc.nn import surgery
 from peftc.source import read_json
 
 if TYPE_CHECKING:
-    from peftc.models.load import Model
+    from peftc.models.model import Model
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")

@@ -18,7 +18,9 @@ from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
-from peftc.models.load import Model, device_of, load, solver_device
+from peftc.models.load import load
+from peftc.models.model import Model
+from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Target

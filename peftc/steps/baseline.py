@@ -8,7 +8,8 @@ from typing import Any
 
 from peftc import artifact, manifest, tasks
 from peftc.errors import ArtifactError, PeftcError
-from peftc.models.load import Model, load
+from peftc.models.load import load
+from peftc.models.model import Model
 from peftc.models.recorded import load_base
 from peftc.source import Source
 

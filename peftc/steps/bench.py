@@ -20,7 +20,9 @@ from peftc import measure
 from peftc.errors import SourceError, UsageError
 from peftc.measure import Call, Speedup, Times
 from peftc.models import load
-from peftc.models.load import Model, outputs, probe, runnable
+from peftc.models.inputs import outputs, probe
+from peftc.models.model import Model
+from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table, count, short, size
 from peftc.source import Source

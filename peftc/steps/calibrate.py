@@ -13,7 +13,9 @@ from peftc.errors import UsageError
 from peftc.header import read_header
 from peftc.job import Job
 from peftc.manifest import STATISTICS, Manifest
-from peftc.models.load import Model, device_of, load, solver_device
+from peftc.models.load import load
+from peftc.models.model import Model
+from peftc.models.place import device_of, solver_device
 from peftc.plan import Target
 from peftc.report import Report, size
 from peftc.source import Source

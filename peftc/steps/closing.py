@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from peftc import progress
 from peftc.errors import PlanError
-from peftc.models import inputs, layers, load
+from peftc.models import inputs, layers
+from peftc.models.inputs import outputs, probe
 from peftc.models.layers import main, registered
-from peftc.models.load import Model
+from peftc.models.model import Model, detached
+from peftc.models.place import moved, place_of, runnable, solver_device
 from peftc.models.shorten import Shorter
 from peftc.nn import surgery
 from peftc.report import Report, Table
@@ -124,8 +126,8 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     """
     shapes = _shapes(work)
     gaps = _gaps(work.names, list(shorter.renamed), shapes)
-    runs = replace(shorter.model, module=load.detached(shorter.model.module), notes=[])
-    load.runnable(runs, device=str(load.place_of(work.runs.module)))
+    runs = replace(shorter.model, module=detached(shorter.model.module), notes=[])
+    runnable(runs, device=str(place_of(work.runs.module)))
     rows: list[dict[str, Any]] = []
     for gap in gaps:
         found, why = (None, "nothing before it reads samples")
@@ -190,7 +192,7 @@ def _shapes(work: Work) -> dict[str, Any]:
         shapes[name] = name.rpartition(".")[0], after.shape
 
     with layers.tapped(work.runs.module, work.names, saw):
-        load.outputs(work.runs, load.probe(work.runs))
+        outputs(work.runs, probe(work.runs))
     return shapes
 
 
@@ -200,7 +202,7 @@ def _site(runs: Model, layer: str, work: Work) -> tuple[Site | None, str]:
     It is found by what it does: nudge its output, and the layer's output moves by that, or by a fixed multiple.
     """
     assert work.given is not None
-    batch = load.moved(runs, work.given.train.batch(range(min(2, len(work.given.train)))).inputs)
+    batch = moved(runs, work.given.train.batch(range(min(2, len(work.given.train)))).inputs)
     network = runs.module.get_submodule(layer)
     linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     owners: dict[int, int] = {}
@@ -229,16 +231,15 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
 
     generator = torch.Generator().manual_seed(0)
     with registered([linear.register_forward_hook(push)]), layers.tapped(runs.module, [layer], saw):
-        load.outputs(runs, batch)
+        outputs(runs, batch)
         size = float(seen[0].abs().mean())
         scales = []
         for _ in range(2):
             nudge = size * (1 + torch.rand(linear.out_features, generator=generator))
-            load.outputs(runs, batch)
+            outputs(runs, batch)
             if seen[-1].shape[-1] != len(nudge):
                 return None
-            moved = (seen[-1] - seen[0]) / nudge.to(seen[0])
-            scales.append(moved)
+            scales.append((seen[-1] - seen[0]) / nudge.to(seen[0]))
     scale = scales[0].flatten(0, -2).mean(0)
     largest = float(scale.abs().max())
     apart = max(float((each - scale).abs().max()) for each in scales)
@@ -251,8 +252,8 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
     given = work.given
     assert given is not None
     linear: Any = runs.module.get_submodule(site.name)
-    place = load.place_of(runs.module)
-    solver = load.solver_device(place)
+    place = place_of(runs.module)
+    solver = solver_device(place)
     fitted, checked = (Moments.empty(linear.in_features, linear.out_features, solver) for _ in range(2))
     hidden: list[Tensor] = []
     wanted: dict[str, Tensor] = {}
@@ -274,9 +275,9 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
     ):
         for start in range(0, number, size):
             batch = given.train.batch(range(start, min(start + size, number)))
-            each = load.moved(runs, batch.inputs)
-            load.outputs(work.runs, each)
-            load.outputs(runs, each)
+            each = moved(runs, batch.inputs)
+            outputs(work.runs, each)
+            outputs(runs, each)
             h = hidden.pop().flatten(1, -2)
             t = (wanted["whole"] - wanted["shorter"]) / scale
             chosen = _chosen(h, counts, inputs.mask_of(each))
@@ -302,7 +303,7 @@ def _tokens_that_count(work: Work, runs: Model, layer: str) -> Tensor | None:
     """Return (tokens,) which tokens of what a layer gives reach the network's output; None for all."""
     given = work.given
     assert given is not None
-    each = load.moved(runs, given.train.batch(range(min(4, len(given.train)))).inputs)
+    each = moved(runs, given.train.batch(range(min(4, len(given.train)))).inputs)
     held: list[Tensor] = []
 
     def leaf(_module: nn.Module, _inputs: Any, output: Any) -> Any:

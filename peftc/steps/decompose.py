@@ -17,7 +17,9 @@ from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
 from peftc.job import Job
-from peftc.models.load import Model, detached, device_of, load, refuse_unbuildable, solver_device
+from peftc.models.load import load, refuse_unbuildable
+from peftc.models.model import Model, detached
+from peftc.models.place import device_of, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped

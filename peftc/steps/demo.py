@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftc.data import open_data
 from peftc.data.images import transform
 from peftc.errors import SourceError
-from peftc.models.load import device_of
+from peftc.models.place import device_of
 from peftc.recipe import Recipe
 from peftc.report import Report, Table, count, percent, short
 from peftc.steps.analyze import analyze

@@ -15,7 +15,9 @@ from peftc import measure, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.job import Job
-from peftc.models.load import Model, load, place_of, runnable
+from peftc.models.load import load
+from peftc.models.model import Model
+from peftc.models.place import place_of, runnable
 from peftc.models.recorded import load_base
 from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, length

@@ -19,7 +19,8 @@ from peftc.errors import DataError, UsageError, WeightError
 from peftc.hooks import batches
 from peftc.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.models import load
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.source import Source
@@ -88,7 +89,7 @@ def evaluate(
     row = tasks.named_task(task) if task else tasks.guess(subject)
     for each in (subject, reference):
         if each is not None:
-            load.runnable(each, device=device, dtype=dtype)
+            runnable(each, device=device, dtype=dtype)
     settings = Settings(image_size, max_length, num_samples, seed)
     if data.startswith(GENERATED):
         dataset = _generated(data, row, subject, reference, settings, report, device=device, dtype=dtype)
@@ -177,7 +178,7 @@ def _generated(
     number = number_to_draw(spec, subject, row.name if row else None)
     author = reference
     if author is None and subject.manifest is not None:
-        author = load.runnable(load_base(subject), **place)
+        author = runnable(load_base(subject), **place)
     if author is None:
         author = subject
         report.warnings.append(

@@ -15,11 +15,12 @@ from peftc.data import open_data
 from peftc.errors import ArtifactError, DataError, UsageError
 from peftc.job import EXPORT, ExportRecord, Job, execution
 from peftc.measure import Speedup
-from peftc.models import load as models
 from peftc.models import padding
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model, load
+from peftc.models.load import load
+from peftc.models.model import Model, detached
 from peftc.models.multiplied import multiplied
+from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.report import Report, Table, percent, size
 from peftc.source import Source
@@ -87,7 +88,7 @@ def export(
         )  # fmt: skip
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
-    runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device="cpu")
+    runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device="cpu")
     against = _judge(stored, str(data), task, max_drop) if is_judged else None
     pad = _padding(stored, runs)
     probes = parity.probes(runs, image_size=image_size, max_length=max_length)

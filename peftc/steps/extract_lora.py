@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from peftc.errors import PlanError
 from peftc.methods.difference import low_rank_difference
 from peftc.models import adapting, delta
-from peftc.models.load import Model, detached, load, place_of
+from peftc.models.load import load
+from peftc.models.model import Model, detached
+from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report, Table

@@ -11,7 +11,8 @@ from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.manifest import Manifest
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.place import one_dtype
 from peftc.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
@@ -254,7 +255,7 @@ def _check_size(report: Report, record: Manifest, model: Model, budget: Budget |
             hint="this is a bug in peftc: please report it",
         )
     if after["macs"] is not None:
-        after["macs"] = measure.work(write.one_dtype(model)).macs
+        after["macs"] = measure.work(one_dtype(model)).macs
         if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
             report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
     after["bytes"] = record.weight_bytes

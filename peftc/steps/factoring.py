@@ -23,7 +23,9 @@ from peftc.job import Job
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.parts import read_note, save_part
+from peftc.models.place import HALF, one_dtype
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Plan, Target
@@ -62,7 +64,7 @@ class Factoring:
         """Size of the model before anything is changed; fills in how often each module runs."""
         total = measure.parameters(self.model.module)
         try:
-            work = measure.work(write.one_dtype(self.model))
+            work = measure.work(one_dtype(self.model))
         except (PeftcError, *DOES_NOT_RUN):
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
@@ -128,7 +130,7 @@ class Factoring:
         part = self.part(target, "spectrum")
         if not part.is_file():
             self._keep_basis(target, part)
-        note = write.read_note(part)
+        note = read_note(part)
         assert note is not None
 
         def again(matrix: Tensor, vectors: bool, rung: str) -> Solution | None:
@@ -166,7 +168,7 @@ class Factoring:
         note = {
             "rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed), "rungs": list(found.rungs),
         }  # fmt: skip
-        write.save_part(part, {key: tensor for key, tensor in basis.items() if tensor is not None}, note)
+        save_part(part, {key: tensor for key, tensor in basis.items() if tensor is not None}, note)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -206,7 +208,7 @@ class Factoring:
                     self.factor_one(self.targets[name], chosen[name], part)
                 advance(name)
         notes = {} if processes.rank() else {name: self.part(self.targets[name], "factors") for name in chosen}
-        return {name: dict(write.read_note(part) or {}) for name, part in notes.items()}
+        return {name: dict(read_note(part) or {}) for name, part in notes.items()}
 
     def factor_one(self, target: Target, rank: Rank, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
         """Compute the factors of one module and keep them in ``part``; return what `factor` says of it.
@@ -232,7 +234,7 @@ class Factoring:
         named = {key: tensor.to(dense.dtype).cpu() for key, tensor in named.items()}  # type: ignore[union-attr, arg-type]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in named.values()):
             raise MethodError(f"the factors of `{target.name}` do not fit into {dense.dtype}")  # type: ignore[union-attr]
-        error = cut.error if dense.dtype not in write.HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
+        error = cut.error if dense.dtype not in HALF else _stored_error(dense, named, target)  # type: ignore[arg-type, union-attr]
         total = float(losses.flatten()[0])
         weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
         note = {
@@ -243,7 +245,7 @@ class Factoring:
             named = self._by_member(target, cut.factors, named, by)
         elif (bias := self.corrected_bias(target, cut.factors, by)) is not None:
             named = {**named, "up.bias": bias}
-        write.save_part(part, named, note)
+        save_part(part, named, note)
         self._tidy()
         return note
 

@@ -17,7 +17,9 @@ from peftc.errors import ClassesError, UsageError, one_of
 from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models.heads import Headed
-from peftc.models.load import Model, load, place_of, refuse_unbuildable
+from peftc.models.load import load, refuse_unbuildable
+from peftc.models.model import Model
+from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.recipe import Recipe, length

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from peftc import methods, retrieval
 from peftc.errors import DataError, UsageError
-from peftc.models import dual, layers, load, shorten
+from peftc.models import dual, layers, shorten
 from peftc.models.inputs import main_output, mask_of, mask_of_outputs, run
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.parts import save_part
+from peftc.models.place import moved, place_of
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
 from peftc.objectives import OBJECTIVES
-from peftc.steps import write
 from peftc.steps.samples import Held, Samples, figures
 from peftc.tasks import Batch, sentence_vectors
 
@@ -116,7 +117,7 @@ class Imitation:
             peers: whose batches are one with this where a term looks at all of it; all processes when None.
         """
         batch, peers = given.batch, here() if peers is None else peers
-        inputs = load.moved(self.student, batch.inputs)
+        inputs = moved(self.student, batch.inputs)
         known: dict[str, Any] = {"mask": mask_of_outputs(inputs), "masks": self.masks(inputs)}
         outputs, features, towers = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
         known |= {"student_outputs": outputs, "student_features": features}
@@ -144,7 +145,7 @@ class Imitation:
     def taught(self, batch: Batch) -> dict[str, Any]:
         """Return what the teacher gives for a batch, without gradients."""
         assert self.teacher is not None
-        inputs = load.moved(self.teacher, batch.inputs)
+        inputs = moved(self.teacher, batch.inputs)
         with torch.no_grad():
             theirs = [two for _, two in self.pairs]
             outputs, features, towers = self.forward(self.teacher, self.teacher.module, theirs, inputs)
@@ -165,8 +166,8 @@ class Imitation:
             found = self.taught(given.batch)
             tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
             for at, path in enumerate(paths):
-                write.save_part(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()}, {})
-        device = load.place_of(self.student.module)
+                save_part(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()}, {})
+        device = place_of(self.student.module)
         samples = [load_file(path) for path in paths]
         whole = {name: _padded([each[name] for each in samples], masks).to(device) for name in samples[0]}
         features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
@@ -203,7 +204,7 @@ class Imitation:
     def originals(self) -> dict[str, Tensor]:
         """The teacher's weight of each factored module of the student; the teacher does not change."""
         assert self.teacher is not None
-        device = load.place_of(self.student.module)
+        device = place_of(self.student.module)
         found = {}
         with torch.no_grad():
             for name in factored(self.student):
@@ -235,7 +236,7 @@ class Imitation:
         if "logits" in self.terms and self.samples.task is retrieval.TASK:
             raise UsageError("images and texts have no `logits`", hint="imitate their vectors: `--loss embeddings=1`")
         batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
-        inputs = load.moved(self.student, batch.inputs)
+        inputs = moved(self.student, batch.inputs)
         with torch.no_grad():
             mine = [one for one, _ in self.pairs]
             outputs, features, _ = self.forward(self.student, self.student.module, mine, inputs)

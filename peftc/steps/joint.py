@@ -22,11 +22,12 @@ from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.hooks import Found
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
 from peftc.models.layers import registered
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.place import one_dtype
 from peftc.nn import lowrank, shared, surgery
 from peftc.plan import Budget, Plan, Target
 from peftc.report import grouped
-from peftc.steps import statistics, write
+from peftc.steps import statistics
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import Statistics
 
@@ -72,7 +73,7 @@ def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]
     can be made up has no group.
     """
     fit = [name for name, target in targets.items() if target.form in FORMS and not target.aliases]
-    subject = write.one_dtype(model)
+    subject = one_dtype(model)
     seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in fit}
     try:
         batch = probe(subject)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftc.artifact import Piece
 from peftc.hooks import Running, Site, Sums
+from peftc.models.parts import read_note, save_part
 from peftc.plan import Target
 from peftc.steps import write
 
@@ -27,7 +28,7 @@ def save(path: Path, sums: Sums) -> None:
         if seen.scatter is not None:
             tensors[f"scatter:{name}"] = _later("F32", tuple(seen.scatter.shape), seen.scatter.float)
     counts = {name: seen.count for name, seen in sums.running.items()}
-    write.save_part(path, tensors, {"samples": sums.samples, "counts": counts})
+    save_part(path, tensors, {"samples": sums.samples, "counts": counts})
 
 
 class Lanes:
@@ -41,7 +42,7 @@ class Lanes:
     def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
         self.device = device
         self.files: list[Any] = [safe_open(path, "pt") for path in paths]
-        self.notes: list[dict[str, Any]] = [write.read_note(path) or {} for path in paths]
+        self.notes: list[dict[str, Any]] = [read_note(path) or {} for path in paths]
         self.samples = [int(note["samples"]) for note in self.notes]
         self.keys = {key for file in self.files for key in file.keys()}  # noqa: SIM118  no mapping
 

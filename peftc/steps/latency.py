@@ -19,9 +19,9 @@ from peftc import allocate, measure
 from peftc.allocate import Curve, Rank
 from peftc.errors import PlanError, reason_of
 from peftc.measure import Speedup
-from peftc.models.inputs import DOES_NOT_RUN
+from peftc.models.inputs import DOES_NOT_RUN, outputs
 from peftc.models.layers import registered
-from peftc.models.load import Model, detached, outputs
+from peftc.models.model import Model, detached
 from peftc.nn import lowrank, surgery
 from peftc.nn.skipped import first_tensor
 from peftc.plan import Target

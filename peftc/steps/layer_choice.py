@@ -11,8 +11,8 @@ from peftc import depth
 from peftc.depth import Asked, Decision
 from peftc.errors import PlanError
 from peftc.models import layers
-from peftc.models import load as models
-from peftc.models.load import Model
+from peftc.models.inputs import outputs, probe
+from peftc.models.model import Model
 from peftc.report import Report, Table
 from peftc.steps import layer_evidence, layer_losses, layer_scores
 from peftc.steps.layer_evidence import Decided, Evidence
@@ -211,7 +211,7 @@ def _changing(model: Model, names: Sequence[str]) -> list[int]:
             found.add(name)
 
     with layers.tapped(model.module, names, saw):
-        models.outputs(model, models.probe(model))
+        outputs(model, probe(model))
     return [at for at, name in enumerate(names) if name in found]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftc import depth, tasks
 from peftc.depth import NOISE, Decision
 from peftc.errors import DataError, UsageError
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.report import Table
 from peftc.steps import layer_scores
 from peftc.steps.layer_scores import Score, Seen

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from peftc import hooks, processes, progress
 from peftc.errors import DataError, WeightError
-from peftc.models import inputs, layers, load
-from peftc.models.load import Model
+from peftc.models import inputs, layers
+from peftc.models.model import Model
+from peftc.models.place import moved
 from peftc.objectives import OBJECTIVES
 from peftc.steps import samples
 from peftc.steps.samples import Held, Samples
@@ -56,7 +57,7 @@ class Trial:
         total = 0.0
         with layers.bypassed(self.model.module, dropped):
             for at, batch in enumerate(self._read()):
-                outputs = load.outputs(self.model, load.moved(self.model, batch.inputs))
+                outputs = inputs.outputs(self.model, moved(self.model, batch.inputs))
                 if objective is not None:
                     total += float(objective(outputs, batch)) * len(batch.targets)
                 elif at < len(self._whole):
@@ -212,7 +213,7 @@ def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_
         ):
             for batch in map(given.mapped, given.train.batches(batch_size)):
                 with torch.enable_grad():
-                    loss = objective(inputs.forward(model, load.moved(model, batch.inputs)), batch)
+                    loss = objective(inputs.forward(model, moved(model, batch.inputs)), batch)
                     total = loss * len(batch.targets)  # a sum, so that each sample has its own gradient
                 gradients = torch.autograd.grad(total, [flow[name][1] for name in names])
                 for name, gradient in zip(names, gradients, strict=True):

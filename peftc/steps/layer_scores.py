@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from peftc import methods, processes, progress
 from peftc.errors import WeightError
 from peftc.methods.importance import tsne_silhouette
-from peftc.models import layers, load
-from peftc.models.inputs import mask_of
-from peftc.models.load import Model
+from peftc.models import layers
+from peftc.models.inputs import mask_of, outputs
+from peftc.models.model import Model
+from peftc.models.place import moved
 from peftc.nn import surgery
 from peftc.steps.samples import Samples
 
@@ -205,9 +206,9 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
 
     with layers.tapped(model.module, names, saw), progress.track("looking at layers", len(given.train)) as advance:
         for batch in given.train.batches(batch_size):
-            inputs = load.moved(model, batch.inputs)
+            inputs = moved(model, batch.inputs)
             mask = mask_of(inputs)
-            load.outputs(model, inputs)
+            outputs(model, inputs)
             if given.outputs:
                 seen.labels.append(given.mapped(batch).targets)
             for _ in range(len(batch.targets)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftc import artifact, processes
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.report import Report, plain
 
 

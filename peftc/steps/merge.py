@@ -8,7 +8,9 @@ from typing import Any
 
 from peftc import measure
 from peftc.errors import PlanError
-from peftc.models.load import Model, load, place_of, without_updates
+from peftc.models.load import load, without_updates
+from peftc.models.model import Model
+from peftc.models.place import place_of
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report
 from peftc.source import Source

@@ -17,7 +17,7 @@ from peftc import allocate, artifact, measure, processes, progress
 from peftc.errors import ArtifactError, MethodError
 from peftc.manifest import Manifest
 from peftc.models import weights
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
 from peftc.plan import Target

@@ -17,7 +17,8 @@ from peftc.data import open_data
 from peftc.errors import ExportError
 from peftc.models import exported as exports
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model, probe
+from peftc.models.inputs import probe
+from peftc.models.model import Model
 from peftc.report import Report
 from peftc.steps.evaluate import evaluate
 from peftc.tasks import Settings

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from peftc import artifact, hooks
 from peftc.errors import PlanError, UsageError
 from peftc.hooks import Collector, Site
-from peftc.models import load
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.place import place_of
 from peftc.report import SIZES, scaled
 from peftc.report import size as bytes_text
 
@@ -123,7 +123,7 @@ def planned(
 def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int, each: int, batch_size: int) -> Passes:
     """Choose the batch size, then fill one pass after another."""
     assert model.max_memory is not None
-    own = _held(load.place_of(model.module))
+    own = _held(place_of(model.module))
     free = int((model.max_memory - own) * SPARE)
     total, largest = (function(size for _, size in units.values()) for function in (sum, max))
     if fixed + each + largest > free:

@@ -9,8 +9,8 @@ from peftc import tasks, unlabelled
 from peftc.data import Dataset, open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
-from peftc.models import load
-from peftc.models.load import Model, detached
+from peftc.models.model import Model, detached
+from peftc.models.place import runnable
 from peftc.report import GUESSED
 from peftc.tasks import Encoded, Settings, Task
 
@@ -99,7 +99,7 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
         DataError: the data cannot be read, or the model cannot read it.
     """
     bounded = replace(model, module=detached(model.module), max_memory=request.max_memory)
-    subject = load.runnable(bounded, device=device)
+    subject = runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
     encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)

@@ -19,7 +19,10 @@ from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten
 from peftc.models import load as models
-from peftc.models.load import Model, load
+from peftc.models.inputs import outputs, probe
+from peftc.models.load import load
+from peftc.models.model import Model, detached
+from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
 from peftc.objectives import OBJECTIVES
 from peftc.report import Report
@@ -138,7 +141,7 @@ def prune_layers(
     training = retraining.options(stored, data, {**asked_of_training, "batch_size": batch_size}) if retrain else None
     if stored.manifest is None and not stored.files:
         models.refuse_unbuildable(stored)
-    runs = models.runnable(replace(stored, module=models.detached(stored.module), notes=[]), device=device)
+    runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device=device)
     names = _layers(stored, runs, asked)
     reading = Settings(image_size, max_length, num_samples or POINTS, seed)
     given = _samples(runs, data, task, reading, wanted, asked, trains=retrain)
@@ -333,12 +336,12 @@ def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
     Raises:
         PlanError: what a layer computes depends on its place, as the shifted windows of Swin do.
     """
-    batch = models.probe(stored)
-    whole = write.one_dtype(stored)
+    batch = probe(stored)
+    whole = one_dtype(stored)
     with layers.bypassed(whole.module, dropped):
-        before = models.outputs(whole, batch).float()
+        before = outputs(whole, batch).float()
     try:
-        after = models.outputs(write.one_dtype(shorter.model), batch).float()
+        after = outputs(one_dtype(shorter.model), batch).float()
     except inputs.DOES_NOT_RUN as error:
         listed = ", ".join(f"`{name}`" for name in dropped[:4])
         raise PlanError(f"`{stored.name}` does not run without {listed}", why=reason_of(error)) from error
@@ -355,7 +358,7 @@ def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:
     """Return parameters, multiply-adds and bytes of two models."""
     sizes = {}
     for when, model in (("before", before), ("after", after)):
-        work = measure.work(write.one_dtype(model))
+        work = measure.work(one_dtype(model))
         stored = sum(path.stat().st_size for path in model.files) or measure.tensor_bytes(model.module)
         sizes[when] = {"parameters": measure.parameters(model.module), "macs": work.macs, "bytes": stored}
     return sizes
@@ -388,7 +391,7 @@ def _carry_out(
     report.tables[-1] = factored.size_table(report.data["size"])
     if seen and seen.maps:
         layer_maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
-    write.finish(job, record, report, models.place_of(work.runs.module))
+    write.finish(job, record, report, place_of(work.runs.module))
 
 
 def _complete(

@@ -11,7 +11,8 @@ from torch import nn
 from peftc.data import parts_of, split_names
 from peftc.data.dataset import split_word
 from peftc.errors import DataError
-from peftc.models.load import Model, load
+from peftc.models.load import load
+from peftc.models.model import Model
 from peftc.report import Report
 from peftc.steps.evaluate import evaluate, keep
 from peftc.steps.samples import Samples

@@ -15,7 +15,8 @@ from peftc import artifact, manifest, methods, processes
 from peftc.errors import UsageError
 from peftc.intervals import Interval
 from peftc.job import Job
-from peftc.models.load import Model, device_of
+from peftc.models.model import Model
+from peftc.models.place import device_of
 from peftc.recipe import Recipe
 from peftc.report import Report, Table
 from peftc.steps import factored, write

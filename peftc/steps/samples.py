@@ -16,8 +16,9 @@ from peftc.data.augment import Augment, Augmented
 from peftc.data.classes import match
 from peftc.data.dataset import split_word
 from peftc.errors import DataError, UsageError
-from peftc.models import load
-from peftc.models.load import Model
+from peftc.models import inputs
+from peftc.models.model import Model
+from peftc.models.place import moved
 from peftc.tasks import Batch, Encoded, Settings, Task
 
 PLAIN = Augment()
@@ -180,7 +181,7 @@ def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:
 
 
 def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -> tuple[list[int], str]:
-    logits = load.outputs(model, load.moved(model, encoded.batch([0]).inputs))
+    logits = inputs.outputs(model, moved(model, encoded.batch([0]).inputs))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(
             f"`{model.name}` does not classify", why=f"for one sample it gives outputs of shape {list(logits.shape)}",

@@ -24,11 +24,13 @@ from peftc import allocate, artifact, hooks, progress, tasks
 from peftc.allocate import Rank
 from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
-from peftc.models import load
+from peftc.models import inputs
+from peftc.models.parts import save_part
+from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
 from peftc.plan import Budget, Target
-from peftc.steps import joint, spectra, write
+from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.tasks import Batch
@@ -124,7 +126,7 @@ def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tenso
     for number, batch in enumerate(batches):
         part = folder / f"outputs-{number:05d}.safetensors"
         if not part.is_file():
-            write.save_part(part, {"outputs": outputs(prepared, batch)}, {})
+            save_part(part, {"outputs": outputs(prepared, batch)}, {})
         with safe_open(part, "pt") as file:
             found.append(file.get_tensor("outputs"))
     return found
@@ -175,7 +177,7 @@ def cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: in
         for parameter, tensor in changes:
             if tensor is not None:
                 before.append((parameter, parameter.data))
-                parameter.data = tensor.to(parameter.device, load.dtype_of(network))
+                parameter.data = tensor.to(parameter.device, dtype_of(network))
     try:
         yield
     finally:
@@ -185,7 +187,7 @@ def cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: in
 
 def outputs(prepared: Prepared, batch: Batch) -> Tensor:
     """Return what the model gives for a batch."""
-    return load.outputs(prepared.model, load.moved(prepared.model, batch.inputs))
+    return inputs.outputs(prepared.model, moved(prepared.model, batch.inputs))
 
 
 def is_of_use(work: Factoring, budget: Budget, allocation: str) -> bool:

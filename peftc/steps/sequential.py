@@ -20,11 +20,12 @@ from peftc import hooks, progress
 from peftc.allocate import Rank
 from peftc.errors import UsageError
 from peftc.hooks import Collector, Found, Site
-from peftc.models import load
 from peftc.models.dual import has_matching
+from peftc.models.inputs import outputs
 from peftc.models.layers import registered
+from peftc.models.parts import read_note, save_part
+from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
-from peftc.steps import write
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import matrix_of
@@ -163,7 +164,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
                 collector.see(batch.inputs)
             waiting.update(last)
             try:
-                load.outputs(model, load.moved(model, batch.inputs))
+                outputs(model, moved(model, batch.inputs))
             except _Reached:
                 continue
 
@@ -171,19 +172,19 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
 def _placed(work: Factoring, network: Any, name: str, part: Path) -> dict[str, Any]:
     """Give a module of the running network the product of its factors, and return the note about them."""
     target, module = work.targets[name], network.get_submodule(name)
-    like = {"device": module.weight.device, "dtype": load.dtype_of(network)}
+    like = {"device": module.weight.device, "dtype": dtype_of(network)}
     tensors = {key: tensor.to(**like) for key, tensor in work.kept(name, 0)[0].items()}
     bias = tensors.pop("up.bias", None)
     product = lowrank.dense_weight(tensors, target.shape, target.form)
     if work.model.max_memory is not None:  # all products together are as large as the model: they are mapped, as it was
         stored = part.with_name(f"{part.stem}-product.safetensors")
-        write.save_part(stored, {"weight": product}, {})
+        save_part(stored, {"weight": product}, {})
         with safe_open(stored, "pt") as file:
             product = file.get_tensor("weight").to(**like)
     for each in (name, *target.aliases):
         network.get_submodule(each).weight.data = product
     if bias is not None:
         module.bias.data = bias
-    note = write.read_note(part)
+    note = read_note(part)
     assert note is not None
     return note

@@ -17,7 +17,7 @@ from peftc.allocate import Curve, Rank
 from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
 from peftc.plan import Budget, Target
 from peftc.steps import joint

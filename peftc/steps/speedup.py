@@ -19,7 +19,9 @@ from peftc.allocate import Rank
 from peftc.errors import PlanError
 from peftc.intervals import Interval
 from peftc.job import Job
-from peftc.models.load import Model, detached, probe, runnable
+from peftc.models.inputs import probe
+from peftc.models.model import Model, detached
+from peftc.models.place import runnable
 from peftc.plan import Budget, Plan
 from peftc.report import Report, Table, grouped
 from peftc.steps import latency, spectra, write

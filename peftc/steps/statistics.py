@@ -14,9 +14,11 @@ from torch import Tensor
 from peftc import artifact, hooks, manifest, processes, progress, unlabelled
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.hooks import Collector, Found, Site, Sums
-from peftc.models import load, streaming
+from peftc.models import inputs, streaming
 from peftc.models.inputs import forward
-from peftc.models.load import Model
+from peftc.models.model import Model
+from peftc.models.parts import read_note, save_part
+from peftc.models.place import moved, place_of
 from peftc.nn import lowrank
 from peftc.plan import Target
 from peftc.report import grouped
@@ -178,7 +180,7 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
         WeightError: the model gives NaN or infinite outputs.
     """
     path, subject, encoded = folder / FILE, prepared.model, prepared.encoded
-    note = write.read_note(path)
+    note = read_note(path)
     processes.wait()  # none writes before all have looked
     if note is None:
         order = [index for run in hooks.batches(encoded.lengths, encoded.size, 1) for index in run]
@@ -205,7 +207,7 @@ def _passes(
     for number, names in enumerate(groups):
         file = path.with_name(f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}{path.suffix}")
         some = {name: sites[name] for name in names}
-        note = write.read_note(file) or _pass(prepared, some, needs, file, number, notes[0] if notes else None)
+        note = read_note(file) or _pass(prepared, some, needs, file, number, notes[0] if notes else None)
         notes.append(
             {**note, "modules": {name: {**about, "file": file.name} for name, about in note["modules"].items()}}
         )
@@ -214,7 +216,7 @@ def _passes(
         "rows": max(note["rows"] for note in notes),
     }  # fmt: skip
     if processes.rank() == 0:
-        write.save_part(path, {}, whole)
+        save_part(path, {}, whole)
     return whole
 
 
@@ -236,7 +238,7 @@ def _pass(
     mine = processes.share(range(LANES))
     with processes.together(), progress.track("calibrating", sum(len(runs[lane::LANES]) for lane in mine)) as advance:
         for lane in mine:
-            if write.read_note(parts[lane]) is None:
+            if read_note(parts[lane]) is None:
                 collector = Collector(prepared.model, sites, needs)
                 enough = _enough(request.tokens, first["lanes"][lane] if first else None)
                 _run_lane(prepared, runs[lane::LANES], collector, enough, advance)
@@ -246,11 +248,11 @@ def _pass(
                     advance("")
 
     def merge() -> dict[str, Any]:
-        added = Lanes(parts, load.place_of(prepared.model.module))
+        added = Lanes(parts, place_of(prepared.model.module))
         if not sum(added.samples):
             raise DataError(f"`{request.data}` holds no sample to calibrate on")
         note = _note(added, sites, needs, prepared)
-        write.save_part(path, lanes.stored(added, sites, lambda target: matrix_of(prepared.model, target)), note)
+        save_part(path, lanes.stored(added, sites, lambda target: matrix_of(prepared.model, target)), note)
         for part in parts:
             part.unlink()
         return note
@@ -289,7 +291,7 @@ def _seen(sums: Sums) -> int:
 
 
 def _forward(model: Model, batch: Batch) -> Tensor:
-    outputs = load.outputs(model, load.moved(model, batch.inputs))
+    outputs = inputs.outputs(model, moved(model, batch.inputs))
     _refuse_non_finite(model, outputs)
     return outputs
 
@@ -297,7 +299,7 @@ def _forward(model: Model, batch: Batch) -> Tensor:
 def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int]) -> None:
     """Run forward once, and backward from each of two draws of the model's own prediction."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    inputs = load.moved(model, batch.inputs)
+    inputs = moved(model, batch.inputs)
     with torch.enable_grad(), streaming.recomputing(model.module):
         outputs = forward(model, inputs)
         _refuse_non_finite(model, outputs)

@@ -13,10 +13,11 @@ from peftc import methods, tasks
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError
-from peftc.models import adapting, delta, heads, load, targets
+from peftc.models import adapting, delta, heads, targets
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
-from peftc.models.load import Model
+from peftc.models.model import Model, detached
+from peftc.models.place import place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
@@ -118,7 +119,7 @@ def build(
     spectra.refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
-    copied = load.runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)
+    copied = runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)
     before = adapted_modules(copied.module)
     if before:
         placed = _again(model, copied, before, method)
@@ -159,7 +160,7 @@ def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: s
         kept = each.update.state_dict()
         fresh: Any = function(each.base, **record.adapters[name]["settings"])  # with what only training needs
         fresh.load_state_dict({**fresh.state_dict(), **kept})
-        each.update = fresh.to(load.place_of(copied.module)).requires_grad_(True)
+        each.update = fresh.to(place_of(copied.module)).requires_grad_(True)
     placed = Placed(adapters={name: dict(entry) for name, entry in record.adapters.items()})
     settings = next(iter(placed.adapters.values()))["settings"]
     held, outputs = delta.held(model), _outputs(copied)
@@ -177,7 +178,7 @@ def _outputs(model: Model) -> set[str]:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Return a copy that shares parameters but not buffers, which may learn; half precision is widened."""
-    copied = load.detached(module)
+    copied = detached(module)
     for each in copied.modules():
         for name, buffer in each._buffers.items():
             if buffer is not None:

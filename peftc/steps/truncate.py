@@ -12,7 +12,8 @@ from torch import Tensor
 from peftc import allocate, measure, methods
 from peftc.errors import one_of
 from peftc.methods.spectrum import Spectrum
-from peftc.models.load import Model, detached, load
+from peftc.models.load import load
+from peftc.models.model import Model, detached
 from peftc.plan import Plan
 from peftc.report import Report
 from peftc.source import Source

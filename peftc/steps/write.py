@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,12 +16,13 @@ from torch import Tensor
 from peftc import artifact, manifest, measure, processes
 from peftc.artifact import Piece
 from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
-from peftc.header import encode_header, read_header
 from peftc.job import EXPORT, Job, execution
 from peftc.manifest import Manifest
 from peftc.models import inputs
 from peftc.models import load as models
-from peftc.models.load import Model
+from peftc.models.inputs import outputs, probe
+from peftc.models.model import Model
+from peftc.models.place import one_dtype
 from peftc.models.weights import piece as piece
 from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
@@ -34,29 +33,8 @@ from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
-HALF = (torch.float16, torch.bfloat16)
 LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
-
-
-def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:
-    """Write one finished part of a job, with a JSON note, so that it is there whole or not at all."""
-    pieces = {name: each if isinstance(each, Piece) else piece(each) for name, each in sorted(tensors.items())}
-    entries = {name: (part.dtype, part.shape) for name, part in pieces.items()}
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        file.write(encode_header(entries, {"note": json.dumps(note)}))
-        for part in pieces.values():
-            for block in part.blocks():
-                file.write(block)
-    unfinished.replace(path)
-
-
-def read_note(path: Path) -> dict[str, Any] | None:
-    """Return the note of a finished part, or None where there is none."""
-    if not path.is_file():
-        return None
-    return dict(json.loads(read_header(path)[1]["note"]))
 
 
 def base_record(model: Model) -> dict[str, Any]:
@@ -213,7 +191,7 @@ def verify(folder: Path, expected: Model) -> list[str]:
         if not torch.equal(tensor.cpu(), theirs[name]):
             raise differs(folder, f"tensor `{name}` is not what was written")
     try:
-        batch = models.probe(expected)
+        batch = probe(expected)
         before = _outputs(expected, batch)
     except (PeftcError, *inputs.DOES_NOT_RUN) as error:
         why = f"no random input could be made up that the model takes ({reason_of(error)})"
@@ -239,28 +217,13 @@ def differs(folder: Path, why: str) -> ArtifactError:
 def probe_outputs(model: Model) -> Tensor | None:
     """Return what a model gives for a random input, float32, on the CPU; None where it takes none."""
     try:
-        return _outputs(model, models.probe(model))
+        return _outputs(model, probe(model))
     except (PeftcError, *inputs.DOES_NOT_RUN):
         return None
 
 
 def _outputs(model: Model, batch: Any) -> Tensor:
-    return models.outputs(one_dtype(model), batch).float().cpu()
-
-
-def one_dtype(model: Model) -> Model:
-    """Return a model that can run: itself, or a float32 copy where stored dtypes are mixed.
-
-    Where memory is limited only the module that runs is copied; half precision too, as torch keeps what it prepares to
-    multiply by it for every shape, and factors come in many.
-    """
-    stored, place = surgery.uniform_dtype(model.module), models.place_of(model.module).type
-    limited = model.max_memory is not None and place != "meta"
-    if stored is not None and not (limited and place == "cpu" and stored in HALF):
-        return model
-    if limited:
-        return models.runnable(replace(model, module=models.detached(model.module)), device="cpu")
-    return replace(model, module=copy.deepcopy(model.module).float())
+    return outputs(one_dtype(model), batch).float().cpu()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

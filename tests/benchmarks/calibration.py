@@ -21,7 +21,8 @@ import torch
 
 from peftc import hooks
 from peftc.methods.decompose.whitened import whitened
-from peftc.models.load import load, outputs
+from peftc.models.inputs import outputs
+from peftc.models.load import load
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
 from peftc.steps import statistics

@@ -35,6 +35,8 @@ from peftc.data.tokens import sample, tokenizer_of
 from peftc.depth import Asked
 from peftc.errors import PeftcError
 from peftc.models import layers, load, shorten
+from peftc.models.inputs import outputs
+from peftc.models.model import Model, detached
 from peftc.recipe import Recipe
 from peftc.report import Report
 from peftc.steps import closing, imitation, layer_choice, layer_losses, layer_scores, samples
@@ -92,7 +94,7 @@ def save(network: nn.Module, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(model: load.Model, given: samples.Samples, which: str, seed: int, epochs: float) -> load.Model:
+def train(model: Model, given: samples.Samples, which: str, seed: int, epochs: float) -> Model:
     """Return a copy trained on the samples: the head and every bias and norm, or all."""
     learner = imitation.trainable(model)
     for name, parameter in learner.module.named_parameters():
@@ -104,9 +106,9 @@ def train(model: load.Model, given: samples.Samples, which: str, seed: int, epoc
     return learner
 
 
-def cut(model: load.Model, kept: Sequence[int]) -> load.Model:
+def cut(model: Model, kept: Sequence[int]) -> Model:
     """Return a model with these of its blocks, which shares its tensors."""
-    network: Any = load.detached(model.module)
+    network: Any = detached(model.module)
     network.blocks = nn.Sequential(*(network.blocks[at] for at in kept))
     return replace(model, module=network)
 
@@ -129,7 +131,7 @@ def images(asked: argparse.Namespace) -> None:
         runs, f"{spec}@test", task=None, labels=True, held_out=0, settings=Settings(num_samples=TESTED, seed=seed)
     )
 
-    def accuracy(model: load.Model) -> float:
+    def accuracy(model: Model) -> float:
         return samples.figures(model, test, test.train, 50)
 
     about = {"task": asked.task, "train": asked.train, "seed": seed}
@@ -167,7 +169,7 @@ def images(asked: argparse.Namespace) -> None:
 
 
 def again(
-    asked: argparse.Namespace, about: dict[str, Any], stored: load.Model, runs: load.Model, given: samples.Samples,
+    asked: argparse.Namespace, about: dict[str, Any], stored: Model, runs: Model, given: samples.Samples,
     names: list[str], left: dict[str, dict[int, list[int]]], number: int, accuracy: Any,
 ) -> None:  # fmt: skip
     """Close the gaps of each choice, and train each again for a quarter of the epochs, at the same number of layers."""
@@ -191,7 +193,7 @@ def again(
         tell(**about, choice=word, layers=number, **figures)
 
 
-def scored(runs: load.Model, given: samples.Samples, names: list[str]) -> dict[str, list[float]]:
+def scored(runs: Model, given: samples.Samples, names: list[str]) -> dict[str, list[float]]:
     """Return the scores of each kind, from one forward pass."""
     seen = layer_scores.see(runs, given, names, 50)
     words = ("tsne-silhouette", "silhouette", "block-influence")
@@ -206,7 +208,7 @@ def rule(scores: Sequence[float], alpha: float) -> int | None:
         return None
 
 
-def greedy(runs: load.Model, given: samples.Samples, names: list[str], keep: int) -> list[int]:
+def greedy(runs: Model, given: samples.Samples, names: list[str], keep: int) -> list[int]:
     """Return layers in the order in which measured drops take them out."""
     rows = list(given.train.rows)[:: max(1, len(given.train) // MEASURED)]
     trial = Trial(runs, given, Held(given.train.encoded, rows), 50)
@@ -289,7 +291,7 @@ def cost(asked: argparse.Namespace) -> None:
 
     def forward() -> None:
         for at in range(0, IMAGES, 32):
-            load.outputs(runs, given.train.batch(range(at, min(at + 32, IMAGES))).inputs)
+            outputs(runs, given.train.batch(range(at, min(at + 32, IMAGES))).inputs)
 
     def bare() -> None:
         forward()

@@ -25,6 +25,7 @@ from torch import nn
 import peftc
 from peftc.data import open_data
 from peftc.models import load
+from peftc.models.place import runnable
 from peftc.recipe import Recipe
 from peftc.steps import imitation, samples
 from peftc.tasks import TASKS, Batch, Settings
@@ -104,7 +105,7 @@ def accuracy(model: Any) -> float:
 
 def gap(model: Any, dense: Path) -> float:
     """Return the mean squared error of the features on 256 test images."""
-    student, teacher = (load.runnable(load.load(each), device="cpu") for each in (model, dense))
+    student, teacher = (runnable(load.load(each), device="cpu") for each in (model, dense))
     given = samples.read(
         student, f"{CIFAR}@test", task=None, labels=False, held_out=0, settings=Settings(num_samples=256)
     )
@@ -152,7 +153,7 @@ def cost(asked: argparse.Namespace) -> None:
     whole = timm.create_model("vit_base_patch16_224")
     work = Path(asked.work)
     small = work / "vit-b"
-    teacher = load.runnable(load.load(whole), device="cpu")
+    teacher = runnable(load.load(whole), device="cpu")
     config = {"architecture": "vit_base_patch16_224", "num_classes": 1000, "model_args": {}}
     (work / "vit-b-dense").mkdir(parents=True, exist_ok=True)
     (work / "vit-b-dense" / "config.json").write_text(json.dumps(config))

@@ -29,7 +29,9 @@ from peftc.measure import Call
 from peftc.methods import find
 from peftc.models import exported as exports
 from peftc.models import load as models
-from peftc.models.load import Model
+from peftc.models.inputs import probe
+from peftc.models.model import Model
+from peftc.models.place import runnable
 from peftc.source import Source
 from peftc.steps import parity
 
@@ -112,7 +114,7 @@ def speed(
     name: str, dense: Path | Source, small: Path, folder: Path, rounds: int, clock: Clock, *, all_formats: bool
 ) -> None:
     """Print promised and measured speed-ups at batch 16, each against its own A/A control."""
-    whole, cut = (models.runnable(models.load(each), device="cpu") for each in (dense, small))
+    whole, cut = (runnable(models.load(each), device="cpu") for each in (dense, small))
     run = {}
     for word in ("PyTorch", "onnx"):  # one after the other: threads of ONNX Runtime go on spinning after a call
         calls = {f"dense {word}": written(whole, folder, word)}
@@ -127,7 +129,7 @@ def speed(
             calls["small onnx int8"] = written(cut, folder, "onnx", quantize="int8")
         run |= interleaved(calls, rounds, clock)
     length = TOKENS if whole.kind == "text" else None
-    one = models.probe(whole, max_length=length)
+    one = probe(whole, max_length=length)
     promised = measure.work(whole, one).macs / measure.work(cut, one).macs
     print(f"{name}: promised {promised:.2f}")
     for word in ("PyTorch", "onnx"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from peftc import decompose, manifest, truncate
 from peftc.models import load as models
+from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.report import Report
 from peftc.source import Source
@@ -42,7 +43,7 @@ def difference(ours: Path, theirs: Path) -> float:
     return max(float(norm(a[name].double() - b[name].double()) / norm(b[name].double()).clamp_min(1e-30)) for name in a)
 
 
-def excess(dense: models.Model, cut: Path, optima: dict[str, torch.Tensor]) -> float:
+def excess(dense: Model, cut: Path, optima: dict[str, torch.Tensor]) -> float:
     """Return the largest (squared error - optimum) / optimum of a folder's factors."""
     state = load_file(cut / "model.safetensors")
     worst = 0.0

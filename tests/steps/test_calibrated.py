@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from peftc import Source
 from peftc.methods.decompose.kfac import kfac
 from peftc.models import load as models
+from peftc.models.inputs import outputs
+from peftc.models.place import moved, runnable
 from peftc.models.targets import targets as eligible
 from peftc.steps import statistics
 from peftc.steps.decompose import decompose
@@ -154,7 +156,7 @@ def gpt2(folder: Path) -> Source:
 def means_of(dense: Source, small: Path, data: Path, **asked: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Return mean outputs of each factored module and of the dense one on the dense model's inputs, and their size."""
     prepared = prepare(models.load(dense), Request(str(data), **asked), "cpu")
-    factored = models.runnable(models.load(Source(str(small), allow_code=True)), device="cpu")
+    factored = runnable(models.load(Source(str(small), allow_code=True)), device="cpu")
     assert factored.manifest is not None
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in factored.manifest.modules}
 
@@ -175,7 +177,7 @@ def means_of(dense: Source, small: Path, data: Path, **asked: Any) -> dict[str, 
     encoded = prepared.encoded
     with torch.no_grad():
         for index in range(encoded.size):
-            models.outputs(prepared.model, models.moved(prepared.model, encoded.batch([index]).inputs))
+            outputs(prepared.model, moved(prepared.model, encoded.batch([index]).inputs))
     found = {}
     for name, pairs in seen.items():
         one, other = (torch.cat(each) for each in zip(*pairs, strict=True))
@@ -244,7 +246,7 @@ def test_the_moment_is_the_raw_one_with_and_without_a_bias_to_correct(
         prepared.model.module.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, name=name: seen.update({name: inputs[0].flatten(0, -2).double()})
         )
-    models.outputs(prepared.model, models.moved(prepared.model, prepared.encoded.batch(range(13)).inputs))
+    outputs(prepared.model, moved(prepared.model, prepared.encoded.batch(range(13)).inputs))
     ranks = {row["name"]: row["rank"] for row in report.data["modules"]}
     for name, x in seen.items():
         values = torch.linalg.svdvals(x @ network.get_submodule(name).weight.detach().double().T).square()  # type: ignore[union-attr, operator]
@@ -267,7 +269,7 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
     known = statistics.collect(prepared, targets, needs, tmp_path)
     batch = prepared.encoded.batch(range(prepared.encoded.size)).inputs
     with torch.no_grad():
-        dense = models.outputs(prepared.model, batch).double().log_softmax(-1)
+        dense = outputs(prepared.model, batch).double().log_softmax(-1)
     ratios = {}
     for name in targets:
         module: Any = prepared.model.module.get_submodule(name)
@@ -280,7 +282,7 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
         with torch.no_grad():
             module.weight.copy_(weight - lost)
             module.bias.copy_(bias + lost @ found.mean.float())  # type: ignore[union-attr]
-            small = models.outputs(prepared.model, batch).double().log_softmax(-1)
+            small = outputs(prepared.model, batch).double().log_softmax(-1)
             module.weight.copy_(weight)
             module.bias.copy_(bias)
         measured = float((dense.exp() * (dense - small)).sum(-1).mean())

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from peftc import manifest, measure
 from peftc.errors import ArtifactError, PlanError, SourceError, UsageError, WeightError
 from peftc.models import load as models
+from peftc.models.inputs import outputs, probe
+from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.report import Report
 from peftc.source import Source
@@ -239,7 +241,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Sour
     return make
 
 
-def multiplied_out(source: Source, artifact: Path) -> models.Model:
+def multiplied_out(source: Source, artifact: Path) -> Model:
     """Return the dense network with every factored weight replaced by the product of its stored factors."""
     dense = models.load(source)
     factored = models.load(read(artifact))
@@ -259,8 +261,8 @@ def test_an_artifact_computes_what_its_factors_multiply_out_to(made, name: str) 
     assert any(ranks(report).values()), "nothing was factored"
     assert not report.warnings
     expected, found = multiplied_out(source, artifact), models.load(read(artifact))
-    batch = models.probe(expected)
-    torch.testing.assert_close(models.outputs(found, batch), models.outputs(expected, batch), rtol=1e-4, atol=1e-5)
+    batch = probe(expected)
+    torch.testing.assert_close(outputs(found, batch), outputs(expected, batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -299,8 +301,8 @@ def test_every_artifact_moved_elsewhere_reloads_in_a_fresh_process_with_the_same
     for name in NETWORKS:
         folder = shutil.copytree(made(name)[1], tmp_path / name)
         loaded = models.load(read(folder))
-        batch = models.probe(loaded)
-        torch.save((batch, models.outputs(loaded, batch).clone()), f"{folder}.pt")
+        batch = probe(loaded)
+        torch.save((batch, outputs(loaded, batch).clone()), f"{folder}.pt")
         folders.append(str(folder))
     done = forked(code=RELOAD, stdin="\n".join(folders), cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
@@ -468,9 +470,9 @@ def test_an_artifact_can_be_decomposed_again(tiny_vit: Path, tmp_path: Path) -> 
     assert all(both.manifest.modules[name] == edit for name, edit in attn.manifest.modules.items())
     kept = attn.module.state_dict()
     assert all(torch.equal(kept[k], t) for k, t in both.module.state_dict().items() if ".attn." in k)
-    batch = models.probe(both)
+    batch = probe(both)
     expected = multiplied_out(Source(str(tiny_vit)), tmp_path / "both")
-    torch.testing.assert_close(models.outputs(both, batch), models.outputs(expected, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(both, batch), outputs(expected, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_one_flipped_bit_of_an_artifact_is_noticed_before_the_next_step(tiny_vit: Path, tmp_path: Path) -> None:
@@ -583,9 +585,9 @@ def test_weights_of_low_rank_are_exact(tmp_path: Path, weight: str, allocation: 
     report = decompose(source, output_dir=tmp_path / "out", ratio=0.5, allocation=allocation)
     assert all(row["error"] < 1e-5 for row in report.data["modules"])
     assert all(math.isfinite(row["error"]) for row in report.data["modules"])
-    batch = models.probe(models.load(source))
+    batch = probe(models.load(source))
     found, dense = models.load(read(tmp_path / "out")), models.load(source)
-    torch.testing.assert_close(models.outputs(found, batch), models.outputs(dense, batch), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(outputs(found, batch), outputs(dense, batch), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])

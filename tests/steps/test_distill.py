@@ -16,6 +16,7 @@ from peftc import manifest, train
 from peftc.data.augment import Augment
 from peftc.errors import ArtifactError, DataError, DivergenceError, PeftcError, UsageError
 from peftc.models import load
+from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.recipe import Recipe
 from peftc.steps import imitation, samples
@@ -61,7 +62,7 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def imitate(model: Any, teacher: Any, images: Path, asked: dict[str, float], labels: bool = True) -> Imitation:
     held = imitation.trainable(load.load(model))
-    guide = load.runnable(load.load(teacher), device="cpu")
+    guide = runnable(load.load(teacher), device="cpu")
     given = samples.read(held, str(images), task=None, labels=labels, held_out=0.1, settings=Settings())
     return Imitation(held, guide, given, imitation.terms(asked, {}), asked.get("task", 0), imitation.pair(held, guide))
 

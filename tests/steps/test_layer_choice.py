@@ -17,6 +17,7 @@ from peftc.depth import NOISE, Decision
 from peftc.errors import DataError, PeftcError, UsageError
 from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
+from peftc.models.inputs import outputs
 from peftc.steps import layer_evidence, layer_losses, layer_maps, layer_scores, samples
 from peftc.steps.layer_losses import Trial
 from peftc.tasks import Settings
@@ -98,9 +99,9 @@ def test_without_labels_a_drop_is_the_divergence_from_the_whole_model(vit: Path,
     trial = on_all(runs, given)
     assert trial.loss() == 0.0
     inputs = given.train.encoded.batch(range(60)).inputs
-    whole = load.outputs(runs, inputs)
+    whole = outputs(runs, inputs)
     with layers.bypassed(runs.module, NAMES[:1]):
-        without = load.outputs(runs, inputs)
+        without = outputs(runs, inputs)
     assert trial.loss(NAMES[:1]) == pytest.approx(
         float(divergence(given.task, whole, without, inputs).mean()), rel=1e-4
     )

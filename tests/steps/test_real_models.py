@@ -12,6 +12,8 @@ import torch
 
 from peftc import Source
 from peftc.models import load as models
+from peftc.models.inputs import outputs, probe
+from peftc.models.place import runnable
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from tests.forked import forked  # type: ignore[import-not-found]
@@ -70,8 +72,8 @@ def test_every_trained_model_reloads_in_a_fresh_process_with_identical_outputs(
         assert report.data["ratio"]["eligible"] <= 0.5
         assert all(row["excess"] is None or row["excess"] <= 1e-6 for row in report.data["modules"])
         assert report.data["size"]["after"]["bytes"] < report.data["size"]["before"]["bytes"]
-        model = models.runnable(models.load(Source(str(folder), allow_code=True)), device="cpu")
-        expected[str(folder)] = models.outputs(model, models.probe(model)).double().flatten()[:64].tolist()
+        model = runnable(models.load(Source(str(folder), allow_code=True)), device="cpu")
+        expected[str(folder)] = outputs(model, probe(model)).double().flatten()[:64].tolist()
     threads = str(torch.get_num_threads())
     run = forked(EXAMPLES, *expected, code=RELOAD, env={**os.environ, "OMP_NUM_THREADS": threads})
     assert run.returncode == 0, run.stderr

@@ -18,8 +18,11 @@ from peftc import hooks, processes
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.methods import spectrum
 from peftc.methods.weighted import Moment
-from peftc.models import load
-from peftc.models.load import Model
+from peftc.models import inputs, load
+from peftc.models.inputs import probe
+from peftc.models.model import Model
+from peftc.models.parts import save_part
+from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Target
 from peftc.steps import estimate, lanes, passes, sensitivity, statistics, write
@@ -196,10 +199,10 @@ def test_too_little_memory_is_refused_with_what_is_needed(peftc, tiny_llama: Pat
 
 
 def test_half_precision_runs_a_module_at_a_time(half_llama: Path, text: str) -> None:
-    streamed = load.runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
-    whole = load.runnable(load.load(half_llama), device="cpu")
-    batch = load.probe(whole)
-    assert torch.equal(load.outputs(streamed, batch), load.outputs(whole, batch))
+    streamed = runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
+    whole = runnable(load.load(half_llama), device="cpu")
+    batch = probe(whole)
+    assert torch.equal(inputs.outputs(streamed, batch), inputs.outputs(whole, batch))
     assert {each.dtype for each in streamed.module.parameters()} == {torch.bfloat16}
     assert not streamed.module.__dict__["stream"].origin
 
@@ -214,7 +217,7 @@ def test_half_precision_calibrates_as_its_float32_copy_does(half_llama: Path, te
 def test_a_backward_pass_keeps_no_copy_of_a_weight(half_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftc.models import streaming
 
-    model: Model = load.runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
+    model: Model = runnable(replace(load.load(half_llama), max_memory=1 << 30), device="cpu")
     ids = torch.arange(1, 9)[None]
     unpacked = []
     unpack = streaming.Stream.unpack
@@ -224,7 +227,7 @@ def test_a_backward_pass_keeps_no_copy_of_a_weight(half_llama: Path, monkeypatch
     embedded = model.module.get_input_embeddings()(ids).requires_grad_(True)
     with streaming.recomputing(model.module):
         model.module(inputs_embeds=embedded).logits.square().sum().backward()
-    whole = load.runnable(load.load(half_llama), device="cpu").module
+    whole = runnable(load.load(half_llama), device="cpu").module
     other = embedded.detach().requires_grad_(True)
     whole(inputs_embeds=other).logits.square().sum().backward()
     assert sum(unpacked) >= 14  # seven matrices in each of two layers
@@ -253,26 +256,26 @@ def test_a_model_of_two_dtypes_runs_a_module_at_a_time(half_llama: Path) -> None
     model = replace(load.load(half_llama), max_memory=1 << 30)
     norm: Any = model.module.get_submodule("model.norm")
     norm.weight = torch.nn.Parameter(norm.weight.detach().float())
-    bounded, whole = write.one_dtype(model), write.one_dtype(replace(model, max_memory=None))
+    bounded, whole = one_dtype(model), one_dtype(replace(model, max_memory=None))
     assert {each.dtype for each in bounded.module.parameters()} == {torch.bfloat16, torch.float32}
     assert {each.dtype for each in whole.module.parameters()} == {torch.float32}
-    batch = load.probe(model)
-    assert torch.equal(load.outputs(bounded, batch), load.outputs(whole, batch))
+    batch = probe(model)
+    assert torch.equal(inputs.outputs(bounded, batch), inputs.outputs(whole, batch))
 
 
 def test_half_precision_is_checked_a_module_at_a_time_where_memory_is_limited(
     half_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[torch.dtype] = []
-    outputs = load.outputs
+    outputs = inputs.outputs
     monkeypatch.setattr(
-        load, "outputs", lambda model, batch: ran.append(load.dtype_of(model.module)) or outputs(model, batch)
+        load, "outputs", lambda model, batch: ran.append(dtype_of(model.module)) or outputs(model, batch)
     )
     report = decompose(half_llama, output_dir=tmp_path / "out", data=text, max_memory="4GB", sensitivity=0, **KFAC)
     assert set(ran) == {torch.float32}  # torch keeps what it prepares for products in half precision, of every shape
     stored = {each.dtype for each in load.load(report.artifact).module.parameters()}
     assert stored == {torch.bfloat16}
-    assert load.dtype_of(write.one_dtype(load.load(half_llama)).module) == torch.bfloat16
+    assert dtype_of(one_dtype(load.load(half_llama)).module) == torch.bfloat16
 
 
 def test_what_solving_leaves_in_the_heap_goes_back_after_every_module(
@@ -416,7 +419,7 @@ def test_fitting_in_order_within_a_memory_maps_what_it_factored(
 ) -> None:
     asked = {**KFAC, "sequential": True, "sensitivity": 0, "data": text}
     decompose(half_llama, output_dir=tmp_path / "free", **asked)
-    save, kept = write.save_part, []
+    save, kept = save_part, []
     monkeypatch.setattr(write, "save_part", lambda path, *given: kept.append(path.stem) or save(path, *given))
     report = decompose(half_llama, output_dir=tmp_path / "bound", max_memory="4GB", **asked)
     factored = [row["name"] for row in report.data["modules"] if row["rank"]]

@@ -148,7 +148,7 @@ def test_a_network_of_your_own_loses_layers_too(tmp_path: Path) -> None:
     network = Own().eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peftc.models.inputs.probe", lambda *_args, **_kwargs: torch.ones(2, 4))
-        patch.setattr("peftc.models.load.probe", lambda *_args, **_kwargs: torch.ones(2, 4))
+        patch.setattr("peftc.models.inputs.probe", lambda *_args, **_kwargs: torch.ones(2, 4))
         peftc.prune_layers(network, drop="1,2", output_dir=tmp_path / "shorter", **CPU)
     assert manifest.read(tmp_path / "shorter").skipped == {"blocks.1": [2], "blocks.2": [2]}
     written = peftc.load(tmp_path / "shorter", allow_code=True)

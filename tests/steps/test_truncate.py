@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftc import allocate, manifest
 from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
 from peftc.models import load as models
+from peftc.models.inputs import outputs, probe
 from peftc.report import Report
 from peftc.source import Source
 from peftc.steps import ordered, write
@@ -134,8 +135,8 @@ def test_an_artifact_with_all_ranks_is_its_base_bit_by_bit(kept, name: str) -> N
     theirs = after.module.state_dict()
     for key, tensor in before.module.state_dict().items():
         assert torch.equal(tensor, theirs[key]), key
-    batch = models.probe(before)
-    ours, base = models.outputs(after, batch), models.outputs(before, batch)
+    batch = probe(before)
+    ours, base = outputs(after, batch), outputs(before, batch)
     torch.testing.assert_close(ours, base, rtol=1e-5, atol=1e-6)  # where weights lie may round, in torch 2.8
     record = manifest.read(artifact)
     assert record.modules == {} and record.ordered.keys() == ranks(report).keys()

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from peftc import hooks, tasks, unlabelled
 from peftc.errors import WeightError
 from peftc.hooks import Collector, Running, Site
+from peftc.models import inputs
 from peftc.models import load as models
-from peftc.models.load import Model
+from peftc.models.inputs import probe
+from peftc.models.model import Model
+from peftc.models.parts import save_part
+from peftc.models.place import runnable
 from peftc.models.targets import targets as eligible
 from peftc.nn import lowrank
 from peftc.plan import Target
-from peftc.steps import lanes, statistics, write
+from peftc.steps import lanes, statistics
 from peftc.steps.prepared import Request, prepare
 from peftc.steps.statistics import Statistics
 
@@ -138,7 +142,7 @@ def found_by(
     with tempfile.TemporaryDirectory() as folder:
         lane, part = Path(folder) / "lane.safetensors", Path(folder) / "part.safetensors"
         lanes.save(lane, sums)
-        write.save_part(part, lanes.stored(lanes.Lanes([lane], CPU), sites, weight_of), {})
+        save_part(part, lanes.stored(lanes.Lanes([lane], CPU), sites, weight_of), {})
         return sites, {name: tensor.clone() for name, tensor in load_file(part).items()}
 
 
@@ -387,9 +391,9 @@ def test_convolutions_share_a_moment_only_where_they_cut_the_same_patches() -> N
 
 
 def sites_of(folder: Path, *, include: Sequence[str] = ()) -> dict[str, Site]:
-    model = models.runnable(models.load(folder), device="cpu")
+    model = runnable(models.load(folder), device="cpu")
     found, _ = eligible(model, conv_method="spatial", include=include)
-    return hooks.sites(model, found, lambda: models.outputs(model, models.probe(model)))
+    return hooks.sites(model, found, lambda: inputs.outputs(model, probe(model)))
 
 
 def test_query_key_and_value_share_one_moment_and_the_last_linear_is_seen_from_its_outputs(tiny_bert: Path) -> None:

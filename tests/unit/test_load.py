@@ -13,7 +13,9 @@ from torch import nn
 
 import peftc
 from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError, WeightError
-from peftc.models.load import load, outputs, probe, runnable
+from peftc.models.inputs import outputs, probe
+from peftc.models.load import load
+from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.source import Source
 from peftc.steps.decompose import decompose

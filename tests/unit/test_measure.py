@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from peftc import measure
-from peftc.models.load import load, outputs, probe
+from peftc.models.inputs import outputs, probe
+from peftc.models.load import load
 from peftc.nn import lowrank, surgery
 
 CPU = torch.device("cpu")

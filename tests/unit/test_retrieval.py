@@ -20,7 +20,7 @@ from peftc.errors import DataError
 from peftc.measure import work
 from peftc.models import load
 from peftc.models.inputs import forward, outputs, probe
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.targets import targets
 from peftc.task import Settings
 from peftc.tasks import TASKS, fitting, guess

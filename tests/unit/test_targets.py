@@ -6,7 +6,8 @@ from torch import nn
 
 from peftc.errors import UsageError
 from peftc.models.families import matches
-from peftc.models.load import Model, load
+from peftc.models.load import load
+from peftc.models.model import Model
 from peftc.models.targets import every_weight, targets
 from peftc.source import Source
 

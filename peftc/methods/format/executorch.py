@@ -13,7 +13,7 @@ from torch import Tensor
 from peftc.errors import ExportError, UsageError
 from peftc.models import exported, traced
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model
+from peftc.models.model import Model
 
 NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
 

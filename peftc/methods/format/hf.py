@@ -11,7 +11,7 @@ from peftc.artifact import Piece
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import refuse_foreign
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery
 

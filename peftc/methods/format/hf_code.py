@@ -18,7 +18,7 @@ from peftc.methods.format.hf import SHARD, read_otherwise
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import config_class, refuse_other_library
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, shared, surgery
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from peftc.errors import ExportError, UsageError, one_of
 from peftc.models import exported, traced
 from peftc.models.exported import CLOSE, Exported, Inputs
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.traced import Traced
 
 LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf ends at 2 GiB

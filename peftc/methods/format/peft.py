@@ -18,7 +18,7 @@ from peftc.interchange import Adapter
 from peftc.models import delta, exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.from_peft import TENSORS
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.forms import form_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peftc import artifact
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model, runnable
+from peftc.models.model import Model
+from peftc.models.place import runnable
 from peftc.models.weights import pieces_of
 from peftc.nn import surgery
 

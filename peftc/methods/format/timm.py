@@ -9,7 +9,7 @@ from peftc import artifact
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import refuse_foreign
-from peftc.models.load import Model
+from peftc.models.model import Model
 from peftc.models.weights import pieces_of
 
 PLACES = ("url", "hf_hub_id", "hf_hub_filename", "file", "source", "custom_load", "state_dict")  # of other weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftc.models import traced
 from peftc.models.exported import Exported, Inputs
-from peftc.models.load import Model
+from peftc.models.model import Model
 
 
 def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:

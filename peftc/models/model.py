@@ -1,0 +1,95 @@
+"""A network with its weights and all that must travel with it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor, nn
+
+from peftc.source import Source
+
+if TYPE_CHECKING:
+    from peftc.header import TensorInfo
+    from peftc.manifest import Manifest
+
+
+@dataclass
+class Model:
+    """A network with its weights and all that must travel with it.
+
+    Attributes:
+        module: in eval mode; parameters are mapped from the file unless moved.
+        source: what the user named.
+        library: ``timm``, ``transformers`` or ``python``.
+        config: content of ``config.json``; empty for ``python``.
+        base: the manifest's record of the base network.
+        folder: where tokenizer and processor files lie, or None.
+        preprocess: for images: input_size, mean, std, crop_pct, interpolation; empty otherwise.
+        labels: class names in output order, where known.
+        name: a short name for folders and tables.
+        manifest: when the source is an artifact.
+        infos: stored tensor name -> byte range in its file; absent for tensors that only live in memory.
+        files: the weight files.
+        notes: what people should know about how it was loaded.
+        max_memory: bytes that running it may take; None for no limit.
+        hub: where an artifact was fetched, as ``owner/name`` and commit; None for one of yours.
+    """
+
+    module: nn.Module
+    source: Source
+    library: str
+    config: dict[str, Any]
+    base: dict[str, Any]
+    name: str
+    folder: Path | None = None
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
+    manifest: Manifest | None = None
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    max_memory: int | None = None
+    hub: tuple[str, str] | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it reads: ``image``, ``text``, ``image-text`` or ``other``."""
+        return kind_of(self.module, self.library)
+
+    @property
+    def architecture(self) -> str:
+        """The name of the network's class or timm architecture."""
+        return str(self.base.get("architecture", ""))
+
+
+def detached(module: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares its tensors, so that moving or editing it leaves the original alone."""
+    memo: dict[int, Any] = {id(buffer): buffer.detach() for buffer in module.buffers()}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)
+
+
+Batch: TypeAlias = "Tensor | dict[str, Tensor]"
+
+
+def kind_of(module: nn.Module, library: str) -> str:
+    """Return ``image``, ``text``, ``image-text`` or ``other`` from the forward's main input or the first module."""
+    if library == "timm":
+        return "image"
+    if library == "transformers":
+        if hasattr(module.config, "text_config") and hasattr(module.config, "vision_config"):
+            return "image-text"
+        names = {"input_ids": "text", "pixel_values": "image"}
+        return names.get(getattr(module, "main_input_name", ""), "other")
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            return "image"
+        if isinstance(child, nn.Embedding):
+            return "text"
+        if isinstance(child, nn.Linear):
+            return "other"
+    return "other"
