@@ -288,10 +288,11 @@ def test_modules_left_dense_keep_every_bit(made, name: str) -> None:
 RELOAD = """
 import sys, torch, peftc
 from peftc.models import load as models
+from peftc.models.inputs import outputs
 from peftc.source import Source
 for line in sys.stdin.read().splitlines():
     batch, expected = torch.load(line + ".pt", weights_only=True)
-    found = models.outputs(models.load(Source(line, allow_code=True)), batch)
+    found = outputs(models.load(Source(line, allow_code=True)), batch)
     print(torch.equal(found, expected), line)
 """
 
