@@ -53,10 +53,12 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from peftc import Source
 from peftc.models import load as models
+from peftc.models.inputs import outputs, probe
+from peftc.models.place import runnable
 digests = {}
 for folder in sys.argv[2:]:
-    model = models.runnable(models.load(Source(folder, allow_code=True)), device="cpu")
-    digests[folder] = models.outputs(model, models.probe(model)).double().flatten()[:64].tolist()
+    model = runnable(models.load(Source(folder, allow_code=True)), device="cpu")
+    digests[folder] = outputs(model, probe(model)).double().flatten()[:64].tolist()
 print(json.dumps(digests))
 """
 
