@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from peftc.errors import PeftcError
     from peftc.models.load import with_adapter
     from peftc.report import Report
-    from peftc.source import Source
     from peftc.steps.analyze import analyze
     from peftc.steps.bench import bench
     from peftc.steps.calibrate import calibrate
@@ -56,11 +55,12 @@ if TYPE_CHECKING:
     from peftc.steps.push import push_to_hub
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate
+    from peftc.store.source import Source
 
 _HOMES = {
     "PeftcError": "peftc.errors",
     "Report": "peftc.report",
-    "Source": "peftc.source",
+    "Source": "peftc.store.source",
     "push_to_hub": "peftc.steps.push",
     "with_adapter": "peftc.models.load",
 }

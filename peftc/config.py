@@ -29,9 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import documents
 from peftc.errors import ChainError, UsageError
-from peftc.source import MANIFEST
+from peftc.store import documents
+from peftc.store.source import MANIFEST
 
 FILE = "peftc.toml"
 CHAIN = "chain.json"

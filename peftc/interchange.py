@@ -27,8 +27,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftc import documents
 from peftc.errors import OutputError, SourceError
+from peftc.store import documents
 
 METHODS = ("lora", "rslora", "dora")
 PREFIX = "base_model.model."

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, documents, manifest
 from peftc.errors import ChainError, PeftcError
-from peftc.source import MANIFEST
+from peftc.store import artifact, documents, manifest
+from peftc.store.source import MANIFEST
 from peftc.version import __version__
 
 FILE = "ledger.json"

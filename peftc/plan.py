@@ -10,10 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from peftc import allocate, documents
+from peftc import allocate
 from peftc.allocate import Rank, Use
 from peftc.errors import PlanError, UsageError
 from peftc.report import AMOUNTS, scaled
+from peftc.store import documents
 
 SCHEMA_VERSION = 1
 OTHERS = {  # fields of a plan beside its ranks; the last is for those who write one by hand

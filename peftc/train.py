@@ -22,12 +22,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from peftc import documents, processes, progress
+from peftc import processes, progress
 from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure import out_of_memory
 from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, mixed, rate
+from peftc.store import documents
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints

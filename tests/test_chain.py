@@ -9,7 +9,7 @@ import pytest
 
 from peftc.errors import ArtifactError, PlanError
 from peftc.report import Report
-from peftc.source import Source
+from peftc.store.source import Source
 
 
 def spec(model: Any) -> str:

@@ -15,14 +15,13 @@ TORCH_FILES = {
     "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
-LIGHT_STEPS = (  # of manifests and results alone
-    "show", "records", "compare", "report", "page", "charts", "layer_maps", "card", "push",
-)  # fmt: skip
+LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts", "card", "push")  # of manifests and results
+LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in (
         *PACKAGE.glob("*.py"),
-        *PACKAGE.glob("cli/*.py"),
+        *(file for room in LIGHT_ROOMS for file in PACKAGE.glob(f"{room}/*.py")),
         PACKAGE / "methods/__init__.py",
         *(PACKAGE / "steps" / f"{name}.py" for name in LIGHT_STEPS),
     )

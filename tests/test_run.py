@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from peftc import artifact, ledger
+from peftc import ledger
 from peftc.errors import PlanError
-from peftc.header import encode_header
-from peftc.manifest import Manifest, digest
 from peftc.report import Report
-from peftc.source import Source
+from peftc.store import artifact
+from peftc.store.header import encode_header
+from peftc.store.manifest import Manifest, digest
+from peftc.store.source import Source
 
 RECIPE = """
 model = "dense"

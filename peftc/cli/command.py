@@ -17,7 +17,7 @@ from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
 from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8, shown
 from peftc.report import Report
-from peftc.source import MANIFEST, Source
+from peftc.store.source import MANIFEST, Source
 
 Step = Callable[..., Report]
 KEYWORD = inspect.Parameter.KEYWORD_ONLY

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftc import progress
-from peftc.documents import escaped
 from peftc.errors import shown
+from peftc.store.documents import escaped
 
 if TYPE_CHECKING:
     from peftc.report import Cell, Gate, Report, Table

@@ -20,7 +20,7 @@ from peftc.data.dataset import Dataset, Splits, split_word
 from peftc.data.images import named
 from peftc.data.limits import AXES, HEADER
 from peftc.errors import DataError, one_of
-from peftc.header import read_header
+from peftc.store.header import read_header
 
 INPUTS = {"x", "images", "image", "data", "inputs", "input", "features"}
 LABELS = {"y", "labels", "label", "targets", "target"}

@@ -15,10 +15,10 @@ from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
 from peftc.models import from_timm, from_transformers, weights
 from peftc.models.skeleton import Base, on_meta
 from peftc.nn import surgery
-from peftc.source import Located, Source
+from peftc.store.source import Located, Source
 
 if TYPE_CHECKING:
-    from peftc.manifest import Manifest
+    from peftc.store.manifest import Manifest
 
 
 def build(source: Source, located: Located, with_weights: bool) -> Base:

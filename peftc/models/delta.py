@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from peftc import artifact, verified
 from peftc.errors import ArtifactError, SourceError
 from peftc.nn import surgery
-from peftc.source import Source
+from peftc.store import artifact, verified
+from peftc.store.source import Source
 
 if TYPE_CHECKING:
-    from peftc.header import TensorInfo
-    from peftc.manifest import Manifest
     from peftc.models.model import Model
     from peftc.models.shorten import Shorter
+    from peftc.store.header import TensorInfo
+    from peftc.store.manifest import Manifest
 
 
 def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:

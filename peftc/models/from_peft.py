@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import documents, interchange, methods
+from peftc import interchange, methods
 from peftc.errors import SourceError
-from peftc.header import read_header
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted
-from peftc.source import ADAPTER, Source, read_json
+from peftc.store import documents
+from peftc.store.header import read_header
+from peftc.store.source import ADAPTER, Source, read_json
 
 if TYPE_CHECKING:
     from peftc.interchange import Adapter

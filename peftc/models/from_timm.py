@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftc import documents
 from peftc.errors import SourceError, UsageError, reason_of
 from peftc.models import hub, weights
 from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
-from peftc.source import Located, Source, read_json
+from peftc.store import documents
+from peftc.store.source import Located, Source, read_json
 
 if TYPE_CHECKING:
-    from peftc.manifest import Manifest
+    from peftc.store.manifest import Manifest
 
 
 def from_architecture(source: Source, located: Located, with_weights: bool) -> Base:

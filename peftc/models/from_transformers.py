@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc import documents
 from peftc.errors import SourceError, WeightError, reason_of
 from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
 from peftc.nn import surgery
-from peftc.source import MANIFEST, Source, read_json
+from peftc.store import documents
+from peftc.store.source import MANIFEST, Source, read_json
 
 if TYPE_CHECKING:
-    from peftc.manifest import Manifest
+    from peftc.store.manifest import Manifest
 
 
 def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Base:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc import manifest
 from peftc.errors import SourceError, UsageError, reason_of
-from peftc.header import TensorInfo
-from peftc.source import MANIFEST, Located, Source, in_folder
+from peftc.store import manifest
+from peftc.store.header import TensorInfo
+from peftc.store.source import MANIFEST, Located, Source, in_folder
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 CODE = "*.py"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftc import artifact, manifest
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import adapting, build, delta, from_peft, hub, weights
 from peftc.models.model import Model, detached
@@ -21,11 +20,12 @@ from peftc.models.place import place_of
 from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.nn.adapted import TakenIn, take_in, with_ranks
-from peftc.source import Located, Source, locate
+from peftc.store import artifact, manifest
+from peftc.store.source import Located, Source, locate
 
 if TYPE_CHECKING:
-    from peftc.header import TensorInfo
-    from peftc.manifest import Manifest
+    from peftc.store.header import TensorInfo
+    from peftc.store.manifest import Manifest
 
 
 def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True, merge: bool = True) -> Model:

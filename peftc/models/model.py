@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from peftc.source import Source
+from peftc.store.source import Source
 
 if TYPE_CHECKING:
-    from peftc.header import TensorInfo
-    from peftc.manifest import Manifest
+    from peftc.store.header import TensorInfo
+    from peftc.store.manifest import Manifest
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peftc.artifact import Piece
-from peftc.header import encode_header, read_header
 from peftc.models.weights import piece as piece
 from peftc.models.weights import pieces_of as pieces_of
+from peftc.store.artifact import Piece
+from peftc.store.header import encode_header, read_header
 
 
 def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftc import verified
 from peftc.errors import ArtifactError
 from peftc.models.load import load
 from peftc.models.model import Model
-from peftc.source import Source
+from peftc.store import verified
+from peftc.store.source import Source
 
 
 def load_base(model: Model) -> Model:

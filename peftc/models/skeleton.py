@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from peftc.errors import SourceError
 
 if TYPE_CHECKING:
-    from peftc.manifest import Manifest
     from peftc.models.weights import Weights
+    from peftc.store.manifest import Manifest
 
 # what a constructor of another library may raise on a configuration that it does not understand
 UNBUILDABLE = (

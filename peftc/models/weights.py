@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftc import artifact, documents
-from peftc.artifact import Piece
 from peftc.errors import SourceError, WeightError
-from peftc.header import TensorInfo, read_header
 from peftc.nn import surgery
-from peftc.source import read_json
+from peftc.store import artifact, documents
+from peftc.store.artifact import Piece
+from peftc.store.header import TensorInfo, read_header
+from peftc.store.source import read_json
 
 if TYPE_CHECKING:
     from peftc.models.model import Model

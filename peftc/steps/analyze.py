@@ -25,7 +25,6 @@ from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
-from peftc.source import Source
 from peftc.steps import joint as joining
 from peftc.steps import prediction, sensitivity, spectra
 from peftc.steps import statistics as calibrating
@@ -37,6 +36,7 @@ from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Decomposed, Factorizer
 from peftc.steps.speedup import Input, decide
 from peftc.steps.statistics import Statistics
+from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)
 SAMPLES = 64  # of the calibration set, on which plans are tried

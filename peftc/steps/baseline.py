@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, manifest, tasks
+from peftc import tasks
 from peftc.errors import ArtifactError, PeftcError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.recorded import load_base
-from peftc.source import Source
+from peftc.store import artifact, manifest
+from peftc.store.source import Source
 
 FOLDER = "`--against base` means the model that the artifact records; the folder here is `--against ./base`"
 NAME_ONE = "name one: `peftc evaluate ... --against MODEL`"

@@ -25,9 +25,9 @@ from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table, count, short, size
-from peftc.source import Source
 from peftc.steps import measured
 from peftc.steps.baseline import FOLDER
+from peftc.store.source import Source
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
 NOISY = 1.15  # a noise band that reaches further hides most real changes

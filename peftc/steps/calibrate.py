@@ -8,17 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from peftc import artifact, hooks, measure, processes
+from peftc import hooks, measure, processes
 from peftc.errors import UsageError
-from peftc.header import read_header
-from peftc.job import Job
-from peftc.manifest import STATISTICS, Manifest
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.plan import Target
 from peftc.report import Report, size
-from peftc.source import Source
 from peftc.steps import factored, ordered, passes, spectra, write
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
@@ -27,6 +23,11 @@ from peftc.steps.lanes import LANES
 from peftc.steps.prepared import Request, prepare
 from peftc.steps.show import statistics_table
 from peftc.steps.statistics import Statistics
+from peftc.store import artifact
+from peftc.store.header import read_header
+from peftc.store.job import Job
+from peftc.store.manifest import STATISTICS, Manifest
+from peftc.store.source import Source
 
 ONE_FILE = 1 << 62  # bytes: the statistics are never cut into shards, because a module's are read on their own anyway
 

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, job, manifest
-from peftc.documents import escaped
 from peftc.errors import ArtifactError
-from peftc.manifest import Manifest
 from peftc.report import Table, count, size
-from peftc.source import MANIFEST
 from peftc.steps import records
 from peftc.steps.compare import compare
 from peftc.steps.show import command_lines, modules_table
+from peftc.store import artifact, job, manifest
+from peftc.store.documents import escaped
+from peftc.store.manifest import Manifest
+from peftc.store.source import MANIFEST
 from peftc.version import __version__
 
 LIBRARIES = {

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact
 from peftc.report import Cell, Report, Table, count, short, size
-from peftc.source import Source
 from peftc.steps import records
 from peftc.steps.records import Analysis, Record, Row
+from peftc.store import artifact
+from peftc.store.source import Source
 
 
 def compare(

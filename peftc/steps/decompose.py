@@ -16,14 +16,12 @@ from peftc import plan as plans
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
-from peftc.job import Job
 from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import targets as find_targets
 from peftc.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
-from peftc.source import Source
 from peftc.steps import baseline, estimate, factored, ordered, passes, prediction, quality, seen, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
@@ -36,6 +34,8 @@ from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Factorizer
 from peftc.steps.speedup import Decision, Input, decide, unusual
 from peftc.steps.statistics import Statistics
+from peftc.store.job import Job
+from peftc.store.source import Source
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
 FEW_SAMPLES = 8

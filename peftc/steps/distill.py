@@ -14,7 +14,6 @@ from torch import nn
 from peftc import measure, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
-from peftc.job import Job
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
@@ -22,9 +21,10 @@ from peftc.models.recorded import load_base
 from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
-from peftc.source import Source
 from peftc.steps import baseline, factored, imitation, ordered, quality, samples, spectra, write
 from peftc.steps.imitation import TASK, Imitation
+from peftc.store.job import Job
+from peftc.store.source import Source
 from peftc.tasks import Settings
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls

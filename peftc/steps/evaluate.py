@@ -23,8 +23,8 @@ from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table
-from peftc.source import Source
 from peftc.steps import baseline, measured, seen
+from peftc.store.source import Source
 from peftc.task import concatenated
 from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
 

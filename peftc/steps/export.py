@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import artifact, manifest, measure, methods
+from peftc import measure, methods
 from peftc.data import open_data
 from peftc.errors import ArtifactError, DataError, UsageError
-from peftc.job import EXPORT, ExportRecord, Job, execution
 from peftc.measure import Speedup
 from peftc.models import padding
 from peftc.models.exported import Exported, Inputs
@@ -23,8 +22,10 @@ from peftc.models.multiplied import multiplied
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.report import Report, Table, percent, size
-from peftc.source import Source
 from peftc.steps import baseline, parity, seen, write
+from peftc.store import artifact, manifest
+from peftc.store.job import EXPORT, ExportRecord, Job, execution
+from peftc.store.source import Source
 from peftc.tasks import Settings
 
 

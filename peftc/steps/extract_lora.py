@@ -19,8 +19,8 @@ from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report, Table
-from peftc.source import Source
 from peftc.steps import imitation, student, write
+from peftc.store.source import Source
 
 LOST = 0.5  # of a module's change: below it the update says little of what was learnt
 

@@ -10,7 +10,6 @@ from peftc import measure, processes
 from peftc import plan as plans
 from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError
-from peftc.manifest import Manifest
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.plan import Budget, Plan, Target
@@ -19,6 +18,7 @@ from peftc.report import size as bytes_text
 from peftc.steps import joint as joining
 from peftc.steps import write
 from peftc.steps.factoring import Factoring, Kept
+from peftc.store.manifest import Manifest
 
 
 def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False, **asked: Any) -> Budget | None:

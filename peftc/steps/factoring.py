@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from peftc import hooks, measure, processes, progress
 from peftc.allocate import Rank, Use
-from peftc.artifact import Piece, from_file
 from peftc.errors import MethodError, PeftcError
-from peftc.header import read_header
-from peftc.job import Job
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
@@ -32,6 +29,9 @@ from peftc.plan import Budget, Plan, Target
 from peftc.steps import joint, passes, spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics
+from peftc.store.artifact import Piece, from_file
+from peftc.store.header import read_header
+from peftc.store.job import Job
 
 Kept = tuple[dict[str, Tensor], dict[str, Piece]]  # factors by their names in `nn.lowrank.build`, and as stored
 BASIS = 8  # bytes of an entry of a basis, at most

@@ -14,7 +14,6 @@ from torch import nn
 from peftc import measure, methods, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
-from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models.heads import Headed
 from peftc.models.load import load, refuse_unbuildable
@@ -24,12 +23,13 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
-from peftc.source import Source
 from peftc.steps import baseline, distill, factored, imitation, ordered, quality, samples, write
 from peftc.steps import student as students
 from peftc.steps.imitation import TASK, Imitation
 from peftc.steps.merge import taken_in
 from peftc.steps.student import Student
+from peftc.store.job import Job
+from peftc.store.source import Source
 from peftc.tasks import Settings
 
 EPOCHS = 10  # where no length is given

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftc import config, documents, processes
+from peftc import config, processes
 from peftc.data import split_names
 from peftc.errors import OutputError
 from peftc.models.load import load
 from peftc.report import Report
-from peftc.source import Source
+from peftc.store import documents
+from peftc.store.source import Source
 
 TOP = """\
 # What the peftc commands in this folder take without being told. A flag wins over a PEFTC_ variable, and that over

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from peftc.allocate import Rank
-from peftc.artifact import Piece
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.hooks import Found
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
@@ -30,6 +29,7 @@ from peftc.report import grouped
 from peftc.steps import statistics
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import Statistics
+from peftc.store.artifact import Piece
 
 FORMS = ("linear", "transposed")
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc.artifact import Piece
 from peftc.hooks import Running, Site, Sums
 from peftc.models.parts import read_note, save_part
 from peftc.plan import Target
 from peftc.steps import write
+from peftc.store.artifact import Piece
 
 ROWS = 256  # of a weight that are turned into float64 at once
 LANES = 4  # parts of the calibration set that are summed apart, so that a resume and other processes add in one order

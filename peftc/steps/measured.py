@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftc import artifact, processes
+from peftc import processes
 from peftc.models.model import Model
 from peftc.report import Report, plain
+from peftc.store import artifact
 
 
 def keep(report: Report, model: Model, question: Any) -> None:

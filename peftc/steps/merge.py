@@ -13,8 +13,8 @@ from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report
-from peftc.source import Source
 from peftc.steps import factored, imitation, write
+from peftc.store.source import Source
 
 
 def merge(

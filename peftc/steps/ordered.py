@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import allocate, artifact, measure, processes, progress
+from peftc import allocate, measure, processes, progress
 from peftc.errors import ArtifactError, MethodError
-from peftc.manifest import Manifest
 from peftc.models import weights
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
@@ -24,6 +23,8 @@ from peftc.plan import Target
 from peftc.report import Report, Table, grouped, span
 from peftc.steps import factored, spectra, write
 from peftc.steps.factoring import Factoring, Kept
+from peftc.store import artifact
+from peftc.store.manifest import Manifest
 
 MEANS = ("weight_mean", "down_mean")
 MAKE = "make one: `peftc decompose MODEL --keep-all-ranks -o all`"

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftc import artifact, hooks
+from peftc import hooks
 from peftc.errors import PlanError, UsageError
 from peftc.hooks import Collector, Site
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.report import SIZES, scaled
 from peftc.report import size as bytes_text
+from peftc.store import artifact
 
 FILE = "passes.json"
 PROCESS = (

@@ -15,7 +15,6 @@ from torch import nn
 from peftc import depth, measure, processes, tasks
 from peftc.depth import Asked
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
-from peftc.job import Job
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten
 from peftc.models import load as models
@@ -26,14 +25,12 @@ from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
 from peftc.objectives import OBJECTIVES
 from peftc.report import Report
-from peftc.source import Source
 from peftc.steps import (
     baseline,
     closing,
     factored,
     layer_choice,
     layer_evidence,
-    layer_maps,
     layer_scores,
     ordered,
     quality,
@@ -46,6 +43,9 @@ from peftc.steps.layer_plot import draw_scores
 from peftc.steps.layer_scores import Score, Seen
 from peftc.steps.plot import refuse_unwritable
 from peftc.steps.samples import Samples
+from peftc.store import maps as layer_maps
+from peftc.store.job import Job
+from peftc.store.source import Source
 from peftc.tasks import Settings
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split

@@ -152,8 +152,8 @@ def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> li
     """
     import json
 
-    from peftc.job import EXPORT
-    from peftc.source import MANIFEST
+    from peftc.store.job import EXPORT
+    from peftc.store.source import MANIFEST
 
     known: set[str] = set()
     for note in {MANIFEST, EXPORT} & set(there):

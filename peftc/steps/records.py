@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, documents, job, manifest
 from peftc.errors import ArtifactError, UsageError
-from peftc.manifest import Manifest
-from peftc.source import MANIFEST, read_json
 from peftc.steps.show import command_lines
+from peftc.store import artifact, documents, job, manifest
+from peftc.store.manifest import Manifest
+from peftc.store.source import MANIFEST, read_json
 
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again

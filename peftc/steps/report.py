@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import documents
 from peftc.errors import OutputError
 from peftc.report import Report, count, grouped, percent, short, size, span
-from peftc.source import Source
-from peftc.steps import charts, layer_maps, page, records
+from peftc.steps import charts, page, records
 from peftc.steps.charts import Point
 from peftc.steps.compare import compare, quality_text, speed_texts
 from peftc.steps.page import Html, details, facts, joined, prose, section, tag
 from peftc.steps.records import Record, Row
+from peftc.store import documents, maps
+from peftc.store.source import Source
 from peftc.version import __version__
 
 
@@ -217,12 +217,12 @@ def _layers(record: Record) -> Html | None:
 
 def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
     """Draw the t-SNE map after each layer, or say why there is none."""
-    score, kept = record.data.get("score"), layer_maps.read(record.folder)
+    score, kept = record.data.get("score"), maps.read(record.folder)
     if score != "tsne-silhouette":
         why = f"`{score}` is taken of none, as `tsne-silhouette` is" if score else "no layer was scored"
         return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
     if kept is None or not kept.points.keys() >= {row["name"] for row in rows}:
-        why = f"there is no `{layer_maps.FILE}` of these layers in the artifact"
+        why = f"there is no `{maps.FILE}` of these layers in the artifact"
         return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
     number, classes = len(kept.labels), len(kept.classes)
     what = f"{number:,} of {kept.samples:,} samples" if number < kept.samples else f"{number:,} samples"

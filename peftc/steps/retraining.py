@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact, manifest, methods, processes
+from peftc import methods, processes
 from peftc.errors import UsageError
 from peftc.intervals import Interval
-from peftc.job import Job
 from peftc.models.model import Model
 from peftc.models.place import device_of
 from peftc.recipe import Recipe
 from peftc.report import Report, Table
 from peftc.steps import factored, write
 from peftc.steps.finetune import EPOCHS, finetune
+from peftc.store import artifact, manifest
+from peftc.store.job import Job
 
 USUAL = "lora"  # where the model was not finetuned before
 WARNING = (

@@ -8,7 +8,7 @@ from typing import Any
 from peftc.data import Dataset, parts_of
 from peftc.data.dataset import HASH, SKETCH
 from peftc.errors import DataError
-from peftc.manifest import Manifest
+from peftc.store.manifest import Manifest
 
 SHARED = 0.1  # of the smaller set: fewer are repeats that many data sets hold, as short messages do
 

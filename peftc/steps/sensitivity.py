@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import allocate, artifact, hooks, progress, tasks
+from peftc import allocate, hooks, progress, tasks
 from peftc.allocate import Rank
 from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
@@ -33,6 +33,7 @@ from peftc.plan import Budget, Target
 from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
+from peftc.store import artifact
 from peftc.tasks import Batch
 from peftc.unlabelled import divergence
 

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc import artifact, documents, manifest
-from peftc.documents import CONTROL
 from peftc.errors import ArtifactError, PeftcError
-from peftc.manifest import Manifest
 from peftc.models import hub
 from peftc.report import Cell, Report, Table, count, grouped, size, span
-from peftc.source import MANIFEST, Located, Source, locate
+from peftc.store import artifact, documents, manifest
+from peftc.store.documents import CONTROL
+from peftc.store.manifest import Manifest
+from peftc.store.source import MANIFEST, Located, Source, locate
 
 if TYPE_CHECKING:
-    from peftc.header import TensorInfo
+    from peftc.store.header import TensorInfo
 
 DEFAULT_SHARD = 5_000_000_000
 WRITING = (

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from peftc import allocate, artifact, progress
+from peftc import allocate, progress
 from peftc.allocate import Rank
 from peftc.errors import PlanError
 from peftc.intervals import Interval
-from peftc.job import Job
 from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
@@ -28,6 +27,8 @@ from peftc.steps import latency, spectra, write
 from peftc.steps.factoring import Factoring
 from peftc.steps.latency import Measured, Pace, Site, SiteTimes
 from peftc.steps.spectra import Losses
+from peftc.store import artifact
+from peftc.store.job import Job
 
 BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused

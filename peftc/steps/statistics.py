@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import artifact, hooks, manifest, processes, progress, unlabelled
+from peftc import hooks, processes, progress, unlabelled
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.hooks import Collector, Found, Site, Sums
 from peftc.models import inputs, streaming
@@ -26,6 +26,7 @@ from peftc.steps import lanes, write
 from peftc.steps.lanes import LANES, Lanes
 from peftc.steps.passes import planned
 from peftc.steps.prepared import Prepared, Request, prepare
+from peftc.store import artifact, manifest
 from peftc.tasks import Batch, Task
 
 FILE = "statistics.safetensors"

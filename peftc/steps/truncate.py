@@ -16,10 +16,10 @@ from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.plan import Plan
 from peftc.report import Report
-from peftc.source import Source
 from peftc.steps import factored, ordered, spectra, write
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
+from peftc.store.source import Source
 
 
 def truncate(

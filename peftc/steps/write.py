@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import artifact, manifest, measure, processes
-from peftc.artifact import Piece
+from peftc import measure, processes
 from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
-from peftc.job import EXPORT, Job, execution
-from peftc.manifest import Manifest
 from peftc.models import inputs
 from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
@@ -27,12 +24,15 @@ from peftc.models.weights import piece as piece
 from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
 from peftc.report import Report, Table
-from peftc.source import CODE, COMPANIONS, Source
-from peftc.steps import layer_maps
+from peftc.store import artifact, manifest, maps
+from peftc.store.artifact import Piece
+from peftc.store.job import EXPORT, Job, execution
+from peftc.store.manifest import Manifest
+from peftc.store.source import CODE, COMPANIONS, Source
 from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
-NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, layer_maps.FILE, "data_config.json")
+NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, maps.FILE, "data_config.json")
 LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 

@@ -32,8 +32,8 @@ from peftc.models import load as models
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.models.place import runnable
-from peftc.source import Source
 from peftc.steps import parity
+from peftc.store.source import Source
 
 BATCH, TOKENS = 16, 128
 Clock = Callable[[], float]

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 import peftc
 from peftc.errors import PeftcError
 from peftc.intervals import wilson
-from peftc.source import Source
+from peftc.store.source import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.py, the user's own module
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -25,7 +25,7 @@ import torch
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.source import Source
+from peftc.store.source import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.py, the user's own module
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))

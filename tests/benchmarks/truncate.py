@@ -18,12 +18,13 @@ import torch
 from real_models import real_models
 from safetensors.torch import load_file
 
-from peftc import decompose, manifest, truncate
+from peftc import decompose, truncate
 from peftc.models import load as models
 from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.report import Report
-from peftc.source import Source
+from peftc.store import manifest
+from peftc.store.source import Source
 
 RATIOS = (0.35, 0.5, 0.75)
 

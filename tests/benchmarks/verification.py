@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peftc import manifest, verified
+from peftc.store import manifest, verified
 
 BLOCK = 1 << 20
 

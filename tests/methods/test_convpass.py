@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftc
-from peftc import manifest
 from peftc.errors import PlanError, UsageError
 from peftc.methods.adapter.convpass import Bypass, convpass
 from peftc.models import adapting, load
 from peftc.nn.adapted import Adapted, adapted_modules
+from peftc.store import manifest
 from tests.conftest import BERT, INPUT, VIT, save_timm, save_transformers  # type: ignore[import-not-found]
 
 CPU: dict[str, Any] = {"device": "cpu"}

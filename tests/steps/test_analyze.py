@@ -15,9 +15,9 @@ from torch import nn
 from peftc.errors import PlanError, UsageError, WeightError
 from peftc.models import load as models
 from peftc.nn import lowrank
-from peftc.source import Source
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
+from peftc.store.source import Source
 
 HERE = "python:tests.steps.test_analyze"
 PNG = b"\x89PNG\r\n\x1a\n"

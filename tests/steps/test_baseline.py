@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import peftc as package
-from peftc import artifact
 from peftc.errors import ArtifactError, DataError
+from peftc.store import artifact
 from tests.conftest import INPUT, VIT, rewritten, save_timm
 
 FEW: dict[str, Any] = {"data": "sklearn:digits", "steps": 2, "num_samples": 40, "held_out": 0, "device": "cpu"}

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc as public
-from peftc import manifest
 from peftc.errors import ArtifactError, DataError, PlanError, UsageError, WeightError
 from peftc.methods.weighted import Moment, weighted
 from peftc.steps import statistics, write
@@ -20,6 +19,7 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.lanes import LANES
 from peftc.steps.show import show
+from peftc.store import manifest
 from tests.conftest import WORDS, promised
 from tests.forked import forked
 from tests.steps.test_decompose import ranks
@@ -434,7 +434,7 @@ def test_a_kill_after_the_last_part_needs_no_forward_pass(
 
 
 def test_bytes_that_change_on_the_way_are_noticed(tiny_vit: Path, tmp_path: Path, monkeypatch) -> None:
-    from peftc import artifact
+    from peftc.store import artifact
 
     write_json = artifact.write_json
 

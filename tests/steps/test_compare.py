@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import peftc as package
-from peftc import artifact
 from peftc.errors import ArtifactError, UsageError
-from peftc.header import encode_header
-from peftc.manifest import Manifest, digest
 from peftc.steps.report import report as report_page
+from peftc.store import artifact
+from peftc.store.header import encode_header
+from peftc.store.manifest import Manifest, digest
 
 LAYERS = {"data": None, "drop": None}  # what a request of prune-layers has to have
 

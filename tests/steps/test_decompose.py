@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import manifest, measure
+from peftc import measure
 from peftc.errors import ArtifactError, PlanError, SourceError, UsageError, WeightError
 from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.report import Report
-from peftc.source import Source
 from peftc.steps import write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
+from peftc.store import manifest
+from peftc.store.source import Source
 from tests.conftest import promised
 from tests.forked import forked
 
@@ -289,7 +290,7 @@ RELOAD = """
 import sys, torch, peftc
 from peftc.models import load as models
 from peftc.models.inputs import outputs
-from peftc.source import Source
+from peftc.store.source import Source
 for line in sys.stdin.read().splitlines():
     batch, expected = torch.load(line + ".pt", weights_only=True)
     found = outputs(models.load(Source(line, allow_code=True)), batch)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import peftc
-from peftc import manifest, train
+from peftc import train
 from peftc.data.augment import Augment
 from peftc.errors import ArtifactError, DataError, DivergenceError, PeftcError, UsageError
 from peftc.models import load
@@ -21,6 +21,7 @@ from peftc.nn import surgery
 from peftc.recipe import Recipe
 from peftc.steps import imitation, samples
 from peftc.steps.imitation import Imitation
+from peftc.store import manifest
 from peftc.tasks import Settings
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
 from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from peftc.errors import DataError, UsageError, WeightError
 from peftc.models import load
 from peftc.report import Report
-from peftc.source import Source
 from peftc.steps.evaluate import evaluate
+from peftc.store.source import Source
 from peftc.tasks import TASKS, macro_f1, spearman
 
 CLASSES = [str(digit) for digit in range(10)]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import manifest
 from peftc.errors import PeftcError, PlanError
+from peftc.store import manifest
 from tests.steps.test_finetune import few, tune  # type: ignore[import-not-found] # noqa: F401
 
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import manifest, methods, train
+from peftc import methods, train
 from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
+from peftc.store import manifest
 from tests.steps.test_distill import images  # type: ignore[import-not-found] # noqa: F401
 from tests.steps.test_scale import launch  # type: ignore[import-not-found]
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftc import manifest, measure
+from peftc import measure
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.methods.decompose.kfac import kfac
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models import load as models
-from peftc.source import Source
 from peftc.steps import joint as joining
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.show import command_lines, show
 from peftc.steps.truncate import truncate
+from peftc.store import manifest
+from peftc.store.source import Source
 from tests.conftest import promised, rewritten
 from tests.forked import forked
 from tests.steps.test_decompose import NETWORKS, ranks, read, save_network

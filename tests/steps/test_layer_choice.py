@@ -18,8 +18,9 @@ from peftc.errors import DataError, PeftcError, UsageError
 from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
-from peftc.steps import layer_evidence, layer_losses, layer_maps, layer_scores, samples
+from peftc.steps import layer_evidence, layer_losses, layer_scores, samples
 from peftc.steps.layer_losses import Trial
+from peftc.store import maps
 from peftc.tasks import Settings
 from peftc.unlabelled import divergence
 from tests.conftest import BERT, INPUT, LLAMA, VIT, promised, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
@@ -304,7 +305,7 @@ def test_the_picture_has_a_map_for_every_layer_with_its_score(vit: Path, images:
 def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: str, tmp_path: Path) -> None:
     on = {"data": images, "output_dir": tmp_path / "out", **MAPPED}
     first = peftc.prune_layers(vit, plot=tmp_path / "first.svg", **on)
-    kept = layer_maps.read(tmp_path / "out")
+    kept = maps.read(tmp_path / "out")
     assert kept is not None and first.data["samples"] == kept.samples == len(kept.labels)
     assert list(kept.points) == [row["name"] for row in first.data["layers"]] == NAMES
     for row in first.data["layers"]:
@@ -314,9 +315,9 @@ def test_an_artifact_keeps_the_maps_that_it_was_scored_by(vit: Path, images: str
     assert any("already done" in note for note in again.notes)
     assert (tmp_path / "again.svg").read_text().count("<image ") == 4
     peftc.decompose(tmp_path / "out", ratio=0.5, output_dir=tmp_path / "next")
-    assert not (tmp_path / "next" / layer_maps.FILE).exists(), "they are not those of the next artifact"
+    assert not (tmp_path / "next" / maps.FILE).exists(), "they are not those of the next artifact"
     quick = peftc.prune_layers(vit, data=images, score="silhouette", output_dir=tmp_path / "quick", **CPU)
-    assert quick.artifact is not None and layer_maps.read(quick.artifact) is None
+    assert quick.artifact is not None and maps.read(quick.artifact) is None
 
 
 def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: str) -> None:

@@ -12,7 +12,7 @@ import peftc
 from peftc.errors import PeftcError, SourceError
 from peftc.models import load
 from peftc.nn.adapted import adapted_modules
-from peftc.source import Source
+from peftc.store.source import Source
 from tests.conftest import LLAMA, rewritten, save_transformers
 
 peft = pytest.importorskip("peft")

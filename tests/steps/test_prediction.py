@@ -159,7 +159,7 @@ def test_the_share_of_svd_is_the_mean_of_the_modules_squared_errors(tiny_vit: Pa
 def test_half_the_squared_losses_are_about_the_measured_divergence(images: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from peftc.source import Source
+    from peftc.store.source import Source
 
     save_file(Noisy().state_dict(), tmp_path / "noisy.safetensors")
     source = Source(

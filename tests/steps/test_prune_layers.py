@@ -11,11 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 import peftc
-from peftc import manifest
 from peftc.errors import ClassesError, DataError, PeftcError, PlanError, UsageError, WeightError
 from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
 from peftc.steps import imitation, layer_scores, samples
+from peftc.store import manifest
 from peftc.tasks import Settings
 from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc.errors import ArtifactError, OutputError, PeftcError, SourceError, UsageError
-from peftc.source import Source
 from peftc.steps.push import push_to_hub
+from peftc.store.source import Source
 from tests.hub_server import READER, Hub  # type: ignore[import-not-found]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of huggingface_hub's own requests

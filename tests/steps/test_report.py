@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import peftc as package
-from peftc import artifact
 from peftc.errors import ArtifactError, OutputError, UsageError
-from peftc.steps import charts, layer_maps, page
+from peftc.steps import charts, page
 from peftc.steps.charts import Point, Scale
 from peftc.steps.report import report
+from peftc.store import artifact
+from peftc.store import maps as layer_maps
 from tests.steps.test_compare import measure, quality, speed, write
 
 VOID = {"meta", "br", "img", "link", "input"}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import peftc
-from peftc import manifest
 from peftc.errors import PeftcError, UsageError
 from peftc.steps import layer_choice, retraining
+from peftc.store import manifest
 
 CPU: dict[str, Any] = {"device": "cpu"}
 PRUNE: dict[str, Any] = {"score": "block-influence", "keep": 2, **CPU}

@@ -10,11 +10,11 @@ import transformers
 from torch import Tensor, nn
 
 import peftc
-from peftc import manifest
 from peftc.errors import ArtifactError, ExportError, SourceError
 from peftc.models import load
 from peftc.nn.skipped import Skipped
 from peftc.steps import imitation
+from peftc.store import manifest
 from tests.conftest import rewritten, save_timm, save_transformers  # type: ignore[import-not-found]
 
 SWIN = {"embed_dim": 24, "img_size": 112, "depths": (2, 2, 2, 2), "num_classes": 5}

@@ -19,12 +19,12 @@ from peftc import measure, plan
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.measure import Times
 from peftc.models import load as models
-from peftc.source import Source
 from peftc.steps import latency, speedup, write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.steps.speedup import search
+from peftc.store.source import Source
 from tests.conftest import promised
 from tests.steps.test_decompose import Convolutions, Perceptron, save_network
 

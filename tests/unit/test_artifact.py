@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from peftc import artifact
-from peftc.artifact import Piece, changed_files, from_file, tensor_table, write_weights
 from peftc.errors import ArtifactError, WeightError
-from peftc.header import DTYPE_BITS, read_header
-from peftc.manifest import Manifest
+from peftc.store import artifact
+from peftc.store.artifact import Piece, changed_files, from_file, tensor_table, write_weights
+from peftc.store.header import DTYPE_BITS, read_header
+from peftc.store.manifest import Manifest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

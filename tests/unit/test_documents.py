@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from peftc import documents
-from peftc.documents import is_sealed, misfit, read_json, sealed
+from peftc.store import documents
+from peftc.store.documents import is_sealed, misfit, read_json, sealed
 
 PERSON = {"name": str, "age?": (int, None), "marks": [float], "by_year": {str: bool}}
 

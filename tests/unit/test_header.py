@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from peftc.errors import WeightError
-from peftc.header import DTYPE_BITS, encode_header, read_header
+from peftc.store.header import DTYPE_BITS, encode_header, read_header
 
 
 def file(path: Path, header: Any, data: bytes = b"") -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from peftc.errors import SourceError
 from peftc.models.load import load
-from peftc.source import Source
+from peftc.store.source import Source
 
 
 @pytest.fixture(autouse=True)

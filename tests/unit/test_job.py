@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from peftc import artifact, documents
-from peftc.artifact import Piece, write_weights
 from peftc.errors import ArtifactError, DataError, OutputError, PeftcError, PlanError, TakenError, UsageError
-from peftc.job import Job, execution
-from peftc.manifest import Manifest, read
+from peftc.store import artifact, documents
+from peftc.store.artifact import Piece, write_weights
+from peftc.store.job import Job, execution
+from peftc.store.manifest import Manifest, read
 
 ONE, OTHER = "1" * 64, "2" * 64
 BASE = {"library": "python", "architecture": "nets:make"}
@@ -270,7 +270,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(output: Path) ->
 RUN = """
 import sys
 from pathlib import Path
-from peftc.job import execution
+from peftc.store.job import execution
 with execution(Path(sys.argv[1]), sys.argv[2], overwrite=True) as job:
     (job.work / "part").touch()
     print("working", flush=True)

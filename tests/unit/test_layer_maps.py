@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.steps import layer_maps
+from peftc.store import maps as layer_maps
 
 
 def drawn(number: int, layers: int = 2) -> dict[str, list[tuple[float, float]]]:

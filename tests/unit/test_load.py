@@ -17,8 +17,8 @@ from peftc.models.inputs import outputs, probe
 from peftc.models.load import load
 from peftc.models.place import runnable
 from peftc.nn import surgery
-from peftc.source import Source
 from peftc.steps.decompose import decompose
+from peftc.store.source import Source
 
 HERE = "python:tests.unit.test_load"
 

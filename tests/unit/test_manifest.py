@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from peftc import manifest
 from peftc.errors import ArtifactError
-from peftc.manifest import FIELDS, OPTIONAL, Manifest
+from peftc.store import manifest
+from peftc.store.manifest import FIELDS, OPTIONAL, Manifest
 from tests.conftest import rewritten
 
-SCHEMA = json.loads((Path(manifest.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(manifest.__file__).parents[1] / "manifest.schema.json").read_text(encoding="utf-8"))
 SHA = "a" * 64
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peftc.errors import SourceError, UsageError
-from peftc.source import Located, Source, locate, read_json
+from peftc.store.source import Located, Source, locate, read_json
 
 
 def folder(path: Path, **files: Any) -> Path:

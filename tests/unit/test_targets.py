@@ -9,7 +9,7 @@ from peftc.models.families import matches
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.targets import every_weight, targets
-from peftc.source import Source
+from peftc.store.source import Source
 
 
 def wrapped(module: nn.Module) -> Model:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peftc import manifest, verified
 from peftc.errors import ArtifactError
+from peftc.store import manifest, verified
 
 
 @pytest.fixture

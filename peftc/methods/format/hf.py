@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact
-from peftc.artifact import Piece
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import refuse_foreign
 from peftc.models.model import Model
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery
+from peftc.store import artifact
+from peftc.store.artifact import Piece
 
 SHARD = 5 * 10**9  # bytes per file, as transformers writes them
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from peftc import artifact
 from peftc.errors import ExportError
 from peftc.methods.format.hf import SHARD, read_otherwise
 from peftc.models import exported
@@ -21,6 +20,7 @@ from peftc.models.foreign import config_class, refuse_other_library
 from peftc.models.model import Model
 from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, shared, surgery
+from peftc.store import artifact
 
 CODE = "modeling_factored.py"
 LOCK = "this folder holds low-rank factors: load it with AutoModel and trust_remote_code=True"

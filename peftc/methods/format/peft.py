@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftc import artifact, interchange, methods
+from peftc import interchange, methods
 from peftc.errors import ExportError
 from peftc.interchange import Adapter
 from peftc.models import delta, exported
@@ -22,7 +22,8 @@ from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.forms import form_of
-from peftc.source import ADAPTER
+from peftc.store import artifact
+from peftc.store.source import ADAPTER
 
 UNMERGED = True  # the updates are what is written
 

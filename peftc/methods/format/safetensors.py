@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import artifact
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.weights import pieces_of
 from peftc.nn import surgery
+from peftc.store import artifact
 
 FORMS = {
     "linear": "y = up (down x) + bias",

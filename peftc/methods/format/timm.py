@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from peftc import artifact
 from peftc.models import exported
 from peftc.models.exported import Exported, Inputs
 from peftc.models.foreign import refuse_foreign
 from peftc.models.model import Model
 from peftc.models.weights import pieces_of
+from peftc.store import artifact
 
 PLACES = ("url", "hf_hub_id", "hf_hub_filename", "file", "source", "custom_load", "state_dict")  # of other weights
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc import documents, results, verified
-from peftc import manifest as manifests
 from peftc.errors import ArtifactError, reason_of
-from peftc.header import DTYPE_BITS, TensorInfo, encode_header, read_header
-from peftc.manifest import Manifest
+from peftc.store import documents, results, verified
+from peftc.store import manifest as manifests
+from peftc.store.header import DTYPE_BITS, TensorInfo, encode_header, read_header
+from peftc.store.manifest import Manifest
 
 MODEL, FACTORS, RESULT = "model", "factors", "result.json"  # the first two are stems of safetensors files
 BLOCK = 1 << 20

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peftc import documents, manifest
 from peftc.errors import ArtifactError
+from peftc.store import documents, manifest
 
 MOST = 10_000  # files that are remembered, the newest
 QUIET = 2.0  # seconds since a file was written: what changes within one tick of the clock could not be told apart

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftc import documents
+from peftc.store import documents
 
 NUMBER, TEXT, COUNT = (float, None), (str, None), (int, None)
 CELL = (str, float, bool, None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc import artifact
+from peftc.store import artifact
 
 FILE = "maps.json"
 POINTS = 300  # of each layer

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc import documents
 from peftc.errors import SourceError, UsageError, refuse_not_utf8
+from peftc.store import documents
 
 MANIFEST = "peftc.json"
 ADAPTER = "adapter_config.json"  # of Hugging Face peft

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from peftc import artifact, documents, manifest
 from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError, refuse_not_utf8
-from peftc.source import MANIFEST
+from peftc.store import artifact, documents, manifest
+from peftc.store.source import MANIFEST
 
 CAUSES = {
     errno.ENOSPC: "the disk is full",

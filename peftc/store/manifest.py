@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from peftc import documents
-from peftc.documents import digest
 from peftc.errors import ArtifactError
-from peftc.source import MANIFEST
+from peftc.store import documents
+from peftc.store.documents import digest
+from peftc.store.source import MANIFEST
 
 __all__ = ["Manifest", "digest", "edited", "file_digest", "read"]
 

@@ -1,0 +1,1 @@
+"""Folders and files, without torch: sources, headers, manifests, artifacts, jobs."""
