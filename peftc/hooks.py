@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.allocate import sides
 from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
 from peftc.models.inputs import mask_of
@@ -33,7 +32,8 @@ from peftc.models.layers import registered
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.nn import forms
-from peftc.plan import Target
+from peftc.plans.allocate import sides
+from peftc.plans.plan import Target
 
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
 OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")

@@ -18,7 +18,7 @@ LAYERS = [  # top to bottom; no import climbs
     {"calibration", "training", "formats", "hooks", "train", "accelerator"},
     {"tasks", "task", "retrieval", "objectives", "unlabelled", "data", "measure", "models", "methods"},
     {"nn"},
-    {"plans", "pages", "plan", "allocate", "budgets", "depth", "interchange"},
+    {"plans", "pages", "interchange"},
     {"project", "report", "config", "recipe", "ledger", "intervals"},
     {"store", "processes"},
     {"errors", "progress", "version"},

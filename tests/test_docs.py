@@ -16,9 +16,10 @@ import pytest
 import typer.main
 
 import peftc
-from peftc import allocate, config, report
+from peftc import config, report
 from peftc.cli import app as program
 from peftc.methods import METHODS
+from peftc.plans import allocate
 from peftc.store import source
 
 REPOSITORY = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from peftc.errors import UsageError
 from peftc.models import families
 from peftc.nn import forms, lowrank, surgery
 from peftc.nn.adapted import Adapted
-from peftc.plan import Target
+from peftc.plans.plan import Target
 
 if TYPE_CHECKING:
     from peftc.models.model import Model

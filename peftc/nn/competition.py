@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peftc import budgets
 from peftc.nn.kernelized import Kernelized, Points, Settings
+from peftc.plans import budgets
 
 DECAY = 0.85  # of both averages
 

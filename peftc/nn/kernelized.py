@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftc import budgets
 from peftc.errors import UsageError, one_of
 from peftc.nn import folded, forms
 from peftc.nn.kernels import HALVES, KERNELS, SPARSIFY, Kernel, threshold_of
+from peftc.plans import budgets
 
 
 @dataclass(frozen=True)

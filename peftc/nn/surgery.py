@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.allocate import Rank
 from peftc.errors import ArtifactError, WeightError
 from peftc.nn import lowrank, shared, skipped
+from peftc.plans.allocate import Rank
 
 
 def rank_of(edit: Mapping[str, Any]) -> Rank:

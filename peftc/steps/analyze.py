@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import allocate, measure, processes, progress
-from peftc import plan as plans
-from peftc.allocate import Rank
+from peftc import measure, processes, progress
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import load
@@ -23,7 +21,10 @@ from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Budget, Target
+from peftc.plans import allocate
+from peftc.plans import plan as plans
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.steps import joint as joining
 from peftc.steps import prediction, sensitivity, spectra

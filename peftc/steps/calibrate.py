@@ -13,7 +13,7 @@ from peftc.errors import UsageError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.report import Report, size
 from peftc.steps import factored, ordered, passes, spectra, write
 from peftc.steps import statistics as calibrating

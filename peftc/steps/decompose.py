@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftc import allocate, measure, processes
-from peftc import plan as plans
+from peftc import measure, processes
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
@@ -20,7 +19,9 @@ from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Budget, Plan, Target
+from peftc.plans import allocate
+from peftc.plans import plan as plans
+from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
 from peftc.steps import baseline, estimate, factored, ordered, passes, prediction, quality, seen, spectra, write
 from peftc.steps import joint as joining

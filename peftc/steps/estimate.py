@@ -16,7 +16,7 @@ from torch import Tensor
 from peftc import hooks, measure
 from peftc.models.inputs import run
 from peftc.models.model import Model, detached
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.report import Report, size
 from peftc.steps import passes
 from peftc.steps.factoring import Factoring

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peftc import measure, processes
-from peftc import plan as plans
-from peftc.allocate import Rank
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
-from peftc.plan import Budget, Plan, Target
+from peftc.plans import plan as plans
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
 from peftc.steps import joint as joining

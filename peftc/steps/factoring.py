@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from peftc import hooks, measure, processes, progress
-from peftc.allocate import Rank, Use
 from peftc.errors import MethodError, PeftcError
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
@@ -25,7 +24,8 @@ from peftc.models.parts import read_note, save_part
 from peftc.models.place import HALF, one_dtype
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
-from peftc.plan import Budget, Plan, Target
+from peftc.plans.allocate import Rank, Use
+from peftc.plans.plan import Budget, Plan, Target
 from peftc.steps import joint, passes, spectra, write
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.steps.statistics import Statistics

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.allocate import Rank
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.hooks import Found
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
@@ -24,7 +23,8 @@ from peftc.models.layers import registered
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.nn import lowrank, shared, surgery
-from peftc.plan import Budget, Plan, Target
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import grouped
 from peftc.steps import statistics
 from peftc.steps.prepared import Prepared

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftc.hooks import Running, Site, Sums
 from peftc.models.parts import read_note, save_part
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.steps import write
 from peftc.store.artifact import Piece
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import allocate, measure
-from peftc.allocate import Curve, Rank
+from peftc import measure
 from peftc.errors import PlanError, reason_of
 from peftc.measure import Speedup
 from peftc.models.inputs import DOES_NOT_RUN, outputs
@@ -24,7 +23,9 @@ from peftc.models.layers import registered
 from peftc.models.model import Model, detached
 from peftc.nn import lowrank, surgery
 from peftc.nn.skipped import first_tensor
-from peftc.plan import Target
+from peftc.plans import allocate
+from peftc.plans.allocate import Curve, Rank
+from peftc.plans.plan import Target
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
 SHAPE_ROUNDS = 9

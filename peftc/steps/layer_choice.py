@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftc import depth
-from peftc.depth import Asked, Decision
 from peftc.errors import PlanError
 from peftc.models import layers
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
+from peftc.plans import depth
+from peftc.plans.depth import Asked, Decision
 from peftc.report import Report, Table
 from peftc.steps import layer_evidence, layer_losses, layer_scores
 from peftc.steps.layer_evidence import Decided, Evidence

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftc import depth, tasks
-from peftc.depth import NOISE, Decision
+from peftc import tasks
 from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
+from peftc.plans import depth
+from peftc.plans.depth import NOISE, Decision
 from peftc.report import Table
 from peftc.steps import layer_scores
 from peftc.steps.layer_scores import Score, Seen

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import allocate, measure, processes, progress
+from peftc import measure, processes, progress
 from peftc.errors import ArtifactError, MethodError
 from peftc.models import weights
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
-from peftc.plan import Target
+from peftc.plans import allocate
+from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, span
 from peftc.steps import factored, spectra, write
 from peftc.steps.factoring import Factoring, Kept

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from peftc.allocate import Rank
 from peftc.errors import PlanError
 from peftc.intervals import Interval
-from peftc.plan import Budget
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget
 from peftc.report import Report, Table, short
 from peftc.steps import sensitivity
 from peftc.steps.factoring import Factoring

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftc import depth, measure, processes, tasks
-from peftc.depth import Asked
+from peftc import measure, processes, tasks
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten
@@ -24,6 +23,8 @@ from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
 from peftc.objectives import OBJECTIVES
+from peftc.plans import depth
+from peftc.plans.depth import Asked
 from peftc.report import Report
 from peftc.steps import (
     baseline,

@@ -20,8 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import allocate, hooks, progress, tasks
-from peftc.allocate import Rank
+from peftc import hooks, progress, tasks
 from peftc.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -29,7 +28,9 @@ from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
-from peftc.plan import Budget, Target
+from peftc.plans import allocate
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget, Target
 from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared

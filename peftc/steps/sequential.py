@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 from peftc import hooks, progress
-from peftc.allocate import Rank
 from peftc.errors import UsageError
 from peftc.hooks import Collector, Found, Site
 from peftc.models.dual import has_matching
@@ -26,6 +25,7 @@ from peftc.models.layers import registered
 from peftc.models.parts import read_note, save_part
 from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
+from peftc.plans.allocate import Rank
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import matrix_of

@@ -12,14 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peftc import allocate, hooks, methods
-from peftc.allocate import Curve, Rank
+from peftc import hooks, methods
 from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
-from peftc.plan import Budget, Target
+from peftc.plans import allocate
+from peftc.plans.allocate import Curve, Rank
+from peftc.plans.plan import Budget, Target
 from peftc.steps import joint
 from peftc.steps.statistics import Statistics
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from peftc import allocate, progress
-from peftc.allocate import Rank
+from peftc import progress
 from peftc.errors import PlanError
 from peftc.intervals import Interval
 from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
-from peftc.plan import Budget, Plan
+from peftc.plans import allocate
+from peftc.plans.allocate import Rank
+from peftc.plans.plan import Budget, Plan
 from peftc.report import Report, Table, grouped
 from peftc.steps import latency, spectra, write
 from peftc.steps.factoring import Factoring

@@ -20,7 +20,7 @@ from peftc.models.model import Model
 from peftc.models.parts import read_note, save_part
 from peftc.models.place import moved, place_of
 from peftc.nn import lowrank
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.report import grouped
 from peftc.steps import lanes, write
 from peftc.steps.lanes import LANES, Lanes

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftc import allocate, measure, methods
+from peftc import measure, methods
 from peftc.errors import one_of
 from peftc.methods.spectrum import Spectrum
 from peftc.models.load import load
 from peftc.models.model import Model, detached
-from peftc.plan import Plan
+from peftc.plans import allocate
+from peftc.plans.plan import Plan
 from peftc.report import Report
 from peftc.steps import factored, ordered, spectra, write
 from peftc.steps.factoring import Factoring

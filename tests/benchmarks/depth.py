@@ -29,14 +29,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import peftc
-from peftc import depth
 from peftc.data import open_data
 from peftc.data.tokens import sample, tokenizer_of
-from peftc.depth import Asked
 from peftc.errors import PeftcError
 from peftc.models import layers, load, shorten
 from peftc.models.inputs import outputs
 from peftc.models.model import Model, detached
+from peftc.plans import depth
+from peftc.plans.depth import Asked
 from peftc.recipe import Recipe
 from peftc.report import Report
 from peftc.steps import closing, imitation, layer_choice, layer_losses, layer_scores, samples

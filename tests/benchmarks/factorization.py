@@ -18,10 +18,10 @@ import torch
 from real_models import real_models
 from torch import Tensor, nn
 
-from peftc.allocate import uniform_rank
 from peftc.methods.decompose.svd import svd
 from peftc.models.load import load
-from peftc.plan import ratio_of
+from peftc.plans.allocate import uniform_rank
+from peftc.plans.plan import ratio_of
 
 
 def vit_b() -> list[Tensor]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftc import budgets
 from peftc.errors import UsageError
 from peftc.methods.adapter.lora import lora
 from peftc.methods.adapter.snell import after_step, snell
@@ -22,6 +21,7 @@ from peftc.nn import kernels
 from peftc.nn.adapted import Adapted, adapted_modules, take_in
 from peftc.nn.folded import folded, form_of, rebuilt
 from peftc.nn.kernels import KERNELS, SPARSIFY, Kernel, threshold_of
+from peftc.plans import budgets
 
 KINDS = [(kernel, form) for kernel in KERNELS for form in SPARSIFY]
 

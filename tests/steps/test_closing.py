@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc.data.tokens import sample, tokenizer_of
-from peftc.depth import Asked
 from peftc.errors import PlanError
 from peftc.models import layers, load, shorten
 from peftc.nn import surgery
+from peftc.plans.depth import Asked
 from peftc.report import Report
 from peftc.steps import closing, layer_choice, samples
 from peftc.steps.closing import Gap, Moments

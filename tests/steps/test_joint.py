@@ -292,7 +292,7 @@ def test_joint_whitened_and_kfac_factors_beat_every_perturbed_competitor() -> No
 
 def test_a_stack_has_one_input_side_blocks_of_gradients_and_a_summed_fisher() -> None:
     from peftc.hooks import Found
-    from peftc.plan import Target
+    from peftc.plans.plan import Target
 
     class Known:
         def of(self, name: str, _device: torch.device) -> Found:
@@ -311,8 +311,8 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
     source = named("bert", tmp_path)
     network = models.load(source).module
     names = [f"encoder.layer.0.attention.self.{each}" for each in (Q, K, V)]
-    from peftc.allocate import Use
-    from peftc.plan import Target
+    from peftc.plans.allocate import Use
+    from peftc.plans.plan import Target
     from peftc.steps.factoring import Factoring
     from peftc.steps.spectra import Factorizer
 

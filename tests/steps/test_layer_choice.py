@@ -13,11 +13,11 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 import peftc
-from peftc.depth import NOISE, Decision
 from peftc.errors import DataError, PeftcError, UsageError
 from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
+from peftc.plans.depth import NOISE, Decision
 from peftc.steps import layer_evidence, layer_losses, layer_scores, samples
 from peftc.steps.layer_losses import Trial
 from peftc.store import maps

@@ -24,7 +24,7 @@ from peftc.models.model import Model
 from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.steps import estimate, lanes, passes, sensitivity, statistics, write
 from peftc.steps.decompose import decompose
 from peftc.steps.factoring import Factoring

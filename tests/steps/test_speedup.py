@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftc import measure, plan
+from peftc import measure
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.measure import Times
 from peftc.models import load as models
+from peftc.plans import plan
 from peftc.steps import latency, speedup, write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose

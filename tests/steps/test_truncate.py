@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import allocate
 from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
 from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
+from peftc.plans import allocate
 from peftc.report import Report
 from peftc.steps import ordered, write
 from peftc.steps.analyze import analyze

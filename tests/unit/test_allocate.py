@@ -8,8 +8,9 @@ from fractions import Fraction
 
 import pytest
 
-from peftc import allocate
-from peftc.allocate import (
+from peftc.errors import PlanError
+from peftc.plans import allocate
+from peftc.plans.allocate import (
     Curve,
     Rank,
     Use,
@@ -23,7 +24,6 @@ from peftc.allocate import (
     tucker_path,
     uniform_rank,
 )
-from peftc.errors import PlanError
 
 HALF = Fraction(1, 2)
 FORMS = ["linear", "transposed", "embedding", "channel", "spatial"]
@@ -291,7 +291,7 @@ class Known:
 @pytest.mark.parametrize("allocation", ["energy", "global"])
 def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
     pytest.importorskip("torch")
-    from peftc.plan import Budget, Target
+    from peftc.plans.plan import Budget, Target
     from peftc.steps import spectra
 
     targets = {name: Target(name, "linear", (40, 30)) for name in "ab"}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from peftc import depth
 from peftc.errors import DataError, PlanError
+from peftc.plans import depth
 
 
 @pytest.mark.parametrize(

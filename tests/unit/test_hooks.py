@@ -26,7 +26,7 @@ from peftc.models.parts import save_part
 from peftc.models.place import runnable
 from peftc.models.targets import targets as eligible
 from peftc.nn import lowrank
-from peftc.plan import Target
+from peftc.plans.plan import Target
 from peftc.steps import lanes, statistics
 from peftc.steps.prepared import Request, prepare
 from peftc.steps.statistics import Statistics

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftc.allocate import entries, max_rank
 from peftc.methods.decompose.svd import svd
 from peftc.methods.decompose_conv.tucker2 import tucker2
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import FORMS, build, dense_weight, matrix
+from peftc.plans.allocate import entries, max_rank
 
 CONV_FORMS = ["channel", "spatial", "tucker2"]
 CONVOLUTIONS: dict[str, dict[str, Any]] = {

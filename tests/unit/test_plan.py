@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from peftc import plan as plans
-from peftc.allocate import Use
 from peftc.errors import PlanError, UsageError
-from peftc.plan import Budget, Plan, Target, budget, check, ratio_of, read
+from peftc.plans import plan as plans
+from peftc.plans.allocate import Use
+from peftc.plans.plan import Budget, Plan, Target, budget, check, ratio_of, read
 
 TARGETS = {
     "fc": Target("fc", "linear", (20, 30)),

@@ -10,9 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from peftc import allocate
-from peftc.allocate import Rank, Use
 from peftc.errors import PlanError, UsageError
+from peftc.plans import allocate
+from peftc.plans.allocate import Rank, Use
 from peftc.report import AMOUNTS, scaled
 from peftc.store import documents
 

@@ -1,0 +1,1 @@
+"""Decisions, without torch: plans, budgets, shares of them, and how deep."""
