@@ -19,7 +19,7 @@ LAYERS = [  # top to bottom; no import climbs
     {"tasks", "task", "retrieval", "objectives", "unlabelled", "data", "measure", "models", "methods"},
     {"nn"},
     {"plans", "pages", "interchange"},
-    {"project", "report", "config", "recipe", "ledger", "intervals"},
+    {"project", "report", "recipe", "intervals"},
     {"store", "processes"},
     {"errors", "progress", "version"},
 ]

@@ -16,10 +16,11 @@ import pytest
 import typer.main
 
 import peftc
-from peftc import config, report
+from peftc import report
 from peftc.cli import app as program
 from peftc.methods import METHODS
 from peftc.plans import allocate
+from peftc.project import config
 from peftc.store import source
 
 REPOSITORY = Path(__file__).parents[1]

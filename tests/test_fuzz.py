@@ -24,11 +24,11 @@ import pytest
 import torch
 
 import peftc
-from peftc import config
 from peftc.cli.app import app
 from peftc.data.tokens import tokenise
 from peftc.errors import ChainError, UsageError
 from peftc.models.load import load
+from peftc.project import config
 from peftc.steps.compare import compare
 from peftc.steps.report import report
 from peftc.steps.show import show

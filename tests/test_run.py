@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peftc import ledger
 from peftc.errors import PlanError
+from peftc.project import ledger
 from peftc.report import Report
 from peftc.store import artifact
 from peftc.store.header import encode_header

@@ -24,7 +24,7 @@ from typer import Exit, Option, Typer
 from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHelpError  # typer exports no base class
 from typer.core import TyperGroup
 
-from peftc import config, processes
+from peftc import processes
 from peftc.cli import console
 from peftc.cli.analyze import analyze
 from peftc.cli.bench import bench
@@ -46,6 +46,7 @@ from peftc.cli.run import run
 from peftc.cli.show import show
 from peftc.cli.truncate import truncate
 from peftc.errors import LostProcessError, PeftcError, shown
+from peftc.project import config
 from peftc.report import size
 from peftc.version import __version__
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from typer import Context, Exit
 
-from peftc import config, processes
+from peftc import processes
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
 from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8, shown
+from peftc.project import config
 from peftc.report import Report
 from peftc.store.source import MANIFEST, Source
 

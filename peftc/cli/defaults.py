@@ -8,8 +8,8 @@ from typing import Any
 
 from typer import Context
 
-from peftc import config
 from peftc.errors import UsageError
+from peftc.project import config
 
 
 def configure(ctx: Context, file: Path | None) -> None:

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 from typer import Argument, Context, Exit
 
-from peftc import config, ledger, processes
+from peftc import processes
 from peftc.cli import console, defaults
 from peftc.cli import options as o
 from peftc.errors import PeftcError, UsageError
-from peftc.ledger import Asked, Ledger
+from peftc.project import config, ledger
+from peftc.project.ledger import Asked, Ledger
 from peftc.report import Gate, Report, Table, count
 
 Recipe = Annotated[

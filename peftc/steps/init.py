@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftc import config, processes
+from peftc import processes
 from peftc.data import split_names
 from peftc.errors import OutputError
 from peftc.models.load import load
+from peftc.project import config
 from peftc.report import Report
 from peftc.store import documents
 from peftc.store.source import Source

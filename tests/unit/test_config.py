@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from peftc import config
 from peftc.errors import ChainError, UsageError
+from peftc.project import config
 
 OPTIONS = {
     "decompose": {

@@ -1,0 +1,1 @@
+"""The project of a working folder: peftc.toml, and the ledger of `run`."""
