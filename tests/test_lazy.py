@@ -15,7 +15,7 @@ TORCH_FILES = {
     "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
-LIGHT_STEPS = ("show", "records", "compare", "report", "page", "charts", "card", "push")  # of manifests and results
+LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")

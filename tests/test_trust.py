@@ -217,14 +217,14 @@ def test_the_base_has_to_be_the_one_that_the_manifest_records(peftc, tiny_vit: P
 
 
 def test_a_card_takes_no_markup_from_a_manifest(small: Path) -> None:
-    from peftc.steps import card
+    from peftc.pages import card
 
     evil = "a`<script>alert(1)</script>\n\n# Buy ```now```"
     rewritten(small / "peftc.json", lambda value: value["base"].update(architecture=evil))
     rewritten(
         small / "peftc.json", lambda value: value["steps"][0]["request"].update(method="svd`<img src=x>", seed=evil)
     )
-    text = card.text_of(card.subject(small), "me/small", {})
+    text = card.text_of(card.subject(small), "me/small", {}, package.compare([small]))
     page, _, commands = text.partition("## Rebuild")
     assert "<script" not in page and "<img" not in page and "\n# Buy" not in text.split("\n````sh")[0]
     assert "````sh" in commands, "the fence is longer than what stands in it"

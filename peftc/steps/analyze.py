@@ -21,6 +21,7 @@ from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
+from peftc.pages.plot import draw_spectra, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
@@ -31,7 +32,6 @@ from peftc.steps import prediction, sensitivity, spectra
 from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
-from peftc.steps.plot import draw_spectra, refuse_unwritable
 from peftc.steps.prediction import Anchors, Trial
 from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Decomposed, Factorizer

@@ -13,6 +13,7 @@ from peftc.errors import UsageError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
+from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
 from peftc.steps import factored, ordered, passes, spectra, write
@@ -21,7 +22,6 @@ from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.lanes import LANES
 from peftc.steps.prepared import Request, prepare
-from peftc.steps.show import statistics_table
 from peftc.steps.statistics import Statistics
 from peftc.store import artifact
 from peftc.store.header import read_header

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftc.pages import records
+from peftc.pages.records import Analysis, Record, Row, quality_text, speed_texts
 from peftc.report import Cell, Report, Table, count, short, size
-from peftc.steps import records
-from peftc.steps.records import Analysis, Record, Row
 from peftc.store import artifact
 from peftc.store.source import Source
 
@@ -74,28 +74,6 @@ def _table(rows: Sequence[Row]) -> Table:
             line += speed_texts(row)
         lines.append(line)
     return Table("artifacts", columns, lines)
-
-
-def quality_text(row: Row) -> str:
-    """Write the first metric with its interval: ``0.9778 [0.9568, 0.9887]``."""
-    if row.quality is None:
-        return "-"
-    value = row.quality["metrics"][row.quality["metric"]]
-    known = " on samples it knows" if row.quality.get("seen") else ""
-    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]{known}"
-
-
-def speed_texts(row: Row) -> list[str]:
-    """Write median latency at batch 1, throughput, and what that is to the baseline, as `bench` claims it."""
-    if row.speed is None:
-        return ["-", "-", "-"]
-    model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
-    rate = model["saturating"]["samples_per_second"]
-    return [
-        f"{1000 * model['batch_1']['median_seconds']:.3g} ms",
-        f"{rate:,.0f}/s",
-        change["verdict"] if change else "",
-    ]
 
 
 def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[Record]) -> None:

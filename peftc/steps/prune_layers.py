@@ -23,6 +23,8 @@ from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
 from peftc.objectives import OBJECTIVES
+from peftc.pages.layer_plot import draw_scores
+from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.report import Report
@@ -40,9 +42,7 @@ from peftc.steps import (
     write,
 )
 from peftc.steps.layer_choice import Choice, Work
-from peftc.steps.layer_plot import draw_scores
 from peftc.steps.layer_scores import Score, Seen
-from peftc.steps.plot import refuse_unwritable
 from peftc.steps.samples import Samples
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job

@@ -8,9 +8,10 @@ from typing import Any
 
 from peftc.errors import OutputError, UsageError, reason_of
 from peftc.models.hub import answer_of, failures
+from peftc.pages import card as cards
+from peftc.pages.card import Subject
 from peftc.report import Report, count, size
-from peftc.steps import card as cards
-from peftc.steps.card import Subject
+from peftc.steps.compare import compare
 
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".onnx", ".onnx.data", ".pt2")
@@ -37,7 +38,8 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> Repo
     check(repo)
     subject = cards.subject(Path(folder))
     licence = licence_of(subject)
-    text = cards.text_of(subject, repo, licence)
+    compared = compare([subject.folder]) if subject.format == "artifact" else None
+    text = cards.text_of(subject, repo, licence, compared)
     names = sorted(path.relative_to(folder).as_posix() for path in subject.folder.rglob("*") if path.is_file())
     url, commit = _pushed(subject.folder, names, text, repo, private)
     total = sum((subject.folder / name).stat().st_size for name in names)

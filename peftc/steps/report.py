@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import OutputError
+from peftc.pages import charts, html, records
+from peftc.pages.charts import Point
+from peftc.pages.html import Html, details, facts, joined, prose, section, tag
+from peftc.pages.records import Record, Row, quality_text, speed_texts
 from peftc.report import Report, count, grouped, percent, short, size, span
-from peftc.steps import charts, page, records
-from peftc.steps.charts import Point
-from peftc.steps.compare import compare, quality_text, speed_texts
-from peftc.steps.page import Html, details, facts, joined, prose, section, tag
-from peftc.steps.records import Record, Row
+from peftc.steps.compare import compare
 from peftc.store import documents, maps
 from peftc.store.source import Source
 from peftc.version import __version__
@@ -64,7 +64,7 @@ def _page(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | No
     )
     body = [section(name, heading, inside) for name, heading, inside in shown]
     foot = tag("p", f"Written by peftc {__version__} from the files of the artifacts alone.", class_="soft")
-    return page.document(title, tag("main", tag("h1", title), links, *body, foot))
+    return html.document(title, tag("main", tag("h1", title), links, *body, foot))
 
 
 def _each(found: Sequence[Record], show: Any) -> Html | None:
@@ -90,7 +90,7 @@ def _stages(rows: Sequence[Row], notes: Sequence[str]) -> Html:
         line += ["-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)]
         cells.append([*line, *([quality_text(row)] if metric else []), *(speed_texts(row) if timed else [])])
     said = tag("ul", *(tag("li", prose(note)) for note in notes), class_="soft")
-    return joined([page.table("stages", columns, cells, names=2), said])
+    return joined([html.table("stages", columns, cells, names=2), said])
 
 
 def _trade(rows: Sequence[Row]) -> Html | None:
@@ -152,7 +152,7 @@ def _spectra(analyzed: Mapping[str, Any]) -> Html:
         reason = some[0].get("reason") or ""
         cells.append([kind, len(some), shape, some[0]["max_rank"], some[0]["break_even_rank"], *ranks, reason])
     columns = ["module", "count", "shape", "full rank", "break-even", "90 % energy", "95 %", "99 %", "stays dense"]
-    return joined([page.table("ranks of the base", columns, cells), tag("p"), tag("div", *drawn, class_="charts")])
+    return joined([html.table("ranks of the base", columns, cells), tag("p"), tag("div", *drawn, class_="charts")])
 
 
 def _modules(record: Record) -> Html | None:
@@ -168,7 +168,7 @@ def _modules(record: Record) -> Html | None:
         text = f"Share of the entries that each keeps; ranks: {', '.join(ranks)}."
         drawn.append(charts.bars(kind, values, "share kept", text=text, top=1.0))
     cells = [[name, *_cells(row)] for name, row in rows.items()]
-    whole = page.table("modules", ["module", "shape", "rank", "kept", "relative error", "why dense"], cells)
+    whole = html.table("modules", ["module", "shape", "rank", "kept", "relative error", "why dense"], cells)
     return joined([tag("div", *drawn, class_="charts"), details(f"all {len(cells)} modules", whole)])
 
 
@@ -199,7 +199,7 @@ def _layers(record: Record) -> Html | None:
         [row["name"], "" if row["score"] is None else f"{row['score']:.4g}", "kept" if row["kept"] else "dropped"]
         for row in rows
     ]
-    whole = page.table("layers", ["layer", "score", ""], cells)
+    whole = html.table("layers", ["layer", "score", ""], cells)
     if not scored:
         return joined([tag("p", text), whole, _maps(record, rows)])
     values = [(row["name"], row["score"], "" if row["kept"] else "gone") for row in scored]

@@ -9,7 +9,7 @@ from peftc import methods
 from peftc.errors import ArtifactError
 from peftc.methods.format.safetensors import safetensors
 from peftc.models.exported import Exported
-from peftc.steps import card
+from peftc.pages import card
 from peftc.steps.compare import compare
 from peftc.steps.export import export
 from peftc.steps.show import show
@@ -41,10 +41,10 @@ def exported(small_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_card_of_another_packages_format_says_whose_it_is(exported: Path) -> None:
-    text = card.text_of(card.subject(exported), "me/theirs", {})
+    text = card.text_of(card.subject(exported), "me/theirs", {}, None)
     assert "`theirs`, is that of another package, which theirs 1.0 ran" in text
     (exported / "result.json").rename(exported / "gone")
-    assert "is that of another package." in card.text_of(card.subject(exported), "me/theirs", {})
+    assert "is that of another package." in card.text_of(card.subject(exported), "me/theirs", {}, None)
     (exported / "gone").rename(exported / "result.json")
 
 

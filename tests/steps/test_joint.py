@@ -18,9 +18,10 @@ from peftc.models import load as models
 from peftc.steps import joint as joining
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
-from peftc.steps.show import command_lines, show
+from peftc.steps.show import show
 from peftc.steps.truncate import truncate
 from peftc.store import manifest
+from peftc.store.commands import command_lines
 from peftc.store.source import Source
 from tests.conftest import promised, rewritten
 from tests.forked import forked

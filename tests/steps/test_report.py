@@ -16,8 +16,8 @@ import pytest
 
 import peftc as package
 from peftc.errors import ArtifactError, OutputError, UsageError
-from peftc.steps import charts, page
-from peftc.steps.charts import Point, Scale
+from peftc.pages import charts, html
+from peftc.pages.charts import Point, Scale
 from peftc.steps.report import report
 from peftc.store import artifact
 from peftc.store import maps as layer_maps
@@ -224,7 +224,7 @@ def lab(light: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("sight", SIGHT)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_of_classes_are_told_apart_by_all_who_see(scheme: str, sight: str) -> None:
-    light, dark = page.STYLE.split("@media (prefers-color-scheme: dark)", 1)
+    light, dark = html.STYLE.split("@media (prefers-color-scheme: dark)", 1)
     style = light if scheme == "light" else dark
     known = dict(re.findall(r"--(c\d|card): (#[0-9a-f]{6})", style))
     colors = [linear(known[f"c{at}"]) for at in range(8)]
@@ -353,8 +353,8 @@ def test_charts_stay_inside_their_frame_whatever_the_figures() -> None:
 
 
 def test_markup_is_made_by_tags_alone() -> None:
-    assert page.tag("p", "a < b", page.tag("b", "&"), class_='"') == '<p class="&quot;">a &lt; b<b>&amp;</b></p>'
-    assert page.prose("`a<b>` and c") == "<code>a&lt;b&gt;</code> and c"
+    assert html.tag("p", "a < b", html.tag("b", "&"), class_='"') == '<p class="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert html.prose("`a<b>` and c") == "<code>a&lt;b&gt;</code> and c"
 
 
 # a real browser, where there is one

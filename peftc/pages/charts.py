@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peftc.steps.page import Html, joined, prose, tag
+from peftc.pages.html import Html, joined, prose, tag
 
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38  # margins, for the figures on the axes

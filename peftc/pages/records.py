@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftc.errors import ArtifactError, UsageError
-from peftc.steps.show import command_lines
+from peftc.report import Cell, Table, count, grouped, span
 from peftc.store import artifact, documents, job, manifest
+from peftc.store.commands import command_lines
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, read_json
+
+if TYPE_CHECKING:
+    pass
 
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
@@ -267,3 +271,47 @@ def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
 
 def _is(against: Mapping[str, Any] | None, name: str) -> bool:
     return against is not None and against["name"] == name
+
+
+def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
+    """Group factored modules of one kind and form, with the span of their ranks."""
+    rows = []
+    for kind, names in grouped(modules).items():
+        edits = [modules[name] for name in names]
+        ranks = sorted((edit["rank"] for edit in edits), key=lambda rank: rank if isinstance(rank, list) else [rank])
+        texts = [str(rank).strip("[]").replace(", ", "x") for rank in ranks]
+        rows.append([kind, len(names), edits[0]["form"], span(texts)])
+    return Table(title, ["module", "count", "form", "rank"], rows)
+
+
+def statistics_table(modules: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Group modules of one kind: whose second moment is kept, of how many features, over how many rows."""
+    lines: list[list[Cell]] = []
+    for kind, names in grouped(modules).items():
+        some = [modules[name] for name in names]
+        widths, rows = ([count(n) for n in sorted({each[key] for each in some})] for key in ("width", "rows"))
+        sides = " and ".join(sorted({f"{each['side']}s" for each in some}))
+        lines.append([kind, len(some), sides, span(widths), span(rows)])
+    return Table("statistics", ["module", "count", "of its", "features", "rows"], lines)
+
+
+def quality_text(row: Row) -> str:
+    """Write the first metric with its interval: ``0.9778 [0.9568, 0.9887]``."""
+    if row.quality is None:
+        return "-"
+    value = row.quality["metrics"][row.quality["metric"]]
+    known = " on samples it knows" if row.quality.get("seen") else ""
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]{known}"
+
+
+def speed_texts(row: Row) -> list[str]:
+    """Write median latency at batch 1, throughput, and what that is to the baseline, as `bench` claims it."""
+    if row.speed is None:
+        return ["-", "-", "-"]
+    model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
+    rate = model["saturating"]["samples_per_second"]
+    return [
+        f"{1000 * model['batch_1']['median_seconds']:.3g} ms",
+        f"{rate:,.0f}/s",
+        change["verdict"] if change else "",
+    ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from peftc.pages.plot import drawing
 
-from peftc.steps.plot import drawing
+if TYPE_CHECKING:
+    import numpy as np
 
 NAMED = 20  # classes at most have names beside the maps
 KEPT, DROPPED = "C0", "C3"
@@ -77,6 +78,8 @@ def _draw_maps(
     classes: Sequence[str] | None, lines: int, columns: int,
 ) -> None:  # fmt: skip
     """Draw one map per layer, its number and score above it; those of dropped layers in the colour of dropped ones."""
+    import numpy as np
+
     there = np.unique(labels)
     colors = _colors(len(there))[np.searchsorted(there, labels)]
     order = np.random.default_rng(0).permutation(len(labels))  # so that no class hides the others
@@ -104,6 +107,7 @@ def _draw_maps(
 
 def _colors(number: int) -> np.ndarray:
     """Return (number, 4): colours for classes, told apart as well as so many can be."""
+    import numpy as np
     from matplotlib import colormaps
 
     if number <= NAMED:

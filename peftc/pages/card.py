@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError
-from peftc.report import Table, count, size
-from peftc.steps import records
-from peftc.steps.compare import compare
-from peftc.steps.show import command_lines, modules_table
+from peftc.pages import records
+from peftc.pages.records import modules_table
+from peftc.report import Report, Table, count, size
 from peftc.store import artifact, job, manifest
+from peftc.store.commands import command_lines
 from peftc.store.documents import escaped
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST
@@ -110,13 +110,14 @@ def subject(folder: Path) -> Subject:
     return Subject(folder, str(export.about["format"]), export.manifest, result, export.about)
 
 
-def text_of(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
+def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: Report | None) -> str:
     """Return the text of a ``README.md`` with its front matter.
 
     Args:
         subject: what it is about.
         repo: ``owner/name``.
         licence: of the base, as the front matter of its own card says it; empty where nobody knows.
+        compared: of an artifact, what `compare` says of it.
     """
     shown = replace(
         subject, record=Manifest(**_harmless(asdict(subject.record))), result=_harmless(subject.result),
@@ -124,7 +125,7 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
     )  # fmt: skip
     parts = [
         f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(shown),
-        "## Use", _use(shown, repo), "## What was done", _steps(shown), "## Measured", _measured(shown, repo),
+        "## Use", _use(shown, repo), "## What was done", _steps(shown), "## Measured", _measured(shown, repo, compared),
         "## Rebuild", _rebuild(subject), "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -297,10 +298,9 @@ def _steps(subject: Subject) -> str:
     return "\n".join(lines) or "Nothing yet."
 
 
-def _measured(subject: Subject, repo: str) -> str:
+def _measured(subject: Subject, repo: str, compared: Report | None) -> str:
     """Return the tables of what was measured, and on what."""
-    if subject.format == "artifact":
-        compared = compare([subject.folder])
+    if compared is not None:
         named = {str(subject.folder): f"**{repo.split('/')[-1]}**"}
         table = compared.tables[0]
         rows = [[named.get(str(row[0]), row[0]), *row[1:]] for row in table.rows]

@@ -1,0 +1,1 @@
+"""What people look at: records, tables, charts, cards and pages, without torch."""
