@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from peftc import processes, progress
 from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
-from peftc.measure import out_of_memory
+from peftc.measure.costs import out_of_memory
 from peftc.nn import surgery
 from peftc.recipe import Outcome, Recipe, mixed, rate
 from peftc.store import documents

@@ -19,7 +19,7 @@ LAYERS = [  # top to bottom; no import climbs
     {"tasks", "task", "retrieval", "objectives", "unlabelled", "data", "measure", "models", "methods"},
     {"nn"},
     {"plans", "pages", "interchange"},
-    {"project", "report", "recipe", "intervals"},
+    {"project", "report", "recipe"},
     {"store", "processes"},
     {"errors", "progress", "version"},
 ]

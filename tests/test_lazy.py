@@ -12,7 +12,7 @@ HEAVY = {
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
 TORCH_FILES = {
-    "hooks.py", "train.py", "accelerator.py", "measure.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
+    "hooks.py", "train.py", "accelerator.py", "task.py", "tasks.py", "retrieval.py", "objectives.py",
     "unlabelled.py",
 }  # fmt: skip
 LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import ExportError
-from peftc.measure import without_fused_layers
+from peftc.measure.costs import without_fused_layers
 from peftc.models import alone, exported, padding
 from peftc.models.exported import Inputs
 from peftc.models.foreign import instead, is_one_graph

@@ -242,3 +242,13 @@ def uniform_dtype(network: nn.Module) -> torch.dtype | None:
     """Return the one dtype of all floating parameters and buffers, or None where they differ."""
     dtypes = {tensor.dtype for tensor in tensors_of(network).values() if tensor.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def parameters(module: nn.Module) -> int:
+    """Count parameters; tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of parameters and buffers; tied ones once."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -16,7 +16,7 @@ from peftc.version import __version__
 
 
 def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
-    """Return the page on models: their rows, their records, what `analyze` found of the base, and notes of `compare`."""
+    """Return the page on models: their rows and records, what `analyze` found of the base, and notes of `compare`."""
     bases = ", ".join(row.name for row in rows if not row.stages)
     title = f"{bases}: {len(found)} compressed {'model' if len(found) == 1 else 'models'}"
     parts = [("stages", "Stages", _stages(rows, notes)), ("trade", "What it costs, what it brings", _trade(rows))]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import measure, processes, progress
+from peftc import processes, progress
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import load
@@ -21,6 +21,7 @@ from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
+from peftc.nn.surgery import parameters
 from peftc.pages.plot import draw_spectra, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
@@ -127,7 +128,7 @@ def analyze(
     )  # fmt: skip
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
-    total = measure.parameters(loaded.module)
+    total = parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
     report = Report(
         "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes

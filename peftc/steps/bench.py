@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import measure
 from peftc.errors import SourceError, UsageError
-from peftc.measure import Call, Speedup, Times
+from peftc.measure import costs
+from peftc.measure.costs import Call, Speedup, Times
 from peftc.models import load
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.recorded import load_base
+from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, count, short, size
 from peftc.steps import measured
 from peftc.steps.baseline import FOLDER
@@ -88,7 +89,7 @@ def bench(
     shapes = {label: _shapes(sample) for label, sample in samples.items()}
     _same_input(shapes, pair)
     place = next(subject.module.parameters()).device
-    largest = batch_size or measure.saturating_batch(forward(baseline), place)
+    largest = batch_size or costs.saturating_batch(forward(baseline), place)
     times = _time(forwards, forward(baseline), largest, rounds, place)
 
     data: dict[str, Any] = {}
@@ -151,16 +152,16 @@ def _time(
             times[case] = times["batch_1"]
             continue
         calls = {label: forward(batch) for label, forward in forwards.items()} | {"control": baseline(batch)}
-        times[case] = measure.latency(calls, rounds=rounds, device=device, title=f"timing batches of {batch}")
+        times[case] = costs.latency(calls, rounds=rounds, device=device, title=f"timing batches of {batch}")
     return times
 
 
 def _compare(run: dict[str, Times]) -> Speedup:
-    return measure.speedup(run["against"].seconds, run["control"].seconds, run["model"].seconds)
+    return costs.speedup(run["against"].seconds, run["control"].seconds, run["model"].seconds)
 
 
 def _noise(run: dict[str, Times]) -> dict[str, float]:
-    low, high = measure.noise_band(run.get("against", run["model"]).seconds, run["control"].seconds)
+    low, high = costs.noise_band(run.get("against", run["model"]).seconds, run["control"].seconds)
     return {"low": low, "high": high}
 
 
@@ -169,10 +170,10 @@ def _sizes(model: Model, sample: Tensor | dict[str, Tensor]) -> dict[str, Any]:
         "name": model.name,
         "source": model.source.spec,
         "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
-        "parameters": measure.parameters(model.module),
-        "macs": measure.work(model, sample).macs,
+        "parameters": parameters(model.module),
+        "macs": costs.work(model, sample).macs,
         "bytes_on_disk": sum(file.stat().st_size for file in model.files) if model.files else None,
-        "bytes_in_memory": measure.tensor_bytes(model.module),
+        "bytes_in_memory": tensor_bytes(model.module),
     }
 
 
@@ -189,8 +190,8 @@ def _speeds(times: dict[str, dict[str, Times]], label: str, largest: int) -> dic
 
 
 def _memory(model: Model, call: Call, batch: int, device: torch.device) -> dict[str, int | None]:
-    working = measure.working_memory(call, device)
-    peak = None if working is None else working + measure.tensor_bytes(model.module)
+    working = costs.working_memory(call, device)
+    peak = None if working is None else working + tensor_bytes(model.module)
     return {"batch": batch, "working_bytes": working, "peak_bytes": peak}
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from peftc import hooks, measure, processes
+from peftc import hooks, processes
 from peftc.errors import UsageError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
+from peftc.nn.surgery import parameters
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
@@ -135,7 +136,7 @@ def _write(
     earlier = model.manifest.steps if model.manifest else []
     record = Manifest(
         id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
-        parameters=measure.parameters(model.module), preprocess=model.preprocess, labels=model.labels,
+        parameters=parameters(model.module), preprocess=model.preprocess, labels=model.labels,
     )  # fmt: skip
     changed = artifact.changed_files(job.folder, record)
     if changed:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftc import measure, processes
+from peftc import processes
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
@@ -19,6 +19,7 @@ from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import targets as find_targets
+from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
@@ -300,7 +301,7 @@ def decompose(
         if job.done:
             report = write.already(job, "decompose")
         else:
-            job.require(2 * measure.tensor_bytes(loaded.module))
+            job.require(2 * tensor_bytes(loaded.module))
             report = question.carry_out(job, base, request, shard_bytes)
     factored.gate_size(report, max_params, max_bytes)
     on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}

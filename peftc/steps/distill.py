@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import measure, processes, tasks, train
+from peftc import processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.models.load import load
@@ -19,6 +19,7 @@ from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.models.recorded import load_base
 from peftc.nn import surgery
+from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
 from peftc.steps import baseline, factored, imitation, ordered, quality, samples, spectra, write
@@ -151,7 +152,7 @@ def distill(
         if job.done:
             report = write.already(job, "distill")
         else:
-            job.require(6 * measure.tensor_bytes(student.module))
+            job.require(6 * tensor_bytes(student.module))
             work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(

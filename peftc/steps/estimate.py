@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import hooks, measure
+from peftc import hooks
+from peftc.measure import costs
 from peftc.models.inputs import run
 from peftc.models.model import Model, detached
 from peftc.plans.plan import Target
@@ -142,7 +143,7 @@ def _calibration(work: Factoring, source: Prepared) -> Effort:
     there = max(lengths[each] for each in longest) * len(longest) if lengths else len(longest)
     share = (sum(lengths) if lengths else source.encoded.size) / there
     needs, gradients = work.factorize.needs, any(n in hooks.OF_GRADIENTS for n in work.factorize.needs)
-    counted = measure.work(subject, meta)
+    counted = costs.work(subject, meta)
     outer, sums = 0, 0
     for name, target in work.targets.items():
         out, in_ = hooks.matrix_shape(target)

@@ -17,7 +17,7 @@ from peftc.data.classes import match
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import DataError, UsageError, WeightError
 from peftc.hooks import batches
-from peftc.intervals import Interval, bootstrap, paired_shares, wilson
+from peftc.measure.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.models import load
 from peftc.models.model import Model
 from peftc.models.place import runnable

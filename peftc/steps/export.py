@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import measure, methods
+from peftc import methods
 from peftc.data import open_data
 from peftc.errors import ArtifactError, DataError, UsageError
-from peftc.measure import Speedup
+from peftc.measure.costs import Speedup
 from peftc.models import padding
 from peftc.models.exported import Exported, Inputs
 from peftc.models.load import load
@@ -21,6 +21,7 @@ from peftc.models.model import Model, detached
 from peftc.models.multiplied import multiplied
 from peftc.models.place import runnable
 from peftc.nn import surgery
+from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, percent, size
 from peftc.steps import baseline, parity, seen, write
 from peftc.store import artifact, manifest
@@ -114,7 +115,7 @@ def export(
             report = _already(job)
         else:
             parity.refuse_unsteady(runs, probes)
-            job.require(measure.tensor_bytes(leaves.module))
+            job.require(tensor_bytes(leaves.module))
             example = parity.example(runs, 2, image_size=image_size, max_length=max_length)
             exported = _padded(written_by(leaves, example, job.folder, **chosen), stored, pad)
             try:
@@ -271,7 +272,7 @@ def _finish(
         "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
         "made_from": {
             "base": base, "steps": record.steps if record else [], "kept_layers": record.kept_layers if record else [],
-            "parameters": measure.parameters(leaves.module),
+            "parameters": parameters(leaves.module),
         },
     }  # fmt: skip
     total = sum(path.stat().st_size for path in job.folder.iterdir())

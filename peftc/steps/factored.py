@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc import measure, processes
+from peftc import processes
 from peftc.errors import ArtifactError, PlanError, UsageError
+from peftc.measure import costs
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
+from peftc.nn.surgery import tensor_bytes
 from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan, Target
@@ -110,7 +112,7 @@ def report_on(
     )
     after = whole.parameters - dense + kept
     factored = sum(rank is not None for rank in ranks.values())
-    before_bytes = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
+    before_bytes = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
     size = {
         "before": {"parameters": whole.parameters, "macs": whole.macs, "bytes": before_bytes},
         "after": {
@@ -255,7 +257,7 @@ def _check_size(report: Report, record: Manifest, model: Model, budget: Budget |
             hint="this is a bug in peftc: please report it",
         )
     if after["macs"] is not None:
-        after["macs"] = measure.work(one_dtype(model)).macs
+        after["macs"] = costs.work(one_dtype(model)).macs
         if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
             report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
     after["bytes"] = record.weight_bytes

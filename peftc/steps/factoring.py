@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peftc import hooks, measure, processes, progress
+from peftc import hooks, processes, progress
 from peftc.errors import MethodError, PeftcError
+from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
@@ -24,6 +25,7 @@ from peftc.models.parts import read_note, save_part
 from peftc.models.place import HALF, one_dtype
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
+from peftc.nn.surgery import parameters
 from peftc.plans.allocate import Rank, Use
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.steps import joint, passes, spectra, write
@@ -62,9 +64,9 @@ class Factoring:
     @functools.cached_property
     def whole(self) -> Whole:
         """Size of the model before anything is changed; fills in how often each module runs."""
-        total = measure.parameters(self.model.module)
+        total = parameters(self.model.module)
         try:
-            work = measure.work(one_dtype(self.model))
+            work = costs.work(one_dtype(self.model))
         except (PeftcError, *DOES_NOT_RUN):
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from peftc import measure, methods, processes, tasks, train
+from peftc import methods, processes, tasks, train
 from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
+from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models.heads import Headed
 from peftc.models.load import load, refuse_unbuildable
@@ -21,6 +22,7 @@ from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
+from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
 from peftc.steps import baseline, distill, factored, imitation, ordered, quality, samples, write
@@ -184,7 +186,7 @@ def finetune(
         if job.done:
             report = write.already(job, "finetune")
         else:
-            job.require(measure.tensor_bytes(stored.module) // (8 if request["delta"] else 1))
+            job.require(tensor_bytes(stored.module) // (8 if request["delta"] else 1))
             report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
         report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
@@ -240,7 +242,7 @@ def _carry_out(
     students.tell_sparsity(report, pupil)
     memory = {
         "optimizer_bytes": outcome.optimizer_bytes,
-        "peak_bytes": measure.peak_bytes(place_of(pupil.model.module)),
+        "peak_bytes": costs.peak_bytes(place_of(pupil.model.module)),
     }
     report.data["memory"] = memory
     report.notes.append(

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftc import measure
 from peftc.errors import PlanError
 from peftc.models.load import load, without_updates
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.nn.adapted import adapted_modules
+from peftc.nn.surgery import tensor_bytes
 from peftc.report import Report
 from peftc.steps import factored, imitation, write
 from peftc.store.source import Source
@@ -53,7 +53,7 @@ def merge(
         if job.done:
             report = write.already(job, "merge")
         else:
-            job.require(measure.tensor_bytes(stored.module))
+            job.require(tensor_bytes(stored.module))
             report = Report("merge", notes=list(stored.notes))
             whole, adapters = taken_in(
                 stored, stored.manifest.adapters if stored.manifest else {}, report, same_rank=same_rank

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import measure, processes, progress
+from peftc import processes, progress
 from peftc.errors import ArtifactError, MethodError
 from peftc.models import weights
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
+from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, span
@@ -82,7 +83,7 @@ def keep_all(
     """
     job, model = work.job, work.model
     assert job is not None
-    job.require(4 * measure.tensor_bytes(model.module))
+    job.require(4 * tensor_bytes(model.module))
     beside, ranks = {}, every_rank(work.targets)
     work.share_spectra()
     with progress.track("spectra", len(ranks)) as advance:
@@ -150,7 +151,7 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
     rows = [factored.module(targets[name], None, cuts.get(name, {}), "kept with all ranks") for name in targets]
     for row in rows:
         row["stored_rank"] = ranks[row["name"]]
-    before = sum(path.stat().st_size for path in work.model.files) or measure.tensor_bytes(work.model.module)
+    before = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
     same = {"parameters": whole.parameters, "macs": whole.macs}
     size = {"before": {**same, "bytes": before}, "after": {**same, "bytes": before + _factor_bytes(work, ranks)}}
     others = [{"name": name, "reason": reason} for name, reason in reasons.items()]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftc import measure, tasks, unlabelled
+from peftc import tasks, unlabelled
 from peftc.data import open_data
 from peftc.errors import ExportError
+from peftc.measure import costs
 from peftc.models import exported as exports
 from peftc.models.exported import Exported, Inputs
 from peftc.models.inputs import probe
@@ -182,8 +183,8 @@ def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: in
 
         size = len(next(iter(inputs.values())))
         calls = {"torch": torch_call, "control": torch_call, "export": written.prepare(inputs)}
-        run = measure.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
-        change = measure.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
+        run = costs.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
+        change = costs.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
         found[str(size)] = {
             "torch_seconds": run["torch"].median, "export_seconds": run["export"].median, "speedup": asdict(change),
         }  # fmt: skip

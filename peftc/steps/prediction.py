@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from peftc.errors import PlanError
-from peftc.intervals import Interval
+from peftc.measure.intervals import Interval
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget
 from peftc.report import Report, Table, short

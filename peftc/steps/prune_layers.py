@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftc import measure, processes, tasks
+from peftc import processes, tasks
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
+from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten
 from peftc.models import load as models
@@ -22,6 +23,7 @@ from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
+from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.objectives import OBJECTIVES
 from peftc.pages.layer_plot import draw_scores
 from peftc.pages.plot import refuse_unwritable
@@ -191,7 +193,7 @@ def _prune(
     with write.writing(work.stored, output, request, overwrite=overwrite) as (job, base):
         if job.done:
             return write.already(job, "prune-layers"), None
-        job.require(measure.tensor_bytes(work.stored.module))
+        job.require(tensor_bytes(work.stored.module))
         decided, shorter = _decide(work, report)
         _carry_out(job, base, request, report, work, shorter, decided.seen)
     return report, decided
@@ -359,9 +361,9 @@ def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:
     """Return parameters, multiply-adds and bytes of two models."""
     sizes = {}
     for when, model in (("before", before), ("after", after)):
-        work = measure.work(one_dtype(model))
-        stored = sum(path.stat().st_size for path in model.files) or measure.tensor_bytes(model.module)
-        sizes[when] = {"parameters": measure.parameters(model.module), "macs": work.macs, "bytes": stored}
+        work = costs.work(one_dtype(model))
+        stored = sum(path.stat().st_size for path in model.files) or tensor_bytes(model.module)
+        sizes[when] = {"parameters": parameters(model.module), "macs": work.macs, "bytes": stored}
     return sizes
 
 

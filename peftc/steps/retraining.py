@@ -13,7 +13,7 @@ from typing import Any
 
 from peftc import methods, processes
 from peftc.errors import UsageError
-from peftc.intervals import Interval
+from peftc.measure.intervals import Interval
 from peftc.models.model import Model
 from peftc.models.place import device_of
 from peftc.recipe import Recipe

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc import hooks, progress, tasks
-from peftc.intervals import Interval, bootstrap
+from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
 from peftc.models.parts import save_part

@@ -16,7 +16,9 @@ import torch
 
 from peftc import progress
 from peftc.errors import PlanError
-from peftc.intervals import Interval
+from peftc.measure import latency
+from peftc.measure.intervals import Interval
+from peftc.measure.latency import Measured, Pace, Site, SiteTimes
 from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
@@ -24,9 +26,8 @@ from peftc.plans import allocate
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan
 from peftc.report import Report, Table, grouped
-from peftc.steps import latency, spectra, write
+from peftc.steps import spectra, write
 from peftc.steps.factoring import Factoring
-from peftc.steps.latency import Measured, Pace, Site, SiteTimes
 from peftc.steps.spectra import Losses
 from peftc.store import artifact
 from peftc.store.job import Job

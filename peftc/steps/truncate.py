@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftc import measure, methods
+from peftc import methods
 from peftc.errors import one_of
 from peftc.methods.spectrum import Spectrum
 from peftc.models.load import load
 from peftc.models.model import Model, detached
+from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Plan
 from peftc.report import Report
@@ -92,7 +93,7 @@ def truncate(
             report = write.already(job, "truncate")
         else:
             work.job = job
-            job.require(measure.tensor_bytes(loaded.module))
+            job.require(tensor_bytes(loaded.module))
             factored.carry_out(
                 report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
                 kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import measure, processes
+from peftc import processes
 from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
 from peftc.models import inputs
 from peftc.models import load as models
@@ -23,6 +23,7 @@ from peftc.models.place import one_dtype
 from peftc.models.weights import piece as piece
 from peftc.models.weights import pieces_of as pieces_of
 from peftc.nn import surgery
+from peftc.nn.surgery import parameters
 from peftc.report import Report, Table
 from peftc.store import artifact, manifest, maps
 from peftc.store.artifact import Piece
@@ -152,7 +153,7 @@ def write_artifact(
     job.places = _places(model)
     record = Manifest(
         id=job.id, base=base, steps=[*earlier, step], files=files,
-        parameters=measure.parameters(model.module), modules=modules,
+        parameters=parameters(model.module), modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
         kept_layers=list(kept_layers), adapters={name: dict(entry) for name, entry in adapters.items()},

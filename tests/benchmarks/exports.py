@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from real_models import SETS, WEIGHTS, real_models
 
-from peftc import decompose, export, measure
+from peftc import decompose, export
 from peftc.errors import PeftcError
-from peftc.measure import Call
+from peftc.measure import costs
+from peftc.measure.costs import Call
 from peftc.methods import find
 from peftc.models import exported as exports
 from peftc.models import load as models
@@ -130,10 +131,10 @@ def speed(
         run |= interleaved(calls, rounds, clock)
     length = TOKENS if whole.kind == "text" else None
     one = probe(whole, max_length=length)
-    promised = measure.work(whole, one).macs / measure.work(cut, one).macs
+    promised = costs.work(whole, one).macs / costs.work(cut, one).macs
     print(f"{name}: promised {promised:.2f}")
     for word in ("PyTorch", "onnx"):
-        change = measure.speedup(*(run[f"{when} {word}"] for when in ("dense", "control", "small")))
+        change = costs.speedup(*(run[f"{when} {word}"] for when in ("dense", "control", "small")))
         print(
             f"  {word}: {change.value:.2f} ({change.low:.2f} to {change.high:.2f}; noise {change.noise_low:.2f} to "
             f"{change.noise_high:.2f}), {change.value / promised:.2f} of it"

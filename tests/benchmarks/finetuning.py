@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.intervals import wilson
+from peftc.measure.intervals import wilson
 from peftc.store.source import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # cifar_resnet.py, the user's own module

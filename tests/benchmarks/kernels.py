@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftc.measure import working_memory
+from peftc.measure.costs import working_memory
 from peftc.methods.adapter.lora import lora
 from peftc.methods.adapter.snell import after_step, snell
 from peftc.methods.adapter.snella import snella

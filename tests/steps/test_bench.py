@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from peftc import measure
 from peftc.errors import ArtifactError, SourceError, UsageError
-from peftc.measure import Call, Times
+from peftc.measure import costs
+from peftc.measure.costs import Call, Times
 from peftc.nn import lowrank, surgery
 from peftc.steps.bench import bench
 
@@ -45,8 +45,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         wobble = [1 + 0.001 * (index % 5) for index in range(rounds)]
         return {label: Times(tuple(seconds[label] * each for each in wobble)) for label in calls}
 
-    monkeypatch.setattr(measure, "latency", latency)
-    monkeypatch.setattr(measure, "saturating_batch", lambda forward, device: 4)
+    monkeypatch.setattr(costs, "latency", latency)
+    monkeypatch.setattr(costs, "saturating_batch", lambda forward, device: 4)
     return seconds
 
 

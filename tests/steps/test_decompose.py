@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import measure
 from peftc.errors import ArtifactError, PlanError, SourceError, UsageError, WeightError
+from peftc.measure import costs
 from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.nn import lowrank
+from peftc.nn.surgery import parameters
 from peftc.report import Report
 from peftc.steps import write
 from peftc.steps.analyze import analyze
@@ -270,9 +271,9 @@ def test_an_artifact_computes_what_its_factors_multiply_out_to(made, name: str) 
 def test_the_reported_sizes_are_those_of_the_reloaded_network(made, name: str) -> None:
     _, artifact, report = made(name)
     loaded, after = models.load(read(artifact)), report.data["size"]["after"]
-    assert after["parameters"] == measure.parameters(loaded.module)
+    assert after["parameters"] == parameters(loaded.module)
     assert after["bytes"] == sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
-    assert after["macs"] == measure.work(loaded).macs
+    assert after["macs"] == costs.work(loaded).macs
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -622,7 +623,7 @@ def test_a_target_of_macs_is_never_exceeded(made, tmp_path: Path, name: str, all
     target = (report.data["size"]["before"]["macs"] + 2 * report.data["size"]["after"]["macs"]) // 3
     options = NETWORKS[name][3]
     report = decompose(source, output_dir=tmp_path / "out", target_macs=target, allocation=allocation, **options)
-    found = measure.work(models.load(tmp_path / "out")).macs
+    found = costs.work(models.load(tmp_path / "out")).macs
     assert found == report.data["size"]["after"]["macs"]
     assert found <= target
 

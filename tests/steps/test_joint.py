@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftc import measure
 from peftc.errors import ArtifactError, PlanError, UsageError
+from peftc.measure import costs
 from peftc.methods.decompose.kfac import kfac
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models import load as models
+from peftc.nn.surgery import parameters
 from peftc.steps import joint as joining
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
@@ -135,9 +136,9 @@ def test_what_was_planned_is_what_is_stored_and_multiplied(name: str, tmp_path: 
     report = decompose(source, output_dir=tmp_path / "out", ratio=0.5, joint=True)
     record = manifest.read(tmp_path / "out")
     written = models.load(read(tmp_path / "out"))
-    assert measure.parameters(written.module) == record.parameters == report.data["size"]["after"]["parameters"]
+    assert parameters(written.module) == record.parameters == report.data["size"]["after"]["parameters"]
     dry = decompose(source, ratio=0.5, joint=True, dry_run=True)
-    assert measure.work(written).macs == dry.data["size"]["after"]["macs"], "the shared product is counted once"
+    assert costs.work(written).macs == dry.data["size"]["after"]["macs"], "the shared product is counted once"
     shared = [entry for entry in record.modules.values() if "shares" in entry]
     assert shared and all(record.modules[entry["shares"]]["shares"] == entry["shares"] for entry in shared)
     aliases = [alias for alias in record.tied if alias.endswith("down.weight")]

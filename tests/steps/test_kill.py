@@ -18,7 +18,7 @@ DRIVER = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import timm, torch, transformers
-from peftc import measure
+from peftc.measure import costs as measure
 from peftc.errors import PeftcError
 from peftc.models import load as models
 from peftc.steps.decompose import decompose

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftc import measure
 from peftc.errors import ArtifactError, PlanError, UsageError
-from peftc.measure import Times
+from peftc.measure import costs, latency
+from peftc.measure.costs import Times
+from peftc.measure.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.models import load as models
 from peftc.plans import plan
-from peftc.steps import latency, speedup, write
+from peftc.steps import speedup, write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
-from peftc.steps.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.steps.speedup import search
 from peftc.store.source import Source
 from tests.conftest import promised
@@ -81,7 +81,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock(slack=1.1)
-    monkeypatch.setattr(measure, "latency", found)
+    monkeypatch.setattr(costs, "latency", found)
     return found
 
 
@@ -92,7 +92,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def measured(*_: Any, **__: Any) -> None:
         raise AssertionError("something was measured again")
 
-    return lambda: monkeypatch.setattr(measure, "latency", measured)
+    return lambda: monkeypatch.setattr(costs, "latency", measured)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_machine_too_busy_to_time_a_module_is_refused(wide: Source, monkeypatc
     def busy(calls: Mapping[str, Any], *, rounds: int, **_: Any) -> dict[str, Times]:
         return {label: Times((2.0 if label == "control" else 1.0,) * rounds) for label in calls}
 
-    monkeypatch.setattr(measure, "latency", busy)
+    monkeypatch.setattr(costs, "latency", busy)
     with pytest.raises(
         PlanError, match=r"1\.5x cannot be told from noise here\n  cause: .*measured to be 2\.00x its own"
     ):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from peftc.intervals import bootstrap, paired_shares, wilson
+from peftc.measure.intervals import bootstrap, paired_shares, wilson
 
 
 @pytest.mark.parametrize(

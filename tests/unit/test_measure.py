@@ -10,10 +10,11 @@ import timm
 import torch
 from torch import nn
 
-from peftc import measure
+from peftc.measure import costs
 from peftc.models.inputs import outputs, probe
 from peftc.models.load import load
 from peftc.nn import lowrank, surgery
+from peftc.nn.surgery import parameters, tensor_bytes
 
 CPU = torch.device("cpu")
 DEIT = "deit_base_patch16_224"
@@ -68,13 +69,13 @@ def factored(network: nn.Module, ratio: float) -> nn.Module:
 
 def test_tied_weights_are_counted_once() -> None:
     module = Tied()
-    assert measure.parameters(module) == 30 * 8
-    assert measure.tensor_bytes(module) == 4 * (30 * 8 + 4)
+    assert parameters(module) == 30 * 8
+    assert tensor_bytes(module) == 4 * (30 * 8 + 4)
 
 
 def test_deit_base_has_the_published_multiply_adds() -> None:
     model = load(timm.create_model(DEIT).to("meta"))
-    counted = measure.work(model)
+    counted = costs.work(model)
     assert round(counted.macs / 1e9, 2) == 17.56
     assert counted.by_module["blocks.0.attn.qkv"] == 197 * 768 * 2304
     assert counted.by_module["blocks.0.mlp"] == 2 * 197 * 768 * 3072
@@ -82,12 +83,12 @@ def test_deit_base_has_the_published_multiply_adds() -> None:
 
 def test_deit_base_at_half_the_weights_has_the_multiply_adds_of_pela() -> None:
     model = load(factored(timm.create_model(DEIT).to("meta"), 0.5))
-    assert round(measure.work(model).macs / 1e9, 2) == 9.19
+    assert round(costs.work(model).macs / 1e9, 2) == 9.19
 
 
 def test_real_tensors_and_meta_tensors_cost_the_same(tiny_vit: object) -> None:
     real, meta = load(tiny_vit), load(tiny_vit, weights=False)
-    assert measure.work(real) == measure.work(meta)
+    assert costs.work(real) == costs.work(meta)
 
 
 def test_attention_is_counted_where_torch_would_fuse_it_away() -> None:
@@ -95,20 +96,20 @@ def test_attention_is_counted_where_torch_would_fuse_it_away() -> None:
     model = load(Attention(width, hidden))
     products = tokens * (4 * width * width + 2 * width * hidden) + width * width
     scores = 2 * tokens * tokens * width
-    assert measure.work(model).macs == products + scores
+    assert costs.work(model).macs == products + scores
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_look_ups_cost_nothing_but_are_positions() -> None:
     model = load(Tied())
-    counted = measure.work(model, torch.zeros(1, 7, dtype=torch.long))
+    counted = costs.work(model, torch.zeros(1, 7, dtype=torch.long))
     assert counted.macs == 7 * 8 * 30
     assert counted.positions == {"table": 7, "head": 7}
 
 
 def test_positions_add_up_over_calls_and_name_what_is_never_called() -> None:
     model = load(Twice())
-    counted = measure.work(model, torch.zeros(1, 3, 8, 8))
+    counted = costs.work(model, torch.zeros(1, 3, 8, 8))
     assert counted.positions == {"conv": 2 * 64, "depthwise": 16, "unused": 0}
     assert counted.macs == 2 * 64 * 81 + 16 * 27
     for name in ("conv", "depthwise"):
@@ -118,20 +119,20 @@ def test_positions_add_up_over_calls_and_name_what_is_never_called() -> None:
 
 def test_counting_leaves_no_hook_behind() -> None:
     model = load(Twice())
-    measure.work(model, torch.zeros(1, 3, 8, 8))
+    costs.work(model, torch.zeros(1, 3, 8, 8))
     assert not any(module._forward_hooks for module in model.module.modules())
 
 
 def test_counting_leaves_no_hook_behind_where_the_forward_fails() -> None:
     model = load(Twice())
     with pytest.raises(RuntimeError):
-        measure.work(model, torch.zeros(1, 5, 8, 8))
+        costs.work(model, torch.zeros(1, 5, 8, 8))
     assert not any(module._forward_hooks for module in model.module.modules())
 
 
 def test_a_grouped_query_model_is_counted(tiny_llama: object) -> None:
     model = load(tiny_llama)
-    counted = measure.work(model, probe(model, max_length=8))
+    counted = costs.work(model, probe(model, max_length=8))
     linears = sum(macs for name, macs in counted.by_module.items() if name.endswith(("_proj", "lm_head")))
     attention = 2 * 2 * 8 * 8 * 32  # layers, scores and values, tokens x tokens, width
     assert linears + attention <= counted.macs <= 1.01 * (linears + attention)
@@ -143,8 +144,8 @@ def steady(label: str, log: list[str]) -> Callable[[], None]:
 
 def test_every_candidate_follows_every_other_one_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    monkeypatch.setattr(measure, "_warm_up", lambda call, device: 1.0)  # long calls: one per round, no primer
-    times = measure.latency({label: steady(label, log) for label in "abc"}, rounds=12, device=CPU)
+    monkeypatch.setattr(costs, "_warm_up", lambda call, device: 1.0)  # long calls: one per round, no primer
+    times = costs.latency({label: steady(label, log) for label in "abc"}, rounds=12, device=CPU)
     assert {label: len(times[label].seconds) for label in "abc"} == dict.fromkeys("abc", 12)
     rounds = [log[start : start + 3] for start in range(0, len(log), 3)]
     follows = Counter(pair for order in rounds for pair in pairwise(order))
@@ -153,22 +154,22 @@ def test_every_candidate_follows_every_other_one_equally_often(monkeypatch: pyte
 
 def test_short_calls_are_repeated_to_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    monkeypatch.setattr(measure, "_warm_up", lambda call, device: 0.002)
-    measure.latency({"a": steady("a", log)}, rounds=1, device=CPU)
+    monkeypatch.setattr(costs, "_warm_up", lambda call, device: 0.002)
+    costs.latency({"a": steady("a", log)}, rounds=1, device=CPU)
     assert len(log) == 1 + 5  # an untimed call, then 5 x 2 ms
 
 
 def test_median_and_p90_are_over_rounds() -> None:
-    times = measure.Times(tuple(float(second) for second in range(1, 12)))
+    times = costs.Times(tuple(float(second) for second in range(1, 12)))
     assert times.median == 6 and times.p90 == 10
 
 
-def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[int], measure.Call]:
+def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[int], costs.Call]:
     """Make a batch of n take ``seconds(n)`` of a made-up clock."""
     now = [0.0]
-    monkeypatch.setattr(measure, "_now", lambda device: now[0])
+    monkeypatch.setattr(costs, "_now", lambda device: now[0])
 
-    def forward(batch: int) -> measure.Call:
+    def forward(batch: int) -> costs.Call:
         def call() -> None:
             now[0] += seconds(batch)
 
@@ -189,26 +190,26 @@ def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -
 def test_the_batch_doubles_while_it_pays(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], expected: int
 ) -> None:
-    assert measure.saturating_batch(clock_of(monkeypatch, seconds), CPU) == expected
+    assert costs.saturating_batch(clock_of(monkeypatch, seconds), CPU) == expected
 
 
 def test_the_batch_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = clock_of(monkeypatch, lambda batch: 0.001)
 
-    def limited(batch: int) -> measure.Call:
+    def limited(batch: int) -> costs.Call:
         if batch > 16:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return forward(batch)
 
-    assert measure.saturating_batch(limited, CPU) == 16
+    assert costs.saturating_batch(limited, CPU) == 16
 
 
 def test_another_failure_is_not_taken_for_the_end_of_memory() -> None:
-    def broken(batch: int) -> measure.Call:
+    def broken(batch: int) -> costs.Call:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        measure.saturating_batch(broken, CPU)
+        costs.saturating_batch(broken, CPU)
 
 
 def series(order: random.Random, rounds: int, noise: float, seconds: float = 0.02) -> list[float]:
@@ -219,7 +220,7 @@ def series(order: random.Random, rounds: int, noise: float, seconds: float = 0.0
 def test_a_real_change_on_a_quiet_machine_is_claimed(factor: float) -> None:
     order = random.Random(0)
     baseline, control, candidate = (series(order, 30, 0.01, second) for second in (0.02, 0.02, 0.02 / factor))
-    change = measure.speedup(baseline, control, candidate)
+    change = costs.speedup(baseline, control, candidate)
     assert change.verdict == {1.43: "1.43x faster", 0.83: "1.20x slower"}[factor]
     assert change.low <= change.value <= change.high
     assert change.counted == change.value
@@ -228,29 +229,28 @@ def test_a_real_change_on_a_quiet_machine_is_claimed(factor: float) -> None:
 def test_a_change_inside_the_noise_is_none() -> None:
     order = random.Random(0)
     baseline, control, candidate = (series(order, 30, 0.5, second) for second in (0.02, 0.02, 0.0195))
-    change = measure.speedup(baseline, control, candidate)
+    change = costs.speedup(baseline, control, candidate)
     assert change.verdict == "no measurable change" and change.counted == 1
 
 
 def test_the_same_module_is_seldom_called_faster_or_slower() -> None:
     order = random.Random(0)
     verdicts = Counter(
-        measure.speedup(*(series(order, 10, 0.1) for _ in range(3))).verdict == "no measurable change"
-        for _ in range(100)
+        costs.speedup(*(series(order, 10, 0.1) for _ in range(3))).verdict == "no measurable change" for _ in range(100)
     )
     assert verdicts[True] >= 95
 
 
 def test_a_change_under_one_percent_is_never_claimed() -> None:
     baseline = [0.02] * 30
-    assert measure.speedup(baseline, baseline, [0.0199] * 30).verdict == "no measurable change"
+    assert costs.speedup(baseline, baseline, [0.0199] * 30).verdict == "no measurable change"
 
 
 def test_a_control_that_is_off_widens_the_band_by_its_offset() -> None:
     baseline = [0.02] * 30
-    low, high = measure.noise_band(baseline, [0.02 / 1.1] * 30)
+    low, high = costs.noise_band(baseline, [0.02 / 1.1] * 30)
     assert high == pytest.approx(1.21) and low == pytest.approx(1 / 1.21)
-    assert measure.speedup(baseline, [0.02 / 1.1] * 30, [0.02 / 1.15] * 30).verdict == "no measurable change"
+    assert costs.speedup(baseline, [0.02 / 1.1] * 30, [0.02 / 1.15] * 30).verdict == "no measurable change"
 
 
 def test_drift_that_all_share_is_no_change() -> None:
@@ -260,14 +260,14 @@ def test_drift_that_all_share_is_no_change() -> None:
         [slow * second for slow, second in zip(drift, series(order, 30, 0.01, seconds), strict=True)]
         for seconds in (0.02, 0.02, 0.01)
     )
-    assert measure.speedup(baseline, control, candidate).verdict.startswith("2.0")
+    assert costs.speedup(baseline, control, candidate).verdict.startswith("2.0")
 
 
 def test_working_memory_grows_with_what_a_call_holds() -> None:
-    def hold(megabytes: int) -> measure.Call:
+    def hold(megabytes: int) -> costs.Call:
         return lambda: torch.ones(megabytes, 250_000).sum()
 
-    small, large = (measure.working_memory(hold(megabytes), CPU) for megabytes in (20, 80))
+    small, large = (costs.working_memory(hold(megabytes), CPU) for megabytes in (20, 80))
     if small is None or large is None:
         pytest.skip("this system does not tell peak memory")
     assert 18e6 < small < 40e6 and 78e6 < large < 100e6
@@ -276,7 +276,7 @@ def test_working_memory_grows_with_what_a_call_holds() -> None:
 @pytest.mark.gpu
 def test_cuda_reports_its_own_peak() -> None:
     device = torch.device("cuda")
-    working = measure.working_memory(lambda: torch.ones(80, 250_000, device=device), device)
+    working = costs.working_memory(lambda: torch.ones(80, 250_000, device=device), device)
     assert working is not None and 80e6 <= working < 90e6
 
 
@@ -284,5 +284,5 @@ def test_outputs_are_what_they_were_after_measuring(tiny_vit: object) -> None:
     model = load(tiny_vit)
     sample = probe(model)
     before = outputs(model, sample)
-    measure.work(model, sample)
+    costs.work(model, sample)
     assert torch.equal(before, outputs(model, sample))

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftc import hooks, retrieval
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
-from peftc.measure import work
+from peftc.measure.costs import work
 from peftc.models import load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model

@@ -44,16 +44,6 @@ RESAMPLES = 2000
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def parameters(module: nn.Module) -> int:
-    """Count parameters; tied ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def tensor_bytes(module: nn.Module) -> int:
-    """Return the bytes of parameters and buffers; tied ones once."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 # -- multiply-adds ----------------------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import measure
 from peftc.errors import PlanError, reason_of
-from peftc.measure import Speedup
+from peftc.measure import costs
+from peftc.measure.costs import Speedup
 from peftc.models.inputs import DOES_NOT_RUN, outputs
 from peftc.models.layers import registered
 from peftc.models.model import Model, detached
@@ -101,7 +101,7 @@ def _runs(model: Model) -> Iterator[None]:
     try:
         yield
     except DOES_NOT_RUN as error:
-        if isinstance(error, RuntimeError) and measure.out_of_memory(error):
+        if isinstance(error, RuntimeError) and costs.out_of_memory(error):
             raise
         raise PlanError(
             f"`{model.name}` cannot be timed",
@@ -142,12 +142,12 @@ def time_site(module: nn.Module, site: Site, ranks: Sequence[Rank], title: str) 
     calls |= {str(rank): call(stand_in(module, site.form, rank)) for rank in ranks}
     least = dict.fromkeys(calls, math.inf)
     for _ in range(RUNS):
-        times = measure.latency(calls, rounds=SHAPE_ROUNDS, device=weight.device, title=title)
+        times = costs.latency(calls, rounds=SHAPE_ROUNDS, device=weight.device, title=title)
         least = {label: min(*times[label].seconds, seconds) for label, seconds in least.items()}
         dense, control = sorted((least["dense"], least["control"]))
         if control / dense <= STEADY:
             break
-    noise = max(control / dense, 1 + measure.FLOOR)
+    noise = max(control / dense, 1 + costs.FLOOR)
     return SiteTimes(dense, noise, tuple(ranks), tuple(least[str(rank)] for rank in ranks))
 
 
@@ -251,7 +251,7 @@ def model_seconds(model: Model, batch: Any) -> float:
     """Return the seconds of one forward pass, the median of three."""
     place = next(model.module.parameters()).device
     calls = {"dense": lambda: outputs(model, batch)}
-    return measure.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
+    return costs.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
 
 
 def rounds_for(seconds: float) -> int:
@@ -283,9 +283,9 @@ def compare(dense: Model, candidate: Model, batch: Any, rounds: int) -> Measured
     }
     seconds: dict[str, tuple[float, ...]] = dict.fromkeys(calls, ())
     for _ in range(RUNS):
-        times = measure.latency(calls, rounds=rounds, device=place, title="timing the factored model")
+        times = costs.latency(calls, rounds=rounds, device=place, title="timing the factored model")
         seconds = {label: before + times[label].seconds for label, before in seconds.items()}
-        found = measure.speedup(seconds["dense"], seconds["control"], seconds["factored"])
+        found = costs.speedup(seconds["dense"], seconds["control"], seconds["factored"])
         if found.high / found.low <= STEADY:
             break
     return Measured(**asdict(found), rounds=len(seconds["dense"]))
