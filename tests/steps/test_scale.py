@@ -25,7 +25,7 @@ from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
 from peftc.plans.plan import Target
-from peftc.steps import estimate, lanes, passes, sensitivity, statistics, write
+from peftc.steps import estimate, lanes, passes, sensitivity, sequential, statistics
 from peftc.steps.decompose import decompose
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Request, prepare
@@ -420,7 +420,7 @@ def test_fitting_in_order_within_a_memory_maps_what_it_factored(
     asked = {**KFAC, "sequential": True, "sensitivity": 0, "data": text}
     decompose(half_llama, output_dir=tmp_path / "free", **asked)
     save, kept = save_part, []
-    monkeypatch.setattr(write, "save_part", lambda path, *given: kept.append(path.stem) or save(path, *given))
+    monkeypatch.setattr(sequential, "save_part", lambda path, *given: kept.append(path.stem) or save(path, *given))
     report = decompose(half_llama, output_dir=tmp_path / "bound", max_memory="4GB", **asked)
     factored = [row["name"] for row in report.data["modules"] if row["rank"]]
     assert sum(name.endswith("-product") for name in kept) == len(factored) > 0

@@ -21,7 +21,7 @@ from peftc.measure.costs import Times
 from peftc.measure.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.models import load as models
 from peftc.plans import plan
-from peftc.steps import speedup, write
+from peftc.steps import factoring, speedup, write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.speedup import search
@@ -288,18 +288,23 @@ def test_the_same_command_again_measures_nothing(
         decompose(wide, output_dir=tmp_path / "small", speedup=1.5, rank_multiple=2)
 
 
-@pytest.mark.parametrize("moment", ["write_artifact", "verify", "save_part"])
+@pytest.mark.parametrize(
+    ("place", "moment"),
+    [(write, "write_artifact"), (write, "verify"), (factoring, "save_part")],
+    ids=["write", "verify", "part"],
+)
 def test_a_run_that_is_interrupted_goes_on_with_the_ranks_it_had_found(
     clock: Clock,
     stopped: Callable[[], None],
     wide: Source,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    place: Any,
     moment: str,
 ) -> None:
     decompose(wide, output_dir=tmp_path / "whole", speedup=1.5, allocation="uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(write, moment, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(place, moment, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             decompose(wide, output_dir=tmp_path / "small", speedup=1.5, allocation="uniform")
     assert not (tmp_path / "small").exists()
