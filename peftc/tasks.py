@@ -14,9 +14,10 @@ from torch import Tensor
 from peftc import retrieval
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
-from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, tokenizer_of, window, windows_of
+from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, tokenise, window, windows_of
 from peftc.errors import DataError, UsageError, one_of, reason_of
 from peftc.models.place import moved, place_of
+from peftc.models.tokenizer import tokenizer_of
 from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ def _encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
         windows = torch.stack([data[index][0] for index in range(len(data))])
         note = f"data: windows of {windows.shape[1]} tokens, the first of each given"
     else:
-        windows, note = windows_of(model, data, settings)
+        windows, note = windows_of(
+            model, data, max_length=settings.max_length, num_samples=settings.num_samples, seed=settings.seed
+        )
 
     def batch(indices: Sequence[int]) -> Batch:
         tokens = windows[list(indices)]

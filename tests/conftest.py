@@ -102,7 +102,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load exported folders by their library in a forked process; one test of each library starts an interpreter."""
-    from peftc.models import exported
+    from peftc.formats import exported
 
     monkeypatch.setattr(exported, "subprocess", SimpleNamespace(Popen=ForkedScript, PIPE=None))
 

@@ -73,7 +73,7 @@ def forked(*words: Any, **how: Any) -> subprocess.CompletedProcess[str]:
 
 
 class ForkedScript:
-    """What `subprocess.Popen` makes of a script, as far as `peftc.models.exported` asks for it: pipes and an end."""
+    """What `subprocess.Popen` makes of a script, as far as `peftc.formats.exported` asks for it: pipes and an end."""
 
     def __init__(self, line: Sequence[str], *, stderr: TextIO, env: Mapping[str, str], **pipes: Any) -> None:
         theirs, ours = zip(CONTEXT.Pipe(duplex=False), reversed(CONTEXT.Pipe(duplex=False)), strict=True)

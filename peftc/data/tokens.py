@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,55 +14,19 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.data.dataset import Dataset
-from peftc.errors import DataError, PeftcError, UsageError, WeightError, reason_of
+from peftc.errors import DataError, UsageError, WeightError
 from peftc.models.inputs import vocabulary
 from peftc.models.padding import reads_last_token
 from peftc.models.place import place_of
+from peftc.models.tokenizer import refusing, tokenizer_of
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
-    from peftc.task import Settings
 
 IGNORED = -100  # a target that is not predicted
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
 GENERATED, GENERATED_LENGTH = "generated:", 128  # a `--data` spec; tokens, where `--max-length` is not given
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
-
-
-def tokenizer_of(model: Model) -> Any:
-    """Return the tokenizer that lies beside a model.
-
-    Raises:
-        DataError: there is none.
-    """
-    if model.folder is None or not any(next(model.folder.glob(name), None) for name in TOKENIZERS):
-        raise DataError(
-            f"`{model.name}` has no tokenizer",
-            why=f"none of {', '.join(TOKENIZERS)} lies beside its weights",
-            hint="copy the tokenizer files of the original into its folder",
-        )
-    from transformers import AutoTokenizer
-
-    with _refusing(model):
-        return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-
-
-@contextmanager
-def _refusing(model: Model) -> Iterator[None]:
-    """Turn what a tokenizer raises on its own files into a refusal: they are somebody's, and anything may stand there.
-
-    Raises:
-        DataError: it raised, or its Rust code panicked, which is no Exception.
-    """
-    try:
-        yield
-    except (PeftcError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=reason_of(error)) from error
 
 
 def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2) -> int:
@@ -124,7 +87,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     limit = window(model, max_length, tokenizer)
     is_pair = isinstance(texts[0], tuple)
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
-    with _refusing(model):
+    with refusing(model):
         made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
     _refuse_unknown(model, [*made["input_ids"], [tokenizer.pad_token_id or 0]])
     keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
@@ -144,7 +107,7 @@ def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]
     Raises:
         DataError: the tokenizer is damaged, or that of another model.
     """
-    with _refusing(model):
+    with refusing(model):
         ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
     _refuse_unknown(model, [ids])
     return ids
@@ -177,8 +140,16 @@ def start_of(model: Model, tokenizer: Any) -> list[int]:
     return whole[:at]
 
 
-def windows_of(model: Model, data: Dataset, settings: Settings) -> tuple[Tensor, str]:
+def windows_of(
+    model: Model, data: Dataset, *, max_length: int | None, num_samples: int | None, seed: int
+) -> tuple[Tensor, str]:
     """Return the text of a data set as windows (windows, length), and a note that says how each begins.
+
+    Args:
+        model: its tokenizer and its vocabulary.
+        data: whose texts are joined.
+        max_length: tokens per window; what the model takes when None.
+        num_samples, seed: keep so many windows, seeded; all when None.
 
     Raises:
         DataError: the tokenizer is damaged, or the text too short.
@@ -186,8 +157,8 @@ def windows_of(model: Model, data: Dataset, settings: Settings) -> tuple[Tensor,
     tokenizer = tokenizer_of(model)
     start = start_of(model, tokenizer)
     ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
-    length = window(model, settings.max_length, tokenizer, least=len(start) + 2)
-    inner = cut(data.name, ids, length - len(start), number=settings.num_samples, seed=settings.seed)
+    length = window(model, max_length, tokenizer, least=len(start) + 2)
+    inner = cut(data.name, ids, length - len(start), number=num_samples, seed=seed)
     windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
     begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
     return windows, f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given"

@@ -34,7 +34,7 @@ USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's 
 
 def home(kind: str, name: str) -> str:
     """Return the module of a built-in method."""
-    return f"peftc.methods.{kind}.{name}"
+    return f"peftc.formats.{name}" if kind == "format" else f"peftc.methods.{kind}.{name}"
 
 
 def outsiders(kind: str) -> dict[str, Any]:

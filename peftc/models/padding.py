@@ -96,7 +96,7 @@ def _unused(batch: Mapping[str, Tensor], tokens: int) -> int:
 
 def id_to_write(model: Model) -> int:
     """Return the id for a config that has to name one: of the tokenizer's padding, else the end of a text, else 0."""
-    from peftc.data.tokens import tokenizer_of  # which looks at networks by way of this module
+    from peftc.models.tokenizer import tokenizer_of  # which looks at networks by way of this module
 
     known: list[Any] = [model.config.get("eos_token_id")]
     try:

@@ -13,17 +13,19 @@ from torch import nn
 from peftc import methods
 from peftc.data import open_data
 from peftc.errors import ArtifactError, DataError, UsageError
+from peftc.formats import parity
+from peftc.formats.exported import Exported, Inputs
+from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
 from peftc.models import padding
-from peftc.models.exported import Exported, Inputs
 from peftc.models.load import load
 from peftc.models.model import Model, detached
-from peftc.models.multiplied import multiplied
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, percent, size
-from peftc.steps import baseline, parity, seen, write
+from peftc.steps import baseline, seen, write
+from peftc.steps.evaluate import evaluate
 from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution
 from peftc.store.source import Source
@@ -121,11 +123,13 @@ def export(
             try:
                 report = work.check(exported, word, data)
                 if is_judged:
-                    parity.quality(
-                        report, runs, exported, data=str(data), against=against or runs, task=task,
-                        image_size=image_size, max_length=max_length,
-                        batch_size=batch_size, seed=seed,
+                    found = evaluate(
+                        parity.in_runtime(runs, exported), data=str(data), against=against or runs, task=task,
+                        image_size=image_size, max_length=max_length, batch_size=batch_size, device="cpu", seed=seed,
                     )  # fmt: skip
+                    report.data["quality"] = found.data
+                    report.tables += found.tables
+                    report.notes += found.notes
             finally:
                 exported.close()
             _finish(job, report, work, exported, word, request, base)

@@ -30,11 +30,12 @@ from torch import nn
 
 import peftc
 from peftc.data import open_data
-from peftc.data.tokens import sample, tokenizer_of
+from peftc.data.tokens import sample
 from peftc.errors import PeftcError
 from peftc.models import layers, load, shorten
 from peftc.models.inputs import outputs
 from peftc.models.model import Model, detached
+from peftc.models.tokenizer import tokenizer_of
 from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.recipe import Recipe

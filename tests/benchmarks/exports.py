@@ -25,15 +25,15 @@ from real_models import SETS, WEIGHTS, real_models
 
 from peftc import decompose, export
 from peftc.errors import PeftcError
+from peftc.formats import exported as exports
+from peftc.formats import parity
 from peftc.measure import costs
 from peftc.measure.costs import Call
 from peftc.methods import find
-from peftc.models import exported as exports
 from peftc.models import load as models
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.models.place import runnable
-from peftc.steps import parity
 from peftc.store.source import Source
 
 BATCH, TOKENS = 16, 128

@@ -7,8 +7,8 @@ import pytest
 
 from peftc import methods
 from peftc.errors import ArtifactError
-from peftc.methods.format.safetensors import safetensors
-from peftc.models.exported import Exported
+from peftc.formats.exported import Exported
+from peftc.formats.safetensors import safetensors
 from peftc.pages import card
 from peftc.steps.compare import compare
 from peftc.steps.export import export

@@ -10,9 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc.data.tokens import sample, tokenizer_of
+from peftc.data.tokens import sample
 from peftc.errors import PlanError
 from peftc.models import layers, load, shorten
+from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import surgery
 from peftc.plans.depth import Asked
 from peftc.report import Report

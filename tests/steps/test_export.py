@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc.errors import ArtifactError, DataError, ExportError, OutputError, PeftcError, UsageError
-from peftc.methods.format import onnx as onnx_format
-from peftc.models import exported, traced
+from peftc.formats import exported, traced
+from peftc.formats import onnx as onnx_format
 from peftc.models import load as models
 from peftc.nn.lowrank import LowRankLinear
 from tests.conftest import BERT, TEXTS, save_transformers  # type: ignore[import-not-found]
@@ -433,7 +433,7 @@ def test_an_export_that_computes_something_else_is_exit_1_and_leaves_nothing(
 def test_a_plain_folder_that_its_library_does_not_load_is_refused(
     small_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftc.methods.format import timm as timm_format
+    from peftc.formats import timm as timm_format
 
     pieces = timm_format.pieces_of
     monkeypatch.setattr(

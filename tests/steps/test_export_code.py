@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc.errors import ExportError
-from peftc.methods.format.hf import hf
-from peftc.methods.format.hf_code import hf_code
-from peftc.models import exported
-from peftc.models.exported import Exported
+from peftc.formats import exported
+from peftc.formats.exported import Exported
+from peftc.formats.hf import hf
+from peftc.formats.hf_code import hf_code
+from peftc.formats.multiplied import multiplied
 from peftc.models.load import load
-from peftc.models.multiplied import multiplied
 from tests.conftest import BERT, LLAMA, save_dual, save_transformers  # type: ignore[import-not-found]
 from tests.forked import forked  # type: ignore[import-not-found]
 

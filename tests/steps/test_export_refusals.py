@@ -122,7 +122,7 @@ class Drawing(torch.nn.Module):
 def test_a_network_that_draws_at_random_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftc.methods.format.safetensors.artifact.write_weights", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr("peftc.formats.safetensors.artifact.write_weights", lambda *_: pytest.fail("written"))
     error = refused(Drawing(), tmp_path, format="safetensors")
     assert isinstance(error, ExportError) and "draws at random in its forward pass" in error.what
     assert error.why and error.why.startswith("two runs on the same input differ by")

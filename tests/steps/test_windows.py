@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import peftc as package
-from peftc.data.tokens import start_of, tokenizer_of
+from peftc.data.tokens import start_of
 from peftc.models.load import load
+from peftc.models.tokenizer import tokenizer_of
 from peftc.steps import samples
 from peftc.steps.prepared import Request, prepare
 from peftc.tasks import Settings

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError, UsageError
-from peftc.models import exported, traced
-from peftc.models.exported import Exported, Inputs
+from peftc.formats import exported, traced
+from peftc.formats.exported import Exported, Inputs
 from peftc.models.model import Model
 
 NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from peftc.models import exported
-from peftc.models.exported import Exported, Inputs
-from peftc.models.foreign import refuse_foreign
+from peftc.formats import exported
+from peftc.formats.exported import Exported, Inputs
+from peftc.formats.foreign import refuse_foreign
 from peftc.models.model import Model
 from peftc.models.weights import pieces_of
 from peftc.store import artifact

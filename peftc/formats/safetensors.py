@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.models import exported
-from peftc.models.exported import Exported, Inputs
+from peftc.formats import exported
+from peftc.formats.exported import Exported, Inputs
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.weights import pieces_of

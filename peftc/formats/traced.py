@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import ExportError
+from peftc.formats import alone, exported
+from peftc.formats.exported import Inputs
+from peftc.formats.foreign import instead, is_one_graph
 from peftc.measure.costs import without_fused_layers
-from peftc.models import alone, exported, padding
-from peftc.models.exported import Inputs
-from peftc.models.foreign import instead, is_one_graph
+from peftc.models import padding
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.nn.lowrank import LowRankConv2d, LowRankEmbedding, LowRankLinear

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from peftc import tasks, unlabelled
 from peftc.data import open_data
 from peftc.errors import ExportError
+from peftc.formats import exported as exports
+from peftc.formats.exported import Exported, Inputs
 from peftc.measure import costs
-from peftc.models import exported as exports
-from peftc.models.exported import Exported, Inputs
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.report import Report
-from peftc.steps.evaluate import evaluate
 from peftc.tasks import Settings
 
 ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
@@ -205,17 +204,13 @@ class _InRuntime(nn.Module):
         self.forward = forward
 
 
-def quality(report: Report, model: Model, written: Exported, *, data: str, against: Model, **options: Any) -> None:
-    """Evaluate the export in its own runtime against a model, and add what came of it."""
-    there = replace(model, module=_InRuntime(model.module, model, written), notes=[])
-    found = evaluate(there, data=data, against=against, device="cpu", **options)
-    report.data["quality"] = found.data
-    report.tables += found.tables
-    report.notes += found.notes
+def in_runtime(model: Model, written: Exported) -> Model:
+    """Return a model that computes in the runtime of its export, to be evaluated."""
+    return replace(model, module=_InRuntime(model.module, model, written), notes=[])
 
 
 def gate_quality(report: Report, max_drop: float | None, min_quality: float | None) -> None:
-    """Add the gates on what `quality` measured."""
+    """Add the gates on the quality that was measured in the runtime of the export."""
     if max_drop is None and min_quality is None:
         return
     found = report.data["quality"]

@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from peftc.errors import ExportError
-from peftc.methods.format.hf import SHARD, read_otherwise
-from peftc.models import exported
-from peftc.models.exported import Exported, Inputs
-from peftc.models.foreign import config_class, refuse_other_library
+from peftc.formats import exported
+from peftc.formats.exported import Exported, Inputs
+from peftc.formats.foreign import config_class, refuse_other_library
+from peftc.formats.hf import SHARD, read_otherwise
 from peftc.models.model import Model
 from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, shared, surgery

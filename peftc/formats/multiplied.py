@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from peftc.formats.foreign import instead, refuse_bound
 from peftc.models import build
-from peftc.models.foreign import instead, refuse_bound
 from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from peftc import interchange, methods
 from peftc.errors import ExportError
+from peftc.formats import exported
+from peftc.formats.exported import Exported, Inputs
 from peftc.interchange import Adapter
-from peftc.models import delta, exported
-from peftc.models.exported import Exported, Inputs
+from peftc.models import delta
 from peftc.models.from_peft import TENSORS
 from peftc.models.model import Model
 from peftc.nn import surgery

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError, UsageError, one_of
-from peftc.models import exported, traced
-from peftc.models.exported import CLOSE, Exported, Inputs
+from peftc.formats import exported, traced
+from peftc.formats.exported import CLOSE, Exported, Inputs
+from peftc.formats.traced import Traced
 from peftc.models.model import Model
-from peftc.models.traced import Traced
 
 LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf ends at 2 GiB
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "MatMulInteger", "ConvInteger")

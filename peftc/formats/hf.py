@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftc.models import exported
-from peftc.models.exported import Exported, Inputs
-from peftc.models.foreign import refuse_foreign
+from peftc.formats import exported
+from peftc.formats.exported import Exported, Inputs
+from peftc.formats.foreign import refuse_foreign
 from peftc.models.model import Model
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftc.models import traced
-from peftc.models.exported import Exported, Inputs
+from peftc.formats import traced
+from peftc.formats.exported import Exported, Inputs
 from peftc.models.model import Model
 
 

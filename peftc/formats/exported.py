@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from peftc.errors import ExportError
-from peftc.models import alone, padding
+from peftc.formats import alone
+from peftc.models import padding
 from peftc.models.inputs import run, taken
 from peftc.models.model import Model
 from peftc.models.place import dtype_of

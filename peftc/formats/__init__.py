@@ -1,0 +1,1 @@
+"""One file for each format of an export, with the tracing and the checks behind them."""

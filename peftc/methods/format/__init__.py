@@ -1,1 +1,0 @@
-"""Formats that a model is exported to, one function each."""

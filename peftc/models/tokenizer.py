@@ -1,0 +1,50 @@
+"""The tokenizer beside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peftc.errors import DataError, PeftcError, reason_of
+
+if TYPE_CHECKING:
+    from peftc.models.model import Model
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def tokenizer_of(model: Model) -> Any:
+    """Return the tokenizer that lies beside a model.
+
+    Raises:
+        DataError: there is none.
+    """
+    if model.folder is None or not any(next(model.folder.glob(name), None) for name in TOKENIZERS):
+        raise DataError(
+            f"`{model.name}` has no tokenizer",
+            why=f"none of {', '.join(TOKENIZERS)} lies beside its weights",
+            hint="copy the tokenizer files of the original into its folder",
+        )
+    from transformers import AutoTokenizer
+
+    with refusing(model):
+        return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+
+
+@contextmanager
+def refusing(model: Model) -> Iterator[None]:
+    """Turn what a tokenizer raises on its own files into a refusal: they are somebody's, and anything may stand there.
+
+    Raises:
+        DataError: it raised, or its Rust code panicked, which is no Exception.
+    """
+    try:
+        yield
+    except (PeftcError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=reason_of(error)) from error
