@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peftc.data.tokens import IGNORED
 from peftc.nn.peers import ALONE, Peers
-from peftc.tasks import Batch, sentence_vectors
+from peftc.tasks.sentences import sentence_vectors
+from peftc.tasks.task import Batch
 
 Objective = Callable[..., Tensor]  # (outputs, batch, peers), the last of which may be left out
 

@@ -16,7 +16,7 @@ LAYERS = [  # top to bottom; no import climbs
     {"pruning"},
     {"factors"},
     {"calibration", "training", "formats", "hooks", "train", "accelerator"},
-    {"tasks", "task", "retrieval", "objectives", "unlabelled"},
+    {"tasks", "objectives"},
     {"data", "measure"},
     {"models"},
     {"methods"},

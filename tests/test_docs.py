@@ -240,7 +240,7 @@ def test_the_forms_of_data_are_those_of_the_program() -> None:
 
 
 def test_the_lists_of_choices_are_those_of_the_program() -> None:
-    from peftc.tasks import TASKS
+    from peftc.tasks.table import TASKS
 
     page = (REPOSITORY / "peftc/docs/commands/decompose.md").read_text(encoding="utf-8")
     budgets = [option.strip("`").split()[0][2:] for option, _ in table("How much to keep", "option | keeps")]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftc import tasks, unlabelled
 from peftc.data import open_data
 from peftc.errors import ExportError
 from peftc.formats import exported as exports
@@ -21,7 +20,9 @@ from peftc.measure import costs
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.report import Report
-from peftc.tasks import Settings
+from peftc.tasks import unlabelled
+from peftc.tasks.table import TASKS, guess, named_task
+from peftc.tasks.task import Settings
 
 ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
 NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
@@ -55,7 +56,7 @@ def real_inputs(model: Model, data: str, task: str | None, settings: Settings, b
     Raises:
         DataError: the data cannot be read, or does not fit the model.
     """
-    row = tasks.named_task(task) if task else tasks.guess(model)
+    row = named_task(task) if task else guess(model)
     dataset = open_data(data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None)
     encoded = unlabelled.encode(model, dataset, row, settings)
     starts = range(0, encoded.size, batch_size)
@@ -86,7 +87,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
     Raises:
         ExportError: the outputs have other shapes, or are not finite.
     """
-    row = tasks.guess(model)
+    row = guess(model)
     is_share = row is not None and (row.has_classes or row.name.endswith("-lm"))
     deviation, spread, agreed, count = 0.0, 0.0, 0.0, 0
     for inputs in batches:
@@ -214,7 +215,7 @@ def gate_quality(report: Report, max_drop: float | None, min_quality: float | No
     if max_drop is None and min_quality is None:
         return
     found = report.data["quality"]
-    metric = tasks.TASKS[found["task"]].metrics[0]
+    metric = TASKS[found["task"]].metrics[0]
     judge = report.at_least if metric.higher_is_better else report.at_most
     judge("--min-quality", min_quality, found["metrics"][metric.name]["value"])
     difference = found["against"]["difference"][metric.name]["value"]

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc import tasks
 from peftc.errors import ArtifactError, PeftcError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.recorded import load_base
 from peftc.store import artifact, manifest
 from peftc.store.source import Source
+from peftc.tasks.table import guess
 
 FOLDER = "`--against base` means the model that the artifact records; the folder here is `--against ./base`"
 NAME_ONE = "name one: `peftc evaluate ... --against MODEL`"
@@ -108,7 +108,7 @@ def _is(folder: Path, made: str) -> bool:
 
 def _head(model: Model) -> tuple[Any, ...]:
     """Return what two models have in common that answer the same question: their task and their classes."""
-    task = tasks.guess(model)
+    task = guess(model)
     width = None
     if task is not None and task.has_classes and model.library != "python":
         config: Any = getattr(model.module, "config", None)

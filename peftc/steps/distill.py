@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import processes, tasks, train
+from peftc import processes, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.models.load import load
@@ -26,7 +26,8 @@ from peftc.steps import baseline, factored, imitation, ordered, quality, samples
 from peftc.steps.imitation import TASK, Imitation
 from peftc.store.job import Job
 from peftc.store.source import Source
-from peftc.tasks import Settings
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Settings
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
@@ -169,7 +170,7 @@ def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str
         UsageError: a weight is no number.
     """
     if loss is None:
-        row = tasks.named_task(task) if task else tasks.guess(student)
+        row = named_task(task) if task else guess(student)
         has_vectors = row is None or row.name in ("sentence-similarity", "image-text-retrieval")
         return PELA | ({"embeddings": 1.0} if has_vectors else {})
     if isinstance(loss, Mapping):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftc import progress, tasks
+from peftc import progress
 from peftc.data import Dataset, open_data
 from peftc.data.classes import match
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
@@ -25,8 +25,9 @@ from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.steps import baseline, measured, seen
 from peftc.store.source import Source
-from peftc.task import concatenated
-from peftc.tasks import Batch, Columns, Encoded, Metric, Settings, Task
+from peftc.tasks.language import digest_of
+from peftc.tasks.table import TASKS, fitting, guess, named_task
+from peftc.tasks.task import Batch, Columns, Encoded, Metric, Settings, Task, concatenated
 
 
 @dataclass
@@ -86,7 +87,7 @@ def evaluate(
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
     if against == "base" and Path("base").exists():
         report.notes.append(baseline.FOLDER)
-    row = tasks.named_task(task) if task else tasks.guess(subject)
+    row = named_task(task) if task else guess(subject)
     for each in (subject, reference):
         if each is not None:
             runnable(each, device=device, dtype=dtype)
@@ -103,7 +104,7 @@ def evaluate(
             label_column=label_column,
             task=row.name if row else None,
         )
-    row = tasks.fitting(row or _by_data(subject, dataset), dataset)
+    row = fitting(row or _by_data(subject, dataset), dataset)
     known_to = seen.by(subject.manifest, data, dataset)
     if known_to and (max_drop is not None or min_quality is not None):
         seen.refuse_gate(known_to, dataset)
@@ -120,7 +121,7 @@ def evaluate(
             "spec": data,
             "split": dataset.split,
             "samples": sides[0].encoded.size,
-            "digest": tasks.digest_of(row, dataset, sides[0].encoded),
+            "digest": digest_of(row, dataset, sides[0].encoded),
         },
         "seen": known_to is not None,
         "metric": row.metrics[0].name,
@@ -157,11 +158,11 @@ def _check(max_drop: float | None, min_quality: float | None, against: Any, batc
 
 def _by_data(model: Model, dataset: Dataset) -> Task:
     if model.library == "python" and dataset.kind in ("image", "tensor"):
-        return tasks.TASKS["image-classification"]
+        return TASKS["image-classification"]
     raise DataError(
         f"cannot guess the task of `{model.name}`",
         why=f"neither its class, {type(model.module).__name__}, nor the data tells",
-        hint=f"name it with `--task`: {', '.join(tasks.TASKS)}",
+        hint=f"name it with `--task`: {', '.join(TASKS)}",
     )
 
 

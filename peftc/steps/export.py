@@ -29,7 +29,7 @@ from peftc.steps.evaluate import evaluate
 from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution
 from peftc.store.source import Source
-from peftc.tasks import Settings
+from peftc.tasks.task import Settings
 
 
 def export(

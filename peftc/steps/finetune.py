@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import methods, processes, tasks, train
+from peftc import methods, processes, train
 from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.measure import costs
@@ -32,7 +32,8 @@ from peftc.steps.merge import taken_in
 from peftc.steps.student import Student
 from peftc.store.job import Job
 from peftc.store.source import Source
-from peftc.tasks import Settings
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Settings
 
 EPOCHS = 10  # where no length is given
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
@@ -146,7 +147,7 @@ def finetune(
         refuse_unbuildable(stored)
     fitted = students.headed(stored, data, task, head, seed)
     stored = fitted.model
-    row = tasks.named_task(task) if task else tasks.guess(stored)
+    row = named_task(task) if task else guess(stored)
     copied, placed, after_step = students.build(
         stored, method, own, include=include, skip=skip, on_product=on_product,
         has_classes=row is not None and row.has_classes, device=device, seed=seed,

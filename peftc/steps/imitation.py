@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import methods, retrieval
+from peftc import methods
 from peftc.errors import DataError, UsageError
 from peftc.models import dual, layers, shorten
 from peftc.models.inputs import main_output, mask_of, mask_of_outputs, run
@@ -24,7 +24,9 @@ from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
 from peftc.objectives import OBJECTIVES
 from peftc.steps.samples import Held, Samples, figures
-from peftc.tasks import Batch, sentence_vectors
+from peftc.tasks import retrieval
+from peftc.tasks.sentences import sentence_vectors
+from peftc.tasks.task import Batch
 
 TASK = "task"
 OF_TEACHER = ("teacher_features", "teacher_outputs", "teacher_vectors", "weights")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftc import tasks
 from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.plans import depth
@@ -22,6 +21,7 @@ from peftc.plans.depth import NOISE, Decision
 from peftc.report import Table
 from peftc.steps import layer_scores
 from peftc.steps.layer_scores import Score, Seen
+from peftc.tasks.sentences import spearman
 
 SEEDS = (1, 2, 3)  # of t-SNE, beside the one that decides
 CHEAP = ("silhouette", "block_influence", "angular", "cka", "magnitude")  # from the same forward pass, or from none
@@ -141,7 +141,7 @@ def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     if len(pairs) < 3:
         return None
     columns = {"cosine": np.array([a for a, _ in pairs]), "score": np.array([b for _, b in pairs])}
-    return _number(tasks.spearman(columns))
+    return _number(spearman(columns))
 
 
 def _number(value: float) -> float | None:

@@ -21,8 +21,8 @@ from peftc.models.place import moved
 from peftc.objectives import OBJECTIVES
 from peftc.steps import samples
 from peftc.steps.samples import Held, Samples
-from peftc.tasks import Batch
-from peftc.unlabelled import divergence
+from peftc.tasks.task import Batch
+from peftc.tasks.unlabelled import divergence
 
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
 

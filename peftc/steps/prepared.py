@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peftc import tasks, unlabelled
 from peftc.data import Dataset, open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.report import GUESSED
-from peftc.tasks import Encoded, Settings, Task
+from peftc.tasks import unlabelled
+from peftc.tasks.language import digest_of
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Encoded, Settings, Task
 
 TRIED = 64  # samples kept apart to try plans on, at most
 FEWEST = 5  # samples of which a part is kept apart
@@ -101,11 +103,11 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     bounded = replace(model, module=detached(model.module), max_memory=request.max_memory)
     subject = runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
-    task = tasks.named_task(request.task) if request.task else tasks.guess(subject)
+    task = named_task(request.task) if request.task else guess(subject)
     encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)
     guesses = [note for note in dataset.notes if note.startswith(GUESSED)]
     data: dict[str, Any] = {
-        "spec": request.data, "split": dataset.split, "digest": tasks.digest_of(task, dataset, encoded),
+        "spec": request.data, "split": dataset.split, "digest": digest_of(task, dataset, encoded),
         "sketch": dataset.sketch,
     }  # fmt: skip
     tried, others = encoded, ""

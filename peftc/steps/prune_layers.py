@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftc import processes, tasks
+from peftc import processes
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
 from peftc.measure import costs
 from peftc.models import delta as deltas
@@ -49,7 +49,8 @@ from peftc.steps.samples import Samples
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
-from peftc.tasks import Settings
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Settings
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
@@ -233,7 +234,7 @@ def _samples(
     """
     if data is None:
         return None
-    row = tasks.named_task(task) if task else tasks.guess(model)
+    row = named_task(task) if task else guess(model)
     is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
     labels = row is not None and (row.has_classes or row.name.endswith("-lm") or (of_loss and row.name in OBJECTIVES))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftc import tasks, unlabelled
 from peftc.data import Dataset, open_data, parts_of, split_names
 from peftc.data.augment import Augment, Augmented
 from peftc.data.classes import match
@@ -19,7 +18,10 @@ from peftc.errors import DataError, UsageError
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
-from peftc.tasks import Batch, Encoded, Settings, Task
+from peftc.tasks import unlabelled
+from peftc.tasks.language import digest_of
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Batch, Encoded, Settings, Task
 
 PLAIN = Augment()
 ALONE = "leave the labels alone: `--loss features=1`"
@@ -96,7 +98,7 @@ def read(
     """
     if not 0 <= held_out < 1:
         raise UsageError(f"`--held-out` is {held_out}", why="it is a share of the samples, in [0, 1)")
-    row = tasks.named_task(task) if task else tasks.guess(model)
+    row = named_task(task) if task else guess(model)
     dataset = open_data(
         data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None, role="training"
     )
@@ -122,7 +124,7 @@ def read(
             notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
         train = replace(train, encoded=_augmented(model, dataset, encoded, settings, augment, outputs))
-    digest = tasks.digest_of(row if labelled else None, dataset, encoded)
+    digest = digest_of(row if labelled else None, dataset, encoded)
     about = {
         "spec": data, "split": dataset.split, "digest": digest, "samples": len(train), "sketch": dataset.sketch,
     }  # fmt: skip

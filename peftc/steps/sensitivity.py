@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import hooks, progress, tasks
+from peftc import hooks, progress
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -35,8 +35,9 @@ from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.store import artifact
-from peftc.tasks import Batch
-from peftc.unlabelled import divergence
+from peftc.tasks.table import guess
+from peftc.tasks.task import Batch
+from peftc.tasks.unlabelled import divergence
 
 KEPT = "sensitivity.json"
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent, of the plans that are tried as a whole
@@ -106,7 +107,7 @@ def whole(
 
 def tokens_of(work: Factoring) -> float:
     """Return the tokens of a sample, where the model is one of language: what it loses is said of each; else 1."""
-    known, task = work.factorize.statistics, tasks.guess(work.model)
+    known, task = work.factorize.statistics, guess(work.model)
     if known is None or task is None or not task.name.endswith("-lm"):
         return 1.0
     return float(known.note["rows"] / known.note["samples"])

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import hooks, processes, progress, unlabelled
+from peftc import hooks, processes, progress
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.hooks import Collector, Found, Site, Sums
 from peftc.models import inputs, streaming
@@ -27,7 +27,8 @@ from peftc.steps.lanes import LANES, Lanes
 from peftc.steps.passes import planned
 from peftc.steps.prepared import Prepared, Request, prepare
 from peftc.store import artifact, manifest
-from peftc.tasks import Batch, Task
+from peftc.tasks import unlabelled
+from peftc.tasks.task import Batch, Task
 
 FILE = "statistics.safetensors"
 DRAWS = 2  # of the model's own predictions, for every sample

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import methods, tasks
+from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError
@@ -23,6 +23,7 @@ from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
 from peftc.steps import samples, spectra, write
+from peftc.tasks.table import guess, named_task
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
@@ -73,7 +74,7 @@ def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> H
         head: ``auto`` gives a new one where the classes do not fit, ``new`` always, ``keep`` never.
         seed: of the first values of a new head.
     """
-    row = tasks.named_task(task) if task else tasks.guess(model)
+    row = named_task(task) if task else guess(model)
     if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
         return Headed(model, [], {})
     dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")

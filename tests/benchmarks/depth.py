@@ -43,7 +43,7 @@ from peftc.report import Report
 from peftc.steps import closing, imitation, layer_choice, layer_losses, layer_scores, samples
 from peftc.steps.layer_losses import Trial
 from peftc.steps.samples import Held
-from peftc.tasks import Settings
+from peftc.tasks.task import Settings
 from peftc.train import fit
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))

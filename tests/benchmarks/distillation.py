@@ -28,7 +28,8 @@ from peftc.models import load
 from peftc.models.place import runnable
 from peftc.recipe import Recipe
 from peftc.steps import imitation, samples
-from peftc.tasks import TASKS, Batch, Settings
+from peftc.tasks.table import TASKS
+from peftc.tasks.task import Batch, Settings
 from peftc.train import fit
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))

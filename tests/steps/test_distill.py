@@ -22,7 +22,7 @@ from peftc.recipe import Recipe
 from peftc.steps import imitation, samples
 from peftc.steps.imitation import Imitation
 from peftc.store import manifest
-from peftc.tasks import Settings
+from peftc.tasks.task import Settings
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
 from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 

@@ -17,7 +17,9 @@ from peftc.models import load
 from peftc.report import Report
 from peftc.steps.evaluate import evaluate
 from peftc.store.source import Source
-from peftc.tasks import TASKS, macro_f1, spearman
+from peftc.tasks.classes import macro_f1
+from peftc.tasks.sentences import spearman
+from peftc.tasks.table import TASKS
 
 CLASSES = [str(digit) for digit in range(10)]
 

@@ -17,7 +17,7 @@ from peftc.steps.evaluate import evaluate
 from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Anchors
 from peftc.steps.prepared import Request, prepare
-from peftc.unlabelled import divergence
+from peftc.tasks.unlabelled import divergence
 from tests.steps.test_evaluate import fill
 
 CALIBRATED: dict[str, Any] = {"calibration_samples": 24, "device": "cpu"}

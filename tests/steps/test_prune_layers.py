@@ -16,7 +16,7 @@ from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
 from peftc.steps import imitation, layer_scores, samples
 from peftc.store import manifest
-from peftc.tasks import Settings
+from peftc.tasks.task import Settings
 from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 
 GPT2 = {"n_layer": 4, "n_embd": 32, "n_head": 2, "bos_token_id": 2, "eos_token_id": 3}

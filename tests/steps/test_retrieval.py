@@ -16,8 +16,8 @@ from peftc.steps import sequential
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
-from peftc.task import Settings
-from peftc.tasks import TASKS
+from peftc.tasks.table import TASKS
+from peftc.tasks.task import Settings
 
 TASK = TASKS["image-text-retrieval"]
 

@@ -25,7 +25,7 @@ from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
 from peftc.plans.plan import Target
-from peftc.steps import estimate, lanes, passes, sensitivity, sequential, statistics
+from peftc.steps import estimate, lanes, passes, sensitivity, sequential, statistics, write
 from peftc.steps.decompose import decompose
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Request, prepare
@@ -269,7 +269,7 @@ def test_half_precision_is_checked_a_module_at_a_time_where_memory_is_limited(
     ran: list[torch.dtype] = []
     outputs = inputs.outputs
     monkeypatch.setattr(
-        load, "outputs", lambda model, batch: ran.append(dtype_of(model.module)) or outputs(model, batch)
+        write, "outputs", lambda model, batch: ran.append(dtype_of(model.module)) or outputs(model, batch)
     )
     report = decompose(half_llama, output_dir=tmp_path / "out", data=text, max_memory="4GB", sensitivity=0, **KFAC)
     assert set(ran) == {torch.float32}  # torch keeps what it prepares for products in half precision, of every shape

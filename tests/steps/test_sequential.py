@@ -147,7 +147,7 @@ def test_measuring_leaves_the_network_as_it_was_and_is_kept(tiny_vit: Path, imag
 def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
     tiny_vit: Path, images: Path, tmp_path: Path
 ) -> None:
-    from peftc.unlabelled import divergence
+    from peftc.tasks.unlabelled import divergence
 
     work, prepared = calibrated(tiny_vit, images, tmp_path)
     found = corrected(work, prepared, 8, tmp_path)

@@ -12,7 +12,7 @@ from peftc.models.load import load
 from peftc.models.tokenizer import tokenizer_of
 from peftc.steps import samples
 from peftc.steps.prepared import Request, prepare
-from peftc.tasks import Settings
+from peftc.tasks.task import Settings
 from tests.conftest import WORDS, save_transformers
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}

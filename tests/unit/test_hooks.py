@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import hooks, tasks, unlabelled
+from peftc import hooks
 from peftc.errors import WeightError
 from peftc.hooks import Collector, Running, Site
 from peftc.models import inputs
@@ -30,6 +30,8 @@ from peftc.plans.plan import Target
 from peftc.steps import lanes, statistics
 from peftc.steps.prepared import Request, prepare
 from peftc.steps.statistics import Statistics
+from peftc.tasks import unlabelled
+from peftc.tasks.table import TASKS
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -558,7 +560,7 @@ def test_drawn_labels_give_the_fisher_information_of_a_softmax() -> None:
     chances = torch.tensor([0.5, 0.3, 0.15, 0.05])
     draws = 20_000
     scores = chances.log().expand(draws, 4).clone().requires_grad_()
-    task = tasks.TASKS["image-classification"]
+    task = TASKS["image-classification"]
     unlabelled.loss_of_own_prediction(task, scores, torch.zeros(draws, 1), generators(draws)).backward()
     assert scores.grad is not None
     exact = torch.diag(chances) - torch.outer(chances, chances)
@@ -575,7 +577,7 @@ def test_vectors_are_read_as_gaussians() -> None:
 
 
 def test_padding_takes_no_part_and_no_sample_changes_what_another_draws() -> None:
-    task = tasks.TASKS["causal-lm"]
+    task = TASKS["causal-lm"]
     scores = random(3, 5, 7)
     mask = torch.ones(3, 5, dtype=torch.long)
     mask[1, 3:] = 0

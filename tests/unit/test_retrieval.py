@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from peftc import hooks, retrieval
+from peftc import hooks
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
 from peftc.measure.costs import work
@@ -22,8 +22,9 @@ from peftc.models import load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model
 from peftc.models.targets import targets
-from peftc.task import Settings
-from peftc.tasks import TASKS, fitting, guess
+from peftc.tasks import retrieval
+from peftc.tasks.table import TASKS, fitting, guess
+from peftc.tasks.task import Settings
 from tests.conftest import save_dual
 
 RETRIEVAL = "image-text-retrieval"

@@ -17,7 +17,7 @@ from peftc.errors import DataError
 from peftc.models import dual
 from peftc.models.place import moved
 from peftc.nn.peers import ALONE, Peers
-from peftc.task import Batch, Columns, Encoded, Metric, Settings, Task
+from peftc.tasks.task import Batch, Columns, Encoded, Metric, Settings, Task
 
 if TYPE_CHECKING:
     from peftc.models.model import Model

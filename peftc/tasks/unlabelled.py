@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftc import tasks
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models.inputs import mask_of_outputs
-from peftc.tasks import Batch, Encoded, Settings, Task
+from peftc.tasks.sentences import sentence_vectors
+from peftc.tasks.table import TASKS
+from peftc.tasks.task import Batch, Encoded, Settings, Task
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
@@ -42,7 +43,7 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -
         return task.encode(model, data, settings)
     if data.kind in ("image", "tensor") and model.kind in ("image", "other"):
         blank = replace(data, labels=dict.fromkeys(data.rows, 0), classes=[""])  # type: ignore[arg-type]
-        return tasks.TASKS["image-classification"].encode(model, blank, settings)
+        return TASKS["image-classification"].encode(model, blank, settings)
     if data.kind in ("text", "pairs") and model.kind == "text":
         return _texts(model, data, task, settings)
     raise DataError(
@@ -134,4 +135,4 @@ def _vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return what of the outputs matters: of tokens their normalised mean (batch, width)."""
     if outputs.ndim != 3 or mask is None:
         return outputs
-    return tasks.sentence_vectors(outputs, mask)
+    return sentence_vectors(outputs, mask)

@@ -1,0 +1,1 @@
+"""What models are for: tasks, their samples and their figures."""

@@ -1,0 +1,64 @@
+"""Images with classes, as a model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peftc.data.dataset import Dataset
+from peftc.data.images import reader
+from peftc.errors import DataError, UsageError, reason_of
+from peftc.models.place import moved, place_of
+from peftc.tasks.classes import (
+    need_classes,
+)
+from peftc.tasks.task import Batch, Encoded, Settings
+
+if TYPE_CHECKING:
+    from peftc.models.model import Model
+
+
+def encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
+    """Return images, or tensors as they are, with their classes."""
+    need_classes(data, "image-classification")
+    labels = data.labels or []
+    _fixed_size(model, settings.image_size)
+    pixels = reader(data, model.preprocess, settings.image_size)
+
+    def batch(indices: Sequence[int]) -> Batch:
+        return Batch(pixels(indices), torch.tensor([labels[data.rows[index]] for index in indices]))
+
+    if data.kind == "tensor" or settings.image_size is not None:
+        _refuse_shape(model, pixels([0]), data.name)
+    return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
+
+
+def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
+    """Refuse inputs that are not as the model itself asks for, where it does not run on the first of them."""
+    from peftc.models import inputs
+
+    if model.module.training or place_of(model.module).type == "meta":
+        return
+    try:
+        with torch.no_grad():
+            inputs.forward(model, moved(model, sample))
+    except inputs.DOES_NOT_RUN as error:
+        if "memory" in str(error):
+            raise
+        why = f"it does not run on one of shape {list(sample.shape[1:])}: {reason_of(error)}"
+        raise DataError(f"`{model.name}` does not take the samples of `{name}`", why=why) from error
+
+
+def _fixed_size(model: Model, image_size: int | None) -> None:
+    size = model.preprocess.get("input_size")
+    fixed = model.config.get("pretrained_cfg", {}).get("fixed_input_size", False)
+    fixed = fixed and not (model.config.get("model_args") or {}).get("dynamic_img_size")
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"`--image-size` is {image_size}", why="images have at least one pixel")
+    if image_size is not None and size and fixed and list(size[1:]) != [image_size] * 2:
+        raise DataError(
+            f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=f"`--image-size` asks for {image_size}"
+        )

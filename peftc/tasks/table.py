@@ -1,0 +1,95 @@
+"""What a model is for: one row per task, from samples to inputs, to figures per sample, to metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from peftc.data.dataset import Dataset
+from peftc.errors import DataError, one_of
+from peftc.tasks import retrieval
+from peftc.tasks.classes import (
+    compare_classes,
+    encode_classified,
+    is_hit,
+    is_in_five,
+    macro_f1,
+    observe_classes,
+)
+from peftc.tasks.images import encode_images
+from peftc.tasks.language import compare_tokens, encode_causal, encode_masked, nll, observe_tokens, perplexity
+from peftc.tasks.sentences import encode_pairs, observe_pairs, spearman
+from peftc.tasks.task import Metric, Task
+
+if TYPE_CHECKING:
+    from peftc.models.model import Model
+
+
+_PERPLEXITY = (
+    Metric("perplexity", perplexity, higher_is_better=False),
+    Metric("nll", nll, higher_is_better=False),
+)
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "image-classification", ("image", "tensor"), ("ForImageClassification",), encode_images, observe_classes,
+            (Metric("top1", is_hit, True), Metric("top5", is_in_five, True, column="in_five")), 32, compare_classes,
+        ),
+        Task(
+            "text-classification", ("text", "pairs"), ("ForSequenceClassification",), encode_classified,
+            observe_classes, (Metric("accuracy", is_hit, True), Metric("f1", macro_f1)), 32, compare_classes,
+        ),
+        Task(
+            "masked-lm", ("text",), ("ForMaskedLM",), encode_masked, observe_tokens, _PERPLEXITY, 8, compare_tokens,
+        ),
+        Task(
+            "causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal, observe_tokens,
+            _PERPLEXITY, 8, compare_tokens,
+        ),
+        retrieval.TASK,  # before the next, whose ending is that of every bare model
+        Task(
+            "sentence-similarity", ("pairs",), ("Model",), encode_pairs, observe_pairs,
+            (Metric("spearman", spearman),), 32,
+        ),
+    )
+}  # fmt: skip
+
+
+def named_task(name: str) -> Task:
+    """Return the row that `--task` names."""
+    one_of("--task", name, list(TASKS))
+    return TASKS[name]
+
+
+def guess(model: Model) -> Task | None:
+    """Return the task that a model was made for, as its library and class tell; None where they say nothing."""
+    if model.library == "timm" or (model.library == "python" and model.kind == "image"):
+        return TASKS["image-classification"]
+    if model.library != "transformers":
+        return None
+    known = [*(model.config.get("architectures") or []), type(model.module).__name__]
+    for task in TASKS.values():
+        if any(known[0].endswith(ending) for ending in task.architectures):
+            return task if task.name != "sentence-similarity" or model.kind == "text" else None
+    return None
+
+
+def fitting(task: Task, data: Dataset) -> Task:
+    """Return the task where it can read the data.
+
+    Raises:
+        DataError: it reads another kind.
+    """
+    if data.kind in task.reads:
+        return task
+    holds = {
+        "image": "images", "text": "single texts", "pairs": "pairs of texts", "tensor": "tensors",
+        "image-text": "pairs of an image and a text",
+    }  # fmt: skip
+    raise DataError(
+        f"`{task.name}` cannot be evaluated on `{data.name}`",
+        why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",
+        hint=f"choose other data or columns (`--data 'FILE?text=NAME'`), or another `--task`: {', '.join(TASKS)}",
+    )
