@@ -402,11 +402,3 @@ class Found:
                 moment = moment + torch.outer(mean.double(), mean.double())
             values["second_moment"] = Moment(moment, self.side)
         return values
-
-
-def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:
-    """Return the samples of each batch: in order, or shortest texts first, so that padding stays small."""
-    order = list(range(size))
-    if lengths is not None:
-        order.sort(key=lambda index: lengths[index])
-    return [order[start : start + batch_size] for start in range(0, size, batch_size)]

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from peftc.errors import SourceError, UsageError
 from peftc.measure import costs
 from peftc.measure.costs import Call, Speedup, Times
-from peftc.models import load
+from peftc.models import load, measured
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, count, short, size
-from peftc.steps import measured
-from peftc.steps.baseline import FOLDER
 from peftc.store.source import Source
+from peftc.tasks.baseline import FOLDER
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
 NOISY = 1.15  # a noise band that reaches further hides most real changes

@@ -24,7 +24,7 @@ from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
-from peftc.steps import baseline, estimate, factored, ordered, passes, prediction, quality, seen, spectra, write
+from peftc.steps import estimate, factored, ordered, passes, prediction, spectra, write
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
@@ -38,6 +38,7 @@ from peftc.steps.speedup import Decision, Input, decide, unusual
 from peftc.steps.statistics import Statistics
 from peftc.store.job import Job
 from peftc.store.source import Source
+from peftc.tasks import baseline, quality, seen
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
 FEW_SAMPLES = 8

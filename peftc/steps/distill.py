@@ -22,10 +22,11 @@ from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import baseline, factored, imitation, ordered, quality, samples, spectra, write
+from peftc.steps import factored, imitation, ordered, samples, spectra, write
 from peftc.steps.imitation import TASK, Imitation
 from peftc.store.job import Job
 from peftc.store.source import Source
+from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
 
@@ -157,8 +158,9 @@ def distill(
             work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
-        image_size=image_size, max_length=max_length, device=device, seed=seed,
+        report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
+        max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
+        device=device, seed=seed,
     )  # fmt: skip
     return report
 

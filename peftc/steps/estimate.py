@@ -23,6 +23,7 @@ from peftc.steps import passes
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import DRAWS, Statistics
+from peftc.tasks.task import batches
 
 PROBE = 384  # side of the eigenproblem and of the product that are timed
 DOUBLE = 8  # bytes
@@ -135,7 +136,7 @@ class Effort:
 
 def _calibration(work: Factoring, source: Prepared) -> Effort:
     """Count on the meta device, with the batch of the longest samples for all of them in proportion."""
-    runs = hooks.batches(source.encoded.lengths, source.encoded.size, source.request.batch_size)
+    runs = batches(source.encoded.lengths, source.encoded.size, source.request.batch_size)
     longest, lengths = runs[-1 if source.encoded.lengths else 0], source.encoded.lengths
     inputs = source.encoded.batch(longest).inputs
     meta = {key: each.to("meta") for key, each in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")

@@ -24,11 +24,12 @@ from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, percent, size
-from peftc.steps import baseline, seen, write
+from peftc.steps import write
 from peftc.steps.evaluate import evaluate
 from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution
 from peftc.store.source import Source
+from peftc.tasks import baseline, seen
 from peftc.tasks.task import Settings
 
 

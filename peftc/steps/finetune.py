@@ -25,13 +25,14 @@ from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import baseline, distill, factored, imitation, ordered, quality, samples, write
+from peftc.steps import distill, factored, imitation, ordered, samples, write
 from peftc.steps import student as students
 from peftc.steps.imitation import TASK, Imitation
 from peftc.steps.merge import taken_in
 from peftc.steps.student import Student
 from peftc.store.job import Job
 from peftc.store.source import Source
+from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
 
@@ -190,8 +191,9 @@ def finetune(
             job.require(tensor_bytes(stored.module) // (8 if request["delta"] else 1))
             report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
-        image_size=image_size, max_length=max_length, device=device, seed=seed,
+        report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
+        max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
+        device=device, seed=seed,
     )  # fmt: skip
     return report
 

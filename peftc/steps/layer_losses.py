@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peftc import hooks, processes, progress
+from peftc import processes, progress
 from peftc.errors import DataError, WeightError
 from peftc.models import inputs, layers
 from peftc.models.model import Model
@@ -21,7 +21,7 @@ from peftc.models.place import moved
 from peftc.objectives import OBJECTIVES
 from peftc.steps import samples
 from peftc.steps.samples import Held, Samples
-from peftc.tasks.task import Batch
+from peftc.tasks.task import Batch, batches
 from peftc.tasks.unlabelled import divergence
 
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
@@ -82,7 +82,7 @@ class Trial:
         if not self._batches:
             lengths = self.held.encoded.lengths
             own = None if lengths is None else [lengths[row] for row in self.held.rows]
-            runs = hooks.batches(own, len(self.held), self.batch_size)
+            runs = batches(own, len(self.held), self.batch_size)
             self._batches = [self.given.mapped(self.held.batch(run)) for run in runs]
         return self._batches
 

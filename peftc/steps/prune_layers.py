@@ -31,14 +31,12 @@ from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.report import Report
 from peftc.steps import (
-    baseline,
     closing,
     factored,
     layer_choice,
     layer_evidence,
     layer_scores,
     ordered,
-    quality,
     retraining,
     samples,
     write,
@@ -49,6 +47,7 @@ from peftc.steps.samples import Samples
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
+from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
 
@@ -180,8 +179,9 @@ def prune_layers(
     _complete(report, stored, plot, decided, max_params, max_bytes)
     if given is not None and data is not None:
         quality.measure_on_test(
-            report, stored, given, data=data, against=against, max_drop=max_drop, min_quality=min_quality, task=task,
-            image_size=image_size, max_length=max_length, device=device, seed=seed,
+            report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
+            max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
+            device=device, seed=seed,
         )  # fmt: skip
         retraining.tell_quality(report)
     return report

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import hooks, progress
+from peftc import progress
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -35,6 +35,7 @@ from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.store import artifact
+from peftc.tasks import task
 from peftc.tasks.table import guess
 from peftc.tasks.task import Batch
 from peftc.tasks.unlabelled import divergence
@@ -143,7 +144,7 @@ def number(prepared: Prepared, samples: int) -> int:
 def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
     """Return so many of the samples that plans are tried on, spread over them, in batches."""
     some = prepared.tried.some(prepared.tried.spread(number(prepared, samples)))
-    return [some.batch(run) for run in hooks.batches(some.lengths, some.size, batch_size)]
+    return [some.batch(run) for run in task.batches(some.lengths, some.size, batch_size)]
 
 
 def _scale(

@@ -29,6 +29,7 @@ from peftc.plans.allocate import Rank
 from peftc.steps.factoring import Factoring
 from peftc.steps.prepared import Prepared
 from peftc.steps.statistics import matrix_of
+from peftc.tasks.task import batches
 
 NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's
 
@@ -91,7 +92,7 @@ def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None]
     """
     model, known = prepared.model, work.factorize.statistics
     assert known is not None
-    runs = hooks.batches(prepared.encoded.lengths, prepared.encoded.size, known.batch_size)
+    runs = batches(prepared.encoded.lengths, prepared.encoded.size, known.batch_size)
     sites = hooks.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
     cuts: dict[str, dict[str, Any]] = {}
     with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:

@@ -28,7 +28,7 @@ from peftc.steps.passes import planned
 from peftc.steps.prepared import Prepared, Request, prepare
 from peftc.store import artifact, manifest
 from peftc.tasks import unlabelled
-from peftc.tasks.task import Batch, Task
+from peftc.tasks.task import Batch, Task, batches
 
 FILE = "statistics.safetensors"
 DRAWS = 2  # of the model's own predictions, for every sample
@@ -185,7 +185,7 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     note = read_note(path)
     processes.wait()  # none writes before all have looked
     if note is None:
-        order = [index for run in hooks.batches(encoded.lengths, encoded.size, 1) for index in run]
+        order = [index for run in batches(encoded.lengths, encoded.size, 1) for index in run]
         sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1])))
 
         def run(collector: Collector, indices: list[int]) -> None:
@@ -235,7 +235,7 @@ def _pass(
         first: note of the first pass, whose lanes this one's equal; None for the first itself.
     """
     request, encoded = prepared.request, prepared.encoded
-    runs = hooks.batches(encoded.lengths, encoded.size, request.batch_size)
+    runs = batches(encoded.lengths, encoded.size, request.batch_size)
     parts = [path.with_name(f"lane-{number}-{lane}.safetensors") for lane in range(LANES)]
     mine = processes.share(range(LANES))
     with processes.together(), progress.track("calibrating", sum(len(runs[lane::LANES]) for lane in mine)) as advance:

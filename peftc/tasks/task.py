@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftc.data.dataset import Dataset
 from peftc.models import inputs
+from peftc.models.model import Model
 from peftc.models.place import moved
 
 if TYPE_CHECKING:
@@ -150,3 +151,11 @@ def columns_of(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Columns:
 
 
 LABELS = "name the column of labels: `--data '{}?label=NAME'`"
+
+
+def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:
+    """Return the samples of each batch: in order, or shortest texts first, so that padding stays small."""
+    order = list(range(size))
+    if lengths is not None:
+        order.sort(key=lambda index: lengths[index])
+    return [order[start : start + batch_size] for start in range(0, size, batch_size)]

@@ -27,6 +27,7 @@ from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
 from peftc.steps import statistics
 from peftc.steps.prepared import Request, prepare
+from peftc.tasks.task import batches
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -49,7 +50,7 @@ def main() -> None:
         random = np.random.default_rng(0)
         np.savez(images, x_train=random.normal(size=(asked.images, 3, 224, 224)).astype(np.float32))
         prepared = prepare(model, Request(str(images), samples=asked.images), "cpu")
-        runs = hooks.batches(None, prepared.encoded.size, prepared.request.batch_size)
+        runs = batches(None, prepared.encoded.size, prepared.request.batch_size)
 
         def forwards() -> None:
             for run in runs:

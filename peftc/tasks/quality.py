@@ -14,8 +14,7 @@ from peftc.errors import DataError
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.report import Report
-from peftc.steps.evaluate import evaluate, keep
-from peftc.steps.samples import Samples
+from peftc.tasks.evaluation import evaluated, keep
 
 
 def add(report: Report, model: Model, *, against: nn.Module | Model | None, **options: Any) -> None:
@@ -26,7 +25,8 @@ def add(report: Report, model: Model, *, against: nn.Module | Model | None, **op
     if model.max_memory is not None:
         written = replace(written, max_memory=model.max_memory)
         against = None if against is None else replace(load(against), max_memory=model.max_memory)
-    quality = evaluate(written, against=against, **{**options, **sparing(model, options)})
+    reference = None if against is None else load(against)
+    quality = evaluated(written, reference, **{**options, **sparing(model, options)})
     keep(quality, written)
     report.data["quality"] = quality.data
     report.tables += quality.tables
@@ -41,16 +41,23 @@ def sparing(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_on_test(
-    report: Report, model: Model, given: Samples, *, data: str, against: Model | None, max_drop: float | None,
-    min_quality: float | None, **options: Any,
+    report: Report, model: Model, *, learnt: str, labelled: bool, data: str, against: Model | None,
+    max_drop: float | None, min_quality: float | None, **options: Any,
 ) -> None:  # fmt: skip
     """Evaluate what was written on the test split of what it learnt from, where there is one and it has labels.
+
+    Args:
+        report: to add to.
+        model: that was read.
+        learnt: the split that was learnt from.
+        labelled: whether its labels mean something to the model.
+        data, against, max_drop, min_quality, options: as for `evaluate`.
 
     Raises:
         DataError: a gate asks for a measurement, and there is no such split.
     """
-    test = [name for name in split_names(data) if split_word(name) == "test" and name != given.about["split"]]
-    if len(test) != 1 or not given.labelled:
+    test = [name for name in split_names(data) if split_word(name) == "test" and name != learnt]
+    if len(test) != 1 or not labelled:
         if max_drop is not None or min_quality is not None:
             raise DataError(
                 "`--max-drop` and `--min-quality` need a test split with labels", why=f"`{data}` has none",

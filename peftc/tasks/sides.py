@@ -1,0 +1,112 @@
+"""The models that are compared, how each reads the data, and what each gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftc import progress
+from peftc.data import Dataset
+from peftc.data.classes import match
+from peftc.errors import DataError, WeightError
+from peftc.models.model import Model
+from peftc.report import Report
+from peftc.tasks.task import Batch, Columns, Encoded, Settings, Task, batches, concatenated
+
+
+@dataclass
+class Side:
+    """One of the models compared: how it reads the data, and what it gave."""
+
+    model: Model
+    encoded: Encoded
+    outputs: list[int] = field(default_factory=list)  # the output of each class of the data
+    columns: Columns = field(default_factory=dict)
+
+
+def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Settings, report: Report) -> list[Side]:
+    """Encode the data for each model, and refuse two whose figures could not be compared.
+
+    Raises:
+        DataError: they read other tokens, or classes do not match.
+    """
+    sides = [Side(model, row.encode(model, dataset, settings)) for model in models]
+    report.notes += sides[0].encoded.notes
+    if len(sides) == 2 and row.name.endswith("-lm") and sides[0].encoded.key != sides[1].encoded.key:
+        raise DataError(
+            f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens",
+            why="perplexities over different tokens cannot be compared",
+            hint="compare with a model of the same tokenizer",
+        )
+    if row.has_classes:
+        for side in sides:
+            _match_classes(row, side, dataset, report)
+    return sides
+
+
+def _match_classes(row: Task, side: Side, dataset: Dataset, report: Report) -> None:
+    """Find the output of each class by running one sample, so that a mismatch is refused before the rest."""
+    logits = _forward(side.model, side.encoded.batch([0]), row)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise DataError(
+            f"`{side.model.name}` does not classify",
+            why=f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class",
+            hint="choose another `--task`, or a model with a classifier",
+        )
+    side.outputs, note = match(dataset.classes or [], side.model.labels, logits.shape[1])
+    if note not in report.notes:
+        report.notes.append(note)
+
+
+def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report: Report) -> Columns | None:
+    """Run every sample through both models, batch by batch, and keep figures per sample; return how they compare."""
+    encoded = sides[0].encoded
+    seen: list[list[Columns]] = [[] for _ in sides]
+    compared: list[Columns] | None = [] if row.compare and len(sides) == 2 else None
+    if compared is not None and sides[0].outputs != sides[1].outputs:
+        compared = None
+        report.notes.append(
+            "the two models order their classes differently, so neither agreement nor divergence is measured"
+        )
+    same = all(side.encoded.key == encoded.key for side in sides)
+    with progress.track(f"evaluating on {dataset.name}", encoded.size) as advance:
+        for indices in batches(encoded.lengths, encoded.size, batch_size):
+            given: list[tuple[Tensor, Batch]] = []
+            for side, columns in zip(sides, seen, strict=True):
+                batch = given[0][1] if given and same else side.encoded.batch(indices)
+                given.append((_forward(side.model, batch, row), batch))
+                columns.append(row.observe(given[-1][0], _mapped(side, batch)))
+            if compared is not None and row.compare is not None and _comparable(given, report):
+                compared.append(row.compare(given[1][0], given[0][0], given[0][1]))
+            for _ in indices:
+                advance("")
+    for side, columns in zip(sides, seen, strict=True):
+        side.columns = row.over(columns)
+    return concatenated(compared) if compared else None
+
+
+def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
+    shapes = [list(logits.shape) for logits, _ in given]
+    note = f"outputs of shapes {shapes[0]} and {shapes[1]}: neither agreement nor divergence is measured"
+    if shapes[0] != shapes[1] and not any(known.startswith("outputs of shapes") for known in report.notes):
+        report.notes.append(note)
+    return shapes[0] == shapes[1]
+
+
+def _mapped(side: Side, batch: Batch) -> Batch:
+    return Batch(batch.inputs, torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
+
+
+def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
+    """Return the outputs for a batch, moved to the model's device and dtype first."""
+    logits = row.outputs(model, batch)
+    if not torch.isfinite(logits).all():
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise WeightError(
+            f"`{model.name}` gives NaN or infinite outputs",
+            why=f"it ran in {dtype}; no figure over them would mean anything",
+            hint="run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`",
+        )
+    return logits
