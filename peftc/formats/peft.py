@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftc import interchange, methods
+from peftc import methods
 from peftc.errors import ExportError
 from peftc.formats import exported
 from peftc.formats.exported import Exported, Inputs
-from peftc.interchange import Adapter
-from peftc.models import delta
+from peftc.models import delta, interchange
 from peftc.models.from_peft import TENSORS
+from peftc.models.interchange import Adapter
 from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import interchange, methods
+from peftc import methods
 from peftc.errors import SourceError
+from peftc.models import interchange
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted
 from peftc.store import documents
@@ -20,7 +21,7 @@ from peftc.store.header import read_header
 from peftc.store.source import ADAPTER, Source, read_json
 
 if TYPE_CHECKING:
-    from peftc.interchange import Adapter
+    from peftc.models.interchange import Adapter
     from peftc.models.model import Model
 
 TENSORS = "adapter_model.safetensors"

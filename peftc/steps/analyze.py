@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from peftc import processes, progress
+from peftc.calibration import statistics as calibrating
+from peftc.calibration.prepared import Prepared
+from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import load
@@ -30,14 +33,11 @@ from peftc.plans.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.steps import joint as joining
 from peftc.steps import prediction, sensitivity, spectra
-from peftc.steps import statistics as calibrating
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Anchors, Trial
-from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Decomposed, Factorizer
 from peftc.steps.speedup import Input, decide
-from peftc.steps.statistics import Statistics
 from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)

@@ -8,8 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from peftc import hooks, processes
+from peftc import processes
+from peftc.calibration import hooks, memory
+from peftc.calibration import statistics as calibrating
+from peftc.calibration.lanes import LANES
+from peftc.calibration.prepared import Request, prepare
+from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError
+from peftc.models import write
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
@@ -17,13 +23,9 @@ from peftc.nn.surgery import parameters
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
-from peftc.steps import factored, ordered, passes, spectra, write
-from peftc.steps import statistics as calibrating
+from peftc.steps import factored, ordered, spectra
 from peftc.steps.decompose import eligible
 from peftc.steps.factoring import Factoring
-from peftc.steps.lanes import LANES
-from peftc.steps.prepared import Request, prepare
-from peftc.steps.statistics import Statistics
 from peftc.store import artifact
 from peftc.store.header import read_header
 from peftc.store.job import Job
@@ -84,9 +86,9 @@ def calibrate(
         )  # fmt: skip
     asked = Request(
         data, task, calibration_samples, None if calibration_tokens is None else int(calibration_tokens), batch_size,
-        image_size, max_length, seed, passes.limit(max_memory),
+        image_size, max_length, seed, memory.limit(max_memory),
     )  # fmt: skip
-    loaded = passes.bounded(load(model), max_memory)
+    loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
     spectra.refuse_non_finite(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)

@@ -12,9 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftc import processes
+from peftc.calibration import memory
+from peftc.calibration import statistics as calibrating
+from peftc.calibration.prepared import Prepared
+from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
+from peftc.models import write
 from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
@@ -24,18 +29,15 @@ from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, grouped
-from peftc.steps import estimate, factored, ordered, passes, prediction, spectra, write
+from peftc.steps import estimate, factored, ordered, prediction, spectra
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
 from peftc.steps import sequential as in_order
-from peftc.steps import statistics as calibrating
 from peftc.steps.evaluate import evaluate
 from peftc.steps.factoring import Factoring
 from peftc.steps.prediction import Held
-from peftc.steps.prepared import Prepared
 from peftc.steps.spectra import Factorizer
 from peftc.steps.speedup import Decision, Input, decide, unusual
-from peftc.steps.statistics import Statistics
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
@@ -69,7 +71,7 @@ class Question:
             known = joining.calibrated(work.model, work.targets, self.source, needs, folder, planned=planned)
             work.use(known, self.reasons)
             if work.model.max_memory is not None:
-                passes.return_freed()
+                memory.return_freed()
         if self.budget is not None and spectra.needs_spectra(self.budget, self.allocation):
             self.work.share_spectra()
         return processes.agreed(lambda: self._tried(self._decide(folder), folder))
@@ -260,7 +262,7 @@ def decompose(
 
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
-    loaded = passes.bounded(loaded, max_memory)
+    loaded = memory.bounded(loaded, max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = factored.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)

@@ -14,6 +14,7 @@ from torch import nn
 from peftc import processes, train
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
+from peftc.models import write
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
@@ -22,7 +23,7 @@ from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import factored, imitation, ordered, samples, spectra, write
+from peftc.steps import factored, imitation, ordered, samples, spectra
 from peftc.steps.imitation import TASK, Imitation
 from peftc.store.job import Job
 from peftc.store.source import Source

@@ -17,14 +17,13 @@ from peftc.formats import parity
 from peftc.formats.exported import Exported, Inputs
 from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
-from peftc.models import padding
+from peftc.models import padding, write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, percent, size
-from peftc.steps import write
 from peftc.steps.evaluate import evaluate
 from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from peftc.errors import PlanError
 from peftc.methods.difference import low_rank_difference
-from peftc.models import adapting, delta
+from peftc.models import adapting, delta, write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report, Table
-from peftc.steps import imitation, student, write
+from peftc.steps import imitation, student
 from peftc.store.source import Source
 
 LOST = 0.5  # of a module's change: below it the update says little of what was learnt

@@ -9,6 +9,7 @@ from typing import Any
 from peftc import processes
 from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.measure import costs
+from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.nn.surgery import tensor_bytes
@@ -18,7 +19,6 @@ from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
 from peftc.report import size as bytes_text
 from peftc.steps import joint as joining
-from peftc.steps import write
 from peftc.steps.factoring import Factoring, Kept
 from peftc.store.manifest import Manifest
 

@@ -14,10 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peftc import hooks, processes, progress
+from peftc import processes, progress
+from peftc.calibration import hooks, memory
+from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, PeftcError
 from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
+from peftc.models import write
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.model import Model
@@ -28,9 +31,8 @@ from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters
 from peftc.plans.allocate import Rank, Use
 from peftc.plans.plan import Budget, Plan, Target
-from peftc.steps import joint, passes, spectra, write
+from peftc.steps import joint, spectra
 from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
-from peftc.steps.statistics import Statistics
 from peftc.store.artifact import Piece, from_file
 from peftc.store.header import read_header
 from peftc.store.job import Job
@@ -176,7 +178,7 @@ class Factoring:
     def _tidy(self) -> None:
         """Give back the holes that solving a module left in the heap: over some hundred modules they add up."""
         if self.model.max_memory is not None:
-            passes.return_freed()
+            memory.return_freed()
 
     def part(self, target: Target, kind: str) -> Path:
         """Return the file in which something finished about a module is kept."""

@@ -16,6 +16,7 @@ from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.measure import costs
 from peftc.models import delta as deltas
+from peftc.models import write
 from peftc.models.heads import Headed
 from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model
@@ -25,7 +26,7 @@ from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import distill, factored, imitation, ordered, samples, write
+from peftc.steps import distill, factored, imitation, ordered, samples
 from peftc.steps import student as students
 from peftc.steps.imitation import TASK, Imitation
 from peftc.steps.merge import taken_in

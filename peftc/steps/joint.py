@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc.calibration import statistics
+from peftc.calibration.hooks import Found
+from peftc.calibration.prepared import Prepared
+from peftc.calibration.statistics import Statistics
 from peftc.errors import PeftcError, PlanError, UsageError
-from peftc.hooks import Found
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
 from peftc.models.layers import registered
 from peftc.models.model import Model
@@ -26,9 +29,6 @@ from peftc.nn import lowrank, shared, surgery
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import grouped
-from peftc.steps import statistics
-from peftc.steps.prepared import Prepared
-from peftc.steps.statistics import Statistics
 from peftc.store.artifact import Piece
 
 FORMS = ("linear", "transposed")

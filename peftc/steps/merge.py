@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import PlanError
+from peftc.models import write
 from peftc.models.load import load, without_updates
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.nn.adapted import adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.report import Report
-from peftc.steps import factored, imitation, write
+from peftc.steps import factored, imitation
 from peftc.store.source import Source
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftc import processes, progress
 from peftc.errors import ArtifactError, MethodError
-from peftc.models import weights
+from peftc.models import weights, write
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
@@ -23,7 +23,7 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, span
-from peftc.steps import factored, spectra, write
+from peftc.steps import factored, spectra
 from peftc.steps.factoring import Factoring, Kept
 from peftc.store import artifact
 from peftc.store.manifest import Manifest

@@ -16,7 +16,7 @@ from peftc import processes
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
 from peftc.measure import costs
 from peftc.models import delta as deltas
-from peftc.models import inputs, layers, shorten
+from peftc.models import inputs, layers, shorten, write
 from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
 from peftc.models.load import load
@@ -30,17 +30,7 @@ from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.report import Report
-from peftc.steps import (
-    closing,
-    factored,
-    layer_choice,
-    layer_evidence,
-    layer_scores,
-    ordered,
-    retraining,
-    samples,
-    write,
-)
+from peftc.steps import closing, factored, layer_choice, layer_evidence, layer_scores, ordered, retraining, samples
 from peftc.steps.layer_choice import Choice, Work
 from peftc.steps.layer_scores import Score, Seen
 from peftc.steps.samples import Samples

@@ -14,11 +14,12 @@ from typing import Any
 from peftc import methods, processes
 from peftc.errors import UsageError
 from peftc.measure.intervals import Interval
+from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
 from peftc.recipe import Recipe
 from peftc.report import Report, Table
-from peftc.steps import factored, write
+from peftc.steps import factored
 from peftc.steps.finetune import EPOCHS, finetune
 from peftc.store import artifact, manifest
 from peftc.store.job import Job

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc import progress
+from peftc.calibration.prepared import Prepared
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -33,11 +34,10 @@ from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
 from peftc.steps import joint, spectra
 from peftc.steps.factoring import Factoring
-from peftc.steps.prepared import Prepared
 from peftc.store import artifact
-from peftc.tasks import task
 from peftc.tasks.table import guess
 from peftc.tasks.task import Batch
+from peftc.tasks.task import batches as in_batches
 from peftc.tasks.unlabelled import divergence
 
 KEPT = "sensitivity.json"
@@ -144,7 +144,7 @@ def number(prepared: Prepared, samples: int) -> int:
 def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
     """Return so many of the samples that plans are tried on, spread over them, in batches."""
     some = prepared.tried.some(prepared.tried.spread(number(prepared, samples)))
-    return [some.batch(run) for run in task.batches(some.lengths, some.size, batch_size)]
+    return [some.batch(run) for run in in_batches(some.lengths, some.size, batch_size)]
 
 
 def _scale(

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from peftc import hooks, progress
+from peftc import progress
+from peftc.calibration import hooks
+from peftc.calibration.hooks import Collector, Found, Site
+from peftc.calibration.prepared import Prepared
+from peftc.calibration.statistics import matrix_of
 from peftc.errors import UsageError
-from peftc.hooks import Collector, Found, Site
 from peftc.models.dual import has_matching
 from peftc.models.inputs import outputs
 from peftc.models.layers import registered
@@ -27,8 +30,6 @@ from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.plans.allocate import Rank
 from peftc.steps.factoring import Factoring
-from peftc.steps.prepared import Prepared
-from peftc.steps.statistics import matrix_of
 from peftc.tasks.task import batches
 
 NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's

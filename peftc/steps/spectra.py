@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peftc import hooks, methods
+from peftc import methods
+from peftc.calibration import hooks
+from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
@@ -22,7 +24,6 @@ from peftc.plans import allocate
 from peftc.plans.allocate import Curve, Rank
 from peftc.plans.plan import Budget, Target
 from peftc.steps import joint
-from peftc.steps.statistics import Statistics
 
 Decomposed = Spectrum | Tucker
 

@@ -19,6 +19,7 @@ from peftc.errors import PlanError
 from peftc.measure import latency
 from peftc.measure.intervals import Interval
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
+from peftc.models import write
 from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
@@ -26,7 +27,7 @@ from peftc.plans import allocate
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan
 from peftc.report import Report, Table, grouped
-from peftc.steps import spectra, write
+from peftc.steps import spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Losses
 from peftc.store import artifact

@@ -13,7 +13,7 @@ from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError
-from peftc.models import adapting, delta, heads, targets
+from peftc.models import adapting, delta, heads, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
 from peftc.models.model import Model, detached
@@ -22,7 +22,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.recipe import mixed
 from peftc.report import Report, Table
-from peftc.steps import samples, spectra, write
+from peftc.steps import samples, spectra
 from peftc.tasks.table import guess, named_task
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for

@@ -12,13 +12,14 @@ from torch import Tensor
 from peftc import methods
 from peftc.errors import one_of
 from peftc.methods.spectrum import Spectrum
+from peftc.models import write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Plan
 from peftc.report import Report
-from peftc.steps import factored, ordered, spectra, write
+from peftc.steps import factored, ordered, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
 from peftc.store.source import Source

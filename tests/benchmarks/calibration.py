@@ -19,14 +19,13 @@ import numpy as np
 import timm
 import torch
 
-from peftc import hooks
+from peftc.calibration import hooks, statistics
+from peftc.calibration.prepared import Request, prepare
 from peftc.methods.decompose.whitened import whitened
 from peftc.models.inputs import outputs
 from peftc.models.load import load
 from peftc.models.targets import targets as find_targets
 from peftc.nn import lowrank
-from peftc.steps import statistics
-from peftc.steps.prepared import Request, prepare
 from peftc.tasks.task import batches
 
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peftc.calibration import statistics
 from peftc.steps import decompose as step
-from peftc.steps import statistics
 from peftc.steps.evaluate import evaluate
 
 FIGURES = ("spearman", "divergence", "agreement")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftc import hooks, methods
+from peftc import methods
+from peftc.calibration import hooks
 from peftc.errors import MethodError, UsageError
 from peftc.methods import METHODS, find
 from peftc.methods.decompose.svd import svd

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc as public
+from peftc.calibration import statistics
+from peftc.calibration.lanes import LANES
 from peftc.errors import ArtifactError, DataError, PlanError, UsageError, WeightError
 from peftc.methods.weighted import Moment, weighted
-from peftc.steps import statistics, write
+from peftc.models import write
 from peftc.steps.calibrate import calibrate
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
-from peftc.steps.lanes import LANES
 from peftc.steps.show import show
 from peftc.store import manifest
 from tests.conftest import WORDS, promised
@@ -388,7 +389,7 @@ def test_the_project_names_model_and_data(peftc, tiny_vit: Path, tmp_path: Path,
 
 KILLED = """
 import os, signal, sys
-from peftc.steps import lanes
+from peftc.calibration import lanes
 from peftc.steps.calibrate import calibrate
 save, left = lanes.save, int(sys.argv[3])
 def kill(path, sums):

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc import Source
+from peftc.calibration import statistics
+from peftc.calibration.prepared import Request, prepare
 from peftc.methods.decompose.kfac import kfac
 from peftc.models import load as models
 from peftc.models.inputs import outputs
 from peftc.models.place import moved, runnable
 from peftc.models.targets import targets as eligible
-from peftc.steps import statistics
 from peftc.steps.decompose import decompose
-from peftc.steps.prepared import Request, prepare
 
 HERE = "python:tests.steps.test_calibrated"
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from peftc.errors import ArtifactError, PlanError, SourceError, UsageError, WeightError
 from peftc.measure import costs
 from peftc.models import load as models
+from peftc.models import write
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.nn.surgery import parameters
 from peftc.report import Report
-from peftc.steps import write
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.store import manifest

@@ -293,7 +293,7 @@ def test_joint_whitened_and_kfac_factors_beat_every_perturbed_competitor() -> No
 
 
 def test_a_stack_has_one_input_side_blocks_of_gradients_and_a_summed_fisher() -> None:
-    from peftc.hooks import Found
+    from peftc.calibration.hooks import Found
     from peftc.plans.plan import Target
 
     class Known:
@@ -322,7 +322,7 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
 
     class Known:
         def of(self, _name: str, _device: torch.device) -> Any:
-            from peftc.hooks import Found
+            from peftc.calibration.hooks import Found
 
             return Found("input", mean, torch.eye(32), None, {}, 99)
 
@@ -378,7 +378,8 @@ def test_transposed_weights_of_any_dtype_are_stacked_by_their_outputs(tmp_path: 
 
 
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftc.steps import factoring, write
+    from peftc.models import write
+    from peftc.steps import factoring
 
     source = block(tmp_path)
     options: dict[str, Any] = {"ratio": 0.5, "joint": True, "allocation": "energy"}

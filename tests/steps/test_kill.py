@@ -126,7 +126,7 @@ def test_a_second_run_on_one_folder_is_refused_and_disturbs_nothing(tiny_vit: Pa
 
 
 def test_unfinished_work_of_another_request_is_not_mixed_in(tiny_vit: Path, tmp_path: Path, monkeypatch) -> None:
-    from peftc.steps import write
+    from peftc.models import write
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

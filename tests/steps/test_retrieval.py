@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from peftc.calibration.hooks import Collector
 from peftc.data import open_data
 from peftc.errors import DataError
-from peftc.hooks import Collector
 from peftc.models import load
 from peftc.report import Report
 from peftc.steps import sequential

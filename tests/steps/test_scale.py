@@ -14,24 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-from peftc import hooks, processes
+from peftc import processes
+from peftc.calibration import hooks, lanes, memory, statistics
+from peftc.calibration.prepared import Request, prepare
+from peftc.calibration.statistics import Statistics
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.methods import spectrum
 from peftc.methods.weighted import Moment
-from peftc.models import inputs, load
+from peftc.models import inputs, load, write
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
 from peftc.plans.plan import Target
-from peftc.steps import estimate, lanes, passes, sensitivity, sequential, statistics, write
+from peftc.steps import estimate, sensitivity, sequential
 from peftc.steps.decompose import decompose
 from peftc.steps.factoring import Factoring
-from peftc.steps.prepared import Request, prepare
 from peftc.steps.show import show
 from peftc.steps.spectra import factorizer
-from peftc.steps.statistics import Statistics
 from tests.conftest import promised
 from tests.forked import Forked
 
@@ -50,11 +51,11 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture
 def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count what a calibration takes, not what Python does, a byte as a thousand: tiny models become large."""
-    footprint, units = passes._footprint, passes._units
-    monkeypatch.setattr(passes, "_held", lambda device: 0)
-    monkeypatch.setattr(passes, "_footprint", lambda *given: 1000 * footprint(*given))
+    footprint, units = memory._footprint, memory._units
+    monkeypatch.setattr(memory, "_held", lambda device: 0)
+    monkeypatch.setattr(memory, "_footprint", lambda *given: 1000 * footprint(*given))
     monkeypatch.setattr(
-        passes, "_units", lambda *given: {key: (names, 1000 * size) for key, (names, size) in units(*given).items()}
+        memory, "_units", lambda *given: {key: (names, 1000 * size) for key, (names, size) in units(*given).items()}
     )
 
 
@@ -97,7 +98,7 @@ def assert_same(one: Statistics, other: Statistics) -> None:
 
 
 def groups_of(folder: Path) -> list[list[str]]:
-    return list(json.loads((folder / passes.FILE).read_text())["groups"])
+    return list(json.loads((folder / memory.FILE).read_text())["groups"])
 
 
 # memory
@@ -110,7 +111,7 @@ def least_memory(model: Path, text: str, folder: Path, **asked: Any) -> int:
     assert "one sample takes" in str(refusal.value)
     words = str(refusal.value.hint).split("`")[1].split()
     assert words[0] == "--max-memory"
-    limit = passes.limit(words[1])
+    limit = memory.limit(words[1])
     assert limit is not None
     return limit
 
@@ -144,7 +145,7 @@ def test_an_interrupted_calibration_goes_on_with_the_passes_it_chose(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(statistics.lanes, "save", stop)
         collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
-    monkeypatch.setattr(passes, "_held", lambda device: 1 << 40)  # it would be refused if it were chosen again
+    monkeypatch.setattr(memory, "_held", lambda device: 1 << 40)  # it would be refused if it were chosen again
     resumed = collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
     assert_same(resumed, whole)
 
@@ -282,7 +283,7 @@ def test_what_solving_leaves_in_the_heap_goes_back_after_every_module(
     tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back: list[bool] = []
-    monkeypatch.setattr(passes, "return_freed", lambda: given_back.append(True))
+    monkeypatch.setattr(memory, "return_freed", lambda: given_back.append(True))
     decompose(tiny_llama, output_dir=tmp_path / "free", data=text, sensitivity=0, **KFAC)
     assert not given_back
     report = decompose(tiny_llama, output_dir=tmp_path / "bound", data=text, max_memory="4GB", sensitivity=0, **KFAC)
@@ -365,7 +366,7 @@ def test_a_module_that_cannot_be_solved_within_the_memory_is_refused_at_once(
     peftc, tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "COPIES", 60_000)  # the tiny modules become large
-    monkeypatch.setattr(passes, "_taken", lambda device: passes.PROCESS)
+    monkeypatch.setattr(memory, "_taken", lambda device: memory.PROCESS)
     words = ("decompose", tiny_llama, "--ratio", 0.5, "--data", text, "--max-length", 16, "-o", tmp_path / "out")
     refused = peftc(*words, "--max-memory", "1GB")
     assert refused.exit_code == 1

@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftc
+from peftc.calibration import statistics
+from peftc.calibration.prepared import Prepared, Request, prepare
 from peftc.errors import UsageError
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models.load import load
 from peftc.models.targets import targets as find_targets
-from peftc.steps import sensitivity, statistics
+from peftc.steps import sensitivity
 from peftc.steps.factoring import Factoring
-from peftc.steps.prepared import Prepared, Request, prepare
 from peftc.steps.spectra import factorizer
 
 DATA = "sklearn:digits"

@@ -20,8 +20,9 @@ from peftc.measure import costs, latency
 from peftc.measure.costs import Times
 from peftc.measure.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.models import load as models
+from peftc.models import write
 from peftc.plans import plan
-from peftc.steps import factoring, speedup, write
+from peftc.steps import factoring, speedup
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.speedup import search

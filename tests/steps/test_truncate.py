@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
 from peftc.models import load as models
+from peftc.models import write
 from peftc.models.inputs import outputs, probe
 from peftc.plans import allocate
 from peftc.report import Report
-from peftc.steps import ordered, write
+from peftc.steps import ordered
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
@@ -482,7 +483,7 @@ def test_a_full_disk_is_refused_before_the_work(all_ranks: Path, tiny_vit: Path,
 
 KILLED = """
 import os, signal, sys
-from peftc.steps import write
+from peftc.models import write
 from peftc.steps.truncate import truncate
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)

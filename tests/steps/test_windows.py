@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import peftc as package
+from peftc.calibration.prepared import Request, prepare
 from peftc.data.tokens import start_of
 from peftc.models.load import load
 from peftc.models.tokenizer import tokenizer_of
 from peftc.steps import samples
-from peftc.steps.prepared import Request, prepare
 from peftc.tasks.task import Settings
 from tests.conftest import WORDS, save_transformers
 

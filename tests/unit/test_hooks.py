@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc import hooks
+from peftc.calibration import hooks, lanes, statistics
+from peftc.calibration.hooks import Collector, Running, Site
+from peftc.calibration.prepared import Request, prepare
+from peftc.calibration.statistics import Statistics
 from peftc.errors import WeightError
-from peftc.hooks import Collector, Running, Site
 from peftc.models import inputs
 from peftc.models import load as models
 from peftc.models.inputs import probe
@@ -27,9 +29,6 @@ from peftc.models.place import runnable
 from peftc.models.targets import targets as eligible
 from peftc.nn import lowrank
 from peftc.plans.plan import Target
-from peftc.steps import lanes, statistics
-from peftc.steps.prepared import Request, prepare
-from peftc.steps.statistics import Statistics
 from peftc.tasks import unlabelled
 from peftc.tasks.table import TASKS
 

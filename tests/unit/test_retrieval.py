@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from peftc import hooks
+from peftc.calibration import hooks
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
 from peftc.measure.costs import work

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftc import hooks
+from peftc.calibration import hooks
+from peftc.calibration.hooks import Collector, Site
 from peftc.errors import PlanError, UsageError
-from peftc.hooks import Collector, Site
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.report import SIZES, scaled

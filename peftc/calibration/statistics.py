@@ -11,10 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc import hooks, processes, progress
+from peftc import processes, progress
+from peftc.calibration import hooks, lanes
+from peftc.calibration.hooks import Collector, Found, Site, Sums
+from peftc.calibration.lanes import LANES, Lanes
+from peftc.calibration.memory import planned
+from peftc.calibration.prepared import Prepared, Request, prepare
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
-from peftc.hooks import Collector, Found, Site, Sums
-from peftc.models import inputs, streaming
+from peftc.models import inputs, streaming, write
 from peftc.models.inputs import forward
 from peftc.models.model import Model
 from peftc.models.parts import read_note, save_part
@@ -22,10 +26,6 @@ from peftc.models.place import moved, place_of
 from peftc.nn import lowrank
 from peftc.plans.plan import Target
 from peftc.report import grouped
-from peftc.steps import lanes, write
-from peftc.steps.lanes import LANES, Lanes
-from peftc.steps.passes import planned
-from peftc.steps.prepared import Prepared, Request, prepare
 from peftc.store import artifact, manifest
 from peftc.tasks import unlabelled
 from peftc.tasks.task import Batch, Task, batches

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc.hooks import Running, Site, Sums
+from peftc.calibration.hooks import Running, Site, Sums
+from peftc.models import write
 from peftc.models.parts import read_note, save_part
 from peftc.plans.plan import Target
-from peftc.steps import write
 from peftc.store.artifact import Piece
 
 ROWS = 256  # of a weight that are turned into float64 at once

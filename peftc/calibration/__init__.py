@@ -1,0 +1,1 @@
+"""Statistics of what modules read and give, within a memory."""
