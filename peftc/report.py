@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,3 +165,20 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
 def span(texts: Sequence[str]) -> str:
     """Write the first and last of ordered texts as ``3 to 9``, or the one where they agree."""
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Set parameters, multiply-adds and bytes before and after side by side."""
+    lines = []
+    for name, write_number in (("parameters", count), ("macs", short), ("bytes", size)):
+        before, after = sizes["before"][name], sizes["after"][name]
+        share = percent(after / before) if before and after is not None else ""
+        texts = ["" if value is None else write_number(value) for value in (before, after)]
+        lines.append(["multiply-adds" if name == "macs" else name, *texts, share])
+    return Table("size", ["", "before", "after", "kept"], lines)
+
+
+def gate_size(report: Report, max_params: float | None, max_bytes: float | None) -> None:
+    """Add the gates on the size of the result."""
+    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
+    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])

@@ -11,7 +11,7 @@ HEAVY = {
     "PIL", "accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "onnx", "pydantic", "rich",
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
-TORCH_FILES = {"train.py", "accelerator.py", "objectives.py"}
+TORCH_FILES: set[str] = set()
 LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(

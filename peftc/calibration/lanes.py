@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc.calibration.hooks import Running, Site, Sums
-from peftc.models import write
 from peftc.models.parts import read_note, save_part
+from peftc.models.weights import piece
 from peftc.plans.plan import Target
 from peftc.store.artifact import Piece
 
@@ -99,7 +99,7 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
         weight_of: the weight of a target as a matrix, to take the bias out of the mean of its outputs.
     """
     means = {name: lanes.running(name, scatter=False).mean for name in lanes.names()}
-    found = {f"{name}.mean": write.piece(mean) for name, mean in means.items()}
+    found = {f"{name}.mean": piece(mean) for name, mean in means.items()}
     for name in means:
         if f"scatter:{name}" in lanes.keys:
             found[f"{name}.covariance"] = _later("F32", (len(means[name]),) * 2, _covariance(lanes, name))
@@ -110,7 +110,7 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
             weight = weight_of(site.target)
             mean = means[f"{site.leader}.input"].to(weight.device)
             rows = [block.double() @ mean for block in weight.split(ROWS)]
-            found[f"{name}.output.mean"] = write.piece(torch.cat(rows))
+            found[f"{name}.output.mean"] = piece(torch.cat(rows))
         for kind, by, number in (
             ("gradient", name, samples), ("fisher", name, samples),
             ("magnitude", site.leader, max(lanes.count(f"{site.leader}.input"), 1)),
@@ -133,6 +133,6 @@ def _later(dtype: str, shape: tuple[int, ...], compute: Callable[[], Tensor]) ->
     """Return a tensor that is computed when it is written."""
 
     def blocks() -> Iterator[Any]:
-        yield from write.piece(compute()).blocks()
+        yield from piece(compute()).blocks()
 
     return Piece(dtype, shape, blocks)

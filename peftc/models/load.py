@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import ArtifactError, SourceError, UsageError
+from peftc.errors import ArtifactError, SourceError, UsageError, WeightError
 from peftc.models import adapting, build, delta, from_peft, hub, weights
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of
@@ -287,3 +287,30 @@ def _live(module: nn.Module) -> Model:
         module=base.module.eval(), source=source, library=base.library, config=base.config, base=base.record,
         name=base.name, preprocess=base.preprocess, labels=base.labels,
     )  # fmt: skip
+
+
+FINITE_BLOCK = 1 << 22
+
+
+def refuse_non_finite(model: Model) -> None:
+    """Refuse a model that holds NaN or infinite numbers.
+
+    Raises:
+        WeightError: naming every such tensor.
+    """
+    bad = [
+        name
+        for name, tensor in surgery.tensors_of(model.module).items()
+        if tensor.is_floating_point() and not _finite(tensor)
+    ]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise WeightError(
+            f"`{model.name}` holds NaN or infinite numbers in {', '.join(f'`{name}`' for name in bad[:4])}{more}",
+            why="training diverged, or the file is damaged",
+            hint="use an earlier checkpoint; peftc does not repair weights",
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))

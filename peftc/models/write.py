@@ -20,11 +20,10 @@ from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
-from peftc.models.weights import piece as piece
-from peftc.models.weights import pieces_of as pieces_of
+from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters
-from peftc.report import Report, Table
+from peftc.report import SIZES, Report, Table, scaled
 from peftc.store import artifact, manifest, maps
 from peftc.store.artifact import Piece
 from peftc.store.job import EXPORT, Job, execution
@@ -276,3 +275,15 @@ def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:
     if not folder.name or folder.name == "..":
         raise UsageError(f"`-o {asked}` is no folder to be made", hint="name a new one: `-o small`")
     return folder
+
+
+def shard_bytes(text: str | int) -> int:
+    """Read ``--max-shard-size``: bytes, or a number with a unit.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        return scaled(str(text), SIZES)
+    except ValueError as error:
+        raise UsageError(f"`--max-shard-size {text}` {error}", hint="write it as `--max-shard-size 5GB`") from None

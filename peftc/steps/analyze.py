@@ -19,7 +19,7 @@ from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError, one_of
 from peftc.methods.spectrum import Spectrum, tail_energies
-from peftc.models.load import load
+from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
@@ -119,7 +119,7 @@ def analyze(
     place = solver_device(device_of(device))
 
     loaded = load(model)
-    spectra.refuse_non_finite(loaded)
+    refuse_non_finite(loaded)
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
     source = calibrating.source(

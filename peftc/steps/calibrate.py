@@ -16,7 +16,7 @@ from peftc.calibration.prepared import Request, prepare
 from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError
 from peftc.models import write
-from peftc.models.load import load
+from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import parameters
@@ -90,7 +90,7 @@ def calibrate(
     )  # fmt: skip
     loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
-    spectra.refuse_non_finite(loaded)
+    refuse_non_finite(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     work = Factoring(loaded, targets, factorize, solver_device(device_of(device)))
     work.leave_uncalled(reasons, include)

@@ -20,7 +20,7 @@ from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
 from peftc.models import write
-from peftc.models.load import load, refuse_unbuildable
+from peftc.models.load import load, refuse_non_finite, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.models.targets import targets as find_targets
@@ -28,7 +28,7 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
-from peftc.report import Report, grouped
+from peftc.report import Report, gate_size, grouped
 from peftc.steps import estimate, factored, ordered, prediction, spectra
 from peftc.steps import joint as joining
 from peftc.steps import sensitivity as measuring
@@ -257,7 +257,7 @@ def decompose(
         correct_bias=bias_correction,
     )  # fmt: skip
     allocation = spectra.allocation_of(allocation, factorize.needs)
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
     by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
@@ -306,7 +306,7 @@ def decompose(
         else:
             job.require(2 * tensor_bytes(loaded.module))
             report = question.carry_out(job, base, request, shard_bytes)
-    factored.gate_size(report, max_params, max_bytes)
+    gate_size(report, max_params, max_bytes)
     on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
     _measure(report, measured, model, loaded, on, against)
     return report
@@ -342,7 +342,7 @@ def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, st
     if isinstance(model, nn.Module) and stored:
         refuse_unbuildable(loaded)
     if not next(loaded.module.parameters()).is_meta:
-        spectra.refuse_non_finite(loaded)
+        refuse_non_finite(loaded)
     return loaded
 
 

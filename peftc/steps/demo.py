@@ -21,14 +21,14 @@ from peftc.data import open_data
 from peftc.data.images import transform
 from peftc.errors import SourceError
 from peftc.models.place import device_of
-from peftc.recipe import Recipe
 from peftc.report import Report, Table, count, percent, short
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
 from peftc.steps.distill import distill
 from peftc.steps.evaluate import evaluate
-from peftc.train import fit
+from peftc.training.loop import fit
+from peftc.training.recipe import Recipe
 
 DATA = "sklearn:digits"
 RATIO = 0.5

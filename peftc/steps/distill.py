@@ -11,25 +11,27 @@ from typing import Any
 
 from torch import nn
 
-from peftc import processes, train
+from peftc import processes
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
 from peftc.models import write
-from peftc.models.load import load
+from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.models.recorded import load_base
+from peftc.models.weights import pieces_of
 from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
-from peftc.recipe import Outcome, Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import factored, imitation, ordered, samples, spectra
-from peftc.steps.imitation import TASK, Imitation
+from peftc.steps import ordered
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
+from peftc.training import imitation, loop, samples
+from peftc.training.imitation import TASK, Imitation
+from peftc.training.recipe import Outcome, Recipe, length
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
@@ -87,7 +89,7 @@ def distill(
         epochs, steps, minutes: how long, one of them; 5 epochs when all are None.
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
-        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.recipe.Recipe`.
+        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.training.recipe.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let the student's dropout and drop-path act, as PELA does; a short healing is better without.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
@@ -113,10 +115,10 @@ def distill(
         weight_decay=weight_decay, warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision,
         evaluations=evaluations, seed=seed,
     )  # fmt: skip
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model)
     ordered.refuse_ordered(stored)
-    spectra.refuse_non_finite(stored)
+    refuse_non_finite(stored)
     student = runnable(imitation.trainable(stored), device=device)
     asked = weights_of(loss, student, task)
     terms = imitation.terms(asked, settings or {})
@@ -240,7 +242,7 @@ def _carry_out(
     held = work.samples.held
     taught = _taught(work, recipe)
     score = None if held is None else lambda: work.score(held, recipe.batch_size)
-    outcome = train.fit(
+    outcome = loop.fit(
         work.student.module, len(work.samples.train), work.batch, work.loss, recipe, device=device, score=score,
         folder=job.work, log_with=log_with,
         log_folder=job.output.with_name(f"{job.output.name}-logs"),
@@ -252,11 +254,11 @@ def _carry_out(
         return report
     edited = replace(work.student, module=_as_stored(work.student.module, stored.module))
     record = write.write_artifact(
-        job, edited, base, request, write.pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
+        job, edited, base, request, pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
     )
     report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
     report.warnings += write.verify(job.folder, edited)
-    shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
+    shutil.copyfile(job.work / loop.LOG, job.folder / loop.LOG)
     write.finish(job, record, report, place_of(work.student.module))
     return report
 

@@ -16,11 +16,12 @@ from peftc.models import adapting, delta, write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of
+from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.report import Report, Table
-from peftc.steps import imitation, student
 from peftc.store.source import Source
+from peftc.training import imitation, student
 
 LOST = 0.5  # of a module's change: below it the update says little of what was learnt
 
@@ -86,7 +87,7 @@ def extract_lora(
         names, there = _changed(network, mine, theirs, placed.adapters)
         found = surgery.tensors_of(network)
         written = write.write_artifact(
-            job, replace(stored, module=network), record, request, {name: write.piece(found[name]) for name in names},
+            job, replace(stored, module=network), record, request, {name: piece(found[name]) for name in names},
             imitation.factored(base), max_shard_bytes=5 * 10**9, adapters=placed.adapters,
             delta=delta.reference(base, record, there),
         )  # fmt: skip

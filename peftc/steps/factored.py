@@ -16,8 +16,7 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan, Target
-from peftc.report import SIZES, Report, Table, count, grouped, percent, scaled, short, span
-from peftc.report import size as bytes_text
+from peftc.report import Report, Table, grouped, percent, size_table, span
 from peftc.steps import joint as joining
 from peftc.steps.factoring import Factoring, Kept
 from peftc.store.manifest import Manifest
@@ -80,18 +79,6 @@ def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, st
         return str(budget), "its factors would not be smaller"
     greedy = "the budget keeps it, or its factors would not shrink"
     return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
-
-
-def shard_bytes(text: str | int) -> int:
-    """Read ``--max-shard-size``: bytes, or a number with a unit.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    try:
-        return scaled(str(text), SIZES)
-    except ValueError as error:
-        raise UsageError(f"`--max-shard-size {text}` {error}", hint="write it as `--max-shard-size 5GB`") from None
 
 
 def report_on(
@@ -205,23 +192,6 @@ def dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -
         for reason in dict.fromkeys(dense[name] for name in names):
             lines.append([kind, sum(dense[name] == reason for name in names), reason])
     return Table("modules left dense", ["module", "count", "why"], lines)
-
-
-def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Set parameters, multiply-adds and bytes before and after side by side."""
-    lines = []
-    for name, write_number in (("parameters", count), ("macs", short), ("bytes", bytes_text)):
-        before, after = sizes["before"][name], sizes["after"][name]
-        share = percent(after / before) if before and after is not None else ""
-        texts = ["" if value is None else write_number(value) for value in (before, after)]
-        lines.append(["multiply-adds" if name == "macs" else name, *texts, share])
-    return Table("size", ["", "before", "after", "kept"], lines)
-
-
-def gate_size(report: Report, max_params: float | None, max_bytes: float | None) -> None:
-    """Add the gates on the size of the result."""
-    report.at_most("--max-params", max_params, report.data["size"]["after"]["parameters"])
-    report.at_most("--max-bytes", max_bytes, report.data["size"]["after"]["bytes"])
 
 
 def carry_out(

@@ -20,12 +20,12 @@ from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, PeftcError
 from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
-from peftc.models import write
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.model import Model
 from peftc.models.parts import read_note, save_part
 from peftc.models.place import HALF, one_dtype
+from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters
@@ -305,7 +305,7 @@ class Factoring:
             kept: (module, rank) -> its factors, and a new ``up.bias`` if any; those of `factor` when None.
         """
         network = self.model.module
-        pieces = write.pieces_of(self.model)
+        pieces = pieces_of(self.model)
         modules = dict(self.model.manifest.modules) if self.model.manifest else {}
         for name, rank in ranks.items():
             if rank is None:

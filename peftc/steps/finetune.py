@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc import methods, processes, train
+from peftc import methods, processes
 from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.measure import costs
@@ -21,23 +21,24 @@ from peftc.models.heads import Headed
 from peftc.models.load import load, refuse_unbuildable
 from peftc.models.model import Model
 from peftc.models.place import place_of
+from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.surgery import tensor_bytes
-from peftc.recipe import Recipe, length
 from peftc.report import Report, Table
-from peftc.steps import distill, factored, imitation, ordered, samples
-from peftc.steps import student as students
-from peftc.steps.imitation import TASK, Imitation
+from peftc.steps import distill, ordered
 from peftc.steps.merge import taken_in
-from peftc.steps.student import Student
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
+from peftc.training import imitation, loop, samples
+from peftc.training import student as students
+from peftc.training.imitation import TASK, Imitation
+from peftc.training.recipe import EPOCHS, Recipe, length
+from peftc.training.student import Student
 
-EPOCHS = 10  # where no length is given
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
 
 
@@ -108,7 +109,7 @@ def finetune(
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
         learning_rate, weight_decay: of AdamW; those of the method when None.
-        warmup, clip: see `peftc.recipe.Recipe`.
+        warmup, clip: see `peftc.training.recipe.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let dropout and drop-path act, that of updates too.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
@@ -142,7 +143,7 @@ def finetune(
         warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision, evaluations=evaluations,
         seed=seed,
     )  # fmt: skip
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model, merge=False)
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
@@ -234,7 +235,7 @@ def _carry_out(
         updates = {name: each.update for name, each in adapted.items()}
         epoch = len(work.samples.train) / recipe.batch_size
         after = functools.partial(_after, after, updates, epoch)
-    outcome = train.fit(
+    outcome = loop.fit(
         pupil.model.module, len(work.samples.train), work.batch, loss, recipe, device=device,
         score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
         log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
@@ -258,7 +259,7 @@ def _carry_out(
     place = place_of(pupil.model.module)
     record, written = _write(job, base, request, pupil, report, shard_bytes)
     report.warnings += write.verify(job.folder, written)
-    shutil.copyfile(job.work / train.LOG, job.folder / train.LOG)
+    shutil.copyfile(job.work / loop.LOG, job.folder / loop.LOG)
     write.finish(job, record, report, place)
     return report
 
@@ -295,7 +296,7 @@ def _write(
     if request["delta"]:
         names, there = students.beneath(pupil, learned)
         tensors = surgery.tensors_of(module)
-        pieces = {name: write.piece(tensors[name]) for name in names}
+        pieces = {name: piece(tensors[name]) for name in names}
         record = write.write_artifact(
             job, tuned, base, request, pieces, imitation.factored(stored), adapters=adapters,
             delta=deltas.reference(stored, base, there), **options,
@@ -304,7 +305,7 @@ def _write(
     else:
         merged, left = taken_in(tuned, adapters, report, same_rank=request["same_rank"])
         record = write.write_artifact(
-            job, merged, base, request, write.pieces_of(merged), imitation.factored(merged), adapters=left, **options
+            job, merged, base, request, pieces_of(merged), imitation.factored(merged), adapters=left, **options
         )
     report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
     report.tables.append(Table("written", ["", "bytes"], [["weights", f"{record.weight_bytes:,}"]]))

@@ -18,7 +18,7 @@ from peftc.steps import layer_evidence, layer_losses, layer_scores
 from peftc.steps.layer_evidence import Decided, Evidence
 from peftc.steps.layer_losses import Removal, Trial
 from peftc.steps.layer_scores import Score, Seen
-from peftc.steps.samples import Samples
+from peftc.training.samples import Samples
 
 
 @dataclass

@@ -18,11 +18,11 @@ from peftc.errors import DataError, WeightError
 from peftc.models import inputs, layers
 from peftc.models.model import Model
 from peftc.models.place import moved
-from peftc.objectives import OBJECTIVES
-from peftc.steps import samples
-from peftc.steps.samples import Held, Samples
 from peftc.tasks.task import Batch, batches
 from peftc.tasks.unlabelled import divergence
+from peftc.training import samples
+from peftc.training.objectives import OBJECTIVES
+from peftc.training.samples import Held, Samples
 
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
 

@@ -20,7 +20,7 @@ from peftc.models.inputs import mask_of, outputs
 from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.nn import surgery
-from peftc.steps.samples import Samples
+from peftc.training.samples import Samples
 
 CLASS_TOKEN = ("bert", "electra", "mpnet", "ernie")  # transformers' text models that begin with one
 MEANS = "sentence-similarity"  # the task whose sentences are means over tokens

@@ -11,11 +11,12 @@ from peftc.models import write
 from peftc.models.load import load, without_updates
 from peftc.models.model import Model
 from peftc.models.place import place_of
+from peftc.models.weights import pieces_of
 from peftc.nn.adapted import adapted_modules
 from peftc.nn.surgery import tensor_bytes
-from peftc.report import Report
-from peftc.steps import factored, imitation
+from peftc.report import Report, gate_size
 from peftc.store.source import Source
+from peftc.training import imitation
 
 
 def merge(
@@ -41,7 +42,7 @@ def merge(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model, merge=False)
     if not adapted_modules(stored.module) and not (stored.manifest and stored.manifest.delta):
         raise PlanError(
@@ -60,13 +61,13 @@ def merge(
                 stored, stored.manifest.adapters if stored.manifest else {}, report, same_rank=same_rank
             )
             record = write.write_artifact(
-                job, whole, base, request, write.pieces_of(whole), imitation.factored(whole),
+                job, whole, base, request, pieces_of(whole), imitation.factored(whole),
                 max_shard_bytes=shard_bytes, adapters=adapters,
             )  # fmt: skip
             report.warnings += write.verify(job.folder, whole)
             report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
             write.finish(job, record, report, place_of(whole.module))
-    factored.gate_size(report, max_params, max_bytes)
+    gate_size(report, max_params, max_bytes)
     return report
 
 

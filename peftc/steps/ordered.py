@@ -18,11 +18,12 @@ from peftc.errors import ArtifactError, MethodError
 from peftc.models import weights, write
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
+from peftc.models.weights import piece, pieces_of
 from peftc.nn import lowrank
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Target
-from peftc.report import Report, Table, grouped, span
+from peftc.report import Report, Table, grouped, size_table, span
 from peftc.steps import factored, spectra
 from peftc.steps.factoring import Factoring, Kept
 from peftc.store import artifact
@@ -95,20 +96,20 @@ def keep_all(
         return report_on(work, cuts, reasons)
     for name in cuts:
         beside |= {f"{name}.{key}": mean for key, mean in _means(work, name, ranks[name]).items()}
-    factors = {name: write.piece(tensor) for name, tensor in beside.items()}
+    factors = {name: piece(tensor) for name, tensor in beside.items()}
     for name in cuts:
         parts = work.kept(name, ranks[name])[1]
         factors |= {f"{name}.{key}": part for key, part in parts.items() if key != "up.bias"}
     modules = dict(model.manifest.modules) if model.manifest else {}
     record = write.write_artifact(
-        job, model, base, request, write.pieces_of(model), modules, max_shard_bytes=max_shard_bytes, factors=factors,
+        job, model, base, request, pieces_of(model), modules, max_shard_bytes=max_shard_bytes, factors=factors,
         ordered={name: {"form": work.targets[name].form, "rank": rank} for name, rank in ranks.items()},
     )  # fmt: skip
     report = report_on(work, cuts, reasons)
     report.warnings += write.verify(job.folder, model)
     _verify(job.folder, record, work, beside)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
-    report.tables[-1] = factored.size_table(report.data["size"])
+    report.tables[-1] = size_table(report.data["size"])
     report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
     write.finish(job, record, report, work.device)
     return report
@@ -157,7 +158,7 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
     others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
     achieved = {"asked": "--keep-all-ranks", "eligible": 1.0, "model": 1.0}
     report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
-    report.tables += [_table(rows), factored.dense_table([], reasons), factored.size_table(size)]
+    report.tables += [_table(rows), factored.dense_table([], reasons), size_table(size)]
     report.notes += [
         f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
         "smaller; until then they keep their weights",
@@ -224,7 +225,7 @@ class Ordered:
             made = torch.einsum("orc,rc->o", up, self.tensors["down_mean"][:rank])
             lost = self.tensors["weight_mean"] - made
             cut["up.bias"] = (self.bias.detach().double() + lost).to(self.bias.dtype)
-        return cut, {name: write.piece(tensor) for name, tensor in cut.items()}
+        return cut, {name: piece(tensor) for name, tensor in cut.items()}
 
 
 def refuse_unordered(model: Model) -> Manifest:

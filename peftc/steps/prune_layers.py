@@ -23,23 +23,26 @@ from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
+from peftc.models.weights import pieces_of
 from peftc.nn.surgery import parameters, tensor_bytes
-from peftc.objectives import OBJECTIVES
 from peftc.pages.layer_plot import draw_scores
 from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
 from peftc.plans.depth import Asked
-from peftc.report import Report
-from peftc.steps import closing, factored, layer_choice, layer_evidence, layer_scores, ordered, retraining, samples
+from peftc.report import Report, gate_size, size_table
+from peftc.steps import closing, layer_choice, layer_evidence, layer_scores, ordered
+from peftc.steps.finetune import finetune
 from peftc.steps.layer_choice import Choice, Work
 from peftc.steps.layer_scores import Score, Seen
-from peftc.steps.samples import Samples
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
+from peftc.training import retraining, samples
+from peftc.training.objectives import OBJECTIVES
+from peftc.training.samples import Samples
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
@@ -117,7 +120,7 @@ def prune_layers(
         PeftcError: with the cause; nothing is written then.
     """
     asked = depth.asked(alpha, keep, drop, within_drop)
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
     refuse_unwritable("--plot", plot)
     wanted = None if score is None else layer_scores.named(score, settings or {})
     if repair and data is None:
@@ -161,7 +164,7 @@ def prune_layers(
     prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
     if training:
         report, decided = retraining.trained_again(
-            stored, output, request, training, prune, overwrite=overwrite, data=data, task=task,
+            stored, output, request, training, prune, finetune, overwrite=overwrite, data=data, task=task,
             num_samples=num_samples, image_size=image_size, max_length=max_length, device=device, seed=seed,
         )  # fmt: skip
     else:
@@ -290,7 +293,7 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     shorter = _shorter(work, kept, report)
     layer_choice.tell(report, work, choice)
     report.data["size"] = _sizes(work.stored, shorter.model)
-    report.tables.append(factored.size_table(report.data["size"]))
+    report.tables.append(size_table(report.data["size"]))
     if len(work.given.train if work.given else ()) == POINTS:
         report.notes.append(f"{POINTS:,} samples, the classes as even as they allow; `--num-samples` takes more")
     if len(kept) == len(work.names):
@@ -369,7 +372,7 @@ def _carry_out(
         closing.close_gaps(work, shorter, report)
     was = shorten.in_base(work.stored, work.names)
     kept = [was[name] for name in shorter.renamed] if len(shorter.renamed) < len(work.names) else None
-    pieces = write.pieces_of(shorter.model)
+    pieces = pieces_of(shorter.model)
     beneath = None
     if request["delta"]:
         names, there = deltas.of_shorter(work.stored, shorter)
@@ -382,7 +385,7 @@ def _carry_out(
     expected, _ = models.without_updates(replace(shorter.model, manifest=None))
     report.warnings += write.verify(job.folder, expected)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
-    report.tables[-1] = factored.size_table(report.data["size"])
+    report.tables[-1] = size_table(report.data["size"])
     if seen and seen.maps:
         layer_maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
     write.finish(job, record, report, place_of(work.runs.module))
@@ -395,7 +398,7 @@ def _complete(
     """Draw the picture and add the gates on the size."""
     if plot is not None and processes.rank() == 0:
         _draw(report, stored, Path(plot), choice)
-    factored.gate_size(report, max_params, max_bytes)
+    gate_size(report, max_params, max_bytes)
     return report
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from peftc import methods
 from peftc.calibration import hooks
 from peftc.calibration.statistics import Statistics
-from peftc.errors import MethodError, PlanError, UsageError, WeightError, one_of
+from peftc.errors import MethodError, PlanError, UsageError, one_of
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.model import Model
-from peftc.nn import lowrank, surgery
+from peftc.nn import lowrank
 from peftc.plans import allocate
 from peftc.plans.allocate import Curve, Rank
 from peftc.plans.plan import Budget, Target
@@ -33,9 +33,6 @@ class Losses(Protocol):
 
     def losses(self) -> Tensor:
         """Return squared errors by rank."""
-
-
-FINITE_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -147,30 +144,6 @@ def weight_of(model: Model, target: Target, device: torch.device) -> Tensor:
         return joint.stacked(model, target, device)
     weight = model.module.get_submodule(target.name).weight.detach()
     return weight.to(device, weight.dtype if weight.dtype == torch.float64 else torch.float32)  # type: ignore[union-attr]
-
-
-def refuse_non_finite(model: Model) -> None:
-    """Refuse a model that holds NaN or infinite numbers.
-
-    Raises:
-        WeightError: naming every such tensor.
-    """
-    bad = [
-        name
-        for name, tensor in surgery.tensors_of(model.module).items()
-        if tensor.is_floating_point() and not _finite(tensor)
-    ]
-    if bad:
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise WeightError(
-            f"`{model.name}` holds NaN or infinite numbers in {', '.join(f'`{name}`' for name in bad[:4])}{more}",
-            why="training diverged, or the file is damaged",
-            hint="use an earlier checkpoint; peftc does not repair weights",
-        )
-
-
-def _finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from peftc.models.model import Model, detached
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Plan
-from peftc.report import Report
+from peftc.report import Report, gate_size
 from peftc.steps import factored, ordered, spectra
 from peftc.steps.factoring import Factoring
 from peftc.steps.spectra import Factorizer
@@ -63,7 +63,7 @@ def truncate(
     budget = factored.asked_budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
-    shard_bytes = factored.shard_bytes(max_shard_size)
+    shard_bytes = write.shard_bytes(max_shard_size)
 
     loaded = load(model)
     record = ordered.refuse_unordered(loaded)
@@ -99,7 +99,7 @@ def truncate(
                 report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
                 kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
             )  # fmt: skip
-    factored.gate_size(report, max_params, max_bytes)
+    gate_size(report, max_params, max_bytes)
     return report
 
 

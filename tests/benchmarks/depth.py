@@ -38,13 +38,14 @@ from peftc.models.model import Model, detached
 from peftc.models.tokenizer import tokenizer_of
 from peftc.plans import depth
 from peftc.plans.depth import Asked
-from peftc.recipe import Recipe
 from peftc.report import Report
-from peftc.steps import closing, imitation, layer_choice, layer_losses, layer_scores, samples
+from peftc.steps import closing, layer_choice, layer_losses, layer_scores
 from peftc.steps.layer_losses import Trial
-from peftc.steps.samples import Held
 from peftc.tasks.task import Settings
-from peftc.train import fit
+from peftc.training import imitation, samples
+from peftc.training.loop import fit
+from peftc.training.recipe import Recipe
+from peftc.training.samples import Held
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SETS = {

@@ -26,11 +26,11 @@ import peftc
 from peftc.data import open_data
 from peftc.models import load
 from peftc.models.place import runnable
-from peftc.recipe import Recipe
-from peftc.steps import imitation, samples
 from peftc.tasks.table import TASKS
 from peftc.tasks.task import Batch, Settings
-from peftc.train import fit
+from peftc.training import imitation, samples
+from peftc.training.loop import fit
+from peftc.training.recipe import Recipe
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CIFAR = DATA / "sets" / "cifar10_jpg" / "cifar10_jpg_5k2k.zip"

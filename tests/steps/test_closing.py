@@ -17,9 +17,10 @@ from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import surgery
 from peftc.plans.depth import Asked
 from peftc.report import Report
-from peftc.steps import closing, layer_choice, samples
+from peftc.steps import closing, layer_choice
 from peftc.steps.closing import Gap, Moments
 from peftc.tasks.task import Settings
+from peftc.training import samples
 from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 from tests.steps.test_prune_layers import GPT2, text_of  # type: ignore[import-not-found]
 

@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 
 import peftc
-from peftc import train
 from peftc.data.augment import Augment
 from peftc.errors import ArtifactError, DataError, DivergenceError, PeftcError, UsageError
 from peftc.models import load
 from peftc.models.place import runnable
 from peftc.nn import surgery
-from peftc.recipe import Recipe
-from peftc.steps import imitation, samples
-from peftc.steps.imitation import Imitation
 from peftc.store import manifest
 from peftc.tasks.task import Settings
+from peftc.training import imitation, loop, samples
+from peftc.training.imitation import Imitation
+from peftc.training.recipe import Recipe
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
 from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 
@@ -83,7 +82,7 @@ def test_the_result_reloads_and_everything_but_the_teacher_has_learnt(
     assert made.manifest.modules == manifest.read(student).modules
     assert set(report.data["terms"]) == {"features", "perturbation", "task"}
     assert report.data["steps"] == 10 and report.data["quality"]["data"]["split"] == "test"
-    lines = [json.loads(line) for line in (tmp_path / "out" / train.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / loop.LOG).read_text().splitlines()]
     assert sum("loss" in line for line in lines) == 10
     with torch.no_grad():
         assert made.module(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -155,7 +154,7 @@ def test_one_forward_of_each_gives_all_terms(student: Path, tiny_vit: Path, imag
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(student: Path, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     peftc.distill(student, output_dir=tmp_path / "whole", data=str(images), **SHORT)
     real, calls = Imitation.loss, iter(range(1000))
 
@@ -171,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(student: Path, images: Path, tmp
     assert not (tmp_path / "killed").exists()
     report = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
     assert any(note.startswith("resumed at step") for note in report.notes)
-    for name in ("model.safetensors", "peftc.json", train.LOG):
+    for name in ("model.safetensors", "peftc.json", loop.LOG):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     again = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
     assert any("already done" in note for note in again.notes)
@@ -295,10 +294,10 @@ def test_what_cannot_be_is_refused_and_nothing_left(
 def test_a_loss_that_diverges_stops_with_the_last_checkpoint(
     student: Path, images: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     with pytest.raises(DivergenceError, match="the loss became") as refusal:
         peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT | {"learning_rate": 1e30})
-    checkpoint = tmp_path / "out.partial" / "work" / train.CHECKPOINT
+    checkpoint = tmp_path / "out.partial" / "work" / loop.CHECKPOINT
     assert str(checkpoint) in str(refusal.value) and checkpoint.is_file()
     assert not (tmp_path / "out").exists()
 
@@ -359,7 +358,7 @@ def test_a_teacher_that_is_kept_gives_the_same_bytes_and_is_asked_once(
     report = peftc.distill(model, output_dir=tmp_path / "kept", data=str(data), cache_teacher=True, **options)
     number = 96 if kind == "images" else 32
     assert sum(asked) <= number + 16 + 1 < 12 * 16
-    one, two = (json.loads((tmp_path / name / train.LOG).read_text().splitlines()[-1]) for name in ("asked", "kept"))
+    one, two = (json.loads((tmp_path / name / loop.LOG).read_text().splitlines()[-1]) for name in ("asked", "kept"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert report.artifact is not None and not (tmp_path / "kept" / "teacher").exists()
 
@@ -424,7 +423,7 @@ def by_one_and_by_two(folder: Path, *words: Any) -> list[list[dict[str, float]]]
     first, second = launch(*words, folder / "two")
     assert (one[0], first[0], second[0]) == (0, 0, 0), one[2] + first[2] + second[2]
     assert second[1:] == ("", "")
-    logs = [(folder / name / train.LOG).read_text().splitlines() for name in ("one", "two")]
+    logs = [(folder / name / loop.LOG).read_text().splitlines() for name in ("one", "two")]
     return [[json.loads(line) for line in lines] for lines in logs]
 
 
@@ -469,7 +468,7 @@ def test_what_a_launcher_was_asked_for_and_cannot_be_is_refused(
 
 FAILS = """
 import os, signal, sys
-from peftc.steps.imitation import Imitation
+from peftc.training.imitation import Imitation
 loss, calls = Imitation.loss, iter(range(100))
 def failing(self, module, given):
     if next(calls) == 4 and os.environ["RANK"] == "{rank}":
@@ -493,7 +492,7 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     assert left[0] == 1, left[2]
     assert "error: another process of this launch stopped" in left[2]
     assert "Traceback" not in left[2]
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work" / train.LOG).is_file()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work" / loop.LOG).is_file()
 
 
 def test_a_tracker_keeps_its_log_beside_the_artifact(student: Path, images: Path, tmp_path: Path) -> None:

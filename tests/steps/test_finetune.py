@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import methods, train
+from peftc import methods
 from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.store import manifest
+from peftc.training import loop
 from tests.steps.test_distill import images  # type: ignore[import-not-found] # noqa: F401
 from tests.steps.test_scale import launch  # type: ignore[import-not-found]
 
@@ -365,23 +366,23 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     base: Path, few: Path, tmp_path: Path, monkeypatch: Any, method: str
 ) -> None:
     tune(base, few, tmp_path / "whole", delta=True, method=method)
-    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
-    original = train._Run.learn
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    original = loop._Run.learn
 
     def learn(run: Any) -> Any:
         if run.step == 4:
             raise KeyboardInterrupt
         return original(run)
 
-    monkeypatch.setattr(train._Run, "learn", learn)
+    monkeypatch.setattr(loop._Run, "learn", learn)
     with pytest.raises(KeyboardInterrupt):
         tune(base, few, tmp_path / "killed", delta=True, method=method)
-    checkpoint = tmp_path / "killed.partial" / "work" / train.CHECKPOINT
+    checkpoint = tmp_path / "killed.partial" / "work" / loop.CHECKPOINT
     assert checkpoint.stat().st_size < (base / "model.safetensors").stat().st_size * 2  # what is frozen is not in it
-    monkeypatch.setattr(train._Run, "learn", original)
+    monkeypatch.setattr(loop._Run, "learn", original)
     report = tune(base, few, tmp_path / "killed", delta=True, method=method)
     assert any(note.startswith("resumed at step 4") for note in report.notes)
-    for name in ("model.safetensors", "peftc.json", train.LOG):
+    for name in ("model.safetensors", "peftc.json", loop.LOG):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

@@ -18,11 +18,12 @@ from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
 from peftc.plans.depth import NOISE, Decision
-from peftc.steps import layer_evidence, layer_losses, layer_scores, samples
+from peftc.steps import layer_evidence, layer_losses, layer_scores
 from peftc.steps.layer_losses import Trial
 from peftc.store import maps
 from peftc.tasks.task import Settings
 from peftc.tasks.unlabelled import divergence
+from peftc.training import samples
 from tests.conftest import BERT, INPUT, LLAMA, VIT, promised, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 from tests.steps.test_prune_layers import text_of  # type: ignore[import-not-found]
 from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]

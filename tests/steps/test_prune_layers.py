@@ -14,9 +14,10 @@ import peftc
 from peftc.errors import ClassesError, DataError, PeftcError, PlanError, UsageError, WeightError
 from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
-from peftc.steps import imitation, layer_scores, samples
+from peftc.steps import layer_scores
 from peftc.store import manifest
 from peftc.tasks.task import Settings
+from peftc.training import imitation, samples
 from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 
 GPT2 = {"n_layer": 4, "n_embd": 32, "n_head": 2, "bos_token_id": 2, "eos_token_id": 3}

@@ -9,8 +9,9 @@ import pytest
 
 import peftc
 from peftc.errors import PeftcError, UsageError
-from peftc.steps import layer_choice, retraining
+from peftc.steps import layer_choice
 from peftc.store import manifest
+from peftc.training import retraining
 
 CPU: dict[str, Any] = {"device": "cpu"}
 PRUNE: dict[str, Any] = {"score": "block-influence", "keep": 2, **CPU}
@@ -67,7 +68,7 @@ def test_the_command_says_it_all_and_its_manifest_rebuilds_it(
     first = peftc(*words)
     assert first.exit_code == 0, first.output
     assert first.stdout == f"{tmp_path / 'out'}\n"
-    monkeypatch.setattr(retraining, "finetune", None)  # nothing is trained twice
+    monkeypatch.setattr("peftc.steps.prune_layers.finetune", None)  # nothing is trained twice
     again = peftc(*words, "--json")
     assert again.exit_code == 0, again.output
     assert any("already done" in note for note in json.loads(again.stdout)["notes"])
@@ -91,7 +92,7 @@ def test_interrupted_in_the_training_it_does_not_prune_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(retraining, "finetune", stopped)
+        patched.setattr("peftc.steps.prune_layers.finetune", stopped)
         with pytest.raises(KeyboardInterrupt):
             peftc.prune_layers(vit, output_dir=tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
@@ -149,7 +150,7 @@ def test_a_training_that_fails_leaves_nothing(
     def failed(*_: Any, **__: Any) -> None:
         raise PeftcError("the loss is not finite")
 
-    monkeypatch.setattr(retraining, "finetune", failed)
+    monkeypatch.setattr("peftc.steps.prune_layers.finetune", failed)
     with pytest.raises(PeftcError, match="not finite"):
         peftc.prune_layers(vit, data=images, retrain=True, steps=2, output_dir=tmp_path / "out", **PRUNE)
     assert list(tmp_path.iterdir()) == []

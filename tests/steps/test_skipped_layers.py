@@ -13,8 +13,8 @@ import peftc
 from peftc.errors import ArtifactError, ExportError, SourceError
 from peftc.models import load
 from peftc.nn.skipped import Skipped
-from peftc.steps import imitation
 from peftc.store import manifest
+from peftc.training import imitation
 from tests.conftest import rewritten, save_timm, save_transformers  # type: ignore[import-not-found]
 
 SWIN = {"embed_dim": 24, "img_size": 112, "depths": (2, 2, 2, 2), "num_classes": 5}

@@ -11,8 +11,8 @@ from peftc.calibration.prepared import Request, prepare
 from peftc.data.tokens import start_of
 from peftc.models.load import load
 from peftc.models.tokenizer import tokenizer_of
-from peftc.steps import samples
 from peftc.tasks.task import Settings
+from peftc.training import samples
 from tests.conftest import WORDS, save_transformers
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}

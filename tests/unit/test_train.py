@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftc import train
 from peftc.errors import PeftcError, UsageError
-from peftc.recipe import Outcome, Recipe, mixed, rate
-from peftc.train import fit
+from peftc.training import loop
+from peftc.training.loop import fit
+from peftc.training.recipe import Outcome, Recipe, mixed, rate
 
 SIZE = 96
 X = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: Any, ema: float | None) -> None:
     recipe = replace(SHORT, ema=ema, evaluations=4)
-    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)  # a checkpoint after every step
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)  # a checkpoint after every step
 
     def attempt(folder: Path, loss: Any) -> tuple[Outcome, dict[str, Tensor]]:
         module = network()
@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: Any
     assert resumed[0].resumed == 5 and whole[0].resumed == 0
     assert resumed[0].losses == whole[0].losses and resumed[0].scores == whole[0].scores
     assert same(resumed[1], whole[1])
-    logs = [(tmp_path / name / train.LOG).read_text() for name in ("whole", "killed")]
+    logs = [(tmp_path / name / loop.LOG).read_text() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     lines = [json.loads(line) for line in logs[0].splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
@@ -238,12 +238,12 @@ def test_minutes_become_steps_once_and_nothing_is_learnt_while_they_are_timed(tm
     seen: list[bool] = []
 
     def watched(module: nn.Module, given: Given) -> Tensor:
-        if len(seen) <= train.TIMED_STEPS:
+        if len(seen) <= loop.TIMED_STEPS:
             seen.append(same(weights(module), weights(start)))
         return cross_entropy(module, given)
 
     outcome = run(module, replace(SHORT, steps=None, minutes=0.001), watched, folder=tmp_path)
-    assert seen == [True] * (train.TIMED_STEPS + 1)
+    assert seen == [True] * (loop.TIMED_STEPS + 1)
     assert outcome.steps == len(outcome.losses) == json.loads((tmp_path / "steps.json").read_text()) >= 1
 
 
@@ -252,7 +252,7 @@ def test_terms_are_added_up_and_told_apart(tmp_path: Path) -> None:
         return {"task": cross_entropy(module, given), "small": module[0].weight.square().mean()}  # type: ignore[index, union-attr]
 
     outcome = run(network(), loss=loss, folder=tmp_path)
-    line = json.loads((tmp_path / train.LOG).read_text().splitlines()[0])
+    line = json.loads((tmp_path / loop.LOG).read_text().splitlines()[0])
     assert line["task"] + line["small"] == pytest.approx(line["loss"])
     assert outcome.start == {"task": line["task"], "small": line["small"]}
 

@@ -139,3 +139,6 @@ def mixed(seed: int, *parts: int) -> int:
     for part in parts:
         value = (value * 0x9E3779B97F4A7C15 + part + 0x632BE59BD9B4E019) & (2**63 - 1)
     return value
+
+
+EPOCHS = 10  # where no length is given

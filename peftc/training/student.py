@@ -16,14 +16,15 @@ from peftc.errors import DataError, PlanError, UsageError
 from peftc.models import adapting, delta, heads, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
+from peftc.models.load import refuse_non_finite
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
-from peftc.recipe import mixed
 from peftc.report import Report, Table
-from peftc.steps import samples, spectra
 from peftc.tasks.table import guess, named_task
+from peftc.training import samples
+from peftc.training.recipe import mixed
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
@@ -117,7 +118,7 @@ def build(
         WeightError: a weight is not finite.
         PlanError: nothing would learn, or the model has updates of another method.
     """
-    spectra.refuse_non_finite(model)
+    refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
     copied = runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)

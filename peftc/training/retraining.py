@@ -17,12 +17,10 @@ from peftc.measure.intervals import Interval
 from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
-from peftc.recipe import Recipe
-from peftc.report import Report, Table
-from peftc.steps import factored
-from peftc.steps.finetune import EPOCHS, finetune
+from peftc.report import Report, Table, size_table
 from peftc.store import artifact, manifest
 from peftc.store.job import Job
+from peftc.training.recipe import EPOCHS, Recipe
 
 USUAL = "lora"  # where the model was not finetuned before
 WARNING = (
@@ -63,7 +61,7 @@ def idle(asked: Mapping[str, Any]) -> list[str]:
 
 def trained_again(
     stored: Model, output: Path, request: dict[str, Any], training: Mapping[str, Any],
-    prune: Callable[[Path], tuple[Report, Any]], *, overwrite: bool, **reading: Any,
+    prune: Callable[[Path], tuple[Report, Any]], finetune: Callable[..., Report], *, overwrite: bool, **reading: Any,
 ) -> tuple[Report, Any]:  # fmt: skip
     """Prune into the working folder, finetune what is there, and let that be the artifact.
 
@@ -73,6 +71,7 @@ def trained_again(
         request: of the pruning alone.
         training: options of `finetune`.
         prune: writes the pruned artifact into a folder; returns its report, and what was decided.
+        finetune: the step of that name.
         overwrite: replace another artifact at ``output``.
         reading: how `finetune` reads the data, and where it computes.
 
@@ -99,7 +98,7 @@ def _join(report: Report, tuned: Report, folder: Path) -> None:
     written = artifact.read_result(folder)["report"]
     size, quality = report.data["size"]["after"], tuned.data.get("quality")
     size |= written["data"].pop("size")["after"]
-    report.tables[-1] = factored.size_table(report.data["size"])
+    report.tables[-1] = size_table(report.data["size"])
     report.tables += [Table(**table) for table in written["tables"]]
     earlier = [note for note in report.notes if note != WARNING and not note.startswith("already done")]
     report.notes = list(dict.fromkeys([*earlier, *written["notes"]]))

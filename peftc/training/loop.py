@@ -23,12 +23,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from peftc import processes, progress
-from peftc.accelerator import accelerator_of
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
 from peftc.nn import surgery
-from peftc.recipe import Outcome, Recipe, mixed, rate
 from peftc.store import documents
+from peftc.training.accelerator import accelerator_of
+from peftc.training.recipe import Outcome, Recipe, mixed, rate
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints

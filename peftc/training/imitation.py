@@ -22,11 +22,11 @@ from peftc.models.parts import save_part
 from peftc.models.place import moved, place_of
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
-from peftc.objectives import OBJECTIVES
-from peftc.steps.samples import Held, Samples, figures
 from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
+from peftc.training.objectives import OBJECTIVES
+from peftc.training.samples import Held, Samples, figures
 
 TASK = "task"
 OF_TEACHER = ("teacher_features", "teacher_outputs", "teacher_vectors", "weights")
