@@ -18,6 +18,12 @@ from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError, one_of
+from peftc.factors import joint as joining
+from peftc.factors import prediction, sensitivity, spectra
+from peftc.factors.factoring import Factoring
+from peftc.factors.prediction import Anchors, Trial
+from peftc.factors.spectra import Decomposed, Factorizer
+from peftc.factors.speedup import Input, decide
 from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
@@ -31,13 +37,7 @@ from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
-from peftc.steps import joint as joining
-from peftc.steps import prediction, sensitivity, spectra
 from peftc.steps.decompose import eligible
-from peftc.steps.factoring import Factoring
-from peftc.steps.prediction import Anchors, Trial
-from peftc.steps.spectra import Decomposed, Factorizer
-from peftc.steps.speedup import Input, decide
 from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)

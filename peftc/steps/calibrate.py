@@ -15,6 +15,8 @@ from peftc.calibration.lanes import LANES
 from peftc.calibration.prepared import Request, prepare
 from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError
+from peftc.factors import ordered, spectra, tables
+from peftc.factors.factoring import Factoring
 from peftc.models import write
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
@@ -23,9 +25,7 @@ from peftc.nn.surgery import parameters
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
-from peftc.steps import factored, ordered, spectra
 from peftc.steps.decompose import eligible
-from peftc.steps.factoring import Factoring
 from peftc.store import artifact
 from peftc.store.header import read_header
 from peftc.store.job import Job
@@ -97,7 +97,7 @@ def calibrate(
     prepared = prepare(loaded, asked, device)
     if dry_run:
         report = Report("calibrate", {"eligible": list(work.targets), "data": _without_sketch(prepared.data)})
-        report.tables.append(factored.dense_table([], reasons))
+        report.tables.append(tables.dense_table([], reasons))
         report.notes += [
             *prepared.notes, f"{len(work.targets)} modules: {', '.join(factorize.needs)}, for `{factorize.name}`",
             "dry run: nothing was written",
@@ -162,7 +162,7 @@ def _report(found: Statistics, targets: Mapping[str, Target], reasons: Mapping[s
     report = Report("calibrate", {key: found.note[key] for key in ("method", "needs", "samples", "modules")})
     report.data["data"] = _without_sketch(found.note["data"])
     report.data["dense"] = [{"name": name, "reason": reason} for name, reason in {**reasons, **never}.items()]
-    report.tables += [statistics_table(about), factored.dense_table([], {**reasons, **never})]
+    report.tables += [statistics_table(about), tables.dense_table([], {**reasons, **never})]
     report.notes += [*found.notes, f"for `--method {found.note['method']}`: {', '.join(found.note['needs'])}"]
     report.warnings += found.warnings
     return report

@@ -19,6 +19,14 @@ from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, PlanError, UsageError, one_of
+from peftc.factors import estimate, ordered, prediction, spectra, tables
+from peftc.factors import joint as joining
+from peftc.factors import sensitivity as measuring
+from peftc.factors import sequential as in_order
+from peftc.factors.factoring import Factoring
+from peftc.factors.prediction import Held
+from peftc.factors.spectra import Factorizer
+from peftc.factors.speedup import Decision, Input, decide, unusual
 from peftc.models import write
 from peftc.models.load import load, refuse_non_finite, refuse_unbuildable
 from peftc.models.model import Model, detached
@@ -29,15 +37,7 @@ from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, gate_size, grouped
-from peftc.steps import estimate, factored, ordered, prediction, spectra
-from peftc.steps import joint as joining
-from peftc.steps import sensitivity as measuring
-from peftc.steps import sequential as in_order
 from peftc.steps.evaluate import evaluate
-from peftc.steps.factoring import Factoring
-from peftc.steps.prediction import Held
-from peftc.steps.spectra import Factorizer
-from peftc.steps.speedup import Decision, Input, decide, unusual
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
@@ -136,7 +136,7 @@ class Question:
         plan = work.plan(found.ranks, self.reasons | found.slow, work.factorize.name, str(self.budget))
         request = found.settle(job, work.model, base, request, plan)
         report = self.report(found, self.factor(found))
-        factored.carry_out(report, work, found.ranks, base, request, self.budget, max_shard_bytes=shard_bytes)
+        tables.carry_out(report, work, found.ranks, base, request, self.budget, max_shard_bytes=shard_bytes)
         return report
 
     def rehearse(self, folder: Path) -> Report:
@@ -152,7 +152,7 @@ class Question:
         if self.keep_all_ranks:
             return ordered.report_on(self.work, cuts, self.reasons)
         reasons = self.reasons | found.slow
-        report = factored.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
+        report = tables.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
         known = {} if self.work.losses else cuts
         prediction.add(report, self.work, found.ranks, known, found.lost, self._tried_on)
         return found.say(report)
@@ -245,7 +245,7 @@ def decompose(
     gated = max_drop is not None or min_quality is not None
     if data is None and gated:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budget = factored.asked_budget(
+    budget = tables.asked_budget(
         plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
         target_macs=target_macs, speedup=speedup,
     )  # fmt: skip
@@ -264,13 +264,13 @@ def decompose(
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     loaded = memory.bounded(loaded, max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = factored.asked_plan(plan, targets, loaded, joint=joint)
+    given = tables.asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     estimate.refuse_unsolvable(work)
     if keep_all_ranks:
         ordered.refuse_pairs(work.targets)
-    words = factored.words(budget, allocation, plan)
+    words = tables.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(

@@ -14,6 +14,7 @@ from torch import nn
 from peftc import processes
 from peftc.data.augment import Augment
 from peftc.errors import DataError, UsageError
+from peftc.factors import ordered
 from peftc.models import write
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
@@ -23,7 +24,6 @@ from peftc.models.weights import pieces_of
 from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
 from peftc.report import Report, Table
-from peftc.steps import ordered
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality

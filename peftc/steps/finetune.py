@@ -14,6 +14,7 @@ from torch import nn
 from peftc import methods, processes
 from peftc.data.augment import Augment
 from peftc.errors import ClassesError, UsageError, one_of
+from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models import write
@@ -26,7 +27,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.report import Report, Table
-from peftc.steps import distill, ordered
+from peftc.steps import distill
 from peftc.steps.merge import taken_in
 from peftc.store.job import Job
 from peftc.store.source import Source

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftc import processes
 from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
+from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models import inputs, layers, shorten, write
@@ -30,7 +31,7 @@ from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.report import Report, gate_size, size_table
-from peftc.steps import closing, layer_choice, layer_evidence, layer_scores, ordered
+from peftc.steps import closing, layer_choice, layer_evidence, layer_scores
 from peftc.steps.finetune import finetune
 from peftc.steps.layer_choice import Choice, Work
 from peftc.steps.layer_scores import Score, Seen

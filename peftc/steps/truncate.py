@@ -11,6 +11,9 @@ from torch import Tensor
 
 from peftc import methods
 from peftc.errors import one_of
+from peftc.factors import ordered, spectra, tables
+from peftc.factors.factoring import Factoring
+from peftc.factors.spectra import Factorizer
 from peftc.methods.spectrum import Spectrum
 from peftc.models import write
 from peftc.models.load import load
@@ -19,9 +22,6 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Plan
 from peftc.report import Report, gate_size
-from peftc.steps import factored, ordered, spectra
-from peftc.steps.factoring import Factoring
-from peftc.steps.spectra import Factorizer
 from peftc.store.source import Source
 
 
@@ -60,7 +60,7 @@ def truncate(
         PeftcError: with the cause; nothing is written then.
     """
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    budget = factored.asked_budget(
+    budget = tables.asked_budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
     shard_bytes = write.shard_bytes(max_shard_size)
@@ -73,13 +73,13 @@ def truncate(
     loaded = replace(loaded, module=detached(loaded.module), notes=[])
     targets, reasons = ordered.ordered_targets(loaded, record)
     known = ordered.stored(loaded, record, targets)
-    given = factored.asked_plan(plan, targets)
+    given = tables.asked_plan(plan, targets)
     work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"))
     decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
     error = "loss" if needs else "error"  # weighted by statistics it is no error of the weights
     cuts = {name: {error: known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
-    asked, why_dense = factored.words(budget, allocation, plan)
-    report = factored.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
+    asked, why_dense = tables.words(budget, allocation, plan)
+    report = tables.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
     if dry_run:
         report.notes.append("dry run: nothing was written")
         return report
@@ -95,7 +95,7 @@ def truncate(
         else:
             work.job = job
             job.require(tensor_bytes(loaded.module))
-            factored.carry_out(
+            tables.carry_out(
                 report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
                 kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
             )  # fmt: skip

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import ArtifactError, PlanError, UsageError
+from peftc.factors import joint as joining
 from peftc.measure import costs
 from peftc.methods.decompose.kfac import kfac
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models import load as models
 from peftc.nn.surgery import parameters
-from peftc.steps import joint as joining
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.show import show
@@ -313,10 +313,10 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
     source = named("bert", tmp_path)
     network = models.load(source).module
     names = [f"encoder.layer.0.attention.self.{each}" for each in (Q, K, V)]
+    from peftc.factors.factoring import Factoring
+    from peftc.factors.spectra import Factorizer
     from peftc.plans.allocate import Use
     from peftc.plans.plan import Target
-    from peftc.steps.factoring import Factoring
-    from peftc.steps.spectra import Factorizer
 
     mean = torch.linspace(-1, 1, 32, dtype=torch.float64)
 
@@ -378,8 +378,8 @@ def test_transposed_weights_of_any_dtype_are_stacked_by_their_outputs(tmp_path: 
 
 
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftc.factors import factoring
     from peftc.models import write
-    from peftc.steps import factoring
 
     source = block(tmp_path)
     options: dict[str, Any] = {"ratio": 0.5, "joint": True, "allocation": "energy"}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import peftc
 from peftc.calibration import prepared
 from peftc.calibration.prepared import Request, prepare
+from peftc.factors.factoring import Factoring
+from peftc.factors.prediction import Anchors
 from peftc.models import load as models
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
-from peftc.steps.factoring import Factoring
-from peftc.steps.prediction import Anchors
 from peftc.tasks.unlabelled import divergence
 from tests.steps.test_evaluate import fill
 

@@ -10,9 +10,9 @@ import torch
 from peftc.calibration.hooks import Collector
 from peftc.data import open_data
 from peftc.errors import DataError
+from peftc.factors import sequential
 from peftc.models import load
 from peftc.report import Report
-from peftc.steps import sequential
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate

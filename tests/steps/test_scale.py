@@ -19,6 +19,9 @@ from peftc.calibration import hooks, lanes, memory, statistics
 from peftc.calibration.prepared import Request, prepare
 from peftc.calibration.statistics import Statistics
 from peftc.errors import PeftcError, PlanError, UsageError
+from peftc.factors import estimate, sensitivity, sequential
+from peftc.factors.factoring import Factoring
+from peftc.factors.spectra import factorizer
 from peftc.methods import spectrum
 from peftc.methods.weighted import Moment
 from peftc.models import inputs, load, write
@@ -28,11 +31,8 @@ from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import targets as find_targets
 from peftc.plans.plan import Target
-from peftc.steps import estimate, sensitivity, sequential
 from peftc.steps.decompose import decompose
-from peftc.steps.factoring import Factoring
 from peftc.steps.show import show
-from peftc.steps.spectra import factorizer
 from tests.conftest import promised
 from tests.forked import Forked
 
@@ -434,7 +434,7 @@ def test_fitting_in_order_within_a_memory_maps_what_it_factored(
 FAILS = """
 import os, sys
 from peftc.errors import MethodError
-from peftc.steps.factoring import Factoring
+from peftc.factors.factoring import Factoring
 work = Factoring.factor_one
 def factor(self, target, rank, part, factorize=None):
     if os.environ["RANK"] == "1":

@@ -12,13 +12,13 @@ import peftc
 from peftc.calibration import statistics
 from peftc.calibration.prepared import Prepared, Request, prepare
 from peftc.errors import UsageError
+from peftc.factors import sensitivity
+from peftc.factors.factoring import Factoring
+from peftc.factors.spectra import factorizer
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models.load import load
 from peftc.models.targets import targets as find_targets
-from peftc.steps import sensitivity
-from peftc.steps.factoring import Factoring
-from peftc.steps.spectra import factorizer
 
 DATA = "sklearn:digits"
 

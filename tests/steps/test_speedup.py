@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftc.errors import ArtifactError, PlanError, UsageError
+from peftc.factors import factoring, speedup
+from peftc.factors.speedup import search
 from peftc.measure import costs, latency
 from peftc.measure.costs import Times
 from peftc.measure.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.models import load as models
 from peftc.models import write
 from peftc.plans import plan
-from peftc.steps import factoring, speedup
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
-from peftc.steps.speedup import search
 from peftc.store.source import Source
 from tests.conftest import promised
 from tests.steps.test_decompose import Convolutions, Perceptron, save_network

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
+from peftc.factors import ordered
 from peftc.models import load as models
 from peftc.models import write
 from peftc.models.inputs import outputs, probe
 from peftc.plans import allocate
 from peftc.report import Report
-from peftc.steps import ordered
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose

@@ -291,8 +291,8 @@ class Known:
 @pytest.mark.parametrize("allocation", ["energy", "global"])
 def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
     pytest.importorskip("torch")
+    from peftc.factors import spectra
     from peftc.plans.plan import Budget, Target
-    from peftc.steps import spectra
 
     targets = {name: Target(name, "linear", (40, 30)) for name in "ab"}
     chance = random.Random(0)

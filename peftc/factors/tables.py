@@ -8,6 +8,8 @@ from typing import Any
 
 from peftc import processes
 from peftc.errors import ArtifactError, PlanError, UsageError
+from peftc.factors import joint as joining
+from peftc.factors.factoring import Factoring, Kept
 from peftc.measure import costs
 from peftc.models import write
 from peftc.models.model import Model
@@ -17,8 +19,6 @@ from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, Table, grouped, percent, size_table, span
-from peftc.steps import joint as joining
-from peftc.steps.factoring import Factoring, Kept
 from peftc.store.manifest import Manifest
 
 

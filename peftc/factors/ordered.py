@@ -15,6 +15,8 @@ from torch import Tensor
 
 from peftc import processes, progress
 from peftc.errors import ArtifactError, MethodError
+from peftc.factors import spectra, tables
+from peftc.factors.factoring import Factoring, Kept
 from peftc.models import weights, write
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
@@ -24,8 +26,6 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, size_table, span
-from peftc.steps import factored, spectra
-from peftc.steps.factoring import Factoring, Kept
 from peftc.store import artifact
 from peftc.store.manifest import Manifest
 
@@ -149,7 +149,7 @@ def _verify(folder: Any, record: Manifest, work: Factoring, beside: Mapping[str,
 def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> Report:
     """Say up to which rank each module can be cut, and what the folder takes."""
     whole, targets, ranks = work.whole, work.targets, every_rank(work.targets)
-    rows = [factored.module(targets[name], None, cuts.get(name, {}), "kept with all ranks") for name in targets]
+    rows = [tables.module(targets[name], None, cuts.get(name, {}), "kept with all ranks") for name in targets]
     for row in rows:
         row["stored_rank"] = ranks[row["name"]]
     before = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
@@ -158,14 +158,14 @@ def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: M
     others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
     achieved = {"asked": "--keep-all-ranks", "eligible": 1.0, "model": 1.0}
     report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
-    report.tables += [_table(rows), factored.dense_table([], reasons), size_table(size)]
+    report.tables += [_table(rows), tables.dense_table([], reasons), size_table(size)]
     report.notes += [
         f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
         "smaller; until then they keep their weights",
         *work.model.notes,
         *(work.factorize.statistics.notes if work.factorize.statistics else []),
     ]
-    report.warnings += factored.climbs(rows)
+    report.warnings += tables.climbs(rows)
     report.warnings += work.factorize.statistics.warnings if work.factorize.statistics else []
     return report
 

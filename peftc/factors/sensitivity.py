@@ -22,6 +22,8 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.calibration.prepared import Prepared
+from peftc.factors import joint, spectra
+from peftc.factors.factoring import Factoring
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -32,8 +34,6 @@ from peftc.nn.lowrank import Factors
 from peftc.plans import allocate
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
-from peftc.steps import joint, spectra
-from peftc.steps.factoring import Factoring
 from peftc.store import artifact
 from peftc.tasks.table import guess
 from peftc.tasks.task import Batch

@@ -17,12 +17,12 @@ from peftc.calibration import hooks
 from peftc.calibration import memory as passes
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import DRAWS, Statistics
+from peftc.factors.factoring import Factoring
 from peftc.measure import costs
 from peftc.models.inputs import run
 from peftc.models.model import Model, detached
 from peftc.plans.plan import Target
 from peftc.report import Report, size
-from peftc.steps.factoring import Factoring
 from peftc.tasks.task import batches
 
 PROBE = 384  # side of the eigenproblem and of the product that are timed

@@ -20,12 +20,12 @@ import numpy as np
 from torch import Tensor
 
 from peftc.errors import PlanError
+from peftc.factors import sensitivity
+from peftc.factors.factoring import Factoring
 from peftc.measure.intervals import Interval
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget
 from peftc.report import Report, Table, short
-from peftc.steps import sensitivity
-from peftc.steps.factoring import Factoring
 
 RATIOS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.95", "1.0")
 PER_SAMPLE, PER_TOKEN, SHARE = "nats per sample", "nats per token", "relative squared error"

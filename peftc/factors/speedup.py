@@ -16,6 +16,9 @@ import torch
 
 from peftc import progress
 from peftc.errors import PlanError
+from peftc.factors import spectra
+from peftc.factors.factoring import Factoring
+from peftc.factors.spectra import Losses
 from peftc.measure import latency
 from peftc.measure.intervals import Interval
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
@@ -27,9 +30,6 @@ from peftc.plans import allocate
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan
 from peftc.report import Report, Table, grouped
-from peftc.steps import spectra
-from peftc.steps.factoring import Factoring
-from peftc.steps.spectra import Losses
 from peftc.store import artifact
 from peftc.store.job import Job
 

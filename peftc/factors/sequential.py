@@ -22,6 +22,7 @@ from peftc.calibration.hooks import Collector, Found, Site
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import matrix_of
 from peftc.errors import UsageError
+from peftc.factors.factoring import Factoring
 from peftc.models.dual import has_matching
 from peftc.models.inputs import outputs
 from peftc.models.layers import registered
@@ -29,7 +30,6 @@ from peftc.models.parts import read_note, save_part
 from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.plans.allocate import Rank
-from peftc.steps.factoring import Factoring
 from peftc.tasks.task import batches
 
 NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's

@@ -16,6 +16,7 @@ from peftc import methods
 from peftc.calibration import hooks
 from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, PlanError, UsageError, one_of
+from peftc.factors import joint
 from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.model import Model
@@ -23,7 +24,6 @@ from peftc.nn import lowrank
 from peftc.plans import allocate
 from peftc.plans.allocate import Curve, Rank
 from peftc.plans.plan import Budget, Target
-from peftc.steps import joint
 
 Decomposed = Spectrum | Tucker
 

@@ -18,6 +18,8 @@ from peftc import processes, progress
 from peftc.calibration import hooks, memory
 from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, PeftcError
+from peftc.factors import joint, spectra
+from peftc.factors.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models.families import matches
@@ -31,8 +33,6 @@ from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters
 from peftc.plans.allocate import Rank, Use
 from peftc.plans.plan import Budget, Plan, Target
-from peftc.steps import joint, spectra
-from peftc.steps.spectra import Decomposed, Factorizer, Losses, Whole
 from peftc.store.artifact import Piece, from_file
 from peftc.store.header import read_header
 from peftc.store.job import Job

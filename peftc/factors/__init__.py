@@ -1,0 +1,1 @@
+"""From spectra and a budget to ranks, factors and predictions."""
