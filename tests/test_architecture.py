@@ -82,16 +82,51 @@ def test_names_are_words() -> None:
     assert not files + bad
 
 
-def test_every_step_has_a_command_of_its_name() -> None:
-    steps = {file.stem for file in (PACKAGE / "steps").glob("*.py")} - {"__init__"}
+def test_every_step_is_a_command_of_its_name() -> None:
+    """`push` is what stands behind ``--push-to-hub``."""
+    steps = {file.stem: file for file in (PACKAGE / "steps").glob("*.py") if file.stem not in ("__init__", "push")}
     commands = {file.stem for file in (PACKAGE / "cli").glob("*.py")}
-    helpers = {step for step in steps if not step_function(step)}
-    assert steps - helpers <= commands
+    assert steps.keys() <= commands
+    assert [step for step, file in steps.items() if step not in {each.name for each in functions(file)}] == []
 
 
-def step_function(step: str) -> bool:
-    file = PACKAGE / "steps" / f"{step}.py"
-    return any(function.name == step for function in functions(file))
+MODULES = {
+    ".".join(("peftc", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in FILES
+}
+
+
+def module_imports(module: str) -> set[str]:
+    """Return the modules of this package that one names, wherever and for whatever it does."""
+    found = set()
+    for node in ast.walk(tree(MODULES[module])):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in MODULES else node.module for name in whole}
+    return found & MODULES.keys() - {module}
+
+
+def test_no_modules_name_each_other_in_a_circle() -> None:
+    """Imports for types alone count: they tie two files as firmly for who reads them."""
+    left = {module: module_imports(module) for module in MODULES}
+    while free := [module for module, names in left.items() if not names & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"each of these imports another of them: {sorted(left)}"
+
+
+def test_nothing_is_handed_on_under_its_own_name() -> None:
+    """A name has one home; `peftc` itself is the door."""
+    handed = [
+        f"{file.relative_to(PACKAGE)}:{node.lineno} {alias.name}"
+        for file in FILES
+        if file != PACKAGE / "__init__.py"
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    ]
+    assert not handed
 
 
 def body_lines(function: ast.FunctionDef) -> int:

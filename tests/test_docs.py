@@ -229,14 +229,13 @@ def test_the_forms_of_a_model_are_those_of_the_program(tmp_path: Path) -> None:
 
 def test_the_forms_of_data_are_those_of_the_program() -> None:
     from peftc import data
-    from peftc.data import tables
-    from peftc.steps import evaluate
+    from peftc.data import tables, tokens
 
     told = " ".join(form for form, _ in table("What --data takes", "form | is"))
     assert set(tables.ENDINGS) <= set(re.findall(r"`(\.\w+)`", told))
     for form in re.findall(r"`([^`]+)`|(\.\w+)", data.FORMS):
         assert (form[0] or form[1]) in told, form
-    assert f"`{evaluate.GENERATED}N`" in told
+    assert f"`{tokens.GENERATED}N`" in told
 
 
 def test_the_lists_of_choices_are_those_of_the_program() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftc.models.weights import piece as piece
-from peftc.models.weights import pieces_of as pieces_of
+from peftc.models.weights import piece
 from peftc.store.artifact import Piece
 from peftc.store.header import encode_header, read_header
 

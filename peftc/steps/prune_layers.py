@@ -30,11 +30,12 @@ from peftc.pages.layer_plot import draw_scores
 from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
 from peftc.plans.depth import Asked
+from peftc.pruning import choice as layer_choice
+from peftc.pruning import closing, evidence, scores
+from peftc.pruning.choice import Choice, Work
+from peftc.pruning.scores import Score, Seen
 from peftc.report import Report, gate_size, size_table
-from peftc.steps import closing, layer_choice, layer_evidence, layer_scores
 from peftc.steps.finetune import finetune
-from peftc.steps.layer_choice import Choice, Work
-from peftc.steps.layer_scores import Score, Seen
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
@@ -123,7 +124,7 @@ def prune_layers(
     asked = depth.asked(alpha, keep, drop, within_drop)
     shard_bytes = write.shard_bytes(max_shard_size)
     refuse_unwritable("--plot", plot)
-    wanted = None if score is None else layer_scores.named(score, settings or {})
+    wanted = None if score is None else scores.named(score, settings or {})
     if repair and data is None:
         raise UsageError("`--repair` fits what closes the gap to samples", hint="name some: `--data DATA`")
     stored = load(model, merge=False)
@@ -144,7 +145,7 @@ def prune_layers(
     given = _samples(runs, data, task, reading, wanted, asked, trains=retrain)
     chosen = _score(wanted, settings or {}, given, asked, data)
     if stability:
-        layer_evidence.refuse_unrepeatable(chosen)
+        evidence.refuse_unrepeatable(chosen)
     work = Work(stored, runs, names, chosen, given, asked, batch_size, stability, seed)
     report = Report("prune-layers", notes=[*stored.notes, *(given.notes if given else [])])
     if not retrain:
@@ -262,7 +263,7 @@ def _score(
         if given is None and asked.drop:
             return None
         usual = "tsne_silhouette" if has_classes or given is None else "block_influence"
-        wanted = layer_scores.named("drop" if asked.within_drop is not None else usual, settings)
+        wanted = scores.named("drop" if asked.within_drop is not None else usual, settings)
     if wanted.reads_data and given is None:
         raise UsageError(
             f"`--score {wanted.word}` looks at what layers do with samples", hint="name some of the task: `--data DATA`"

@@ -38,9 +38,10 @@ from peftc.models.model import Model, detached
 from peftc.models.tokenizer import tokenizer_of
 from peftc.plans import depth
 from peftc.plans.depth import Asked
+from peftc.pruning import choice, closing, losses
+from peftc.pruning import scores as layer_scores
+from peftc.pruning.losses import Trial
 from peftc.report import Report
-from peftc.steps import closing, layer_choice, layer_losses, layer_scores
-from peftc.steps.layer_losses import Trial
 from peftc.tasks.task import Settings
 from peftc.training import imitation, samples
 from peftc.training.loop import fit
@@ -177,7 +178,7 @@ def again(
     """Close the gaps of each choice, and train each again for a quarter of the epochs, at the same number of layers."""
     for word in ("top", "bottom") if asked.brief else left:
         kept = left[word][number]
-        work = layer_choice.Work(stored, runs, names, None, given, Asked(drop=(0,)), 50)
+        work = choice.Work(stored, runs, names, None, given, Asked(drop=(0,)), 50)
         shorter = shorten.shorten(stored, names, [names[at] for at in kept])
         figures = {"open": accuracy(shorter.model)}
         learnt = train(shorter.model, given, asked.train, asked.seed, asked.epochs / 4)
@@ -214,7 +215,7 @@ def greedy(runs: Model, given: samples.Samples, names: list[str], keep: int) -> 
     """Return layers in the order in which measured drops take them out."""
     rows = list(given.train.rows)[:: max(1, len(given.train) // MEASURED)]
     trial = Trial(runs, given, Held(given.train.encoded, rows), 50)
-    return [removal.layer for removal in layer_losses.greedy(trial, names, [], keep=keep, floor=None)[1]]
+    return [removal.layer for removal in losses.greedy(trial, names, [], keep=keep, floor=None)[1]]
 
 
 # text
@@ -304,10 +305,10 @@ def cost(asked: argparse.Namespace) -> None:
         again = layer_scores.see(runs, given, names, 32)
         found = layer_scores.scores(runs, names, score, again)
         decision = depth.above_threshold(found, 0.3) if found[-1] > 0 else depth.Decision(())
-        case = layer_choice.Decided(
+        case = choice.Decided(
             runs, names, [], score, found, again, decision, lambda scores, _: depth.above_threshold(scores, 0.3)
         )
-        layer_choice.layer_evidence.gather(case, stability=False, seed=0)
+        choice.layer_evidence.gather(case, stability=False, seed=0)
 
     calls = {"bare": bare, "ours": ours, "bare again": bare}
     for number in range(asked.rounds):

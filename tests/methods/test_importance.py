@@ -15,7 +15,7 @@ from peftc.methods.importance.cka import cka
 from peftc.methods.importance.magnitude import magnitude
 from peftc.methods.importance.silhouette import silhouette
 from peftc.methods.importance.tsne_silhouette import tsne_map, tsne_silhouette
-from peftc.steps.layer_scores import OF_DATA
+from peftc.pruning.scores import OF_DATA
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

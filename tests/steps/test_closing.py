@@ -16,9 +16,9 @@ from peftc.models import layers, load, shorten
 from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import surgery
 from peftc.plans.depth import Asked
+from peftc.pruning import choice, closing
+from peftc.pruning.closing import Gap, Moments
 from peftc.report import Report
-from peftc.steps import closing, layer_choice
-from peftc.steps.closing import Gap, Moments
 from peftc.tasks.task import Settings
 from peftc.training import samples
 from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
@@ -39,10 +39,10 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(model: Path, data: Path, **settings: Any) -> layer_choice.Work:
+def work(model: Path, data: Path, **settings: Any) -> choice.Work:
     stored, runs = load.load(model), load.load(model)
     given = samples.read(runs, str(data), task=None, labels=True, held_out=0, settings=Settings(**settings))
-    return layer_choice.Work(stored, runs, layers.layers(runs), None, given, Asked(drop=(1,)), 16)
+    return choice.Work(stored, runs, layers.layers(runs), None, given, Asked(drop=(1,)), 16)
 
 
 def changed(before: Path, after: Path, renamed: dict[str, str]) -> set[str]:
@@ -270,7 +270,7 @@ def test_a_stack_is_not_closed_from_another(tmp_path: Path) -> None:
     save_transformers(tmp_path / "base", "T5ForConditionalGeneration", decoder_start_token_id=0, **sizes)
     stored = load.load(tmp_path / "base")
     names = layers.layers(stored)
-    done = layer_choice.Work(stored, stored, names, None, None, Asked(drop=(2,)), 4)
+    done = choice.Work(stored, stored, names, None, None, Asked(drop=(2,)), 4)
     (gap,) = closing._gaps(names, [name for name in names if name != "decoder.block.0"], closing._shapes(done))
     assert gap == Gap("encoder.block.1", "decoder.block.0", 1)
     shapes = closing._shapes(done)

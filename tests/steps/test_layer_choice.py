@@ -18,8 +18,10 @@ from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
 from peftc.plans.depth import NOISE, Decision
-from peftc.steps import layer_evidence, layer_losses, layer_scores
-from peftc.steps.layer_losses import Trial
+from peftc.pruning import evidence
+from peftc.pruning import losses as layer_losses
+from peftc.pruning import scores as layer_scores
+from peftc.pruning.losses import Trial
 from peftc.store import maps
 from peftc.tasks.task import Settings
 from peftc.tasks.unlabelled import divergence
@@ -255,7 +257,7 @@ def test_repeats_say_how_many_would_stay_and_other_scores_which(vit: Path, image
 def test_halves_are_all_samples_once_and_have_every_class() -> None:
     labels = torch.arange(31) % 3
     seen = layer_scores.Seen(labels=[labels], figures={("a", "features"): [torch.zeros(31, 2)]})
-    one, other = layer_evidence.halves(seen, 0)
+    one, other = evidence.halves(seen, 0)
     assert sorted([*one.tolist(), *other.tolist()]) == list(range(31))
     for half in (one, other):
         assert labels[half].bincount(minlength=3).min() >= 4
@@ -263,15 +265,15 @@ def test_halves_are_all_samples_once_and_have_every_class() -> None:
 
 def test_layers_near_the_threshold_or_beyond_it_in_a_repeat_are_named(vit: Path) -> None:
     scores = [0.1, 0.3 + NOISE / 2, 0.6, 1.0]
-    case = layer_evidence.Decided(
+    case = evidence.Decided(
         load.load(vit), NAMES, [], layer_scores.named("silhouette", {}), scores, None, Decision((0, 1), 0.3),
         lambda *_: Decision((0,), 0.3),
     )  # fmt: skip
-    found = layer_evidence.gather(case, stability=False, seed=0)
+    found = evidence.gather(case, stability=False, seed=0)
     assert found.unsure == [1]
-    assert "`blocks.1`" in str(layer_evidence.doubt(found, NAMES))
+    assert "`blocks.1`" in str(evidence.doubt(found, NAMES))
     repeats = [{"margins": [-0.1, 0.1, -0.01, 0.7]}, {"margins": None}, {}]
-    assert layer_evidence._flipping(case, repeats) == {2}
+    assert evidence._flipping(case, repeats) == {2}
 
 
 def test_rank_correlation_and_overlap_are_those_of_their_definition(vit: Path, images: str) -> None:

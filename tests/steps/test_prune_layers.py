@@ -14,7 +14,7 @@ import peftc
 from peftc.errors import ClassesError, DataError, PeftcError, PlanError, UsageError, WeightError
 from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
-from peftc.steps import layer_scores
+from peftc.pruning import scores
 from peftc.store import manifest
 from peftc.tasks.task import Settings
 from peftc.training import imitation, samples
@@ -180,10 +180,10 @@ def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(vit: Pat
 # check 9: the features
 
 
-def seen(model: Path, images: str, batch_size: int = 16) -> tuple[Any, Any, layer_scores.Seen]:
+def seen(model: Path, images: str, batch_size: int = 16) -> tuple[Any, Any, scores.Seen]:
     runs = load.load(model)
     given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
-    return runs, given, layer_scores.see(runs, given, layers.layers(runs), batch_size)
+    return runs, given, scores.see(runs, given, layers.layers(runs), batch_size)
 
 
 def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Path, images: str) -> None:
@@ -193,7 +193,7 @@ def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Pat
     given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
     names = layers.layers(runs)
     calls.clear()
-    found = layer_scores.see(runs, given, names, 32)
+    found = scores.see(runs, given, names, 32)
     handle.remove()
     assert len(calls) == 2 and found.pooling == "class token"
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Pat
         rows = torch.cat(found.figures["blocks.3", "features"])
         torch.testing.assert_close(runs.module.norm(rows), tokens[:, 0])
     assert not any(module.training for module in runs.module.modules())
-    again = layer_scores.see(runs, given, names, 32)
+    again = scores.see(runs, given, names, 32)
     assert all(torch.equal(torch.cat(each), torch.cat(again.figures[key])) for key, each in found.figures.items())
     assert torch.equal(torch.cat(found.labels), torch.arange(60) % 5)
 
@@ -216,19 +216,19 @@ def test_a_model_that_takes_means_is_scored_by_means(tmp_path: Path, images: str
     (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\n" + "a word,another,0.5\none,two,0.1\n" * 8)
     read = {"task": None, "labels": False, "held_out": 0, "settings": Settings()}
     given = samples.read(runs, str(tmp_path / "pairs.csv"), **read)
-    assert layer_scores.see(runs, given, layers.layers(runs), 4).pooling == "mean over tokens"
+    assert scores.see(runs, given, layers.layers(runs), 4).pooling == "mean over tokens"
 
 
 def test_padding_counts_for_nothing() -> None:
     tokens, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    found = layer_scores.pooled(tokens, mask)
+    found = scores.pooled(tokens, mask)
     torch.testing.assert_close(found, torch.stack([tokens[0, :2].mean(0), tokens[1].mean(0)]))
-    assert torch.equal(layer_scores.pooled(tokens, mask, class_token=True), tokens[:, 0])
+    assert torch.equal(scores.pooled(tokens, mask, class_token=True), tokens[:, 0])
 
 
 def test_pixels_are_tokens_wherever_the_width_stands() -> None:
     value = torch.randn(2, 5, 3, 4)  # (batch, width, height, width in pixels)
-    first, last = layer_scores.tokens_of(value, False), layer_scores.tokens_of(value.permute(0, 2, 3, 1), True)
+    first, last = scores.tokens_of(value, False), scores.tokens_of(value.permute(0, 2, 3, 1), True)
     assert first.shape == (2, 12, 5) and torch.equal(first, last)
 
 
@@ -354,7 +354,7 @@ def test_nan_features_name_the_layer(vit: Path, images: str) -> None:
     runs = load.load(network)
     given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
     with pytest.raises(WeightError, match=r"`blocks\.2`.*NaN"):
-        layer_scores.see(runs, given, layers.layers(runs), 16)
+        scores.see(runs, given, layers.layers(runs), 16)
 
 
 class Plain(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 import peftc
 from peftc.errors import PeftcError, UsageError
-from peftc.steps import layer_choice
+from peftc.pruning import choice
 from peftc.store import manifest
 from peftc.training import retraining
 
@@ -97,7 +97,7 @@ def test_interrupted_in_the_training_it_does_not_prune_again(
             peftc.prune_layers(vit, output_dir=tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(layer_choice, "choose", stopped)
+        patched.setattr(choice, "choose", stopped)
         report = peftc.prune_layers(vit, output_dir=tmp_path / "out", **asked)
     assert len(report.data["layers"]) == 4 and not any("already done" in note for note in report.notes)
     peftc.prune_layers(vit, output_dir=tmp_path / "whole", **asked)
@@ -137,7 +137,7 @@ def test_a_delta_is_trained_by_its_own_method_and_stays_a_delta(vit: Path, image
 def test_what_cannot_be_trained_is_refused_before_anything_is_pruned(
     vit: Path, images: str, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_choice, "choose", None)
+    monkeypatch.setattr(choice, "choose", None)
     options = {**options, **({"data": images} if "data" in options else {})}
     with pytest.raises(UsageError, match=message):
         peftc.prune_layers(vit, retrain=True, output_dir=tmp_path / "out", **options, **CPU)

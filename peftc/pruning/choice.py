@@ -13,11 +13,13 @@ from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.plans import depth
 from peftc.plans.depth import Asked, Decision
+from peftc.pruning import evidence as layer_evidence
+from peftc.pruning import losses
+from peftc.pruning import scores as layer_scores
+from peftc.pruning.evidence import Decided, Evidence
+from peftc.pruning.losses import Removal, Trial
+from peftc.pruning.scores import Score, Seen
 from peftc.report import Report, Table
-from peftc.steps import layer_evidence, layer_losses, layer_scores
-from peftc.steps.layer_evidence import Decided, Evidence
-from peftc.steps.layer_losses import Removal, Trial
-from peftc.steps.layer_scores import Score, Seen
 from peftc.training.samples import Samples
 
 
@@ -91,12 +93,12 @@ def choose(work: Work, report: Report) -> Choice:
     if work.score.is_measured:
         assert trial is not None
         keep = 1 if floor is not None else asked.keep or number
-        found, gone = layer_losses.greedy(trial, work.names, fixed, keep=keep, floor=floor)
+        found, gone = losses.greedy(trial, work.names, fixed, keep=keep, floor=floor)
     else:
         found = layer_scores.scores(work.runs, work.names, work.score, seen)
         if floor is not None and trial is not None:
             order = depth.worst_first(found, fixed, of_depth=work.score.is_of_depth)
-            gone = layer_losses.in_order(trial, work.names, order, floor)
+            gone = losses.in_order(trial, work.names, order, floor)
     decision = _with_fixed(work, _decision(work, found, work.score, fixed, gone), fixed, report)
     choice = Choice(decision, fixed, found, seen, gone)
     if trial is not None:
@@ -121,7 +123,7 @@ def _seen(work: Work, report: Report) -> Seen | None:
     if not work.score.is_measured:
         report.notes.append(f"scored by {work.score.word} on {number} samples, {seen.pooling}")
     if "gradient_products" in work.score.needs:
-        for name, products in layer_losses.gradient_products(work.runs, work.given, work.names, size).items():
+        for name, products in losses.gradient_products(work.runs, work.given, work.names, size).items():
             seen.add(name, gradient_products=products)
     return seen
 
@@ -130,7 +132,7 @@ def _trial(work: Work, report: Report) -> Trial | None:
     """Return what quality is measured on, where that decides."""
     if work.given is None or work.score is None or not (work.score.is_measured or work.asked.within_drop is not None):
         return None
-    held, about = layer_losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
+    held, about = losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
     if held.encoded is work.given.train.encoded and len(held) > len(work.given.held or ()):
         report.notes = [note for note in report.notes if not note.startswith("held out:")]
     report.notes.append(f"measured without layers on {about}")

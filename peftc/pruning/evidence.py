@@ -18,9 +18,9 @@ from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.plans import depth
 from peftc.plans.depth import NOISE, Decision
+from peftc.pruning import scores as layer_scores
+from peftc.pruning.scores import Score, Seen
 from peftc.report import Table
-from peftc.steps import layer_scores
-from peftc.steps.layer_scores import Score, Seen
 from peftc.tasks.sentences import spearman
 
 SEEDS = (1, 2, 3)  # of t-SNE, beside the one that decides

@@ -24,9 +24,9 @@ from peftc.models.model import Model, detached
 from peftc.models.place import moved, place_of, runnable, solver_device
 from peftc.models.shorten import Shorter
 from peftc.nn import surgery
+from peftc.pruning.choice import Work
+from peftc.pruning.scores import is_channels_last, tokens_of
 from peftc.report import Report, Table
-from peftc.steps.layer_choice import Work
-from peftc.steps.layer_scores import is_channels_last, tokens_of
 
 CHECKED = 5  # every so many-th sample only tells which ridge to take
 RIDGES = tuple(10.0**power for power in range(-5, 3))  # of the mean square of an input

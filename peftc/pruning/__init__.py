@@ -1,0 +1,1 @@
+"""Which layers go: scores, evidence, the choice, and closing the gaps."""
