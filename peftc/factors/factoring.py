@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from peftc import processes, progress
 from peftc.calibration import hooks, memory
 from peftc.calibration.statistics import Statistics
-from peftc.errors import MethodError, PeftcError
-from peftc.factors import joint, spectra
-from peftc.factors.spectra import Decomposed, Factorizer, Losses, Whole
+from peftc.errors import ArtifactError, MethodError, PeftcError
+from peftc.factors import joint, ranks, spectra
+from peftc.factors.ranks import Losses, Whole, needs_spectra
+from peftc.factors.spectra import Decomposed, Factorizer
 from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
+from peftc.models import write
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.model import Model
@@ -33,9 +35,11 @@ from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters
 from peftc.plans.allocate import Rank, Use
 from peftc.plans.plan import Budget, Plan, Target
+from peftc.report import Report, size_table
 from peftc.store.artifact import Piece, from_file
 from peftc.store.header import read_header
 from peftc.store.job import Job
+from peftc.store.manifest import Manifest
 
 Kept = tuple[dict[str, Tensor], dict[str, Piece]]  # factors by their names in `nn.lowrank.build`, and as stored
 BASIS = 8  # bytes of an entry of a basis, at most
@@ -100,8 +104,8 @@ class Factoring:
     ) -> dict[str, Rank | None]:
         """Return the rank of each eligible module under a budget; spectra that are ``known`` are not computed again."""
         whole = self.whole
-        if not spectra.needs_spectra(budget, allocation):
-            return spectra.decide(self.targets, budget, allocation, self.spectrum, whole, multiple)
+        if not needs_spectra(budget, allocation):
+            return ranks.decide(self.targets, budget, allocation, self.spectrum, whole, multiple)
         with progress.track("spectra", len(self.targets)) as advance:
 
             def seen(target: Target) -> Losses:
@@ -110,7 +114,7 @@ class Factoring:
                 advance(target.name)
                 return found
 
-            return spectra.decide(self.targets, budget, allocation, seen, whole, multiple)
+            return ranks.decide(self.targets, budget, allocation, seen, whole, multiple)
 
     def losses_of(self, name: str) -> Tensor:
         """Return the squared errors of a module by rank, from its spectrum where they are not known yet."""
@@ -355,3 +359,43 @@ def _named(name: str) -> Iterator[None]:
 def _read(part: Path) -> dict[str, Tensor]:
     with safe_open(part, "pt") as file:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
+
+
+def carry_out(
+    report: Report, work: Factoring, ranks: Mapping[str, Rank | None], base: dict[str, Any], request: dict[str, Any],
+    budget: Budget | None, *, max_shard_bytes: int, kept: Callable[[str, Rank], Kept] | None = None,
+) -> None:  # fmt: skip
+    """Put factors into the network, write it, reload it, and complete the report: the first process does.
+
+    Args:
+        report: of the plan.
+        work: with a job.
+        ranks: of each module.
+        base, request, budget: what the manifest records.
+        max_shard_bytes: per weight file.
+        kept: where the factors are; `Factoring.factor` made them when None.
+    """
+    if processes.rank():
+        return
+    assert work.job is not None
+    pieces, modules = work.edit(ranks, kept)
+    record = write.write_artifact(work.job, work.model, base, request, pieces, modules, max_shard_bytes=max_shard_bytes)
+    report.warnings += write.verify(work.job.folder, work.model)
+    _check_size(report, record, work.model, budget)
+    write.finish(work.job, record, report, work.device)
+
+
+def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
+    """Complete the sizes with what was written and measured; refuse to report a count that the folder does not have."""
+    after = report.data["size"]["after"]
+    if record.parameters != after["parameters"]:
+        raise ArtifactError(
+            f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
+            hint="this is a bug in peftc: please report it",
+        )
+    if after["macs"] is not None:
+        after["macs"] = costs.work(one_dtype(model)).macs
+        if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
+            report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
+    after["bytes"] = record.weight_bytes
+    report.tables[-1] = size_table(report.data["size"])

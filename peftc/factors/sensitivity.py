@@ -22,8 +22,9 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.calibration.prepared import Prepared
-from peftc.factors import joint, spectra
+from peftc.factors import joint
 from peftc.factors.factoring import Factoring
+from peftc.factors.ranks import needs_spectra
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -196,7 +197,7 @@ def outputs(prepared: Prepared, batch: Batch) -> Tensor:
 
 def is_of_use(work: Factoring, budget: Budget, allocation: str) -> bool:
     """Return whether losses decide the ranks, and are divergences, so that a measured one corrects them."""
-    return spectra.needs_spectra(budget, allocation) and budget.kind != "energy" and is_in_nats(work)
+    return needs_spectra(budget, allocation) and budget.kind != "energy" and is_in_nats(work)
 
 
 def is_in_nats(work: Factoring) -> bool:

@@ -6,64 +6,38 @@ is the ratio measured on the whole model. The outcome is a plan, and a plan no l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from peftc import progress
 from peftc.errors import PlanError
-from peftc.factors import spectra
+from peftc.factors.decision import Decision, Input
 from peftc.factors.factoring import Factoring
-from peftc.factors.spectra import Losses
+from peftc.factors.ranks import Losses, uniform_within
 from peftc.measure import latency
-from peftc.measure.intervals import Interval
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
-from peftc.models import write
 from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.plans import allocate
 from peftc.plans.allocate import Rank
-from peftc.plans.plan import Budget, Plan
-from peftc.report import Report, Table, grouped
-from peftc.store import artifact
-from peftc.store.job import Job
+from peftc.plans.plan import Budget
+from peftc.report import grouped
 
 BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
 TRIES = 6
-NOISY = 1.05  # a noise band that reaches further leaves the last digits open
 BUSY = 1.2  # what modules may show against themselves at most, in the least of their times
-KEPT = "speedup.json"
-CLOCK = ("timed", "rank_multiple")  # of a request, what only says how its ranks were found
 
 Ranks = Mapping[str, Rank | None]
 
 
 @dataclass(frozen=True)
-class Input:
-    """What the model is timed on.
-
-    Attributes:
-        batch_size: samples at once; 16 when None.
-        image_size, max_length: of a sample, in pixels and tokens; the model's own when None.
-        device: where, as `--device` says it.
-        seed: of the random sample.
-    """
-
-    batch_size: int | None
-    image_size: int | None
-    max_length: int | None
-    device: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Question:
+class Aim:
     """What was asked: a speed-up, how modules share the loss, and in which multiples."""
 
     budget: Budget
@@ -77,54 +51,6 @@ class Question:
         return float(self.budget.amount)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The rank of every eligible module, and what was measured of them.
-
-    Attributes:
-        ranks: None is dense.
-        slow: module -> why it stays dense, for those whose factors are not faster.
-        figures: for a speed-up what was measured, JSON-ready; empty where nothing was.
-        lost: divergence from the dense model in nats, with all modules at these ranks; None where it was
-            not measured.
-    """
-
-    ranks: dict[str, Rank | None]
-    slow: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    lost: Interval | None = None
-
-    def settle(
-        self, job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any], plan: Plan
-    ) -> dict[str, Any]:
-        """Return the request to be recorded: for a plan, where ranks were measured, else ``request`` itself.
-
-        So the same command line may end in other ranks on another day, but what an artifact records always ends in it.
-        """
-        if not self.figures:
-            return request
-        kept = {key: value for key, value in request.items() if key not in CLOCK}
-        return write.settle(job, model, base, {**kept, "budget": None, "allocation": None, "plan": plan.to_json()})
-
-    def say(self, report: Report) -> Report:
-        """Add what was measured to a report."""
-        if not self.figures:
-            return report
-        found = report.data["speedup"] = self.figures
-        for row in report.data["modules"]:
-            row["reason"] = self.slow.get(row["name"], row["reason"])
-        report.tables.insert(0, _table(found["shapes"]))
-        noise = f"noise {found['noise_low']:.3f} to {found['noise_high']:.3f}"
-        report.notes.append(
-            f"measured {found['value']:.3f}x ({found['low']:.3f} to {found['high']:.3f}; {noise}) where "
-            f"{found['asked']:g}x was asked: batches of {found['batch_size']}, {found['rounds']} rounds on "
-            f"{found['device']}, threads: {found['threads']}; {found['tries']} plans were measured"
-        )
-        if found["noise_high"] > NOISY:
-            report.warnings.append(f"this machine is busy ({noise}): measure again with `peftc bench`")
-        return report
-
-
 def unusual(budget: Budget | None, multiple: int, given: Input) -> dict[str, Any]:
     """Return what a request says besides, where it is not as always; requests of earlier versions keep their ids."""
     said: dict[str, Any] = {"rank_multiple": multiple} if multiple > 1 else {}
@@ -133,60 +59,35 @@ def unusual(budget: Budget | None, multiple: int, given: Input) -> dict[str, Any
     return said
 
 
-def decide(
-    work: Factoring, budget: Budget, allocation: str, multiple: int, given: Input,
-    known: Mapping[str, Losses] | None = None,
-) -> Decision:  # fmt: skip
-    """Decide the ranks under a budget; those for a speed-up are kept with the job, so that a resume measures nothing.
-
-    Args:
-        work: the eligible modules.
-        budget, allocation, multiple: as the options say.
-        given: what a speed-up is timed on.
-        known: spectra that need not be computed again.
+def timed(work: Factoring, aim: Aim, known: Mapping[str, Losses]) -> Decision:
+    """Return the ranks at which the model is as fast as was asked, as it was timed here.
 
     Raises:
-        PlanError: the budget is out of reach, or the model cannot be timed.
+        PlanError: that is out of reach, or the machine is too busy to tell.
     """
-    if budget.kind != "speedup":
-        return Decision(work.decide(budget, allocation, known, multiple))
-    kept = None if work.job is None else work.job.work / KEPT
-    if kept is not None and kept.is_file():
-        there = json.loads(kept.read_text(encoding="utf-8"))
-        ranks = {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in there["ranks"].items()}
-        return Decision(ranks, there["slow"], there["figures"])
-    found = _measured(work, Question(budget, allocation, multiple, given), known or {})
-    if kept is not None:
-        unfinished = kept.with_suffix(".tmp")
-        artifact.write_bytes(unfinished, json.dumps(asdict(found)).encode())
-        unfinished.replace(kept)
-    return found
-
-
-def _measured(work: Factoring, question: Question, known: Mapping[str, Losses]) -> Decision:
-    given = question.given
+    given = aim.given
     model = runnable(replace(work.model, module=detached(work.model.module)), device=given.device)
     size = given.batch_size or BATCH_SIZE
     batch = probe(model, batch=size, image_size=given.image_size, max_length=given.max_length, seed=given.seed)
     sites = latency.sites_of(model, work.targets, batch, work.form_of)
-    ranks = {name: latency.candidates(target, question.multiple) for name, target in work.targets.items()}
+    ranks = {name: latency.candidates(target, aim.multiple) for name, target in work.targets.items()}
     times = _time_sites(model, sites, ranks)
-    _refuse_busy(question.wanted, sites, times)
+    _refuse_busy(aim.wanted, sites, times)
     paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
     fast = {name: each for name, each in paces.items() if each.costs}
     if not fast:
-        raise _unreachable(question.wanted, 1.0, "no eligible module gets measurably faster by factors of any rank")
-    solve = _solver(work, question, fast, known)
+        raise _unreachable(aim.wanted, 1.0, "no eligible module gets measurably faster by factors of any rank")
+    solve = _solver(work, aim, fast, known)
     seconds = latency.model_seconds(model, batch)
     rounds = latency.rounds_for(seconds)
 
     def measured(ranks: Ranks) -> Measured:
         return latency.compare(model, latency.factored(model, work.targets, ranks, work.form_of), batch, rounds)
 
-    tries = search(question.wanted, fast, round(1e9 * seconds), solve, measured)
+    tries = search(aim.wanted, fast, round(1e9 * seconds), solve, measured)
     best = tries[-1]
     figures = {
-        "asked": question.wanted, **asdict(best.measured), "batch_size": size,
+        "asked": aim.wanted, **asdict(best.measured), "batch_size": size,
         "tries": len(tries), **_place(model), "shapes": _shapes(sites, times, paces),
     }  # fmt: skip
     decided = {name: best.ranks.get(name) for name in work.targets}
@@ -227,16 +128,14 @@ def _time_sites(
 
 
 def _solver(
-    work: Factoring, question: Question, paces: Mapping[str, Pace], known: Mapping[str, Losses]
+    work: Factoring, aim: Aim, paces: Mapping[str, Pace], known: Mapping[str, Losses]
 ) -> Callable[[int], Ranks]:
     """Return a function from nanoseconds to the ranks that lose least within them."""
     targets = {name: work.targets[name] for name in paces}
-    if question.allocation == "uniform":
+    if aim.allocation == "uniform":
 
         def uniform(limit: int) -> Ranks:
-            ranks = spectra.uniform_within(
-                targets, limit, lambda target, rank: paces[target.name].cost(rank), question.multiple
-            )
+            ranks = uniform_within(targets, limit, lambda target, rank: paces[target.name].cost(rank), aim.multiple)
             return {name: rank if rank in paces[name].costs else None for name, rank in ranks.items()}
 
         return uniform
@@ -244,11 +143,11 @@ def _solver(
     with progress.track("spectra", len(targets)) as advance:
         for name, target in targets.items():
             losses = (known.get(name) or work.spectrum(target)).losses()
-            curves[name] = paces[name].curve(losses, relative=question.allocation == "energy")
+            curves[name] = paces[name].curve(losses, relative=aim.allocation == "energy")
             advance(name)
 
     def greedy(limit: int) -> Ranks:
-        ranks = allocate.spend(curves, limit, foresee_dense=question.allocation == "convex")
+        ranks = allocate.spend(curves, limit, foresee_dense=aim.allocation == "convex")
         return allocate.fill(curves, ranks, limit)
 
     return greedy
@@ -379,20 +278,3 @@ def _shapes(
             "ranks": list(each.ranks), "seconds": list(each.seconds), "faster_to_rank": fast[-1] if fast else None,
         })  # fmt: skip
     return rows
-
-
-def _table(shapes: Sequence[Mapping[str, Any]]) -> Table:
-    lines = []
-    for row in shapes:
-        kinds, some = row["modules"], list(zip(row["ranks"], row["seconds"], strict=True))
-        others = f" and {len(kinds) - 1} like it" if len(kinds) > 1 else ""
-        lines.append([
-            kinds[0] + others, row["count"], "x".join(map(str, row["input"])), f"{1000 * row['dense_seconds']:.3g}",
-            ", ".join(f"{1000 * seconds:.3g} at {_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]),
-            "none" if row["faster_to_rank"] is None else _text(row["faster_to_rank"]),
-        ])  # fmt: skip
-    return Table("timed shapes", ["module", "calls", "input", "dense, ms", "ms at rank", "faster to rank"], lines)
-
-
-def _text(rank: Any) -> str:
-    return "x".join(map(str, rank)) if isinstance(rank, list | tuple) else str(rank)

@@ -2,83 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peftc import processes
-from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.factors import joint as joining
-from peftc.factors.factoring import Factoring, Kept
-from peftc.measure import costs
-from peftc.models import write
-from peftc.models.model import Model
-from peftc.models.place import one_dtype
+from peftc.factors.factoring import Factoring
 from peftc.nn.surgery import tensor_bytes
-from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
-from peftc.plans.plan import Budget, Plan, Target
+from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, percent, size_table, span
-from peftc.store.manifest import Manifest
-
-
-def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False, **asked: Any) -> Budget | None:
-    """Return the budget, or None where a plan says the ranks or all of them are kept; refuse two of these at once.
-
-    Raises:
-        UsageError: there is none, or more than one.
-    """
-    if plan is None and not keep_all_ranks:
-        return plans.budget(**asked)
-    given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
-    if keep_all_ranks and (given or plan is not None):
-        other = given[0] if given else "`--plan`"
-        raise UsageError(
-            f"`--keep-all-ranks` takes no budget, but {other} is given",
-            why="every rank is kept; the budget comes when they are cut",
-            hint=f"leave {other} out here, and give it to `peftc truncate`",
-        )
-    if given:
-        raise UsageError(
-            f"`--plan` and {given[0]} contradict each other",
-            why="a plan already says the ranks",
-            hint="give one of them",
-        )
-    return None
-
-
-def asked_plan(
-    plan: str | Path | Plan | None, targets: dict[str, Target], model: Model | None = None, *, joint: bool = False
-) -> Plan | None:
-    """Return the plan that was asked for, checked against the eligible modules.
-
-    Args:
-        plan: as it was asked for.
-        targets: those that share a down factor by the plan, or are ``joint``, become one.
-        model: whose they are; None where factors cannot be shared.
-        joint: whether modules that read one input are to share a down factor.
-    """
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
-    if model is not None:
-        joining.arrange(model, targets, given, joint)
-    elif given is not None and given.joint:
-        raise PlanError(
-            "the plan lets modules share a down factor, and ordered factors are kept apart",
-            hint="decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`",
-        )
-    if given is not None:
-        plans.check(joining.gathered(given), targets)
-    return given
-
-
-def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
-    """Return what was asked, and why a module stays dense under it."""
-    if budget is None:
-        return f"--plan {plan}", "the plan keeps it"
-    if budget.kind in ("rank", "energy"):  # these two leave nothing to allocate
-        return str(budget), "its factors would not be smaller"
-    greedy = "the budget keeps it, or its factors would not shrink"
-    return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
 
 
 def report_on(
@@ -192,43 +124,3 @@ def dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -
         for reason in dict.fromkeys(dense[name] for name in names):
             lines.append([kind, sum(dense[name] == reason for name in names), reason])
     return Table("modules left dense", ["module", "count", "why"], lines)
-
-
-def carry_out(
-    report: Report, work: Factoring, ranks: Mapping[str, Rank | None], base: dict[str, Any], request: dict[str, Any],
-    budget: Budget | None, *, max_shard_bytes: int, kept: Callable[[str, Rank], Kept] | None = None,
-) -> None:  # fmt: skip
-    """Put factors into the network, write it, reload it, and complete the report: the first process does.
-
-    Args:
-        report: of the plan.
-        work: with a job.
-        ranks: of each module.
-        base, request, budget: what the manifest records.
-        max_shard_bytes: per weight file.
-        kept: where the factors are; `Factoring.factor` made them when None.
-    """
-    if processes.rank():
-        return
-    assert work.job is not None
-    pieces, modules = work.edit(ranks, kept)
-    record = write.write_artifact(work.job, work.model, base, request, pieces, modules, max_shard_bytes=max_shard_bytes)
-    report.warnings += write.verify(work.job.folder, work.model)
-    _check_size(report, record, work.model, budget)
-    write.finish(work.job, record, report, work.device)
-
-
-def _check_size(report: Report, record: Manifest, model: Model, budget: Budget | None) -> None:
-    """Complete the sizes with what was written and measured; refuse to report a count that the folder does not have."""
-    after = report.data["size"]["after"]
-    if record.parameters != after["parameters"]:
-        raise ArtifactError(
-            f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
-            hint="this is a bug in peftc: please report it",
-        )
-    if after["macs"] is not None:
-        after["macs"] = costs.work(one_dtype(model)).macs
-        if budget is not None and budget.kind == "target-macs" and after["macs"] > budget.amount:
-            report.warnings.append(f"the result takes {after['macs']:,} multiply-adds, not {budget.amount:,} as asked")
-    after["bytes"] = record.weight_bytes
-    report.tables[-1] = size_table(report.data["size"])

@@ -20,10 +20,13 @@ from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError, one_of
 from peftc.factors import joint as joining
 from peftc.factors import prediction, sensitivity, spectra
+from peftc.factors.asked import eligible
+from peftc.factors.decide import decide
+from peftc.factors.decision import Input
 from peftc.factors.factoring import Factoring
 from peftc.factors.prediction import Anchors, Trial
+from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Decomposed, Factorizer
-from peftc.factors.speedup import Input, decide
 from peftc.methods.spectrum import Spectrum, tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
@@ -37,7 +40,6 @@ from peftc.plans import plan as plans
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
-from peftc.steps.decompose import eligible
 from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)
@@ -115,7 +117,7 @@ def analyze(
     )  # fmt: skip
     if data is not None and not factorize.needs:
         raise UsageError("`--data` is of no use here", why=f"`--method {factorize.name}` takes the weights alone")
-    allocation = spectra.allocation_of(allocation, factorize.needs)
+    allocation = allocation_of(allocation, factorize.needs)
     place = solver_device(device_of(device))
 
     loaded = load(model)

@@ -16,6 +16,7 @@ from peftc.calibration.prepared import Request, prepare
 from peftc.calibration.statistics import Statistics
 from peftc.errors import UsageError
 from peftc.factors import ordered, spectra, tables
+from peftc.factors.asked import eligible
 from peftc.factors.factoring import Factoring
 from peftc.models import write
 from peftc.models.load import load, refuse_non_finite
@@ -25,7 +26,6 @@ from peftc.nn.surgery import parameters
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
-from peftc.steps.decompose import eligible
 from peftc.store import artifact
 from peftc.store.header import read_header
 from peftc.store.job import Job

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftc import processes
 from peftc.calibration import memory
@@ -18,144 +18,32 @@ from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED
-from peftc.errors import ClassesError, PlanError, UsageError, one_of
-from peftc.factors import estimate, ordered, prediction, spectra, tables
+from peftc.errors import ClassesError, UsageError, one_of
+from peftc.factors import asked, estimate, ordered, spectra
 from peftc.factors import joint as joining
-from peftc.factors import sensitivity as measuring
 from peftc.factors import sequential as in_order
+from peftc.factors.asked import asked_budget, asked_plan, eligible
+from peftc.factors.decide import Question
+from peftc.factors.decision import Input
 from peftc.factors.factoring import Factoring
-from peftc.factors.prediction import Held
+from peftc.factors.ranks import allocation_of, needs_weights
 from peftc.factors.spectra import Factorizer
-from peftc.factors.speedup import Decision, Input, decide, unusual
+from peftc.factors.speedup import unusual
 from peftc.models import write
 from peftc.models.load import load, refuse_non_finite, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
-from peftc.models.targets import targets as find_targets
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans import plan as plans
-from peftc.plans.plan import Budget, Plan, Target
-from peftc.report import Report, gate_size, grouped
+from peftc.plans.plan import Budget, Plan
+from peftc.report import Report, gate_size
 from peftc.steps.evaluate import evaluate
-from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
 FEW_SAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is to be decided: the ranks of the eligible modules, and what to say of them."""
-
-    work: Factoring
-    reasons: dict[str, str]
-    budget: Budget | None
-    allocation: str
-    multiple: int
-    plan: Plan | None
-    keep_all_ranks: bool
-    source: Prepared | Statistics | None
-    timed: Input
-    words: tuple[str, str]
-    sensitivity: int
-    sequential: bool
-
-    def decide(self, folder: Path) -> Decision:
-        """Collect statistics where they are needed, in ``folder``, and decide the ranks."""
-        if self.source is not None:
-            work, needs = self.work, self.work.factorize.needs
-            planned = self.plan is not None
-            known = joining.calibrated(work.model, work.targets, self.source, needs, folder, planned=planned)
-            work.use(known, self.reasons)
-            if work.model.max_memory is not None:
-                memory.return_freed()
-        if self.budget is not None and spectra.needs_spectra(self.budget, self.allocation):
-            self.work.share_spectra()
-        return processes.agreed(lambda: self._tried(self._decide(folder), folder))
-
-    def _decide(self, folder: Path) -> Decision:
-        budget = self.budget
-        if budget is None:
-            return Decision(joining.gathered(self.plan).ranks if self.plan else {})
-        if (
-            self.sensitivity
-            and isinstance(self.source, Prepared)
-            and measuring.is_of_use(self.work, budget, self.allocation)
-        ):
-            return self._measured(self.source, budget, folder)
-        return self._found(budget, self.work.losses)
-
-    def _found(self, budget: Budget, losses: Mapping[str, Tensor]) -> Decision:
-        known = {name: Held(each) for name, each in losses.items()}
-        return decide(self.work, budget, self.allocation, self.multiple, self.timed, known)
-
-    def _measured(self, source: Prepared, budget: Budget, folder: Path) -> Decision:
-        """Decide by the predicted losses, by the measured ones, and in between; take what loses least as a whole."""
-        each = measuring.measured(self.work, source, self.sensitivity, folder)
-        found: list[tuple[dict[str, Tensor], Decision]] = []
-        several = budget.kind != "speedup" and measuring.fits(self.work)  # a speed-up would be timed again
-        for share in measuring.SHARES if several else (1.0,):
-            losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
-            decision = self._found(budget, losses)
-            found.append((losses, self._tried(decision, folder) if several else decision))
-        losses, decision = min(found, key=lambda one: one[1].lost.value if one[1].lost else 0.0)
-        self.work.losses |= losses
-        return decision
-
-    def _tried(self, found: Decision, folder: Path) -> Decision:
-        """Measure what ranks lose as a whole, on a few samples kept apart, where that was not done yet."""
-        source, work = self.source, self.work
-        known = found.lost is not None or not any(found.ranks.values())
-        if known or not (self.sensitivity and isinstance(source, Prepared) and measuring.is_in_nats(work)):
-            return found
-        if not measuring.fits(work):
-            return found
-        return replace(found, lost=measuring.whole(work, source, found.ranks, self._tried_on, folder))
-
-    @property
-    def _tried_on(self) -> int:
-        """How many samples a plan is tried on."""
-        many = measuring.WHOLE * self.sensitivity
-        return measuring.number(self.source, many) if isinstance(self.source, Prepared) else 0
-
-    def factor(self, found: Decision) -> dict[str, dict[str, Any]]:
-        """Compute and keep the factors at the decided ranks."""
-        source = self.source
-        if self.sequential and isinstance(source, Prepared):
-            return processes.agreed(lambda: in_order.factor(self.work, source, found.ranks))
-        return self.work.factor(found.ranks)
-
-    def carry_out(self, job: Job, base: dict[str, Any], request: dict[str, Any], shard_bytes: int) -> Report:
-        """Decide, factor, write and verify."""
-        work, found = self.work, self.decide(job.work)
-        if self.keep_all_ranks:
-            return ordered.keep_all(work, base, request, self.reasons, max_shard_bytes=shard_bytes)
-        plan = work.plan(found.ranks, self.reasons | found.slow, work.factorize.name, str(self.budget))
-        request = found.settle(job, work.model, base, request, plan)
-        report = self.report(found, self.factor(found))
-        tables.carry_out(report, work, found.ranks, base, request, self.budget, max_shard_bytes=shard_bytes)
-        return report
-
-    def rehearse(self, folder: Path) -> Report:
-        """Say what would become of every module, and about what that would take."""
-        if self.sensitivity and isinstance(self.source, Prepared):
-            self.work.keep_bases(folder)
-        report = self.report(self.decide(folder), {})
-        estimate.add(report, self.work, self.source)
-        return report
-
-    def report(self, found: Decision, cuts: Mapping[str, Any]) -> Report:
-        """Say what becomes of every module."""
-        if self.keep_all_ranks:
-            return ordered.report_on(self.work, cuts, self.reasons)
-        reasons = self.reasons | found.slow
-        report = tables.report_on("decompose", self.work, found.ranks, cuts, reasons, *self.words)
-        known = {} if self.work.losses else cuts
-        prediction.add(report, self.work, found.ranks, known, found.lost, self._tried_on)
-        return found.say(report)
 
 
 def decompose(
@@ -245,7 +133,7 @@ def decompose(
     gated = max_drop is not None or min_quality is not None
     if data is None and gated:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budget = tables.asked_budget(
+    budget = asked_budget(
         plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
         target_macs=target_macs, speedup=speedup,
     )  # fmt: skip
@@ -256,21 +144,21 @@ def decompose(
         method, conv_method, settings, with_data=data is not None or statistics is not None,
         correct_bias=bias_correction,
     )  # fmt: skip
-    allocation = spectra.allocation_of(allocation, factorize.needs)
+    allocation = allocation_of(allocation, factorize.needs)
     shard_bytes = write.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
-    by_shape = not factorize.needs and (budget is None or not spectra.needs_weights(budget, allocation))
+    by_shape = not factorize.needs and (budget is None or not needs_weights(budget, allocation))
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     loaded = memory.bounded(loaded, max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    given = tables.asked_plan(plan, targets, loaded, joint=joint)
+    given = asked_plan(plan, targets, loaded, joint=joint)
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     estimate.refuse_unsolvable(work)
     if keep_all_ranks:
         ordered.refuse_pairs(work.targets)
-    words = tables.words(budget, allocation, plan)
+    words = asked.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
@@ -377,25 +265,3 @@ def _refuse_seen(source: Prepared | Statistics, on: Mapping[str, Any]) -> None:
         dataset = open_data(on["data"], task=on["task"])
         if seen.among(about, on["data"], dataset):
             seen.refuse_gate("decompose", dataset)
-
-
-def eligible(
-    model: Model, *, conv_method: str, include: Sequence[str], skip: Sequence[str]
-) -> tuple[dict[str, Target], dict[str, str]]:
-    """Return the modules to factor and the reasons why others stay dense; refuse a model without any.
-
-    Raises:
-        PlanError: no module is eligible.
-    """
-    targets, reasons = find_targets(model, conv_method=conv_method, include=include, skip=skip)
-    if not targets:
-        groups = grouped(reasons)
-        listed = ", ".join(f"`{kind}` ({reasons[names[0]]})" for kind, names in list(groups.items())[:4])
-        raise PlanError(
-            f"`{model.name}` has no eligible module",
-            why=f"left dense: {listed}" if listed else "it has no Linear, Conv2d or Embedding module",
-            hint="make some eligible: `--include PATTERN`"
-            if model.manifest is None or not model.manifest.modules
-            else "what could be factored is: decompose its base again, to another budget",
-        )
-    return targets, reasons

@@ -27,7 +27,6 @@ from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.report import Report, Table
-from peftc.steps import distill
 from peftc.steps.merge import taken_in
 from peftc.store.job import Job
 from peftc.store.source import Source
@@ -39,6 +38,7 @@ from peftc.training import student as students
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.recipe import EPOCHS, Recipe, length
 from peftc.training.student import Student
+from peftc.training.teacher import identity_of, refuse_nothing, teacher_of, tell, weights_of
 
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
 
@@ -158,7 +158,7 @@ def finetune(
     )  # fmt: skip
     pupil = Student(copied, fitted, placed, after_step)
     of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
-    asked = distill.weights_of(of_task if loss is None else loss, copied, task)
+    asked = weights_of(of_task if loss is None else loss, copied, task)
     terms = imitation.terms(asked, of_terms)
     changes = Augment(augment, mixup, cutmix)
     try:
@@ -169,8 +169,8 @@ def finetune(
     except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
         raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
-    distill.refuse_nothing(loss, asked, terms, weight, given, data)
-    guide = distill.teacher_of(teacher, stored, terms, device)
+    refuse_nothing(loss, asked, terms, weight, given, data)
+    guide = teacher_of(teacher, stored, terms, device)
     pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
     work = Imitation(copied, guide, given, terms, weight, pairs)
     work.check()
@@ -180,7 +180,7 @@ def finetune(
     request = {
         "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
         "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
-        "teacher": None if guide is None else distill.identity_of(guide, named=teacher is not None),
+        "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
         "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
@@ -244,7 +244,7 @@ def _carry_out(
     )  # fmt: skip
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
-    distill.tell(report, work, outcome, {})
+    tell(report, work, outcome, {})
     students.tell_sparsity(report, pupil)
     memory = {
         "optimizer_bytes": outcome.optimizer_bytes,

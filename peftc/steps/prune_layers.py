@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from peftc import processes
-from peftc.errors import ClassesError, DataError, PlanError, UsageError, reason_of
+from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.models import delta as deltas
-from peftc.models import inputs, layers, shorten, write
 from peftc.models import load as models
-from peftc.models.inputs import outputs, probe
+from peftc.models import shorten, write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
@@ -29,24 +28,21 @@ from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.pages.layer_plot import draw_scores
 from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
-from peftc.plans.depth import Asked
 from peftc.pruning import choice as layer_choice
 from peftc.pruning import closing, evidence, scores
+from peftc.pruning.asked import layers_of, samples_of, score_of
 from peftc.pruning.choice import Choice, Work
-from peftc.pruning.scores import Score, Seen
+from peftc.pruning.scores import Seen
+from peftc.pruning.shorter import shorter_of
 from peftc.report import Report, gate_size, size_table
 from peftc.steps.finetune import finetune
 from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
-from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
-from peftc.training import retraining, samples
-from peftc.training.objectives import OBJECTIVES
-from peftc.training.samples import Samples
+from peftc.training import retraining
 
-HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
 
 
@@ -140,10 +136,10 @@ def prune_layers(
     if stored.manifest is None and not stored.files:
         models.refuse_unbuildable(stored)
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device=device)
-    names = _layers(stored, runs, asked)
+    names = layers_of(stored, runs, asked)
     reading = Settings(image_size, max_length, num_samples or POINTS, seed)
-    given = _samples(runs, data, task, reading, wanted, asked, trains=retrain)
-    chosen = _score(wanted, settings or {}, given, asked, data)
+    given = samples_of(runs, data, task, reading, wanted, asked, trains=retrain)
+    chosen = score_of(wanted, settings or {}, given, asked, data)
     if stability:
         evidence.refuse_unrepeatable(chosen)
     work = Work(stored, runs, names, chosen, given, asked, batch_size, stability, seed)
@@ -195,104 +191,11 @@ def _prune(
     return report, decided
 
 
-def _layers(stored: Model, runs: Model, asked: Asked) -> list[str]:
-    """Return the names of the layers.
-
-    Raises:
-        PlanError: there are none, or several stacks of them that no score compares.
-    """
-    names = layers.layers(runs)
-    if len(names) < 2:
-        raise PlanError(
-            f"`{stored.name}` has no stack of layers to prune",
-            why="no two of its modules run one after the other, each reading what the one before it gave",
-        )
-    several = runs.kind == "image-text" or getattr(getattr(runs.module, "config", None), "is_encoder_decoder", False)
-    if several and not asked.drop:
-        raise PlanError(
-            f"`{stored.name}` has more than one stack of layers", why="a score of one says nothing about the other",
-            hint="name the layers to drop by number: `--drop 2,5`",
-        )  # fmt: skip
-    return names
-
-
-def _samples(
-    model: Model, data: str | None, task: str | None, settings: Settings, wanted: Score | None, asked: Asked, *,
-    trains: bool,
-) -> Samples | None:  # fmt: skip
-    """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
-
-    Samples of other classes than the model's do without, where no label is needed.
-
-    Raises:
-        DataError: they do not fit.
-    """
-    if data is None:
-        return None
-    row = named_task(task) if task else guess(model)
-    is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
-    of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
-    labels = row is not None and (row.has_classes or row.name.endswith("-lm") or (of_loss and row.name in OBJECTIVES))
-    read = functools.partial(
-        samples.read, model, data, task=task, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
-        otherwise="take data without labels",
-    )  # fmt: skip
-    try:
-        return read(labels=labels)
-    except ClassesError as error:
-        of_depth = (wanted is None and not asked.drop) or (wanted is not None and wanted.is_of_depth)
-        if trains or of_loss or of_depth:
-            hint = "tune the model for these classes first: `peftc finetune`"
-            other = ", or rank layers without labels: `--score block-influence --keep N`"
-            raise ClassesError(error.what, why=error.why, hint=hint + ("" if trains else other)) from None
-    given = read(labels=False)
-    given.notes.append("classes: not those of the model, so these samples are taken without labels")
-    return given
-
-
-def _score(
-    wanted: Score | None, settings: Mapping[str, Any], given: Samples | None, asked: Asked, data: str | None
-) -> Score | None:
-    """Return the score to take, and refuse one that cannot say what was asked; None where no score is needed.
-
-    Raises:
-        UsageError, DataError: with what to add.
-    """
-    has_classes = given is not None and bool(given.outputs)
-    if wanted is None:
-        if given is None and asked.drop:
-            return None
-        usual = "tsne_silhouette" if has_classes or given is None else "block_influence"
-        wanted = scores.named("drop" if asked.within_drop is not None else usual, settings)
-    if wanted.reads_data and given is None:
-        raise UsageError(
-            f"`--score {wanted.word}` looks at what layers do with samples", hint="name some of the task: `--data DATA`"
-        )
-    if wanted.is_of_depth and not has_classes:
-        raise DataError(
-            f"`--score {wanted.word}` needs classes", why=f"`{data}` has none that the model tells apart",
-            hint="score layers without labels: `--score block-influence --keep N`",
-        )  # fmt: skip
-    if asked.within_drop is not None and (given is None or not given.labelled):
-        raise UsageError(
-            "`--within-drop` measures quality, which needs samples with labels",
-            why="no samples are named" if given is None else f"`{data}` has none for this model's task",
-            hint="name some with `--data DATA`, or say how many layers stay: `--keep N`",
-        )
-    if asked.alpha is not None and not wanted.is_of_depth:
-        raise UsageError(
-            f"`{wanted.word}` ranks layers, but does not say how many to keep",
-            why="a share of the last layer's score means something for silhouettes only, which need labels",
-            hint="say how many: `--keep N`",
-        )
-    return wanted
-
-
 def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     """Decide which layers stay, build the shorter model, and say so."""
     choice = layer_choice.choose(work, report)
     kept = [work.names[at] for at in choice.decision.kept]
-    shorter = _shorter(work, kept, report)
+    shorter = shorter_of(work, kept, report)
     layer_choice.tell(report, work, choice)
     report.data["size"] = _sizes(work.stored, shorter.model)
     report.tables.append(size_table(report.data["size"]))
@@ -303,54 +206,6 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     elif work.asked.within_drop is None:
         report.notes.append(retraining.WARNING)
     return choice, shorter
-
-
-def _shorter(work: Work, kept: Sequence[str], report: Report) -> Shorter:
-    """Build the model without some of its layers: by its own config, or else with them passed over in their places.
-
-    Raises:
-        PlanError: neither computes what the whole one does without them.
-    """
-    stored, dropped = work.stored, [name for name in work.names if name not in set(kept)]
-    if stored.manifest is None or not stored.manifest.skipped:
-        try:
-            shorter = shorten.shorten(stored, work.names, kept)
-            _compare(stored, shorter, dropped)
-            return shorter
-        except PlanError:
-            if stored.manifest is not None and stored.manifest.kept_layers:  # some have other names than in the base
-                raise
-            report.notes.append(
-                f"nothing in the config of `{stored.name}` leaves exactly these layers out: they keep their places and "
-                "hand on what they read, and only peftc loads the folder"
-            )
-    shorter = shorten.skip(stored, kept, layers.tuples(work.runs, dropped))
-    _compare(stored, shorter, dropped)
-    return shorter
-
-
-def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
-    """Refuse a shorter network that is not the whole one with the dropped layers left out.
-
-    Raises:
-        PlanError: what a layer computes depends on its place, as the shifted windows of Swin do.
-    """
-    batch = probe(stored)
-    whole = one_dtype(stored)
-    with layers.bypassed(whole.module, dropped):
-        before = outputs(whole, batch).float()
-    try:
-        after = outputs(one_dtype(shorter.model), batch).float()
-    except inputs.DOES_NOT_RUN as error:
-        listed = ", ".join(f"`{name}`" for name in dropped[:4])
-        raise PlanError(f"`{stored.name}` does not run without {listed}", why=reason_of(error)) from error
-    gap = float((before - after).abs().max()) if before.shape == after.shape else float("inf")
-    if gap > write.CLOSE * float(before.abs().max()):
-        raise PlanError(
-            f"`{stored.name}` without {', '.join(f'`{name}`' for name in dropped[:4])} is not what its library builds",
-            why=f"the outputs differ by {gap:.2g}: what a layer computes depends on its place in the stack",
-            hint="drop neighbours in pairs with `--drop`, or layers at the end of a stack",
-        )
 
 
 def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:

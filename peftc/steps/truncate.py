@@ -11,8 +11,10 @@ from torch import Tensor
 
 from peftc import methods
 from peftc.errors import one_of
-from peftc.factors import ordered, spectra, tables
-from peftc.factors.factoring import Factoring
+from peftc.factors import ordered, tables
+from peftc.factors.asked import asked_budget, asked_plan, words
+from peftc.factors.factoring import Factoring, carry_out
+from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
 from peftc.methods.spectrum import Spectrum
 from peftc.models import write
@@ -60,7 +62,7 @@ def truncate(
         PeftcError: with the cause; nothing is written then.
     """
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    budget = tables.asked_budget(
+    budget = asked_budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
     )  # fmt: skip
     shard_bytes = write.shard_bytes(max_shard_size)
@@ -69,16 +71,16 @@ def truncate(
     record = ordered.refuse_unordered(loaded)
     method = methods.find("decompose", ordered.request_of(record)["method"], "--method")
     needs = methods.needs_of(method)
-    allocation = spectra.allocation_of(allocation, needs)
+    allocation = allocation_of(allocation, needs)
     loaded = replace(loaded, module=detached(loaded.module), notes=[])
     targets, reasons = ordered.ordered_targets(loaded, record)
     known = ordered.stored(loaded, record, targets)
-    given = tables.asked_plan(plan, targets)
+    given = asked_plan(plan, targets)
     work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"))
     decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
     error = "loss" if needs else "error"  # weighted by statistics it is no error of the weights
     cuts = {name: {error: known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
-    asked, why_dense = tables.words(budget, allocation, plan)
+    asked, why_dense = words(budget, allocation, plan)
     report = tables.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
     if dry_run:
         report.notes.append("dry run: nothing was written")
@@ -95,7 +97,7 @@ def truncate(
         else:
             work.job = job
             job.require(tensor_bytes(loaded.module))
-            tables.carry_out(
+            carry_out(
                 report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
                 kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
             )  # fmt: skip

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 
 from peftc.errors import PlanError
+from peftc.factors.ranks import Whole, decide
 from peftc.plans import allocate
 from peftc.plans.allocate import (
     Curve,
@@ -291,7 +292,6 @@ class Known:
 @pytest.mark.parametrize("allocation", ["energy", "global"])
 def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
     pytest.importorskip("torch")
-    from peftc.factors import spectra
     from peftc.plans.plan import Budget, Target
 
     targets = {name: Target(name, "linear", (40, 30)) for name in "ab"}
@@ -300,9 +300,7 @@ def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
 
     def ranks(scale: float) -> dict[str, Rank | None]:
         tails = {n: [sum(s * s for s in sigma[n][r:]) * (scale if n == "a" else 1) for r in range(31)] for n in "ab"}
-        return spectra.decide(
-            targets, Budget("ratio", HALF), allocation, lambda t: Known(tails[t.name]), spectra.Whole(2400, None)
-        )
+        return decide(targets, Budget("ratio", HALF), allocation, lambda t: Known(tails[t.name]), Whole(2400, None))
 
     one, other = ranks(1.0), ranks(1024.0)
     assert (one == other) == (allocation == "energy"), f"{one} and {other}"

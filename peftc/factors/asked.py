@@ -1,0 +1,96 @@
+"""What was asked of a decomposition: the budget, the plan, and which modules may be factored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftc.errors import PlanError, UsageError
+from peftc.factors import joint as joining
+from peftc.models.model import Model
+from peftc.models.targets import targets as find_targets
+from peftc.plans import plan as plans
+from peftc.plans.plan import Budget, Plan, Target
+from peftc.report import grouped
+
+
+def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False, **asked: Any) -> Budget | None:
+    """Return the budget, or None where a plan says the ranks or all of them are kept; refuse two of these at once.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    if plan is None and not keep_all_ranks:
+        return plans.budget(**asked)
+    given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
+    if keep_all_ranks and (given or plan is not None):
+        other = given[0] if given else "`--plan`"
+        raise UsageError(
+            f"`--keep-all-ranks` takes no budget, but {other} is given",
+            why="every rank is kept; the budget comes when they are cut",
+            hint=f"leave {other} out here, and give it to `peftc truncate`",
+        )
+    if given:
+        raise UsageError(
+            f"`--plan` and {given[0]} contradict each other",
+            why="a plan already says the ranks",
+            hint="give one of them",
+        )
+    return None
+
+
+def asked_plan(
+    plan: str | Path | Plan | None, targets: dict[str, Target], model: Model | None = None, *, joint: bool = False
+) -> Plan | None:
+    """Return the plan that was asked for, checked against the eligible modules.
+
+    Args:
+        plan: as it was asked for.
+        targets: those that share a down factor by the plan, or are ``joint``, become one.
+        model: whose they are; None where factors cannot be shared.
+        joint: whether modules that read one input are to share a down factor.
+    """
+    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    if model is not None:
+        joining.arrange(model, targets, given, joint)
+    elif given is not None and given.joint:
+        raise PlanError(
+            "the plan lets modules share a down factor, and ordered factors are kept apart",
+            hint="decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`",
+        )
+    if given is not None:
+        plans.check(joining.gathered(given), targets)
+    return given
+
+
+def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:
+    """Return what was asked, and why a module stays dense under it."""
+    if budget is None:
+        return f"--plan {plan}", "the plan keeps it"
+    if budget.kind in ("rank", "energy"):  # these two leave nothing to allocate
+        return str(budget), "its factors would not be smaller"
+    greedy = "the budget keeps it, or its factors would not shrink"
+    return f"{budget}, {allocation}", "its factors would not be smaller" if allocation == "uniform" else greedy
+
+
+def eligible(
+    model: Model, *, conv_method: str, include: Sequence[str], skip: Sequence[str]
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return the modules to factor and the reasons why others stay dense; refuse a model without any.
+
+    Raises:
+        PlanError: no module is eligible.
+    """
+    targets, reasons = find_targets(model, conv_method=conv_method, include=include, skip=skip)
+    if not targets:
+        groups = grouped(reasons)
+        listed = ", ".join(f"`{kind}` ({reasons[names[0]]})" for kind, names in list(groups.items())[:4])
+        raise PlanError(
+            f"`{model.name}` has no eligible module",
+            why=f"left dense: {listed}" if listed else "it has no Linear, Conv2d or Embedding module",
+            hint="make some eligible: `--include PATTERN`"
+            if model.manifest is None or not model.manifest.modules
+            else "what could be factored is: decompose its base again, to another budget",
+        )
+    return targets, reasons

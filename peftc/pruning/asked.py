@@ -1,0 +1,114 @@
+"""What was asked of a pruning: layers, samples and score, and what does not fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from peftc.errors import ClassesError, DataError, PlanError, UsageError
+from peftc.models import layers
+from peftc.models.model import Model
+from peftc.plans.depth import Asked
+from peftc.pruning import scores
+from peftc.pruning.scores import Score
+from peftc.tasks.table import guess, named_task
+from peftc.tasks.task import Settings
+from peftc.training import samples
+from peftc.training.objectives import OBJECTIVES
+from peftc.training.samples import Samples
+
+HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
+
+
+def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
+    """Return the names of the layers.
+
+    Raises:
+        PlanError: there are none, or several stacks of them that no score compares.
+    """
+    names = layers.layers(runs)
+    if len(names) < 2:
+        raise PlanError(
+            f"`{stored.name}` has no stack of layers to prune",
+            why="no two of its modules run one after the other, each reading what the one before it gave",
+        )
+    several = runs.kind == "image-text" or getattr(getattr(runs.module, "config", None), "is_encoder_decoder", False)
+    if several and not asked.drop:
+        raise PlanError(
+            f"`{stored.name}` has more than one stack of layers", why="a score of one says nothing about the other",
+            hint="name the layers to drop by number: `--drop 2,5`",
+        )  # fmt: skip
+    return names
+
+
+def samples_of(
+    model: Model, data: str | None, task: str | None, settings: Settings, wanted: Score | None, asked: Asked, *,
+    trains: bool,
+) -> Samples | None:  # fmt: skip
+    """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
+
+    Samples of other classes than the model's do without, where no label is needed.
+
+    Raises:
+        DataError: they do not fit.
+    """
+    if data is None:
+        return None
+    row = named_task(task) if task else guess(model)
+    is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
+    of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
+    labels = row is not None and (row.has_classes or row.name.endswith("-lm") or (of_loss and row.name in OBJECTIVES))
+    read = functools.partial(
+        samples.read, model, data, task=task, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
+        otherwise="take data without labels",
+    )  # fmt: skip
+    try:
+        return read(labels=labels)
+    except ClassesError as error:
+        of_depth = (wanted is None and not asked.drop) or (wanted is not None and wanted.is_of_depth)
+        if trains or of_loss or of_depth:
+            hint = "tune the model for these classes first: `peftc finetune`"
+            other = ", or rank layers without labels: `--score block-influence --keep N`"
+            raise ClassesError(error.what, why=error.why, hint=hint + ("" if trains else other)) from None
+    given = read(labels=False)
+    given.notes.append("classes: not those of the model, so these samples are taken without labels")
+    return given
+
+
+def score_of(
+    wanted: Score | None, settings: Mapping[str, Any], given: Samples | None, asked: Asked, data: str | None
+) -> Score | None:
+    """Return the score to take, and refuse one that cannot say what was asked; None where no score is needed.
+
+    Raises:
+        UsageError, DataError: with what to add.
+    """
+    has_classes = given is not None and bool(given.outputs)
+    if wanted is None:
+        if given is None and asked.drop:
+            return None
+        usual = "tsne_silhouette" if has_classes or given is None else "block_influence"
+        wanted = scores.named("drop" if asked.within_drop is not None else usual, settings)
+    if wanted.reads_data and given is None:
+        raise UsageError(
+            f"`--score {wanted.word}` looks at what layers do with samples", hint="name some of the task: `--data DATA`"
+        )
+    if wanted.is_of_depth and not has_classes:
+        raise DataError(
+            f"`--score {wanted.word}` needs classes", why=f"`{data}` has none that the model tells apart",
+            hint="score layers without labels: `--score block-influence --keep N`",
+        )  # fmt: skip
+    if asked.within_drop is not None and (given is None or not given.labelled):
+        raise UsageError(
+            "`--within-drop` measures quality, which needs samples with labels",
+            why="no samples are named" if given is None else f"`{data}` has none for this model's task",
+            hint="name some with `--data DATA`, or say how many layers stay: `--keep N`",
+        )
+    if asked.alpha is not None and not wanted.is_of_depth:
+        raise UsageError(
+            f"`{wanted.word}` ranks layers, but does not say how many to keep",
+            why="a share of the last layer's score means something for silhouettes only, which need labels",
+            hint="say how many: `--keep N`",
+        )
+    return wanted

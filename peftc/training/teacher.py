@@ -1,0 +1,151 @@
+"""The teacher of a training, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc import processes
+from peftc.errors import DataError, UsageError
+from peftc.models import write
+from peftc.models.load import load
+from peftc.models.model import Model
+from peftc.models.place import runnable
+from peftc.models.recorded import load_base
+from peftc.report import Report, Table
+from peftc.store.source import Source
+from peftc.tasks.table import guess, named_task
+from peftc.training import imitation, samples
+from peftc.training.imitation import TASK, Imitation
+from peftc.training.recipe import Outcome, Recipe
+
+QUIET = 0.01  # of the task's loss: a term below it hardly pulls
+
+
+PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
+
+
+def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str | None) -> dict[str, float]:
+    """Return the weight of each term that was asked for, or of those of PELA.
+
+    Raises:
+        UsageError: a weight is no number.
+    """
+    if loss is None:
+        row = named_task(task) if task else guess(student)
+        has_vectors = row is None or row.name in ("sentence-similarity", "image-text-retrieval")
+        return PELA | ({"embeddings": 1.0} if has_vectors else {})
+    if isinstance(loss, Mapping):
+        return {name: float(weight) for name, weight in loss.items()}
+    found: dict[str, float] = {}
+    for part in loss.split(","):
+        name, equals, value = part.strip().partition("=")
+        try:
+            found[name] = float(value) if equals else 1.0
+        except ValueError:
+            raise UsageError(
+                f"`--loss {part}` has no weight", hint="write it as `--loss features=1,task=0.5`"
+            ) from None
+    return found
+
+
+def refuse_nothing(
+    loss: Any, asked: Mapping[str, float], terms: Mapping[str, Any], weight: float, given: samples.Samples, data: str
+) -> None:
+    """Refuse a loss of which nothing is left.
+
+    Raises:
+        DataError: with what to ask for.
+    """
+    if loss is not None and asked.get(TASK) and not given.labelled:
+        raise DataError(
+            "the task's loss needs labels", why=f"`{data}` has none that the task reads",
+            hint="leave `task` out of `--loss`",
+        )  # fmt: skip
+    if not terms and not weight:
+        raise DataError(
+            "there is nothing to learn", why="no term of `--loss` is left for this model and these samples",
+            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
+        )  # fmt: skip
+
+
+def teacher_of(
+    teacher: str | Path | Source | nn.Module | Model | None, student: Model, terms: Mapping[str, Any], device: str
+) -> Model | None:
+    """Return who is imitated, in its own precision; None where no term asks for one."""
+    if not any(set(term.needs) & set(imitation.OF_TEACHER) for term in terms.values()):
+        return None
+    if teacher is None and student.manifest is None:
+        raise UsageError(
+            f"`{student.name}` records no base that could teach it", hint="name a teacher: `--teacher MODEL`"
+        )
+    guide = runnable(load_base(student) if teacher is None else load(teacher), device=device)
+    guide.module.requires_grad_(False)
+    return guide
+
+
+def identity_of(guide: Model, *, named: bool) -> dict[str, Any]:
+    """Return what a request says of the teacher: what was named, None for the base, and a digest of its content."""
+    content = guide.manifest.id if guide.manifest is not None else write.base_record(guide)["files"]
+    return {"spec": guide.source.spec if named else None, "content": content}
+
+
+def taught_by(work: Imitation, recipe: Recipe) -> float | None:
+    """Return how good the teacher is on the held-out samples; None where that says nothing."""
+    held, teacher = work.samples.held, work.teacher
+    if held is None or not work.samples.labelled or teacher is None:
+        return None
+    return processes.agreed(lambda: samples.figures(teacher, work.samples, held, recipe.batch_size))
+
+
+def _standing(work: Imitation, outcome: Outcome, taught: float | None, report: Report) -> dict[str, float]:
+    """Return how good student and teacher were before the training, and say where there was nothing to teach."""
+    if taught is None:
+        return {}
+    untaught = dict(outcome.scores)[0]
+    chance = 1 / len(work.samples.outputs) if work.samples.outputs else None
+    if chance is not None and taught <= chance:
+        report.warnings.append(
+            f"the teacher is no better than chance on the held-out samples: {taught:.3f} of {chance:.3f}"
+        )
+    elif taught <= untaught:
+        report.warnings.append(
+            f"the teacher is no better than the student on the held-out samples: {taught:.4g} and {untaught:.4g}"
+        )
+    return {"student": untaught, "teacher": taught}
+
+
+def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str, float]) -> None:
+    """Say what the terms weighed at the start, and what the training came to."""
+    start = outcome.start
+    of_task = {name: value / start[TASK] for name, value in start.items()} if start.get(TASK) else {}
+    rows = [[name, f"{value:.4g}", f"{of_task[name]:.3g}" if of_task else ""] for name, value in start.items()]
+    report.tables.append(Table("terms at step 0, as weighted", ["term", "value", "of the task's"], rows))
+    quiet = [name for name, share in of_task.items() if name in work.terms and share < QUIET]
+    if quiet:
+        report.notes.append(
+            f"{', '.join(f'`{name}`' for name in quiet)} weighed under {QUIET:.0%} of the task's loss at step 0: raise "
+            "its weight in `--loss` if it is to count"
+        )
+    report.data |= {
+        "terms": start, "steps": outcome.steps, "losses": [outcome.losses[0], outcome.losses[-1]],
+        "held_out": {"scores": [list(each) for each in outcome.scores], "best": outcome.best, "before": dict(before)},
+        "seconds_per_step": outcome.seconds_per_step,
+    }  # fmt: skip
+    if outcome.scores:
+        scores = dict(outcome.scores)
+        report.notes.append(
+            f"held out: {scores[0]:.4g} before, {scores[outcome.best]:.4g} after step {outcome.best}, the "
+            + ("best" if scores[outcome.best] == max(scores.values()) else "last")
+        )
+        if outcome.best == 0:
+            report.warnings.append(
+                "the training made nothing better: the weights are those it began with; train longer, or lower "
+                "`--learning-rate`"
+            )
+    if outcome.resumed:
+        report.notes.append(f"resumed at step {outcome.resumed} of {outcome.steps}")
+    report.notes.append(f"{outcome.steps} steps, {outcome.seconds_per_step:.3g} s each")
