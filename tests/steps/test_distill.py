@@ -22,8 +22,8 @@ from peftc.tasks.task import Settings
 from peftc.training import imitation, loop, samples
 from peftc.training.imitation import Imitation
 from peftc.training.recipe import Recipe
+from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
-from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 
 SHORT: dict[str, Any] = {"steps": 10, "batch_size": 16, "device": "cpu", "learning_rate": 1e-3}
 DIGITS = "sklearn:digits"

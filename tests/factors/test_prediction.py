@@ -163,7 +163,7 @@ def test_half_the_squared_losses_are_about_the_measured_divergence(images: str, 
 
     save_file(Noisy().state_dict(), tmp_path / "noisy.safetensors")
     source = Source(
-        "python:tests.steps.test_prediction:Noisy", weights=tmp_path / "noisy.safetensors", allow_code=True,
+        "python:tests.factors.test_prediction:Noisy", weights=tmp_path / "noisy.safetensors", allow_code=True,
         preprocess={"input_size": [3, 8, 8], "mean": 0.5, "std": 0.5},
     )  # fmt: skip
     options: dict[str, Any] = {

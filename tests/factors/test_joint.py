@@ -28,7 +28,7 @@ from tests.conftest import promised, rewritten
 from tests.forked import forked
 from tests.steps.test_decompose import NETWORKS, ranks, read, save_network
 
-HERE = "python:tests.steps.test_joint"
+HERE = "python:tests.factors.test_joint"
 Q, K, V = "query", "key", "value"
 
 

@@ -20,7 +20,7 @@ from peftc.nn import surgery
 from peftc.steps.decompose import decompose
 from peftc.store.source import Source
 
-HERE = "python:tests.unit.test_load"
+HERE = "python:tests.models.test_load"
 
 
 class Net(nn.Module):
@@ -122,12 +122,12 @@ def test_a_constructor_that_computes_with_its_parameters_is_built_all_the_same(t
 @pytest.mark.parametrize(
     ("factory", "error", "text"),
     [
-        ("tests.unit.test_load:Nowhere", SourceError, "cannot import"),
+        ("tests.models.test_load:Nowhere", SourceError, "cannot import"),
         ("tests.unit.nowhere:Net", SourceError, "cannot import"),
-        ("tests.unit.test_load:number", SourceError, "returned a int"),
-        ("tests.unit.test_load:HERE", UsageError, "does not accept"),
-        ("tests.unit.test_load:failing", SourceError, "the factory's own failure"),
-        ("tests.unit.test_load", UsageError, "names no factory"),
+        ("tests.models.test_load:number", SourceError, "returned a int"),
+        ("tests.models.test_load:HERE", UsageError, "does not accept"),
+        ("tests.models.test_load:failing", SourceError, "the factory's own failure"),
+        ("tests.models.test_load", UsageError, "names no factory"),
         (":Net", UsageError, "names no factory"),
     ],
 )

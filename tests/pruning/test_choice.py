@@ -26,9 +26,9 @@ from peftc.store import maps
 from peftc.tasks.task import Settings
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
+from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
 from tests.conftest import BERT, INPUT, LLAMA, VIT, promised, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 from tests.steps.test_prune_layers import text_of  # type: ignore[import-not-found]
-from tests.steps.test_scale import alone, launch  # type: ignore[import-not-found]
 
 CPU: dict[str, Any] = {"device": "cpu"}
 NAMES = [f"blocks.{at}" for at in range(4)]

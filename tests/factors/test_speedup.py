@@ -99,7 +99,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.fixture
 def wide(tmp_path: Path) -> Source:
     torch.save(Wide().state_dict(), tmp_path / "weights.pth")
-    return Source("python:tests.steps.test_speedup:Wide", weights=tmp_path / "weights.pth", allow_code=True)
+    return Source("python:tests.factors.test_speedup:Wide", weights=tmp_path / "weights.pth", allow_code=True)
 
 
 def seconds(model: nn.Module, batch: Tensor) -> float:
@@ -359,7 +359,7 @@ def test_a_model_whose_modules_do_not_gain_is_refused(clock: Clock, tmp_path: Pa
 def test_convolutions_are_timed_at_their_own_input(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conv_method: str, allocation: str
 ) -> None:
-    monkeypatch.setattr("tests.steps.test_speedup.PER_CALL", 1e-7)
+    monkeypatch.setattr("tests.factors.test_speedup.PER_CALL", 1e-7)
     source = save_network(tmp_path / "model", "python", "Convolutions", {})
     report = decompose(
         source, output_dir=tmp_path / "small", speedup=1.1, conv_method=conv_method, allocation=allocation,
@@ -373,7 +373,7 @@ def test_convolutions_are_timed_at_their_own_input(
 
 
 def test_tied_weights_are_timed_in_both_their_places(clock: Clock, tiny_bert_mlm: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tests.steps.test_speedup.PER_CALL", 1e-9)
+    monkeypatch.setattr("tests.factors.test_speedup.PER_CALL", 1e-9)
     report = analyze(tiny_bert_mlm, speedup=1.1, include=["word_embeddings", "decoder"], max_length=16, batch_size=4)
     forms = {(row["form"], tuple(row["modules"])) for row in report.data["speedup"]["shapes"] if "word" in str(row)}
     assert {form for form, _ in forms} == {"embedding", "linear"}
