@@ -16,6 +16,15 @@ from peftc.formats.exported import Exported, Inputs
 from peftc.models.model import Model
 
 NEEDS = ("executorch.exir", "executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
+LIBRARY = "executorch"
+TAGS = ("executorch",)
+USE = """\
+import huggingface_hub
+from executorch.runtime import Runtime
+
+file = huggingface_hub.hf_hub_download("{repo}", "model.pte")
+method = Runtime.get().load_program(file).load_method("forward")
+"""
 
 
 def executorch(

@@ -16,6 +16,12 @@ from peftc.store import artifact
 from peftc.store.artifact import Piece
 
 SHARD = 5 * 10**9  # bytes per file, as transformers writes them
+LIBRARY = "transformers"
+USE = """\
+import transformers
+
+network = transformers.{architecture}.from_pretrained("{repo}")
+"""
 
 
 def hf(model: Model, example: Inputs, folder: Path) -> Exported:

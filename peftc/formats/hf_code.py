@@ -128,6 +128,13 @@ class {name}(transformers.{architecture}):
         if missing_keys is not None:
             missing_keys.difference_update(self.config.factored["tied"])
 '''
+LIBRARY = "transformers"
+TAGS = ("custom_code",)
+USE = """\
+import transformers
+
+network = transformers.AutoModel.from_pretrained("{repo}", trust_remote_code=True)
+"""
 
 
 def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:

@@ -25,6 +25,14 @@ LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf e
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "MatMulInteger", "ConvInteger")
 TOLERANCES = {"fp32": CLOSE, "fp16": 2e-2}
 OPSETS = range(18, 24)
+LIBRARY = "onnx"
+TAGS = ("onnx",)
+USE = """\
+import huggingface_hub, onnxruntime
+
+folder = huggingface_hub.snapshot_download("{repo}")
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+"""
 
 
 def onnx(

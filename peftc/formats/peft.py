@@ -27,6 +27,13 @@ from peftc.store import artifact
 from peftc.store.source import ADAPTER
 
 UNMERGED = True  # the updates are what is written
+LIBRARY = "peft"
+USE = """\
+import peft
+
+base = ...  # the model that the updates were made for
+network = peft.PeftModel.from_pretrained(base, "{repo}")
+"""
 
 
 def peft(model: Model, example: Inputs, folder: Path) -> Exported:

@@ -28,6 +28,13 @@ FORMS = {
     "spatial": "y = up * (down * x) + bias, convolutions in a row",
     "tucker2": "y = up * (core * (down * x)) + bias, convolutions in a row",
 }
+LIBRARY = "peftc"
+USE = """\
+import huggingface_hub, safetensors.torch
+
+file = huggingface_hub.hf_hub_download("{repo}", "model.safetensors")
+weights = safetensors.torch.load_file(file)  # export.json says how the modules compute
+"""
 
 
 def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:

@@ -13,6 +13,12 @@ from peftc.models.weights import pieces_of
 from peftc.store import artifact
 
 PLACES = ("url", "hf_hub_id", "hf_hub_filename", "file", "source", "custom_load", "state_dict")  # of other weights
+LIBRARY = "timm"
+USE = """\
+import timm
+
+network = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+"""
 
 
 def timm(model: Model, example: Inputs, folder: Path) -> Exported:

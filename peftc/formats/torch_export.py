@@ -13,6 +13,14 @@ from peftc.formats import traced
 from peftc.formats.exported import Exported, Inputs
 from peftc.models.model import Model
 
+TAGS = ("torch-export",)
+USE = """\
+import huggingface_hub, torch
+
+file = huggingface_hub.hf_hub_download("{repo}", "model.pt2")
+network = torch.export.load(file).module()
+"""
+
 
 def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
     """Write ``model.pt2``, in float32, with a free batch and for texts a free length.

@@ -24,10 +24,6 @@ from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST
 from peftc.version import __version__
 
-LIBRARIES = {
-    "artifact": "peftc", "hf": "transformers", "hf-code": "transformers", "timm": "timm", "onnx": "onnx",
-    "peft": "peft", "safetensors": "peftc", "executorch": "executorch",
-}  # fmt: skip
 PIPELINES = {
     "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
@@ -125,8 +121,9 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: R
     )  # fmt: skip
     parts = [
         f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(shown),
-        "## Use", _use(shown, repo), "## What was done", _steps(shown), "## Measured", _measured(shown, repo, compared),
-        "## Rebuild", _rebuild(subject), "## Licence", _licence(subject, licence),
+        "## Use", _use(shown, repo, subject.about.get("use")), "## What was done", _steps(shown),
+        "## Measured", _measured(shown, repo, compared), "## Rebuild", _rebuild(subject),
+        "## Licence", _licence(subject, licence),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -148,7 +145,8 @@ def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> st
 
     results = [result for entry in _evaluations(subject) for result in _results(entry)]
     data = ModelCardData(
-        library_name=LIBRARIES.get(subject.format), base_model=subject.hub_base, **licence,
+        library_name="peftc" if subject.format == "artifact" else subject.about.get("library_name"),
+        base_model=subject.hub_base, **licence,
         pipeline_tag=_pipeline(subject), tags=_tags(subject),
         metrics=sorted({each.metric_type for each in results}) or None,
         eval_results=results or None, model_name=repo.split("/")[-1] if results else None,
@@ -168,8 +166,7 @@ def _tags(subject: Subject) -> list[str]:
     commands = [step["request"]["command"] for step in subject.record.steps]
     tags = ["peftc", "model-compression", *(["low-rank"] if subject.record.modules else [])]
     tags += [tag for command, tag in TAGS.items() if command in commands]
-    tags += [subject.format] if subject.format in ("onnx", "torch-export", "executorch") else []
-    return tags + (["custom_code"] if subject.format == "hf-code" else [])
+    return tags + [str(tag) for tag in subject.about.get("tags") or []]
 
 
 def _evaluations(subject: Subject) -> list[Mapping[str, Any]]:
@@ -231,52 +228,27 @@ def _short(subject: Subject) -> str:
     return subject.hub_base or Path((subject.base or "").partition("@")[0]).name or str(subject.base)
 
 
-def _use(subject: Subject, repo: str) -> str:
-    architecture, tokens = subject.record.base["architecture"], (subject.folder / "tokenizer_config.json").is_file()
-    auto = [f'tokenizer = transformers.AutoTokenizer.from_pretrained("{repo}")'] if tokens else []
-    code = {
-        "artifact": ["import peftc", "", f'network = peftc.load("{repo}")  # an nn.Module in eval mode'],
-        "hf": ["import transformers", "", f'network = transformers.{architecture}.from_pretrained("{repo}")', *auto],
-        "hf-code": [
-            "import transformers", "",
-            f'network = transformers.AutoModel.from_pretrained("{repo}", trust_remote_code=True)', *auto,
-        ],
-        "timm": ["import timm", "", f'network = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'],
-        "onnx": [
-            "import huggingface_hub, onnxruntime", "", f'folder = huggingface_hub.snapshot_download("{repo}")',
-            'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")',
-        ],
-        "torch-export": [
-            "import huggingface_hub, torch", "", f'file = huggingface_hub.hf_hub_download("{repo}", "model.pt2")',
-            "network = torch.export.load(file).module()",
-        ],
-        "executorch": [
-            "import huggingface_hub", "from executorch.runtime import Runtime", "",
-            f'file = huggingface_hub.hf_hub_download("{repo}", "model.pte")',
-            'method = Runtime.get().load_program(file).load_method("forward")',
-        ],
-        "peft": [
-            "import peft", "", "base = ...  # the model that the updates were made for",
-            f'network = peft.PeftModel.from_pretrained(base, "{repo}")',
-        ],
-        "safetensors": [
-            "import huggingface_hub, safetensors.torch", "",
-            f'file = huggingface_hub.hf_hub_download("{repo}", "model.safetensors")',
-            "weights = safetensors.torch.load_file(file)  # export.json says how the modules compute",
-        ],
-    }  # fmt: skip
-    if subject.format not in code:
+def _use(subject: Subject, repo: str, use: Any) -> str:
+    """Return how to load what was pushed: of an export as its format says it, in lines of Python."""
+    architecture = subject.record.base["architecture"]
+    if subject.format == "artifact":
+        code = f'import peftc\n\nnetwork = peftc.load("{repo}")  # an nn.Module in eval mode\n'
+        if subject.record.base["library"] == "python":
+            more = f"Its network is code, `{architecture}`, which is not here: pass `allow_code=True`."
+        else:
+            more = f"`peftc` has to be installed. In a shell every command of it takes the id, as `peftc show {repo}`."
+        return f"```python\n{code}```\n\n{more}"
+    if not isinstance(use, str) or "`" in use:
         by = (subject.result.get("report") or {}).get("data", {}).get("runtime")
         ran = f", which {by} ran when it was written" if by else ""
         return (
             f"Its format, `{subject.format}`, is that of another package{ran}. `export.json` has what that says of it."
         )
-    text = "```python\n" + "\n".join(code[subject.format]) + "\n```"
-    if subject.record.base["library"] == "python" and subject.format == "artifact":
-        return text + f"\n\nIts network is code, `{architecture}`, which is not here: pass `allow_code=True`."
-    if subject.format == "artifact":
-        text += f"\n\n`peftc` has to be installed. In a shell every command of it takes the id, as `peftc show {repo}`."
-    return text
+    code = "".join(f"{escaped(line)}\n" for line in use.splitlines())
+    code = code.replace("{repo}", repo).replace("{architecture}", architecture)
+    if subject.about.get("library_name") == "transformers" and (subject.folder / "tokenizer_config.json").is_file():
+        code += f'tokenizer = transformers.AutoTokenizer.from_pretrained("{repo}")\n'
+    return f"```python\n{code}```"
 
 
 def _steps(subject: Subject) -> str:

@@ -272,7 +272,7 @@ def _finish(
     record = work.stored.manifest
     about = {
         "format": word, "library": leaves.library, "architecture": leaves.architecture,
-        "preprocess": leaves.preprocess, "labels": leaves.labels,
+        "preprocess": leaves.preprocess, "labels": leaves.labels, **_card_of(word),
         "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
         "made_from": {
             "base": base, "steps": record.steps if record else [], "kept_layers": record.kept_layers if record else [],
@@ -288,6 +288,13 @@ def _finish(
         ExportRecord(job.id, request, files, about),
         result | {"report": asdict(replace(report, artifact=None))},
     )
+
+
+def _card_of(word: str) -> dict[str, Any]:
+    """Return what the file of a format has for a card: the library that loads it, tags, and lines of Python."""
+    function = methods.find("format", word.replace("-", "_"), "--format")
+    library, use = methods.trait(function, "LIBRARY", None), methods.trait(function, "USE", None)
+    return {"library_name": library, "tags": list(methods.trait(function, "TAGS", ())), "use": use}
 
 
 def _already(job: Job) -> Report:

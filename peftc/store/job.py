@@ -45,7 +45,10 @@ MADE_FROM = {
 }  # fmt: skip
 EXPORTED = {
     "id": str, "request": manifest.REQUEST, "files": {str: manifest.ENTRY},
-    "about": {"format": str, "modules": manifest.FIELDS["modules"], "made_from?": MADE_FROM},
+    "about": {
+        "format": str, "modules": manifest.FIELDS["modules"], "made_from?": MADE_FROM, "library_name?": (str, None),
+        "tags?": [str], "use?": (str, None),
+    },
 }  # fmt: skip
 
 
