@@ -160,3 +160,9 @@ def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:
         why=f"it is one of {', '.join(f'`{name}`' for name in known)}",
         hint=f"did you mean `{option} {near[0]}`?" if near else None,
     )
+
+
+def named(names: list[str], most: int = 5) -> str:
+    """Write up to ``most`` names in backticks, and how many more there are."""
+    text = ", ".join(f"`{name if len(name) < 100 else name[:97] + '...'}`" for name in map(shown, names[:most]))
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"

@@ -134,7 +134,7 @@ def _encode(model: Model, task: Task | None, request: Request, more: int) -> tup
         dataset = sample(model, number, length, seed=request.seed + 1)  # an evaluation draws with the seed itself
     else:
         dataset = open_data(request.data, seed=request.seed, task=name, role="calibration")
-    windows = task is not None and task.name.endswith("-lm")
+    windows = task is not None and task.is_language
     both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
     if not windows:  # of a pair both texts are samples
         dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)

@@ -17,9 +17,8 @@ import torch
 
 from peftc.data import limits
 from peftc.data.dataset import Dataset, Splits, split_word
-from peftc.data.images import named
 from peftc.data.limits import AXES, HEADER
-from peftc.errors import DataError, one_of
+from peftc.errors import DataError, named, one_of
 from peftc.store.header import read_header
 
 INPUTS = {"x", "images", "image", "data", "inputs", "input", "features"}

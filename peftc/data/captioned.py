@@ -9,8 +9,8 @@ from typing import Any
 
 from peftc.data import limits
 from peftc.data.dataset import Dataset, Pairs
-from peftc.data.images import decode, named
-from peftc.errors import DataError
+from peftc.data.images import decode
+from peftc.errors import DataError, named
 
 IMAGE = ("image", "img", "images", "picture", "jpg", "png")
 FILE = ("file_name", "filename", "image_path", "image_file", "filepath", "file_path", "file", "path")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from peftc.data.images import named
-from peftc.errors import ClassesError, DataError
+from peftc.errors import ClassesError, DataError, named
 
 
 def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) -> tuple[list[int], str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from peftc.data import limits
 from peftc.data.dataset import SPLIT_WORDS, Dataset, Splits
 from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
-from peftc.errors import DataError, reason_of, refuse_not_utf8, shown
+from peftc.errors import DataError, named, reason_of, refuse_not_utf8, shown
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # of Pillow's formats those with these endings, and two that pages send under another; EPS would start a program
@@ -179,12 +179,6 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + _bytes(tree, files[row]),
         is_named=True,
     )
-
-
-def named(names: list[str], most: int = 5) -> str:
-    """Write up to ``most`` names in backticks, and how many more there are."""
-    text = ", ".join(f"`{name if len(name) < 100 else name[:97] + '...'}`" for name in map(shown, names[:most]))
-    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _bytes(tree: Tree, name: str) -> bytes:

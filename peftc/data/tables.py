@@ -19,9 +19,9 @@ from typing import Any
 from peftc.data import captioned, jsonl, limits
 from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Splits, split_word
-from peftc.data.images import decode, named
+from peftc.data.images import decode
 from peftc.data.spec import Columns, halves
-from peftc.errors import DataError, reason_of
+from peftc.errors import DataError, named, reason_of
 from peftc.report import GUESSED
 
 SAMPLE = 1000  # rows of a file that tell whether the first is a header

@@ -110,7 +110,7 @@ def whole(
 def tokens_of(work: Factoring) -> float:
     """Return the tokens of a sample, where the model is one of language: what it loses is said of each; else 1."""
     known, task = work.factorize.statistics, guess(work.model)
-    if known is None or task is None or not task.name.endswith("-lm"):
+    if known is None or task is None or not task.is_language:
         return 1.0
     return float(known.note["rows"] / known.note["samples"])
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import ArtifactError, SourceError, UsageError, WeightError
+from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
 from peftc.models import adapting, build, delta, from_peft, hub, weights
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of
@@ -304,9 +304,8 @@ def refuse_non_finite(model: Model) -> None:
         if tensor.is_floating_point() and not _finite(tensor)
     ]
     if bad:
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise WeightError(
-            f"`{model.name}` holds NaN or infinite numbers in {', '.join(f'`{name}`' for name in bad[:4])}{more}",
+            f"`{model.name}` holds NaN or infinite numbers in {named(bad, 4)}",
             why="training diverged, or the file is damaged",
             hint="use an earlier checkpoint; peftc does not repair weights",
         )

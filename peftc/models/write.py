@@ -28,7 +28,7 @@ from peftc.store import artifact, manifest, maps
 from peftc.store.artifact import Piece
 from peftc.store.job import EXPORT, Job, execution
 from peftc.store.manifest import Manifest
-from peftc.store.source import CODE, COMPANIONS, Source
+from peftc.store.source import CODE, COMPANIONS, MANIFEST, Source
 from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
@@ -254,11 +254,12 @@ def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> 
 def already(job: Job, command: str) -> Report:
     """Return the report of a finished folder again."""
     known = job.result().get("report", {})
-    record = manifest.read(job.output)
-    size = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
-    known.setdefault("data", {}).setdefault("size", size)
+    data = known.get("data", {})
+    if job.record == MANIFEST:
+        record = manifest.read(job.output)
+        data.setdefault("size", {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}})
     return Report(
-        command, known["data"], artifact=job.output,
+        command, data, artifact=job.output,
         tables=[Table(**table) for table in known.get("tables", [])],
         notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
         warnings=known.get("warnings", []),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import ArtifactError, WeightError
+from peftc.errors import ArtifactError, WeightError, named
 from peftc.nn import lowrank, shared, skipped
 from peftc.plans.allocate import Rank
 
@@ -205,14 +205,11 @@ def assign(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
 
 
 def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
-    def some(names: list[str]) -> str:
-        return ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
     whys = []
     if missing:
-        whys.append(f"{len(missing)} missing: {some(missing)}")
+        whys.append(f"{len(missing)} missing: {named(missing, 4)}")
     if left:
-        whys.append(f"{len(left)} left over: {some(left)}")
+        whys.append(f"{len(left)} left over: {named(left, 4)}")
     return WeightError(
         f"the tensors of `{where}` do not match the network",
         why="; ".join(whys),

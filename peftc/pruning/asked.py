@@ -58,7 +58,7 @@ def samples_of(
     row = named_task(task) if task else guess(model)
     is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
-    labels = row is not None and (row.has_classes or row.name.endswith("-lm") or (of_loss and row.name in OBJECTIVES))
+    labels = row is not None and (row.has_classes or row.is_language or (of_loss and row.name in OBJECTIVES))
     read = functools.partial(
         samples.read, model, data, task=task, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
         otherwise="take data without labels",

@@ -114,7 +114,7 @@ def export(
     output = write.output_folder(output_dir, stored, "export")
     with execution(output, identity, request, overwrite=overwrite, record=EXPORT) as job:
         if job.done:
-            report = _already(job)
+            report = write.already(job, "export")
         else:
             parity.refuse_unsteady(runs, probes)
             job.require(tensor_bytes(leaves.module))
@@ -295,17 +295,6 @@ def _card_of(word: str) -> dict[str, Any]:
     function = methods.find("format", word.replace("-", "_"), "--format")
     library, use = methods.trait(function, "LIBRARY", None), methods.trait(function, "USE", None)
     return {"library_name": library, "tags": list(methods.trait(function, "TAGS", ())), "use": use}
-
-
-def _already(job: Job) -> Report:
-    """Return the report of a finished export again."""
-    known = job.result().get("report", {})
-    return Report(
-        "export", known.get("data", {}), artifact=job.output,
-        tables=[Table(**table) for table in known.get("tables", [])],
-        notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
-        warnings=known.get("warnings", []),
-    )  # fmt: skip
 
 
 def _table(data: dict[str, Any]) -> Table:

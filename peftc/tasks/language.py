@@ -91,6 +91,6 @@ def perplexity(columns: Columns) -> float:
 
 def digest_of(task: Task | None, data: Dataset, encoded: Encoded) -> str:
     """Return what identifies samples: their content, and of windows of text the tokens in each, too."""
-    if task is None or not task.name.endswith("-lm"):
+    if task is None or not task.is_language:
         return data.digest
     return hashlib.sha256(f"{data.digest} {encoded.key}".encode()).hexdigest()

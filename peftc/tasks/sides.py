@@ -34,7 +34,7 @@ def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Setting
     """
     sides = [Side(model, row.encode(model, dataset, settings)) for model in models]
     report.notes += sides[0].encoded.notes
-    if len(sides) == 2 and row.name.endswith("-lm") and sides[0].encoded.key != sides[1].encoded.key:
+    if len(sides) == 2 and row.is_language and sides[0].encoded.key != sides[1].encoded.key:
         raise DataError(
             f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens",
             why="perplexities over different tokens cannot be compared",

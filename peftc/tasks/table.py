@@ -43,10 +43,11 @@ TASKS: Mapping[str, Task] = {
         ),
         Task(
             "masked-lm", ("text",), ("ForMaskedLM",), encode_masked, observe_tokens, _PERPLEXITY, 8, compare_tokens,
+            is_language=True,
         ),
         Task(
             "causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal, observe_tokens,
-            _PERPLEXITY, 8, compare_tokens,
+            _PERPLEXITY, 8, compare_tokens, is_language=True,
         ),
         retrieval.TASK,  # before the next, whose ending is that of every bare model
         Task(

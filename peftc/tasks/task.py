@@ -103,6 +103,7 @@ class Task:
         compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
         run: (model, batch) -> outputs, where an evaluation needs more than the model's main output.
         over_all: figures of all samples -> what metrics read, where samples are compared with each other.
+        is_language: its samples are windows of text, and their tokens the answers.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Task:
     compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
     run: Callable[[Model, Batch], Tensor] | None = None
     over_all: Callable[[Columns], Columns] | None = None
+    is_language: bool = False
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         """Return what an evaluation looks at: outputs of the model, to which the batch is moved."""

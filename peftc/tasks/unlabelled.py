@@ -37,7 +37,7 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -
     Raises:
         DataError: the model cannot read such data.
     """
-    if task is not None and task.name.endswith("-lm"):
+    if task is not None and task.is_language:
         return task.encode(model, data, settings)
     if data.kind == "image-text" and task is not None and data.kind in task.reads:
         return task.encode(model, data, settings)
@@ -128,7 +128,7 @@ def _kl(reference: Tensor, outputs: Tensor) -> Tensor:
 
 
 def _has_classes(task: Task | None) -> bool:
-    return task is not None and (task.has_classes or task.name.endswith("-lm"))
+    return task is not None and (task.has_classes or task.is_language)
 
 
 def _vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:

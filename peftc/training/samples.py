@@ -153,7 +153,7 @@ def _augmented(
 
 
 def _has_labels(row: Task, dataset: Dataset) -> bool:
-    return row.name.endswith("-lm") or dataset.labels is not None or dataset.pairs is not None
+    return row.is_language or dataset.labels is not None or dataset.pairs is not None
 
 
 def _encode(
