@@ -167,6 +167,18 @@ def span(texts: Sequence[str]) -> str:
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
+def rank_text(rank: Any) -> str:
+    """Write a rank: ``16``, and a pair as ``16x8``."""
+    return "x".join(map(str, rank)) if isinstance(rank, list | tuple) else str(rank)
+
+
+def rank_span(ranks: Iterable[Any]) -> str:
+    """Write the smallest and the largest of several ranks: ``8 to 16``."""
+    return span(
+        [rank_text(rank) for rank in sorted(ranks, key=lambda rank: rank if isinstance(rank, list) else [rank])]
+    )
+
+
 def size_table(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     """Set parameters, multiply-adds and bytes before and after side by side."""
     lines = []

@@ -11,7 +11,7 @@ from peftc.models import write
 from peftc.models.model import Model
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Plan
-from peftc.report import Report, Table
+from peftc.report import Report, Table, rank_text
 from peftc.store.job import Job
 
 NOISY = 1.05  # a noise band that reaches further leaves the last digits open
@@ -93,11 +93,7 @@ def _table(shapes: Sequence[Mapping[str, Any]]) -> Table:
         others = f" and {len(kinds) - 1} like it" if len(kinds) > 1 else ""
         lines.append([
             kinds[0] + others, row["count"], "x".join(map(str, row["input"])), f"{1000 * row['dense_seconds']:.3g}",
-            ", ".join(f"{1000 * seconds:.3g} at {_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]),
-            "none" if row["faster_to_rank"] is None else _text(row["faster_to_rank"]),
+            ", ".join(f"{1000 * seconds:.3g} at {rank_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]),
+            "none" if row["faster_to_rank"] is None else rank_text(row["faster_to_rank"]),
         ])  # fmt: skip
     return Table("timed shapes", ["module", "calls", "input", "dense, ms", "ms at rank", "faster to rank"], lines)
-
-
-def _text(rank: Any) -> str:
-    return "x".join(map(str, rank)) if isinstance(rank, list | tuple) else str(rank)

@@ -10,7 +10,7 @@ from peftc.factors.factoring import Factoring
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans.allocate import Rank
 from peftc.plans.plan import Target
-from peftc.report import Report, Table, grouped, percent, size_table, span
+from peftc.report import Report, Table, grouped, percent, rank_span, size_table, span
 
 
 def report_on(
@@ -93,7 +93,7 @@ def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shapes = {"x".join(map(str, row["shape"])) for row in some}
         errors = [row["error"] for row in some if row["error"] is not None]
         error = "" if not errors else span([f"{e:.3f}" for e in sorted(errors)])
-        ranks = span([_rank_text(rank) for rank in sorted((row["rank"] for row in some), key=_rank_order)])
+        ranks = rank_span(row["rank"] for row in some)
         lines.append(
             [
                 kind,
@@ -106,14 +106,6 @@ def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ]
         )
     return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "relative error"], lines)
-
-
-def _rank_order(rank: Any) -> list[int]:
-    return rank if isinstance(rank, list) else [rank]
-
-
-def _rank_text(rank: Any) -> str:
-    return "x".join(map(str, rank)) if isinstance(rank, list) else str(rank)
 
 
 def dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> Table:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc.errors import ArtifactError, UsageError
-from peftc.report import Cell, Table, count, grouped, span
+from peftc.report import Cell, Table, count, grouped, rank_span, span
 from peftc.store import artifact, documents, job, manifest
 from peftc.store.commands import command_lines
 from peftc.store.manifest import Manifest
@@ -278,9 +278,7 @@ def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
     rows = []
     for kind, names in grouped(modules).items():
         edits = [modules[name] for name in names]
-        ranks = sorted((edit["rank"] for edit in edits), key=lambda rank: rank if isinstance(rank, list) else [rank])
-        texts = [str(rank).strip("[]").replace(", ", "x") for rank in ranks]
-        rows.append([kind, len(names), edits[0]["form"], span(texts)])
+        rows.append([kind, len(names), edits[0]["form"], rank_span(edit["rank"] for edit in edits)])
     return Table(title, ["module", "count", "form", "rank"], rows)
 
 

@@ -10,7 +10,7 @@ from peftc.pages import charts, html
 from peftc.pages.charts import Point
 from peftc.pages.html import Html, details, facts, joined, prose, section, tag
 from peftc.pages.records import Record, Row, quality_text, speed_texts
-from peftc.report import count, grouped, percent, short, size, span
+from peftc.report import count, grouped, percent, rank_text, short, size, span
 from peftc.store import maps
 from peftc.version import __version__
 
@@ -150,7 +150,7 @@ def _state(row: Mapping[str, Any]) -> str:
 
 def _rank(row: Mapping[str, Any]) -> str:
     rank = row["rank"]
-    return "dense" if rank is None else "x".join(map(str, rank)) if isinstance(rank, list) else str(rank)
+    return "dense" if rank is None else rank_text(rank)
 
 
 def _layers(record: Record) -> Html | None:
