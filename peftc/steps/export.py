@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,38 +78,31 @@ def export(
         PeftcError: with the cause, also where what was written computes something else; nothing is left then.
     """
     word, written_by, chosen = _format(format, settings or {})
-    if rounds < 5 or batch_size < 1:
-        raise UsageError(f"`--rounds {rounds} --batch-size {batch_size}` is too few", hint="take 5 and 1 at least")
     is_judged = max_drop is not None or min_quality is not None
-    if is_judged and data is None:
-        raise DataError(
-            "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
-        )
     unmerged = methods.trait(written_by, "UNMERGED", False)
-    if unmerged and dense:
-        raise UsageError(
-            f"`--dense` does not go with `--format {word}`", why="it writes updates, and no weights",
-            hint="leave one of them out",
-        )  # fmt: skip
+    _check(rounds, batch_size, unjudged=is_judged and data is None, word=word if unmerged and dense else None)
+
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device="cpu")
     against = _judge(stored, str(data), task, max_drop) if is_judged else None
+    sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length}
     pad = _padding(stored, runs)
-    probes = parity.probes(runs, image_size=image_size, max_length=max_length)
-    work = _Work(
-        stored, leaves, runs, list(probes),
-        [parity.example(runs, n, image_size=image_size, max_length=max_length) for n in dict.fromkeys((1, batch_size))],
-        rounds,
-    )  # fmt: skip
+    probes = parity.probes(runs, **sides)
+    timed = [parity.example(runs, n, **sides) for n in dict.fromkeys((1, batch_size))]
+    work = _Work(stored, leaves, runs, list(probes), timed, rounds)
     if data is not None:
         drawn = Settings(image_size, max_length, num_samples, seed)
         work.batches += parity.real_inputs(runs, data, task, drawn, batch_size)
     request = {
         "command": "export", "format": word, "dense": dense, "settings": dict(settings or {}), "data": data,
-        "task": task, "num_samples": num_samples if data else None, "image_size": image_size, "max_length": max_length,
-        "seed": seed, "is_judged": is_judged,
+        "task": task, "num_samples": num_samples if data else None, **sides, "seed": seed, "is_judged": is_judged,
     }  # fmt: skip
+    judge = functools.partial(
+        evaluate, data=str(data), against=against or runs, task=task, batch_size=batch_size, device="cpu", seed=seed,
+        **sides,
+    )  # fmt: skip
+
     base = write.base_record(stored)
     identity = write.identity(base, stored.manifest.steps if stored.manifest else [], request, stored.config)
     output = write.output_folder(output_dir, stored, "export")
@@ -118,23 +112,51 @@ def export(
         else:
             parity.refuse_unsteady(runs, probes)
             job.require(tensor_bytes(leaves.module))
-            example = parity.example(runs, 2, image_size=image_size, max_length=max_length)
-            exported = _padded(written_by(leaves, example, job.folder, **chosen), stored, pad)
-            try:
-                report = work.check(exported, word, data)
-                if is_judged:
-                    found = evaluate(
-                        parity.in_runtime(runs, exported), data=str(data), against=against or runs, task=task,
-                        image_size=image_size, max_length=max_length, batch_size=batch_size, device="cpu", seed=seed,
-                    )  # fmt: skip
-                    report.data["quality"] = found.data
-                    report.tables += found.tables
-                    report.notes += found.notes
-            finally:
-                exported.close()
+            exported = _padded(written_by(leaves, parity.example(runs, 2, **sides), job.folder, **chosen), stored, pad)
+            report = _compared(work, exported, word, data, judge if is_judged else None)
             _finish(job, report, work, exported, word, request, base)
     parity.gate_quality(report, max_drop, min_quality)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
+    return report
+
+
+def _check(rounds: int, batch_size: int, *, unjudged: bool, word: str | None) -> None:
+    """Refuse options that do not go together.
+
+    Args:
+        rounds, batch_size: of timing.
+        unjudged: a gate asks for samples, and none are named.
+        word: of a format of updates that was asked to be dense; None for another.
+
+    Raises:
+        UsageError, DataError: with what to change.
+    """
+    if rounds < 5 or batch_size < 1:
+        raise UsageError(f"`--rounds {rounds} --batch-size {batch_size}` is too few", hint="take 5 and 1 at least")
+    if unjudged:
+        raise DataError(
+            "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
+        )
+    if word is not None:
+        raise UsageError(
+            f"`--dense` does not go with `--format {word}`", why="it writes updates, and no weights",
+            hint="leave one of them out",
+        )  # fmt: skip
+
+
+def _compared(
+    work: _Work, exported: Exported, word: str, data: str | None, judge: Callable[[Model], Report] | None
+) -> Report:
+    """Compare what was written with the model and, where a gate asks for it, measure its quality in its own runtime."""
+    try:
+        report = work.check(exported, word, data)
+        if judge is not None:
+            found = judge(parity.in_runtime(work.runs, exported))
+            report.data["quality"] = found.data
+            report.tables += found.tables
+            report.notes += found.notes
+    finally:
+        exported.close()
     return report
 
 
