@@ -279,8 +279,6 @@ def test_what_is_named_is_there() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for goal in re.findall(r"make (\w+)[`,]", README):
         assert re.search(rf"^{goal}:", makefile, re.M), goal
-    package = (REPOSITORY / "examples/third_party_method/pyproject.toml").read_text()
-    assert next(block.text for block in blocks(TEXT) if block.language == "toml") in package
 
 
 # prose

@@ -1,0 +1,61 @@
+"""The examples of the page on extending, in a package of their own installed beside peftc."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ImportError:
+    import tomli as tomllib
+
+PAGE = (Path(__file__).parents[1] / "peftc" / "docs" / "extending.md").read_text(encoding="utf-8")
+FEW = "--data sklearn:digits --num-samples 32 --batch-size 16 --steps 2 --held-out 0"
+CASES = {
+    "decompose": "decompose vit --ratio 0.5 --method gram --set damping=0.0 -o out",
+    "statistic": "decompose vit --ratio 0.5 --method scaled_gram --data sklearn:digits --calibration-samples 16 -o out",
+    "score": "prune-layers vit --score turning --keep 2 --data sklearn:digits --num-samples 32 -o out",
+    "adapter": f"finetune vit --method gain --head keep {FEW} -o out",
+    "loss": f"distill vit --teacher vit --loss cosine=1 {FEW} -o out",
+    "format": "export vit --format npz --rounds 5 -o out",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a package manager leaves it: the module, and what it says of its entry points."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "peftc_mine.py").write_text("from __future__ import annotations\n\n" + "\n\n".join(blocks("python")))
+    about = folder / "peftc_mine-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: peftc-mine\nVersion: 0.1.0\n")
+    groups = tomllib.loads("\n".join(blocks("toml")))["project"]["entry-points"]
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in each.items())
+        for group, each in groups.items()
+    ]
+    (about / "entry_points.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("line", CASES.values(), ids=CASES)
+def test_the_examples_of_the_page_run(
+    peftc, package: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.chdir(tmp_path)
+    Path("vit").symlink_to(tiny_vit)
+    done = peftc(*line.split())
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "out").is_dir()
+    words = peftc("methods").stdout.split()
+    assert {"gram", "turning", "gain", "cosine", "npz"} <= set(words)
+
+
+def test_each_example_is_short() -> None:
+    assert all(len(block.strip().splitlines()) <= 25 for block in blocks("python"))
