@@ -25,6 +25,7 @@ DOCS = {
 }
 EXAMPLES = {name: [b for b in blocks(text) if b.language in ("sh", "python")] for name, text in DOCS.items()}
 ELSEWHERE = {"commands/demo.md", "methods/format/executorch.md"}  # the README runs one, tests of exports the other
+INSTALLED = "extending.md"  # its examples are one module, which tests/test_extending.py installs
 
 
 def test_the_pages_are_those_that_would_be_written() -> None:
@@ -159,7 +160,7 @@ def models(
 
 
 @pytest.mark.pages
-@pytest.mark.parametrize("name", [name for name, found in EXAMPLES.items() if found])
+@pytest.mark.parametrize("name", [name for name, found in EXAMPLES.items() if found and name != INSTALLED])
 def test_the_examples_of_a_page_run(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peftc: Callable[..., Any]
 ) -> None:
