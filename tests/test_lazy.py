@@ -11,7 +11,6 @@ HEAVY = {
     "PIL", "accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "onnx", "pydantic", "rich",
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
-TORCH_FILES: set[str] = set()
 LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
@@ -22,7 +21,7 @@ LIGHT = sorted(
         PACKAGE / "methods/__init__.py",
         *(PACKAGE / "steps" / f"{name}.py" for name in LIGHT_STEPS),
     )
-    if path.name not in TORCH_FILES | {"__main__.py"} and path.exists()
+    if path.name != "__main__.py" and path.exists()
 )
 MOST = 220  # modules beyond those of an empty program; 100 ms of CPU on the machine of the design
 

@@ -11,8 +11,7 @@ from peftc.errors import UsageError
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.report import GUESSED
-from peftc.tasks import unlabelled
-from peftc.tasks.language import digest_of
+from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Encoded, Settings, Task
 
@@ -106,10 +105,7 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     task = named_task(request.task) if request.task else guess(subject)
     encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)
     guesses = [note for note in dataset.notes if note.startswith(GUESSED)]
-    data: dict[str, Any] = {
-        "spec": request.data, "split": dataset.split, "digest": digest_of(task, dataset, encoded),
-        "sketch": dataset.sketch,
-    }  # fmt: skip
+    data = seen.kept(request.data, task, dataset, encoded)
     tried, others = encoded, ""
     if apart and encoded.size >= FEWEST:
         encoded, tried = _apart(encoded, request.samples)

@@ -69,18 +69,19 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
     elif path.suffix.lower() == ".jsonl":
         table = jsonl.table(path)
     else:
-        sep = "\t" if path.suffix.lower() == ".tsv" else _separator(path)
+        text = _text(path)
+        sep, sample = _first_rows(path, text[:100_000])
         if sep == ";":
             notes.append(f"data: the cells of `{path.name}` are separated by `;`")
-        header = _header(path, sep, columns)
+        header = _header(path, sample, columns)
         if header is not None:
             notes.append(
                 f"{GUESSED}the first row of `{path.name}` is data, so its columns are called {named(header)}; if it "
                 f"names them, say so: `--data '{path}?text=NAME&label=NAME'`"
             )
         # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
-        quoting = csv.QUOTE_NONE if sep == "\t" and not _is_quoted(path) else csv.QUOTE_MINIMAL
-        as_texts = dict.fromkeys(range(len(_sample(path, sep)[0])), str)  # of numbers `01` and `1` would be one
+        quoting = csv.QUOTE_NONE if sep == "\t" and not _is_quoted(text) else csv.QUOTE_MINIMAL
+        as_texts = dict.fromkeys(range(len(sample[0])), str)  # of numbers `01` and `1` would be one
         table = _load(
             "csv", path, sep=sep, column_names=header, keep_default_na=False, quoting=quoting, converters=as_texts
         )
@@ -167,27 +168,32 @@ def _refuse_parquet(path: Path) -> None:
             limits.refuse_bomb(str(path), packed, unpacked)
 
 
-def _is_quoted(path: Path) -> bool:
+def _is_quoted(text: str) -> bool:
     """Whether every cell that opens with a quote also closes with one."""
-    cells = [cell for line in _text(path).splitlines() for cell in line.split("\t") if cell.startswith('"')]
+    cells = [cell for line in text.splitlines() for cell in line.split("\t") if cell.startswith('"')]
     return all(len(cell) > 1 and cell.endswith('"') for cell in cells)
 
 
-def _separator(path: Path) -> str:
-    """Return what separates the cells of a .csv file: a comma, or a semicolon where that alone makes a table."""
-    whole, other = (_sample(path, sep) for sep in (",", ";"))
-    widths = {len(row) for row in other}
-    return ";" if len(whole[0]) == 1 and len(widths) == 1 and widths != {1} else ","
+def _first_rows(path: Path, start: str) -> tuple[str, list[list[str]]]:
+    """Return what separates cells, and the first rows: a comma, or a semicolon where that alone makes a table."""
+    if path.suffix.lower() == ".tsv":
+        return "\t", _sample(path, start, "\t")
+    sample = _sample(path, start, ",")
+    if len(sample[0]) == 1:
+        other = _sample(path, start, ";")
+        if len({len(row) for row in other}) == 1 and len(other[0]) > 1:
+            return ";", other
+    return ",", sample
 
 
-def _sample(path: Path, sep: str) -> list[list[str]]:
+def _sample(path: Path, start: str, sep: str) -> list[list[str]]:
     """Return the first rows of a file, the last of which may be cut.
 
     Raises:
         DataError: there are none, or they are no table.
     """
     with limits.refused(path, "", csv.Error):
-        sample = [row for row in csv.reader(io.StringIO(_text(path)[:100_000]), delimiter=sep) if row][:SAMPLE]
+        sample = [row for row in csv.reader(io.StringIO(start), delimiter=sep) if row][:SAMPLE]
     if not sample:
         raise DataError(f"`{path}` has no rows")
     if len(sample[0]) > limits.COLUMNS:
@@ -195,14 +201,13 @@ def _sample(path: Path, sep: str) -> list[list[str]]:
     return sample
 
 
-def _header(path: Path, sep: str, columns: Columns) -> list[str] | None:
+def _header(path: Path, sample: list[list[str]], columns: Columns) -> list[str] | None:
     """Return names for the columns of a file without a header; None where the first row is one.
 
     A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise columns
     tell: where one holds numbers under a word, or a few words again and again under one that never returns, the row is
     a header; where the word returns, it is data.
     """
-    sample = _sample(path, sep)
     if len(sample) > 1 and len(sample[1]) > len(sample[0]):  # pandas would take the first cell for a name of the row
         why = f"its first row has {len(sample[0])} cells, and its second has {len(sample[1])}"
         raise DataError(f"cannot read `{path}`", why=why)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftc.calibration import hooks
-from peftc.calibration import memory as passes
+from peftc.calibration.memory import refuse_unsolvable as refuse_memory
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import DRAWS, Statistics
 from peftc.factors.factoring import Factoring
@@ -95,7 +95,7 @@ def refuse_unsolvable(work: Factoring) -> None:
     """
     needs = work.factorize.needs
     needed = {name: solving(target, needs) for name, target in work.targets.items() if needs}
-    passes.refuse_unsolvable(work.model, work.device, needed)
+    refuse_memory(work.model, work.device, needed)
 
 
 def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:

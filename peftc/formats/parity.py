@@ -19,9 +19,8 @@ from peftc.formats.exported import Exported, Inputs
 from peftc.measure import costs
 from peftc.models.inputs import probe
 from peftc.models.model import Model
-from peftc.report import Report
 from peftc.tasks import unlabelled
-from peftc.tasks.table import TASKS, guess, named_task
+from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Settings
 
 ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
@@ -208,15 +207,3 @@ class _InRuntime(nn.Module):
 def in_runtime(model: Model, written: Exported) -> Model:
     """Return a model that computes in the runtime of its export, to be evaluated."""
     return replace(model, module=_InRuntime(model.module, model, written), notes=[])
-
-
-def gate_quality(report: Report, max_drop: float | None, min_quality: float | None) -> None:
-    """Add the gates on the quality that was measured in the runtime of the export."""
-    if max_drop is None and min_quality is None:
-        return
-    found = report.data["quality"]
-    metric = TASKS[found["task"]].metrics[0]
-    judge = report.at_least if metric.higher_is_better else report.at_most
-    judge("--min-quality", min_quality, found["metrics"][metric.name]["value"])
-    difference = found["against"]["difference"][metric.name]["value"]
-    report.at_most("--max-drop", max_drop, 0.0 - difference if metric.higher_is_better else difference)

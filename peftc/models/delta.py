@@ -111,11 +111,9 @@ def _source(record: Manifest, folder: Path, source: Source) -> Source:
             hint="put its base beside it, or say where it is: `--base MODEL`",
         )
     weights = named.get("weights")
-    return Source(
+    return source.names(
         spec, arch=named.get("arch"), arch_set=named.get("arch_set", {}), weights=Path(weights) if weights else None,
-        revision=None if source.base else named.get("revision"), allow_code=source.allow_code,
-        trust_remote_code=source.trust_remote_code, offline=source.offline, from_file=source.base is None,
-        verify=source.verify,
+        revision=None if source.base else named.get("revision"), from_file=source.base is None, verify=source.verify,
     )  # fmt: skip
 
 

@@ -63,7 +63,6 @@ CONFIG = {
     "architecture": str, "num_classes?": (int, None), "model_args?": (dict, None), "label_names?": ([str], None),
     "pretrained_cfg?": SETTINGS,
 }  # fmt: skip
-CONFIG_NAMES = tuple(name.removesuffix("?") for name in CONFIG)
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:

@@ -44,10 +44,8 @@ def _base_source(model: Model) -> Source:
             f"the base of `{model.source.spec}` was a live network", hint="name one that is stored: `--against MODEL`"
         )
     weight_file = record.get("weights")
-    return Source(
+    return model.source.names(
         record["spec"], arch=record.get("arch"), arch_set=record.get("arch_set", {}),
         weights=Path(weight_file) if weight_file else None, revision=record.get("revision"),
         preprocess=model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})},
-        allow_code=model.source.allow_code, trust_remote_code=model.source.trust_remote_code,
-        offline=model.source.offline, from_file=True,
     )  # fmt: skip

@@ -30,6 +30,8 @@ from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution
 from peftc.store.source import Source
 from peftc.tasks import baseline, seen
+from peftc.tasks.figures import add_gates
+from peftc.tasks.table import named_task
 from peftc.tasks.task import Settings
 
 
@@ -80,7 +82,7 @@ def export(
     word, written_by, chosen = _format(format, settings or {})
     is_judged = max_drop is not None or min_quality is not None
     unmerged = methods.trait(written_by, "UNMERGED", False)
-    _check(rounds, batch_size, unjudged=is_judged and data is None, word=word if unmerged and dense else None)
+    _check(word, rounds, batch_size, without_data=is_judged and data is None, dense_updates=unmerged and dense)
 
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
@@ -115,29 +117,32 @@ def export(
             exported = _padded(written_by(leaves, parity.example(runs, 2, **sides), job.folder, **chosen), stored, pad)
             report = _compared(work, exported, word, data, judge if is_judged else None)
             _finish(job, report, work, exported, word, request, base)
-    parity.gate_quality(report, max_drop, min_quality)
+    if is_judged:
+        found = report.data["quality"]
+        add_gates(report, found, named_task(found["task"]).metrics[0], max_drop, min_quality)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
     return report
 
 
-def _check(rounds: int, batch_size: int, *, unjudged: bool, word: str | None) -> None:
+def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense_updates: bool) -> None:
     """Refuse options that do not go together.
 
     Args:
+        word: of the format.
         rounds, batch_size: of timing.
-        unjudged: a gate asks for samples, and none are named.
-        word: of a format of updates that was asked to be dense; None for another.
+        without_data: a gate asks for samples, and none are named.
+        dense_updates: products of factors are asked of a format that writes updates.
 
     Raises:
         UsageError, DataError: with what to change.
     """
     if rounds < 5 or batch_size < 1:
         raise UsageError(f"`--rounds {rounds} --batch-size {batch_size}` is too few", hint="take 5 and 1 at least")
-    if unjudged:
+    if without_data:
         raise DataError(
             "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
         )
-    if word is not None:
+    if dense_updates:
         raise UsageError(
             f"`--dense` does not go with `--format {word}`", why="it writes updates, and no weights",
             hint="leave one of them out",

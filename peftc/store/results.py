@@ -32,7 +32,6 @@ MODULE = {
     "parameters_before?": COUNT, "parameters_after?": COUNT,
 }  # fmt: skip
 LAYER = {"name": str, "score": NUMBER, "kept": bool}
-SPEEDUP = {"value": float, "low": float, "high": float}
 REPORT = {
     "data?": {
         "size?": ({"before?": (SIZE, None), "after?": (SIZE, None)}, None), "modules?": ([MODULE], dict, None),

@@ -60,6 +60,14 @@ class Source:
     from_file: bool = False
     verify: bool = True
 
+    def names(self, spec: str, **how: Any) -> Source:
+        """Return the source of what a file of this one names: trusted as far as this one is, and not typed."""
+        trust = {
+            "allow_code": self.allow_code, "trust_remote_code": self.trust_remote_code, "offline": self.offline,
+            "from_file": True,
+        }  # fmt: skip
+        return Source(spec, **{**trust, **how})
+
 
 @dataclass(frozen=True)
 class Located:

@@ -11,7 +11,6 @@ from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.recorded import load_base
 from peftc.store import artifact, manifest
-from peftc.store.source import Source
 from peftc.tasks.table import guess
 
 FOLDER = "`--against base` means the model that the artifact records; the folder here is `--against ./base`"
@@ -91,12 +90,7 @@ def _written(model: Model, step: int) -> Model:
     if spec is None:
         why = f"neither `{named['spec']}` is that artifact, nor anything of that name beside `{model.folder}`"
         raise ArtifactError(f"step {step} of the chain of `{model.name}` is not there", why=why, hint=NAME_ONE)
-    return load(
-        Source(
-            spec, revision=named.get("revision"), allow_code=model.source.allow_code, offline=model.source.offline,
-            trust_remote_code=model.source.trust_remote_code, from_file=True,
-        )
-    )  # fmt: skip
+    return load(model.source.names(spec, revision=named.get("revision")))
 
 
 def _is(folder: Path, made: str) -> bool:

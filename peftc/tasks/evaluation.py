@@ -85,7 +85,7 @@ def evaluated(
     if reference is not None:
         report.data["against"] = compared_with(row, sides, compared, seed)
     report.tables.append(table_of(row, sides, report.data))
-    add_gates(row, report, max_drop, min_quality)
+    add_gates(report, report.data, row.metrics[0], max_drop, min_quality)
     return report
 
 

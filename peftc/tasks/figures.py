@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,13 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
     return Table(title, ["metric", sides[0].model.name, f"against {against['name']}", "difference"], rows)
 
 
-def add_gates(row: Task, report: Report, max_drop: float | None, min_quality: float | None) -> None:
-    """Judge the first metric: a drop is how much worse it is, whichever direction is worse."""
-    metric = row.metrics[0]
-    value = report.data["metrics"][metric.name]["value"]
+def add_gates(
+    report: Report, found: Mapping[str, Any], metric: Metric, max_drop: float | None, min_quality: float | None
+) -> None:
+    """Judge what was found of a metric: a drop is how much worse it is, whichever direction is worse."""
     judge = report.at_least if metric.higher_is_better else report.at_most
-    judge("--min-quality", min_quality, value)
+    if min_quality is not None:
+        judge("--min-quality", min_quality, found["metrics"][metric.name]["value"])
     if max_drop is not None:
-        difference = report.data["against"]["difference"][metric.name]["value"]
+        difference = found["against"]["difference"][metric.name]["value"]
         report.at_most("--max-drop", max_drop, 0.0 - difference if metric.higher_is_better else difference)

@@ -9,8 +9,16 @@ from peftc.data import Dataset, parts_of
 from peftc.data.dataset import HASH, SKETCH
 from peftc.errors import DataError
 from peftc.store.manifest import Manifest
+from peftc.tasks.language import digest_of
+from peftc.tasks.task import Encoded, Task
 
 SHARED = 0.1  # of the smaller set: fewer are repeats that many data sets hold, as short messages do
+
+
+def kept(spec: str, task: Task | None, dataset: Dataset, encoded: Encoded) -> dict[str, Any]:
+    """Return what a step keeps of the samples that it reads, by which they are known again."""
+    digest = digest_of(task, dataset, encoded)
+    return {"spec": spec, "split": dataset.split, "digest": digest, "sketch": dataset.sketch}
 
 
 def by(record: Manifest | None, spec: str, dataset: Dataset) -> str | None:
@@ -32,8 +40,9 @@ def among(about: Mapping[str, Any], spec: str, dataset: Dataset) -> bool:
     if "sketch" not in about:
         return same_place or about.get("digest") == dataset.digest
     theirs, ours = (_hashes(sketch) for sketch in (about["sketch"], dataset.sketch))
-    most = min(max(each) if len(each) >= SKETCH else "~" for each in (theirs, ours) if each) if theirs and ours else ""
-    theirs, ours = ({one for one in each if one <= most} for each in (theirs, ours))
+    largest = min((max(each) for each in (theirs, ours) if len(each) >= SKETCH), default=None)  # a full one ends there
+    if largest is not None:
+        theirs, ours = ({one for one in each if one <= largest} for each in (theirs, ours))
     common = len(theirs & ours)
     if same_place:
         return bool(common) or not (theirs and ours)

@@ -18,8 +18,7 @@ from peftc.errors import DataError, UsageError
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
-from peftc.tasks import unlabelled
-from peftc.tasks.language import digest_of
+from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import guess, named_task
 from peftc.tasks.task import Batch, Encoded, Settings, Task
 
@@ -124,10 +123,7 @@ def read(
             notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
         train = replace(train, encoded=_augmented(model, dataset, encoded, settings, augment, outputs))
-    digest = digest_of(row if labelled else None, dataset, encoded)
-    about = {
-        "spec": data, "split": dataset.split, "digest": digest, "samples": len(train), "sketch": dataset.sketch,
-    }  # fmt: skip
+    about = {**seen.kept(data, row if labelled else None, dataset, encoded), "samples": len(train)}
     return Samples(row, labelled, train, held, about, outputs, notes)
 
 
