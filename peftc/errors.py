@@ -143,9 +143,10 @@ def refuse_not_utf8(what: str, name: object, kind: type[PeftcError] = UsageError
     """
     if shown(name) != str(name):
         raise kind(
-            f"{what} `{shown(name)}` is not UTF-8", why="peftc records names in JSON, which holds UTF-8 alone",
+            f"{what} `{shown(name)}` is not UTF-8",
+            why="peftc records names in JSON, which holds UTF-8 alone",
             hint="rename it, or reach it through a link with another name",
-        )  # fmt: skip
+        )
 
 
 def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:

@@ -112,9 +112,10 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
             rows = [block.double() @ mean for block in weight.split(ROWS)]
             found[f"{name}.output.mean"] = piece(torch.cat(rows))
         for kind, by, number in (
-            ("gradient", name, samples), ("fisher", name, samples),
+            ("gradient", name, samples),
+            ("fisher", name, samples),
             ("magnitude", site.leader, max(lanes.count(f"{site.leader}.input"), 1)),
-        ):  # fmt: skip
+        ):
             key = f"total:{by}.{kind}"
             if key in lanes.keys:
                 found[f"{by}.{kind}"] = _later("F64", lanes.shape(key), _average(lanes, f"{by}.{kind}", number))

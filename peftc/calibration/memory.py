@@ -91,9 +91,14 @@ def return_freed() -> None:
 
 
 def planned(
-    model: Model, sites: Mapping[str, Site], needs: Sequence[str], order: Sequence[int], batch_size: int, run: Run,
+    model: Model,
+    sites: Mapping[str, Site],
+    needs: Sequence[str],
+    order: Sequence[int],
+    batch_size: int,
+    run: Run,
     folder: Path,
-) -> Passes:  # fmt: skip
+) -> Passes:
     """Return how to calibrate within the memory of a model; what was decided before in ``folder`` stays.
 
     Args:

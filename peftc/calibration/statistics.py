@@ -82,20 +82,31 @@ class Statistics:
 
             covariance = f"{leader}.input.covariance" if about["side"] == "input" else f"{name}.output.covariance"
             others = {
-                "output_gradient_gram": read(f"{name}.gradient"), "weight_fisher": read(f"{name}.fisher"),
+                "output_gradient_gram": read(f"{name}.gradient"),
+                "weight_fisher": read(f"{name}.fisher"),
                 "input_magnitude": read(f"{leader}.magnitude"),
-            }  # fmt: skip
+            }
             return Found(
-                about["side"], read(f"{leader}.input.mean"), read(covariance), read(f"{name}.output.mean"),
-                {key: value for key, value in others.items() if value is not None}, about["rows"],
+                about["side"],
+                read(f"{leader}.input.mean"),
+                read(covariance),
+                read(f"{name}.output.mean"),
+                {key: value for key, value in others.items() if value is not None},
+                about["rows"],
                 read(f"{leader}.patch.mean"),
-            )  # fmt: skip
+            )
 
 
 def source(
-    model: Model, needs: Sequence[str], data: str | None, folder: str | Path | None, device: str, *, tries: bool,
+    model: Model,
+    needs: Sequence[str],
+    data: str | None,
+    folder: str | Path | None,
+    device: str,
+    *,
+    tries: bool,
     **asked: Any,
-) -> Prepared | Statistics | None:  # fmt: skip
+) -> Prepared | Statistics | None:
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
 
     With ``tries`` a calibration set keeps some samples apart that plans are tried on, where losses are divergences.
@@ -160,16 +171,17 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
     earlier = model.manifest.steps if model.manifest else []
     if theirs != (write.base_record(model).get("files"), [step["id"] for step in earlier]):
         raise ArtifactError(
-            f"the statistics in `{folder}` were collected on another model", why="its weights have other digests",
+            f"the statistics in `{folder}` were collected on another model",
+            why="its weights have other digests",
             hint="collect them again: `peftc calibrate MODEL --data DATA -o stats`",
-        )  # fmt: skip
+        )
     lacking = [need for need in needs if need not in note["needs"]]
     if lacking:
         raise ArtifactError(
             f"`{folder}` lacks {', '.join(f'`{need}`' for need in lacking)}",
             why=f"it was collected for `--method {note['method']}`",
             hint="collect them again: `peftc calibrate MODEL --data DATA --method METHOD -o stats`",
-        )  # fmt: skip
+        )
     return Statistics(folder / FILE, note, [f"statistics: `{folder}`", *note["notes"]], too_few(note))
 
 
@@ -214,9 +226,10 @@ def _passes(
             {**note, "modules": {name: {**about, "file": file.name} for name, about in note["modules"].items()}}
         )
     whole = {
-        **notes[0], "modules": {name: about for note in notes for name, about in note["modules"].items()},
+        **notes[0],
+        "modules": {name: about for note in notes for name, about in note["modules"].items()},
         "rows": max(note["rows"] for note in notes),
-    }  # fmt: skip
+    }
     if processes.rank() == 0:
         save_part(path, {}, whole)
     return whole
@@ -270,9 +283,12 @@ def _enough(tokens: int | None, samples: int | None) -> Callable[[Sums], bool]:
 
 
 def _run_lane(
-    prepared: Prepared, runs: list[list[int]], collector: Collector, enough: Callable[[Sums], bool],
+    prepared: Prepared,
+    runs: list[list[int]],
+    collector: Collector,
+    enough: Callable[[Sums], bool],
     advance: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     model = prepared.model
     with collector.watching() as sums:
         for indices in runs:
@@ -332,23 +348,33 @@ def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepare
     for name, site in sites.items():
         rows = added.count(f"{site.leader}.input") or added.count(f"{name}.output")
         sums_of = {
-            "output_gradient_gram": f"{name}.gradient", "weight_fisher": f"{name}.fisher",
+            "output_gradient_gram": f"{name}.gradient",
+            "weight_fisher": f"{name}.fisher",
             "input_magnitude": f"{site.leader}.magnitude",
-        }  # fmt: skip
+        }
         lacking = [need for need in needs if need in sums_of and f"total:{sums_of[need]}" not in added.keys]
         if not rows or lacking:
             continue
         seen_at = f"{name}.output" if added.count(f"{name}.output") else f"{site.leader}.input"
         modules[name] = {
-            "leader": site.leader, "side": site.side, "form": site.target.form,
-            "lookup": hooks.is_lookup(prepared.model, site.target), "rows": rows,
+            "leader": site.leader,
+            "side": site.side,
+            "form": site.target.form,
+            "lookup": hooks.is_lookup(prepared.model, site.target),
+            "rows": rows,
             "width": added.shape(f"mean:{seen_at}")[0],
-        }  # fmt: skip
+        }
     rows = max((about["rows"] for about in modules.values()), default=0)
     return {
-        "needs": sorted(needs), "samples": sum(added.samples), "lanes": added.samples, "rows": rows,
-        "data": prepared.data, "request": prepared.request.asked(), "modules": modules, "notes": prepared.notes,
-    }  # fmt: skip
+        "needs": sorted(needs),
+        "samples": sum(added.samples),
+        "lanes": added.samples,
+        "rows": rows,
+        "data": prepared.data,
+        "request": prepared.request.asked(),
+        "modules": modules,
+        "notes": prepared.notes,
+    }
 
 
 def too_few(note: Mapping[str, Any]) -> list[str]:

@@ -68,9 +68,13 @@ REFUSALS = {
     errno.EIO: "the disk reports an error: check it, and use another one with `-o`",
 }
 NO_MEMORY = (  # how torch, safetensors and other libraries say it, and the loader of shared libraries
-    "can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
-    "failed to map segment from shared object", "can't start new thread", "error return without exception set",
-)  # fmt: skip
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "failed to map segment from shared object",
+    "can't start new thread",
+    "error return without exception set",
+)
 
 
 class NoMemoryExit(SystemExit):
@@ -229,9 +233,22 @@ def peftc(
 
 
 STEPS = (
-    analyze, calibrate, decompose, truncate, prune_layers, distill, finetune, merge, extract_lora, export, evaluate,
-    bench, show, compare, report,
-)  # fmt: skip
+    analyze,
+    calibrate,
+    decompose,
+    truncate,
+    prune_layers,
+    distill,
+    finetune,
+    merge,
+    extract_lora,
+    export,
+    evaluate,
+    bench,
+    show,
+    compare,
+    report,
+)
 for command in (*STEPS, init, run, demo, methods):
     app.command(no_args_is_help=False)(command)
 

@@ -18,9 +18,21 @@ from peftc.store.documents import escaped
 if TYPE_CHECKING:
     from peftc.report import Cell, Gate, Report, Table
 
-ASCII = str.maketrans({
-    "…": "...", "–": "-", "—": "--", "×": "x", "±": "+-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "²": "2", "─": "-",
-})  # fmt: skip
+ASCII = str.maketrans(
+    {
+        "…": "...",
+        "–": "-",
+        "—": "--",
+        "×": "x",
+        "±": "+-",
+        "→": "->",
+        "≤": "<=",
+        "≥": ">=",
+        "·": ".",
+        "²": "2",
+        "─": "-",
+    }
+)
 BOLD, RED, YELLOW = "1", "31", "33"
 OURS = re.compile(r"\x1b\[(?:0|1|31|33)m")
 

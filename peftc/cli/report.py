@@ -5,9 +5,7 @@ from peftc.cli.command import Step, command
 
 
 @command(source=False)
-def report(
-    models: o.Models = o.EMPTY, *, output: o.Page = "report.html", analysis: o.Analysis = None
-) -> Step:  # fmt: skip
+def report(models: o.Models = o.EMPTY, *, output: o.Page = "report.html", analysis: o.Analysis = None) -> Step:
     """Write one HTML page on what artifacts gained and lost.
 
     \b

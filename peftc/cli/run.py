@@ -61,9 +61,13 @@ class Stage:
 
 
 def run(
-    ctx: Context, recipe: Recipe = None, dry_run: o.DryRun = False, json: o.Json = False, quiet: o.Quiet = False,
+    ctx: Context,
+    recipe: Recipe = None,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
     verbose: o.Verbose = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Run the chain of a project file, only what has changed.
 
     \b
@@ -206,10 +210,13 @@ def _report(stages: list[Stage], recipe: str, *, dry_run: bool) -> Report:
     for stage in stages:
         report.data["steps"].append(
             {
-                "step": stage.name, "state": stage.state, "why": stage.why or None, "seconds": stage.seconds,
+                "step": stage.name,
+                "state": stage.state,
+                "why": stage.why or None,
+                "seconds": stage.seconds,
                 "report": stage.report,
             }
-        )  # fmt: skip
+        )
         took = f"{stage.seconds:.1f} s" if stage.state in (DONE, FAILED) else ""
         rows.append([stage.name, stage.state, stage.why if dry_run else stage.artifact or "", took])
         report.gates += [Gate(**each) for each in (stage.report or {}).get("gates", [])]

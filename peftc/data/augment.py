@@ -102,14 +102,21 @@ def _transform(policy: str, pixels: Any, preprocess: Mapping[str, Any]) -> Any:
 
     try:
         return create_transform(
-            pixels, is_training=True, auto_augment=None if policy == "crop" else policy, normalize=False, hflip=0.5,
-            scale=(SMALLEST_CROP, 1.0), color_jitter=None, interpolation=preprocess.get("interpolation") or "bilinear",
-        )  # fmt: skip
+            pixels,
+            is_training=True,
+            auto_augment=None if policy == "crop" else policy,
+            normalize=False,
+            hflip=0.5,
+            scale=(SMALLEST_CROP, 1.0),
+            color_jitter=None,
+            interpolation=preprocess.get("interpolation") or "bilinear",
+        )
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
-            f"unknown value `{policy}` for `--augment`", why=str(error) or "it is no policy of timm's",
+            f"unknown value `{policy}` for `--augment`",
+            why=str(error) or "it is no policy of timm's",
             hint="as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager

@@ -236,9 +236,10 @@ def _in_8_bits(image: Image.Image, format: str | None, name: str) -> Image.Image
     if not image.mode.startswith("I;16") and not (image.mode == "I" and format in SIXTEEN):
         kind = "floating numbers" if image.mode == "F" else "whole numbers of 32 bits"
         raise DataError(
-            f"`{name}` holds {kind} per pixel", why="nothing in it says which of them is white",
+            f"`{name}` holds {kind} per pixel",
+            why="nothing in it says which of them is white",
             hint="store it with 8 or 16 bits per channel",
-        )  # fmt: skip
+        )
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 

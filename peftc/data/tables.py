@@ -28,16 +28,46 @@ SAMPLE = 1000  # rows of a file that tell whether the first is a header
 WHOLE = re.compile(r"-?\d{1,19}\.0*")
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 TEXT = (
-    "text", "sentence", "content", "document", "review", "query", "question", "utterance", "comment", "input", "story",
-)  # fmt: skip
+    "text",
+    "sentence",
+    "content",
+    "document",
+    "review",
+    "query",
+    "question",
+    "utterance",
+    "comment",
+    "input",
+    "story",
+)
 PAIRS = (
-    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"),
-    ("text_a", "text_b"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-)  # fmt: skip
+    ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_a", "sentence_b"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
 LABEL = (
-    "label", "labels", "category", "class", "intent", "target", "y", "score", "similarity", "similarity_score",
-    "relatedness_score", "stars", "rating", "fine_label", "coarse_label", "sentiment",
-)  # fmt: skip
+    "label",
+    "labels",
+    "category",
+    "class",
+    "intent",
+    "target",
+    "y",
+    "score",
+    "similarity",
+    "similarity_score",
+    "relatedness_score",
+    "stars",
+    "rating",
+    "fine_label",
+    "coarse_label",
+    "sentiment",
+)
 
 
 def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) -> Splits:
@@ -357,9 +387,10 @@ def _labels(table: Any, column: str, name: str, kind: str, task: str | None) -> 
     bad = next((row for row, value in enumerate(values) if not _is_label(value)), None)
     if bad is not None:
         raise DataError(
-            f"row {bad} of `{name}` has no label in column `{column}`", why=f"it holds {values[bad]!r}"[:200],
+            f"row {bad} of `{name}` has no label in column `{column}`",
+            why=f"it holds {values[bad]!r}"[:200],
             hint="give it one, or take the row out",
-        )  # fmt: skip
+        )
     names = getattr(table.features[column], "names", None)
     if names:
         if any(not 0 <= value < len(names) for value in values):

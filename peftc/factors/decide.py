@@ -32,9 +32,13 @@ KEPT = "speedup.json"
 
 
 def decide(
-    work: Factoring, budget: Budget, allocation: str, multiple: int, given: Input,
+    work: Factoring,
+    budget: Budget,
+    allocation: str,
+    multiple: int,
+    given: Input,
     known: Mapping[str, Losses] | None = None,
-) -> Decision:  # fmt: skip
+) -> Decision:
     """Decide the ranks under a budget; those for a speed-up are kept with the job, so that a resume measures nothing.
 
     Args:

@@ -91,9 +91,16 @@ def _table(shapes: Sequence[Mapping[str, Any]]) -> Table:
     for row in shapes:
         kinds, some = row["modules"], list(zip(row["ranks"], row["seconds"], strict=True))
         others = f" and {len(kinds) - 1} like it" if len(kinds) > 1 else ""
-        lines.append([
-            kinds[0] + others, row["count"], "x".join(map(str, row["input"])), f"{1000 * row['dense_seconds']:.3g}",
-            ", ".join(f"{1000 * seconds:.3g} at {rank_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]),
-            "none" if row["faster_to_rank"] is None else rank_text(row["faster_to_rank"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                kinds[0] + others,
+                row["count"],
+                "x".join(map(str, row["input"])),
+                f"{1000 * row['dense_seconds']:.3g}",
+                ", ".join(
+                    f"{1000 * seconds:.3g} at {rank_text(rank)}" for rank, seconds in some[:: len(some) // 4 or 1]
+                ),
+                "none" if row["faster_to_rank"] is None else rank_text(row["faster_to_rank"]),
+            ]
+        )
     return Table("timed shapes", ["module", "calls", "input", "dense, ms", "ms at rank", "faster to rank"], lines)

@@ -174,8 +174,11 @@ class Factoring:
             solution = found.solution
         basis = {"values": solution.values, "up": solution.up, "down": solution.down}
         note = {
-            "rung": solution.rung, "exact": solution.exact, "climbed": list(found.climbed), "rungs": list(found.rungs),
-        }  # fmt: skip
+            "rung": solution.rung,
+            "exact": solution.exact,
+            "climbed": list(found.climbed),
+            "rungs": list(found.rungs),
+        }
         save_part(part, {key: tensor for key, tensor in basis.items() if tensor is not None}, note)
         self._tidy()
 
@@ -246,9 +249,13 @@ class Factoring:
         total = float(losses.flatten()[0])
         weighted = (float(losses[rank]) / total) ** 0.5 if total else 0.0
         note = {
-            "error": error, "loss": weighted, "excess": cut.excess, "rung": cut.rung, "climbed": list(cut.climbed),
+            "error": error,
+            "loss": weighted,
+            "excess": cut.excess,
+            "rung": cut.rung,
+            "climbed": list(cut.climbed),
             "squared": [float(losses[rank]), total],
-        }  # fmt: skip
+        }
         if target.members:
             named = self._by_member(target, cut.factors, named, by)
         elif (bias := self.corrected_bias(target, cut.factors, by)) is not None:
@@ -362,9 +369,16 @@ def _read(part: Path) -> dict[str, Tensor]:
 
 
 def carry_out(
-    report: Report, work: Factoring, ranks: Mapping[str, Rank | None], base: dict[str, Any], request: dict[str, Any],
-    budget: Budget | None, *, max_shard_bytes: int, kept: Callable[[str, Rank], Kept] | None = None,
-) -> None:  # fmt: skip
+    report: Report,
+    work: Factoring,
+    ranks: Mapping[str, Rank | None],
+    base: dict[str, Any],
+    request: dict[str, Any],
+    budget: Budget | None,
+    *,
+    max_shard_bytes: int,
+    kept: Callable[[str, Rank], Kept] | None = None,
+) -> None:
     """Put factors into the network, write it, reload it, and complete the report: the first process does.
 
     Args:

@@ -165,9 +165,14 @@ def form_of(module: nn.Module) -> str:
 
 
 def calibrated(
-    model: Model, targets: dict[str, Target], source: Prepared | Statistics, needs: Sequence[str], folder: Path,
-    *, planned: bool = False,
-) -> Statistics:  # fmt: skip
+    model: Model,
+    targets: dict[str, Target],
+    source: Prepared | Statistics,
+    needs: Sequence[str],
+    folder: Path,
+    *,
+    planned: bool = False,
+) -> Statistics:
     """Return the statistics of all targets, of a group's members one by one; take apart groups that have none as one.
 
     These are groups of few outputs, of which only the second moments of each member's outputs are kept, and members
@@ -231,9 +236,13 @@ def stacked(model: Model, target: Target, device: torch.device, dtype: torch.dty
 
 
 def edit(
-    network: nn.Module, target: Target, rank: Rank, tensors: Mapping[str, Tensor], parts: Mapping[str, Piece],
+    network: nn.Module,
+    target: Target,
+    rank: Rank,
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Piece],
     pieces: MutableMapping[str, Piece],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """Put a group's factors into the network and their pieces beside the others; return its manifest entries.
 
     Args:

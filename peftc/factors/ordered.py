@@ -102,9 +102,16 @@ def keep_all(
         factors |= {f"{name}.{key}": part for key, part in parts.items() if key != "up.bias"}
     modules = dict(model.manifest.modules) if model.manifest else {}
     record = write.write_artifact(
-        job, model, base, request, pieces_of(model), modules, max_shard_bytes=max_shard_bytes, factors=factors,
+        job,
+        model,
+        base,
+        request,
+        pieces_of(model),
+        modules,
+        max_shard_bytes=max_shard_bytes,
+        factors=factors,
         ordered={name: {"form": work.targets[name].form, "rank": rank} for name, rank in ranks.items()},
-    )  # fmt: skip
+    )
     report = report_on(work, cuts, reasons)
     report.warnings += write.verify(job.folder, model)
     _verify(job.folder, record, work, beside)
@@ -258,9 +265,11 @@ def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], 
     """
     asked = request_of(record)
     found, reasons = find_targets(
-        model, conv_method=asked.get("conv_method", "spatial"), include=asked.get("include", ()),
+        model,
+        conv_method=asked.get("conv_method", "spatial"),
+        include=asked.get("include", ()),
         skip=asked.get("skip", ()),
-    )  # fmt: skip
+    )
     for name, entry in record.ordered.items():
         target = found.get(name)
         there = target and (target.form, allocate.break_even_rank(target.shape, target.form))

@@ -95,9 +95,13 @@ def from_spectra(work: Factoring) -> Callable[[str, Rank], tuple[float, float]]:
 
 
 def add(
-    report: Report, work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
-    measured: Interval | None = None, samples: int = 0,
-) -> None:  # fmt: skip
+    report: Report,
+    work: Factoring,
+    ranks: Mapping[str, Rank | None],
+    cuts: Mapping[str, Mapping[str, Any]],
+    measured: Interval | None = None,
+    samples: int = 0,
+) -> None:
     """Add the predicted loss of ranks to a report; where no weight was read there is none.
 
     Args:
@@ -200,11 +204,15 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
             kept += target.cost(ranks[name], "entries")
             saved += target.cost(None, "macs") - target.cost(ranks[name], "macs")
         apart = loss(work, ranks, from_spectra(work))
-        points.append({
-            "ratio": float(ratio), "apart": apart,
-            "parameters": whole.parameters - dense + kept, "macs": None if whole.macs is None else whole.macs - saved,
-            "factored": sum(rank is not None for rank in ranks.values()),
-        })  # fmt: skip
+        points.append(
+            {
+                "ratio": float(ratio),
+                "apart": apart,
+                "parameters": whole.parameters - dense + kept,
+                "macs": None if whole.macs is None else whole.macs - saved,
+                "factored": sum(rank is not None for rank in ranks.values()),
+            }
+        )
         if trial is not None and ratio in TRIED:
             tried.append((apart, trial.lost(ranks).value))
             points[-1]["measured"] = _rounded(tried[-1][1])
@@ -227,10 +235,15 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
     unit = unit_of(work)
     report.data["curve"] = {"unit": unit, "method": work.factorize.name, "allocation": allocation, "points": points}
     rows = [
-        [f"{one['ratio']:g}", f"{one['predicted']:.3g}", f"{one['factored']} of {len(work.targets)}",
-         short(one["parameters"]), "" if one["macs"] is None else short(one["macs"])]
+        [
+            f"{one['ratio']:g}",
+            f"{one['predicted']:.3g}",
+            f"{one['factored']} of {len(work.targets)}",
+            short(one["parameters"]),
+            "" if one["macs"] is None else short(one["macs"]),
+        ]
         for one in points
-    ]  # fmt: skip
+    ]
     title = f"predicted loss ({unit}) against ratio, {work.factorize.name}, {allocation}"
     report.tables.append(Table(title, ["ratio", "predicted", "factored", "parameters", "multiply-adds"], rows))
     if anchors.tried and trial is not None:

@@ -183,9 +183,12 @@ def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool, multip
     next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
     some: Any = [ranks[at] for at in useful]
     return Curve(  # arrays, as all modules' curves are held at once, and Python's own numbers take four times as much
-        some if target.form == "tucker2" else array("q", some), array("q", (costs[at] for at in useful)),
-        array("d", (kept[at] for at in useful)), dense, next_loss,
-    )  # fmt: skip
+        some if target.form == "tucker2" else array("q", some),
+        array("q", (costs[at] for at in useful)),
+        array("d", (kept[at] for at in useful)),
+        dense,
+        next_loss,
+    )
 
 
 def _pareto(target: Target, losses: Tensor, unit: str, multiple: int) -> list[Rank]:

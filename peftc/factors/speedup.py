@@ -87,9 +87,13 @@ def timed(work: Factoring, aim: Aim, known: Mapping[str, Losses]) -> Decision:
     tries = search(aim.wanted, fast, round(1e9 * seconds), solve, measured)
     best = tries[-1]
     figures = {
-        "asked": aim.wanted, **asdict(best.measured), "batch_size": size,
-        "tries": len(tries), **_place(model), "shapes": _shapes(sites, times, paces),
-    }  # fmt: skip
+        "asked": aim.wanted,
+        **asdict(best.measured),
+        "batch_size": size,
+        "tries": len(tries),
+        **_place(model),
+        "shapes": _shapes(sites, times, paces),
+    }
     decided = {name: best.ranks.get(name) for name in work.targets}
     slow = {name: _why_slow(sites[name], ranks[name]) for name in work.targets if name not in fast}
     return Decision(decided, slow, figures)
@@ -272,9 +276,17 @@ def _shapes(
     for site, each in times.items():
         names = [name for name, called in sites.items() if site in called]
         fast = list(paces[names[0]].costs)
-        rows.append({
-            "modules": list(grouped(names)), "count": sum(list(called).count(site) for called in sites.values()),
-            "form": site.form, "input": list(site.given), "dense_seconds": each.dense, "noise_high": each.noise,
-            "ranks": list(each.ranks), "seconds": list(each.seconds), "faster_to_rank": fast[-1] if fast else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "modules": list(grouped(names)),
+                "count": sum(list(called).count(site) for called in sites.values()),
+                "form": site.form,
+                "input": list(site.given),
+                "dense_seconds": each.dense,
+                "noise_high": each.noise,
+                "ranks": list(each.ranks),
+                "seconds": list(each.seconds),
+                "faster_to_rank": fast[-1] if fast else None,
+            }
+        )
     return rows

@@ -14,9 +14,14 @@ from peftc.report import Report, Table, grouped, percent, rank_span, size_table,
 
 
 def report_on(
-    command: str, work: Factoring, ranks: Mapping[str, Rank | None], cuts: Mapping[str, Mapping[str, Any]],
-    reasons: Mapping[str, str], asked: str, why_dense: str,
-) -> Report:  # fmt: skip
+    command: str,
+    work: Factoring,
+    ranks: Mapping[str, Rank | None],
+    cuts: Mapping[str, Mapping[str, Any]],
+    reasons: Mapping[str, str],
+    asked: str,
+    why_dense: str,
+) -> Report:
     """Say what is done with every module, and what becomes of the whole."""
     targets, whole = work.targets, work.whole
     ranks = {name: ranks.get(name) for name in work.targets}
@@ -74,13 +79,21 @@ def module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense:
     """Return the figures of one module."""
     reason = None if rank is not None else why_dense
     return {
-        "name": target.name, "form": target.form, "shape": list(target.shape), "aliases": list(target.aliases),
+        "name": target.name,
+        "form": target.form,
+        "shape": list(target.shape),
+        "aliases": list(target.aliases),
         **({"members": list(target.members)} if target.members else {}),
-        "rank": list(rank) if isinstance(rank, tuple) else rank, "reason": reason,
-        "parameters_before": target.entries, "parameters_after": target.cost(rank, "entries"),
-        "error": cut.get("error", 0.0 if rank is None else None), "loss": cut.get("loss"), "excess": cut.get("excess"),
-        "rung": cut.get("rung"), "climbed": cut.get("climbed", []),
-    }  # fmt: skip
+        "rank": list(rank) if isinstance(rank, tuple) else rank,
+        "reason": reason,
+        "parameters_before": target.entries,
+        "parameters_after": target.cost(rank, "entries"),
+        "error": cut.get("error", 0.0 if rank is None else None),
+        "loss": cut.get("loss"),
+        "excess": cut.get("excess"),
+        "rung": cut.get("rung"),
+        "climbed": cut.get("climbed", []),
+    }
 
 
 def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -68,9 +68,7 @@ def _lowered(program: Any, name: str) -> bytes:
         return bytes(lowered.to_executorch().buffer)
     except (*traced.UNTRACEABLE, Refusal, InternalError) as error:
         raise ExportError(
-            f"`{name}` cannot be written for ExecuTorch",
-            why=traced.first_line(error),
-            hint=traced.ELSE,
+            f"`{name}` cannot be written for ExecuTorch", why=traced.first_line(error), hint=traced.ELSE
         ) from error
 
 
@@ -101,6 +99,10 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
 
     axes = {word for free in graph.axes.values() for word in free.values()}
     return Exported(
-        f"ExecuTorch {version('executorch')}", run, prepare, products=products, expected=graph.expected,
+        f"ExecuTorch {version('executorch')}",
+        run,
+        prepare,
+        products=products,
+        expected=graph.expected,
         about={"inputs": graph.axes, "output": graph.output, "largest": {word: limits[word] for word in sorted(axes)}},
-    )  # fmt: skip
+    )

@@ -67,9 +67,10 @@ def require(word: str, packages: Sequence[str]) -> None:
             import_module(package)
         except ImportError as error:
             raise ExportError(
-                f"`--format {word}` needs the package `{package.partition('.')[0]}`", why=str(error),
+                f"`--format {word}` needs the package `{package.partition('.')[0]}`",
+                why=str(error),
                 hint=f"pip install 'peftc[{word}]'",
-            ) from None  # fmt: skip
+            ) from None
 
 
 def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
@@ -105,10 +106,17 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         ExportError: the library does not load it.
     """
     child = _Child(model)
-    answer = child.ask({
-        "do": "load", "folder": str(folder), "library": model.library, "architecture": model.architecture,
-        "trusted": trusted, "threads": torch.get_num_threads(), "padding": _padding(model),
-    })  # fmt: skip
+    answer = child.ask(
+        {
+            "do": "load",
+            "folder": str(folder),
+            "library": model.library,
+            "architecture": model.architecture,
+            "trusted": trusted,
+            "threads": torch.get_num_threads(),
+            "padding": _padding(model),
+        }
+    )
     by_name = {"named": model.library == "transformers"}
 
     def run(inputs: Inputs) -> Tensor:
@@ -125,9 +133,13 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
     runtime = f"{model.library} {version(model.library)}"
     return Exported(
-        f"{runtime} without peftc", run, prepare, close=child.close, about={"load": how, "tried_with": runtime},
+        f"{runtime} without peftc",
+        run,
+        prepare,
+        close=child.close,
+        about={"load": how, "tried_with": runtime},
         products=[tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None,
-    )  # fmt: skip
+    )
 
 
 def _padding(model: Model) -> int | None:
@@ -147,9 +159,12 @@ class _Child:
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
                 env={**os.environ, "HF_MODULES_CACHE": str(Path(self.files.name, "modules"))},
-            )  # fmt: skip
+            )
 
     def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Send a line and return the answer."""

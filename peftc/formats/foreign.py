@@ -86,9 +86,10 @@ def refuse_other_library(model: Model, library: str, word: str) -> None:
         raise ExportError(what, why=why, hint=instead(model))
     if not _is_of_its_library(model):
         raise ExportError(
-            what, why=f"{library} itself has no class `{model.architecture}`: it came with the checkpoint",
+            what,
+            why=f"{library} itself has no class `{model.architecture}`: it came with the checkpoint",
             hint=instead(model),
-        )  # fmt: skip
+        )
     refuse_bound(model, what, instead(model))
 
 

@@ -193,13 +193,18 @@ def code(model: Model, edits: dict[str, Any]) -> str:
         imports.append("from torch.nn import functional as F")
     network: Any = model.module
     head = HEAD.format(
-        architecture=model.architecture, auto=auto_classes(model.architecture)[-1], lock=LOCK,
+        architecture=model.architecture,
+        auto=auto_classes(model.architecture)[-1],
+        lock=LOCK,
         imports="\n".join(["from __future__ import annotations", "", *imports]),
-    )  # fmt: skip
+    )
     classes = CLASSES.format(
-        name=f"Factored{model.architecture}", architecture=model.architecture, base_config=config_class(model),
-        config=f"Factored{config_class(model)}", model_type=_model_type(network),
-    )  # fmt: skip
+        name=f"Factored{model.architecture}",
+        architecture=model.architecture,
+        base_config=config_class(model),
+        config=f"Factored{config_class(model)}",
+        model_type=_model_type(network),
+    )
     table = f"KINDS = {{{', '.join(f'{form!r}: {kind.__name__}' for form, kind in kinds.items())}}}\n"
     sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
     return "\n\n".join([head, *sources, table, inspect.getsource(surgery.replace), factor, classes])
@@ -217,13 +222,16 @@ def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
     name, stem = f"Factored{model.architecture}", Path(CODE).stem
     tied = {alias: names[0] for names in surgery.stored_names(network).values() for alias in names[1:]}
     return {
-        **model.config, "model_type": _model_type(network), "architectures": [name], "transformers_weights": LOCK,
+        **model.config,
+        "model_type": _model_type(network),
+        "architectures": [name],
+        "transformers_weights": LOCK,
         "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
         "auto_map": {
             "AutoConfig": f"{stem}.Factored{config_class(model)}",
             **{each: f"{stem}.{name}" for each in auto_classes(model.architecture)},
         },
-    }  # fmt: skip
+    }
 
 
 def _factors(network: nn.Module) -> list[tuple[int, ...]]:

@@ -78,14 +78,17 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
     plain = {torch.ops.aten.scaled_dot_product_attention.default: traced.attention}
     try:
         program = torch.onnx.export(
-            graph.program.run_decompositions(plain), tuple(example.values()), dynamo=True, verbose=False,
-            input_names=graph.inputs, output_names=[graph.output], opset_version=opset,
-        )  # fmt: skip
+            graph.program.run_decompositions(plain),
+            tuple(example.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=graph.inputs,
+            output_names=[graph.output],
+            opset_version=opset,
+        )
     except traced.UNTRACEABLE as error:
         raise ExportError(
-            f"`{name}` cannot be written as ONNX",
-            why=traced.first_line(error),
-            hint=traced.ELSE,
+            f"`{name}` cannot be written as ONNX", why=traced.first_line(error), hint=traced.ELSE
         ) from error
     assert program is not None
     model = program.model
@@ -146,9 +149,13 @@ def _quantise(path: Path, is_large: bool) -> str:
     logging.disable(logging.WARNING)  # it advises a step that is for static quantization
     try:
         quantize_dynamic(
-            whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
+            whole,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
             use_external_data_format=is_large,
-        )  # fmt: skip
+        )
     finally:
         logging.disable(logging.NOTSET)
     whole.unlink()
@@ -197,9 +204,15 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
         return lambda: session.run(None, given)
 
     return Exported(
-        f"ONNX Runtime {onnxruntime.__version__}", run, prepare, tolerance, _products(path), graph.expected,
-        about={"inputs": graph.axes, "output": graph.output}, notes=notes,
-    )  # fmt: skip
+        f"ONNX Runtime {onnxruntime.__version__}",
+        run,
+        prepare,
+        tolerance,
+        _products(path),
+        graph.expected,
+        about={"inputs": graph.axes, "output": graph.output},
+        notes=notes,
+    )
 
 
 def _refusals() -> tuple[type[Exception], ...]:

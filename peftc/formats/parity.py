@@ -185,8 +185,10 @@ def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: in
         run = costs.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
         change = costs.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
         found[str(size)] = {
-            "torch_seconds": run["torch"].median, "export_seconds": run["export"].median, "speedup": asdict(change),
-        }  # fmt: skip
+            "torch_seconds": run["torch"].median,
+            "export_seconds": run["export"].median,
+            "speedup": asdict(change),
+        }
     return found
 
 

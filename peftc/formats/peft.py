@@ -51,9 +51,10 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
     modules = adapted_modules(model.module)
     if not modules or model.manifest is None:
         raise ExportError(
-            f"`{model.name}` has no updates to export", why="nothing of it lies beside its weights",
+            f"`{model.name}` has no updates to export",
+            why="nothing of it lies beside its weights",
             hint="write some beside its weights: `peftc finetune MODEL --data DATA --delta -o tuned`",
-        )  # fmt: skip
+        )
     adapters = {name: _adapter(model.manifest.adapters[name], name, each) for name, each in modules.items()}
     known = surgery.tensors_of(model.module)
     held = delta.held(model)
@@ -75,9 +76,10 @@ def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
     base: Any = module.base
     if why := interchange.why_not(base):
         raise ExportError(
-            f"the update of `{name}` cannot be exported as `peft`", why=why,
+            f"the update of `{name}` cannot be exported as `peft`",
+            why=why,
             hint="export the whole model: `--format safetensors`",
-        )  # fmt: skip
+        )
     function = methods.find("adapter", entry["method"], "method")
     settings = methods.settings_of(function) | entry["settings"]
     window = tuple(getattr(base, "kernel_size", ()))
@@ -110,9 +112,12 @@ def _loaded(model: Model, folder: Path, config: dict[str, Any]) -> Exported:
         else []
     )
     return Exported(
-        f"peft {library.__version__}, torch {torch.__version__}", run, prepare, notes=notes,
+        f"peft {library.__version__}, torch {torch.__version__}",
+        run,
+        prepare,
+        notes=notes,
         about={"load": "peft.PeftModel.from_pretrained(base, folder)", "base": config["base_model_name_or_path"]},
-    )  # fmt: skip
+    )
 
 
 def _base(network: nn.Module) -> nn.Module:

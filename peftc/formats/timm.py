@@ -41,9 +41,10 @@ def timm(model: Model, example: Inputs, folder: Path) -> Exported:
         settings["num_classes"] = classes
     config = {**model.config, "architecture": model.config["architecture"], "pretrained_cfg": settings}
     config |= {
-        "num_classes": classes, "num_features": getattr(model.module, "num_features", None),
+        "num_classes": classes,
+        "num_features": getattr(model.module, "num_features", None),
         "model_args": dict(model.config.get("model_args") or {}),
-    }  # fmt: skip
+    }
     if model.labels:
         config["label_names"] = list(model.labels)
     artifact.write_json(folder / "config.json", config)

@@ -49,6 +49,10 @@ def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
         return lambda: run(inputs)
 
     return Exported(
-        f"torch.export {torch.__version__}", run, prepare, products=traced.products(program), expected=graph.expected,
+        f"torch.export {torch.__version__}",
+        run,
+        prepare,
+        products=traced.products(program),
+        expected=graph.expected,
         about={"inputs": graph.axes, "output": graph.output},
-    )  # fmt: skip
+    )

@@ -24,13 +24,23 @@ from peftc.nn.shared import SharedDown
 
 ATEN = torch.ops.aten
 PRODUCTS = (
-    ATEN.linear.default, ATEN.matmul.default, ATEN.mm.default, ATEN.addmm.default, ATEN.conv2d.default,
-    ATEN.conv2d.padding, ATEN.convolution.default,
-)  # fmt: skip
+    ATEN.linear.default,
+    ATEN.matmul.default,
+    ATEN.mm.default,
+    ATEN.addmm.default,
+    ATEN.conv2d.default,
+    ATEN.conv2d.padding,
+    ATEN.convolution.default,
+)
 VIEWS = (
-    ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default, ATEN.alias.default,
-    ATEN.detach.default, ATEN.to.dtype,
-)  # fmt: skip
+    ATEN.t.default,
+    ATEN.transpose.int,
+    ATEN.permute.default,
+    ATEN.numpy_T.default,
+    ATEN.alias.default,
+    ATEN.detach.default,
+    ATEN.to.dtype,
+)
 # what tracing raises where a network does what no graph can hold
 ELSE = "`--format torch-export` takes what torch can trace"
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -201,9 +211,15 @@ def _factors(module: nn.Module) -> list[Tensor]:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Return attention as two products and a softmax, for runtimes without a kernel for the whole.
 
     Rows that may attend to nothing attend to everything: their outputs mean nothing, but they are numbers.

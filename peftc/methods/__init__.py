@@ -21,14 +21,23 @@ METHODS: dict[str, tuple[str, ...]] = {
     "decompose": ("svd", "whitened", "kfac", "asvd", "fwsvd"),
     "decompose_conv": ("channel", "spatial", "tucker2"),
     "loss": ("features", "perturbation", "logits", "embeddings"),
-    "importance": (
-        "tsne_silhouette", "silhouette", "block_influence", "angular", "cka", "magnitude", "taylor", "drop",
-    ),
+    "importance": ("tsne_silhouette", "silhouette", "block_influence", "angular", "cka", "magnitude", "taylor", "drop"),
     "adapter": (
-        "lora", "rslora", "dora", "flora", "snell", "snella", "adapter", "convpass", "sara", "head", "bitfit", "full",
+        "lora",
+        "rslora",
+        "dora",
+        "flora",
+        "snell",
+        "snella",
+        "adapter",
+        "convpass",
+        "sara",
+        "head",
+        "bitfit",
+        "full",
     ),
     "format": ("hf", "hf_code", "timm", "safetensors", "onnx", "torch_export", "executorch", "peft"),
-}  # fmt: skip
+}
 USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's and SNELLA's, papers notes A.1.7
 
 

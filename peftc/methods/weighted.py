@@ -74,9 +74,14 @@ Lift = Callable[[Tensor], Tensor]  # (in, k) -> (out, k), by a matrix with ortho
 
 
 def _solve(
-    weight: Tensor, solver: Solver, split: Callable[[Tensor], tuple[Lift, Tensor]], *, moment: Moment,
-    gram: Gram | None, damping: float,
-) -> Solution:  # fmt: skip
+    weight: Tensor,
+    solver: Solver,
+    split: Callable[[Tensor], tuple[Lift, Tensor]],
+    *,
+    moment: Moment,
+    gram: Gram | None,
+    damping: float,
+) -> Solution:
     """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
     wide = weight.double()
     scale, root, inverse = _roots(gram, damping, solver)

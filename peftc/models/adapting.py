@@ -38,9 +38,14 @@ class Placed:
 
 
 def place(
-    model: Model, method: str, settings: Mapping[str, Any], *, include: Sequence[str] = (), skip: Sequence[str] = (),
+    model: Model,
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    include: Sequence[str] = (),
+    skip: Sequence[str] = (),
     on_product: bool = False,
-) -> Placed:  # fmt: skip
+) -> Placed:
     """Freeze a network and put updates of a method beside its modules, in place.
 
     Args:

@@ -112,9 +112,14 @@ def _source(record: Manifest, folder: Path, source: Source) -> Source:
         )
     weights = named.get("weights")
     return source.names(
-        spec, arch=named.get("arch"), arch_set=named.get("arch_set", {}), weights=Path(weights) if weights else None,
-        revision=None if source.base else named.get("revision"), from_file=source.base is None, verify=source.verify,
-    )  # fmt: skip
+        spec,
+        arch=named.get("arch"),
+        arch_set=named.get("arch_set", {}),
+        weights=Path(weights) if weights else None,
+        revision=None if source.base else named.get("revision"),
+        from_file=source.base is None,
+        verify=source.verify,
+    )
 
 
 def _is_artifact_here(named: Mapping[str, Any], source: Source) -> bool:

@@ -40,8 +40,9 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     if not named:
         raise SourceError(
             f"`{folder}` is an adapter that does not say of which model",
-            why=f"`base_model_name_or_path` in `{ADAPTER}` is empty", hint="name it: `--base MODEL`",
-        )  # fmt: skip
+            why=f"`base_model_name_or_path` in `{ADAPTER}` is empty",
+            hint="name it: `--base MODEL`",
+        )
     path = folder / TENSORS
     if not path.is_file():
         raise SourceError(f"`{folder}` lacks `{TENSORS}`", hint="save the adapter with `safe_serialization=True`")
@@ -49,10 +50,8 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     adapters, tensors = interchange.from_peft(config, load_file(path))
     revision = None if source.base else config.get("revision")
     base = load(
-        replace(
-            source, spec=str(named), base=None, revision=revision or source.revision, from_file=source.base is None
-        )
-    )  # fmt: skip
+        replace(source, spec=str(named), base=None, revision=revision or source.revision, from_file=source.base is None)
+    )
     whole = {name: tensor for name, tensor in tensors.items() if name.endswith(".base.weight")}
     own = {name: tensor for name, tensor in tensors.items() if ".update." not in name and name not in whole}
     base = _with_outputs(base, own)

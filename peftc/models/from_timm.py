@@ -54,15 +54,26 @@ def from_architecture(source: Source, located: Located, with_weights: bool) -> B
 
 
 SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
-    "input_size?": ([int], None), "mean?": ([float], float, None), "std?": ([float], float, None),
-    "crop_pct?": (float, None), "crop_mode?": (str, None), "interpolation?": (str, None), "num_classes?": (int, None),
-    "fixed_input_size?": (bool, None), "classifier?": (str, [str], None), "label_names?": ([str], None),
-    "hf_hub_id?": (str, None), "license?": (str, None),
-}  # fmt: skip
+    "input_size?": ([int], None),
+    "mean?": ([float], float, None),
+    "std?": ([float], float, None),
+    "crop_pct?": (float, None),
+    "crop_mode?": (str, None),
+    "interpolation?": (str, None),
+    "num_classes?": (int, None),
+    "fixed_input_size?": (bool, None),
+    "classifier?": (str, [str], None),
+    "label_names?": ([str], None),
+    "hf_hub_id?": (str, None),
+    "license?": (str, None),
+}
 CONFIG = {
-    "architecture": str, "num_classes?": (int, None), "model_args?": (dict, None), "label_names?": ([str], None),
+    "architecture": str,
+    "num_classes?": (int, None),
+    "model_args?": (dict, None),
+    "label_names?": ([str], None),
     "pretrained_cfg?": SETTINGS,
-}  # fmt: skip
+}
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:

@@ -71,11 +71,20 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
 
 TOKEN = (int, [int], None)
 CONFIG: dict[str, Any] = {  # what peftc itself reads of a config.json, in shape
-    "architectures?": ([str], None), "model_type?": str, "id2label?": ({str: (str, float)}, None),
-    "num_labels?": (int, None), "max_position_embeddings?": (int, None), "n_positions?": (int, None),
-    "vocab_size?": (int, None), "bos_token_id?": TOKEN, "eos_token_id?": TOKEN, "pad_token_id?": TOKEN,
-    "tie_word_embeddings?": (bool, None), "torch_dtype?": (str, dict, None), "dtype?": (str, dict, None),
-}  # fmt: skip
+    "architectures?": ([str], None),
+    "model_type?": str,
+    "id2label?": ({str: (str, float)}, None),
+    "num_labels?": (int, None),
+    "max_position_embeddings?": (int, None),
+    "n_positions?": (int, None),
+    "vocab_size?": (int, None),
+    "bos_token_id?": TOKEN,
+    "eos_token_id?": TOKEN,
+    "pad_token_id?": TOKEN,
+    "tie_word_embeddings?": (bool, None),
+    "torch_dtype?": (str, dict, None),
+    "dtype?": (str, dict, None),
+}
 CONFIG |= {"text_config?": (CONFIG | {"id2label?": Any}, None), "vision_config?": (dict, None)}
 DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 MOST_CLASSES = 1_000_000  # a config makes a name for each
@@ -117,9 +126,13 @@ def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
 SIDE = (int, None)
 SIDES = (int, {"height?": SIDE, "width?": SIDE, "shortest_edge?": SIDE}, [int], None)
 PROCESSOR = {  # what peftc reads of an image processor, in shape
-    "do_center_crop?": (bool, None), "crop_size?": SIDES, "size?": SIDES, "image_mean?": ([float], None),
-    "image_std?": ([float], None), "resample?": (int, None),
-}  # fmt: skip
+    "do_center_crop?": (bool, None),
+    "crop_size?": SIDES,
+    "size?": SIDES,
+    "image_mean?": ([float], None),
+    "image_std?": ([float], None),
+    "resample?": (int, None),
+}
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # of PIL
 MOST_SIDE = 4096  # pixels of an image that a model reads
 

@@ -77,10 +77,12 @@ def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
     cls: Any = getattr(transformers, architecture)
     before: Any = model.module.config
     config = {
-        **model.config, "architectures": [architecture], "problem_type": "single_label_classification",
+        **model.config,
+        "architectures": [architecture],
+        "problem_type": "single_label_classification",
         "id2label": {str(at): name for at, name in enumerate(classes)},
         "label2id": {name: at for at, name in enumerate(classes)},
-    }  # fmt: skip
+    }
     config.pop("num_labels", None)
     try:
         made = type(before).from_dict(copy.deepcopy(config))

@@ -101,9 +101,7 @@ def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, Te
     return found
 
 
-def _downloaded(
-    located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None
-) -> Path:  # fmt: skip
+def _downloaded(located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -122,9 +120,10 @@ def _downloaded(
 
 def _not_understood(located: Located, what: str, why: str) -> SourceError:
     return SourceError(
-        f"the answer of the hub about `{located.name}` ({what}) is not understood", why=why,
+        f"the answer of the hub about `{located.name}` ({what}) is not understood",
+        why=why,
         hint="check `HF_ENDPOINT` and what stands between here and the hub, or try again later",
-    )  # fmt: skip
+    )
 
 
 def _refusal(error: Exception, located: Located, source: Source, what: str) -> SourceError:

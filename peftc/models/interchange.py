@@ -36,20 +36,40 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leav
 TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 NAMED = (str, [str], None)  # module names, or a pattern of them
 READ = {  # settings that are read here, in shape
-    "peft_type": str, "r": int, "lora_alpha": float, "target_modules": (str, [str]), "bias?": (str, None),
-    "rank_pattern?": ({str: int}, None), "alpha_pattern?": ({str: float}, None), "use_rslora?": (bool, None),
+    "peft_type": str,
+    "r": int,
+    "lora_alpha": float,
+    "target_modules": (str, [str]),
+    "bias?": (str, None),
+    "rank_pattern?": ({str: int}, None),
+    "alpha_pattern?": ({str: float}, None),
+    "use_rslora?": (bool, None),
     "use_dora?": (bool, None),
-    "init_lora_weights?": (bool, str, None), "exclude_modules?": NAMED, "layers_pattern?": NAMED,
-    "layers_to_transform?": (int, [int], None), "modules_to_save?": ([str], None), "lora_dropout?": float,
-    "base_model_name_or_path?": (str, None), "revision?": (str, None), "task_type?": (str, None),
-}  # fmt: skip
+    "init_lora_weights?": (bool, str, None),
+    "exclude_modules?": NAMED,
+    "layers_pattern?": NAMED,
+    "layers_to_transform?": (int, [int], None),
+    "modules_to_save?": ([str], None),
+    "lora_dropout?": float,
+    "base_model_name_or_path?": (str, None),
+    "revision?": (str, None),
+    "task_type?": (str, None),
+}
 SET_UP = (dict, None)
 WITHOUT_EFFECT = {  # on what a trained adapter computes: how it began, on what it was trained, by which version
-    "auto_mapping?": SET_UP, "peft_version?": (str, None), "inference_mode?": (bool, None),
-    "fan_in_fan_out?": (bool, None), "loftq_config?": SET_UP, "eva_config?": SET_UP, "corda_config?": SET_UP,
-    "lora_ga_config?": SET_UP, "megatron_core?": (str, None), "qalora_group_size?": (int, None),
-    "runtime_config?": SET_UP, "ensure_weight_tying?": (bool, None),
-}  # fmt: skip
+    "auto_mapping?": SET_UP,
+    "peft_version?": (str, None),
+    "inference_mode?": (bool, None),
+    "fan_in_fan_out?": (bool, None),
+    "loftq_config?": SET_UP,
+    "eva_config?": SET_UP,
+    "corda_config?": SET_UP,
+    "lora_ga_config?": SET_UP,
+    "megatron_core?": (str, None),
+    "qalora_group_size?": (int, None),
+    "runtime_config?": SET_UP,
+    "ensure_weight_tying?": (bool, None),
+}
 OFF: tuple[Any, ...] = (None, False, {})  # of any other setting but these, which peft does not take so
 NEVER_OFF = (("use_bdlora", False), ("self", None))
 PATIENCE = 1.0  # seconds that a pattern may take on the names of all modules

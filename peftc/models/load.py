@@ -72,9 +72,10 @@ def _whole(source: Source) -> Model:
         located.kind == "artifact" and located.folder is not None and manifest.read(located.folder).delta
     ):
         raise SourceError(
-            f"`{source.spec}` cannot be the model beneath another", why="it is an adapter or a delta itself",
+            f"`{source.spec}` cannot be the model beneath another",
+            why="it is an adapter or a delta itself",
             hint="name the whole model: `--base MODEL`",
-        )  # fmt: skip
+        )
     return load(source)
 
 
@@ -82,10 +83,17 @@ def _foreign(source: Source, located: Located, weights: bool) -> Model:
     """Return the model in what is neither an artifact nor an adapter."""
     base = build.build(source, located, weights)
     loaded = Model(
-        module=base.module, source=source, library=base.library, config=base.config, base=base.record, name=base.name,
-        folder=base.folder, preprocess=_overridden(base.preprocess, source.preprocess), labels=base.labels,
+        module=base.module,
+        source=source,
+        library=base.library,
+        config=base.config,
+        base=base.record,
+        name=base.name,
+        folder=base.folder,
+        preprocess=_overridden(base.preprocess, source.preprocess),
+        labels=base.labels,
         notes=list(base.notes),
-    )  # fmt: skip
+    )
     if weights and base.weights is not None:
         found = build.fill(base)
         loaded.module, loaded.notes = base.module, list(base.notes)  # transformers' own loader makes another network
@@ -108,11 +116,7 @@ def _refuse_lazy(model: Model) -> None:
 
 
 def load_module(
-    model: str | Path | Source | nn.Module | Model,
-    *,
-    merge: bool = True,
-    allow_code: bool = False,
-    verify: bool = True,
+    model: str | Path | Source | nn.Module | Model, *, merge: bool = True, allow_code: bool = False, verify: bool = True
 ) -> nn.Module:
     """Return the network behind MODEL in eval mode, ready to run.
 
@@ -210,9 +214,10 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     record = manifest.read(folder)
     if record.holds_statistics:
         raise ArtifactError(
-            f"`{folder}` holds statistics of a model, not a model", why="`peftc calibrate` wrote it",
+            f"`{folder}` holds statistics of a model, not a model",
+            why="`peftc calibrate` wrote it",
             hint=f"decompose the model with it: `peftc decompose MODEL --statistics {folder} --ratio 0.5 -o small`",
-        )  # fmt: skip
+        )
     if record.base["library"] == "python" and not source.allow_code:
         raise ArtifactError(
             f"`{folder}` needs code of yours to be loaded",
@@ -228,11 +233,18 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     adapting.rebuild(base.module, record.adapters)
     surgery.tie(base.module, record.tied)
     loaded = Model(
-        module=base.module, source=source, library=base.library, config=base.config, base=record.base,
-        name=located.name.split("/")[-1] or folder.resolve().name, folder=folder, labels=record.labels, manifest=record,
+        module=base.module,
+        source=source,
+        library=base.library,
+        config=base.config,
+        base=record.base,
+        name=located.name.split("/")[-1] or folder.resolve().name,
+        folder=folder,
+        labels=record.labels,
+        manifest=record,
         preprocess=_overridden(record.preprocess, source.preprocess),
         hub=(located.name, folder.name) if located.name else None,
-    )  # fmt: skip
+    )
     if with_weights:
         _fill(loaded, record, table, source)
     if record.ordered:
@@ -284,9 +296,15 @@ def _live(module: nn.Module) -> Model:
     base = build.from_live(detached(module))
     source = Source(f"a live {type(module).__name__}")
     return Model(
-        module=base.module.eval(), source=source, library=base.library, config=base.config, base=base.record,
-        name=base.name, preprocess=base.preprocess, labels=base.labels,
-    )  # fmt: skip
+        module=base.module.eval(),
+        source=source,
+        library=base.library,
+        config=base.config,
+        base=base.record,
+        name=base.name,
+        preprocess=base.preprocess,
+        labels=base.labels,
+    )
 
 
 FINITE_BLOCK = 1 << 22

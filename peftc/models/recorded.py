@@ -45,7 +45,10 @@ def _base_source(model: Model) -> Source:
         )
     weight_file = record.get("weights")
     return model.source.names(
-        record["spec"], arch=record.get("arch"), arch_set=record.get("arch_set", {}),
-        weights=Path(weight_file) if weight_file else None, revision=record.get("revision"),
+        record["spec"],
+        arch=record.get("arch"),
+        arch_set=record.get("arch_set", {}),
+        weights=Path(weight_file) if weight_file else None,
+        revision=record.get("revision"),
         preprocess=model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})},
-    )  # fmt: skip
+    )

@@ -23,9 +23,16 @@ from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
 
 COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
-    "num_encoder_layers", "num_decoder_layers", "depth",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
 LISTS = ("depths", "layers")  # one count for each stage
 
 
@@ -115,9 +122,10 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
         made = replace(model, module=network.eval(), config=config, infos=infos, files=[])
         return Shorter(made, edits, adapters, new, wanted)
     raise PlanError(
-        f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}", why=why,
+        f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}",
+        why=why,
         hint="choose other layers with `--drop`: some of its layers are not like the others",
-    )  # fmt: skip
+    )
 
 
 def skip(model: Model, kept: Sequence[str], dropped: Mapping[str, list[int]]) -> Shorter:
@@ -171,7 +179,7 @@ def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Sta
                 f"the layers in `{path}` of `{model.name}` cannot be renumbered",
                 why=f"they are {', '.join(f'`{name}`' for name in children[:4])}, and in a row run "
                 f"{', '.join(f'`{name}`' for name in leaves[:4])}",
-            )  # fmt: skip
+            )
         found.append(Stack(path, len(own), stays))
     return found
 
@@ -205,10 +213,7 @@ def _candidates(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Modu
     elif model.library == "transformers":
         yield from _of_transformers(model, stacks)
     else:
-        raise PlanError(
-            f"`{model.name}` is built by your own code",
-            why="peftc cannot tell it to build fewer layers",
-        )
+        raise PlanError(f"`{model.name}` is built by your own code", why="peftc cannot tell it to build fewer layers")
 
 
 def _of_timm(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:

@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 
 # what a constructor of another library may raise on a configuration that it does not understand
 UNBUILDABLE = (
-    ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
     MemoryError,
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -106,9 +113,18 @@ class Limits:
 COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?)$")
 SMALL = 512 * 1024 * 1024  # bytes that any config may ask for
 FACTORIES = {
-    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones, torch.rand,
-    torch.randint, torch.randn, torch.zeros,
-}  # fmt: skip
+    torch.arange,
+    torch.empty,
+    torch.eye,
+    torch.full,
+    torch.linspace,
+    torch.logspace,
+    torch.ones,
+    torch.rand,
+    torch.randint,
+    torch.randn,
+    torch.zeros,
+}
 
 
 FILLS = frozenset(

@@ -118,12 +118,22 @@ def companions(model: Model) -> dict[str, bytes]:
 
 
 def write_artifact(
-    job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], pieces: dict[str, Piece],
-    modules: dict[str, dict[str, Any]], *, max_shard_bytes: int, ordered: Mapping[str, dict[str, Any]] | None = None,
-    factors: dict[str, Piece] | None = None, kept_layers: Iterable[str] | None = None,
-    adapters: Mapping[str, dict[str, Any]] | None = None, delta: Mapping[str, Any] | None = None,
-    skipped: Mapping[str, list[int]] | None = None, new_head: bool = False,
-) -> Manifest:  # fmt: skip
+    job: Job,
+    model: Model,
+    base: dict[str, Any],
+    request: dict[str, Any],
+    pieces: dict[str, Piece],
+    modules: dict[str, dict[str, Any]],
+    *,
+    max_shard_bytes: int,
+    ordered: Mapping[str, dict[str, Any]] | None = None,
+    factors: dict[str, Piece] | None = None,
+    kept_layers: Iterable[str] | None = None,
+    adapters: Mapping[str, dict[str, Any]] | None = None,
+    delta: Mapping[str, Any] | None = None,
+    skipped: Mapping[str, list[int]] | None = None,
+    new_head: bool = False,
+) -> Manifest:
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
     The layers and the updates that are left are those of the model's own manifest, unless others are named. With
@@ -151,13 +161,21 @@ def write_artifact(
     step = {"id": job.id, "request": request, **({"new_head": True} if new_head else {})}
     job.places = _places(model)
     record = Manifest(
-        id=job.id, base=base, steps=[*earlier, step], files=files,
-        parameters=parameters(model.module), modules=modules,
+        id=job.id,
+        base=base,
+        steps=[*earlier, step],
+        files=files,
+        parameters=parameters(model.module),
+        modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
-        preprocess=model.preprocess, labels=model.labels, ordered=dict(ordered or {}),
-        kept_layers=list(kept_layers), adapters={name: dict(entry) for name, entry in adapters.items()},
-        delta=dict(delta or {}), skipped=dict(skipped),
-    )  # fmt: skip
+        preprocess=model.preprocess,
+        labels=model.labels,
+        ordered=dict(ordered or {}),
+        kept_layers=list(kept_layers),
+        adapters={name: dict(entry) for name, entry in adapters.items()},
+        delta=dict(delta or {}),
+        skipped=dict(skipped),
+    )
     record.write(job.folder)
     return record
 
@@ -182,9 +200,12 @@ def verify(folder: Path, expected: Model) -> list[str]:
         ArtifactError: a tensor or an output differs.
     """
     source = Source(
-        str(folder), allow_code=True, trust_remote_code=expected.source.trust_remote_code, base=expected.source.base,
+        str(folder),
+        allow_code=True,
+        trust_remote_code=expected.source.trust_remote_code,
+        base=expected.source.base,
         verify=False,
-    )  # fmt: skip
+    )
     written = replace(models.load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
@@ -236,10 +257,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {
-            "peftc": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__, "transformers": transformers.__version__,
+            "peftc": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "transformers": transformers.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> None:
@@ -259,11 +283,13 @@ def already(job: Job, command: str) -> Report:
         record = manifest.read(job.output)
         data.setdefault("size", {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}})
     return Report(
-        command, data, artifact=job.output,
+        command,
+        data,
+        artifact=job.output,
         tables=[Table(**table) for table in known.get("tables", [])],
         notes=[*known.get("notes", []), f"already done: `{job.output}` was written by the same request"],
         warnings=known.get("warnings", []),
-    )  # fmt: skip
+    )
 
 
 def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:

@@ -33,9 +33,14 @@ def form_of(module: nn.Module) -> str | None:
 
 
 def folded(
-    base: nn.Module, x: Tensor, rebuild: Rebuild, tensors: Sequence[Tensor], *, pull: Pull | None = None,
+    base: nn.Module,
+    x: Tensor,
+    rebuild: Rebuild,
+    tensors: Sequence[Tensor],
+    *,
+    pull: Pull | None = None,
     seen: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return what ``base`` gives for ``x`` with its weight changed.
 
     Args:

@@ -66,7 +66,7 @@ class Settings:
             "dropout": (self.dropout, 0 <= self.dropout < 1, "in [0, 1)"),
             "min_keep": (self.min_keep, 0 <= self.min_keep <= 1, "in [0, 1]"),
             "refresh_every": (self.refresh_every, self.refresh_every >= 0, "at least 0"),
-        }  # fmt: skip
+        }
         for name, (value, fits, rule) in rules.items():
             if not fits:
                 raise UsageError(f"setting `{name}` is {value}", why=f"it has to be {rule}")

@@ -156,9 +156,13 @@ class LowRankConv2d(nn.Module):
 
 
 KINDS: dict[str, Any] = {
-    "linear": LowRankLinear, "transposed": LowRankLinear, "embedding": LowRankEmbedding, "channel": LowRankConv2d,
-    "spatial": LowRankConv2d, "tucker2": LowRankConv2d,
-}  # fmt: skip
+    "linear": LowRankLinear,
+    "transposed": LowRankLinear,
+    "embedding": LowRankEmbedding,
+    "channel": LowRankConv2d,
+    "spatial": LowRankConv2d,
+    "tucker2": LowRankConv2d,
+}
 
 
 def matrix(weight: Tensor, form: str) -> Tensor:

@@ -76,10 +76,17 @@ class SharedDown(nn.Linear):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (
             None if x.is_inference() else x._version,
-            weight, None if weight.is_inference() else weight._version, weight.dtype, weight.device,
-            weight.requires_grad, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            autocast, *_saved_tensor_hooks(),
-        )  # fmt: skip
+            weight,
+            None if weight.is_inference() else weight._version,
+            weight.dtype,
+            weight.device,
+            weight.requires_grad,
+            x.requires_grad,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            autocast,
+            *_saved_tensor_hooks(),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was kept out of copies and pickles."""

@@ -25,9 +25,12 @@ from peftc.store.source import MANIFEST
 from peftc.version import __version__
 
 PIPELINES = {
-    "ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification",
-    "ForCausalLM": "text-generation", "LMHeadModel": "text-generation", "ForMaskedLM": "fill-mask",
-}  # fmt: skip
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+}
 METRICS = {"top1": "accuracy", "spearman": "spearmanr"}  # what the hub calls them
 DONE = {
     "decompose": "low-rank factors in the place of weight matrices",
@@ -116,15 +119,26 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: R
         compared: of an artifact, what `compare` says of it.
     """
     shown = replace(
-        subject, record=Manifest(**_harmless(asdict(subject.record))), result=_harmless(subject.result),
+        subject,
+        record=Manifest(**_harmless(asdict(subject.record))),
+        result=_harmless(subject.result),
         about=_harmless(subject.about),
-    )  # fmt: skip
+    )
     parts = [
-        f"---\n{_front_matter(subject, repo, licence)}\n---", f"# {repo.split('/')[-1]}", _summary(shown),
-        "## Use", _use(shown, repo, subject.about.get("use")), "## What was done", _steps(shown),
-        "## Measured", _measured(shown, repo, compared), "## Rebuild", _rebuild(subject),
-        "## Licence", _licence(subject, licence),
-    ]  # fmt: skip
+        f"---\n{_front_matter(subject, repo, licence)}\n---",
+        f"# {repo.split('/')[-1]}",
+        _summary(shown),
+        "## Use",
+        _use(shown, repo, subject.about.get("use")),
+        "## What was done",
+        _steps(shown),
+        "## Measured",
+        _measured(shown, repo, compared),
+        "## Rebuild",
+        _rebuild(subject),
+        "## Licence",
+        _licence(subject, licence),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -146,11 +160,14 @@ def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> st
     results = [result for entry in _evaluations(subject) for result in _results(entry)]
     data = ModelCardData(
         library_name="peftc" if subject.format == "artifact" else subject.about.get("library_name"),
-        base_model=subject.hub_base, **licence,
-        pipeline_tag=_pipeline(subject), tags=_tags(subject),
+        base_model=subject.hub_base,
+        **licence,
+        pipeline_tag=_pipeline(subject),
+        tags=_tags(subject),
         metrics=sorted({each.metric_type for each in results}) or None,
-        eval_results=results or None, model_name=repo.split("/")[-1] if results else None,
-    )  # fmt: skip
+        eval_results=results or None,
+        model_name=repo.split("/")[-1] if results else None,
+    )
     return str(data.to_yaml())
 
 
@@ -194,12 +211,17 @@ def _results(entry: Mapping[str, Any]) -> list[Any]:
     task = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(entry["task"], entry["task"])
     return [
         EvalResult(
-            task_type=task, dataset_type=name, dataset_name=name + known, dataset_split=split,
-            metric_type=METRICS.get(metric, metric), metric_name=metric, metric_value=figure["value"],
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name + known,
+            dataset_split=split,
+            metric_type=METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=figure["value"],
         )
         for metric, figure in entry["metrics"].items()
         if figure["value"] is not None
-    ]  # fmt: skip
+    ]
 
 
 def _summary(subject: Subject) -> str:
@@ -298,10 +320,12 @@ def _rebuild(subject: Subject) -> str:
     told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers") if name in versions)
     where = f" and {told}, on `{subject.result['device']}`" if told and "device" in subject.result else ""
     fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
-    return "\n\n".join([
-        f"{fence}sh\n" + "\n".join(lines) + f"\n{fence}",
-        f"Written with peftc {versions.get('peftc', __version__)}{where}.",
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"{fence}sh\n" + "\n".join(lines) + f"\n{fence}",
+            f"Written with peftc {versions.get('peftc', __version__)}{where}.",
+        ]
+    )
 
 
 def _licence(subject: Subject, licence: Mapping[str, str]) -> str:

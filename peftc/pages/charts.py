@@ -92,9 +92,15 @@ def axes(
 
 
 def scatter(
-    title: str, points: Sequence[Point], x_label: str, y_label: str, x_text: Text, *, less_is_better: bool,
+    title: str,
+    points: Sequence[Point],
+    x_label: str,
+    y_label: str,
+    x_text: Text,
+    *,
+    less_is_better: bool,
     higher_is_better: bool,
-) -> Html:  # fmt: skip
+) -> Html:
     """Draw models by what they cost and how good they are, with the front that no other model beats in both."""
     every = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
     x = _padded([point.x for point in points], LEFT, WIDTH - RIGHT)
@@ -137,24 +143,43 @@ def pareto(points: Sequence[Point], *, less_is_better: bool, higher_is_better: b
 
 
 def bars(
-    title: str, values: Sequence[tuple[str, float, str]], y_label: str, *, text: str, limit: float | None = None,
+    title: str,
+    values: Sequence[tuple[str, float, str]],
+    y_label: str,
+    *,
+    text: str,
+    limit: float | None = None,
     top: float | None = None,
-) -> Html:  # fmt: skip
+) -> Html:
     """Draw a bar for each (name, value, class); names are said on hovering, and in the text."""
     height = 170
     numbers = [value for _, value, _ in values] + ([limit] if limit is not None else [])
     y = Scale(min(0.0, *numbers), top or max(*numbers, 1e-12), height - BOTTOM, TOP + 8)
     x = Scale(-0.5, len(values) - 0.5, LEFT + 2, WIDTH - RIGHT)
     wide = max(1.5, (x(1) - x(0)) * 0.72)
-    parts = axes(x, y, "number, from the input", y_label, lambda v: f"{v:.0f}" if v == int(v) and v >= 0 else "",
-                 lambda v: f"{v:.3g}", height=height)  # fmt: skip
+    parts = axes(
+        x,
+        y,
+        "number, from the input",
+        y_label,
+        lambda v: f"{v:.0f}" if v == int(v) and v >= 0 else "",
+        lambda v: f"{v:.3g}",
+        height=height,
+    )
     for at, (name, value, kind) in enumerate(values):
         start, stop = sorted((y(value), y(0.0)))
         hover = tag("title", f"{name}: {value:.4g}")
         parts.append(
-            tag("rect", hover, x=round(x(at) - wide / 2, 2), y=start, width=round(wide, 2),
-                height=round(max(0.8, stop - start), 2), class_=f"bar {kind}".strip())
-        )  # fmt: skip
+            tag(
+                "rect",
+                hover,
+                x=round(x(at) - wide / 2, 2),
+                y=start,
+                width=round(wide, 2),
+                height=round(max(0.8, stop - start), 2),
+                class_=f"bar {kind}".strip(),
+            )
+        )
     if limit is not None:
         parts.append(tag("path", d=f"M{LEFT} {y(limit)}H{WIDTH - RIGHT}", class_="limit"))
     said = "; ".join(f"{name}: {value:.3g}{f' ({kind})' if kind else ''}" for name, value, kind in values)
@@ -162,9 +187,14 @@ def bars(
 
 
 def lines(
-    title: str, curves: Sequence[Sequence[tuple[float, float]]], x_label: str, y_label: str, *, text: str,
+    title: str,
+    curves: Sequence[Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    text: str,
     log: bool = False,
-) -> Html:  # fmt: skip
+) -> Html:
     """Draw curves over a common axis; on a logarithmic scale what is not above 0 is left out."""
     kept = [[(a, b) for a, b in curve if math.isfinite(b) and (b > 0 or not log)] for curve in curves]
     kept = [curve[:: max(1, len(curve) // MOST)] + curve[-1:] for curve in kept if curve]
@@ -172,9 +202,11 @@ def lines(
     x = Scale(
         min(a for curve in kept for a, _ in curve), max(a for curve in kept for a, _ in curve), LEFT, WIDTH - RIGHT
     )
-    y = Scale(min(ys), max(ys), HEIGHT - BOTTOM, TOP + 10, log) if log and max(ys) > min(ys) else _padded(
-        ys, HEIGHT - BOTTOM, TOP + 10
-    )  # fmt: skip
+    y = (
+        Scale(min(ys), max(ys), HEIGHT - BOTTOM, TOP + 10, log)
+        if log and max(ys) > min(ys)
+        else _padded(ys, HEIGHT - BOTTOM, TOP + 10)
+    )
     parts = axes(x, y, x_label, y_label, lambda v: f"{v:g}", lambda v: f"{v:.2g}" if log else f"{v:.4g}")
     kind = "line many" if len(kept) > 2 else "line"
     parts += [tag("polyline", points=" ".join(f"{x(a)},{y(b)}" for a, b in curve), class_=kind) for curve in kept]

@@ -74,9 +74,14 @@ def _draw_curve(axes: Any, data: Mapping[str, Any], title: str) -> None:
 
 
 def _draw_maps(
-    part: Any, rows: Sequence[Mapping[str, Any]], maps: Mapping[str, np.ndarray], labels: np.ndarray,
-    classes: Sequence[str] | None, lines: int, columns: int,
-) -> None:  # fmt: skip
+    part: Any,
+    rows: Sequence[Mapping[str, Any]],
+    maps: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    classes: Sequence[str] | None,
+    lines: int,
+    columns: int,
+) -> None:
     """Draw one map per layer, its number and score above it; those of dropped layers in the colour of dropped ones."""
     import numpy as np
 

@@ -140,15 +140,26 @@ def _draw_curve(part: Any, curve: Mapping[str, Any], plan: Mapping[str, Any] | N
         if plan is not None and key == "parameters" and plan.get("predicted"):
             axes.plot(plan["parameters"], plan["predicted"], "D", color="C3", markersize=6, zorder=0)
             axes.annotate(
-                "plan", (plan["parameters"], plan["predicted"]), xytext=(-6, -10), textcoords="offset points",
-                fontsize=7, color="C3", ha="right",
-            )  # fmt: skip
+                "plan",
+                (plan["parameters"], plan["predicted"]),
+                xytext=(-6, -10),
+                textcoords="offset points",
+                fontsize=7,
+                color="C3",
+                ha="right",
+            )
         dense = curve["points"][-1][key]
         axes.axvline(dense, color="0.6", linewidth=0.8, linestyle=":")
         axes.annotate(
-            "dense", (dense, 0.97), xycoords=("data", "axes fraction"), rotation=90, fontsize=6, color="0.4",
-            ha="right", va="top",
-        )  # fmt: skip
+            "dense",
+            (dense, 0.97),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            fontsize=6,
+            color="0.4",
+            ha="right",
+            va="top",
+        )
         axes.set_xlabel(label)
         axes.set_yscale("log")
         axes.margins(0.08, 0.1)

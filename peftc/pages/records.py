@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
-    "modules": [{
-        "name": str, "shape": [int], "max_rank": int, "break_even_rank": int, "rank_90": int, "rank_95": int,
-        "rank_99": int, "spectrum": [[float]], "reason?": (str, None),
-    }],
+    "modules": [
+        {
+            "name": str,
+            "shape": [int],
+            "max_rank": int,
+            "break_even_rank": int,
+            "rank_90": int,
+            "rank_95": int,
+            "rank_99": int,
+            "spectrum": [[float]],
+            "reason?": (str, None),
+        }
+    ],
     "plan?": ({"budget": str, "allocation": str, "parameters": int, "predicted?": float}, None),
-}  # fmt: skip
+}
 TOLD = {"step": int, "loss?": float, "score?": (float, None)}  # what a line of it says
 
 
@@ -143,14 +152,20 @@ def of_export(folder: Path) -> Record:
     made_from = export.about.get("made_from")
     if not made_from:
         raise ArtifactError(
-            f"`{folder}` does not say what it was made from", why="an older peftc exported it",
+            f"`{folder}` does not say what it was made from",
+            why="an older peftc exported it",
             hint="export it again with `--overwrite`",
-        )  # fmt: skip
+        )
     last = {"id": export.id, "request": dict(export.request)}
     kept = Manifest(
-        id=export.id, base=made_from["base"], steps=[*made_from["steps"], last], files=export.files,
-        parameters=made_from["parameters"], modules=export.about["modules"], kept_layers=made_from["kept_layers"],
-    )  # fmt: skip
+        id=export.id,
+        base=made_from["base"],
+        steps=[*made_from["steps"], last],
+        files=export.files,
+        parameters=made_from["parameters"],
+        modules=export.about["modules"],
+        kept_layers=made_from["kept_layers"],
+    )
     return Record(folder, kept, artifact.read_result(folder), export.about)
 
 
@@ -171,14 +186,16 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
         if not (folder / MANIFEST).is_file() and not (exports and (folder / job.EXPORT).is_file()):
             what = "is no artifact" if folder.is_dir() else "does not exist"
             raise ArtifactError(
-                f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`",
+                f"`{folder}` {what}",
+                why=f"there is no `{folder / MANIFEST}`",
                 hint="name artifacts; the model that they were made from stands beside them where it was measured",
-            )  # fmt: skip
+            )
     found = [
         Record(folder, manifest.read(folder), artifact.read_result(folder))
-        if (folder / MANIFEST).is_file() else of_export(folder)
+        if (folder / MANIFEST).is_file()
+        else of_export(folder)
         for folder in folders
-    ]  # fmt: skip
+    ]
     for record in found:
         if record.manifest.holds_statistics:
             raise ArtifactError(

@@ -92,10 +92,16 @@ def _trade(rows: Sequence[Row]) -> Html | None:
                     higher_is_better=higher,
                 )
             )
-    return joined([
-        tag("p", "The numbers are those of the table; the bars are 95 % intervals.", class_="soft"),
-        tag("div", *drawn, class_="charts"),
-    ]) if drawn else None  # fmt: skip
+    return (
+        joined(
+            [
+                tag("p", "The numbers are those of the table; the bars are 95 % intervals.", class_="soft"),
+                tag("div", *drawn, class_="charts"),
+            ]
+        )
+        if drawn
+        else None
+    )
 
 
 def _point(number: str, row: Row, x: float) -> Point:
@@ -176,9 +182,7 @@ def _layers(record: Record) -> Html | None:
         text=text,
         limit=record.data.get("threshold"),
     )
-    return joined([
-        tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole), _maps(record, rows)
-    ])  # fmt: skip
+    return joined([tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole), _maps(record, rows)])
 
 
 def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -203,9 +207,9 @@ def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
     known = classes <= charts.MARKS
     told = f"t-SNE maps of {what} after each layer, marked by class; above each its score, which all samples count for."
     more = "" if known else f" With {classes} classes several share a mark."
-    return joined([
-        tag("p", told + more), charts.legend(kept.classes) if known else None, tag("div", *drawn, class_="maps")
-    ])  # fmt: skip
+    return joined(
+        [tag("p", told + more), charts.legend(kept.classes) if known else None, tag("div", *drawn, class_="maps")]
+    )
 
 
 def _training(record: Record) -> Html | None:
@@ -233,19 +237,30 @@ def _provenance(record: Record) -> Html:
     base = own.base
     versions = ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items())
     pairs: list[tuple[str, object]] = [
-        ("id", own.id), ("base", f"{base['library']} {base['architecture']}"),
+        ("id", own.id),
+        ("base", f"{base['library']} {base['architecture']}"),
         ("from", base.get("source", {}).get("spec", "a live network")),
         *((f"sha256 of {name}", digest) for name, digest in (base.get("files") or {}).items()),
-        ("layers kept", ", ".join(own.kept_layers)), ("made on", result.get("device")),
+        ("layers kept", ", ".join(own.kept_layers)),
+        ("made on", result.get("device")),
         ("platform", result.get("platform")),
-        ("threads", result.get("threads")), ("seconds, last step", result.get("seconds")), ("versions", versions),
-    ]  # fmt: skip
+        ("threads", result.get("threads")),
+        ("seconds, last step", result.get("seconds")),
+        ("versions", versions),
+    ]
     last = result.get("report") or {}
     said = [tag("p", prose(text), class_="warning") for text in last.get("warnings", [])]
     notes = tag("ul", *(tag("li", prose(text)) for text in last.get("notes", []))) if last.get("notes") else None
     requests = [json.dumps(step["request"], indent=2, sort_keys=True, ensure_ascii=False) for step in own.steps]
     asked = details("what each step was asked", *(tag("pre", text) for text in requests))
-    return joined([
-        tag("h3", str(record.folder)), facts(pairs), *said, notes, tag("p", "The commands that rebuild it:"),
-        tag("pre", "\n".join(record.commands())), asked,
-    ])  # fmt: skip
+    return joined(
+        [
+            tag("h3", str(record.folder)),
+            facts(pairs),
+            *said,
+            notes,
+            tag("p", "The commands that rebuild it:"),
+            tag("pre", "\n".join(record.commands())),
+            asked,
+        ]
+    )

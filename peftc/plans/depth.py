@@ -27,9 +27,7 @@ class Asked:
     within_drop: float | None = None
 
 
-def asked(
-    alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None
-) -> Asked:  # fmt: skip
+def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None) -> Asked:
     """Return what was asked; alpha where nothing else was.
 
     Raises:
@@ -143,9 +141,10 @@ def without(dropped: Collection[int], number: int) -> Decision:
     unknown = sorted(at for at in dropped if not 0 <= at < number)
     if unknown:
         raise PlanError(
-            f"`--drop` names layer {unknown[0]}", why=f"the model has {number} layers, 0 to {number - 1}",
+            f"`--drop` names layer {unknown[0]}",
+            why=f"the model has {number} layers, 0 to {number - 1}",
             hint="`peftc prune-layers MODEL --score magnitude --keep 1 --dry-run` lists them",
-        )  # fmt: skip
+        )
     if len(set(dropped)) == number:
         raise PlanError(f"`--drop` names all {number} layers", hint="leave one at least")
     return Decision(tuple(at for at in range(number) if at not in set(dropped)))

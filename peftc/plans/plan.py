@@ -18,9 +18,14 @@ from peftc.store import documents
 
 SCHEMA_VERSION = 1
 OTHERS = {  # fields of a plan beside its ranks; the last is for those who write one by hand
-    "forms": {str: str}, "reasons": {str: str}, "method": str, "settings": dict, "asked": str, "joint": [[str]],
+    "forms": {str: str},
+    "reasons": {str: str},
+    "method": str,
+    "settings": dict,
+    "asked": str,
+    "joint": [[str]],
     "note": str,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,13 @@ def budget(
         UsageError: none or several were, or its amount is out of range.
     """
     asked = {
-        "ratio": ratio, "rank": rank, "energy": energy, "target-params": target_params, "target-macs": target_macs,
+        "ratio": ratio,
+        "rank": rank,
+        "energy": energy,
+        "target-params": target_params,
+        "target-macs": target_macs,
         "speedup": speedup,
-    }  # fmt: skip
+    }
     given = {kind: amount for kind, amount in asked.items() if amount is not None}
     if len(given) != 1:
         options = ", ".join(f"`--{kind}`" for kind in given or asked)

@@ -77,10 +77,15 @@ class Ledger:
         folder = report.get("artifact")
         found = None if folder is None else Path(folder)
         self.entries[step] = {
-            "peftc": __version__, "model": asked.model, "options": asked.options, "files": asked.files,
-            "artifact": folder, "id": None if found is None or not _is_artifact(found) else manifest.read(found).id,
-            "passed": passed, "report": report,
-        }  # fmt: skip
+            "peftc": __version__,
+            "model": asked.model,
+            "options": asked.options,
+            "files": asked.files,
+            "artifact": folder,
+            "id": None if found is None or not _is_artifact(found) else manifest.read(found).id,
+            "passed": passed,
+            "report": report,
+        }
         self._write()
 
     def _write(self) -> None:

@@ -36,16 +36,23 @@ def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
     several = runs.kind == "image-text" or getattr(getattr(runs.module, "config", None), "is_encoder_decoder", False)
     if several and not asked.drop:
         raise PlanError(
-            f"`{stored.name}` has more than one stack of layers", why="a score of one says nothing about the other",
+            f"`{stored.name}` has more than one stack of layers",
+            why="a score of one says nothing about the other",
             hint="name the layers to drop by number: `--drop 2,5`",
-        )  # fmt: skip
+        )
     return names
 
 
 def samples_of(
-    model: Model, data: str | None, task: str | None, settings: Settings, wanted: Score | None, asked: Asked, *,
+    model: Model,
+    data: str | None,
+    task: str | None,
+    settings: Settings,
+    wanted: Score | None,
+    asked: Asked,
+    *,
     trains: bool,
-) -> Samples | None:  # fmt: skip
+) -> Samples | None:
     """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
 
     Samples of other classes than the model's do without, where no label is needed.
@@ -60,9 +67,14 @@ def samples_of(
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
     labels = row is not None and (row.has_classes or row.is_language or (of_loss and row.name in OBJECTIVES))
     read = functools.partial(
-        samples.read, model, data, task=task, held_out=HELD_OUT if is_measured else 0.0, settings=settings,
+        samples.read,
+        model,
+        data,
+        task=task,
+        held_out=HELD_OUT if is_measured else 0.0,
+        settings=settings,
         otherwise="take data without labels",
-    )  # fmt: skip
+    )
     try:
         return read(labels=labels)
     except ClassesError as error:
@@ -96,9 +108,10 @@ def score_of(
         )
     if wanted.is_of_depth and not has_classes:
         raise DataError(
-            f"`--score {wanted.word}` needs classes", why=f"`{data}` has none that the model tells apart",
+            f"`--score {wanted.word}` needs classes",
+            why=f"`{data}` has none that the model tells apart",
             hint="score layers without labels: `--score block-influence --keep N`",
-        )  # fmt: skip
+        )
     if asked.within_drop is not None and (given is None or not given.labelled):
         raise UsageError(
             "`--within-drop` measures quality, which needs samples with labels",

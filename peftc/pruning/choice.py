@@ -156,9 +156,11 @@ def _measured(work: Work, trial: Trial, floor: float | None, gone: Sequence[Remo
         whole = floor + work.asked.within_drop
         after = next((each.quality for each in gone[::-1]), whole)
         found |= {
-            "metric": trial.given.task.metrics[0].name, "within_drop": work.asked.within_drop,
-            "before": _plain(trial, whole), "after": _plain(trial, after),
-        }  # fmt: skip
+            "metric": trial.given.task.metrics[0].name,
+            "within_drop": work.asked.within_drop,
+            "before": _plain(trial, whole),
+            "after": _plain(trial, after),
+        }
     return found
 
 
@@ -170,7 +172,7 @@ def _plain(trial: Trial, quality: float | None) -> float | None:
 
 def _decision(
     work: Work, found: Sequence[float], score: Score, fixed: Sequence[int], gone: Sequence[Removal]
-) -> Decision:  # fmt: skip
+) -> Decision:
     number, asked = len(work.names), work.asked
     if asked.drop:
         return depth.without(asked.drop, number)
@@ -196,9 +198,10 @@ def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Re
     lost = [work.names[at] for at in fixed if at not in decision.kept]
     if lost and work.asked.drop:
         raise PlanError(
-            f"`{lost[0]}` cannot be dropped", why="what it gives has another shape than what it reads",
+            f"`{lost[0]}` cannot be dropped",
+            why="what it gives has another shape than what it reads",
             hint="drop other layers, which keep the shape",
-        )  # fmt: skip
+        )
     if lost:
         report.notes.append(f"stays, as it changes the shape: {', '.join(f'`{name}`' for name in lost)}")
     return _kept_too(decision, fixed)
@@ -223,26 +226,35 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
     threshold = decision.threshold
     rows: list[dict[str, Any]] = [
         {
-            "number": at, "name": name, "score": scores[at] if scores and math.isfinite(scores[at]) else None,
+            "number": at,
+            "name": name,
+            "score": scores[at] if scores and math.isfinite(scores[at]) else None,
             "margin": scores[at] - threshold if scores and threshold is not None else None,
-            "kept": at in decision.kept, "close": at in choice.evidence.unsure,
+            "kept": at in decision.kept,
+            "close": at in choice.evidence.unsure,
         }
         for at, name in enumerate(work.names)
-    ]  # fmt: skip
+    ]
     report.data |= {
-        "score": work.score.word if work.score else None, "alpha": work.asked.alpha, "threshold": threshold,
-        "layers": rows, "agreement": choice.evidence.agreement, "stability": choice.evidence.repeats,
-    }  # fmt: skip
+        "score": work.score.word if work.score else None,
+        "alpha": work.asked.alpha,
+        "threshold": threshold,
+        "layers": rows,
+        "agreement": choice.evidence.agreement,
+        "stability": choice.evidence.repeats,
+    }
     report.data |= {"measured": choice.measured} if choice.measured else {}
     went = {each.layer: place for place, each in enumerate(choice.gone, start=1)}
     shown = [
         [
-            row["number"], row["name"], "" if row["score"] is None else f"{row['score']:.4g}",
+            row["number"],
+            row["name"],
+            "" if row["score"] is None else f"{row['score']:.4g}",
             "" if row["margin"] is None else f"{row['margin']:+.3f}" + (" close" if row["close"] else ""),
             "kept" if row["kept"] else "dropped" + (f" as number {went[at]}" if at in went else ""),
         ]
         for at, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
     columns = ["", "layer", work.score.word if work.score else "", "to threshold" if threshold is not None else "", ""]
     report.tables.append(Table("layers", columns, shown))
     report.tables += layer_evidence.tables(choice.evidence, decision, number)

@@ -145,25 +145,32 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
         name = gap.before + found.name[len(now) :]  # as the whole network calls it
         rows.append(
             {
-                "after": gap.before, "layers": gap.number, "into": name, "left": change[0] if change else 1.0,
+                "after": gap.before,
+                "layers": gap.number,
+                "into": name,
+                "left": change[0] if change else 1.0,
                 "why": "" if change else "no map is better than none on samples that it was not fitted on",
             }
-        )  # fmt: skip
+        )
         if change:
             _fold(shorter.model, runs, found.name, change[1], change[2])
     report.data["repair"] = rows
     if gaps and all(row["into"] is None for row in rows):
         raise PlanError(
-            f"`--repair` cannot close a gap of `{work.stored.name}`", why=str(rows[0]["why"]),
+            f"`--repair` cannot close a gap of `{work.stored.name}`",
+            why=str(rows[0]["why"]),
             hint="leave it out, and train what was pruned",
-        )  # fmt: skip
+        )
     shown = [
         [
-            row["after"] or "the start", row["layers"], row["into"] or "",
-            "" if row["left"] is None else f"{row['left']:.0%}", row["why"],
+            row["after"] or "the start",
+            row["layers"],
+            row["into"] or "",
+            "" if row["left"] is None else f"{row['left']:.0%}",
+            row["why"],
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     report.tables.insert(0, Table("gaps", ["after", "layers", "closed in", "of the difference left", ""], shown))
 
 

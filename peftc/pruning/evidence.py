@@ -112,10 +112,12 @@ def _agreement(case: Decided) -> Iterator[dict[str, Any]]:
         order = depth.worst_first(theirs, case.fixed, of_depth=other.is_of_depth)
         same = dropped & set(order[: len(dropped)])
         yield {
-            "score": other.word, "spearman": _spearman(case.scores, theirs),
-            "same": len(same) / len(dropped) if dropped else None, "kept": _kept(case, theirs, other),
+            "score": other.word,
+            "spearman": _spearman(case.scores, theirs),
+            "same": len(same) / len(dropped) if dropped else None,
+            "kept": _kept(case, theirs, other),
             "scores": [_number(each) for each in theirs],
-        }  # fmt: skip
+        }
 
 
 def _is_there(score: Score, seen: Seen | None) -> bool:
@@ -197,21 +199,24 @@ def tables(evidence: Evidence, decision: Decision, number: int) -> list[Table]:
     if evidence.agreement:
         rows: list[list[Any]] = [
             [
-                row["score"], "" if row["spearman"] is None else f"{row['spearman']:+.2f}",
-                "" if row["same"] is None else f"{row['same']:.0%}", "" if row["kept"] is None else row["kept"],
+                row["score"],
+                "" if row["spearman"] is None else f"{row['spearman']:+.2f}",
+                "" if row["same"] is None else f"{row['same']:.0%}",
+                "" if row["kept"] is None else row["kept"],
             ]
             for row in evidence.agreement
-        ]  # fmt: skip
+        ]
         found.append(Table("other scores", ["", "Spearman", "of the dropped", "would keep"], rows))
     if evidence.repeats:
         first = set(decision.kept)
         rows = [
             [
-                row["what"], row["why"] if row["kept"] is None else len(row["kept"]),
+                row["what"],
+                row["why"] if row["kept"] is None else len(row["kept"]),
                 "" if row["kept"] is None else "the same" if set(row["kept"]) == first else "others",
             ]
             for row in evidence.repeats
-        ]  # fmt: skip
+        ]
         found.append(Table(f"repeats, where {len(first)} of {number} layers stay", ["", "kept", ""], rows))
     return found
 

@@ -199,10 +199,12 @@ def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> 
             F.cosine_similarity(one, other, dim=-1).clamp(-1, 1) if same else one.new_full(one.shape[:2], torch.nan)
         )
         seen.add(
-            name, features=rows, input_features=pooled(one, mask, class_token=class_token and before.ndim == 3),
+            name,
+            features=rows,
+            input_features=pooled(one, mask, class_token=class_token and before.ndim == 3),
             cosines=pooled(cosine[..., None], mask)[:, 0],
             angles=pooled(cosine[..., None].acos() / torch.pi, mask)[:, 0],
-        )  # fmt: skip
+        )
 
     with layers.tapped(model.module, names, saw), progress.track("looking at layers", len(given.train)) as advance:
         for batch in given.train.batches(batch_size):

@@ -98,9 +98,13 @@ def analyze(
     """
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     budgets = {
-        "ratio": ratio, "rank": rank, "energy": energy, "target_params": target_params, "target_macs": target_macs,
+        "ratio": ratio,
+        "rank": rank,
+        "energy": energy,
+        "target_params": target_params,
+        "target_macs": target_macs,
         "speedup": speedup,
-    }  # fmt: skip
+    }
     multiple = plans.multiple_of(rank_multiple)
     asked = any(value is not None for value in budgets.values())
     notes = []
@@ -112,9 +116,12 @@ def analyze(
     for option, path in (("--plan", plan), ("--plot", plot)):
         refuse_unwritable(option, path)
     factorize = spectra.factorizer(
-        method, conv_method, settings, with_data=data is not None or statistics is not None,
+        method,
+        conv_method,
+        settings,
+        with_data=data is not None or statistics is not None,
         correct_bias=bias_correction,
-    )  # fmt: skip
+    )
     if data is not None and not factorize.needs:
         raise UsageError("`--data` is of no use here", why=f"`--method {factorize.name}` takes the weights alone")
     allocation = allocation_of(allocation, factorize.needs)
@@ -125,9 +132,19 @@ def analyze(
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
     source = calibrating.source(
-        loaded, factorize.needs, data, statistics, device, tries=True, samples=calibration_samples,
-        tokens=calibration_tokens, task=task, image_size=image_size, max_length=max_length, seed=seed,
-    )  # fmt: skip
+        loaded,
+        factorize.needs,
+        data,
+        statistics,
+        device,
+        tries=True,
+        samples=calibration_samples,
+        tokens=calibration_tokens,
+        task=task,
+        image_size=image_size,
+        max_length=max_length,
+        seed=seed,
+    )
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
     total = parameters(loaded.module)
@@ -157,9 +174,16 @@ def analyze(
 
 
 def _foresee(
-    report: Report, work: Factoring, budget: Budget | None, allocation: str, multiple: int, timed: Input,
-    reasons: dict[str, str], plan: str | Path | None, trial: Trial | None,
-) -> None:  # fmt: skip
+    report: Report,
+    work: Factoring,
+    budget: Budget | None,
+    allocation: str,
+    multiple: int,
+    timed: Input,
+    reasons: dict[str, str],
+    plan: str | Path | None,
+    trial: Trial | None,
+) -> None:
     """Add the curve of predicted losses, and under a budget the plan and what it is predicted to lose."""
     anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
     if budget is None:
@@ -215,15 +239,22 @@ def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict
     entropy = float(-(share * share.clamp_min(1e-300).log()).sum())
     largest = allocate.max_rank(target.shape, form)
     return {
-        "name": target.name, "form": target.form, "shape": list(target.shape), "parameters": target.entries,
-        "share": target.entries / total, "max_rank": largest,
+        "name": target.name,
+        "form": target.form,
+        "shape": list(target.shape),
+        "parameters": target.entries,
+        "share": target.entries / total,
+        "max_rank": largest,
         "break_even_rank": allocate.break_even_rank(target.shape, form),
         "effective_rank": math.exp(entropy) if energy else 0.0,
         "stable_rank": float(energy / squares[0]) if energy else 0.0,
         **{f"rank_{level}": min(int((kept < level / 100).sum()) + 1, largest) if energy else 0 for level in ENERGIES},
-        "largest": float(values[0]), "smallest": float(values[-1]), "spectrum": _spectrum(values),
-        "eligible": reason is None, "reason": reason,
-    }  # fmt: skip
+        "largest": float(values[0]),
+        "smallest": float(values[-1]),
+        "spectrum": _spectrum(values),
+        "eligible": reason is None,
+        "reason": reason,
+    }
 
 
 def _spectrum(values: Tensor) -> list[list[float]]:
@@ -246,16 +277,32 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
         shapes = {"x".join(map(str, row["shape"])) for row in some}
         why = some[0]["reason"] or ""
-        lines.append([
-            kind, len(some), shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
-            percent(sum(row["share"] for row in some)),
-            middle("max_rank"), middle("break_even_rank"), middle("effective_rank"), middle("stable_rank"),
-            *(middle(f"rank_{level}") for level in ENERGIES), why,
-        ])  # fmt: skip
+        lines.append(
+            [
+                kind,
+                len(some),
+                shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
+                percent(sum(row["share"] for row in some)),
+                middle("max_rank"),
+                middle("break_even_rank"),
+                middle("effective_rank"),
+                middle("stable_rank"),
+                *(middle(f"rank_{level}") for level in ENERGIES),
+                why,
+            ]
+        )
     columns = [
-        "module", "count", "shape", "share", "full", "break-even", "effective", "stable",
-        *(f"{level} %" for level in ENERGIES), "stays dense",
-    ]  # fmt: skip
+        "module",
+        "count",
+        "shape",
+        "share",
+        "full",
+        "break-even",
+        "effective",
+        "stable",
+        *(f"{level} %" for level in ENERGIES),
+        "stays dense",
+    ]
     return Table("rank spectra (medians per kind)", columns, lines)
 
 

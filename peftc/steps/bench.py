@@ -272,10 +272,14 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
         ("latency, batch 1, median", lambda figures: figures["batch_1"]["median_seconds"], _milliseconds, "batch_1"),
         ("latency, batch 1, p90", lambda figures: figures["batch_1"]["p90_seconds"], _milliseconds, ""),
         ("throughput, batch 1", lambda figures: figures["batch_1"]["samples_per_second"], _rate, "batch_1"),
-        (f"throughput, batch {largest}", lambda figures: figures["saturating"]["samples_per_second"], _rate,
-         "saturating"),
+        (
+            f"throughput, batch {largest}",
+            lambda figures: figures["saturating"]["samples_per_second"],
+            _rate,
+            "saturating",
+        ),
         (f"peak memory, batch {largest}", lambda figures: figures["memory"]["peak_bytes"], size, None),
-    ]  # fmt: skip
+    ]
 
     if largest == 1:
         rows = [row for row in rows if row[3] != "saturating"]

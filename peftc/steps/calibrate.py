@@ -81,13 +81,21 @@ def calibrate(
     factorize = spectra.factorizer(method, conv_method, None, with_data=True)
     if not factorize.needs:
         raise UsageError(
-            f"`--method {factorize.name}` needs no statistics", why="it takes the weights alone",
+            f"`--method {factorize.name}` needs no statistics",
+            why="it takes the weights alone",
             hint=f"decompose at once: `peftc decompose MODEL --method {factorize.name}`",
-        )  # fmt: skip
+        )
     asked = Request(
-        data, task, calibration_samples, None if calibration_tokens is None else int(calibration_tokens), batch_size,
-        image_size, max_length, seed, memory.limit(max_memory),
-    )  # fmt: skip
+        data,
+        task,
+        calibration_samples,
+        None if calibration_tokens is None else int(calibration_tokens),
+        batch_size,
+        image_size,
+        max_length,
+        seed,
+        memory.limit(max_memory),
+    )
     loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
     refuse_non_finite(loaded)
@@ -99,14 +107,21 @@ def calibrate(
         report = Report("calibrate", {"eligible": list(work.targets), "data": _without_sketch(prepared.data)})
         report.tables.append(tables.dense_table([], reasons))
         report.notes += [
-            *prepared.notes, f"{len(work.targets)} modules: {', '.join(factorize.needs)}, for `{factorize.name}`",
+            *prepared.notes,
+            f"{len(work.targets)} modules: {', '.join(factorize.needs)}, for `{factorize.name}`",
             "dry run: nothing was written",
-        ]  # fmt: skip
+        ]
         return report
     request = {
-        "command": "calibrate", "method": factorize.name, "conv_method": conv_method, "include": list(include),
-        "skip": list(skip), "device": device_of(device).type, "seed": seed, **calibrating.identity(prepared),
-    }  # fmt: skip
+        "command": "calibrate",
+        "method": factorize.name,
+        "conv_method": conv_method,
+        "include": list(include),
+        "skip": list(skip),
+        "device": device_of(device).type,
+        "seed": seed,
+        **calibrating.identity(prepared),
+    }
     output = write.output_folder(output_dir, loaded, "calibrate")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -128,18 +143,28 @@ def _least_bytes(targets: Mapping[str, Target], needs: Sequence[str]) -> int:
 
 
 def _write(
-    job: Job, model: Model, base: dict[str, Any], request: dict[str, Any], found: Statistics, report: Report,
+    job: Job,
+    model: Model,
+    base: dict[str, Any],
+    request: dict[str, Any],
+    found: Statistics,
+    report: Report,
     work: Factoring,
-) -> None:  # fmt: skip
+) -> None:
     """Write the statistics and what is known of them, check the bytes, and let the folder appear."""
     pieces = {name: artifact.from_file(info) for name, info in read_header(found.path)[0].items()}
     files = artifact.write_weights(job.folder, pieces, job.id, ONE_FILE, STATISTICS)
     files[f"{STATISTICS}.json"] = artifact.write_json(job.folder / f"{STATISTICS}.json", found.note)
     earlier = model.manifest.steps if model.manifest else []
     record = Manifest(
-        id=job.id, base=base, steps=[*earlier, {"id": job.id, "request": request}], files=files,
-        parameters=parameters(model.module), preprocess=model.preprocess, labels=model.labels,
-    )  # fmt: skip
+        id=job.id,
+        base=base,
+        steps=[*earlier, {"id": job.id, "request": request}],
+        files=files,
+        parameters=parameters(model.module),
+        preprocess=model.preprocess,
+        labels=model.labels,
+    )
     changed = artifact.changed_files(job.folder, record)
     if changed:
         raise write.differs(job.folder, f"`{changed[0]}` holds other bytes")

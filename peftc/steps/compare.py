@@ -36,8 +36,11 @@ def compare(
     report = Report("compare", {"models": [_figures(row) for row in rows]})
     for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
         figures |= {
-            "artifact": figures["name"], "id": record.manifest.id, "base": record.base, "commands": record.commands(),
-        }  # fmt: skip
+            "artifact": figures["name"],
+            "id": record.manifest.id,
+            "base": record.base,
+            "commands": record.commands(),
+        }
     report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
     report.tables.append(_table(rows))
     _say_what_was_measured(report, rows, found)
@@ -52,9 +55,15 @@ def compare(
 
 def _figures(row: Row) -> dict[str, Any]:
     return {
-        "artifact": None, "name": row.name, "stages": row.stages, "parameters": row.parameters, "bytes": row.bytes,
-        "macs": row.macs, "quality": row.quality, "speed": row.speed,
-    }  # fmt: skip
+        "artifact": None,
+        "name": row.name,
+        "stages": row.stages,
+        "parameters": row.parameters,
+        "bytes": row.bytes,
+        "macs": row.macs,
+        "quality": row.quality,
+        "speed": row.speed,
+    }
 
 
 def _table(rows: Sequence[Row]) -> Table:

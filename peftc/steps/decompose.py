@@ -134,16 +134,25 @@ def decompose(
     if data is None and gated:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = asked_budget(
-        plan, keep_all_ranks=keep_all_ranks, ratio=ratio, rank=rank, energy=energy, target_params=target_params,
-        target_macs=target_macs, speedup=speedup,
-    )  # fmt: skip
+        plan,
+        keep_all_ranks=keep_all_ranks,
+        ratio=ratio,
+        rank=rank,
+        energy=energy,
+        target_params=target_params,
+        target_macs=target_macs,
+        speedup=speedup,
+    )
     joining.refuse_with(joint, keep_all_ranks=keep_all_ranks, plan=plan, budget=budget)
     multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
     sample = Input(batch_size, image_size, max_length, device, seed)
     factorize = spectra.factorizer(
-        method, conv_method, settings, with_data=data is not None or statistics is not None,
+        method,
+        conv_method,
+        settings,
+        with_data=data is not None or statistics is not None,
         correct_bias=bias_correction,
-    )  # fmt: skip
+    )
     allocation = allocation_of(allocation, factorize.needs)
     shard_bytes = write.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
@@ -162,29 +171,53 @@ def decompose(
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
     source = calibrating.source(
-        loaded, factorize.needs, data, statistics, device, tries=sensitivity > 0 and not keep_all_ranks,
-        samples=calibration_samples, tokens=calibration_tokens, max_memory=loaded.max_memory, **reading,
-    )  # fmt: skip
+        loaded,
+        factorize.needs,
+        data,
+        statistics,
+        device,
+        tries=sensitivity > 0 and not keep_all_ranks,
+        samples=calibration_samples,
+        tokens=calibration_tokens,
+        max_memory=loaded.max_memory,
+        **reading,
+    )
     if sequential:
         in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
     measured = not dry_run and _is_measured(loaded, source, on, gated)
 
     question = Question(
-        work, reasons, budget, allocation, multiple, given, keep_all_ranks, source, sample, words, sensitivity,
+        work,
+        reasons,
+        budget,
+        allocation,
+        multiple,
+        given,
+        keep_all_ranks,
+        source,
+        sample,
+        words,
+        sensitivity,
         sequential,
-    )  # fmt: skip
+    )
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             report = question.rehearse(Path(processes.agreed(lambda: folder)))
         report.notes.append("dry run: nothing was written")
         return report
     request = {
-        **_question(factorize, budget, allocation, given), "conv_method": conv_method, "include": list(include),
-        "skip": list(skip), "max_shard_bytes": shard_bytes, "device": place.type, "seed": seed,
-        **({"keep_all_ranks": True} if keep_all_ranks else {}), **({"joint": True} if joint else {}),
+        **_question(factorize, budget, allocation, given),
+        "conv_method": conv_method,
+        "include": list(include),
+        "skip": list(skip),
+        "max_shard_bytes": shard_bytes,
+        "device": place.type,
+        "seed": seed,
+        **({"keep_all_ranks": True} if keep_all_ranks else {}),
+        **({"joint": True} if joint else {}),
         **calibrating.identity(source, sensitivity, sequential),
         **unusual(budget, multiple, sample),
-    }  # fmt: skip
+    }
     against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)
     output = write.output_folder(output_dir, loaded, "decompose")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
@@ -214,10 +247,13 @@ def _measure(
 def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
     """Return what of a request says how to factor and how far."""
     question = {
-        "command": "decompose", "budget": {budget.kind: str(budget.amount)} if budget else None,
-        "allocation": allocation if budget else None, "plan": plan.to_json() if plan else None,
-        "method": factorize.name, "settings": dict(factorize.settings),
-    }  # fmt: skip
+        "command": "decompose",
+        "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None,
+        "plan": plan.to_json() if plan else None,
+        "method": factorize.name,
+        "settings": dict(factorize.settings),
+    }
     return {**question, "bias_correction": factorize.correct_bias} if factorize.needs else question
 
 

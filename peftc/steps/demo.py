@@ -34,9 +34,7 @@ DATA = "sklearn:digits"
 RATIO = 0.5
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 4}
-PREPROCESS = {
-    "input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0, "interpolation": "bilinear",
-}  # fmt: skip
+PREPROCESS = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0, "interpolation": "bilinear"}
 EPOCHS = 20
 NOISE = 0.3  # added to the pixels, in [-1, 1], while training: 1,437 images are soon known by heart
 HEALING = 3  # epochs
@@ -120,11 +118,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         accuracy, verdict = row["accuracy"], row["speedup"]["verdict"] if "speedup" in row else ""
         lines.append(
             (
-                row["stage"], count(row["parameters"]), short(row["macs"]), f"{row['samples_per_second']:,.0f}/s",
+                row["stage"],
+                count(row["parameters"]),
+                short(row["macs"]),
+                f"{row['samples_per_second']:,.0f}/s",
                 verdict,
                 f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
             )
-        )  # fmt: skip
+        )
     columns = ("stage", "parameters", "MACs", "throughput", "", "accuracy")
     return Table("a small ViT on scikit-learn's digits", columns, lines)
 

@@ -107,10 +107,19 @@ def distill(
         PeftcError: with the cause; nothing is written then.
     """
     recipe = Recipe(
-        **length(epochs, steps, minutes, 5), batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
-        weight_decay=weight_decay, warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision,
-        evaluations=evaluations, seed=seed,
-    )  # fmt: skip
+        **length(epochs, steps, minutes, 5),
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        ema=ema,
+        dropout=dropout,
+        mixed_precision=mixed_precision,
+        evaluations=evaluations,
+        seed=seed,
+    )
     shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model)
     ordered.refuse_ordered(stored)
@@ -123,9 +132,10 @@ def distill(
     changes = Augment(augment, mixup, cutmix)
     if cache_teacher and changes:
         raise UsageError(
-            "`--cache-teacher` keeps one answer for each sample", why="augmented samples differ each time",
+            "`--cache-teacher` keeps one answer for each sample",
+            why="augmented samples differ each time",
             hint="leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`",
-        )  # fmt: skip
+        )
     reading = Settings(image_size, max_length, num_samples, seed)
     given = samples.read(
         student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading, augment=changes
@@ -141,13 +151,21 @@ def distill(
     if max_drop is not None and (guide is None or teacher is None):
         against = baseline.of_gate(stored)
     request = {
-        "command": "distill", "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
+        "command": "distill",
+        "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
         "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
-        "settings": dict(settings or {}), **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task,
-        "image_size": image_size, "max_length": max_length, "num_samples": num_samples,
-        "max_shard_bytes": shard_bytes, "device": device,
-    }  # fmt: skip
+        "settings": dict(settings or {}),
+        **asdict(recipe),
+        "held_out": held_out,
+        **asdict(changes),
+        "task": task,
+        "image_size": image_size,
+        "max_length": max_length,
+        "num_samples": num_samples,
+        "max_shard_bytes": shard_bytes,
+        "device": device,
+    }
     output = write.output_folder(output_dir, stored, "distill")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -157,27 +175,51 @@ def distill(
             work.kept = job.work / "teacher" if cache_teacher else None
             report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
-        max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
-        device=device, seed=seed,
-    )  # fmt: skip
+        report,
+        stored,
+        learnt=given.about["split"],
+        labelled=given.labelled,
+        data=data,
+        against=against,
+        max_drop=max_drop,
+        min_quality=min_quality,
+        task=task,
+        image_size=image_size,
+        max_length=max_length,
+        device=device,
+        seed=seed,
+    )
     return report
 
 
 def _carry_out(
-    job: Job, base: dict[str, Any], request: dict[str, Any], work: Imitation, stored: Model, recipe: Recipe,
-    device: str, log_with: str | None, shard_bytes: int,
-) -> Report:  # fmt: skip
+    job: Job,
+    base: dict[str, Any],
+    request: dict[str, Any],
+    work: Imitation,
+    stored: Model,
+    recipe: Recipe,
+    device: str,
+    log_with: str | None,
+    shard_bytes: int,
+) -> Report:
     """Train, write and verify."""
     report = Report("distill", notes=[*stored.notes, *work.samples.notes])
     held = work.samples.held
     taught = taught_by(work, recipe)
     score = None if held is None else lambda: work.score(held, recipe.batch_size)
     outcome = loop.fit(
-        work.student.module, len(work.samples.train), work.batch, work.loss, recipe, device=device, score=score,
-        folder=job.work, log_with=log_with,
+        work.student.module,
+        len(work.samples.train),
+        work.batch,
+        work.loss,
+        recipe,
+        device=device,
+        score=score,
+        folder=job.work,
+        log_with=log_with,
         log_folder=job.output.with_name(f"{job.output.name}-logs"),
-    )  # fmt: skip
+    )
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
     tell(report, work, outcome, _standing(work, outcome, taught, report))

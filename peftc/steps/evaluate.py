@@ -64,10 +64,21 @@ def evaluate(
     reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
     named = Columns(image_column, text_column, label_column)
     report = evaluated(
-        subject, reference, data, task=task, columns=named, num_samples=num_samples, batch_size=batch_size,
-        image_size=image_size, max_length=max_length, max_drop=max_drop, min_quality=min_quality, device=device,
-        dtype=dtype, seed=seed,
-    )  # fmt: skip
+        subject,
+        reference,
+        data,
+        task=task,
+        columns=named,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        image_size=image_size,
+        max_length=max_length,
+        max_drop=max_drop,
+        min_quality=min_quality,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
     if against == "base" and Path("base").exists():
         report.notes.append(baseline.FOLDER)
     if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work

@@ -97,13 +97,27 @@ def export(
         drawn = Settings(image_size, max_length, num_samples, seed)
         work.batches += parity.real_inputs(runs, data, task, drawn, batch_size)
     request = {
-        "command": "export", "format": word, "dense": dense, "settings": dict(settings or {}), "data": data,
-        "task": task, "num_samples": num_samples if data else None, **sides, "seed": seed, "is_judged": is_judged,
-    }  # fmt: skip
-    judge = functools.partial(
-        evaluate, data=str(data), against=against or runs, task=task, batch_size=batch_size, device="cpu", seed=seed,
+        "command": "export",
+        "format": word,
+        "dense": dense,
+        "settings": dict(settings or {}),
+        "data": data,
+        "task": task,
+        "num_samples": num_samples if data else None,
         **sides,
-    )  # fmt: skip
+        "seed": seed,
+        "is_judged": is_judged,
+    }
+    judge = functools.partial(
+        evaluate,
+        data=str(data),
+        against=against or runs,
+        task=task,
+        batch_size=batch_size,
+        device="cpu",
+        seed=seed,
+        **sides,
+    )
 
     base = write.base_record(stored)
     identity = write.identity(base, stored.manifest.steps if stored.manifest else [], request, stored.config)
@@ -144,9 +158,10 @@ def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense
         )
     if dense_updates:
         raise UsageError(
-            f"`--dense` does not go with `--format {word}`", why="it writes updates, and no weights",
+            f"`--dense` does not go with `--format {word}`",
+            why="it writes updates, and no weights",
             hint="leave one of them out",
-        )  # fmt: skip
+        )
 
 
 def _compared(
@@ -264,11 +279,15 @@ class _Work:
         parity.refuse_other(self.stored.name, found, exported)
         seen = sum(len(next(iter(batch.values()))) for batch in self.batches)
         report.data = {
-            "format": word, "runtime": exported.runtime, "samples": seen, **asdict(found),
-            "tolerance": exported.tolerance, "factors": len(exported.expected),
+            "format": word,
+            "runtime": exported.runtime,
+            "samples": seen,
+            **asdict(found),
+            "tolerance": exported.tolerance,
+            "factors": len(exported.expected),
             "products": None if exported.products is None else len(exported.products),
             "times": parity.times(self.runs, exported, self.timed, self.rounds),
-        }  # fmt: skip
+        }
         if data is None:
             report.notes.append("compared on random inputs; `--data` compares on samples of yours")
         if found.spread <= parity.NOTHING:
@@ -283,9 +302,14 @@ class _Work:
 
 
 def _finish(
-    job: Job, report: Report, work: _Work, exported: Exported, word: str, request: Mapping[str, Any],
+    job: Job,
+    report: Report,
+    work: _Work,
+    exported: Exported,
+    word: str,
+    request: Mapping[str, Any],
     base: Mapping[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Add what travels along, write ``export.json`` and let the folder appear."""
     leaves = work.leaves
     there = {path.name for path in job.folder.iterdir()}
@@ -298,23 +322,27 @@ def _finish(
     }
     record = work.stored.manifest
     about = {
-        "format": word, "library": leaves.library, "architecture": leaves.architecture,
-        "preprocess": leaves.preprocess, "labels": leaves.labels, **_card_of(word),
-        "modules": leaves.manifest.modules if leaves.manifest else {}, **exported.about,
+        "format": word,
+        "library": leaves.library,
+        "architecture": leaves.architecture,
+        "preprocess": leaves.preprocess,
+        "labels": leaves.labels,
+        **_card_of(word),
+        "modules": leaves.manifest.modules if leaves.manifest else {},
+        **exported.about,
         "made_from": {
-            "base": base, "steps": record.steps if record else [], "kept_layers": record.kept_layers if record else [],
+            "base": base,
+            "steps": record.steps if record else [],
+            "kept_layers": record.kept_layers if record else [],
             "parameters": parameters(leaves.module),
         },
-    }  # fmt: skip
+    }
     total = sum(path.stat().st_size for path in job.folder.iterdir())
     report.data |= {"files": files, "bytes": total}
     report.artifact = job.output
     report.tables.insert(0, _table(report.data))
     result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}
-    job.finish(
-        ExportRecord(job.id, request, files, about),
-        result | {"report": asdict(replace(report, artifact=None))},
-    )
+    job.finish(ExportRecord(job.id, request, files, about), result | {"report": asdict(replace(report, artifact=None))})
 
 
 def _card_of(word: str) -> dict[str, Any]:
@@ -333,7 +361,7 @@ def _table(data: dict[str, Any]) -> Table:
         ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
         ("same prediction" if data["is_share"] else "cosine", f"{same}, {data['samples']} samples"),
         ("products with weights", kept),
-    ]  # fmt: skip
+    ]
     for batch, run in data["times"].items():
         both = f"{1000 * run['export_seconds']:.3g} ms, in torch {1000 * run['torch_seconds']:.3g} ms"
         rows.append((f"latency, batch {batch}", f"{both}: {Speedup(**run['speedup']).verdict}"))

@@ -73,9 +73,13 @@ def extract_lora(
         raise PlanError(f"`{tuned.name}` and `{base.name}` do not differ", hint="name the tuned model first")
     _tell(report, rows, same, rank)
     request = {
-        "command": "extract-lora", "rank": rank, "include": list(include), "skip": list(skip), "delta": True,
+        "command": "extract-lora",
+        "rank": rank,
+        "include": list(include),
+        "skip": list(skip),
+        "delta": True,
         "tuned": write.base_record(tuned).get("files") if tuned.manifest is None else tuned.manifest.id,
-    }  # fmt: skip
+    }
     output = write.output_folder(output_dir, tuned, "extract-lora")
     stored = replace(
         base, config=tuned.config, labels=tuned.labels, base={**base.base, "architecture": tuned.architecture}
@@ -87,10 +91,16 @@ def extract_lora(
         names, there = _changed(network, mine, theirs, placed.adapters)
         found = surgery.tensors_of(network)
         written = write.write_artifact(
-            job, replace(stored, module=network), record, request, {name: piece(found[name]) for name in names},
-            imitation.factored(base), max_shard_bytes=5 * 10**9, adapters=placed.adapters,
+            job,
+            replace(stored, module=network),
+            record,
+            request,
+            {name: piece(found[name]) for name in names},
+            imitation.factored(base),
+            max_shard_bytes=5 * 10**9,
+            adapters=placed.adapters,
             delta=delta.reference(base, record, there),
-        )  # fmt: skip
+        )
         report.data["size"] = {"after": {"parameters": written.parameters, "bytes": written.weight_bytes}}
         report.warnings += write.verify(job.folder, load(Source(str(job.folder), allow_code=True)))
         write.finish(job, written, report, place_of(network))

@@ -138,12 +138,19 @@ def finetune(
         raise UsageError("`--set dropout` acts in training mode only", hint="add `--dropout`")
     usual = methods.recipe_of(function)
     recipe = Recipe(
-        **length(epochs, steps, minutes, EPOCHS), batch_size=batch_size, accumulate=accumulate,
+        **length(epochs, steps, minutes, EPOCHS),
+        batch_size=batch_size,
+        accumulate=accumulate,
         learning_rate=usual["learning_rate"] if learning_rate is None else learning_rate,
         weight_decay=usual["weight_decay"] if weight_decay is None else weight_decay,
-        warmup=warmup, clip=clip, ema=ema, dropout=dropout, mixed_precision=mixed_precision, evaluations=evaluations,
+        warmup=warmup,
+        clip=clip,
+        ema=ema,
+        dropout=dropout,
+        mixed_precision=mixed_precision,
+        evaluations=evaluations,
         seed=seed,
-    )  # fmt: skip
+    )
     shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model, merge=False)
     ordered.refuse_ordered(stored)
@@ -153,9 +160,16 @@ def finetune(
     stored = fitted.model
     row = named_task(task) if task else guess(stored)
     copied, placed, after_step = students.build(
-        stored, method, own, include=include, skip=skip, on_product=on_product,
-        has_classes=row is not None and row.has_classes, device=device, seed=seed,
-    )  # fmt: skip
+        stored,
+        method,
+        own,
+        include=include,
+        skip=skip,
+        on_product=on_product,
+        has_classes=row is not None and row.has_classes,
+        device=device,
+        seed=seed,
+    )
     pupil = Student(copied, fitted, placed, after_step)
     of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
     asked = weights_of(of_task if loss is None else loss, copied, task)
@@ -163,9 +177,14 @@ def finetune(
     changes = Augment(augment, mixup, cutmix)
     try:
         given = samples.read(
-            copied, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out,
-            settings=Settings(image_size, max_length, num_samples, seed), augment=changes,
-        )  # fmt: skip
+            copied,
+            data,
+            task=task,
+            labels=bool(asked.get(TASK)),
+            held_out=held_out,
+            settings=Settings(image_size, max_length, num_samples, seed),
+            augment=changes,
+        )
     except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
         raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
@@ -178,14 +197,28 @@ def finetune(
 
     as_delta = deltas.is_delta(stored) if delta is None else delta
     request = {
-        "command": "finetune", "method": method, "settings": dict(settings or {}), "include": list(include),
-        "skip": list(skip), "on_product": on_product, "same_rank": same_rank, "head": head, "delta": as_delta,
+        "command": "finetune",
+        "method": method,
+        "settings": dict(settings or {}),
+        "include": list(include),
+        "skip": list(skip),
+        "on_product": on_product,
+        "same_rank": same_rank,
+        "head": head,
+        "delta": as_delta,
         "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
         "data": given.about,
         "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
-        **asdict(recipe), "held_out": held_out, **asdict(changes), "task": task, "image_size": image_size,
-        "max_length": max_length, "num_samples": num_samples, "max_shard_bytes": shard_bytes, "device": device,
-    }  # fmt: skip
+        **asdict(recipe),
+        "held_out": held_out,
+        **asdict(changes),
+        "task": task,
+        "image_size": image_size,
+        "max_length": max_length,
+        "num_samples": num_samples,
+        "max_shard_bytes": shard_bytes,
+        "device": device,
+    }
     output = write.output_folder(output_dir, stored, "finetune")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -194,10 +227,20 @@ def finetune(
             job.require(tensor_bytes(stored.module) // (8 if request["delta"] else 1))
             report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
     quality.measure_on_test(
-        report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
-        max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
-        device=device, seed=seed,
-    )  # fmt: skip
+        report,
+        stored,
+        learnt=given.about["split"],
+        labelled=given.labelled,
+        data=data,
+        against=against,
+        max_drop=max_drop,
+        min_quality=min_quality,
+        task=task,
+        image_size=image_size,
+        max_length=max_length,
+        device=device,
+        seed=seed,
+    )
     return report
 
 
@@ -212,16 +255,24 @@ def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Mod
         return fitted.model if max_drop is None else baseline.of_gate(fitted.model)
     if max_drop is not None:
         raise UsageError(
-            "`--max-drop` needs something to compare with", why="the head is new, so there is no quality before",
+            "`--max-drop` needs something to compare with",
+            why="the head is new, so there is no quality before",
             hint="gate on the result: `--min-quality`, or name a `--teacher` with these classes",
-        )  # fmt: skip
+        )
     return None
 
 
 def _carry_out(
-    job: Job, base: dict[str, Any], request: dict[str, Any], work: Imitation, pupil: Student, recipe: Recipe,
-    device: str, log_with: str | None, shard_bytes: int,
-) -> Report:  # fmt: skip
+    job: Job,
+    base: dict[str, Any],
+    request: dict[str, Any],
+    work: Imitation,
+    pupil: Student,
+    recipe: Recipe,
+    device: str,
+    log_with: str | None,
+    shard_bytes: int,
+) -> Report:
     """Train, write and verify."""
     stored = pupil.stored
     report = Report("finetune", notes=[*stored.notes, *work.samples.notes])
@@ -237,19 +288,24 @@ def _carry_out(
         epoch = len(work.samples.train) / recipe.batch_size
         after = functools.partial(_after, after, updates, epoch)
     outcome = loop.fit(
-        pupil.model.module, len(work.samples.train), work.batch, loss, recipe, device=device,
-        score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size), folder=job.work,
-        log_with=log_with, log_folder=job.output.with_name(f"{job.output.name}-logs"), after_step=after,
+        pupil.model.module,
+        len(work.samples.train),
+        work.batch,
+        loss,
+        recipe,
+        device=device,
+        score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size),
+        folder=job.work,
+        log_with=log_with,
+        log_folder=job.output.with_name(f"{job.output.name}-logs"),
+        after_step=after,
         keep_last=methods.trait(function, "KEEPS_LAST", False),
-    )  # fmt: skip
+    )
     if recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
     tell(report, work, outcome, {})
     students.tell_sparsity(report, pupil)
-    memory = {
-        "optimizer_bytes": outcome.optimizer_bytes,
-        "peak_bytes": costs.peak_bytes(place_of(pupil.model.module)),
-    }
+    memory = {"optimizer_bytes": outcome.optimizer_bytes, "peak_bytes": costs.peak_bytes(place_of(pupil.model.module))}
     report.data["memory"] = memory
     report.notes.append(
         f"memory: {memory['optimizer_bytes'] / 1e6:.4g} MB of the optimizer's state, "
@@ -278,9 +334,12 @@ def _after(method: Any, updates: Mapping[str, nn.Module], steps_per_epoch: float
 
 
 def _penalized(
-    loss: Callable[..., Mapping[str, Any]], penalty: Callable[..., Any], adapted: Mapping[str, Adapted],
-    module: nn.Module, given: Any,
-) -> Mapping[str, Any]:  # fmt: skip
+    loss: Callable[..., Mapping[str, Any]],
+    penalty: Callable[..., Any],
+    adapted: Mapping[str, Adapted],
+    module: nn.Module,
+    given: Any,
+) -> Mapping[str, Any]:
     """Return the terms of a batch and what the method adds to them."""
     found = penalty(adapted)
     return {**loss(module, given), **({} if found is None else {"penalty": found})}
@@ -299,9 +358,16 @@ def _write(
         tensors = surgery.tensors_of(module)
         pieces = {name: piece(tensors[name]) for name in names}
         record = write.write_artifact(
-            job, tuned, base, request, pieces, imitation.factored(stored), adapters=adapters,
-            delta=deltas.reference(stored, base, there), **options,
-        )  # fmt: skip
+            job,
+            tuned,
+            base,
+            request,
+            pieces,
+            imitation.factored(stored),
+            adapters=adapters,
+            delta=deltas.reference(stored, base, there),
+            **options,
+        )
         merged, _ = taken_in(tuned, adapters, report)
     else:
         merged, left = taken_in(tuned, adapters, report, same_rank=request["same_rank"])

@@ -74,9 +74,10 @@ def init(model: str | Path | Source, *, data: str | None = None, overwrite: bool
     file = Path(config.FILE)
     if file.exists() and not overwrite:
         raise OutputError(
-            f"`{file}` is there already", why="it may hold settings of yours",
+            f"`{file}` is there already",
+            why="it may hold settings of yours",
             hint="edit it, run it with `peftc run`, or replace it with `--overwrite`",
-        )  # fmt: skip
+        )
     found = load(source, weights=False)
     splits = split_names(data) if data is not None else []
     if processes.rank() == 0:

@@ -46,9 +46,10 @@ def merge(
     stored = load(model, merge=False)
     if not adapted_modules(stored.module) and not (stored.manifest and stored.manifest.delta):
         raise PlanError(
-            f"`{stored.name}` has nothing to merge", why="it is a whole model without updates",
+            f"`{stored.name}` has nothing to merge",
+            why="it is a whole model without updates",
             hint="`peftc finetune --delta` writes what can be merged",
-        )  # fmt: skip
+        )
     request = {"command": "merge", "same_rank": same_rank, "max_shard_bytes": shard_bytes}
     output = write.output_folder(output_dir, stored, "merge")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
@@ -61,9 +62,15 @@ def merge(
                 stored, stored.manifest.adapters if stored.manifest else {}, report, same_rank=same_rank
             )
             record = write.write_artifact(
-                job, whole, base, request, pieces_of(whole), imitation.factored(whole),
-                max_shard_bytes=shard_bytes, adapters=adapters,
-            )  # fmt: skip
+                job,
+                whole,
+                base,
+                request,
+                pieces_of(whole),
+                imitation.factored(whole),
+                max_shard_bytes=shard_bytes,
+                adapters=adapters,
+            )
             report.warnings += write.verify(job.folder, whole)
             report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
             write.finish(job, record, report, place_of(whole.module))

@@ -151,36 +151,71 @@ def prune_layers(
         report.notes.append("dry run: nothing was written")
         return _complete(report, stored, plot, choice, max_params, max_bytes)
     request = {
-        "command": "prune-layers", "data": given.about if given else None, "score": chosen.word if chosen else None,
-        "settings": dict(settings or {}), "alpha": asked.alpha, "keep": asked.keep,
-        "drop": list(asked.drop) if asked.drop else None, "within_drop": within_drop, "repair": repair,
-        "stability": stability, "delta": as_delta, "task": task, "num_samples": num_samples, "image_size": image_size,
-        "max_length": max_length, "max_shard_bytes": shard_bytes, "device": device, "seed": seed,
-    }  # fmt: skip
+        "command": "prune-layers",
+        "data": given.about if given else None,
+        "score": chosen.word if chosen else None,
+        "settings": dict(settings or {}),
+        "alpha": asked.alpha,
+        "keep": asked.keep,
+        "drop": list(asked.drop) if asked.drop else None,
+        "within_drop": within_drop,
+        "repair": repair,
+        "stability": stability,
+        "delta": as_delta,
+        "task": task,
+        "num_samples": num_samples,
+        "image_size": image_size,
+        "max_length": max_length,
+        "max_shard_bytes": shard_bytes,
+        "device": device,
+        "seed": seed,
+    }
     against = stored if max_drop is None else baseline.of_gate(stored)
     output = write.output_folder(output_dir, stored, "prune-layers")
     prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
     if training:
         report, decided = retraining.trained_again(
-            stored, output, request, training, prune, finetune, overwrite=overwrite, data=data, task=task,
-            num_samples=num_samples, image_size=image_size, max_length=max_length, device=device, seed=seed,
-        )  # fmt: skip
+            stored,
+            output,
+            request,
+            training,
+            prune,
+            finetune,
+            overwrite=overwrite,
+            data=data,
+            task=task,
+            num_samples=num_samples,
+            image_size=image_size,
+            max_length=max_length,
+            device=device,
+            seed=seed,
+        )
     else:
         report, decided = prune(output)
     _complete(report, stored, plot, decided, max_params, max_bytes)
     if given is not None and data is not None:
         quality.measure_on_test(
-            report, stored, learnt=given.about["split"], labelled=given.labelled, data=data, against=against,
-            max_drop=max_drop, min_quality=min_quality, task=task, image_size=image_size, max_length=max_length,
-            device=device, seed=seed,
-        )  # fmt: skip
+            report,
+            stored,
+            learnt=given.about["split"],
+            labelled=given.labelled,
+            data=data,
+            against=against,
+            max_drop=max_drop,
+            min_quality=min_quality,
+            task=task,
+            image_size=image_size,
+            max_length=max_length,
+            device=device,
+            seed=seed,
+        )
         retraining.tell_quality(report)
     return report
 
 
 def _prune(
     work: Work, report: Report, request: dict[str, Any], output: Path, *, overwrite: bool
-) -> tuple[Report, Choice | None]:  # fmt: skip
+) -> tuple[Report, Choice | None]:
     """Decide and write, where it was not done before; return the report, and the choice where one was made."""
     with write.writing(work.stored, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -219,9 +254,14 @@ def _sizes(before: Model, after: Model) -> dict[str, dict[str, Any]]:
 
 
 def _carry_out(
-    job: Job, base: dict[str, Any], request: dict[str, Any], report: Report, work: Work, shorter: Shorter,
+    job: Job,
+    base: dict[str, Any],
+    request: dict[str, Any],
+    report: Report,
+    work: Work,
+    shorter: Shorter,
     seen: Seen | None,
-) -> None:  # fmt: skip
+) -> None:
     """Write, reload and compare; the first process does."""
     if processes.rank():
         return
@@ -236,9 +276,18 @@ def _carry_out(
         pieces = {name: pieces[name] for name in names}
         beneath = deltas.reference(work.stored, base, there)
     record = write.write_artifact(
-        job, shorter.model, base, request, pieces, shorter.modules, max_shard_bytes=request["max_shard_bytes"],
-        kept_layers=kept, adapters=shorter.adapters, delta=beneath, skipped=shorter.skipped,
-    )  # fmt: skip
+        job,
+        shorter.model,
+        base,
+        request,
+        pieces,
+        shorter.modules,
+        max_shard_bytes=request["max_shard_bytes"],
+        kept_layers=kept,
+        adapters=shorter.adapters,
+        delta=beneath,
+        skipped=shorter.skipped,
+    )
     expected, _ = models.without_updates(replace(shorter.model, manifest=None))
     report.warnings += write.verify(job.folder, expected)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
@@ -249,9 +298,13 @@ def _carry_out(
 
 
 def _complete(
-    report: Report, stored: Model, plot: str | Path | None, choice: Choice | None, max_params: float | None,
+    report: Report,
+    stored: Model,
+    plot: str | Path | None,
+    choice: Choice | None,
+    max_params: float | None,
     max_bytes: float | None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Draw the picture and add the gates on the size."""
     if plot is not None and processes.rank() == 0:
         _draw(report, stored, Path(plot), choice)

@@ -165,9 +165,10 @@ def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> li
     foreign = sorted(name for name in left - known if name.endswith(WEIGHTS))
     if foreign:
         raise OutputError(
-            f"`{repo}` holds another model", why=f"peftc did not push its `{foreign[0]}`, and does not delete it",
+            f"`{repo}` holds another model",
+            why=f"peftc did not push its `{foreign[0]}`, and does not delete it",
             hint="push to another repository",
-        )  # fmt: skip
+        )
     return sorted(left & known)
 
 

@@ -64,7 +64,7 @@ def truncate(
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     budget = asked_budget(
         plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
-    )  # fmt: skip
+    )
     shard_bytes = write.shard_bytes(max_shard_size)
 
     loaded = load(model)
@@ -86,10 +86,12 @@ def truncate(
         report.notes.append("dry run: nothing was written")
         return report
     request = {
-        "command": "truncate", "budget": {budget.kind: str(budget.amount)} if budget else None,
-        "allocation": allocation if budget else None, "plan": given.to_json() if given else None,
+        "command": "truncate",
+        "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None,
+        "plan": given.to_json() if given else None,
         "max_shard_bytes": shard_bytes,
-    }  # fmt: skip
+    }
     output = write.output_folder(output_dir, loaded, "truncate")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
@@ -98,9 +100,15 @@ def truncate(
             work.job = job
             job.require(tensor_bytes(loaded.module))
             carry_out(
-                report, work, decided, base, request, budget, max_shard_bytes=shard_bytes,
+                report,
+                work,
+                decided,
+                base,
+                request,
+                budget,
+                max_shard_bytes=shard_bytes,
                 kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
-            )  # fmt: skip
+            )
     gate_size(report, max_params, max_bytes)
     return report
 

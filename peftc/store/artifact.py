@@ -21,9 +21,15 @@ MODEL, FACTORS, RESULT = "model", "factors", "result.json"  # the first two are 
 BLOCK = 1 << 20
 SEEN_AT = {"leader": str, "side": str, "form": str, "lookup": bool, "rows": int, "width": int}  # of one module
 NOTE = {  # what `statistics.json` has to say
-    "needs": [str], "method": str, "samples": int, "data": {"spec": str, "split": str}, "eligible?": [str],
-    "collected": {"command": str}, "request": {"batch_size": int}, "modules": {str: SEEN_AT},
-}  # fmt: skip
+    "needs": [str],
+    "method": str,
+    "samples": int,
+    "data": {"spec": str, "split": str},
+    "eligible?": [str],
+    "collected": {"command": str},
+    "request": {"batch_size": int},
+    "modules": {str: SEEN_AT},
+}
 
 
 @dataclass(frozen=True)
@@ -190,9 +196,10 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
     name = f"{manifests.STATISTICS}.json"
     if not manifest.holds_statistics or name not in manifest.files:
         raise ArtifactError(
-            f"`{folder}` holds no statistics", why=f"its manifest lists no `{manifests.STATISTICS}.safetensors`",
+            f"`{folder}` holds no statistics",
+            why=f"its manifest lists no `{manifests.STATISTICS}.safetensors`",
             hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
-        )  # fmt: skip
+        )
     try:
         note = documents.read_json(folder / name)
         why = documents.misfit(note, NOTE)

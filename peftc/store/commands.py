@@ -20,8 +20,16 @@ DEFAULT_SHARD = 5_000_000_000
 
 
 WRITING = (
-    "calibrate", "decompose", "distill", "export", "extract-lora", "finetune", "merge", "prune-layers", "truncate",
-)  # fmt: skip
+    "calibrate",
+    "decompose",
+    "distill",
+    "export",
+    "extract-lora",
+    "finetune",
+    "merge",
+    "prune-layers",
+    "truncate",
+)
 
 
 def command_lines(record: Manifest) -> list[str]:
@@ -37,9 +45,10 @@ def command_lines(record: Manifest) -> list[str]:
         request = step["request"]
         if request["command"] not in WRITING:
             raise ArtifactError(
-                f"the manifest names the command `{request['command']}`", why="it is no command of peftc that writes",
+                f"the manifest names the command `{request['command']}`",
+                why="it is no command of peftc that writes",
                 hint="build the artifact again with this version of peftc, or look at its files by hand",
-            )  # fmt: skip
+            )
         name = f"{number:02d}-{request['command']}"
         if request.get("plan"):
             lines.append(f"cat >{name}.json <<'PLAN'\n{json.dumps(request['plan'])}\nPLAN")
@@ -105,14 +114,33 @@ def _training_options(request: dict[str, Any]) -> list[str]:
     """Return the options of a training: what it read, towards what, and how long."""
     teacher = request.get("teacher") or {"spec": None}  # without a name it is the base
     options = _of(
-        request, "epochs", "steps", "minutes", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup",
-        "clip", "ema", "mixed_precision", "held_out", "evaluations", "task", "num_samples", "image_size", "max_length",
-    )  # fmt: skip
+        request,
+        "epochs",
+        "steps",
+        "minutes",
+        "batch_size",
+        "accumulate",
+        "learning_rate",
+        "weight_decay",
+        "warmup",
+        "clip",
+        "ema",
+        "mixed_precision",
+        "held_out",
+        "evaluations",
+        "task",
+        "num_samples",
+        "image_size",
+        "max_length",
+    )
     options |= {
-        "augment": request["policy"], "mixup": request["mixup"] or None, "cutmix": request["cutmix"] or None,
+        "augment": request["policy"],
+        "mixup": request["mixup"] or None,
+        "cutmix": request["cutmix"] or None,
         "data": request["data"]["spec"],
-        "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()), "teacher": teacher["spec"],
-    }  # fmt: skip
+        "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()),
+        "teacher": teacher["spec"],
+    }
     if request["command"] == "finetune":
         options |= {"head": request.get("head"), **_delta(request)}
     return _words(options | {"dropout": request["dropout"]})
@@ -133,10 +161,14 @@ def _layer_options(request: dict[str, Any]) -> list[str]:
 def _calibration_options(request: dict[str, Any]) -> list[str]:
     """Return the options of the calibration set that a request read itself."""
     asked = request.get("statistics", {}).get("request") or {}
-    return _words({
-        **_of(asked, "data", "task"), "calibration_samples": asked.get("samples"),
-        "calibration_tokens": asked.get("tokens"), **_of(asked, "image_size", "max_length", "max_memory"),
-        "batch_size": asked.get("batch_size") if request["command"] == "calibrate" else None,
-        "sensitivity": request.get("sensitivity") if request["command"] == "decompose" else None,
-        "sequential": request.get("sequential"),
-    })  # fmt: skip
+    return _words(
+        {
+            **_of(asked, "data", "task"),
+            "calibration_samples": asked.get("samples"),
+            "calibration_tokens": asked.get("tokens"),
+            **_of(asked, "image_size", "max_length", "max_memory"),
+            "batch_size": asked.get("batch_size") if request["command"] == "calibrate" else None,
+            "sensitivity": request.get("sensitivity") if request["command"] == "decompose" else None,
+            "sequential": request.get("sequential"),
+        }
+    )

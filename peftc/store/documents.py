@@ -30,9 +30,14 @@ SEAL = "digest"  # the field that holds the sha256 of all others
 MOST_BYTES = 512 * 1024 * 1024  # the largest honest document, a tokenizer, has 40 MB
 MOST_DEEP = 200  # maps and lists in one another; the deepest honest document, a tokenizer, has 10
 NAMES: dict[Any, str] = {
-    dict: "a map", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
+    dict: "a map",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
     None: "null",
-}  # fmt: skip
+}
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

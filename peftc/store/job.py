@@ -41,15 +41,24 @@ IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 CHECKPOINT = "checkpoint"  # how files of a training begin that it goes on from
 EXPORT = "export.json"  # in place of a manifest, in a folder that other programs read
 MADE_FROM = {
-    "base": manifest.FIELDS["base"], "steps": manifest.FIELDS["steps"], "kept_layers": [str], "parameters": int,
-}  # fmt: skip
+    "base": manifest.FIELDS["base"],
+    "steps": manifest.FIELDS["steps"],
+    "kept_layers": [str],
+    "parameters": int,
+}
 EXPORTED = {
-    "id": str, "request": manifest.REQUEST, "files": {str: manifest.ENTRY},
+    "id": str,
+    "request": manifest.REQUEST,
+    "files": {str: manifest.ENTRY},
     "about": {
-        "format": str, "modules": manifest.FIELDS["modules"], "made_from?": MADE_FROM, "library_name?": (str, None),
-        "tags?": [str], "use?": (str, None),
+        "format": str,
+        "modules": manifest.FIELDS["modules"],
+        "made_from?": MADE_FROM,
+        "library_name?": (str, None),
+        "tags?": [str],
+        "use?": (str, None),
     },
-}  # fmt: skip
+}
 
 
 class Record(Protocol):
@@ -98,9 +107,10 @@ def read_export(folder: Path) -> ExportRecord:
         raise manifest.edited(path)
     record = ExportRecord(value["id"], value["request"], value["files"], value["about"])
     changed = [
-        name for name, entry in record.files.items()
+        name
+        for name, entry in record.files.items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
-    ]  # fmt: skip
+    ]
     if changed:
         raise ArtifactError(
             f"`{folder}` is not as it was exported",
@@ -216,9 +226,13 @@ class Job:
 
 @contextmanager
 def execution(
-    output: Path, identity: str, request: Mapping[str, Any] | None = None, *, overwrite: bool = False,
+    output: Path,
+    identity: str,
+    request: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
     record: str = MANIFEST,
-) -> Iterator[Job]:  # fmt: skip
+) -> Iterator[Job]:
     """Hold the output folder for one request, and leave nothing behind when the request is refused.
 
     Raises:

@@ -19,21 +19,44 @@ SCHEMA_VERSION = 1
 STATISTICS = "statistics"  # stem of the files that `calibrate` writes
 ENTRY = {"sha256": str, "bytes": int}
 SOURCE = {
-    "spec": str, "arch?": (str, None), "arch_set?": dict, "weights?": (str, None), "revision?": (str, None),
-    "preprocess?": dict, "trust_remote_code?": bool, "artifact?": str, "base?": str,
-}  # fmt: skip
+    "spec": str,
+    "arch?": (str, None),
+    "arch_set?": dict,
+    "weights?": (str, None),
+    "revision?": (str, None),
+    "preprocess?": dict,
+    "trust_remote_code?": bool,
+    "artifact?": str,
+    "base?": str,
+}
 PLAN = {"ranks": dict, "forms?": dict, "joint?": [[str]]}
 STATED = {"request?": ({"data?": (str, None)}, None), "collected?": {"command": str}}
 # of a request only what is read again: by `show --commands`, cards and later steps
 REQUEST = {
-    "command": str, "budget?": (dict, None), "plan?": (PLAN, None), "settings?": dict, "statistics?": STATED,
-    "method?": (str, None), "data?": ({"spec": str}, str, None), "drop?": ([int], None), "include?": [str],
-    "skip?": [str], "max_shard_bytes?": int, "delta?": bool,
-}  # fmt: skip
+    "command": str,
+    "budget?": (dict, None),
+    "plan?": (PLAN, None),
+    "settings?": dict,
+    "statistics?": STATED,
+    "method?": (str, None),
+    "data?": ({"spec": str}, str, None),
+    "drop?": ([int], None),
+    "include?": [str],
+    "skip?": [str],
+    "max_shard_bytes?": int,
+    "delta?": bool,
+}
 TRAINING = {
-    "command": str, "loss": {str: float}, "data": {"spec": str}, "teacher?": ({"spec": (str, None)}, None),
-    "policy": (str, None), "mixup": (float, None), "cutmix": (float, None), "dropout": Any, "head?": Any,
-}  # fmt: skip
+    "command": str,
+    "loss": {str: float},
+    "data": {"spec": str},
+    "teacher?": ({"spec": (str, None)}, None),
+    "policy": (str, None),
+    "mixup": (float, None),
+    "cutmix": (float, None),
+    "dropout": Any,
+    "head?": Any,
+}
 DELTA = {"source": SOURCE, "files": {str: str}, "tensors": {str: str}}
 FIELDS: dict[str, Any] = {
     "schema_version": int,
@@ -45,11 +68,15 @@ FIELDS: dict[str, Any] = {
     "files": {str: ENTRY},
     "parameters": int,
     "preprocess": {
-        "input_size?": [int], "mean?": [float], "std?": [float], "crop_pct?": float, "interpolation?": str,
+        "input_size?": [int],
+        "mean?": [float],
+        "std?": [float],
+        "crop_pct?": float,
+        "interpolation?": str,
         "crop_mode?": str,
     },
     "labels": ([str], None),
-}  # fmt: skip
+}
 OPTIONAL: dict[str, Any] = {
     "ordered": {str: {"form": str, "rank": int}},
     "kept_layers": [str],

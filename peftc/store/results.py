@@ -15,36 +15,70 @@ INTERVAL = {"value": float, "low": float, "high": float}
 SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
 DATA = {"spec": str, "split": str, "samples": int, "digest": str}
 EVALUATED = {
-    "at?": int, "question?": Any, "task": str, "metric": str, "metrics": {str: INTERVAL}, "data": DATA,
-    "higher_is_better?": bool, "seen?": bool, "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
-}  # fmt: skip
+    "at?": int,
+    "question?": Any,
+    "task": str,
+    "metric": str,
+    "metrics": {str: INTERVAL},
+    "data": DATA,
+    "higher_is_better?": bool,
+    "seen?": bool,
+    "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
+}
 TIMED = {
-    "dtype": str, "parameters": int, "macs": COUNT, "bytes_on_disk": COUNT, "batch_1": {"median_seconds": float},
+    "dtype": str,
+    "parameters": int,
+    "macs": COUNT,
+    "bytes_on_disk": COUNT,
+    "batch_1": {"median_seconds": float},
     "saturating": {"batch": int, "samples_per_second": float},
-}  # fmt: skip
+}
 BENCHED = {
-    "at": int, "question?": Any, "model": TIMED, "against?": (TIMED | {"name": str}, None), "input": Any,
+    "at": int,
+    "question?": Any,
+    "model": TIMED,
+    "against?": (TIMED | {"name": str}, None),
+    "input": Any,
     "speedup?": ({"saturating": ({"verdict": str}, None)}, None),
     "environment": {"device_name": str, "threads": int},
-}  # fmt: skip
+}
 MODULE = {
-    "name": str, "shape?": [int], "rank?": (int, [int], None), "reason?": TEXT, "error?": NUMBER,
-    "parameters_before?": COUNT, "parameters_after?": COUNT,
-}  # fmt: skip
+    "name": str,
+    "shape?": [int],
+    "rank?": (int, [int], None),
+    "reason?": TEXT,
+    "error?": NUMBER,
+    "parameters_before?": COUNT,
+    "parameters_after?": COUNT,
+}
 LAYER = {"name": str, "score": NUMBER, "kept": bool}
 REPORT = {
     "data?": {
-        "size?": ({"before?": (SIZE, None), "after?": (SIZE, None)}, None), "modules?": ([MODULE], dict, None),
-        "layers?": ([LAYER], None), "score?": TEXT, "threshold?": NUMBER, "quality?": (EVALUATED, None),
-        "runtime?": str, "deviation?": float, "times?": {str: {"speedup": {"verdict": str}}},
+        "size?": ({"before?": (SIZE, None), "after?": (SIZE, None)}, None),
+        "modules?": ([MODULE], dict, None),
+        "layers?": ([LAYER], None),
+        "score?": TEXT,
+        "threshold?": NUMBER,
+        "quality?": (EVALUATED, None),
+        "runtime?": str,
+        "deviation?": float,
+        "times?": {str: {"speedup": {"verdict": str}}},
     },
-    "tables?": [{"title": str, "columns": [str], "rows": [[CELL]]}], "notes?": [str], "warnings?": [str],
-}  # fmt: skip
+    "tables?": [{"title": str, "columns": [str], "rows": [[CELL]]}],
+    "notes?": [str],
+    "warnings?": [str],
+}
 RESULT = {
-    "report?": REPORT, "seconds?": NUMBER, "device?": TEXT, "platform?": TEXT, "threads?": COUNT,
-    "versions?": {str: str}, "measured?": {"evaluate?": [EVALUATED | {"at": int}], "bench?": [BENCHED]},
-    "asked?": ({"id?": str, "request?": dict}, None), "places?": {str: {"spec": str, "revision?": str}},
-}  # fmt: skip
+    "report?": REPORT,
+    "seconds?": NUMBER,
+    "device?": TEXT,
+    "platform?": TEXT,
+    "threads?": COUNT,
+    "versions?": {str: str},
+    "measured?": {"evaluate?": [EVALUATED | {"at": int}], "bench?": [BENCHED]},
+    "asked?": ({"id?": str, "request?": dict}, None),
+    "places?": {str: {"spec": str, "revision?": str}},
+}
 
 
 def misfit(value: Any) -> str | None:

@@ -20,11 +20,28 @@ FORMS = (
 
 # the small files that travel with a model: tokenizer, processor, generation settings, sentence-transformers, licence
 COMPANIONS = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt",
-    "dict*.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes", "*preprocessor_config.json", "processor_config.json",
-    "generation_config.json", "chat_template*", "*.jinja", "modules.json", "sentence_*config.json",
-    "config_sentence_transformers.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
+    "dict*.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "bpe.codes",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template*",
+    "*.jinja",
+    "modules.json",
+    "sentence_*config.json",
+    "config_sentence_transformers.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 CODE = "*.py"  # of a checkpoint that brings its own; it travels only where that code is trusted
 
 
@@ -63,9 +80,11 @@ class Source:
     def names(self, spec: str, **how: Any) -> Source:
         """Return the source of what a file of this one names: trusted as far as this one is, and not typed."""
         trust = {
-            "allow_code": self.allow_code, "trust_remote_code": self.trust_remote_code, "offline": self.offline,
+            "allow_code": self.allow_code,
+            "trust_remote_code": self.trust_remote_code,
+            "offline": self.offline,
             "from_file": True,
-        }  # fmt: skip
+        }
         return Source(spec, **{**trust, **how})
 
 
@@ -151,9 +170,10 @@ def refuse_links(folder: Path) -> None:
         small = path.name in (MANIFEST, ADAPTER, "config.json") or any(path.match(each) for each in (*COMPANIONS, CODE))
         if small and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in own):
             raise SourceError(
-                f"`{path}` is a link that leaves its folder", why=f"it points to `{path.resolve()}`",
+                f"`{path}` is a link that leaves its folder",
+                why=f"it points to `{path.resolve()}`",
                 hint="put a copy of the file in its place, if it belongs to the model",
-            )  # fmt: skip
+            )
 
 
 def in_folder(path: Path, source: Source) -> Located:

@@ -29,8 +29,9 @@ def before(model: Model) -> Model:
     if found is None:
         raise ArtifactError(
             f"nothing before `{model.name}` has its head",
-            why="its last step gave it a new one, so there is no quality to compare with", hint=NAME_ONE,
-        )  # fmt: skip
+            why="its last step gave it a new one, so there is no quality to compare with",
+            hint=NAME_ONE,
+        )
     return found
 
 
@@ -53,8 +54,9 @@ def _earliest(model: Model) -> Model | None:
     if _head(found) != _head(model):
         raise ArtifactError(
             f"`{found.source.spec}` has another head than `{model.name}`, so their quality cannot be compared",
-            why="it is the earliest model of the chain, and no step says that it gave another head", hint=NAME_ONE,
-        )  # fmt: skip
+            why="it is the earliest model of the chain, and no step says that it gave another head",
+            hint=NAME_ONE,
+        )
     note = f"compared with `{found.source.spec}`, the earliest model of the chain with the same head and task"
     return replace(found, notes=[*found.notes, note])
 
@@ -71,9 +73,10 @@ def _there(model: Model, step: int) -> Model:
         if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
             raise
         raise ArtifactError(
-            f"the model to compare `{model.name}` with cannot be loaded", why=f"{error.what}",
+            f"the model to compare `{model.name}` with cannot be loaded",
+            why=f"{error.what}",
             hint=f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE,
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _written(model: Model, step: int) -> Model:

@@ -28,9 +28,7 @@ def need_classes(data: Dataset, task: str) -> None:
         none = f"it has no class folders and {column}" if data.kind == "image" else f"it has {column}"
         why = none if data.labels is None else "its labels are scores"
         raise DataError(
-            f"`{task}` needs a class for each sample of `{data.name}`",
-            why=why,
-            hint=LABELS.format(data.name),
+            f"`{task}` needs a class for each sample of `{data.name}`", why=why, hint=LABELS.format(data.name)
         )
 
 

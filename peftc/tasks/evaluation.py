@@ -22,11 +22,22 @@ NAMED = Named()
 
 
 def evaluated(
-    subject: Model, reference: Model | None, data: str, *, task: str | None = None, columns: Named = NAMED,
-    num_samples: int | None = None, batch_size: int | None = None, image_size: int | None = None,
-    max_length: int | None = None, max_drop: float | None = None, min_quality: float | None = None,
-    device: str = "auto", dtype: str = "auto", seed: int = 0,
-) -> Report:  # fmt: skip
+    subject: Model,
+    reference: Model | None,
+    data: str,
+    *,
+    task: str | None = None,
+    columns: Named = NAMED,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    max_length: int | None = None,
+    max_drop: float | None = None,
+    min_quality: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Report:
     """Return figures with their intervals, and those of another model with the paired difference.
 
     Args:

@@ -12,9 +12,7 @@ from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.errors import DataError, UsageError, reason_of
 from peftc.models.place import moved, place_of
-from peftc.tasks.classes import (
-    need_classes,
-)
+from peftc.tasks.classes import need_classes
 from peftc.tasks.task import Batch, Encoded, Settings
 
 if TYPE_CHECKING:

@@ -41,9 +41,17 @@ def sparing(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_on_test(
-    report: Report, model: Model, *, learnt: str, labelled: bool, data: str, against: Model | None,
-    max_drop: float | None, min_quality: float | None, **options: Any,
-) -> None:  # fmt: skip
+    report: Report,
+    model: Model,
+    *,
+    learnt: str,
+    labelled: bool,
+    data: str,
+    against: Model | None,
+    max_drop: float | None,
+    min_quality: float | None,
+    **options: Any,
+) -> None:
     """Evaluate what was written on the test split of what it learnt from, where there is one and it has labels.
 
     Args:
@@ -60,11 +68,18 @@ def measure_on_test(
     if len(test) != 1 or not labelled:
         if max_drop is not None or min_quality is not None:
             raise DataError(
-                "`--max-drop` and `--min-quality` need a test split with labels", why=f"`{data}` has none",
+                "`--max-drop` and `--min-quality` need a test split with labels",
+                why=f"`{data}` has none",
                 hint="measure apart: `peftc evaluate`",
-            )  # fmt: skip
+            )
         return
     add(
-        report, model, against=against, data=f"{parts_of(data)[0]}@{test[0]}", max_drop=max_drop,
-        min_quality=min_quality, batch_size=None, **options,
-    )  # fmt: skip
+        report,
+        model,
+        against=against,
+        data=f"{parts_of(data)[0]}@{test[0]}",
+        max_drop=max_drop,
+        min_quality=min_quality,
+        batch_size=None,
+        **options,
+    )

@@ -42,8 +42,7 @@ def encode_pairs(model: Model, data: Dataset, settings: Settings) -> Encoded:
     """
     if data.labels is None or data.classes is not None:
         raise DataError(
-            f"`sentence-similarity` needs a score for each pair of `{data.name}`",
-            hint=LABELS.format(data.name),
+            f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=LABELS.format(data.name)
         )
     samples = [data[index] for index in range(len(data))]
     scores = torch.tensor([score for _, score in samples], dtype=torch.float64)

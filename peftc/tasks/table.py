@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, one_of
 from peftc.tasks import retrieval
-from peftc.tasks.classes import (
-    compare_classes,
-    encode_classified,
-    is_hit,
-    is_in_five,
-    macro_f1,
-    observe_classes,
-)
+from peftc.tasks.classes import compare_classes, encode_classified, is_hit, is_in_five, macro_f1, observe_classes
 from peftc.tasks.images import encode_images
 from peftc.tasks.language import compare_tokens, encode_causal, encode_masked, nll, observe_tokens, perplexity
 from peftc.tasks.sentences import encode_pairs, observe_pairs, spearman
@@ -25,37 +18,65 @@ if TYPE_CHECKING:
     from peftc.models.model import Model
 
 
-_PERPLEXITY = (
-    Metric("perplexity", perplexity, higher_is_better=False),
-    Metric("nll", nll, higher_is_better=False),
-)
+_PERPLEXITY = (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False))
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "image-classification", ("image", "tensor"), ("ForImageClassification",), encode_images, observe_classes,
-            (Metric("top1", is_hit, True), Metric("top5", is_in_five, True, column="in_five")), 32, compare_classes,
+            "image-classification",
+            ("image", "tensor"),
+            ("ForImageClassification",),
+            encode_images,
+            observe_classes,
+            (Metric("top1", is_hit, True), Metric("top5", is_in_five, True, column="in_five")),
+            32,
+            compare_classes,
         ),
         Task(
-            "text-classification", ("text", "pairs"), ("ForSequenceClassification",), encode_classified,
-            observe_classes, (Metric("accuracy", is_hit, True), Metric("f1", macro_f1)), 32, compare_classes,
+            "text-classification",
+            ("text", "pairs"),
+            ("ForSequenceClassification",),
+            encode_classified,
+            observe_classes,
+            (Metric("accuracy", is_hit, True), Metric("f1", macro_f1)),
+            32,
+            compare_classes,
         ),
         Task(
-            "masked-lm", ("text",), ("ForMaskedLM",), encode_masked, observe_tokens, _PERPLEXITY, 8, compare_tokens,
+            "masked-lm",
+            ("text",),
+            ("ForMaskedLM",),
+            encode_masked,
+            observe_tokens,
+            _PERPLEXITY,
+            8,
+            compare_tokens,
             is_language=True,
         ),
         Task(
-            "causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal, observe_tokens,
-            _PERPLEXITY, 8, compare_tokens, is_language=True,
+            "causal-lm",
+            ("text", "tensor"),
+            ("ForCausalLM", "LMHeadModel"),
+            encode_causal,
+            observe_tokens,
+            _PERPLEXITY,
+            8,
+            compare_tokens,
+            is_language=True,
         ),
         retrieval.TASK,  # before the next, whose ending is that of every bare model
         Task(
-            "sentence-similarity", ("pairs",), ("Model",), encode_pairs, observe_pairs,
-            (Metric("spearman", spearman),), 32,
+            "sentence-similarity",
+            ("pairs",),
+            ("Model",),
+            encode_pairs,
+            observe_pairs,
+            (Metric("spearman", spearman),),
+            32,
         ),
     )
-}  # fmt: skip
+}
 
 
 def named_task(name: str) -> Task:
@@ -86,9 +107,12 @@ def fitting(task: Task, data: Dataset) -> Task:
     if data.kind in task.reads:
         return task
     holds = {
-        "image": "images", "text": "single texts", "pairs": "pairs of texts", "tensor": "tensors",
+        "image": "images",
+        "text": "single texts",
+        "pairs": "pairs of texts",
+        "tensor": "tensors",
         "image-text": "pairs of an image and a text",
-    }  # fmt: skip
+    }
     raise DataError(
         f"`{task.name}` cannot be evaluated on `{data.name}`",
         why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",

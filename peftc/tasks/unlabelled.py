@@ -67,10 +67,7 @@ def _texts(model: Model, data: Dataset, task: Task | None, settings: Settings) -
 
 
 def loss_of_own_prediction(
-    task: Task | None,
-    outputs: Tensor,
-    inputs: Mapping[str, Tensor] | Tensor,
-    generators: Sequence[torch.Generator],
+    task: Task | None, outputs: Tensor, inputs: Mapping[str, Tensor] | Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Return a scalar whose gradient, squared and averaged over draws, is the Fisher information; a sum over samples.
 

@@ -26,9 +26,11 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         with warnings.catch_warnings():  # that a tracker is missing is refused below
             warnings.simplefilter("ignore")
             accelerator = Accelerator(
-                cpu=place.type == "cpu", mixed_precision=recipe.mixed_precision, log_with=log_with,
+                cpu=place.type == "cpu",
+                mixed_precision=recipe.mixed_precision,
+                log_with=log_with,
                 project_dir=None if folder is None else str(folder),
-            )  # fmt: skip
+            )
     except (ValueError, ImportError) as error:
         raise PeftcError("Accelerate cannot train here as asked", why=reason_of(error)) from error
     kind = accelerator.distributed_type.value

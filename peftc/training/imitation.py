@@ -55,9 +55,10 @@ def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, 
     for key in settings:
         if key.partition(".")[0] not in known:
             raise UsageError(
-                f"`--set {key}` names no term", why=f"the terms with settings are {', '.join(f'`{n}`' for n in known)}",
+                f"`--set {key}` names no term",
+                why=f"the terms with settings are {', '.join(f'`{n}`' for n in known)}",
                 hint="write it as `--set features.scale_free=true`",
-            )  # fmt: skip
+            )
     found = {}
     for name, weight in asked.items():
         if not weight >= 0:

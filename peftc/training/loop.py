@@ -340,9 +340,13 @@ class _Run:
         if self.folder is None or processes.rank():
             return
         state = {
-            "step": self.step, "module": self.changing(), "optimizer": self.optimizer.state_dict(),
-            "average": self.average, "best": self.best, "outcome": vars(self.outcome),
-        }  # fmt: skip
+            "step": self.step,
+            "module": self.changing(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "best": self.best,
+            "outcome": vars(self.outcome),
+        }
         unfinished = self.folder / f"{CHECKPOINT}.tmp"
         torch.save(state, unfinished)
         unfinished.replace(self.folder / CHECKPOINT)

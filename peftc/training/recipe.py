@@ -120,9 +120,10 @@ class Outcome:
 def cannot_train(kind: str) -> PeftcError:
     """Return the refusal of a way to spread a training over processes."""
     return PeftcError(
-        f"peftc does not train under {kind} yet", why="its checkpoints need whole weights in each process",
+        f"peftc does not train under {kind} yet",
+        why="its checkpoints need whole weights in each process",
         hint="configure Accelerate for data parallel training: `accelerate launch --num_processes N -m peftc ...`",
-    )  # fmt: skip
+    )
 
 
 def rate(step: int, total: int, warmup: float) -> float:

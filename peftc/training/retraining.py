@@ -60,9 +60,16 @@ def idle(asked: Mapping[str, Any]) -> list[str]:
 
 
 def trained_again(
-    stored: Model, output: Path, request: dict[str, Any], training: Mapping[str, Any],
-    prune: Callable[[Path], tuple[Report, Any]], finetune: Callable[..., Report], *, overwrite: bool, **reading: Any,
-) -> tuple[Report, Any]:  # fmt: skip
+    stored: Model,
+    output: Path,
+    request: dict[str, Any],
+    training: Mapping[str, Any],
+    prune: Callable[[Path], tuple[Report, Any]],
+    finetune: Callable[..., Report],
+    *,
+    overwrite: bool,
+    **reading: Any,
+) -> tuple[Report, Any]:
     """Prune into the working folder, finetune what is there, and let that be the artifact.
 
     Args:
@@ -125,8 +132,9 @@ def tell_quality(report: Report) -> None:
     rows = [
         [stage, *(str(Interval(**metrics[name])) for name in before)]
         for stage, metrics in (
-            (quality["against"]["name"], quality["against"]["metrics"]), ("pruned", before),
+            (quality["against"]["name"], quality["against"]["metrics"]),
+            ("pruned", before),
             ("trained again", quality["metrics"]),
         )
-    ]  # fmt: skip
+    ]
     report.tables.append(Table("quality", ["", *before], rows))

@@ -77,9 +77,16 @@ class Samples:
 
 
 def read(
-    model: Model, data: str, *, task: str | None, labels: bool, held_out: float, settings: Settings,
-    augment: Augment = PLAIN, otherwise: str = ALONE,
-) -> Samples:  # fmt: skip
+    model: Model,
+    data: str,
+    *,
+    task: str | None,
+    labels: bool,
+    held_out: float,
+    settings: Settings,
+    augment: Augment = PLAIN,
+    otherwise: str = ALONE,
+) -> Samples:
     """Open the samples of a training: those of the train split, and held out ones of the validation split or of it.
 
     Args:
@@ -154,7 +161,7 @@ def _has_labels(row: Task, dataset: Dataset) -> bool:
 
 def _encode(
     model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool, otherwise: str = ALONE
-) -> Encoded:  # fmt: skip
+) -> Encoded:
     if not len(dataset):
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
@@ -182,9 +189,10 @@ def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -
     logits = inputs.outputs(model, moved(model, encoded.batch([0]).inputs))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(
-            f"`{model.name}` does not classify", why=f"for one sample it gives outputs of shape {list(logits.shape)}",
+            f"`{model.name}` does not classify",
+            why=f"for one sample it gives outputs of shape {list(logits.shape)}",
             hint=f"choose another `--task`, or {otherwise}",
-        )  # fmt: skip
+        )
     return match(dataset.classes or [], model.labels, logits.shape[1])
 
 

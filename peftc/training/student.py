@@ -108,9 +108,17 @@ def _fits(model: Model, classes: Sequence[str]) -> bool:
 
 
 def build(
-    model: Model, method: str, settings: Mapping[str, Any], *, include: Sequence[str], skip: Sequence[str],
-    on_product: bool, has_classes: bool, device: str, seed: int,
-) -> tuple[Model, Placed, Callable[..., None] | None]:  # fmt: skip
+    model: Model,
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    include: Sequence[str],
+    skip: Sequence[str],
+    on_product: bool,
+    has_classes: bool,
+    device: str,
+    seed: int,
+) -> tuple[Model, Placed, Callable[..., None] | None]:
     """Return a runnable copy of a model in which only what a method says learns, and the head of a classifier.
 
     Raises:
@@ -140,9 +148,10 @@ def build(
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in copied.module.parameters()):
         raise PlanError(
-            f"nothing of `{model.name}` would learn by `{method}`", why="no module takes an update of that method",
+            f"nothing of `{model.name}` would learn by `{method}`",
+            why="no module takes an update of that method",
             hint="see `peftc methods adapter`, or name modules: `--include`",
-        )  # fmt: skip
+        )
     return copied, placed, methods.trait(function, "after_step", None)
 
 
@@ -267,9 +276,13 @@ def tell(report: Report, student: Student) -> None:
     if updates and left:
         report.notes.append(f"not adapted: {_by_reason(left)}")
     report.data["learning"] = {
-        "parameters": learning, "of": total, "updates": counts, "own": {n: list(v) for n, v in placed.own.items()},
-        "whole": placed.whole, "left": left,
-    }  # fmt: skip
+        "parameters": learning,
+        "of": total,
+        "updates": counts,
+        "own": {n: list(v) for n, v in placed.own.items()},
+        "whole": placed.whole,
+        "left": left,
+    }
 
 
 def _by_reason(left: Mapping[str, str]) -> str:

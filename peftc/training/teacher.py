@@ -62,14 +62,16 @@ def refuse_nothing(
     """
     if loss is not None and asked.get(TASK) and not given.labelled:
         raise DataError(
-            "the task's loss needs labels", why=f"`{data}` has none that the task reads",
+            "the task's loss needs labels",
+            why=f"`{data}` has none that the task reads",
             hint="leave `task` out of `--loss`",
-        )  # fmt: skip
+        )
     if not terms and not weight:
         raise DataError(
-            "there is nothing to learn", why="no term of `--loss` is left for this model and these samples",
+            "there is nothing to learn",
+            why="no term of `--loss` is left for this model and these samples",
             hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
-        )  # fmt: skip
+        )
 
 
 def teacher_of(
@@ -131,10 +133,12 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
             "its weight in `--loss` if it is to count"
         )
     report.data |= {
-        "terms": start, "steps": outcome.steps, "losses": [outcome.losses[0], outcome.losses[-1]],
+        "terms": start,
+        "steps": outcome.steps,
+        "losses": [outcome.losses[0], outcome.losses[-1]],
         "held_out": {"scores": [list(each) for each in outcome.scores], "best": outcome.best, "before": dict(before)},
         "seconds_per_step": outcome.seconds_per_step,
-    }  # fmt: skip
+    }
     if outcome.scores:
         scores = dict(outcome.scores)
         report.notes.append(

@@ -50,7 +50,17 @@ def snella(
         UsageError: a setting is out of range.
     """
     chosen = Settings(
-        rank, kernel, sparsify, sparsity, split, threshold_every, identity, dropout, start, allocate, min_keep,
+        rank,
+        kernel,
+        sparsify,
+        sparsity,
+        split,
+        threshold_every,
+        identity,
+        dropout,
+        start,
+        allocate,
+        min_keep,
         refresh_every,
-    )  # fmt: skip
+    )
     return update_of(module, chosen)

@@ -13,12 +13,7 @@ from peftc.methods.loss.features import per_sample
 
 
 def logits(
-    *,
-    student_outputs: Tensor,
-    teacher_outputs: Tensor,
-    mask: Tensor | None,
-    temperature: float = 1.0,
-    form: str = "kl",
+    *, student_outputs: Tensor, teacher_outputs: Tensor, mask: Tensor | None, temperature: float = 1.0, form: str = "kl"
 ) -> Tensor:
     """Return the distance of the student's outputs from the teacher's.
 
