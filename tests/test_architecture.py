@@ -23,7 +23,7 @@ LAYERS = [  # top to bottom; no import climbs
     {"nn"},
     {"plans", "pages"},
     {"project", "report"},
-    {"store", "processes"},
+    {"store", "processes", "options"},
     {"errors", "progress", "version"},
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}

@@ -10,10 +10,11 @@ from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
+from peftc.options import Reading
 from peftc.report import GUESSED
 from peftc.tasks import seen, unlabelled
-from peftc.tasks.table import guess, named_task
-from peftc.tasks.task import Encoded, Settings, Task
+from peftc.tasks.table import task_of
+from peftc.tasks.task import Encoded, Task
 
 TRIED = 64  # samples kept apart to try plans on, at most
 FEWEST = 5  # samples of which a part is kept apart
@@ -102,7 +103,7 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     bounded = replace(model, module=detached(model.module), max_memory=request.max_memory)
     subject = runnable(bounded, device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
-    task = named_task(request.task) if request.task else guess(subject)
+    task = task_of(subject, request.task)
     encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)
     guesses = [note for note in dataset.notes if note.startswith(GUESSED)]
     data = seen.kept(request.data, task, dataset, encoded)
@@ -134,6 +135,6 @@ def _encode(model: Model, task: Task | None, request: Request, more: int) -> tup
     both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
     if not windows:  # of a pair both texts are samples
         dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)
-    settings = Settings(request.image_size, request.max_length, samples, request.seed)
-    encoded = unlabelled.encode(model, dataset, task, settings)
+    reading = Reading(request.task, samples, request.image_size, request.max_length, seed=request.seed)
+    encoded = unlabelled.encode(model, dataset, task, reading)
     return encoded, dataset, windows or dataset.labels is not None or dataset.pairs is not None

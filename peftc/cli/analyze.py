@@ -1,7 +1,7 @@
 """peftc analyze."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
 
 
 @command()
@@ -29,19 +29,14 @@ def analyze(
     calibration_samples: o.CalibrationSamples = 512,
     calibration_tokens: o.CalibrationTokens = None,
     bias_correction: o.BiasCorrection = True,
-    task: o.Task = None,
+    reading: o.Unlimited,
     batch_size: o.BatchSize = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
-) -> Step:
+) -> None:
     """Show rank spectra and the predicted loss of each ratio.
 
     \b
     Example:
       peftc analyze timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 --plan plan.json
     """
-    from peftc.steps.analyze import analyze as step
-
-    return step

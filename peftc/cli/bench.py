@@ -1,7 +1,10 @@
 """peftc bench."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Reading
 
 
 @command()
@@ -10,8 +13,7 @@ def bench(
     *,
     against: o.Against = None,
     batch_size: o.BatchSize = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
+    reading: Annotated[Reading, o.shown("image_size", "max_length")],
     rounds: o.Rounds = 30,
     min_speedup: o.MinSpeedup = None,
     max_params: o.MaxParams = None,
@@ -19,13 +21,10 @@ def bench(
     device: o.Device = "auto",
     dtype: o.DType = "auto",
     seed: o.Seed = 0,
-) -> Step:
+) -> None:
     """Measure size, multiply-adds, latency, throughput and memory.
 
     \b
     Example:
       peftc bench small --against base --min-speedup 1.2
     """
-    from peftc.steps.bench import bench as step
-
-    return step

@@ -1,7 +1,7 @@
 """peftc calibrate."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
 
 
 @command()
@@ -17,21 +17,16 @@ def calibrate(
     calibration_samples: o.CalibrationSamples = 512,
     calibration_tokens: o.CalibrationTokens = None,
     max_memory: o.MaxMemory = None,
-    task: o.Task = None,
+    reading: o.Unlimited,
     batch_size: o.BatchSize = 8,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Collect statistics for decompositions to reuse.
 
     \b
     Example:
       peftc calibrate timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --data photos -o stats
     """
-    from peftc.steps.calibrate import calibrate as step
-
-    return step

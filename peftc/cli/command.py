@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -14,7 +15,7 @@ from typer import Context, Exit
 
 from peftc import processes
 from peftc.cli import console
-from peftc.cli.options import OUTPUT, PUSH, SOURCE, settings
+from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group, settings
 from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8, shown
 from peftc.project import config
 from peftc.report import Report
@@ -22,13 +23,14 @@ from peftc.store.source import MANIFEST, Source
 
 Step = Callable[..., Report]
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+COLUMNS = ("image_column", "text_column", "label_column")
 SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
 
 
 def command(
     *, source: bool = True, writes: bool = False, pushes: bool = False
-) -> Callable[[Callable[..., Step]], Callable[..., Report]]:
-    """Make a command of a function whose parameters are the options and which returns the step to run.
+) -> Callable[[Callable[..., None]], Callable[..., Report]]:
+    """Make a command of a function that declares its options; it runs the step of that name.
 
     Args:
         source: add the options that describe a model.
@@ -37,8 +39,12 @@ def command(
     """
     extra = {**(SOURCE if source else {}), **(PUSH if writes or pushes else {}), **OUTPUT}
 
-    def make(declare: Callable[..., Step]) -> Callable[..., Report]:
+    def make(declare: Callable[..., None]) -> Callable[..., Report]:
         own = inspect.signature(declare, eval_str=True)
+
+        def find() -> Step:
+            module = importlib.import_module(f"peftc.steps.{declare.__name__}")
+            return getattr(module, declare.__name__)  # type: ignore[no-any-return]
 
         @functools.wraps(declare)
         def call(ctx: Context, **given: Any) -> Report:
@@ -50,7 +56,7 @@ def command(
                 console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
             repo = shared.get("push_to_hub")
             _check_push(repo, shared, given)
-            outcome = _run(ctx, functools.partial(declare, **given), _tidy(ctx, given), shared, writes=writes)
+            outcome = _run(ctx, find, _tidy(ctx, given), shared, writes=writes)
             _push(outcome, repo, private=bool(shared.get("private")))
             if not placed:
                 if processes.rank() == 0:
@@ -60,13 +66,20 @@ def command(
             return outcome
 
         parameters = [inspect.Parameter("ctx", KEYWORD, annotation=Context)]
-        parameters += [parameter.replace(kind=KEYWORD) for parameter in own.parameters.values()]
-        parameters += [inspect.Parameter(n, KEYWORD, default=d, annotation=a) for n, (a, d) in extra.items()]
+        for name, parameter in own.parameters.items():
+            parameters += _parameters(
+                of_group(parameter.annotation) or {name: (parameter.annotation, parameter.default)}
+            )
+        parameters += _parameters(extra)
         call.__signature__ = own.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
         call.writes = writes  # type: ignore[attr-defined]
         return call
 
     return make
+
+
+def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
+    return [inspect.Parameter(name, KEYWORD, default=d, annotation=a) for name, (a, d) in options.items()]
 
 
 def _at_home(value: Any) -> Any:
@@ -95,7 +108,18 @@ def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:
     lower = {name: value for name, value in options.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
     typed = {name: value for name, value in options.items() if _came_from(ctx, name) == "COMMANDLINE"}
     dropped = lower.keys() - config.override(str(ctx.info_name), lower, typed).keys()
-    return {name: None if name in dropped else value for name, value in options.items()}
+    return {name: None if name in dropped else value for name, value in _own_columns(ctx, options).items()}
+
+
+def _own_columns(ctx: Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options without the columns of the project that `--data` names itself."""
+    columns = [name for name in COLUMNS if options.get(name) and _came_from(ctx, name) != "COMMANDLINE"]
+    if not columns or not options.get("data"):
+        return options
+    from peftc.data.spec import columns_of, parts_of
+
+    _, own = columns_of(parts_of(options["data"])[0])
+    return {**options, **{name: None for name in columns if getattr(own, name.removesuffix("_column"))}}
 
 
 def _came_from(ctx: Context, name: str) -> str:
@@ -109,10 +133,6 @@ def _run(
     project: config.Project = ctx.obj
     for text in project.warnings:
         console.warn(text)
-    if project.columns and options.get("data"):
-        from peftc.data.spec import with_columns
-
-        options["data"] = with_columns(str(options["data"]), project.columns)
     if shared.get("offline"):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
     if "models" in options:

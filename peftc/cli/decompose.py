@@ -1,7 +1,8 @@
 """peftc decompose."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Gates, Reading
 
 
 @command(writes=True)
@@ -33,13 +34,9 @@ def decompose(
     sensitivity: o.Sensitivity = 16,
     sequential: o.Sequential = False,
     joint: o.Joint = False,
-    task: o.Task = None,
-    num_samples: o.NumSamples = None,
+    reading: Reading,
     batch_size: o.BatchSize = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
-    max_drop: o.MaxDrop = None,
-    min_quality: o.MinQuality = None,
+    gates: Gates,
     max_params: o.MaxParams = None,
     max_bytes: o.MaxBytes = None,
     max_shard_size: o.MaxShardSize = "5GB",
@@ -47,7 +44,7 @@ def decompose(
     seed: o.Seed = 0,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Replace dense modules by low-rank factors.
 
     How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs, --speedup and
@@ -57,6 +54,3 @@ def decompose(
     Example:
       peftc decompose timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 -o small
     """
-    from peftc.steps.decompose import decompose as step
-
-    return step

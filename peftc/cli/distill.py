@@ -1,7 +1,8 @@
 """peftc distill."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Augment, Gates, Reading, Recipe
 
 
 @command(writes=True)
@@ -13,36 +14,17 @@ def distill(
     data: o.Data,
     loss: o.Loss = None,
     settings: o.TermSettings = None,
-    epochs: o.Epochs = None,
-    steps: o.Steps = None,
-    minutes: o.Minutes = None,
-    batch_size: o.StepSize = 32,
-    accumulate: o.Accumulate = 1,
-    learning_rate: o.LearningRate = 3e-4,
-    weight_decay: o.WeightDecay = 0.01,
-    warmup: o.Warmup = 0.1,
-    clip: o.Clip = 1.0,
-    ema: o.Ema = None,
-    dropout: o.Dropout = False,
-    mixed_precision: o.MixedPrecision = "no",
-    augment: o.Augment = None,
-    mixup: o.Mixup = 0.0,
-    cutmix: o.Cutmix = 0.0,
+    recipe: Recipe,
+    augment: Augment,
     cache_teacher: o.CacheTeacher = False,
-    held_out: o.HeldOut = 0.1,
-    evaluations: o.Evaluations = 5,
     log_with: o.LogWith = None,
-    task: o.Task = None,
-    num_samples: o.NumSamples = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
-    max_drop: o.MaxDrop = None,
-    min_quality: o.MinQuality = None,
+    reading: Reading,
+    gates: Gates,
     max_shard_size: o.MaxShardSize = "5GB",
     device: o.Device = "auto",
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Train a compressed model to give what its teacher gives.
 
     How long is one of --epochs, --steps and --minutes; 5 epochs without.
@@ -51,6 +33,3 @@ def distill(
     Example:
       peftc distill small --data flowers/ --epochs 10 -o healed
     """
-    from peftc.steps.distill import distill as step
-
-    return step

@@ -1,7 +1,10 @@
 """peftc export."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Gates, Reading
 
 
 @command(pushes=True)
@@ -13,18 +16,14 @@ def export(
     dense: o.Dense = False,
     settings: o.Settings = None,
     data: o.SomeData = None,
-    task: o.Task = None,
-    num_samples: o.ComparedSamples = 64,
+    reading: Annotated[Reading, o.shown(num_samples=64)],
     batch_size: o.TimedBatch = 16,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
-    max_drop: o.MaxDrop = None,
-    min_quality: o.MinQuality = None,
+    gates: Gates,
     max_bytes: o.MaxBytes = None,
     rounds: o.Rounds = 10,
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Write a model as other programs read it, and check it there.
 
     The export is loaded by transformers, timm, ONNX Runtime or torch alone, compared with the model, and timed.
@@ -33,6 +32,3 @@ def export(
     Example:
       peftc export small --format onnx -o release
     """
-    from peftc.steps.export import export as step
-
-    return step

@@ -1,7 +1,7 @@
 """peftc extract-lora."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
 
 
 @command(writes=True)
@@ -14,13 +14,10 @@ def extract_lora(
     include: o.AlsoAdapt = o.EMPTY,
     skip: o.LeaveAlone = o.EMPTY,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Turn the difference of two models into a low-rank delta.
 
     \b
     Example:
       peftc extract-lora tuned dense --rank 16 -o delta
     """
-    from peftc.steps.extract_lora import extract_lora as step
-
-    return step

@@ -1,7 +1,10 @@
 """peftc finetune."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Augment, Gates, Reading, Recipe
 
 
 @command(writes=True)
@@ -20,35 +23,16 @@ def finetune(
     delta: o.Delta = None,
     teacher: o.Guide = None,
     loss: o.Loss = None,
-    epochs: o.Epochs = None,
-    steps: o.Steps = None,
-    minutes: o.Minutes = None,
-    batch_size: o.StepSize = 32,
-    accumulate: o.Accumulate = 1,
-    learning_rate: o.UsualRate = None,
-    weight_decay: o.UsualDecay = None,
-    warmup: o.Warmup = 0.1,
-    clip: o.Clip = 1.0,
-    ema: o.Ema = None,
-    dropout: o.Dropout = False,
-    mixed_precision: o.MixedPrecision = "no",
-    augment: o.Augment = None,
-    mixup: o.Mixup = 0.0,
-    cutmix: o.Cutmix = 0.0,
-    held_out: o.HeldOut = 0.1,
-    evaluations: o.Evaluations = 5,
+    recipe: Annotated[Recipe, o.shown(learning_rate=None, weight_decay=None)],
+    augment: Augment,
     log_with: o.LogWith = None,
-    task: o.Task = None,
-    num_samples: o.NumSamples = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
-    max_drop: o.MaxDrop = None,
-    min_quality: o.MinQuality = None,
+    reading: Reading,
+    gates: Gates,
     max_shard_size: o.MaxShardSize = "5GB",
     device: o.Device = "auto",
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Tune a model for a task by few parameters.
 
     How long is one of --epochs, --steps and --minutes; 10 epochs without.
@@ -57,6 +41,3 @@ def finetune(
     Example:
       peftc finetune small --data flowers/ --method snella -o tuned
     """
-    from peftc.steps.finetune import finetune as step
-
-    return step

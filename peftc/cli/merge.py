@@ -1,7 +1,7 @@
 """peftc merge."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
 
 
 @command(writes=True)
@@ -14,13 +14,10 @@ def merge(
     max_bytes: o.MaxBytes = None,
     max_shard_size: o.MaxShardSize = "5GB",
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Make a delta whole.
 
     \b
     Example:
       peftc merge tuned -o whole
     """
-    from peftc.steps.merge import merge as step
-
-    return step

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from typer import Argument, BadParameter, Option
 
 from peftc.cli.defaults import configure
 from peftc.errors import UsageError
+from peftc.options import Group, Reading, Rule, spelling
 from peftc.report import AMOUNTS, SIZES, scaled
 
 
@@ -94,6 +96,21 @@ def above_one_text(text: Any) -> str:
     if number(text) <= 1:
         raise BadParameter(f"`{text}` is not above 1: it is how many times faster the model is to be")
     return str(text)
+
+
+def numeric(kind: type[int | float], rule: Rule) -> Callable[[Any], int | float]:
+    """Return a reader of numbers in a range."""
+
+    def read(text: Any) -> int | float:
+        try:
+            value = kind(str(text))
+        except ValueError:
+            raise BadParameter(f"`{text}` is not a {'whole ' if kind is int else ''}number") from None
+        if not (math.isfinite(value) and rule.fits(value)):
+            raise BadParameter(f"`{text}` is not {rule.text}")
+        return value
+
+    return read
 
 
 def choice(*known: str, pattern: str = "(?!)") -> Callable[[Any], str]:
@@ -219,6 +236,52 @@ ScorePlot = Annotated[
     Path | None, Option("--plot", metavar="FILE", help="draw scores and t-SNE maps to this .png or .svg")
 ]
 
+
+class Shown(NamedTuple):
+    """Which options of a group a command has, all where none is named, and their defaults where it has other ones."""
+
+    only: tuple[str, ...]
+    instead: dict[str, Any]
+
+
+def shown(*only: str, **instead: Any) -> Shown:
+    """Show some options of a group, or all of them with other defaults."""
+    return Shown(only, instead)
+
+
+def of_group(annotation: Any) -> dict[str, tuple[Any, Any]] | None:
+    """Return annotation and default of each option that a group stands for; None for what is no group."""
+    kind, *chosen = get_args(annotation) or (annotation,)
+    if not (isinstance(kind, type) and issubclass(kind, Group)):
+        return None
+    only, instead = chosen[0] if chosen else shown()
+    types, found = get_type_hints(kind), {}
+    for each in fields(kind):
+        name = spelling(each)
+        if "help" in each.metadata and (not only or name in only):
+            default = instead.get(name, each.default)
+            found[name] = (_annotated(types[each.name], each, default), default)
+    return found
+
+
+def _annotated(kind: Any, each: Field[Any], default: Any) -> Any:
+    """Return the annotation of an option of a group; one that a command leaves open is of the method."""
+    words = {key: each.metadata[key] for key in ("help", "metavar")}
+    bare = next(part for part in (*get_args(kind), kind) if part in (bool, int, float, str))
+    if default is None and each.default is not None:
+        kind, words["help"] = bare | None, f"{words['help']} (default: the method's)"
+    if bare is bool:
+        both = each.name.replace("_", "-")
+        return Annotated[bool, Option(f"--{both}/--no-{both}", help=words["help"])]
+    if "|" in words["metavar"]:
+        return Annotated[kind, Option(parser=choice(*words["metavar"].split("|")), **words)]
+    if bare is str:
+        return Annotated[kind, Option(**words)]
+    return Annotated[kind, Option(parser=numeric(bare, each.metadata["rule"]), **words)]
+
+
+Unlimited = Annotated[Reading, shown("task", "image_size", "max_length", "image_column", "text_column", "label_column")]
+
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 
 # what to measure on
@@ -246,15 +309,8 @@ Sequential = Annotated[
 Joint = Annotated[
     bool, Option("--joint/--no-joint", help="modules that read one input, as q, k, v, share a down factor")
 ]
-Task = Annotated[str | None, Option(metavar="TASK", help="what the model is for (default: guessed)")]
 Against = Annotated[str | None, Option(metavar="MODEL", help="a second model to compare with, or `base`")]
-NumSamples = Annotated[int | None, Option(min=1, metavar="N", help="use this many samples")]
 BatchSize = Annotated[int | None, Option(min=1, metavar="N", help="samples at once")]
-ImageSize = Annotated[int | None, Option(min=1, metavar="PIXELS", help="height and width of images")]
-MaxLength = Annotated[int | None, Option(min=1, metavar="TOKENS", help="longest text")]
-ImageColumn = Annotated[str | None, Option(metavar="NAME", help="column of images (default: guessed)")]
-TextColumn = Annotated[str | None, Option(metavar="NAME", help="column of text (default: guessed)")]
-LabelColumn = Annotated[str | None, Option(metavar="NAME", help="column of labels (default: guessed)")]
 Rounds = Annotated[int, Option(min=5, metavar="N", help="timed rounds, 5 or more")]
 
 # how to export
@@ -263,9 +319,6 @@ Format = Annotated[
 ]
 Dense = Annotated[bool, Option("--dense", help="multiply factors out first")]
 SomeData = Annotated[str | None, Option("--data", metavar="DATA", help="compare on these samples")]
-ComparedSamples = Annotated[
-    int, Option("--num-samples", min=1, metavar="N", help="compare on at most this many samples")
-]
 TimedBatch = Annotated[
     int, Option("--batch-size", min=1, metavar="N", help="time batches of so many samples, and of one")
 ]
@@ -276,28 +329,7 @@ Loss = Annotated[str | None, Option(metavar="NAME=WEIGHT,...", help="terms and w
 TermSettings = Annotated[
     list[str] | None, Option("--set", metavar="TERM.KEY=VALUE", help="a setting of a term, repeatable")
 ]
-Epochs = Annotated[float | None, Option(parser=positive, metavar="N", help="train for so many passes over the data")]
-Steps = Annotated[int | None, Option(min=1, metavar="N", help="train for so many steps")]
-Minutes = Annotated[float | None, Option(parser=positive, metavar="N", help="train for about so many minutes")]
-StepSize = Annotated[int, Option("--batch-size", min=1, metavar="N", help="samples of one step, over all processes")]
-Accumulate = Annotated[int, Option(min=1, metavar="N", help="compute each step in so many parts, to save memory")]
-LearningRate = Annotated[float, Option(parser=positive, metavar="X", help="highest learning rate")]
-WeightDecay = Annotated[float, Option(parser=not_negative, metavar="X", help="weight decay of AdamW")]
-Warmup = Annotated[float, Option(parser=not_negative, metavar="SHARE", help="share of the steps to warm up over")]
-Clip = Annotated[float, Option(parser=not_negative, metavar="X", help="largest norm of the gradient, 0 for none")]
-Ema = Annotated[float | None, Option(parser=not_negative, metavar="X", help="keep a moving average of this decay")]
-Dropout = Annotated[bool, Option("--dropout/--no-dropout", help="let dropout and drop-path act")]
-MixedPrecision = Annotated[
-    str, Option(parser=choice("no", "bf16", "fp16"), metavar="no|bf16|fp16", help="number format to multiply in")
-]
-Augment = Annotated[str | None, Option(metavar="POLICY", help="change images at random: crop, or a policy of timm")]
-Mixup = Annotated[float, Option(parser=not_negative, metavar="ALPHA", help="mix images in pairs")]
-Cutmix = Annotated[float, Option(parser=not_negative, metavar="ALPHA", help="paste parts of images into others")]
 CacheTeacher = Annotated[bool, Option("--cache-teacher", help="ask the teacher once for each sample, and keep that")]
-HeldOut = Annotated[
-    float, Option(parser=not_negative, metavar="SHARE", help="share of the data that picks the best weights")
-]
-Evaluations = Annotated[int, Option(min=1, metavar="N", help="look at the held-out samples so often")]
 LogWith = Annotated[str | None, Option(metavar="NAME", help="also log to this tracker, as tensorboard")]
 
 # what to adapt
@@ -317,16 +349,8 @@ Delta = Annotated[
 
 # how to train
 Guide = Annotated[str | None, Option("--teacher", metavar="MODEL", help="also imitate this model")]
-UsualRate = Annotated[
-    float | None, Option("--learning-rate", parser=positive, metavar="X", help="highest rate (default: the method's)")
-]
-UsualDecay = Annotated[
-    float | None, Option("--weight-decay", parser=not_negative, metavar="X", help="of AdamW (default: the method's)")
-]
 
 # gates: exit 3 where they are not met
-MaxDrop = Annotated[float | None, Option(parser=not_negative, metavar="X", help="gate: largest loss of quality")]
-MinQuality = Annotated[float | None, Option(parser=number, metavar="X", help="gate: least quality")]
 MaxParams = Annotated[int | None, Option(parser=amount, metavar="N", help="gate: most parameters")]
 MaxBytes = Annotated[int | None, Option(parser=size, metavar="SIZE", help="gate: largest size on disk")]
 MinSpeedup = Annotated[float | None, Option(parser=positive, metavar="X", help="gate: least speed-up")]

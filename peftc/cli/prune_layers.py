@@ -1,7 +1,10 @@
 """peftc prune-layers."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
+from peftc.options import Gates, Reading, Recipe
 
 
 @command(writes=True)
@@ -19,20 +22,13 @@ def prune_layers(
     repair: o.Repair = False,
     retrain: o.Retrain = False,
     method: o.AdapterAgain = None,
-    epochs: o.Epochs = None,
-    steps: o.Steps = None,
-    minutes: o.Minutes = None,
-    learning_rate: o.UsualRate = None,
+    recipe: Annotated[Recipe, o.shown("epochs", "steps", "minutes", "learning_rate", learning_rate=None)],
     stability: o.Stability = False,
     delta: o.Delta = None,
     plot: o.ScorePlot = None,
-    task: o.Task = None,
-    num_samples: o.NumSamples = None,
+    reading: Reading,
     batch_size: o.BatchSize = None,
-    image_size: o.ImageSize = None,
-    max_length: o.MaxLength = None,
-    max_drop: o.MaxDrop = None,
-    min_quality: o.MinQuality = None,
+    gates: Gates,
     max_params: o.MaxParams = None,
     max_bytes: o.MaxBytes = None,
     max_shard_size: o.MaxShardSize = "5GB",
@@ -40,7 +36,7 @@ def prune_layers(
     device: o.Device = "auto",
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Drop the layers that a task does not need.
 
     With labels they are found by t-SNE maps of what each layer gives; without, say how many stay: --keep N.
@@ -51,6 +47,3 @@ def prune_layers(
     Example:
       peftc prune-layers tuned --data flowers/ --retrain -o shorter
     """
-    from peftc.steps.prune_layers import prune_layers as step
-
-    return step

@@ -144,8 +144,7 @@ def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: b
 
 def _question(stage: Stage, model: str, book: Ledger) -> tuple[Asked, str | None]:
     """Return what a step is asked, and why it has to run, if it has to."""
-    columns = {f"{kind}_column": name for kind, name in stage.context.obj.columns.items()}
-    asked = ledger.asked(stage.word, model, {**stage.context.params, **columns})
+    asked = ledger.asked(stage.word, model, stage.context.params)
     return asked, book.reason(stage.name, asked)
 
 

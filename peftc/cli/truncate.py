@@ -1,7 +1,7 @@
 """peftc truncate."""
 
 from peftc.cli import options as o
-from peftc.cli.command import Step, command
+from peftc.cli.command import command
 
 
 @command(writes=True)
@@ -21,7 +21,7 @@ def truncate(
     max_shard_size: o.MaxShardSize = "5GB",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
-) -> Step:
+) -> None:
     """Cut an artifact with all ranks to a budget, in seconds.
 
     How much to keep is one of --ratio, --rank, --energy, --target-params, --target-macs and --plan.
@@ -30,6 +30,3 @@ def truncate(
     Example:
       peftc truncate all --ratio 0.4 -o small
     """
-    from peftc.steps.truncate import truncate as step
-
-    return step

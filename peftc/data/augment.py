@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,28 +18,9 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.images import MODES, normalised, with_mode
 from peftc.errors import UsageError
+from peftc.options import Augment
 
 SMALLEST_CROP = 0.35  # of the area; timm's 0.08 is for training from scratch
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What happens to images.
-
-    Attributes:
-        policy: ``crop`` (a random part of the image, half of them mirrored), or one of timm's as
-            ``rand-m9-mstd0.5-inc1``, after that; None for neither.
-        mixup, cutmix: alpha of the share that the other image of a pair gets, 0 for none (Zhang et al., 2018, arXiv
-            1710.09412; Yun et al., 2019, arXiv 1905.04899).
-    """
-
-    policy: str | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __bool__(self) -> bool:
-        """Whether anything happens at all."""
-        return bool(self.policy or self.mixup or self.cutmix)
 
 
 class Augmented:

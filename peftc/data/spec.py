@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from peftc.data.tokens import GENERATED
 from peftc.errors import UsageError, one_of
+from peftc.options import Reading
 
 COLUMNS = ("image", "text", "label")
 
@@ -82,13 +84,26 @@ def merged(name: str, own: Columns, options: Columns) -> Columns:
     return replace(options, **{kind: column for kind, column in vars(own).items() if column})
 
 
-def with_columns(spec: str, columns: Mapping[str, str]) -> str:
+def with_columns(spec: str, columns: Mapping[str, str | None]) -> str:
     """Return a spec with columns (``text`` -> name) of the kinds that it does not name itself."""
     name, split = parts_of(spec)
     bare, own = columns_of(name)
     named = {kind: getattr(own, kind) or columns.get(kind) or "" for kind in COLUMNS}
     query = "&".join(f"{kind}={quote(column, safe=', ')}" for kind, column in named.items() if column)
     return bare + (f"?{query}" if query else "") + (f"@{split}" if split else "")
+
+
+def named(spec: str | Path, reading: Reading) -> str:
+    """Return a spec with the columns that options name.
+
+    Raises:
+        UsageError: spec and options name different ones of a kind.
+    """
+    options = Columns(*(getattr(reading, f"{kind}_column") for kind in COLUMNS))
+    if not options.names() or str(spec).startswith(GENERATED):  # what is drawn has no columns
+        return str(spec)
+    merged(*columns_of(parts_of(spec)[0]), options)
+    return with_columns(str(spec), vars(options))
 
 
 def _exists(name: str) -> bool:

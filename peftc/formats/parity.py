@@ -19,9 +19,9 @@ from peftc.formats.exported import Exported, Inputs
 from peftc.measure import costs
 from peftc.models.inputs import probe
 from peftc.models.model import Model
+from peftc.options import Reading
 from peftc.tasks import unlabelled
-from peftc.tasks.table import guess, named_task
-from peftc.tasks.task import Settings
+from peftc.tasks.table import guess, task_of
 
 ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
 NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
@@ -49,15 +49,15 @@ def probes(model: Model, *, image_size: int | None, max_length: int | None) -> l
     return [one, three]
 
 
-def real_inputs(model: Model, data: str, task: str | None, settings: Settings, batch_size: int) -> list[Inputs]:
+def real_inputs(model: Model, data: str, reading: Reading, batch_size: int) -> list[Inputs]:
     """Return samples of the user's data in batches.
 
     Raises:
         DataError: the data cannot be read, or does not fit the model.
     """
-    row = named_task(task) if task else guess(model)
-    dataset = open_data(data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None)
-    encoded = unlabelled.encode(model, dataset, row, settings)
+    row = task_of(model, reading.task)
+    dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None)
+    encoded = unlabelled.encode(model, dataset, row, reading)
     starts = range(0, encoded.size, batch_size)
     indices = [range(start, min(start + batch_size, encoded.size)) for start in starts]
     return [exports.named(model, encoded.batch(each).inputs) for each in indices]

@@ -39,7 +39,6 @@ INIT = "peftc init MODEL --data DATA"
 PREFIX = "PEFTC_"
 RECIPE = "chain"  # the key that lists the steps of `peftc run`
 TOP = ("model", "runs", "data", "teacher", RECIPE)
-COLUMNS = ("image_column", "text_column", "label_column")  # a command without these options has them in its `--data`
 TRUST = ("allow_code", "trust_remote_code")  # these count only where somebody typed them, or set a variable
 # of these a user means one: naming one on a higher level drops the others from the levels below
 BUDGET = ("ratio", "rank", "energy", "target_params", "target_macs", "speedup", "plan", "keep_all_ranks")
@@ -59,7 +58,6 @@ class Project:
         from_file: parameters, and ``model``, whose value the file gave.
         chain: the names of the steps of `peftc run`, in order.
         place: where a recipe has put this step; None where it was typed.
-        columns: of a table, by kind, for a command whose options name none: they become a part of its `--data`.
         warnings: variables that name no option.
     """
 
@@ -70,7 +68,6 @@ class Project:
     from_file: frozenset[str] = frozenset()
     chain: tuple[str, ...] = ()
     place: Place | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -101,10 +98,8 @@ def load(step: str, options: Options, file: Path | None = None, environ: Mapping
     top = {**tables.get("", {}), **variables.get("", {})}
     set_outside = {own.get(key, key) for level in outside for key in level}
     from_file = frozenset({own.get(key, key) for level in levels for key in level} - set_outside)
-    named = {key: str(value) for level in (*levels, *outside) for key, value in level.items() if key in COLUMNS}
-    columns = {key.partition("_")[0]: name for key, name in named.items() if "data" in own and key not in own}
     runs, chain = Path(top.get("runs", "runs")).expanduser(), tuple(top.get(RECIPE, ()))
-    return Project(path, top.get("model"), runs, defaults, from_file, chain, columns=columns, warnings=warnings)
+    return Project(path, top.get("model"), runs, defaults, from_file, chain, warnings=warnings)
 
 
 def word_of(step: str) -> str:
@@ -163,15 +158,11 @@ def _tables(path: Path, word: str, table: Mapping[str, Any], own: Mapping[str, s
         if name not in own and isinstance(value, dict):
             found[f"{word}.{key}"] = {inner.replace("-", "_"): item for inner, item in value.items()}
             for inner in value:
-                _known(path, inner, _with_columns(own), f" in `[{word}.{key}]`")
+                _known(path, inner, own, f" in `[{word}.{key}]`")
         else:
-            _known(path, key, _with_columns(own), f" in `[{word}]`")
+            _known(path, key, own, f" in `[{word}]`")
             found[word][name] = value
     return found
-
-
-def _with_columns(own: Iterable[str]) -> list[str]:
-    return [*own, *(COLUMNS if "data" in own else ())]
 
 
 def _steps(path: Path, value: Any, words: Mapping[str, str]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 from peftc.errors import ClassesError, DataError, PlanError, UsageError
 from peftc.models import layers
 from peftc.models.model import Model
+from peftc.options import Reading
 from peftc.plans.depth import Asked
 from peftc.pruning import scores
 from peftc.pruning.scores import Score
-from peftc.tasks.table import guess, named_task
-from peftc.tasks.task import Settings
+from peftc.tasks.table import task_of
 from peftc.training import samples
 from peftc.training.objectives import OBJECTIVES
 from peftc.training.samples import Samples
@@ -46,8 +46,7 @@ def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
 def samples_of(
     model: Model,
     data: str | None,
-    task: str | None,
-    settings: Settings,
+    reading: Reading,
     wanted: Score | None,
     asked: Asked,
     *,
@@ -62,7 +61,7 @@ def samples_of(
     """
     if data is None:
         return None
-    row = named_task(task) if task else guess(model)
+    row = task_of(model, reading.task)
     is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
     labels = row is not None and (row.has_classes or row.is_language or (of_loss and row.name in OBJECTIVES))
@@ -70,9 +69,8 @@ def samples_of(
         samples.read,
         model,
         data,
-        task=task,
+        reading,
         held_out=HELD_OUT if is_measured else 0.0,
-        settings=settings,
         otherwise="take data without labels",
     )
     try:

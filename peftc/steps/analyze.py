@@ -17,6 +17,7 @@ from peftc import processes, progress
 from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
+from peftc.data.spec import named
 from peftc.errors import UsageError, one_of
 from peftc.factors import joint as joining
 from peftc.factors import prediction, sensitivity, spectra
@@ -34,6 +35,7 @@ from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.nn.surgery import parameters
+from peftc.options import Reading
 from peftc.pages.plot import draw_spectra, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
@@ -72,9 +74,12 @@ def analyze(
     calibration_tokens: float | None = None,
     bias_correction: bool = True,
     task: str | None = None,
-    batch_size: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Report:
@@ -89,13 +94,15 @@ def analyze(
         ratio, rank, energy, target_params, target_macs, speedup: the budget of the plan, at most one.
         allocation, rank_multiple, method, conv_method, settings, joint, include, skip, device, seed: as for
             `decompose`.
-        data, statistics, calibration_samples, calibration_tokens, bias_correction, task: what predictions and plans
-            are calibrated on, as for `decompose`; the spectra in the table stay those of the weights alone.
+        data, statistics, calibration_samples, calibration_tokens, bias_correction, task, image_column, text_column,
+            label_column: what predictions and plans are calibrated on, as for `decompose`; the spectra in the table
+            stay those of the weights alone.
         batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
+    data = None if data is None else named(data, Reading.of(locals()))
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     budgets = {
         "ratio": ratio,

@@ -14,6 +14,7 @@ from peftc.calibration import statistics as calibrating
 from peftc.calibration.lanes import LANES
 from peftc.calibration.prepared import Request, prepare
 from peftc.calibration.statistics import Statistics
+from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered, spectra, tables
 from peftc.factors.asked import eligible
@@ -23,6 +24,7 @@ from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import parameters
+from peftc.options import Reading
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
@@ -48,9 +50,12 @@ def calibrate(
     calibration_tokens: float | None = None,
     max_memory: str | float | None = None,
     task: str | None = None,
-    batch_size: int = 8,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 8,
     device: str = "auto",
     seed: int = 0,
     dry_run: bool = False,
@@ -69,8 +74,8 @@ def calibrate(
         calibration_samples, calibration_tokens: at most so many.
         max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate within.
         task: what the model is for; guessed when None.
+        image_size, max_length, image_column, text_column, label_column: how to read the data.
         batch_size: samples at once, >= 1.
-        image_size, max_length: how to read the data.
         device, seed: where and with which random numbers to compute.
         dry_run: open the data, and write nothing.
         overwrite: replace another artifact at ``output_dir``.
@@ -78,6 +83,7 @@ def calibrate(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
+    data = named(data, Reading.of(locals()))
     factorize = spectra.factorizer(method, conv_method, None, with_data=True)
     if not factorize.needs:
         raise UsageError(

@@ -17,6 +17,7 @@ from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
+from peftc.data.spec import named
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import asked, estimate, ordered, spectra
@@ -34,13 +35,14 @@ from peftc.models.load import load, refuse_non_finite, refuse_unbuildable
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import tensor_bytes
+from peftc.options import Gates, Reading
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan
 from peftc.report import Report, gate_size
-from peftc.steps.evaluate import evaluate
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
+from peftc.tasks.evaluation import Exam, evaluated
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
 FEW_SAMPLES = 8
@@ -76,9 +78,12 @@ def decompose(
     joint: bool = False,
     task: str | None = None,
     num_samples: int | None = None,
-    batch_size: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
     max_params: float | None = None,
@@ -118,7 +123,9 @@ def decompose(
             the predicted one by it, then measure whole plans; 0 trusts the prediction.
         sequential: fit each module on the inputs that the modules before it, already factored, produce.
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
-        task, num_samples, batch_size, image_size, max_length: how to read the data, and how much to measure on.
+        task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
+            how much to measure on.
+        batch_size: samples at once of the measurement, and of what is timed.
         max_drop, min_quality, max_params, max_bytes: gates; a drop is against the earliest model of the chain with
             the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -129,9 +136,11 @@ def decompose(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
+    options = locals()
     one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    gated = max_drop is not None or min_quality is not None
-    if data is None and gated:
+    how, gates = Reading.of(options), Gates.of(options)
+    data = None if data is None else named(data, how)
+    if data is None and gates:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = asked_budget(
         plan,
@@ -169,7 +178,7 @@ def decompose(
         ordered.refuse_pairs(work.targets)
     words = asked.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
-    on: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, **reading}
+    exam = None if data is None else Exam(data, how, gates, batch_size, device)
     source = calibrating.source(
         loaded,
         factorize.needs,
@@ -184,7 +193,7 @@ def decompose(
     )
     if sequential:
         in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
-    measured = not dry_run and _is_measured(loaded, source, on, gated)
+    measured = not dry_run and _is_measured(loaded, source, exam)
 
     question = Question(
         work,
@@ -228,20 +237,20 @@ def decompose(
             job.require(2 * tensor_bytes(loaded.module))
             report = question.carry_out(job, base, request, shard_bytes)
     gate_size(report, max_params, max_bytes)
-    on |= {"num_samples": num_samples, "max_drop": max_drop, "min_quality": min_quality}
-    _measure(report, measured, model, loaded, on, against)
+    if exam is not None:
+        _measure(report, measured, model, loaded, exam, against)
     return report
 
 
 def _measure(
-    report: Report, measured: bool | None, model: Any, loaded: Model, on: Mapping[str, Any], against: Model | None
+    report: Report, measured: bool | None, model: Any, loaded: Model, exam: Exam, against: Model | None
 ) -> None:
     """Measure what was written against another model, or itself before, or say why that could not be."""
     if measured is None:
-        report.warnings.append(f"{UNMEASURED} the classes of `{on['data']}` are not those of `{loaded.name}`")
+        report.warnings.append(f"{UNMEASURED} the classes of `{exam.data}` are not those of `{loaded.name}`")
     elif measured:
         itself = model if isinstance(model, nn.Module | Model) else load(loaded.source)
-        quality.add(report, loaded, against=against or itself, **on)
+        quality.add(report, loaded, exam, against=against or itself)
 
 
 def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
@@ -270,34 +279,34 @@ def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, st
     return loaded
 
 
-def _is_measured(model: Model, source: Any, on: Mapping[str, Any], gated: bool) -> bool | None:
+def _is_measured(model: Model, source: Any, exam: Exam | None) -> bool | None:
     """Return whether the data measure the result: they have labels, or measure is all that they are for.
 
     The model itself is evaluated on a few samples, so that data that does not fit is refused before the work. None
     where they are samples of another task, which the model is to learn later, and no gate asks for a figure.
     """
-    if on["data"] is None or (isinstance(source, Prepared) and not source.labelled and not gated):
+    if exam is None or (isinstance(source, Prepared) and not source.labelled and not exam.gates):
         return False
-    few = {**on, **quality.sparing(model, on)}
+    few = replace(quality.sparing(model, exam), reading=replace(exam.reading, num_samples=FEW_SAMPLES), gates=Gates())
     try:
-        evaluate(replace(model, module=detached(model.module)), num_samples=FEW_SAMPLES, **few)
+        evaluated(replace(model, module=detached(model.module)), None, few)
     except ClassesError:
-        if gated or not isinstance(source, Prepared):
+        if exam.gates or not isinstance(source, Prepared):
             raise
         return None
-    if gated and source is not None:
-        _refuse_seen(source, on)
+    if exam.gates and source is not None:
+        _refuse_seen(source, exam)
     return True
 
 
-def _refuse_seen(source: Prepared | Statistics, on: Mapping[str, Any]) -> None:
+def _refuse_seen(source: Prepared | Statistics, exam: Exam) -> None:
     """Refuse a gate on the samples that are calibrated on, before any work.
 
     Raises:
         DataError: they are the same.
     """
     about = source.data if isinstance(source, Prepared) else source.note["data"]
-    if not str(on["data"]).startswith(GENERATED):
-        dataset = open_data(on["data"], task=on["task"])
-        if seen.among(about, on["data"], dataset):
+    if not exam.data.startswith(GENERATED):
+        dataset = open_data(exam.data, task=exam.reading.task)
+        if seen.among(about, exam.data, dataset):
             seen.refuse_gate("decompose", dataset)

@@ -21,6 +21,7 @@ from peftc.data import open_data
 from peftc.data.images import transform
 from peftc.errors import SourceError
 from peftc.models.place import device_of
+from peftc.options import Recipe
 from peftc.report import Report, Table, count, percent, short
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
@@ -28,7 +29,6 @@ from peftc.steps.decompose import decompose
 from peftc.steps.distill import distill
 from peftc.steps.evaluate import evaluate
 from peftc.training.loop import fit
-from peftc.training.recipe import Recipe
 
 DATA = "sklearn:digits"
 RATIO = 0.5
@@ -148,7 +148,14 @@ def _trained(seed: int, device: str) -> nn.Module:
         seen = given[0] + NOISE * torch.randn_like(given[0])
         return nn.functional.cross_entropy(module(seen), given[1])
 
-    fit(network, len(pixels), batch, loss, Recipe(epochs=EPOCHS, batch_size=32, dropout=True, seed=seed), device=device)
+    fit(
+        network,
+        len(pixels),
+        batch,
+        loss,
+        Recipe(epochs=EPOCHS, learning_rate=1e-3, weight_decay=0.05, dropout=True, seed=seed),
+        device=device,
+    )
     return network
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftc import processes
-from peftc.data.augment import Augment
+from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.models import write
@@ -22,15 +22,18 @@ from peftc.models.place import place_of, runnable
 from peftc.models.weights import pieces_of
 from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
+from peftc.options import Augment, Gates, Reading, Recipe, length
 from peftc.report import Report
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
-from peftc.tasks.task import Settings
-from peftc.training import imitation, loop, samples
-from peftc.training.imitation import TASK, Imitation
-from peftc.training.recipe import Recipe, length
-from peftc.training.teacher import _standing, identity_of, refuse_nothing, taught_by, teacher_of, tell, weights_of
+from peftc.tasks.evaluation import Exam
+from peftc.training import imitation, loop
+from peftc.training.imitation import Imitation
+from peftc.training.lesson import Lesson, prepared, weights_of
+from peftc.training.teacher import standing, taught_by, tell
+
+EPOCHS = 5  # where no length is given
 
 
 def distill(
@@ -53,17 +56,20 @@ def distill(
     ema: float | None = None,
     dropout: bool = False,
     mixed_precision: str = "no",
+    evaluations: int = 5,
+    held_out: float = 0.1,
     augment: str | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
     cache_teacher: bool = False,
-    held_out: float = 0.1,
-    evaluations: int = 5,
     log_with: str | None = None,
     task: str | None = None,
     num_samples: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
     max_shard_size: str | int = "5GB",
@@ -85,7 +91,7 @@ def distill(
         epochs, steps, minutes: how long, one of them; 5 epochs when all are None.
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
-        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.training.recipe.Recipe`.
+        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.options.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let the student's dropout and drop-path act, as PELA does; a short healing is better without.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
@@ -96,7 +102,8 @@ def distill(
             no validation split; 0 keeps the last weights.
         evaluations: how often the held-out samples are looked at.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
-        task, num_samples, image_size, max_length: how to read the data, and how much of it.
+        task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
+            how much of it; see `peftc.options.Reading`.
         max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
             model of the chain with the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -106,65 +113,32 @@ def distill(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    recipe = Recipe(
-        **length(epochs, steps, minutes, 5),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        clip=clip,
-        ema=ema,
-        dropout=dropout,
-        mixed_precision=mixed_precision,
-        evaluations=evaluations,
-        seed=seed,
-    )
-    shard_bytes = write.shard_bytes(max_shard_size)
-    stored = load(model)
-    ordered.refuse_ordered(stored)
-    refuse_non_finite(stored)
-    student = runnable(imitation.trainable(stored), device=device)
-    asked = weights_of(loss, student, task)
-    terms = imitation.terms(asked, settings or {})
-    if not imitation.factored(stored):
-        terms.pop("perturbation", None)  # there are no products of factors
-    changes = Augment(augment, mixup, cutmix)
+    given = locals()
+    recipe, reading = Recipe.of(given, **length(given, EPOCHS)), Reading.of(given)
+    gates, changes = Gates.of(given), Augment.of(given)
     if cache_teacher and changes:
         raise UsageError(
             "`--cache-teacher` keeps one answer for each sample",
             why="augmented samples differ each time",
             hint="leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`",
         )
-    reading = Settings(image_size, max_length, num_samples, seed)
-    given = samples.read(
-        student, data, task=task, labels=bool(asked.get(TASK)), held_out=held_out, settings=reading, augment=changes
-    )
-    weight = asked.get(TASK, 0.0) if given.labelled else 0.0
-    refuse_nothing(loss, asked, terms, weight, given, data)
-    guide = teacher_of(teacher, stored, terms, device)
-    pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
-    work = Imitation(student, guide, given, terms, weight, pairs)
-    work.check()
+    data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
 
-    against = guide or load(stored.source)
-    if max_drop is not None and (guide is None or teacher is None):
+    stored = load(model)
+    ordered.refuse_ordered(stored)
+    refuse_non_finite(stored)
+    student = runnable(imitation.trainable(stored), device=device)
+    lesson = Lesson(data, reading, recipe, changes, loss, settings or {}, teacher, device)
+    work = prepared(lesson, student, stored, weights_of(loss, student, task))
+    against = work.teacher or load(stored.source)
+    if max_drop is not None and (work.teacher is None or teacher is None):
         against = baseline.of_gate(stored)
+
     request = {
         "command": "distill",
-        "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
-        "data": given.about,
-        "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
         "settings": dict(settings or {}),
-        **asdict(recipe),
-        "held_out": held_out,
-        **asdict(changes),
-        "task": task,
-        "image_size": image_size,
-        "max_length": max_length,
-        "num_samples": num_samples,
         "max_shard_bytes": shard_bytes,
-        "device": device,
+        **lesson.request(work),
     }
     output = write.output_folder(output_dir, stored, "distill")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
@@ -173,22 +147,9 @@ def distill(
         else:
             job.require(6 * tensor_bytes(student.module))
             work.kept = job.work / "teacher" if cache_teacher else None
-            report = _carry_out(job, base, request, work, stored, recipe, device, log_with, shard_bytes)
-    quality.measure_on_test(
-        report,
-        stored,
-        learnt=given.about["split"],
-        labelled=given.labelled,
-        data=data,
-        against=against,
-        max_drop=max_drop,
-        min_quality=min_quality,
-        task=task,
-        image_size=image_size,
-        max_length=max_length,
-        device=device,
-        seed=seed,
-    )
+            report = _carry_out(job, base, request, work, stored, lesson, log_with)
+    exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
+    quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
     return report
 
 
@@ -198,34 +159,32 @@ def _carry_out(
     request: dict[str, Any],
     work: Imitation,
     stored: Model,
-    recipe: Recipe,
-    device: str,
+    lesson: Lesson,
     log_with: str | None,
-    shard_bytes: int,
 ) -> Report:
     """Train, write and verify."""
     report = Report("distill", notes=[*stored.notes, *work.samples.notes])
-    held = work.samples.held
-    taught = taught_by(work, recipe)
-    score = None if held is None else lambda: work.score(held, recipe.batch_size)
+    held, size = work.samples.held, lesson.recipe.batch_size
+    taught = taught_by(work, size)
     outcome = loop.fit(
         work.student.module,
         len(work.samples.train),
         work.batch,
         work.loss,
-        recipe,
-        device=device,
-        score=score,
+        lesson.recipe,
+        device=lesson.device,
+        score=None if held is None else lambda: work.score(held, size),
         folder=job.work,
         log_with=log_with,
         log_folder=job.output.with_name(f"{job.output.name}-logs"),
     )
-    if recipe.minutes is not None:
+    if lesson.recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
-    tell(report, work, outcome, _standing(work, outcome, taught, report))
+    tell(report, work, outcome, standing(work, outcome, taught, report))
     if processes.rank():
         return report
     edited = replace(work.student, module=_as_stored(work.student.module, stored.module))
+    shard_bytes = request["max_shard_bytes"]
     record = write.write_artifact(
         job, edited, base, request, pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
     )

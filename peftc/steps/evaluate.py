@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from peftc.data.spec import Columns
+from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.models import load
 from peftc.models.model import Model
+from peftc.options import Gates, Reading
 from peftc.report import Report
 from peftc.store.source import Source
 from peftc.tasks import baseline
-from peftc.tasks.evaluation import evaluated, keep
+from peftc.tasks.evaluation import Exam, evaluated, keep
 
 
 def evaluate(
@@ -23,14 +22,14 @@ def evaluate(
     *,
     data: str | Path,
     task: str | None = None,
-    against: str | Path | Source | nn.Module | Model | None = None,
     num_samples: int | None = None,
-    batch_size: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    against: str | Path | Source | nn.Module | Model | None = None,
+    batch_size: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
     device: str = "auto",
@@ -43,13 +42,13 @@ def evaluate(
         model: any form of MODEL.
         data: a `--data` spec, or `generated:N` for N sequences drawn from ``against`` (else the base, else the model).
         task: a name of the task table; guessed from the model when None.
-        against: another model, or `base` for the earliest of the artifact's chain with the same head and task; adds
-            paired differences.
         num_samples: evaluate on a seeded subset; all samples when None.
-        batch_size: samples at once.
         image_size: side in pixels instead of the model's.
         max_length: tokens per text or window.
         image_column, text_column, label_column: columns of a table, where their names are not usual ones.
+        against: another model, or `base` for the earliest of the artifact's chain with the same head and task; adds
+            paired differences.
+        batch_size: samples at once.
         max_drop: gate: how much worse than ``against`` the first metric may be, in its own unit.
         min_quality: gate: the least the first metric must be; for perplexity, where less is better, the most.
         device, dtype: where and in what precision to run.
@@ -59,40 +58,18 @@ def evaluate(
         DataError: the data cannot be read, or does not fit the model or the task.
         WeightError: the model gives NaN or infinite outputs.
     """
-    _check(max_drop, min_quality, against, batch_size)
-    data, subject = str(data), load.load(model)
-    reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
-    named = Columns(image_column, text_column, label_column)
-    report = evaluated(
-        subject,
-        reference,
-        data,
-        task=task,
-        columns=named,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        image_size=image_size,
-        max_length=max_length,
-        max_drop=max_drop,
-        min_quality=min_quality,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
-    if against == "base" and Path("base").exists():
-        report.notes.append(baseline.FOLDER)
-    if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work
-        keep(report, subject)
-    return report
-
-
-def _check(max_drop: float | None, min_quality: float | None, against: Any, batch_size: int | None) -> None:
-    for option, limit in (("--max-drop", max_drop), ("--min-quality", min_quality)):
-        if limit is not None and not math.isfinite(limit):
-            raise UsageError(f"`{option}` is {limit}", why="a limit is a finite number")
+    reading, gates = Reading.of(locals()), Gates.of(locals())
     if max_drop is not None and against is None:
         raise UsageError(
             "`--max-drop` needs something to compare with", hint="add `--against base` or `--against MODEL`"
         )
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"`--batch-size` is {batch_size}", why="a batch has at least one sample")
+    subject = load.load(model)
+    reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
+    report = evaluated(subject, reference, Exam(named(data, reading), reading, gates, batch_size, device, dtype))
+    if against == "base" and Path("base").exists():
+        report.notes.append(baseline.FOLDER)
+    if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work
+        keep(report, subject)
+    return report

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftc import methods
 from peftc.data import open_data
+from peftc.data.spec import named
 from peftc.errors import ArtifactError, DataError, UsageError
 from peftc.formats import parity
 from peftc.formats.exported import Exported, Inputs
@@ -24,15 +25,15 @@ from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
+from peftc.options import Gates, Reading
 from peftc.report import Report, Table, percent, size
-from peftc.steps.evaluate import evaluate
 from peftc.store import artifact, manifest
 from peftc.store.job import EXPORT, ExportRecord, Job, execution
 from peftc.store.source import Source
 from peftc.tasks import baseline, seen
+from peftc.tasks.evaluation import Exam, evaluated
 from peftc.tasks.figures import add_gates
 from peftc.tasks.table import named_task
-from peftc.tasks.task import Settings
 
 
 def export(
@@ -45,9 +46,12 @@ def export(
     data: str | None = None,
     task: str | None = None,
     num_samples: int = 64,
-    batch_size: int = 16,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int = 16,
     max_drop: float | None = None,
     min_quality: float | None = None,
     max_bytes: float | None = None,
@@ -67,8 +71,9 @@ def export(
         data: samples to compare on; random inputs alone when None.
         task: of the model, as for `evaluate`.
         num_samples: of ``data``, to compare on.
-        batch_size: of the second timing; the first is of one sample.
         image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
+        image_column, text_column, label_column: of ``data``, where their names are not usual ones.
+        batch_size: of the second timing; the first is of one sample.
         max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the
             earliest model of the chain with the same head.
         max_bytes: gate on the files together.
@@ -79,46 +84,40 @@ def export(
     Raises:
         PeftcError: with the cause, also where what was written computes something else; nothing is left then.
     """
+    given = locals()
+    reading, gates = Reading.of(given), Gates.of(given)
+    data = None if data is None else named(data, reading)
     word, written_by, chosen = _format(format, settings or {})
-    is_judged = max_drop is not None or min_quality is not None
     unmerged = methods.trait(written_by, "UNMERGED", False)
-    _check(word, rounds, batch_size, without_data=is_judged and data is None, dense_updates=unmerged and dense)
+    _check(word, rounds, batch_size, without_data=bool(gates) and data is None, dense_updates=unmerged and dense)
 
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device="cpu")
-    against = _judge(stored, str(data), task, max_drop) if is_judged else None
+    against = _judge(stored, data, task, max_drop) if gates and data else None
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length}
     pad = _padding(stored, runs)
     probes = parity.probes(runs, **sides)
     timed = [parity.example(runs, n, **sides) for n in dict.fromkeys((1, batch_size))]
     work = _Work(stored, leaves, runs, list(probes), timed, rounds)
+    judge = None
     if data is not None:
-        drawn = Settings(image_size, max_length, num_samples, seed)
-        work.batches += parity.real_inputs(runs, data, task, drawn, batch_size)
+        work.batches += parity.real_inputs(runs, data, reading, batch_size)
+        whole = replace(reading, num_samples=None)
+        judge = functools.partial(
+            evaluated, reference=against or runs, exam=Exam(data, whole, batch_size=batch_size, device="cpu")
+        )
     request = {
         "command": "export",
         "format": word,
         "dense": dense,
         "settings": dict(settings or {}),
         "data": data,
-        "task": task,
+        **reading.request(),
         "num_samples": num_samples if data else None,
-        **sides,
         "seed": seed,
-        "is_judged": is_judged,
+        "is_judged": bool(gates),
     }
-    judge = functools.partial(
-        evaluate,
-        data=str(data),
-        against=against or runs,
-        task=task,
-        batch_size=batch_size,
-        device="cpu",
-        seed=seed,
-        **sides,
-    )
-
     base = write.base_record(stored)
     identity = write.identity(base, stored.manifest.steps if stored.manifest else [], request, stored.config)
     output = write.output_folder(output_dir, stored, "export")
@@ -129,11 +128,11 @@ def export(
             parity.refuse_unsteady(runs, probes)
             job.require(tensor_bytes(leaves.module))
             exported = _padded(written_by(leaves, parity.example(runs, 2, **sides), job.folder, **chosen), stored, pad)
-            report = _compared(work, exported, word, data, judge if is_judged else None)
+            report = _compared(work, exported, word, data, judge if gates else None)
             _finish(job, report, work, exported, word, request, base)
-    if is_judged:
+    if gates:
         found = report.data["quality"]
-        add_gates(report, found, named_task(found["task"]).metrics[0], max_drop, min_quality)
+        add_gates(report, found, named_task(found["task"]).metrics[0], gates)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
     return report
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftc import methods, processes
-from peftc.data.augment import Augment
+from peftc.data.spec import named
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import ordered
 from peftc.measure import costs
@@ -24,22 +23,24 @@ from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery
-from peftc.nn.adapted import Adapted, adapted_modules
+from peftc.nn.adapted import adapted_modules
 from peftc.nn.surgery import tensor_bytes
+from peftc.options import EPOCHS, Augment, Gates, Reading, Recipe, length
 from peftc.report import Report, Table
 from peftc.steps.merge import taken_in
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
-from peftc.tasks.table import guess, named_task
-from peftc.tasks.task import Settings
-from peftc.training import imitation, loop, samples
+from peftc.tasks.evaluation import Exam
+from peftc.training import imitation, loop
 from peftc.training import student as students
 from peftc.training.imitation import TASK, Imitation
-from peftc.training.recipe import EPOCHS, Recipe, length
+from peftc.training.lesson import Lesson, prepared, weights_of
+from peftc.training.recipe import Outcome
 from peftc.training.student import Student
-from peftc.training.teacher import identity_of, refuse_nothing, teacher_of, tell, weights_of
+from peftc.training.teacher import tell
 
+METHODS_OWN = ("learning_rate", "weight_decay")  # unless they are asked for
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
 
 
@@ -70,16 +71,19 @@ def finetune(
     ema: float | None = None,
     dropout: bool = False,
     mixed_precision: str = "no",
+    evaluations: int = 5,
+    held_out: float = 0.1,
     augment: str | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    held_out: float = 0.1,
-    evaluations: int = 5,
     log_with: str | None = None,
     task: str | None = None,
     num_samples: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
     max_shard_size: str | int = "5GB",
@@ -110,7 +114,7 @@ def finetune(
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
         learning_rate, weight_decay: of AdamW; those of the method when None.
-        warmup, clip: see `peftc.training.recipe.Recipe`.
+        warmup, clip: see `peftc.options.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let dropout and drop-path act, that of updates too.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
@@ -119,7 +123,8 @@ def finetune(
             keeps the last weights.
         evaluations: how often the held-out samples are looked at.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
-        task, num_samples, image_size, max_length: how to read the data, and how much of it.
+        task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
+            how much of it; see `peftc.options.Reading`.
         max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
             model of the chain with the same head.
         max_shard_size: bytes per weight file, as ``5GB``.
@@ -129,73 +134,35 @@ def finetune(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
+    given = locals()
     one_of("--head", head, ["auto", "new", "keep"])
-    own = {key: value for key, value in (settings or {}).items() if "." not in key}
-    of_terms = {key: value for key, value in (settings or {}).items() if "." in key}
-    function = methods.find("adapter", method, "--method")
-    chosen = methods.with_settings(function, method, own)
-    if chosen.get("dropout") and not dropout:
+    own = {name: value for name, value in (settings or {}).items() if "." not in name}
+    of_terms = {name: value for name, value in (settings or {}).items() if "." in name}
+    adapter = methods.find("adapter", method, "--method")
+    if methods.with_settings(adapter, method, own).get("dropout") and not dropout:
         raise UsageError("`--set dropout` acts in training mode only", hint="add `--dropout`")
-    usual = methods.recipe_of(function)
-    recipe = Recipe(
-        **length(epochs, steps, minutes, EPOCHS),
-        batch_size=batch_size,
-        accumulate=accumulate,
-        learning_rate=usual["learning_rate"] if learning_rate is None else learning_rate,
-        weight_decay=usual["weight_decay"] if weight_decay is None else weight_decay,
-        warmup=warmup,
-        clip=clip,
-        ema=ema,
-        dropout=dropout,
-        mixed_precision=mixed_precision,
-        evaluations=evaluations,
-        seed=seed,
-    )
-    shard_bytes = write.shard_bytes(max_shard_size)
+    usual = {name: methods.recipe_of(adapter)[name] for name in METHODS_OWN if given[name] is None}
+    recipe = Recipe.of(given | usual, **length(given, EPOCHS))
+    reading, gates, changes = Reading.of(given), Gates.of(given), Augment.of(given)
+    data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
+
     stored = load(model, merge=False)
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
         refuse_unbuildable(stored)
     fitted = students.headed(stored, data, task, head, seed)
     stored = fitted.model
-    row = named_task(task) if task else guess(stored)
-    copied, placed, after_step = students.build(
-        stored,
-        method,
-        own,
-        include=include,
-        skip=skip,
-        on_product=on_product,
-        has_classes=row is not None and row.has_classes,
-        device=device,
-        seed=seed,
-    )
-    pupil = Student(copied, fitted, placed, after_step)
+    places: Any = {"include": include, "skip": skip, "on_product": on_product}
+    pupil = students.build(fitted, method, own, **places, task=task, device=device, seed=seed)
     of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
-    asked = weights_of(of_task if loss is None else loss, copied, task)
-    terms = imitation.terms(asked, of_terms)
-    changes = Augment(augment, mixup, cutmix)
+    asked = weights_of(of_task if loss is None else loss, pupil.model, task)
+    lesson = Lesson(data, reading, recipe, changes, loss, of_terms, teacher, device)
     try:
-        given = samples.read(
-            copied,
-            data,
-            task=task,
-            labels=bool(asked.get(TASK)),
-            held_out=held_out,
-            settings=Settings(image_size, max_length, num_samples, seed),
-            augment=changes,
-        )
+        work = prepared(lesson, pupil.model, stored, asked)
     except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
         raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
-    weight = asked.get(TASK, 0.0) if given.labelled else 0.0
-    refuse_nothing(loss, asked, terms, weight, given, data)
-    guide = teacher_of(teacher, stored, terms, device)
-    pairs = imitation.pair(copied, guide) if guide is not None and "features" in terms else []
-    work = Imitation(copied, guide, given, terms, weight, pairs)
-    work.check()
-    against = _against(guide if teacher is not None else None, fitted, max_drop)
+    against = _against(work.teacher if teacher is not None else None, fitted, max_drop)
 
-    as_delta = deltas.is_delta(stored) if delta is None else delta
     request = {
         "command": "finetune",
         "method": method,
@@ -205,19 +172,9 @@ def finetune(
         "on_product": on_product,
         "same_rank": same_rank,
         "head": head,
-        "delta": as_delta,
-        "teacher": None if guide is None else identity_of(guide, named=teacher is not None),
-        "data": given.about,
-        "loss": {name: term.weight for name, term in terms.items()} | ({TASK: weight} if weight else {}),
-        **asdict(recipe),
-        "held_out": held_out,
-        **asdict(changes),
-        "task": task,
-        "image_size": image_size,
-        "max_length": max_length,
-        "num_samples": num_samples,
+        "delta": deltas.is_delta(stored) if delta is None else delta,
         "max_shard_bytes": shard_bytes,
-        "device": device,
+        **lesson.request(work),
     }
     output = write.output_folder(output_dir, stored, "finetune")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
@@ -225,22 +182,9 @@ def finetune(
             report = write.already(job, "finetune")
         else:
             job.require(tensor_bytes(stored.module) // (8 if request["delta"] else 1))
-            report = _carry_out(job, base, request, work, pupil, recipe, device, log_with, shard_bytes)
-    quality.measure_on_test(
-        report,
-        stored,
-        learnt=given.about["split"],
-        labelled=given.labelled,
-        data=data,
-        against=against,
-        max_drop=max_drop,
-        min_quality=min_quality,
-        task=task,
-        image_size=image_size,
-        max_length=max_length,
-        device=device,
-        seed=seed,
-    )
+            report = _carry_out(job, base, request, work, pupil, lesson, log_with)
+    exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
+    quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
     return report
 
 
@@ -268,44 +212,19 @@ def _carry_out(
     request: dict[str, Any],
     work: Imitation,
     pupil: Student,
-    recipe: Recipe,
-    device: str,
+    lesson: Lesson,
     log_with: str | None,
-    shard_bytes: int,
 ) -> Report:
     """Train, write and verify."""
-    stored = pupil.stored
-    report = Report("finetune", notes=[*stored.notes, *work.samples.notes])
+    report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes])
     students.tell(report, pupil)
-    held, after = work.samples.held, pupil.after_step
-    function, adapted = methods.find("adapter", request["method"], "--method"), adapted_modules(pupil.model.module)
-    loss: Callable[..., Any] = work.loss
-    penalty = methods.trait(function, "penalty", None)
-    if penalty is not None:
-        loss = functools.partial(_penalized, work.loss, penalty, adapted)
-    if after is not None:
-        updates = {name: each.update for name, each in adapted.items()}
-        epoch = len(work.samples.train) / recipe.batch_size
-        after = functools.partial(_after, after, updates, epoch)
-    outcome = loop.fit(
-        pupil.model.module,
-        len(work.samples.train),
-        work.batch,
-        loss,
-        recipe,
-        device=device,
-        score=None if held is None else functools.partial(_score, pupil, work, recipe.batch_size),
-        folder=job.work,
-        log_with=log_with,
-        log_folder=job.output.with_name(f"{job.output.name}-logs"),
-        after_step=after,
-        keep_last=methods.trait(function, "KEEPS_LAST", False),
-    )
-    if recipe.minutes is not None:
-        request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
+    outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)
+    if lesson.recipe.minutes is not None:
+        request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.steps})
     tell(report, work, outcome, {})
     students.tell_sparsity(report, pupil)
-    memory = {"optimizer_bytes": outcome.optimizer_bytes, "peak_bytes": costs.peak_bytes(place_of(pupil.model.module))}
+    place = place_of(pupil.model.module)
+    memory = {"optimizer_bytes": outcome.optimizer_bytes, "peak_bytes": costs.peak_bytes(place)}
     report.data["memory"] = memory
     report.notes.append(
         f"memory: {memory['optimizer_bytes'] / 1e6:.4g} MB of the optimizer's state, "
@@ -313,46 +232,60 @@ def _carry_out(
     )
     if processes.rank():
         return report
-    place = place_of(pupil.model.module)
-    record, written = _write(job, base, request, pupil, report, shard_bytes)
+    record, written = _write(job, base, request, pupil, report)
     report.warnings += write.verify(job.folder, written)
     shutil.copyfile(job.work / loop.LOG, job.folder / loop.LOG)
     write.finish(job, record, report, place)
     return report
 
 
-def _score(pupil: Student, work: Imitation, batch_size: int) -> float:
-    """Return how good the student is on the held-out samples, with weights that may just have been averaged."""
-    assert work.samples.held is not None
-    for each in adapted_modules(pupil.model.module).values():
-        students.settle(each.update)
-    return work.score(work.samples.held, batch_size)
+def _fit(
+    job: Job, work: Imitation, pupil: Student, adapter: Callable[..., Any], lesson: Lesson, log_with: str | None
+) -> Outcome:
+    """Let the pupil learn, with what its method adds to the loss and does after each step."""
+    adapted, train, held = adapted_modules(pupil.model.module), work.samples.train, work.samples.held
+    size = lesson.recipe.batch_size
+    penalty, after = methods.trait(adapter, "penalty", None), methods.trait(adapter, "after_step", None)
 
+    def loss(module: nn.Module, given: Any) -> Mapping[str, Any]:
+        found = None if penalty is None else penalty(adapted)
+        return {**work.loss(module, given), **({} if found is None else {"penalty": found})}
 
-def _after(method: Any, updates: Mapping[str, nn.Module], steps_per_epoch: float, step: int, steps: int) -> None:
-    method(updates, step, steps, steps_per_epoch)
+    def score() -> float:
+        """Return how good the pupil is on the held-out samples, with weights that may just have been averaged."""
+        assert held is not None
+        for each in adapted.values():
+            students.settle(each.update)
+        return work.score(held, size)
 
+    def after_step(step: int, steps: int) -> None:
+        updates = {name: each.update for name, each in adapted.items()}
+        after(updates, step, steps, len(train) / size)
 
-def _penalized(
-    loss: Callable[..., Mapping[str, Any]],
-    penalty: Callable[..., Any],
-    adapted: Mapping[str, Adapted],
-    module: nn.Module,
-    given: Any,
-) -> Mapping[str, Any]:
-    """Return the terms of a batch and what the method adds to them."""
-    found = penalty(adapted)
-    return {**loss(module, given), **({} if found is None else {"penalty": found})}
+    return loop.fit(
+        pupil.model.module,
+        len(train),
+        work.batch,
+        loss,
+        lesson.recipe,
+        device=lesson.device,
+        score=None if held is None else score,
+        folder=job.work,
+        log_with=log_with,
+        log_folder=job.output.with_name(f"{job.output.name}-logs"),
+        after_step=None if after is None else after_step,
+        keep_last=methods.trait(adapter, "KEEPS_LAST", False),
+    )
 
 
 def _write(
-    job: Job, base: dict[str, Any], request: dict[str, Any], pupil: Student, report: Report, shard_bytes: int
+    job: Job, base: dict[str, Any], request: dict[str, Any], pupil: Student, report: Report
 ) -> tuple[Any, Model]:
     """Write what was learnt, as a delta or whole, and return the manifest and the network that is to reload from it."""
     stored, adapters, learned = pupil.stored, pupil.placed.adapters, pupil.learned
     module = students.as_stored(pupil.model.module, stored.module, adapters)
     tuned = replace(stored, module=module, infos={}, files=[])
-    options: dict[str, Any] = {"max_shard_bytes": shard_bytes, "new_head": bool(pupil.head.new)}
+    options: dict[str, Any] = {"max_shard_bytes": request["max_shard_bytes"], "new_head": bool(pupil.head.new)}
     if request["delta"]:
         names, there = students.beneath(pupil, learned)
         tensors = surgery.tensors_of(module)

@@ -8,8 +8,10 @@ from typing import Any
 
 from peftc import processes
 from peftc.data import split_names
+from peftc.data.spec import named
 from peftc.errors import OutputError
 from peftc.models.load import load
+from peftc.options import Reading
 from peftc.project import config
 from peftc.report import Report
 from peftc.store import documents
@@ -58,18 +60,28 @@ against = "base"
 """
 
 
-def init(model: str | Path | Source, *, data: str | None = None, overwrite: bool = False) -> Report:
+def init(
+    model: str | Path | Source,
+    *,
+    data: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    overwrite: bool = False,
+) -> Report:
     """Write a `peftc.toml` that names a model and its data, with a chain to start from.
 
     Args:
         model: any form of MODEL; it is built, without its weights, to see that it is one.
         data: what to learn from and to measure on; without it the chain has only steps that read none.
+        image_column, text_column, label_column: of the data, where their names are not usual ones.
         overwrite: replace the file that is there.
 
     Raises:
         OutputError: there is one already.
         PeftcError: MODEL or the data is not there, or cannot be read.
     """
+    data = None if data is None else named(data, Reading.of(locals()))
     source = model if isinstance(model, Source) else Source(str(model))
     file = Path(config.FILE)
     if file.exists() and not overwrite:

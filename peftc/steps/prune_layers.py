@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftc import processes
+from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.measure import costs
@@ -25,6 +26,7 @@ from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
 from peftc.models.weights import pieces_of
 from peftc.nn.surgery import parameters, tensor_bytes
+from peftc.options import Gates, Reading
 from peftc.pages.layer_plot import draw_scores
 from peftc.pages.plot import refuse_unwritable
 from peftc.plans import depth
@@ -40,7 +42,7 @@ from peftc.store import maps as layer_maps
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
-from peftc.tasks.task import Settings
+from peftc.tasks.evaluation import Exam
 from peftc.training import retraining
 
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
@@ -69,9 +71,12 @@ def prune_layers(
     plot: str | Path | None = None,
     task: str | None = None,
     num_samples: int | None = None,
-    batch_size: int | None = None,
     image_size: int | None = None,
     max_length: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    batch_size: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
     max_params: float | None = None,
@@ -104,8 +109,9 @@ def prune_layers(
         delta: write which layers stay and what the task changed in them, on the model beneath, or a whole model; as
             ``model`` is when None.
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
-        task, num_samples, batch_size, image_size, max_length: how to read the data; scores look at 2,000 samples at
-            most when None. A training takes them too.
+        task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data; scores
+            look at 2,000 samples at most when None. A training takes them too.
+        batch_size: samples at once, of the training too.
         max_drop, min_quality: gates on the test split; a drop is against the earliest model of the chain with the same
             head.
         max_params, max_bytes: gates on the size.
@@ -117,10 +123,68 @@ def prune_layers(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    asked = depth.asked(alpha, keep, drop, within_drop)
-    shard_bytes = write.shard_bytes(max_shard_size)
+    given = locals()
+    asked, reading, gates = depth.asked(alpha, keep, drop, within_drop), Reading.of(given), Gates.of(given)
+    data, shard_bytes = None if data is None else named(data, reading), write.shard_bytes(max_shard_size)
     refuse_unwritable("--plot", plot)
     wanted = None if score is None else scores.named(score, settings or {})
+    stored, as_delta = _loaded(model, delta, data, repair=repair)
+    of_training = {name: given[name] for name in ("method", "epochs", "steps", "minutes", "learning_rate")}
+    training = retraining.options(stored, data, {**of_training, "batch_size": batch_size}) if retrain else None
+
+    runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device=device)
+    names = layers_of(stored, runs, asked)
+    few = replace(reading, num_samples=num_samples or POINTS)
+    some = samples_of(runs, data, few, wanted, asked, trains=retrain)
+    chosen = score_of(wanted, settings or {}, some, asked, data)
+    if stability:
+        evidence.refuse_unrepeatable(chosen)
+    work = Work(stored, runs, names, chosen, some, asked, batch_size, stability, seed)
+    report = Report("prune-layers", notes=[*stored.notes, *(some.notes if some else [])])
+    if not retrain:
+        report.notes += retraining.idle(of_training)
+    if dry_run:
+        choice, _ = _decide(work, report)
+        report.notes.append("dry run: nothing was written")
+        return _complete(report, stored, plot, choice, max_params, max_bytes)
+
+    request = {
+        "command": "prune-layers",
+        "data": some.about if some else None,
+        "score": chosen.word if chosen else None,
+        "settings": dict(settings or {}),
+        **asdict(asked),
+        "drop": list(asked.drop) or None,
+        "repair": repair,
+        "stability": stability,
+        "delta": as_delta,
+        **reading.request(),
+        "max_shard_bytes": shard_bytes,
+        "device": device,
+        "seed": seed,
+    }
+    against = stored if max_drop is None else baseline.of_gate(stored)
+    output = write.output_folder(output_dir, stored, "prune-layers")
+    prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
+    if training and data is not None:
+        again = functools.partial(finetune, data=data, device=device, **training, **asdict(reading))
+        report, decided = retraining.trained_again(stored, output, request, training, prune, again, overwrite=overwrite)
+    else:
+        report, decided = prune(output)
+    _complete(report, stored, plot, decided, max_params, max_bytes)
+    if some is not None and data is not None:
+        exam, learnt = Exam(data, reading, gates, device=device), some.about["split"]
+        quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=some.labelled, against=against)
+        retraining.tell_quality(report)
+    return report
+
+
+def _loaded(model: Any, delta: bool | None, data: str | None, *, repair: bool) -> tuple[Model, bool]:
+    """Load what may be pruned, and say whether a delta is to be written of it.
+
+    Raises:
+        UsageError: a repair has no samples, or would change weights of the base.
+    """
     if repair and data is None:
         raise UsageError("`--repair` fits what closes the gap to samples", hint="name some: `--data DATA`")
     stored = load(model, merge=False)
@@ -130,87 +194,9 @@ def prune_layers(
     elif repair:
         raise UsageError("`--repair` changes weights of the base, which a delta leaves alone", hint="add `--full`")
     ordered.refuse_ordered(stored)
-    length = {"epochs": epochs, "steps": steps, "minutes": minutes}
-    asked_of_training = {"method": method, **length, "learning_rate": learning_rate}
-    training = retraining.options(stored, data, {**asked_of_training, "batch_size": batch_size}) if retrain else None
     if stored.manifest is None and not stored.files:
         models.refuse_unbuildable(stored)
-    runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device=device)
-    names = layers_of(stored, runs, asked)
-    reading = Settings(image_size, max_length, num_samples or POINTS, seed)
-    given = samples_of(runs, data, task, reading, wanted, asked, trains=retrain)
-    chosen = score_of(wanted, settings or {}, given, asked, data)
-    if stability:
-        evidence.refuse_unrepeatable(chosen)
-    work = Work(stored, runs, names, chosen, given, asked, batch_size, stability, seed)
-    report = Report("prune-layers", notes=[*stored.notes, *(given.notes if given else [])])
-    if not retrain:
-        report.notes += retraining.idle(asked_of_training)
-    if dry_run:
-        choice, _ = _decide(work, report)
-        report.notes.append("dry run: nothing was written")
-        return _complete(report, stored, plot, choice, max_params, max_bytes)
-    request = {
-        "command": "prune-layers",
-        "data": given.about if given else None,
-        "score": chosen.word if chosen else None,
-        "settings": dict(settings or {}),
-        "alpha": asked.alpha,
-        "keep": asked.keep,
-        "drop": list(asked.drop) if asked.drop else None,
-        "within_drop": within_drop,
-        "repair": repair,
-        "stability": stability,
-        "delta": as_delta,
-        "task": task,
-        "num_samples": num_samples,
-        "image_size": image_size,
-        "max_length": max_length,
-        "max_shard_bytes": shard_bytes,
-        "device": device,
-        "seed": seed,
-    }
-    against = stored if max_drop is None else baseline.of_gate(stored)
-    output = write.output_folder(output_dir, stored, "prune-layers")
-    prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
-    if training:
-        report, decided = retraining.trained_again(
-            stored,
-            output,
-            request,
-            training,
-            prune,
-            finetune,
-            overwrite=overwrite,
-            data=data,
-            task=task,
-            num_samples=num_samples,
-            image_size=image_size,
-            max_length=max_length,
-            device=device,
-            seed=seed,
-        )
-    else:
-        report, decided = prune(output)
-    _complete(report, stored, plot, decided, max_params, max_bytes)
-    if given is not None and data is not None:
-        quality.measure_on_test(
-            report,
-            stored,
-            learnt=given.about["split"],
-            labelled=given.labelled,
-            data=data,
-            against=against,
-            max_drop=max_drop,
-            min_quality=min_quality,
-            task=task,
-            image_size=image_size,
-            max_length=max_length,
-            device=device,
-            seed=seed,
-        )
-        retraining.tell_quality(report)
-    return report
+    return stored, as_delta
 
 
 def _prune(

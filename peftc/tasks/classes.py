@@ -10,8 +10,9 @@ from torch import Tensor
 
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError
+from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded, Settings, columns_of, differ
+from peftc.tasks.task import LABELS, Batch, Columns, Encoded, columns_of, differ
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
@@ -32,7 +33,7 @@ def need_classes(data: Dataset, task: str) -> None:
         )
 
 
-def encode_classified(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def encode_classified(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return texts, or pairs that one input joins, with their classes."""
     need_classes(data, "text-classification")
     samples = [data[index] for index in range(len(data))]

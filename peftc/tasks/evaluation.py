@@ -2,84 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from peftc.data import Dataset, open_data
-from peftc.data.spec import Columns as Named
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import DataError
 from peftc.models import measured
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.models.recorded import load_base
+from peftc.options import Gates, Reading
 from peftc.report import Report
 from peftc.tasks import seen
 from peftc.tasks.figures import add_gates, compared_with, metrics_of, table_of
 from peftc.tasks.language import digest_of
 from peftc.tasks.sides import run, sides_of
-from peftc.tasks.table import TASKS, fitting, guess, named_task
-from peftc.tasks.task import Settings, Task
+from peftc.tasks.table import TASKS, fitting, task_of
+from peftc.tasks.task import Task
 
-NAMED = Named()
+NO_GATES = Gates()
 
 
-def evaluated(
-    subject: Model,
-    reference: Model | None,
-    data: str,
-    *,
-    task: str | None = None,
-    columns: Named = NAMED,
-    num_samples: int | None = None,
-    batch_size: int | None = None,
-    image_size: int | None = None,
-    max_length: int | None = None,
-    max_drop: float | None = None,
-    min_quality: float | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-) -> Report:
+@dataclass(frozen=True)
+class Exam:
+    """What quality is measured on.
+
+    Attributes:
+        data: a `--data` spec, or ``generated:N``.
+        reading: how to read it; the task is guessed where it names none.
+        gates: what the first metric has to be.
+        batch_size, device, dtype: as for `evaluate`.
+    """
+
+    data: str
+    reading: Reading
+    gates: Gates = NO_GATES
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
     """Return figures with their intervals, and those of another model with the paired difference.
 
     Args:
         subject: what is measured; moved to the device.
         reference: what it is compared with; None measures it alone.
-        data: a `--data` spec, or ``generated:N``.
-        columns: of a table, where their names are not usual ones.
-        task, num_samples, batch_size, image_size, max_length, max_drop, min_quality, device, dtype, seed: as for
-            `evaluate`.
+        exam: on what.
 
     Raises:
         DataError, WeightError: as `evaluate` does.
     """
+    data, reading = exam.data, exam.reading
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
-    row = named_task(task) if task else guess(subject)
+    row = task_of(subject, reading.task)
     for each in (subject, reference):
         if each is not None:
-            runnable(each, device=device, dtype=dtype)
-    settings = Settings(image_size, max_length, num_samples, seed)
+            runnable(each, device=exam.device, dtype=exam.dtype)
     if data.startswith(GENERATED):
-        dataset = _generated(data, row, subject, reference, settings, report, device=device, dtype=dtype)
+        dataset = _generated(data, row, subject, reference, reading, report, device=exam.device, dtype=exam.dtype)
     else:
-        dataset = open_data(
-            data,
-            num_samples=num_samples,
-            seed=seed,
-            image_column=columns.image,
-            text_column=columns.text,
-            label_column=columns.label,
-            task=row.name if row else None,
-        )
+        name = row.name if row else None
+        dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=name)
     row = fitting(row or _by_data(subject, dataset), dataset)
     known_to = seen.by(subject.manifest, data, dataset)
-    if known_to and (max_drop is not None or min_quality is not None):
+    if known_to and exam.gates:
         seen.refuse_gate(known_to, dataset)
     if known_to:
         report.warnings.append(
             f"`{known_to}` calibrated or taught the model with samples of these: its figure on others may be worse"
         )
-    report.notes += dataset.notes if task else [f"task: `{row.name}`, guessed from `{subject.name}`", *dataset.notes]
-    sides = sides_of(row, [subject] if reference is None else [subject, reference], dataset, settings, report)
-    compared = run(row, sides, dataset, batch_size or row.batch_size, report)
+    report.notes += (
+        dataset.notes if reading.task else [f"task: `{row.name}`, guessed from `{subject.name}`", *dataset.notes]
+    )
+    sides = sides_of(row, [subject] if reference is None else [subject, reference], dataset, reading, report)
+    compared = run(row, sides, dataset, exam.batch_size or row.batch_size, report)
     report.data = {
         "task": row.name,
         "data": {
@@ -91,12 +88,12 @@ def evaluated(
         "seen": known_to is not None,
         "metric": row.metrics[0].name,
         "higher_is_better": row.metrics[0].higher_is_better,
-        "metrics": metrics_of(row, sides[0].columns, seed),
+        "metrics": metrics_of(row, sides[0].columns, reading.seed),
     }
     if reference is not None:
-        report.data["against"] = compared_with(row, sides, compared, seed)
+        report.data["against"] = compared_with(row, sides, compared, reading.seed)
     report.tables.append(table_of(row, sides, report.data))
-    add_gates(report, report.data, row.metrics[0], max_drop, min_quality)
+    add_gates(report, report.data, row.metrics[0], exam.gates)
     return report
 
 
@@ -122,7 +119,7 @@ def _generated(
     row: Task | None,
     subject: Model,
     reference: Model | None,
-    settings: Settings,
+    reading: Reading,
     report: Report,
     **place: str,
 ) -> Dataset:
@@ -137,6 +134,6 @@ def _generated(
             f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
             "add `--against`"
         )
-    length = length_to_draw(author, settings.max_length)
-    report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {settings.seed}")
-    return sample(author, number, length, seed=settings.seed).take(settings.num_samples, seed=settings.seed)
+    length = length_to_draw(author, reading.max_length)
+    report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}")
+    return sample(author, number, length, seed=reading.seed).take(reading.num_samples, seed=reading.seed)

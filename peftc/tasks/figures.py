@@ -10,6 +10,7 @@ import numpy as np
 
 from peftc.errors import DataError
 from peftc.measure.intervals import Interval, bootstrap, paired_shares, wilson
+from peftc.options import Gates
 from peftc.report import Report, Table
 from peftc.tasks.sides import Side
 from peftc.tasks.task import Columns, Metric, Task
@@ -98,13 +99,11 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
     return Table(title, ["metric", sides[0].model.name, f"against {against['name']}", "difference"], rows)
 
 
-def add_gates(
-    report: Report, found: Mapping[str, Any], metric: Metric, max_drop: float | None, min_quality: float | None
-) -> None:
+def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: Gates) -> None:
     """Judge what was found of a metric: a drop is how much worse it is, whichever direction is worse."""
     judge = report.at_least if metric.higher_is_better else report.at_most
-    if min_quality is not None:
-        judge("--min-quality", min_quality, found["metrics"][metric.name]["value"])
-    if max_drop is not None:
+    if gates.min_quality is not None:
+        judge("--min-quality", gates.min_quality, found["metrics"][metric.name]["value"])
+    if gates.max_drop is not None:
         difference = found["against"]["difference"][metric.name]["value"]
-        report.at_most("--max-drop", max_drop, 0.0 - difference if metric.higher_is_better else difference)
+        report.at_most("--max-drop", gates.max_drop, 0.0 - difference if metric.higher_is_better else difference)

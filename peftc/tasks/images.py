@@ -12,14 +12,15 @@ from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.errors import DataError, UsageError, reason_of
 from peftc.models.place import moved, place_of
+from peftc.options import Reading
 from peftc.tasks.classes import need_classes
-from peftc.tasks.task import Batch, Encoded, Settings
+from peftc.tasks.task import Batch, Encoded
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
 
 
-def encode_images(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def encode_images(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return images, or tensors as they are, with their classes."""
     need_classes(data, "image-classification")
     labels = data.labels or []

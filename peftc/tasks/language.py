@@ -13,13 +13,14 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, window, windows_of
 from peftc.models.tokenizer import tokenizer_of
-from peftc.tasks.task import Batch, Columns, Encoded, Settings, Task, columns_of, differ
+from peftc.options import Reading
+from peftc.tasks.task import Batch, Columns, Encoded, Task, columns_of, differ
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
 
 
-def encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, whose every token but the first is foretold from those before it."""
     if data.kind == "tensor":
         windows = torch.stack([data[index][0] for index in range(len(data))])
@@ -38,7 +39,7 @@ def encode_causal(model: Model, data: Dataset, settings: Settings) -> Encoded:
     return Encoded(len(windows), batch, key=_key(windows), notes=[note])
 
 
-def encode_masked(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text with some tokens masked, which are foretold from those around them."""
     tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=3)

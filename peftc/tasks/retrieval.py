@@ -17,7 +17,8 @@ from peftc.errors import DataError
 from peftc.models import dual
 from peftc.models.place import moved
 from peftc.nn.peers import ALONE, Peers
-from peftc.tasks.task import Batch, Columns, Encoded, Metric, Settings, Task
+from peftc.options import Reading
+from peftc.tasks.task import Batch, Columns, Encoded, Metric, Task
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
@@ -29,7 +30,7 @@ BLOCK = 1024  # queries ranked at once
 # samples
 
 
-def _encode(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
     known = data.pairs
     if model.kind != "image-text" or known is None:
         raise DataError(

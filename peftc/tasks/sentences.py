@@ -13,13 +13,14 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded, Settings
+from peftc.options import Reading
+from peftc.tasks.task import LABELS, Batch, Columns, Encoded
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
 
 
-def encode_texts(model: Model, data: Dataset, settings: Settings, texts: list[list[Any]], labels: Tensor) -> Encoded:
+def encode_texts(model: Model, data: Dataset, settings: Reading, texts: list[list[Any]], labels: Tensor) -> Encoded:
     """Tokenise texts: ``texts[i]`` holds the rows of the batch that sample i makes."""
     width = len(texts[0])
     tokens = tokenise(model, [text for rows in texts for text in rows], settings.max_length)
@@ -34,7 +35,7 @@ def encode_texts(model: Model, data: Dataset, settings: Settings, texts: list[li
     return Encoded(len(texts), batch, key=tokens.digest, lengths=lengths, notes=notes)
 
 
-def encode_pairs(model: Model, data: Dataset, settings: Settings) -> Encoded:
+def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return pairs of sentences with the score of each.
 
     Raises:

@@ -12,8 +12,9 @@ from peftc.data import Dataset
 from peftc.data.classes import match
 from peftc.errors import DataError, WeightError
 from peftc.models.model import Model
+from peftc.options import Reading
 from peftc.report import Report
-from peftc.tasks.task import Batch, Columns, Encoded, Settings, Task, batches, concatenated
+from peftc.tasks.task import Batch, Columns, Encoded, Task, batches, concatenated
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Side:
     columns: Columns = field(default_factory=dict)
 
 
-def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Settings, report: Report) -> list[Side]:
+def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading, report: Report) -> list[Side]:
     """Encode the data for each model, and refuse two whose figures could not be compared.
 
     Raises:

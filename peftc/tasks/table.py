@@ -98,6 +98,11 @@ def guess(model: Model) -> Task | None:
     return None
 
 
+def task_of(model: Model, name: str | None) -> Task | None:
+    """Return the task that was named, else the one that the model tells; None where nothing does."""
+    return named_task(name) if name else guess(model)
+
+
 def fitting(task: Task, data: Dataset) -> Task:
     """Return the task where it can read the data.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,21 +13,9 @@ from peftc.data.dataset import Dataset
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
+from peftc.options import Reading
 
 Columns = dict[str, np.ndarray]  # one figure per sample each
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose about reading samples."""
-
-    image_size: int | None = None
-    max_length: int | None = None
-    num_samples: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Task:
         name: as typed for `--task`.
         reads: kinds of data.
         architectures: endings of the names of transformers classes made for it.
-        encode: (model, data, settings) -> samples as the model reads them.
+        encode: (model, data, reading) -> samples as the model reads them.
         observe: (outputs, batch) -> figures per sample.
         metrics: the first is the one that gates judge.
         batch_size: when the user gives none.
@@ -109,7 +97,7 @@ class Task:
     name: str
     reads: tuple[str, ...]
     architectures: tuple[str, ...]
-    encode: Callable[[Model, Dataset, Settings], Encoded]
+    encode: Callable[[Model, Dataset, Reading], Encoded]
     observe: Callable[[Tensor, Batch], Columns]
     metrics: tuple[Metric, ...]
     batch_size: int

@@ -14,9 +14,10 @@ from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models.inputs import mask_of_outputs
+from peftc.options import Reading
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.table import TASKS
-from peftc.tasks.task import Batch, Encoded, Settings, Task
+from peftc.tasks.task import Batch, Encoded, Task
 
 if TYPE_CHECKING:
     from peftc.models.model import Model
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 22  # scores that are worked on at once
 
 
-def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -> Encoded:
+def encode(model: Model, data: Dataset, task: Task | None, settings: Reading) -> Encoded:
     """Return samples as inputs of the model; labels, where there are any, are not looked at.
 
     Args:
@@ -51,7 +52,7 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Settings) -
     )
 
 
-def _texts(model: Model, data: Dataset, task: Task | None, settings: Settings) -> Encoded:
+def _texts(model: Model, data: Dataset, task: Task | None, settings: Reading) -> Encoded:
     """Tokenise texts one by one; of a pair, a classifier reads both at once and any other model one after the other."""
     samples: list[Any] = [data[index][0] for index in range(len(data))]
     joined = task is not None and task.name == "text-classification"

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from peftc import processes
 from peftc.errors import PeftcError, reason_of
 from peftc.models.place import device_of
-from peftc.training.recipe import Recipe, cannot_train
+from peftc.options import Recipe, cannot_train
 
 
 def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:

@@ -26,9 +26,10 @@ from peftc import processes, progress
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
 from peftc.nn import surgery
+from peftc.options import Recipe
 from peftc.store import documents
 from peftc.training.accelerator import accelerator_of
-from peftc.training.recipe import Outcome, Recipe, mixed, rate
+from peftc.training.recipe import Outcome, mixed, rate
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints

@@ -17,10 +17,10 @@ from peftc.measure.intervals import Interval
 from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
+from peftc.options import EPOCHS, Recipe
 from peftc.report import Report, Table, size_table
 from peftc.store import artifact, manifest
 from peftc.store.job import Job
-from peftc.training.recipe import EPOCHS, Recipe
 
 USUAL = "lora"  # where the model was not finetuned before
 WARNING = (
@@ -68,7 +68,6 @@ def trained_again(
     finetune: Callable[..., Report],
     *,
     overwrite: bool,
-    **reading: Any,
 ) -> tuple[Report, Any]:
     """Prune into the working folder, finetune what is there, and let that be the artifact.
 
@@ -76,11 +75,10 @@ def trained_again(
         stored: the model.
         output: the folder to be.
         request: of the pruning alone.
-        training: options of `finetune`.
+        training: options of the training, for the request.
         prune: writes the pruned artifact into a folder; returns its report, and what was decided.
-        finetune: the step of that name.
+        finetune: the step of that name, with all but a model, a folder and the size of its files.
         overwrite: replace another artifact at ``output``.
-        reading: how `finetune` reads the data, and where it computes.
 
     Returns:
         one report, and what ``prune`` decided; None where it was done before.
@@ -93,7 +91,7 @@ def trained_again(
         processes.wait()  # until the first one has written it
         source = replace(stored.source, spec=str(job.work / "pruned"), allow_code=True)
         shard = request["max_shard_bytes"]
-        tuned = finetune(source, output_dir=job.work / "tuned", max_shard_size=shard, **training, **reading)
+        tuned = finetune(source, output_dir=job.work / "tuned", max_shard_size=shard)
         if processes.rank() == 0:
             _join(report, tuned, job.work / "tuned")
             _take(job, report, job.work / "tuned")

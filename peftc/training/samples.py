@@ -11,16 +11,17 @@ import numpy as np
 import torch
 
 from peftc.data import Dataset, open_data, parts_of, split_names
-from peftc.data.augment import Augment, Augmented
+from peftc.data.augment import Augmented
 from peftc.data.classes import match
 from peftc.data.dataset import split_word
 from peftc.errors import DataError, UsageError
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
+from peftc.options import Augment, Reading
 from peftc.tasks import seen, unlabelled
-from peftc.tasks.table import guess, named_task
-from peftc.tasks.task import Batch, Encoded, Settings, Task
+from peftc.tasks.table import task_of
+from peftc.tasks.task import Batch, Encoded, Task
 
 PLAIN = Augment()
 ALONE = "leave the labels alone: `--loss features=1`"
@@ -79,11 +80,10 @@ class Samples:
 def read(
     model: Model,
     data: str,
+    reading: Reading,
     *,
-    task: str | None,
     labels: bool,
     held_out: float,
-    settings: Settings,
     augment: Augment = PLAIN,
     otherwise: str = ALONE,
 ) -> Samples:
@@ -92,24 +92,21 @@ def read(
     Args:
         model: that reads them, runnable.
         data: a `--data` spec.
-        task: a name of the task table; guessed when None.
+        reading: how; the task is guessed where it names none.
         labels: whether they are wanted; without, nothing looks at them.
         held_out: share of the train split to hold out where there is no validation split, in [0, 1).
-        settings: sizes, number of samples and seed.
         augment: what happens to images that are learnt from.
         otherwise: what to do, said to those whose labels do not fit.
 
     Raises:
         DataError: the data cannot be read, is empty, or has one class only.
     """
-    if not 0 <= held_out < 1:
-        raise UsageError(f"`--held-out` is {held_out}", why="it is a share of the samples, in [0, 1)")
-    row = named_task(task) if task else guess(model)
+    row = task_of(model, reading.task)
     dataset = open_data(
-        data, num_samples=settings.num_samples, seed=settings.seed, task=row.name if row else None, role="training"
+        data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None, role="training"
     )
     labelled = labels and row is not None and dataset.kind in row.reads and _has_labels(row, dataset)
-    encoded = _encode(model, dataset, row, settings, labelled=labelled, otherwise=otherwise)
+    encoded = _encode(model, dataset, row, reading, labelled=labelled, otherwise=otherwise)
     notes = [*dataset.notes, *encoded.notes]
     outputs: list[int] = []
     if labelled and row is not None and row.has_classes:
@@ -119,28 +116,28 @@ def read(
     if held_out:
         validation = _validation(data, dataset)
         if validation is not None:
-            other = open_data(validation, num_samples=HELD_OUT, seed=settings.seed, task=row.name if row else None)
+            other = open_data(validation, num_samples=HELD_OUT, seed=reading.seed, task=row.name if row else None)
             if other.classes != dataset.classes:
                 raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
-            whole = _encode(model, other, row, replace(settings, num_samples=None), labelled=labelled)
+            whole = _encode(model, other, row, replace(reading, num_samples=None), labelled=labelled)
             held = Held(whole, range(whole.size))
             notes.append(f"held out: {whole.size} samples of split `{other.split}`")
         else:
-            train, held = _cut(encoded, held_out, settings.seed)
+            train, held = _cut(encoded, held_out, reading.seed)
             notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
-        train = replace(train, encoded=_augmented(model, dataset, encoded, settings, augment, outputs))
+        train = replace(train, encoded=_augmented(model, dataset, encoded, reading, augment, outputs))
     about = {**seen.kept(data, row if labelled else None, dataset, encoded), "samples": len(train)}
     return Samples(row, labelled, train, held, about, outputs, notes)
 
 
 def _augmented(
-    model: Model, dataset: Dataset, plain: Encoded, settings: Settings, augment: Augment, outputs: list[int]
+    model: Model, dataset: Dataset, plain: Encoded, reading: Reading, augment: Augment, outputs: list[int]
 ) -> Encoded:
     """Return samples that are changed at random each time they are read; classes are mixed as the model's outputs."""
     if dataset.kind not in ("image", "tensor") or model.kind != "image":
         raise UsageError(f"`{dataset.name}` holds no images to augment", hint="leave `--augment` and `--mixup` out")
-    images = Augmented(dataset, model.preprocess, settings.image_size, augment, plain.batch)
+    images = Augmented(dataset, model.preprocess, reading.image_size, augment, plain.batch)
     number = len(model.labels or []) or max(outputs, default=0) + 1
 
     def batch(indices: Sequence[int]) -> Batch:
@@ -160,15 +157,15 @@ def _has_labels(row: Task, dataset: Dataset) -> bool:
 
 
 def _encode(
-    model: Model, dataset: Dataset, row: Task | None, settings: Settings, *, labelled: bool, otherwise: str = ALONE
+    model: Model, dataset: Dataset, row: Task | None, reading: Reading, *, labelled: bool, otherwise: str = ALONE
 ) -> Encoded:
     if not len(dataset):
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
-        return unlabelled.encode(model, dataset, row, settings)
+        return unlabelled.encode(model, dataset, row, reading)
     if row.has_classes:
         refuse_one_class(dataset, otherwise)
-    return row.encode(model, dataset, settings)
+    return row.encode(model, dataset, reading)
 
 
 def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:

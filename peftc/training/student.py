@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from peftc.models.place import place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.report import Report, Table
-from peftc.tasks.table import guess, named_task
+from peftc.tasks.table import task_of
 from peftc.training import samples
 from peftc.training.recipe import mixed
 
@@ -37,13 +37,11 @@ class Student:
         model: whose module learns, with its updates beside it.
         head: the same before, as it is stored, with the head that the data needs.
         placed: what learns, module by module.
-        after_step: what the method does after each step, with the steps made, those to make, and those of an epoch.
     """
 
     model: Model
     head: Headed
     placed: Placed
-    after_step: Callable[..., None] | None
 
     @property
     def stored(self) -> Model:
@@ -75,7 +73,7 @@ def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> H
         head: ``auto`` gives a new one where the classes do not fit, ``new`` always, ``keep`` never.
         seed: of the first values of a new head.
     """
-    row = named_task(task) if task else guess(model)
+    row = task_of(model, task)
     if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
         return Headed(model, [], {})
     dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")
@@ -108,17 +106,17 @@ def _fits(model: Model, classes: Sequence[str]) -> bool:
 
 
 def build(
-    model: Model,
+    head: Headed,
     method: str,
     settings: Mapping[str, Any],
     *,
     include: Sequence[str],
     skip: Sequence[str],
     on_product: bool,
-    has_classes: bool,
+    task: str | None,
     device: str,
     seed: int,
-) -> tuple[Model, Placed, Callable[..., None] | None]:
+) -> Student:
     """Return a runnable copy of a model in which only what a method says learns, and the head of a classifier.
 
     Raises:
@@ -126,6 +124,7 @@ def build(
         WeightError: a weight is not finite.
         PlanError: nothing would learn, or the model has updates of another method.
     """
+    model, row = head.model, task_of(head.model, task)
     refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
@@ -137,7 +136,7 @@ def build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed(seed, 0, UPDATES))
             placed = adapting.place(copied, method, chosen, include=include, skip=skip, on_product=on_product)
-    if has_classes:
+    if row is not None and row.has_classes:
         for name in sorted(_outputs(copied)):
             placed.own[name] = tuple(copied.module.get_submodule(name)._parameters)
     for name, leaves in placed.own.items():
@@ -152,7 +151,7 @@ def build(
             why="no module takes an update of that method",
             hint="see `peftc methods adapter`, or name modules: `--include`",
         )
-    return copied, placed, methods.trait(function, "after_step", None)
+    return Student(copied, head, placed)
 
 
 def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:

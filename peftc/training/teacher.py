@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftc import processes
-from peftc.errors import DataError, UsageError
+from peftc.errors import UsageError
 from peftc.models import write
 from peftc.models.load import load
 from peftc.models.model import Model
@@ -17,61 +17,11 @@ from peftc.models.place import runnable
 from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.store.source import Source
-from peftc.tasks.table import guess, named_task
 from peftc.training import imitation, samples
 from peftc.training.imitation import TASK, Imitation
-from peftc.training.recipe import Outcome, Recipe
+from peftc.training.recipe import Outcome
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls
-
-
-PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
-
-
-def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str | None) -> dict[str, float]:
-    """Return the weight of each term that was asked for, or of those of PELA.
-
-    Raises:
-        UsageError: a weight is no number.
-    """
-    if loss is None:
-        row = named_task(task) if task else guess(student)
-        has_vectors = row is None or row.name in ("sentence-similarity", "image-text-retrieval")
-        return PELA | ({"embeddings": 1.0} if has_vectors else {})
-    if isinstance(loss, Mapping):
-        return {name: float(weight) for name, weight in loss.items()}
-    found: dict[str, float] = {}
-    for part in loss.split(","):
-        name, equals, value = part.strip().partition("=")
-        try:
-            found[name] = float(value) if equals else 1.0
-        except ValueError:
-            raise UsageError(
-                f"`--loss {part}` has no weight", hint="write it as `--loss features=1,task=0.5`"
-            ) from None
-    return found
-
-
-def refuse_nothing(
-    loss: Any, asked: Mapping[str, float], terms: Mapping[str, Any], weight: float, given: samples.Samples, data: str
-) -> None:
-    """Refuse a loss of which nothing is left.
-
-    Raises:
-        DataError: with what to ask for.
-    """
-    if loss is not None and asked.get(TASK) and not given.labelled:
-        raise DataError(
-            "the task's loss needs labels",
-            why=f"`{data}` has none that the task reads",
-            hint="leave `task` out of `--loss`",
-        )
-    if not terms and not weight:
-        raise DataError(
-            "there is nothing to learn",
-            why="no term of `--loss` is left for this model and these samples",
-            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
-        )
 
 
 def teacher_of(
@@ -95,15 +45,15 @@ def identity_of(guide: Model, *, named: bool) -> dict[str, Any]:
     return {"spec": guide.source.spec if named else None, "content": content}
 
 
-def taught_by(work: Imitation, recipe: Recipe) -> float | None:
+def taught_by(work: Imitation, batch_size: int) -> float | None:
     """Return how good the teacher is on the held-out samples; None where that says nothing."""
     held, teacher = work.samples.held, work.teacher
     if held is None or not work.samples.labelled or teacher is None:
         return None
-    return processes.agreed(lambda: samples.figures(teacher, work.samples, held, recipe.batch_size))
+    return processes.agreed(lambda: samples.figures(teacher, work.samples, held, batch_size))
 
 
-def _standing(work: Imitation, outcome: Outcome, taught: float | None, report: Report) -> dict[str, float]:
+def standing(work: Imitation, outcome: Outcome, taught: float | None, report: Report) -> dict[str, float]:
     """Return how good student and teacher were before the training, and say where there was nothing to teach."""
     if taught is None:
         return {}

@@ -36,16 +36,15 @@ from peftc.models import layers, load, shorten
 from peftc.models.inputs import outputs
 from peftc.models.model import Model, detached
 from peftc.models.tokenizer import tokenizer_of
+from peftc.options import Reading, Recipe
 from peftc.plans import depth
 from peftc.plans.depth import Asked
 from peftc.pruning import choice, closing, losses
 from peftc.pruning import scores as layer_scores
 from peftc.pruning.losses import Trial
 from peftc.report import Report
-from peftc.tasks.task import Settings
 from peftc.training import imitation, samples
 from peftc.training.loop import fit
-from peftc.training.recipe import Recipe
 from peftc.training.samples import Held
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -120,19 +119,17 @@ def images(asked: argparse.Namespace) -> None:
     """Adapt, score, choose, and measure every choice."""
     spec, seed = SETS[asked.task], asked.seed
     folder = Path(asked.work) / f"{asked.task}-{asked.train}-{seed}"
-    settings = Settings(num_samples=IMAGES, seed=seed)
+    settings = Reading(num_samples=IMAGES, seed=seed)
     if not (folder / "model.safetensors").is_file():
         start = load.load(fresh(folder / "start", spec, seed))
-        given = samples.read(start, f"{spec}@train", task=None, labels=True, held_out=0, settings=settings)
+        given = samples.read(start, f"{spec}@train", settings, labels=True, held_out=0)
         trained = train(start, given, asked.train, seed, asked.epochs)
         (folder / "config.json").write_text((folder / "start" / "config.json").read_text())
         save(trained.module, folder)
     stored, runs = load.load(folder), load.load(folder)
-    given = samples.read(runs, f"{spec}@train", task=None, labels=True, held_out=0, settings=settings)
+    given = samples.read(runs, f"{spec}@train", settings, labels=True, held_out=0)
     names = layers.layers(runs)
-    test = samples.read(
-        runs, f"{spec}@test", task=None, labels=True, held_out=0, settings=Settings(num_samples=TESTED, seed=seed)
-    )
+    test = samples.read(runs, f"{spec}@test", Reading(num_samples=TESTED, seed=seed), labels=True, held_out=0)
 
     def accuracy(model: Model) -> float:
         return samples.figures(model, test, test.train, 50)
@@ -285,8 +282,8 @@ def cost(asked: argparse.Namespace) -> None:
 
     spec = SETS["cifar10"]
     runs = load.load(fresh(Path(asked.work) / "cost", spec, 0))
-    settings = Settings(num_samples=IMAGES)
-    given = samples.read(runs, f"{spec}@train", task=None, labels=True, held_out=0, settings=settings)
+    settings = Reading(num_samples=IMAGES)
+    given = samples.read(runs, f"{spec}@train", settings, labels=True, held_out=0)
     names = layers.layers(runs)
     score = layer_scores.named("tsne-silhouette", {})
     seen = layer_scores.see(runs, given, names, 32)

@@ -26,11 +26,11 @@ import peftc
 from peftc.data import open_data
 from peftc.models import load
 from peftc.models.place import runnable
+from peftc.options import Reading, Recipe
 from peftc.tasks.table import TASKS
-from peftc.tasks.task import Batch, Settings
+from peftc.tasks.task import Batch
 from peftc.training import imitation, samples
 from peftc.training.loop import fit
-from peftc.training.recipe import Recipe
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CIFAR = DATA / "sets" / "cifar10_jpg" / "cifar10_jpg_5k2k.zip"
@@ -79,7 +79,7 @@ def tuned(folder: Path) -> Path:
 
     write(network)
     model = imitation.trainable(load.load(folder))
-    given = samples.read(model, str(CIFAR), task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(model, str(CIFAR), Reading(), labels=True, held_out=0)
     work = imitation.Imitation(model, None, given, {}, 1.0, [])
     fit(
         model.module, len(given.train), work.batch, work.loss,
@@ -107,9 +107,7 @@ def accuracy(model: Any) -> float:
 def gap(model: Any, dense: Path) -> float:
     """Return the mean squared error of the features on 256 test images."""
     student, teacher = (runnable(load.load(each), device="cpu") for each in (model, dense))
-    given = samples.read(
-        student, f"{CIFAR}@test", task=None, labels=False, held_out=0, settings=Settings(num_samples=256)
-    )
+    given = samples.read(student, f"{CIFAR}@test", Reading(num_samples=256), labels=False, held_out=0)
     work = imitation.Imitation(
         student, teacher, given, imitation.terms({"features": 1.0}, {}), 0, imitation.pair(student, teacher)
     )

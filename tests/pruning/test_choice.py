@@ -17,13 +17,13 @@ from peftc.errors import DataError, PeftcError, UsageError
 from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
+from peftc.options import Reading
 from peftc.plans.depth import NOISE, Decision
 from peftc.pruning import evidence
 from peftc.pruning import losses as layer_losses
 from peftc.pruning import scores as layer_scores
 from peftc.pruning.losses import Trial
 from peftc.store import maps
-from peftc.tasks.task import Settings
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
 from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
@@ -57,7 +57,7 @@ def without_labels(images: str, folder: Path) -> Path:
 
 def read(model: Path, data: Path, *, labels: bool = True, held_out: float = 0.2) -> tuple[Any, samples.Samples]:
     runs = load.load(model)
-    return runs, samples.read(runs, str(data), task=None, labels=labels, held_out=held_out, settings=Settings())
+    return runs, samples.read(runs, str(data), Reading(), labels=labels, held_out=held_out)
 
 
 def on_all(runs: Any, given: samples.Samples) -> Trial:

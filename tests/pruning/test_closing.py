@@ -15,11 +15,11 @@ from peftc.errors import PlanError
 from peftc.models import layers, load, shorten
 from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import surgery
+from peftc.options import Reading
 from peftc.plans.depth import Asked
 from peftc.pruning import choice, closing
 from peftc.pruning.closing import Gap, Moments
 from peftc.report import Report
-from peftc.tasks.task import Settings
 from peftc.training import samples
 from tests.conftest import BERT, INPUT, LLAMA, VIT, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 from tests.steps.test_prune_layers import GPT2, text_of  # type: ignore[import-not-found]
@@ -41,7 +41,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def work(model: Path, data: Path, **settings: Any) -> choice.Work:
     stored, runs = load.load(model), load.load(model)
-    given = samples.read(runs, str(data), task=None, labels=True, held_out=0, settings=Settings(**settings))
+    given = samples.read(runs, str(data), Reading(**settings), labels=True, held_out=0)
     return choice.Work(stored, runs, layers.layers(runs), None, given, Asked(drop=(1,)), 16)
 
 

@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 
 import peftc
-from peftc.data.augment import Augment
 from peftc.errors import ArtifactError, DataError, DivergenceError, PeftcError, UsageError
 from peftc.models import load
 from peftc.models.place import runnable
 from peftc.nn import surgery
+from peftc.options import Augment, Reading, Recipe
 from peftc.store import manifest
-from peftc.tasks.task import Settings
 from peftc.training import imitation, loop, samples
 from peftc.training.imitation import Imitation
-from peftc.training.recipe import Recipe
 from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
 from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
 
@@ -63,7 +61,7 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 def imitate(model: Any, teacher: Any, images: Path, asked: dict[str, float], labels: bool = True) -> Imitation:
     held = imitation.trainable(load.load(model))
     guide = runnable(load.load(teacher), device="cpu")
-    given = samples.read(held, str(images), task=None, labels=labels, held_out=0.1, settings=Settings())
+    given = samples.read(held, str(images), Reading(), labels=labels, held_out=0.1)
     return Imitation(held, guide, given, imitation.terms(asked, {}), asked.get("task", 0), imitation.pair(held, guide))
 
 
@@ -248,12 +246,12 @@ def test_a_validation_split_is_held_out_and_the_test_split_never_read(tiny_vit: 
         }
     np.savez(tmp_path / "images.npz", **arrays)
     model = imitation.trainable(load.load(tiny_vit))
-    given = samples.read(model, str(tmp_path / "images.npz"), task=None, labels=True, held_out=0.1, settings=Settings())
+    given = samples.read(model, str(tmp_path / "images.npz"), Reading(), labels=True, held_out=0.1)
     assert len(given.train) == 20 and given.held is not None and len(given.held) == 20
     assert given.about["split"] == "train"
     np.testing.assert_array_equal(given.held.batch([3]).inputs[0].numpy(), arrays["x_val"][3])
     np.savez(tmp_path / "two.npz", **{name: each for name, each in arrays.items() if "val" not in name})
-    cut = samples.read(model, str(tmp_path / "two.npz"), task=None, labels=True, held_out=0.1, settings=Settings())
+    cut = samples.read(model, str(tmp_path / "two.npz"), Reading(), labels=True, held_out=0.1)
     assert cut.held is not None
     assert sorted([*cut.train.rows, *cut.held.rows]) == list(range(20)) and len(cut.held) == 2
 
@@ -372,9 +370,7 @@ def test_augmented_images_differ_each_time_and_are_the_same_again(tiny_vit: Path
             Image.fromarray(pixels).save(tmp_path / "data" / str(label) / f"{number}.png")
 
     def read(augment: Augment) -> samples.Samples:
-        return samples.read(
-            model, str(tmp_path / "data"), task=None, labels=True, held_out=0, settings=Settings(), augment=augment
-        )
+        return samples.read(model, str(tmp_path / "data"), Reading(), labels=True, held_out=0, augment=augment)
 
     def drawn(augment: Augment, seed: int) -> Any:
         torch.manual_seed(seed)

@@ -14,9 +14,9 @@ import peftc
 from peftc.errors import ClassesError, DataError, PeftcError, PlanError, UsageError, WeightError
 from peftc.methods.importance.silhouette import silhouette
 from peftc.models import layers, load, shorten
+from peftc.options import Reading
 from peftc.pruning import scores
 from peftc.store import manifest
-from peftc.tasks.task import Settings
 from peftc.training import imitation, samples
 from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
 
@@ -182,7 +182,7 @@ def test_pruning_twice_remembers_the_first_names_and_distill_pairs_them(vit: Pat
 
 def seen(model: Path, images: str, batch_size: int = 16) -> tuple[Any, Any, scores.Seen]:
     runs = load.load(model)
-    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, Reading(), labels=True, held_out=0)
     return runs, given, scores.see(runs, given, layers.layers(runs), batch_size)
 
 
@@ -190,7 +190,7 @@ def test_features_are_the_class_token_before_the_final_norm_in_one_pass(vit: Pat
     calls = []
     runs = load.load(vit)
     handle = runs.module.register_forward_hook(lambda *_: calls.append(1))
-    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, Reading(), labels=True, held_out=0)
     names = layers.layers(runs)
     calls.clear()
     found = scores.see(runs, given, names, 32)
@@ -214,8 +214,8 @@ def test_a_model_that_takes_means_is_scored_by_means(tmp_path: Path, images: str
     assert found.pooling == "mean over tokens" and any("cls_token" in n for n, _ in runs.module.named_parameters())
     runs = load.load(tiny_bert)
     (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\n" + "a word,another,0.5\none,two,0.1\n" * 8)
-    read = {"task": None, "labels": False, "held_out": 0, "settings": Settings()}
-    given = samples.read(runs, str(tmp_path / "pairs.csv"), **read)
+    read = {"labels": False, "held_out": 0}
+    given = samples.read(runs, str(tmp_path / "pairs.csv"), Reading(), **read)
     assert scores.see(runs, given, layers.layers(runs), 4).pooling == "mean over tokens"
 
 
@@ -352,7 +352,7 @@ def test_nan_features_name_the_layer(vit: Path, images: str) -> None:
     with torch.no_grad():
         network.blocks[2].attn.proj.weight[0, 0] = float("nan")
     runs = load.load(network)
-    given = samples.read(runs, images, task=None, labels=True, held_out=0, settings=Settings())
+    given = samples.read(runs, images, Reading(), labels=True, held_out=0)
     with pytest.raises(WeightError, match=r"`blocks\.2`.*NaN"):
         scores.see(runs, given, layers.layers(runs), 16)
 

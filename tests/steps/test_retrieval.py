@@ -12,12 +12,12 @@ from peftc.data import open_data
 from peftc.errors import DataError
 from peftc.factors import sequential
 from peftc.models import load
+from peftc.options import Reading
 from peftc.report import Report
 from peftc.steps.bench import bench
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.tasks.table import TASKS
-from peftc.tasks.task import Settings
 
 TASK = TASKS["image-text-retrieval"]
 
@@ -37,7 +37,7 @@ def compared(report: Report) -> bool:
 
 def test_recall_is_that_of_transformers_own_similarities(tiny_clip: Path, captioned: Path) -> None:
     model = load.load(tiny_clip)
-    batch = TASK.encode(model, open_data(captioned, task=TASK.name), Settings()).batch(range(12))
+    batch = TASK.encode(model, open_data(captioned, task=TASK.name), Reading()).batch(range(12))
     assert isinstance(batch.inputs, dict)
     assert len(set(batch.targets[:, 0].tolist())) == 12
     with torch.no_grad():

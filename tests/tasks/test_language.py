@@ -11,7 +11,7 @@ from peftc.calibration.prepared import Request, prepare
 from peftc.data.tokens import start_of
 from peftc.models.load import load
 from peftc.models.tokenizer import tokenizer_of
-from peftc.tasks.task import Settings
+from peftc.options import Reading
 from peftc.training import samples
 from tests.conftest import WORDS, save_transformers
 
@@ -31,7 +31,7 @@ def test_every_window_begins_as_the_tokenizer_begins_texts(tiny_llama: Path, sto
     model = load(tiny_llama)
     start = tokenizer_of(model).bos_token_id
     calibrated = prepare(model, Request(story, samples=8, max_length=16), "cpu").encoded
-    learnt = samples.read(model, story, task=None, labels=True, held_out=0.2, settings=Settings(max_length=16))
+    learnt = samples.read(model, story, Reading(max_length=16), labels=True, held_out=0.2)
     for encoded in (calibrated, learnt.train, learnt.held):
         tokens = encoded.batch(range(5)).inputs["input_ids"]
         assert tokens.shape == (5, 16)

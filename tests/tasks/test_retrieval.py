@@ -22,9 +22,9 @@ from peftc.models import load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model
 from peftc.models.targets import targets
+from peftc.options import Reading
 from peftc.tasks import retrieval
 from peftc.tasks.table import TASKS, fitting, guess
-from peftc.tasks.task import Settings
 from tests.conftest import save_dual
 
 RETRIEVAL = "image-text-retrieval"
@@ -142,7 +142,7 @@ def test_images_without_captions_are_no_pairs(tmp_path: Path) -> None:
 
 def encoded(model: Model, data: Path | str | Dataset, **settings: Any) -> Any:
     opened = data if isinstance(data, Dataset) else open_data(data, task=RETRIEVAL)
-    return TASK.encode(model, opened, Settings(**settings))
+    return TASK.encode(model, opened, Reading(**settings))
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "BlipForImageTextRetrieval"])

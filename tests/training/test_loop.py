@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import PeftcError, UsageError
+from peftc.options import Recipe
 from peftc.training import loop
 from peftc.training.loop import fit
-from peftc.training.recipe import Outcome, Recipe, mixed, rate
+from peftc.training.recipe import Outcome, mixed, rate
 
 SIZE = 96
 X = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))

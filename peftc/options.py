@@ -1,0 +1,191 @@
+"""What users choose, in the groups that several commands share: each option once, with its default, range and meaning.
+
+A group is a frozen dataclass of `option` fields. The command line takes spelling, help and refusals from them, and a
+step gathers its groups from its own parameters: ``Recipe.of(locals())``. A field that is no `option` is filled in by
+the step alone. Adding an option to a group adds it to every command that shows the group; the functions of `steps/`
+name it once more, for editors and type checkers, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from peftc import processes
+from peftc.errors import PeftcError, UsageError
+
+SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights
+EPOCHS = 10  # of a finetuning, where no length is given
+
+
+class Rule(NamedTuple):
+    """A range of numbers: in words, and as a test."""
+
+    text: str
+    fits: Callable[[Any], bool]
+
+
+FINITE = Rule("a finite number", lambda value: True)
+POSITIVE = Rule("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Rule("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+SHARE = Rule("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def option(default: Any, help: str, *, metavar: str = "N", rule: Rule = FINITE, spelled: str | None = None) -> Any:
+    """Return a field of a group.
+
+    Args:
+        default: where a command has no other one.
+        help: one phrase.
+        metavar: what stands for the value in the help; words with ``|`` between are the only ones allowed.
+        rule: what numbers are allowed.
+        spelled: the name of the option, where the field has another.
+    """
+    return field(default=default, metadata={"help": help, "metavar": metavar, "rule": rule, "spelled": spelled})
+
+
+def spelling(each: Field[Any]) -> str:
+    """Return the parameter that fills a field."""
+    return each.metadata.get("spelled") or each.name
+
+
+G = TypeVar("G", bound="Group")
+
+
+class Group:
+    """What all groups can do."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        for each in fields(self):
+            value, rule = getattr(self, each.name), each.metadata.get("rule", FINITE)
+            if isinstance(value, int | float) and not (math.isfinite(value) and rule.fits(value)):
+                raise UsageError(f"`--{spelling(each).replace('_', '-')}` is {value}", why=f"it has to be {rule.text}")
+
+    @classmethod
+    def of(cls: type[G], given: Mapping[str, Any], **instead: Any) -> G:
+        """Return the group from the parameters of a step, some of them replaced."""
+        named = {each.name: given[spelling(each)] for each in fields(cls) if spelling(each) in given}
+        return cls(**named | instead)
+
+
+@dataclass(frozen=True)
+class Recipe(Group):
+    """How to train; exactly one of the first three says how long, and minutes become steps as timed before the first.
+
+    The rate ends at 0, norms and biases do not decay, and without ``dropout`` the network trains as it will run, batch
+    norms apart. The held-out samples are looked at evenly spread over the steps, the last time after the last step.
+    ``seed`` is of order, dropout and augmentation.
+    """
+
+    epochs: float | None = option(None, "train for so many passes over the data", rule=POSITIVE)
+    steps: int | None = option(None, "train for so many steps", rule=AT_LEAST_1)
+    minutes: float | None = option(None, "train for about so many minutes", rule=POSITIVE)
+    batch_size: int = option(32, "samples of one step, over all processes", rule=AT_LEAST_1)
+    accumulate: int = option(1, "compute each step in so many parts, to save memory", rule=AT_LEAST_1)
+    learning_rate: float = option(3e-4, "highest learning rate", metavar="X", rule=POSITIVE)
+    weight_decay: float = option(0.01, "weight decay of AdamW", metavar="X", rule=NOT_NEGATIVE)
+    warmup: float = option(0.1, "share of the steps to warm up over", metavar="SHARE", rule=SHARE)
+    clip: float = option(1.0, "largest norm of the gradient, 0 for none", metavar="X", rule=NOT_NEGATIVE)
+    ema: float | None = option(None, "keep a moving average of this decay", metavar="X", rule=SHARE)
+    dropout: bool = option(False, "let dropout and drop-path act")
+    mixed_precision: str = option("no", "number format to multiply in", metavar="no|bf16|fp16")
+    evaluations: int = option(5, "look at the held-out samples so often", rule=AT_LEAST_1)
+    seed: int = 0
+    held_out: float = option(0.1, "share of the data that picks the best weights", metavar="SHARE", rule=SHARE)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and a launch that asks for what peftc does not do.
+
+        Raises:
+            UsageError: naming the option.
+            PeftcError: a launcher was asked to spread the weights; without GPUs Accelerate itself does not listen.
+        """
+        for kind in SPREAD:
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1", "yes"):
+                raise cannot_train(kind)
+        if sum(each is not None for each in (self.epochs, self.steps, self.minutes)) != 1:
+            raise UsageError("say how long to train", hint="with one of `--epochs`, `--steps` and `--minutes`")
+        super().__post_init__()
+        parts = processes.size() * self.accumulate
+        if self.batch_size % parts:
+            raise UsageError(
+                f"a step of {self.batch_size} samples cannot be cut into {parts} equal parts",
+                why=f"{processes.size()} processes with `--accumulate {self.accumulate}` share it",
+                hint=f"choose a `--batch-size` that {parts} divides",
+            )
+
+
+def length(given: Mapping[str, Any], usual: float) -> dict[str, Any]:
+    """Return how long to train, as was asked for; ``usual`` epochs where nothing was."""
+    asked = {name: given[name] for name in ("epochs", "steps", "minutes")}
+    return asked if any(each is not None for each in asked.values()) else {**asked, "epochs": usual}
+
+
+def cannot_train(kind: str) -> PeftcError:
+    """Return the refusal of a way to spread a training over processes."""
+    return PeftcError(
+        f"peftc does not train under {kind} yet",
+        why="its checkpoints need whole weights in each process",
+        hint="configure Accelerate for data parallel training: `accelerate launch --num_processes N -m peftc ...`",
+    )
+
+
+@dataclass(frozen=True)
+class Augment(Group):
+    """What happens to images that are learnt from.
+
+    ``crop`` takes a random part and mirrors half of them; a policy of timm's acts after that. The alphas are of the
+    share that the other image of a pair gets (Zhang et al., 2018, arXiv 1710.09412; Yun et al., 2019, arXiv
+    1905.04899); 0 mixes none.
+    """
+
+    policy: str | None = option(
+        None, "change images at random: crop, or a policy of timm", metavar="POLICY", spelled="augment"
+    )
+    mixup: float = option(0.0, "mix images in pairs", metavar="ALPHA", rule=NOT_NEGATIVE)
+    cutmix: float = option(0.0, "paste parts of images into others", metavar="ALPHA", rule=NOT_NEGATIVE)
+
+    def __bool__(self) -> bool:
+        """Whether anything happens at all."""
+        return bool(self.policy or self.mixup or self.cutmix)
+
+
+@dataclass(frozen=True)
+class Reading(Group):
+    """How to read samples; ``seed`` is of the choice of some, of masks and of drawn text."""
+
+    task: str | None = option(None, "what the model is for (default: guessed)", metavar="TASK")
+    num_samples: int | None = option(None, "use this many samples", rule=AT_LEAST_1)
+    image_size: int | None = option(None, "height and width of images", metavar="PIXELS", rule=AT_LEAST_1)
+    max_length: int | None = option(None, "longest text", metavar="TOKENS", rule=AT_LEAST_1)
+    image_column: str | None = option(None, "column of images (default: guessed)", metavar="NAME")
+    text_column: str | None = option(None, "column of text (default: guessed)", metavar="NAME")
+    label_column: str | None = option(None, "column of labels (default: guessed)", metavar="NAME")
+    seed: int = 0
+
+    def request(self) -> dict[str, Any]:
+        """Return what a request says of it; columns stand in its data, and the seed on its own."""
+        return {name: getattr(self, name) for name in ("task", "image_size", "max_length", "num_samples")}
+
+
+@dataclass(frozen=True)
+class Gates(Group):
+    """What quality has to be: a step whose result is not as good ends with exit code 3."""
+
+    max_drop: float | None = option(None, "gate: largest loss of quality", metavar="X")
+    min_quality: float | None = option(None, "gate: least quality", metavar="X")
+
+    def __bool__(self) -> bool:
+        """Whether anything is asked for."""
+        return self.max_drop is not None or self.min_quality is not None

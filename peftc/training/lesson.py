@@ -1,0 +1,133 @@
+"""What was asked of a training > samples, teacher and terms, opened early: what does not fit is refused before work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftc.errors import DataError, UsageError
+from peftc.models.model import Model
+from peftc.options import Augment, Reading, Recipe
+from peftc.store.source import Source
+from peftc.tasks.table import task_of
+from peftc.training import imitation, samples
+from peftc.training.imitation import TASK, Imitation, Term
+from peftc.training.teacher import identity_of, teacher_of
+
+PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What was asked of a training.
+
+    Attributes:
+        data: a `--data` spec.
+        reading, recipe, augment: how to read it, how to train on it, and what happens to its images.
+        loss: weights of the terms, as typed; None for the usual ones.
+        settings: of the terms, as ``{"features.scale_free": True}``.
+        teacher: who is imitated; None for the base that the student records.
+        device: where to compute.
+    """
+
+    data: str
+    reading: Reading
+    recipe: Recipe
+    augment: Augment
+    loss: str | Mapping[str, float] | None
+    settings: Mapping[str, Any]
+    teacher: str | Path | Source | nn.Module | Model | None
+    device: str
+
+    def request(self, work: Imitation) -> dict[str, Any]:
+        """Return what of it makes two trainings the same question."""
+        guide, weights = work.teacher, {name: term.weight for name, term in work.terms.items()}
+        return {
+            "teacher": None if guide is None else identity_of(guide, named=self.teacher is not None),
+            "data": work.samples.about,
+            "loss": weights | ({TASK: work.task} if work.task else {}),
+            **asdict(self.recipe),
+            **asdict(self.augment),
+            **self.reading.request(),
+            "device": self.device,
+        }
+
+
+def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str | None) -> dict[str, float]:
+    """Return the weight of each term that was asked for, or of those of PELA.
+
+    Raises:
+        UsageError: a weight is no number.
+    """
+    if loss is None:
+        row = task_of(student, task)
+        has_vectors = row is None or row.name in ("sentence-similarity", "image-text-retrieval")
+        return PELA | ({"embeddings": 1.0} if has_vectors else {})
+    if isinstance(loss, Mapping):
+        return {name: float(weight) for name, weight in loss.items()}
+    found: dict[str, float] = {}
+    for part in loss.split(","):
+        name, equals, value = part.strip().partition("=")
+        try:
+            found[name] = float(value) if equals else 1.0
+        except ValueError:
+            raise UsageError(
+                f"`--loss {part}` has no weight", hint="write it as `--loss features=1,task=0.5`"
+            ) from None
+    return found
+
+
+def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, float]) -> Imitation:
+    """Open the samples and the teacher, and try one batch.
+
+    Args:
+        lesson: what was asked.
+        student: that learns, ready to run.
+        stored: the model that it was made of.
+        asked: the weight of each term.
+
+    Raises:
+        PeftcError: samples, teacher and student do not fit, or nothing is to be learnt.
+    """
+    terms = imitation.terms(asked, lesson.settings)
+    if not imitation.factored(stored):
+        terms.pop("perturbation", None)  # there are no products of factors
+    given = samples.read(
+        student,
+        lesson.data,
+        lesson.reading,
+        labels=bool(asked.get(TASK)),
+        held_out=lesson.recipe.held_out,
+        augment=lesson.augment,
+    )
+    weight = asked.get(TASK, 0.0) if given.labelled else 0.0
+    _refuse_nothing(lesson, asked, terms, labelled=given.labelled)
+    guide = teacher_of(lesson.teacher, stored, terms, lesson.device)
+    pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
+    work = Imitation(student, guide, given, terms, weight, pairs)
+    work.check()
+    return work
+
+
+def _refuse_nothing(lesson: Lesson, asked: Mapping[str, float], terms: Mapping[str, Term], *, labelled: bool) -> None:
+    """Refuse a loss of which nothing is left.
+
+    Raises:
+        DataError: with what to ask for.
+    """
+    if lesson.loss is not None and asked.get(TASK) and not labelled:
+        raise DataError(
+            "the task's loss needs labels",
+            why=f"`{lesson.data}` has none that the task reads",
+            hint="leave `task` out of `--loss`",
+        )
+    if not terms and not (labelled and asked.get(TASK)):
+        raise DataError(
+            "there is nothing to learn",
+            why="no term of `--loss` is left for this model and these samples",
+            hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
+        )
