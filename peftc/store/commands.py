@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from peftc.errors import ArtifactError
 from peftc.store import documents
 from peftc.store.documents import CONTROL
 from peftc.store.manifest import Manifest
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_SHARD = 5_000_000_000
 
@@ -84,91 +80,40 @@ def _words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _of(request: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: request.get(key) for key in keys}
-
-
-def _request_options(request: dict[str, Any]) -> list[str]:
-    """Return the options of a request, leaving out what its keys do not say."""
-    command, settings = request["command"], [f"{name}={value}" for name, value in request.get("settings", {}).items()]
-    if command == "export":
-        return _words(
-            _of(request, "format", "data", "task", "num_samples", "image_size", "max_length")
-            | {"seed": request.get("seed") or None, "set": settings, "dense": request.get("dense")}
-        )
-    shard = request.get("max_shard_bytes", DEFAULT_SHARD)
-    return [
-        *(_training_options(request) if "loss" in request else []),
-        *(_layer_options(request) if command == "prune-layers" else []),
-        *_words(request.get("budget") or {}),
-        *_words(_of(request, "keep_all_ranks", "joint", "rank", "on_product", "same_rank")),
-        *_words({"max_shard_size": None if shard == DEFAULT_SHARD else shard}),
-        *_words(_of(request, "allocation", "method", "conv_method", "device", "seed", "rank_multiple")),
-        *_words({"no_bias_correction": request.get("bias_correction") is False}),
-        *_calibration_options(request),
-        *_words({"set": settings, **_of(request, "include", "skip")}),
-    ]
-
-
-def _training_options(request: dict[str, Any]) -> list[str]:
-    """Return the options of a training: what it read, towards what, and how long."""
-    teacher = request.get("teacher") or {"spec": None}  # without a name it is the base
-    options = _of(
-        request,
-        "epochs",
-        "steps",
-        "minutes",
-        "batch_size",
-        "accumulate",
-        "learning_rate",
-        "weight_decay",
-        "warmup",
-        "clip",
-        "ema",
-        "mixed_precision",
-        "held_out",
-        "evaluations",
-        "task",
-        "num_samples",
-        "image_size",
-        "max_length",
-    )
-    options |= {
-        "augment": request["policy"],
-        "mixup": request["mixup"] or None,
-        "cutmix": request["cutmix"] or None,
-        "data": request["data"]["spec"],
-        "loss": ",".join(f"{name}={weight:g}" for name, weight in request["loss"].items()),
-        "teacher": teacher["spec"],
-    }
-    if request["command"] == "finetune":
-        options |= {"head": request.get("head"), **_delta(request)}
-    return _words(options | {"dropout": request["dropout"]})
-
-
-def _delta(request: dict[str, Any]) -> dict[str, bool]:
-    return {"delta" if request["delta"] else "full": True} if "delta" in request else {}
-
-
-def _layer_options(request: dict[str, Any]) -> list[str]:
-    """Return the options that chose layers: the samples, the score, and how many or which."""
-    options = _of(request, "score", "alpha", "keep", "task", "num_samples", "image_size", "max_length")
-    options["data"] = request["data"]["spec"] if request.get("data") else None
-    options["drop"] = ",".join(map(str, request["drop"])) if request.get("drop") else None
-    return _words(options | _of(request, "within_drop", "repair", "stability") | _delta(request))
-
-
-def _calibration_options(request: dict[str, Any]) -> list[str]:
+def _calibration(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the calibration set that a request read itself."""
-    asked = request.get("statistics", {}).get("request") or {}
-    return _words(
-        {
-            **_of(asked, "data", "task"),
-            "calibration_samples": asked.get("samples"),
-            "calibration_tokens": asked.get("tokens"),
-            **_of(asked, "image_size", "max_length", "max_memory"),
-            "batch_size": asked.get("batch_size") if request["command"] == "calibrate" else None,
-            "sensitivity": request.get("sensitivity") if request["command"] == "decompose" else None,
-            "sequential": request.get("sequential"),
-        }
-    )
+    named = {"samples": "calibration_samples", "tokens": "calibration_tokens"}
+    return {named.get(key, key): value for key, value in asked.items()}
+
+
+# what a key of a request is as options, where it is not an option of its own name
+SAID: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "command": lambda _: {},
+    "plan": lambda _: {},  # a file of its own
+    "tuned": lambda _: {},
+    "is_judged": lambda _: {},
+    "budget": lambda amounts: dict(amounts or {}),
+    "settings": lambda found: {"set": [f"{name}={value}" for name, value in found.items()]},
+    "data": lambda data: {"data": data["spec"] if isinstance(data, Mapping) else data},
+    "teacher": lambda teacher: {"teacher": teacher and teacher["spec"]},  # without a name it is the base
+    "loss": lambda weights: {"loss": ",".join(f"{name}={weight:g}" for name, weight in weights.items())},
+    "policy": lambda policy: {"augment": policy},
+    "drop": lambda layers: {"drop": ",".join(map(str, layers)) if layers else None},
+    "delta": lambda delta: {"delta" if delta else "full": True},
+    "bias_correction": lambda corrects: {"no_bias_correction": not corrects},
+    "max_shard_bytes": lambda size: {"max_shard_size": None if size == DEFAULT_SHARD else size},
+    "statistics": lambda found: _calibration(found.get("request", {})),
+}
+NO_OPTION = {"extract-lora": ("delta",), "calibrate": ("sensitivity",)}  # what these do not ask
+
+
+def _request_options(request: Mapping[str, Any]) -> list[str]:
+    """Return the options of a request, leaving out what its keys do not say."""
+    command = request["command"]
+    options: dict[str, Any] = {}
+    for key, value in request.items():
+        if key not in NO_OPTION.get(command, ()):
+            options |= SAID[key](value) if key in SAID else {key: value}
+    if "statistics" in request and command != "calibrate":
+        options.pop("batch_size", None)  # there it is that of a measurement
+    return _words(options)
