@@ -6,6 +6,7 @@ the same module shows against itself is the noise, and a change inside it is cal
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,15 +23,17 @@ from peftc.measure.costs import Call, Speedup, Times
 from peftc.models import load, measured
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
-from peftc.models.place import runnable
+from peftc.models.place import place_of, runnable
 from peftc.models.recorded import load_base
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, count, short, size
 from peftc.store.source import Source
 from peftc.tasks.baseline import FOLDER
+from peftc.version import __version__
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
 NOISY = 1.15  # a noise band that reaches further hides most real changes
+PACKAGES = ("torch", "timm", "transformers")
 CASES = ("batch_1", "saturating")
 
 
@@ -71,30 +74,32 @@ def bench(
     """
     _check(rounds, batch_size, min_speedup, against)
     subject = runnable(load.load(model), device=device, dtype=dtype)
-    baseline = subject if against is None else runnable(_baseline(subject, against), device=device, dtype=dtype)
-    pair = {"model": subject} if against is None else {"model": subject, "against": baseline}
+    pair = {"model": subject}
+    if against is not None:
+        found = load_base(subject) if against == "base" else load.load(against)
+        pair["against"] = runnable(found, device=device, dtype=dtype)
+    sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length, "seed": seed}
+    samples = {label: probe(which, **sides) for label, which in pair.items()}
+    shapes = _shapes(samples, pair)
 
-    def forward(which: Model) -> Callable[[int], Call]:
-        def sized(batch: int) -> Call:
-            inputs = probe(which, batch=batch, image_size=image_size, max_length=max_length, seed=seed)
-            return lambda: outputs(which, inputs)
+    def forward(which: Model, batch: int) -> Call:
+        inputs = probe(which, batch=batch, **sides)
+        return lambda: outputs(which, inputs)
 
-        return sized
-
-    forwards = {label: forward(which) for label, which in pair.items()}
-    samples = {
-        label: probe(which, image_size=image_size, max_length=max_length, seed=seed) for label, which in pair.items()
+    forwards: dict[str, Callable[[int], Call]] = {
+        label: functools.partial(forward, which) for label, which in pair.items()
     }
-    shapes = {label: _shapes(sample) for label, sample in samples.items()}
-    _same_input(shapes, pair)
-    place = next(subject.module.parameters()).device
-    largest = batch_size or costs.saturating_batch(forward(baseline), place)
-    times = _time(forwards, forward(baseline), largest, rounds, place)
+    baseline, place = pair.get("against", subject), place_of(subject.module)
+    forwards["control"] = functools.partial(forward, baseline)
+    largest = batch_size or costs.saturating_batch(forwards["control"], place)
+    times = _time(forwards, largest, rounds, place)
 
     data: dict[str, Any] = {}
     for label, which in pair.items():
         data[label] = _sizes(which, samples[label]) | _speeds(times, label, largest)
-        data[label]["memory"] = _memory(which, forwards[label](largest), largest, place)
+        working = costs.working_memory(forwards[label](largest), place)
+        peak = None if working is None else working + tensor_bytes(which.module)
+        data[label]["memory"] = {"batch": largest, "working_bytes": working, "peak_bytes": peak}
     compared = {case: _compare(run) for case, run in times.items()} if against is not None else None
     data["speedup"] = None if compared is None else {case: asdict(change) for case, change in compared.items()}
     data["noise"] = {case: _noise(run) for case, run in times.items()}
@@ -120,37 +125,34 @@ def _check(rounds: int, batch_size: int | None, min_speedup: float | None, again
         )
 
 
-def _baseline(subject: Model, against: str | Path | Source | nn.Module | Model) -> Model:
-    return load_base(subject) if against == "base" else load.load(against)
+def _shapes(samples: dict[str, Any], pair: dict[str, Model]) -> dict[str, dict[str, list[int]]]:
+    """Return the shapes of the inputs of each model, which have to be the same.
 
-
-def _shapes(sample: Tensor | dict[str, Tensor]) -> dict[str, list[int]]:
-    named = sample if isinstance(sample, dict) else {"input": sample}
-    return {name: list(tensor.shape[1:]) for name, tensor in named.items()}
-
-
-def _same_input(shapes: dict[str, dict[str, list[int]]], pair: dict[str, Model]) -> None:
-    if len({str(shape) for shape in shapes.values()}) > 1:
+    Raises:
+        SourceError: they are not.
+    """
+    shapes = {}
+    for label, sample in samples.items():
+        named = sample if isinstance(sample, dict) else {"input": sample}
+        shapes[label] = {name: list(tensor.shape[1:]) for name, tensor in named.items()}
+    if "against" in shapes and shapes["model"] != shapes["against"]:
         raise SourceError(
             f"`{pair['model'].name}` and `{pair['against'].name}` read inputs of different shapes",
             why=f"{shapes['model']} and {shapes['against']} per sample",
             hint="give both the same: `--image-size N`, or `--max-length N` for text",
         )
+    return shapes
 
 
 def _time(
-    forwards: dict[str, Callable[[int], Call]],
-    baseline: Callable[[int], Call],
-    largest: int,
-    rounds: int,
-    device: torch.device,
+    forwards: dict[str, Callable[[int], Call]], largest: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, Times]]:
     times: dict[str, dict[str, Times]] = {}
     for case, batch in zip(CASES, (1, largest), strict=True):
         if case == "saturating" and largest == 1:
             times[case] = times["batch_1"]
             continue
-        calls = {label: forward(batch) for label, forward in forwards.items()} | {"control": baseline(batch)}
+        calls = {label: forward(batch) for label, forward in forwards.items()}
         times[case] = costs.latency(calls, rounds=rounds, device=device, title=f"timing batches of {batch}")
     return times
 
@@ -188,26 +190,14 @@ def _speeds(times: dict[str, dict[str, Times]], label: str, largest: int) -> dic
     }
 
 
-def _memory(model: Model, call: Call, batch: int, device: torch.device) -> dict[str, int | None]:
-    working = costs.working_memory(call, device)
-    peak = None if working is None else working + tensor_bytes(model.module)
-    return {"batch": batch, "working_bytes": working, "peak_bytes": peak}
-
-
 def _environment(device: torch.device) -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
-    for package in ("peftc", "torch", "timm", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": str(device),
         "device_name": named,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"peftc": __version__, **{package: metadata.version(package) for package in PACKAGES}},
     }
 
 
@@ -263,38 +253,33 @@ def _report(
 
 
 def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: int) -> Table:
-    before, after = data.get("against"), data["model"]
-    rows: list[tuple[str, Callable[[dict[str, Any]], float | None], Callable[[float], str], str | None]] = [
-        ("parameters", lambda figures: figures["parameters"], count, None),
-        ("weights on disk", lambda figures: figures["bytes_on_disk"], size, None),
-        ("weights in memory", lambda figures: figures["bytes_in_memory"], size, None),
-        ("multiply-adds per sample", lambda figures: figures["macs"], short, None),
-        ("latency, batch 1, median", lambda figures: figures["batch_1"]["median_seconds"], _milliseconds, "batch_1"),
-        ("latency, batch 1, p90", lambda figures: figures["batch_1"]["p90_seconds"], _milliseconds, ""),
-        ("throughput, batch 1", lambda figures: figures["batch_1"]["samples_per_second"], _rate, "batch_1"),
-        (
-            f"throughput, batch {largest}",
-            lambda figures: figures["saturating"]["samples_per_second"],
-            _rate,
-            "saturating",
-        ),
-        (f"peak memory, batch {largest}", lambda figures: figures["memory"]["peak_bytes"], size, None),
+    """Lay out the figures: each with where it stands, how it is written, and the case whose change is claimed of it."""
+    rows: list[tuple[str, tuple[str, ...], Callable[[float], str], str | None]] = [
+        ("parameters", ("parameters",), count, None),
+        ("weights on disk", ("bytes_on_disk",), size, None),
+        ("weights in memory", ("bytes_in_memory",), size, None),
+        ("multiply-adds per sample", ("macs",), short, None),
+        ("latency, batch 1, median", ("batch_1", "median_seconds"), _milliseconds, "batch_1"),
+        ("latency, batch 1, p90", ("batch_1", "p90_seconds"), _milliseconds, ""),
+        ("throughput, batch 1", ("batch_1", "samples_per_second"), _rate, "batch_1"),
+        (f"throughput, batch {largest}", ("saturating", "samples_per_second"), _rate, "saturating"),
+        (f"peak memory, batch {largest}", ("memory", "peak_bytes"), size, None),
     ]
-
-    if largest == 1:
-        rows = [row for row in rows if row[3] != "saturating"]
-
-    def cell(value: float | None, form: Callable[[float], str]) -> str:
-        return "not known" if value is None else form(value)
-
-    if before is None or compared is None:
-        return Table(after["name"], ("figure", "value"), [(name, cell(of(after), form)) for name, of, form, _ in rows])
     lines = []
-    for name, of, form, case in rows:
-        old, new = of(before), of(after)
-        change = _share(old, new) if case is None else _claim(compared[case]) if case else ""
-        lines.append((name, cell(old, form), cell(new, form), change))
-    return Table(f"{before['name']} > {after['name']}", ("figure", "before", "after", "change"), lines)
+    for name, path, form, case in rows:
+        if largest == 1 and case == "saturating":
+            continue
+        found = [
+            functools.reduce(dict.__getitem__, path, data[which]) for which in ("against", "model") if which in data
+        ]
+        cells = [name, *("not known" if value is None else form(value) for value in found)]
+        if compared is not None:
+            cells.append(_share(*found) if case is None else _claim(compared[case]) if case else "")
+        lines.append(cells)
+    if compared is None:
+        return Table(data["model"]["name"], ("figure", "value"), lines)
+    title = f"{data['against']['name']} > {data['model']['name']}"
+    return Table(title, ("figure", "before", "after", "change"), lines)
 
 
 def _share(old: float | None, new: float | None) -> str:
