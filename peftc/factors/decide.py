@@ -55,8 +55,7 @@ def decide(
     kept = None if work.job is None else work.job.work / KEPT
     if kept is not None and kept.is_file():
         there = json.loads(kept.read_text(encoding="utf-8"))
-        ranks = {name: tuple(rank) if isinstance(rank, list) else rank for name, rank in there["ranks"].items()}
-        return Decision(ranks, there["slow"], there["figures"])
+        return Decision(there["ranks"], there["slow"], there["figures"])
     found = timed(work, Aim(budget, allocation, multiple, given), known or {})
     if kept is not None:
         unfinished = kept.with_suffix(".tmp")

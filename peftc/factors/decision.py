@@ -9,7 +9,6 @@ from typing import Any
 from peftc.measure.intervals import Interval
 from peftc.models import write
 from peftc.models.model import Model
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Plan
 from peftc.report import Report, Table, rank_text
 from peftc.store.job import Job
@@ -50,7 +49,7 @@ class Decision:
             not measured.
     """
 
-    ranks: dict[str, Rank | None]
+    ranks: dict[str, int | None]
     slow: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     lost: Interval | None = None

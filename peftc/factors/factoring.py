@@ -20,7 +20,7 @@ from peftc.calibration.statistics import Statistics
 from peftc.errors import ArtifactError, MethodError, PeftcError
 from peftc.factors import joint, ranks, spectra
 from peftc.factors.ranks import Losses, Whole, needs_spectra
-from peftc.factors.spectra import Decomposed, Factorizer
+from peftc.factors.spectra import Factorizer
 from peftc.measure import costs
 from peftc.methods.spectrum import Solution, Spectrum, Truncation
 from peftc.models import write
@@ -33,7 +33,7 @@ from peftc.models.weights import pieces_of
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters
-from peftc.plans.allocate import Rank, Use
+from peftc.plans.allocate import Use
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import Report, size_table
 from peftc.store.artifact import Piece, from_file
@@ -77,7 +77,7 @@ class Factoring:
             return Whole(total, None)  # no input could be made up for it, or it does not run on meta tensors
         for name, target in self.targets.items():
             uses = [
-                Use(self.form_of(each, name), work.positions.get(each, 0), *work.grids.get(each, (0, 0)))
+                Use(self.form_of(each, name), work.positions.get(each, 0), work.between.get(each, 0))
                 for each in (name, *target.aliases)
             ]
             self.targets[name] = replace(target, uses=tuple(uses))
@@ -101,7 +101,7 @@ class Factoring:
 
     def decide(
         self, budget: Budget, allocation: str, known: Mapping[str, Losses] | None = None, multiple: int = 1
-    ) -> dict[str, Rank | None]:
+    ) -> dict[str, int | None]:
         """Return the rank of each eligible module under a budget; spectra that are ``known`` are not computed again."""
         whole = self.whole
         if not needs_spectra(budget, allocation):
@@ -122,18 +122,18 @@ class Factoring:
             self.losses[name] = self.spectrum(self.targets[name]).losses().cpu()
         return self.losses[name]
 
-    def plan(self, ranks: Mapping[str, Rank | None], reasons: dict[str, str], method: str, asked: str) -> Plan:
+    def plan(self, ranks: Mapping[str, int | None], reasons: dict[str, str], method: str, asked: str) -> Plan:
         """Return what was decided as a plan, which leads to the same ranks whatever they hung on."""
         forms = {name: target.form for name, target in self.targets.items()}
         plan = Plan(dict(ranks), forms, dict(reasons), method, dict(self.factorize.settings), asked)
         return joint.spelled_out(plan, self.model, self.targets)
 
-    def spectrum(self, target: Target) -> Decomposed:
+    def spectrum(self, target: Target) -> Spectrum:
         """Return a module's decomposition; with a job or a scratch folder, its basis is computed once and kept on disk.
 
         One that was kept holds no statistics: they are read again where another rung must be climbed.
         """
-        if (self.job is None and self.scratch is None) or target.form == "tucker2":
+        if self.job is None and self.scratch is None:
             return self._fresh(target)
         part = self.part(target, "spectrum")
         if not part.is_file():
@@ -142,9 +142,7 @@ class Factoring:
         assert note is not None
 
         def again(matrix: Tensor, vectors: bool, rung: str) -> Solution | None:
-            found = self._fresh(target)
-            assert isinstance(found, Spectrum)
-            return found.rungs[rung](matrix, vectors)
+            return self._fresh(target).rungs[rung](matrix, vectors)
 
         # clones are aligned as fresh memory is: same kernels, same bits
         read = {name: tensor.clone() for name, tensor in _read(part).items()}
@@ -154,7 +152,7 @@ class Factoring:
         found.resume(solution, note["climbed"])
         return found
 
-    def _fresh(self, target: Target, factorize: Factorizer | None = None) -> Decomposed:
+    def _fresh(self, target: Target, factorize: Factorizer | None = None) -> Spectrum:
         """Return a module's decomposition from its statistics, where nothing is solved yet."""
         weight = spectra.weight_of(self.model, target, self.device)
         with _named(target.name):
@@ -169,7 +167,6 @@ class Factoring:
     def _keep_basis(self, target: Target, part: Path) -> None:
         """Solve for the basis of a module and keep it in ``part``."""
         found = self._fresh(target)
-        assert isinstance(found, Spectrum)
         with _named(target.name):
             solution = found.solution
         basis = {"values": solution.values, "up": solution.up, "down": solution.down}
@@ -204,7 +201,7 @@ class Factoring:
                     self.spectrum(self.targets[name])
                 advance(name)
 
-    def factor(self, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
+    def factor(self, ranks: Mapping[str, int | None]) -> dict[str, dict[str, Any]]:
         """Compute and keep the factors of every module with a rank, each process those of its share.
 
         Returns:
@@ -221,7 +218,7 @@ class Factoring:
         notes = {} if processes.rank() else {name: self.part(self.targets[name], "factors") for name in chosen}
         return {name: dict(read_note(part) or {}) for name, part in notes.items()}
 
-    def factor_one(self, target: Target, rank: Rank, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
+    def factor_one(self, target: Target, rank: int, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
         """Compute the factors of one module and keep them in ``part``; return what `factor` says of it.
 
         Args:
@@ -235,7 +232,7 @@ class Factoring:
         else:
             found = self._fresh(target, by)
         with _named(target.name):
-            cut: Truncation = found.truncate(rank)  # type: ignore[arg-type]
+            cut: Truncation = found.truncate(rank)
             losses = found.losses()
         del found  # and with it the statistics that it was solved from
         dense = self.model.module.get_submodule(target.name).weight
@@ -301,13 +298,13 @@ class Factoring:
         lost = lowrank.matrix(error, "channel" if spatial else target.form) @ mean
         return (bias.detach().double().cpu() + lost.cpu()).to(bias.dtype)
 
-    def kept(self, name: str, _rank: Rank) -> Kept:
+    def kept(self, name: str, _rank: int) -> Kept:
         """Return the factors of a module that `factor` kept, and its bias where it was corrected, mapped."""
         part = self.part(self.targets[name], "factors")
         return _read(part), {key: from_file(info) for key, info in read_header(part)[0].items()}
 
     def edit(
-        self, ranks: Mapping[str, Rank | None], kept: Callable[[str, Rank], Kept] | None = None
+        self, ranks: Mapping[str, int | None], kept: Callable[[str, int], Kept] | None = None
     ) -> tuple[dict[str, Piece], dict[str, dict[str, Any]]]:
         """Put factors into the network; return all tensors to be stored and the manifest's module entries.
 
@@ -335,7 +332,7 @@ class Factoring:
                 if f"{each}.bias" in pieces:
                     pieces[f"{each}.up.bias"] = pieces[f"{each}.bias"]
                 pieces.update({f"{each}.{key}": part for key, part in parts.items()})
-                modules[each] = {"form": form, "rank": list(rank) if isinstance(rank, tuple) else rank}
+                modules[each] = {"form": form, "rank": rank}
         return {name: pieces[name] for name in surgery.stored_names(network)}, modules
 
     def form_of(self, each: str, name: str) -> str:
@@ -371,13 +368,13 @@ def _read(part: Path) -> dict[str, Tensor]:
 def carry_out(
     report: Report,
     work: Factoring,
-    ranks: Mapping[str, Rank | None],
+    ranks: Mapping[str, int | None],
     base: dict[str, Any],
     request: dict[str, Any],
     budget: Budget | None,
     *,
     max_shard_bytes: int,
-    kept: Callable[[str, Rank], Kept] | None = None,
+    kept: Callable[[str, int], Kept] | None = None,
 ) -> None:
     """Put factors into the network, write it, reload it, and complete the report: the first process does.
 

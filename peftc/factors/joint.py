@@ -26,7 +26,6 @@ from peftc.models.layers import registered
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.nn import lowrank, shared, surgery
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import grouped
 from peftc.store.artifact import Piece
@@ -238,7 +237,7 @@ def stacked(model: Model, target: Target, device: torch.device, dtype: torch.dty
 def edit(
     network: nn.Module,
     target: Target,
-    rank: Rank,
+    rank: int,
     tensors: Mapping[str, Tensor],
     parts: Mapping[str, Piece],
     pieces: MutableMapping[str, Piece],
@@ -295,7 +294,7 @@ def spelled_out(plan: Plan, model: Model, targets: Mapping[str, Target]) -> Plan
     return replace(plan, ranks=ranks, forms=forms, joint=groups)
 
 
-def said(targets: Mapping[str, Target], ranks: Mapping[str, Rank | None]) -> list[str]:
+def said(targets: Mapping[str, Target], ranks: Mapping[str, int | None]) -> list[str]:
     """Return a note on the groups that share a down factor, a kind of them at a time."""
     groups = {name: target for name, target in targets.items() if target.members and ranks[name] is not None}
     kinds = [

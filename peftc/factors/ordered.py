@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftc import processes, progress
-from peftc.errors import ArtifactError, MethodError
+from peftc.errors import ArtifactError
 from peftc.factors import spectra, tables
 from peftc.factors.factoring import Factoring, Kept
 from peftc.models import weights, write
@@ -47,22 +47,6 @@ def refuse_ordered(model: Model) -> None:
             f"`{model.folder}` already holds the factors of every rank",
             why="it was written with `--keep-all-ranks`, so no budget needs another decomposition",
             hint=f"cut it: `peftc truncate {model.folder} --ratio 0.5 -o small`",
-        )
-
-
-def refuse_pairs(targets: Mapping[str, Target]) -> None:
-    """Refuse modules whose factors at one rank are no part of those at a larger one.
-
-    Raises:
-        MethodError: naming them.
-    """
-    pairs = [name for name, target in targets.items() if target.form == "tucker2"]
-    if pairs:
-        more = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
-        raise MethodError(
-            f"`--keep-all-ranks` cannot keep `{pairs[0]}`{more} as `tucker2`",
-            why="each pair of ranks is refined on its own, so the factors of one are no part of those of another",
-            hint="take `--conv-method spatial` or `channel`, or leave these modules dense with `--skip`",
         )
 
 

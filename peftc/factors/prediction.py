@@ -23,7 +23,6 @@ from peftc.errors import PlanError
 from peftc.factors import sensitivity
 from peftc.factors.factoring import Factoring
 from peftc.measure.intervals import Interval
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget
 from peftc.report import Report, Table, short
 
@@ -44,7 +43,7 @@ class Trial:
         samples: of the calibration set, on which it is measured.
     """
 
-    lost: Callable[[Mapping[str, Rank | None]], Interval]
+    lost: Callable[[Mapping[str, int | None]], Interval]
     samples: int
 
 
@@ -66,9 +65,7 @@ def unit_of(work: Factoring) -> str:
     return PER_TOKEN if sensitivity.tokens_of(work) > 1 else PER_SAMPLE
 
 
-def loss(
-    work: Factoring, ranks: Mapping[str, Rank | None], squared: Callable[[str, Rank], tuple[float, float]]
-) -> float:
+def loss(work: Factoring, ranks: Mapping[str, int | None], squared: Callable[[str, int], tuple[float, float]]) -> float:
     """Return the predicted loss of ranks: half the summed squared losses, or their mean share of each module's own.
 
     Args:
@@ -84,10 +81,10 @@ def loss(
     return _rounded(total)
 
 
-def from_spectra(work: Factoring) -> Callable[[str, Rank], tuple[float, float]]:
+def from_spectra(work: Factoring) -> Callable[[str, int], tuple[float, float]]:
     """Return a reader of squared losses that computes a spectrum only where none is known yet."""
 
-    def squared(name: str, rank: Rank) -> tuple[float, float]:
+    def squared(name: str, rank: int) -> tuple[float, float]:
         table = work.losses_of(name)
         return float(table[rank]), float(table.flatten()[0])
 
@@ -97,7 +94,7 @@ def from_spectra(work: Factoring) -> Callable[[str, Rank], tuple[float, float]]:
 def add(
     report: Report,
     work: Factoring,
-    ranks: Mapping[str, Rank | None],
+    ranks: Mapping[str, int | None],
     cuts: Mapping[str, Mapping[str, Any]],
     measured: Interval | None = None,
     samples: int = 0,
@@ -258,7 +255,7 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
     return anchors
 
 
-def add_read_off(report: Report, work: Factoring, ranks: Mapping[str, Rank | None], anchors: Anchors) -> float:
+def add_read_off(report: Report, work: Factoring, ranks: Mapping[str, int | None], anchors: Anchors) -> float:
     """Say what a plan is predicted to lose, as the curve has it, and return it."""
     value, unit = anchors.predicted(loss(work, ranks, from_spectra(work))), unit_of(work)
     about = f"{_rounded(value):g} {unit}, read off the curve" if anchors.tried else said(value, unit)

@@ -6,13 +6,13 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from peftc.errors import PlanError
 from peftc.plans import allocate
-from peftc.plans.allocate import Curve, Rank
+from peftc.plans.allocate import Curve
 from peftc.plans.plan import Budget, Target
 
 
@@ -54,14 +54,15 @@ def decide(
     spectra: Callable[[Target], Losses],
     whole: Whole,
     multiple: int = 1,
-) -> dict[str, Rank | None]:
+) -> dict[str, int | None]:
     """Return the rank of each eligible module under a budget, in multiples; None leaves it dense.
 
     Raises:
         PlanError: the budget is out of reach.
     """
     if budget.kind == "rank":
-        return {name: _at_rank(target, int(budget.amount), multiple) for name, target in targets.items()}
+        rank = int(budget.amount)
+        return {name: allocate.fitting(t.shape, t.form, rank, multiple) for name, t in targets.items()}
     if budget.kind == "energy":
         share = float(budget.amount)
         return {name: _at_energy(target, spectra(target), share, multiple) for name, target in targets.items()}
@@ -79,29 +80,16 @@ def decide(
     return allocate.spend(curves, limit, foresee_dense=allocation == "convex")
 
 
-def _at_rank(target: Target, rank: int, multiple: int) -> Rank | None:
-    if target.form == "tucker2":
-        out, in_ = target.shape[:2]
-        pair = (allocate.in_multiples(min(rank, out), multiple), allocate.in_multiples(min(rank, in_), multiple))
-        fits = pair[0] <= out and pair[1] <= in_
-        return pair if fits and target.cost(pair, "entries") < target.entries else None
-    return allocate.fitting(target.shape, target.form, rank, multiple)
-
-
-def _at_energy(target: Target, spectrum: Losses, share: float, multiple: int) -> Rank | None:
+def _at_energy(target: Target, spectrum: Losses, share: float, multiple: int) -> int | None:
     """Return the smallest multiple that keeps the share, or None where its factors would not be smaller."""
     losses = spectrum.losses()
     allowed = (1 - share) * float(losses.flatten()[0])
-    if target.form == "tucker2":
-        pairs = allocate.tucker_path(target.shape, multiple)
-        pair = next((pair for pair in pairs if float(losses[pair]) <= allowed), None)
-        return pair if pair is not None and target.cost(pair, "entries") < target.entries else None
     least = max(1, int((losses > allowed).sum()))
     rank = -(-least // multiple) * multiple
     return rank if rank <= allocate.break_even_rank(target.shape, target.form) else None
 
 
-def _uniform(targets: Mapping[str, Target], ratio: Fraction, multiple: int) -> dict[str, Rank | None]:
+def _uniform(targets: Mapping[str, Target], ratio: Fraction, multiple: int) -> dict[str, int | None]:
     return {name: allocate.uniform_rank(t.shape, t.form, ratio, multiple) for name, t in targets.items()}
 
 
@@ -124,18 +112,18 @@ def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whol
 
 
 def uniform_within(
-    targets: Mapping[str, Target], limit: int, price: Callable[[Target, Rank | None], int], multiple: int
-) -> dict[str, Rank | None]:
+    targets: Mapping[str, Target], limit: int, price: Callable[[Target, int | None], int], multiple: int
+) -> dict[str, int | None]:
     """Return uniform ranks at the largest ratio, in steps of 1e-6, whose prices sum to at most ``limit``.
 
     Raises:
         PlanError: even the smallest rank everywhere costs more.
     """
 
-    def at(share: int) -> dict[str, Rank | None]:
+    def at(share: int) -> dict[str, int | None]:
         return _uniform(targets, Fraction(share, 1_000_000), multiple)
 
-    def cost(ranks: Mapping[str, Rank | None]) -> int:
+    def cost(ranks: Mapping[str, int | None]) -> int:
         return sum(price(targets[name], rank) for name, rank in ranks.items())
 
     low, high = 1, 1_000_000
@@ -168,40 +156,18 @@ def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool, multip
     losses = spectrum.losses()
     energy = float(losses.flatten()[0])
     scale = (1 / energy if energy else 0.0) if relative else 1.0
-    ranks: Sequence[Rank]
-    if target.form == "tucker2":
-        ranks = _pareto(target, losses, unit, multiple)
-        kept = [float(losses[rank]) * scale for rank in ranks]
-    else:
-        largest = allocate.break_even_rank(target.shape, target.form)
-        ranks = range(multiple, largest + 1, multiple)
-        kept = (losses[multiple : largest + 1 : multiple] * scale).tolist()
+    largest = allocate.break_even_rank(target.shape, target.form)
+    ranks = range(multiple, largest + 1, multiple)
+    kept = (losses[multiple : largest + 1 : multiple] * scale).tolist()
     costs = [target.cost(rank, unit) for rank in ranks]
     dense = target.cost(None, unit)
     useful = [at for at, cost in enumerate(costs) if cost < dense]
     following = (len(ranks) + 1) * multiple
-    next_loss = float(losses[following]) * scale if target.form != "tucker2" and following < len(losses) else 0.0
-    some: Any = [ranks[at] for at in useful]
+    next_loss = float(losses[following]) * scale if following < len(losses) else 0.0
     return Curve(  # arrays, as all modules' curves are held at once, and Python's own numbers take four times as much
-        some if target.form == "tucker2" else array("q", some),
+        array("q", (ranks[at] for at in useful)),
         array("q", (costs[at] for at in useful)),
         array("d", (kept[at] for at in useful)),
         dense,
         next_loss,
     )
-
-
-def _pareto(target: Target, losses: Tensor, unit: str, multiple: int) -> list[Rank]:
-    """Return the rank pairs of a Tucker-2 module that no cheaper pair beats, cheapest first."""
-    out, in_ = target.shape[:2]
-    pairs = [(a, b) for a in range(multiple, out + 1, multiple) for b in range(multiple, in_ + 1, multiple)]
-    pairs = [pair for pair in pairs if target.cost(pair, "entries") < target.entries]
-    table = losses.tolist()
-    pairs.sort(key=lambda pair: (target.cost(pair, unit), table[pair[0]][pair[1]]))
-    best, kept = float("inf"), []
-    for pair in pairs:
-        loss = table[pair[0]][pair[1]]
-        if loss < best:
-            best = loss
-            kept.append(pair)
-    return list(kept)

@@ -33,7 +33,6 @@ from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
 from peftc.plans import allocate
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
 from peftc.store import artifact
 from peftc.tasks.table import guess
@@ -80,9 +79,7 @@ def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) ->
     return found_losses
 
 
-def whole(
-    work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None], samples: int, folder: Path
-) -> Interval:
+def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, int | None], samples: int, folder: Path) -> Interval:
     """Return the measured divergence, in nats, of the model with all modules cut to ``ranks``.
 
     Of language models it is that per token, of others per sample.

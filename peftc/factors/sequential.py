@@ -29,7 +29,6 @@ from peftc.models.layers import registered
 from peftc.models.parts import read_note, save_part
 from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
-from peftc.plans.allocate import Rank
 from peftc.tasks.task import batches
 
 NEEDS = ("second_moment", "input_magnitude")  # what the modules before one change; gradients stay the dense model's
@@ -83,7 +82,7 @@ class _Now:
         return self.found[name].to(device)
 
 
-def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, Rank | None]) -> dict[str, dict[str, Any]]:
+def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, int | None]) -> dict[str, dict[str, Any]]:
     """Compute and keep the factors of every module with a rank, in order; return what `Factoring.factor` does.
 
     Args:

@@ -15,13 +15,10 @@ from peftc.calibration import hooks
 from peftc.calibration.statistics import Statistics
 from peftc.errors import MethodError, UsageError, one_of
 from peftc.factors import joint
-from peftc.methods.decompose_conv.tucker2 import Tucker
 from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.model import Model
 from peftc.nn import lowrank
 from peftc.plans.plan import Target
-
-Decomposed = Spectrum | Tucker
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Factorizer:
     statistics: Statistics | None = None
     correct_bias: bool = True
 
-    def __call__(self, weight: Tensor, target: Target) -> Decomposed:
+    def __call__(self, weight: Tensor, target: Target) -> Spectrum:
         """Decompose a weight, float32 or float64, in the target's form."""
         given: dict[str, Any] = dict(self.settings)
         if self.needs:
@@ -60,8 +57,7 @@ class Factorizer:
         decompose = functools.partial(self.decompose, **given)
         if target.form not in methods.METHODS["decompose_conv"]:
             return decompose(lowrank.matrix(weight, target.form).contiguous())
-        by_form = methods.find("decompose_conv", target.form, "--conv-method")
-        return by_form(weight) if target.form == "tucker2" else by_form(weight.contiguous(), decompose)
+        return methods.find("decompose_conv", target.form, "--conv-method")(weight.contiguous(), decompose)
 
 
 def transposed(spectrum: Spectrum, weight: Tensor) -> Spectrum:
@@ -110,11 +106,6 @@ def factorizer(
         raise UsageError(
             f"`--method {chosen}` needs {', '.join(needs)} of a calibration set",
             hint="name one: `--data DATA`, or collected statistics: `--statistics DIR`",
-        )
-    if needs and conv_method == "tucker2":
-        raise UsageError(
-            f"`--conv-method tucker2` takes no statistics, and `--method {chosen}` is made of them",
-            hint="choose `--conv-method channel` or `spatial`, or `--method svd`",
         )
     return Factorizer(
         chosen, function, methods.with_settings(function, chosen, settings or {}), needs, correct_bias=correct_bias

@@ -24,7 +24,6 @@ from peftc.models.inputs import probe
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
 from peftc.plans import allocate
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget
 from peftc.report import grouped
 
@@ -33,7 +32,7 @@ MISSED = 0.05  # a measured speed-up that is further from what was asked is refu
 TRIES = 6
 BUSY = 1.2  # what modules may show against themselves at most, in the least of their times
 
-Ranks = Mapping[str, Rank | None]
+Ranks = Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,14 @@ def _refuse_busy(asked: float, sites: Mapping[str, Sequence[Site]], times: Mappi
         )
 
 
-def _why_slow(sites: Sequence[Site], ranks: Sequence[Rank]) -> str:
+def _why_slow(sites: Sequence[Site], ranks: Sequence[int]) -> str:
     if not ranks:
         return "its factors would not be smaller"
     return "its factors are not measurably faster here" if sites else "not called on a random input"
 
 
 def _time_sites(
-    model: Model, sites: Mapping[str, Sequence[Site]], ranks: Mapping[str, Sequence[Rank]]
+    model: Model, sites: Mapping[str, Sequence[Site]], ranks: Mapping[str, Sequence[int]]
 ) -> dict[Site, SiteTimes]:
     """Time each distinct site once."""
     modules = {repr(module): module for module in model.module.modules()}

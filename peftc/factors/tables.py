@@ -8,7 +8,6 @@ from typing import Any
 from peftc.factors import joint as joining
 from peftc.factors.factoring import Factoring
 from peftc.nn.surgery import tensor_bytes
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, percent, rank_span, size_table, span
 
@@ -16,7 +15,7 @@ from peftc.report import Report, Table, grouped, percent, rank_span, size_table,
 def report_on(
     command: str,
     work: Factoring,
-    ranks: Mapping[str, Rank | None],
+    ranks: Mapping[str, int | None],
     cuts: Mapping[str, Mapping[str, Any]],
     reasons: Mapping[str, str],
     asked: str,
@@ -75,7 +74,7 @@ def climbs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"`{row['name']}`: {climb}; computed by {row['rung']} instead" for row in rows for climb in row["climbed"]]
 
 
-def module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
+def module(target: Target, rank: int | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
     """Return the figures of one module."""
     reason = None if rank is not None else why_dense
     return {
@@ -84,7 +83,7 @@ def module(target: Target, rank: Rank | None, cut: Mapping[str, Any], why_dense:
         "shape": list(target.shape),
         "aliases": list(target.aliases),
         **({"members": list(target.members)} if target.members else {}),
-        "rank": list(rank) if isinstance(rank, tuple) else rank,
+        "rank": rank,
         "reason": reason,
         "parameters_before": target.entries,
         "parameters_after": target.cost(rank, "entries"),

@@ -55,13 +55,13 @@ class Work:
         macs: multiply-adds of products, convolutions and attention; look-ups and element-wise work count nothing.
         by_module: multiply-adds inside each module that has any, its children included, by dotted name.
         positions: how often each Linear, Conv or Embedding weight is applied (rows, pixels, ids); 0 = never called.
-        grids: for each 2-D convolution, its input pixels, and output rows times input columns.
+        between: for each 2-D convolution, its output rows times input columns.
     """
 
     macs: int
     by_module: dict[str, int]
     positions: dict[str, int]
-    grids: dict[str, tuple[int, int]]
+    between: dict[str, int]
 
 
 def work(model: Model, batch: Any = None) -> Work:
@@ -73,7 +73,7 @@ def work(model: Model, batch: Any = None) -> Work:
     """
     batch = probe(model) if batch is None else batch
     with (
-        _positions(model.module) as (positions, grids),
+        _positions(model.module) as (positions, between),
         without_fused_layers(),
         sdpa_kernel(SDPBackend.MATH),  # as two products: no counter knows every fused kernel of every torch
         _without_gradients(model.module),
@@ -82,13 +82,13 @@ def work(model: Model, batch: Any = None) -> Work:
         outputs(model, batch)
     by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
-    return Work(by_name.get("Global", 0), by_module, positions, grids)
+    return Work(by_name.get("Global", 0), by_module, positions, between)
 
 
 @contextmanager
-def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, tuple[int, int]]]]:
+def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     counts: dict[str, int] = {}
-    grids: dict[str, tuple[int, int]] = {}
+    between: dict[str, int] = {}
     hooks = []
     for name, child in module.named_modules():
         weight = child._parameters.get("weight")
@@ -101,12 +101,11 @@ def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, tu
             if isinstance(output, Tensor):
                 counts[name] += output.numel() // output.shape[axis]
             if isinstance(child, nn.Conv2d) and inputs:
-                (high, wide), (before, between) = inputs[0].shape[-2:], grids.get(name, (0, 0))
-                grids[name] = (before + high * wide, between + output.shape[-2] * wide)
+                between[name] = between.get(name, 0) + output.shape[-2] * inputs[0].shape[-1]
 
         hooks.append(child.register_forward_hook(add))
     with registered(hooks):
-        yield counts, grids
+        yield counts, between
 
 
 @contextmanager

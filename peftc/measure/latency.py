@@ -24,7 +24,7 @@ from peftc.models.model import Model, detached
 from peftc.nn import lowrank, surgery
 from peftc.nn.skipped import first_tensor
 from peftc.plans import allocate
-from peftc.plans.allocate import Curve, Rank
+from peftc.plans.allocate import Curve
 from peftc.plans.plan import Target
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the way from the smallest rank to break-even
@@ -67,7 +67,7 @@ class SiteTimes:
 
     dense: float
     noise: float
-    ranks: tuple[Rank, ...]
+    ranks: tuple[int, ...]
     seconds: tuple[float, ...]
 
 
@@ -110,20 +110,17 @@ def _runs(model: Model) -> Iterator[None]:
         ) from error
 
 
-def candidates(target: Target, multiple: int) -> list[Rank]:
-    """Return the ranks, in multiples, at which a module has fewer entries, smallest first; Tucker-2's in proportion."""
-    if target.form == "tucker2":
-        pairs = allocate.tucker_path(target.shape, multiple)
-        return [pair for pair in pairs if target.cost(pair, "entries") < target.entries]
+def candidates(target: Target, multiple: int) -> list[int]:
+    """Return the ranks, in multiples, at which a module has fewer entries, smallest first."""
     return list(range(multiple, allocate.break_even_rank(target.shape, target.form) + 1, multiple))
 
 
-def grid(ranks: Sequence[Rank]) -> list[Rank]:
+def grid(ranks: Sequence[int]) -> list[int]:
     """Return the few of ``ranks`` that are timed, the first and the last among them."""
     return list(dict.fromkeys(ranks[round(share * (len(ranks) - 1))] for share in SHARES)) if ranks else []
 
 
-def time_site(module: nn.Module, site: Site, ranks: Sequence[Rank], title: str) -> SiteTimes:
+def time_site(module: nn.Module, site: Site, ranks: Sequence[int], title: str) -> SiteTimes:
     """Time a module and its low-rank stand-ins on random inputs, all in one interleaved run, the dense one twice."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.Embedding):
@@ -151,7 +148,7 @@ def time_site(module: nn.Module, site: Site, ranks: Sequence[Rank], title: str) 
     return SiteTimes(dense, noise, tuple(ranks), tuple(least[str(rank)] for rank in ranks))
 
 
-def stand_in(module: nn.Module, form: str, rank: Rank) -> nn.Module:
+def stand_in(module: nn.Module, form: str, rank: int) -> nn.Module:
     """Return a low-rank module with random factors, where the dense one is and in its dtype."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     new = lowrank.build(module, form, rank).to(weight.dtype).to_empty(device=weight.device)
@@ -175,10 +172,10 @@ class Pace:
         dense: of the dense module.
     """
 
-    costs: Mapping[Rank, int]
+    costs: Mapping[int, int]
     dense: int
 
-    def cost(self, rank: Rank | None) -> int:
+    def cost(self, rank: int | None) -> int:
         """Return the nanoseconds at a rank; where that is not measurably faster, the module is to stay dense."""
         return self.dense if rank is None else self.costs.get(rank, self.dense)
 
@@ -196,7 +193,7 @@ class Pace:
         return Curve(tuple(by_cost.values()), tuple(by_cost), kept, self.dense)
 
 
-def pace(ranks: Sequence[Rank], calls: Sequence[SiteTimes]) -> Pace:
+def pace(ranks: Sequence[int], calls: Sequence[SiteTimes]) -> Pace:
     """Return the time of a target at each of ``ranks``, from the few that were timed.
 
     Times are made to rise with rank, and between two timed ranks time is taken to rise evenly.
@@ -237,7 +234,7 @@ def _between(at: Sequence[int], values: Sequence[float], index: int) -> float:
 # -- the whole model --------------------------------------------------------------------------------------------------
 
 
-def factored(model: Model, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], form_of: FormOf) -> Model:
+def factored(model: Model, targets: Mapping[str, Target], ranks: Mapping[str, int | None], form_of: FormOf) -> Model:
     """Return a copy of a model with random factors of some ranks; it shares all other tensors with the original."""
     network = detached(model.module)
     for name, rank in ranks.items():

@@ -19,7 +19,7 @@ from peftc.errors import MethodError, UsageError, one_of
 
 METHODS: dict[str, tuple[str, ...]] = {
     "decompose": ("svd", "whitened", "kfac", "asvd", "fwsvd"),
-    "decompose_conv": ("channel", "spatial", "tucker2"),
+    "decompose_conv": ("channel", "spatial"),
     "loss": ("features", "perturbation", "logits", "embeddings"),
     "importance": ("tsne_silhouette", "silhouette", "block_influence", "angular", "cka", "magnitude", "taylor", "drop"),
     "adapter": (

@@ -107,7 +107,7 @@ def _form(module: Any, conv_method: str) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Conv2d):
-        return conv_method if module.kernel_size != (1, 1) else "channel"  # for 1 x 1 all three are one matrix
+        return conv_method if module.kernel_size != (1, 1) else "channel"  # for 1 x 1 they are one matrix
     return "transposed"
 
 

@@ -13,6 +13,8 @@ spatial     (out, in, kh, kw)      (out kw, in kh)              kh x 1 conv to r
 tucker2     (out, in, kh, kw)      core and two mode factors    1 x 1 conv, kh x kw conv, 1 x 1 conv
 ==========  =====================  ===========================  ===================================================
 
+Nothing makes ``tucker2`` any more; artifacts of earlier versions hold it.
+
 The original bias goes to the last module; the others have none (PELA, section 1.2 of the papers notes).
 """
 
@@ -30,11 +32,10 @@ FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
 
 @dataclass(frozen=True)
 class Factors:
-    """weight (out, in) = up (out, rank) @ down (rank, in); Tucker-2 has a ``core`` (r_out, r_in, kh, kw) between."""
+    """weight (out, in) = up (out, rank) @ down (rank, in)."""
 
     up: Tensor
     down: Tensor
-    core: Tensor | None = None
 
 
 class LowRankLinear(nn.Module):
@@ -187,9 +188,9 @@ def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Te
     """Return the weights of the module that `build` makes, by their names in it.
 
     Args:
-        factors: in matrix form, or Tucker-2.
+        factors: in matrix form.
         shape: of the dense weight.
-        form: one of `FORMS`.
+        form: one of `FORMS`, but not ``tucker2``.
     """
     up, down = factors.up, factors.down
     if form == "channel":
@@ -199,16 +200,11 @@ def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Te
         out, in_, kh, kw = shape
         down = down.reshape(-1, in_, kh)[:, :, :, None]  # (rank, in, kh, 1)
         up = up.reshape(out, kw, -1).permute(0, 2, 1)[:, :, None, :]  # (out, rank, 1, kw)
-    elif form == "tucker2":
-        up, down = up[:, :, None, None], down[:, :, None, None]
-    named = {"up.weight": up, "down.weight": down}
-    if factors.core is not None:
-        named["core.weight"] = factors.core
-    return {name: tensor.contiguous() for name, tensor in named.items()}
+    return {"up.weight": up.contiguous(), "down.weight": down.contiguous()}
 
 
 def dense_weight(named: dict[str, Tensor], shape: tuple[int, ...], form: str) -> Tensor:
-    """Multiply the factors of `tensors` back to a weight of ``shape``."""
+    """Multiply the weights of a low-rank module back to a weight of ``shape``."""
     up, down = named["up.weight"], named["down.weight"]
     if form == "tucker2":
         return torch.einsum("oa,abhw,bi->oihw", up.flatten(1), named["core.weight"], down.flatten(1))

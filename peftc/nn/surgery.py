@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from peftc.errors import ArtifactError, WeightError, named
 from peftc.nn import lowrank, shared, skipped
-from peftc.plans.allocate import Rank
 
 
-def rank_of(edit: Mapping[str, Any]) -> Rank:
-    """Return the rank in a manifest's module entry; JSON holds Tucker-2's pair as a list."""
+def rank_of(edit: Mapping[str, Any]) -> int | tuple[int, int]:
+    """Return the rank in a manifest's module entry; a pair for `tucker2`, which artifacts of earlier versions hold."""
     rank = edit["rank"]
     return (int(rank[0]), int(rank[1])) if isinstance(rank, list | tuple) else int(rank)
 

@@ -15,7 +15,6 @@ from itertools import pairwise
 
 from peftc.errors import PlanError
 
-Rank = int | tuple[int, int]
 Shape = tuple[int, ...]
 ALLOCATIONS = ("uniform", "global", "energy", "convex")
 
@@ -29,7 +28,7 @@ def sides(shape: Shape, form: str) -> tuple[int, int]:
 
 
 def entries_per_rank(shape: Shape, form: str) -> int:
-    """Return how many weight entries one more unit of rank costs; Tucker-2 has no single price."""
+    """Return how many weight entries one more unit of rank costs."""
     return sum(sides(shape, form))
 
 
@@ -38,13 +37,10 @@ def max_rank(shape: Shape, form: str) -> int:
     return min(sides(shape, form))
 
 
-def entries(shape: Shape, form: str, rank: Rank | None) -> int:
+def entries(shape: Shape, form: str, rank: int | None) -> int:
     """Return the number of weight entries at ``rank``, biases apart; None is the dense weight."""
     if rank is None:
         return math.prod(shape)
-    if isinstance(rank, tuple):
-        out, in_, kh, kw = shape
-        return rank[1] * in_ + rank[0] * rank[1] * kh * kw + out * rank[0]
     return rank * entries_per_rank(shape, form)
 
 
@@ -55,26 +51,22 @@ class Use:
     Attributes:
         form: as which module: a tied weight may be an embedding here and an output head there.
         positions: how often it is applied: tokens, or output pixels.
-        before: input pixels of a convolution, on which the first part of a Tucker-2 form runs.
         between: output rows times input columns, on which the first part of a spatial form runs.
     """
 
     form: str
     positions: int
-    before: int = 0
     between: int = 0
 
 
-def macs(shape: Shape, use: Use, rank: Rank | None) -> int:
+def macs(shape: Shape, use: Use, rank: int | None) -> int:
     """Return the multiply-adds of one sample for one use of a weight of ``shape``; rank None is the dense weight."""
     form, positions = use.form, use.positions
     if form == "embedding":  # the look-up is free, the expansion is not
-        return 0 if rank is None else positions * int(rank) * shape[1]  # type: ignore[arg-type]
+        return 0 if rank is None else positions * rank * shape[1]
     if rank is None or form in ("linear", "transposed", "channel"):
         return positions * entries(shape, form, rank)
     out, in_, kh, kw = shape
-    if isinstance(rank, tuple):
-        return use.before * rank[1] * in_ + positions * (rank[0] * rank[1] * kh * kw + out * rank[0])
     return rank * (use.between * in_ * kh + positions * out * kw)
 
 
@@ -88,19 +80,7 @@ def in_multiples(rank: int, multiple: int) -> int:
     return max(rank // multiple, 1) * multiple
 
 
-def tucker_path(shape: Shape, multiple: int = 1) -> list[tuple[int, int]]:
-    """Return rank pairs (rank_out, rank_in) in proportion to (out, in), from the smallest to the full one.
-
-    With a ``multiple`` both are multiples of it; a pair that would exceed the shape is left out.
-    """
-    out, in_ = shape[:2]
-    longest = max(out, in_)
-    shrunk = ((out * step // longest, in_ * step // longest) for step in range(1, longest + 1))
-    pairs = [(in_multiples(a, multiple), in_multiples(b, multiple)) for a, b in shrunk]
-    return list(dict.fromkeys(pair for pair in pairs if pair[0] <= out and pair[1] <= in_))
-
-
-def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) -> Rank | None:
+def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) -> int | None:
     """Return the rank that keeps at most ``ratio`` of one module's entries, or None where it stays dense.
 
     PELA, section 1.2 of the papers notes: floor(out in / (c (out + in))) with c = 1 / ratio, at least 1. A module whose
@@ -108,18 +88,8 @@ def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) ->
     """
     if ratio >= 1:
         return None
-    if form == "tucker2":
-        return best_pair(shape, ratio * math.prod(shape), multiple)
     rank = math.floor(ratio * math.prod(shape) / entries_per_rank(shape, form))
     return fitting(shape, form, rank, multiple)
-
-
-def best_pair(shape: Shape, limit: Fraction | int, multiple: int = 1) -> tuple[int, int] | None:
-    """Return the largest pair of the Tucker path within ``limit`` entries, or the smallest; None if it would grow."""
-    path = tucker_path(shape, multiple)
-    smallest = path[0] if path else None
-    pair = max((pair for pair in path if entries(shape, "tucker2", pair) <= limit), default=smallest)
-    return pair if pair is not None and entries(shape, "tucker2", pair) < math.prod(shape) else None
 
 
 def fitting(shape: Shape, form: str, rank: int, multiple: int = 1) -> int | None:
@@ -140,14 +110,14 @@ class Curve:
         next_loss: squared error one rank further, at which the module would be as large as its dense weight.
     """
 
-    ranks: Sequence[Rank]
+    ranks: Sequence[int]
     costs: Sequence[int]
     losses: Sequence[float]
     dense: int
     next_loss: float = 0.0
 
 
-Step = tuple[float, int, Rank | None]  # fall of loss per cost, price, the rank that it leads to
+Step = tuple[float, int, int | None]  # fall of loss per cost, price, the rank that it leads to
 
 
 def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
@@ -158,8 +128,8 @@ def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
         foresee_dense: let the dense weight take part in the hull, so that a module may jump to it from afar; else the
             last step is worth only the one component that makes the factors as large as the weight.
     """
-    points: list[tuple[int, float, Rank | None]] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
-    dense: tuple[int, float, Rank | None] = (curve.dense, 0.0, None)
+    points: list[tuple[int, float, int | None]] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
+    dense: tuple[int, float, int | None] = (curve.dense, 0.0, None)
     hull = _hull([*points, dense] if foresee_dense or not points else points)
     found = [((a[1] - b[1]) / max(b[0] - a[0], 1), b[0] - a[0], b[2]) for a, b in pairwise(hull)]
     if not foresee_dense and points:
@@ -170,8 +140,8 @@ def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
     return found
 
 
-def _hull(points: list[tuple[int, float, Rank | None]]) -> list[tuple[int, float, Rank | None]]:
-    hull: list[tuple[int, float, Rank | None]] = []
+def _hull(points: list[tuple[int, float, int | None]]) -> list[tuple[int, float, int | None]]:
+    hull: list[tuple[int, float, int | None]] = []
     for point in points:
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
             hull.pop()
@@ -184,7 +154,7 @@ def _above(a: tuple[int, float, object], b: tuple[int, float, object], c: tuple[
     return (b[1] - a[1]) * (c[0] - a[0]) > (c[1] - a[1]) * (b[0] - a[0])
 
 
-def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> dict[str, Rank | None]:
+def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> dict[str, int | None]:
     """Return the rank of each module that minimises the summed loss within ``budget``, None meaning dense.
 
     One greedy pass over the steps of all modules, steepest fall of loss per cost first; along convex hulls every stop
@@ -199,7 +169,7 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
         PlanError: even the smallest rank everywhere costs more.
     """
     ways = {name: steps(curve, foresee_dense=foresee_dense) for name, curve in curves.items()}
-    ranks: dict[str, Rank | None] = {name: next(iter(curve.ranks), None) for name, curve in curves.items()}
+    ranks: dict[str, int | None] = {name: next(iter(curve.ranks), None) for name, curve in curves.items()}
     spent = sum(curve.costs[0] if curve.costs else curve.dense for curve in curves.values())
     if spent > budget:
         total = sum(curve.dense for curve in curves.values())
@@ -222,7 +192,7 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
     return ranks
 
 
-def fill(curves: Mapping[str, Curve], ranks: Mapping[str, Rank | None], budget: int) -> dict[str, Rank | None]:
+def fill(curves: Mapping[str, Curve], ranks: Mapping[str, int | None], budget: int) -> dict[str, int | None]:
     """Spend what `spend` left over: where a step between two corners of a hull did not fit, a part of it may.
 
     Args:

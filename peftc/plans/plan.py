@@ -12,7 +12,7 @@ from typing import Any
 
 from peftc.errors import PlanError, UsageError
 from peftc.plans import allocate
-from peftc.plans.allocate import Rank, Use
+from peftc.plans.allocate import Use
 from peftc.report import AMOUNTS, scaled
 from peftc.store import documents
 
@@ -158,7 +158,7 @@ class Target:
         """Number of dense weight entries."""
         return math.prod(self.shape)
 
-    def cost(self, rank: Rank | None, unit: str) -> int:
+    def cost(self, rank: int | None, unit: str) -> int:
         """Return the entries, or with unit ``macs`` the multiply-adds, at ``rank``; None is dense."""
         if unit == "macs":
             return sum(allocate.macs(self.shape, use, rank) for use in self.uses)
@@ -170,7 +170,7 @@ class Plan:
     """What to do with each module, and why.
 
     Attributes:
-        ranks: module -> rank (a pair for Tucker-2), or None where it stays dense.
+        ranks: module -> rank, or None where it stays dense.
         forms: module -> form, for those with a rank.
         reasons: module -> why it stays dense.
         method, settings: of the decomposition; empty in a plan written by hand.
@@ -178,7 +178,7 @@ class Plan:
         joint: the groups of modules that share one down factor, and so their rank.
     """
 
-    ranks: dict[str, Rank | None]
+    ranks: dict[str, int | None]
     forms: dict[str, str]
     reasons: dict[str, str] = field(default_factory=dict)
     method: str = ""
@@ -227,7 +227,7 @@ def read(path: Path) -> Plan:
     return Plan(ranks, **{"forms": {}, **{name: value[name] for name in OTHERS if name in value and name != "note"}})
 
 
-def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, Rank | None]) -> None:
+def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, int | None]) -> None:
     if not all(len(names) > 1 for names in groups):
         raise PlanError(f"`{path}` is no plan", why="`joint` is not a list of groups of two or more modules")
     together = [name for names in groups for name in names]
@@ -244,16 +244,13 @@ def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, Rank |
             )
 
 
-def _rank(path: Path, name: str, value: Any) -> Rank | None:
-    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
-    if value is None:
-        return None
-    if not all(type(number) is int and number >= 1 for number in numbers):
+def _rank(path: Path, name: str, value: Any) -> int | None:
+    if value is not None and not (type(value) is int and value >= 1):
         raise PlanError(
             f"`{path}` gives `{name}` the rank {value!r}",
-            why="a rank is a whole number from 1, a pair of them, or null for dense",
+            why="a rank is a whole number from 1, or null for dense",
         )
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
+    return value
 
 
 def check(plan: Plan, targets: Mapping[str, Target]) -> None:
@@ -277,24 +274,11 @@ def check(plan: Plan, targets: Mapping[str, Target]) -> None:
                 f"the plan factors `{name}` as `{plan.forms[name]}`; now it would be `{target.form}`",
                 hint=f"use the plan's form: `--conv-method {plan.forms[name]}`",
             )
-        why = _misfit(target, rank)
-        if why:
+        limit = allocate.break_even_rank(target.shape, target.form)
+        if rank > limit:
             raise PlanError(
                 f"cannot decompose `{name}` at rank {rank}",
-                why=f"its weight is {' x '.join(map(str, target.shape))}; {why}",
+                why=f"its weight is {' x '.join(map(str, target.shape))}; above rank {limit} the factors hold no fewer "
+                "entries than the weight",
                 hint="lower the rank in the plan, or set it to null to leave the module dense",
             )
-
-
-def _misfit(target: Target, rank: Rank) -> str | None:
-    """Return why a rank does not suit a module, or None."""
-    pair = isinstance(rank, tuple)
-    if pair != (target.form == "tucker2"):
-        return f"as `{target.form}` it takes {'one rank' if pair else 'a pair of ranks'}"
-    if isinstance(rank, tuple):
-        if any(r > limit for r, limit in zip(rank, target.shape[:2], strict=True)):
-            return f"as `tucker2` its ranks end at {target.shape[0]} and {target.shape[1]}"
-        grows = allocate.entries(target.shape, target.form, rank) >= target.entries
-        return "at these ranks the factors hold no fewer entries than the weight" if grows else None
-    limit = allocate.break_even_rank(target.shape, target.form)
-    return f"above rank {limit} the factors hold no fewer entries than the weight" if rank > limit else None

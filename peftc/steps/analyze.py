@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from peftc.factors.decision import Input
 from peftc.factors.factoring import Factoring
 from peftc.factors.prediction import Anchors, Trial
 from peftc.factors.ranks import allocation_of
-from peftc.factors.spectra import Decomposed, Factorizer
-from peftc.methods.spectrum import Spectrum, tail_energies
+from peftc.factors.spectra import Factorizer
+from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
@@ -39,7 +38,6 @@ from peftc.options import Reading
 from peftc.pages.plot import draw_spectra, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
-from peftc.plans.allocate import Rank
 from peftc.plans.plan import Budget, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.store.source import Source
@@ -168,7 +166,7 @@ def analyze(
             report.notes += work.factorize.statistics.notes  # type: ignore[union-attr]
             report.warnings += work.factorize.statistics.warnings  # type: ignore[union-attr]
         elif factorize.name == "svd":
-            alone = [n for n, each in targets.items() if each.form != "tucker2" and not each.members]
+            alone = [n for n, each in targets.items() if not each.members]
             work.losses |= {name: tail_energies(found[name]) for name in alone}
         timed = Input(batch_size, image_size, max_length, device, seed)
         trial = _trial(work, source, Path(folder))
@@ -224,27 +222,19 @@ def _spectra(
     found = {}
     with progress.track("spectra", len(weights)) as advance:
         for name, target in weights.items():
-            as_matrix = target if target.form != "tucker2" else _as_channel(target)
-            spectrum: Decomposed = factorize(spectra.weight_of(model, target, device), as_matrix)
-            assert isinstance(spectrum, Spectrum)
-            found[name] = spectrum.values.cpu()
+            found[name] = factorize(spectra.weight_of(model, target, device), target).values.cpu()
             advance(name)
     return found
 
 
-def _as_channel(target: Target) -> Target:
-    return replace(target, form="channel")  # Tucker-2 has two mode spectra; the table shows the matrix one
-
-
 def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict[str, Any]:
     """Return the figures of one module."""
-    form = "channel" if target.form == "tucker2" else target.form
     squares = values.square()
     energy = squares.sum()
     kept = squares.cumsum(0) / energy if energy else torch.ones_like(squares)
     share = values / values.sum() if energy else values
     entropy = float(-(share * share.clamp_min(1e-300).log()).sum())
-    largest = allocate.max_rank(target.shape, form)
+    largest = allocate.max_rank(target.shape, target.form)
     return {
         "name": target.name,
         "form": target.form,
@@ -252,7 +242,7 @@ def _row(target: Target, values: Tensor, total: int, reason: str | None) -> dict
         "parameters": target.entries,
         "share": target.entries / total,
         "max_rank": largest,
-        "break_even_rank": allocate.break_even_rank(target.shape, form),
+        "break_even_rank": allocate.break_even_rank(target.shape, target.form),
         "effective_rank": math.exp(entropy) if energy else 0.0,
         "stable_rank": float(energy / squares[0]) if energy else 0.0,
         **{f"rank_{level}": min(int((kept < level / 100).sum()) + 1, largest) if energy else 0 for level in ENERGIES},
@@ -314,7 +304,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _say_plan(
-    report: Report, targets: Mapping[str, Target], ranks: Mapping[str, Rank | None], budget: str, allocation: str
+    report: Report, targets: Mapping[str, Target], ranks: Mapping[str, int | None], budget: str, allocation: str
 ) -> None:
     kept = sum(targets[name].cost(rank, "entries") for name, rank in ranks.items())
     dense = sum(target.entries for target in targets.values())
@@ -322,8 +312,7 @@ def _say_plan(
     by_module = {each: rank for name, rank in ranks.items() for each in targets[name].members or (name,)}
     for row in report.data["modules"]:
         if row["name"] in by_module:
-            rank = by_module[row["name"]]
-            row["planned_rank"] = list(rank) if isinstance(rank, tuple) else rank
+            row["planned_rank"] = by_module[row["name"]]
     after, share = total - dense + kept, kept / dense if dense else 1.0
     report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": after, "eligible": share}
     report.notes += joining.said(targets, ranks)

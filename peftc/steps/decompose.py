@@ -174,8 +174,6 @@ def decompose(
     work = Factoring(loaded, targets, factorize, place)
     work.leave_uncalled(reasons, include)
     estimate.refuse_unsolvable(work)
-    if keep_all_ranks:
-        ordered.refuse_pairs(work.targets)
     words = asked.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
     exam = None if data is None else Exam(data, how, gates, batch_size, device)

@@ -19,7 +19,7 @@ from peftc.errors import PeftcError
 
 RATIOS = ("1/2", "3/4", "9/10")
 ALLOCATIONS = ("uniform", "global", "energy", "convex")
-CONV_METHODS = ("channel", "spatial", "tucker2")
+CONV_METHODS = ("channel", "spatial")
 
 
 def one(name: str, real: Real, ratio: str, allocation: str, conv_method: str) -> str:

@@ -104,7 +104,7 @@ def networks(kind: str, folder: Path) -> tuple[Path, dict[str, Any], dict[str, t
         return made, {"ratio": 0.5}, images(), "AutoModelForImageClassification"
     stages = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
     made = save(folder, "ResNetForImageClassification", **stages, num_labels=10)
-    return made, {"ratio": 0.5, "conv_method": "tucker2"}, images(), "AutoModelForImageClassification"
+    return made, {"ratio": 0.5, "conv_method": "channel"}, images(), "AutoModelForImageClassification"
 
 
 KINDS = ["encoder", "shared factors", "masked words, tied", "causal, tied", "transposed", "vision", "convolutions"]

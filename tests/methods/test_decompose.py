@@ -15,7 +15,6 @@ from peftc.methods import METHODS, find
 from peftc.methods.decompose.svd import svd
 from peftc.methods.decompose_conv.channel import channel
 from peftc.methods.decompose_conv.spatial import spatial
-from peftc.methods.decompose_conv.tucker2 import tucker2
 from peftc.methods.spectrum import FLOOR, TOLERANCE, Solution, Spectrum, Truncation
 from peftc.methods.weighted import Moment
 from peftc.nn import lowrank
@@ -191,7 +190,7 @@ def test_losses_run_from_the_whole_energy_down_to_nothing(name: str, shape: tupl
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 0.0])
 def test_every_convolution_method_is_exact_at_full_rank(name: str, dtype: torch.dtype, scale: float) -> None:
     weight = (random(8, 6, 3, 5) * scale).to(dtype)
-    full: Any = (8, 6) if name == "tucker2" else min(matrix(weight, name).shape)
+    full = min(matrix(weight, name).shape)
     cut = find("decompose_conv", name, "--conv-method")(weight).truncate(full)
     back = lowrank.dense_weight(lowrank.tensors(cut.factors, tuple(weight.shape), name), tuple(weight.shape), name)
     torch.testing.assert_close(back, weight, rtol=1e-4, atol=1e-5 * scale)
@@ -361,37 +360,6 @@ def test_channel_and_spatial_are_svd_of_their_matrix(method: Any) -> None:
     assert torch.equal(method(weight).truncate(4).factors.up, expected.factors.up)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("rank", [(1, 1), (3, 4), (8, 2), (6, 6)])
-def test_refined_tucker2_is_no_worse_than_its_start(seed: int, rank: tuple[int, int]) -> None:
-    weight = random(8, 6, 3, 3, seed=seed)
-    total = float(weight.square().sum())
-    errors = [tucker2(weight, sweeps=sweeps).truncate(rank).error ** 2 * total for sweeps in (0, 1, 4)]
-    assert errors[0] == pytest.approx(float(tucker2(weight).losses()[rank]), rel=1e-9, abs=1e-12 * total)
-    assert errors[2] <= errors[1] * (1 + 1e-12) <= errors[0] * (1 + 2e-12)
-
-
-def test_tucker2_is_exact_on_a_weight_that_has_that_rank() -> None:
-    weight = torch.einsum("oa,abhw,bi->oihw", random(8, 3), random(3, 2, 3, 3), random(2, 6))
-    assert tucker2(weight).truncate((3, 2)).error < 1e-7
-
-
-def test_the_three_parts_of_tucker2_have_equal_norms_and_canonical_signs() -> None:
-    factors = tucker2(random(8, 6, 3, 3)).truncate((5, 3)).factors
-    norms = [float(part.norm()) for part in (factors.up, factors.core, factors.down) if part is not None]
-    assert norms == pytest.approx([norms[0]] * 3)
-    for columns in (factors.up, factors.down.T):
-        assert (columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)) > 0).all()
-
-
-def test_the_losses_of_tucker2_fall_with_either_rank() -> None:
-    losses = tucker2(random(8, 6, 3, 3)).losses()
-    assert losses.shape == (9, 7)
-    assert (losses.diff(dim=0) <= 0).all()
-    assert (losses.diff(dim=1) <= 0).all()
-    assert float(losses[-1, -1]) == 0
-
-
 def test_an_unknown_method_and_setting_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="unknown value `svdd` for `--method`") as refusal:
         find("decompose", "svdd", "--method")
@@ -399,9 +367,9 @@ def test_an_unknown_method_and_setting_are_refused_with_the_known_ones() -> None
     with pytest.raises(UsageError, match="`svd` has no setting `alpha`") as refusal:
         methods.with_settings(svd, "svd", {"alpha": 1})
     assert refusal.match("its settings are: none")
-    with pytest.raises(UsageError, match="setting `sweeps` of `tucker2` is 'two'"):
-        methods.with_settings(tucker2, "tucker2", {"sweeps": "two"})
-    assert methods.with_settings(tucker2, "tucker2", {"sweeps": 2}) == {"sweeps": 2}
+    with pytest.raises(UsageError, match="setting `alpha` of `asvd` is 'two'"):
+        methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": "two"})
+    assert methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": 2}) == {"alpha": 2}
 
 
 class Point:

@@ -13,7 +13,6 @@ from peftc.factors.ranks import Whole, decide
 from peftc.plans import allocate
 from peftc.plans.allocate import (
     Curve,
-    Rank,
     Use,
     break_even_rank,
     entries,
@@ -22,7 +21,6 @@ from peftc.plans.allocate import (
     in_multiples,
     max_rank,
     spend,
-    tucker_path,
     uniform_rank,
 )
 
@@ -32,7 +30,7 @@ SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 64), (64, 48), (100, 101), (768, 3
 
 
 def shape_of(form: str, shape: tuple[int, int]) -> tuple[int, ...]:
-    return (*shape, 3, 2) if form in ("channel", "spatial", "tucker2") else shape
+    return (*shape, 3, 2) if form in ("channel", "spatial") else shape
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_the_uniform_rank_is_pelas(shape: tuple[int, int], divisor: str, rank: i
     assert uniform_rank(shape, "linear", ratio) == rank == math.floor(in_ * out / (Fraction(divisor) * (in_ + out)))
 
 
-@pytest.mark.parametrize("form", [*FORMS, "tucker2"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ratio", [Fraction(1, 1000), Fraction(1, 3), HALF, Fraction(2, 3), Fraction(99, 100)])
 def test_a_uniform_rank_keeps_at_most_the_ratio_or_is_the_smallest(
@@ -63,7 +61,7 @@ def test_a_uniform_rank_keeps_at_most_the_ratio_or_is_the_smallest(
         return
     kept = entries(full, form, rank)
     assert kept < math.prod(full), "a module that would grow stays dense"
-    assert kept <= ratio * math.prod(full) or rank in (1, tucker_path(full)[0])
+    assert kept <= ratio * math.prod(full) or rank == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,12 +79,12 @@ def test_a_module_too_small_to_save_stays_dense_at_every_ratio(shape: tuple[int,
     assert all(uniform_rank(shape, "linear", Fraction(part, 10)) is None for part in range(1, 11))
 
 
-@pytest.mark.parametrize("form", [*FORMS, "tucker2"])
+@pytest.mark.parametrize("form", FORMS)
 def test_ratio_one_leaves_everything_dense(form: str) -> None:
     assert uniform_rank(shape_of(form, (64, 48)), form, Fraction(1)) is None
 
 
-@pytest.mark.parametrize("form", [*FORMS, "tucker2"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_larger_ratio_never_gives_a_smaller_rank(form: str, shape: tuple[int, int]) -> None:
     full = shape_of(form, shape)
@@ -98,34 +96,24 @@ def test_entries_are_those_of_the_factors() -> None:
     out, in_, kh, kw = shape = (16, 12, 3, 5)
     assert entries(shape, "channel", 4) == 4 * in_ * kh * kw + out * 4
     assert entries(shape, "spatial", 4) == 4 * in_ * kh + out * 4 * kw
-    assert entries(shape, "tucker2", (5, 4)) == 4 * in_ + 5 * 4 * kh * kw + out * 5
     assert entries(shape, "channel", None) == math.prod(shape)
 
 
 def test_multiply_adds_follow_the_pixels() -> None:
     shape, pixels = (16, 12, 3, 5), 49
-    before, between = 4 * pixels, 3 * pixels  # a stride of 2 by 2; rows of the output, columns of the input
+    between = 3 * pixels  # rows of the output, columns of the input
 
-    def macs(form: str, rank: Rank | None) -> int:
-        return allocate.macs(shape, Use(form, pixels, before, between), rank)
+    def macs(form: str, rank: int | None) -> int:
+        return allocate.macs(shape, Use(form, pixels, between), rank)
 
     assert macs("channel", None) == pixels * math.prod(shape)
     assert macs("channel", 4) == pixels * entries(shape, "channel", 4)
     assert macs("spatial", 4) == 4 * (between * 12 * 3 + pixels * 16 * 5)
-    assert macs("tucker2", (5, 4)) == before * 4 * 12 + pixels * (5 * 4 * 15 + 16 * 5)
 
 
 def test_a_look_up_is_free_until_it_is_factored() -> None:
     assert allocate.macs((1000, 64), Use("embedding", 7), None) == 0
     assert allocate.macs((1000, 64), Use("embedding", 7), 8) == 7 * 8 * 64
-
-
-@pytest.mark.parametrize("shape", [(64, 48, 3, 3), (5, 40, 3, 3), (7, 7, 1, 1)])
-def test_a_tucker_path_climbs_to_the_full_pair_in_proportion(shape: tuple[int, ...]) -> None:
-    path = tucker_path(shape)
-    assert path[-1] == shape[:2]
-    assert path == sorted(path)
-    assert all(abs(a / shape[0] - b / shape[1]) <= 1 / min(shape[:2]) for a, b in path)
 
 
 def convex(seed: int, modules: int = 3, length: int = 5, *, unit: bool = False) -> dict[str, Curve]:
@@ -141,17 +129,17 @@ def convex(seed: int, modules: int = 3, length: int = 5, *, unit: bool = False) 
     return curves
 
 
-def cost(curves: Mapping[str, Curve], ranks: Mapping[str, Rank | None]) -> int:
+def cost(curves: Mapping[str, Curve], ranks: Mapping[str, int | None]) -> int:
     return sum(c.dense if ranks[n] is None else c.costs[c.ranks.index(ranks[n])] for n, c in curves.items())
 
 
-def loss(curves: Mapping[str, Curve], ranks: Mapping[str, Rank | None]) -> float:
+def loss(curves: Mapping[str, Curve], ranks: Mapping[str, int | None]) -> float:
     return sum(0.0 if ranks[n] is None else c.losses[c.ranks.index(ranks[n])] for n, c in curves.items())
 
 
-def choices(curves: Mapping[str, Curve]) -> list[dict[str, Rank | None]]:
+def choices(curves: Mapping[str, Curve]) -> list[dict[str, int | None]]:
     """Return every way to choose ranks."""
-    options: Sequence[Sequence[Rank | None]] = [[*curve.ranks, None] for curve in curves.values()]
+    options: Sequence[Sequence[int | None]] = [[*curve.ranks, None] for curve in curves.values()]
     return [dict(zip(curves, picked, strict=True)) for picked in itertools.product(*options)]
 
 
@@ -218,10 +206,10 @@ def test_what_is_left_is_filled_without_a_loss_or_a_debt(seed: int) -> None:
         before = spend(curves, budget, foresee_dense=False)
         after = fill(curves, before, budget)
 
-        def price(ranks: dict[str, Rank | None]) -> int:
+        def price(ranks: dict[str, int | None]) -> int:
             return sum(c.dense if ranks[n] is None else c.costs[c.ranks.index(ranks[n])] for n, c in curves.items())
 
-        def loss(ranks: dict[str, Rank | None]) -> float:
+        def loss(ranks: dict[str, int | None]) -> float:
             return sum(0 if ranks[n] is None else c.losses[c.ranks.index(ranks[n])] for n, c in curves.items())
 
         assert price(after) <= budget and loss(after) <= loss(before)
@@ -240,14 +228,6 @@ def test_multiples_are_rounded_down_but_are_one_at_least() -> None:
     assert uniform_rank((64, 48), "linear", Fraction(1, 100), 16) == 16
     assert uniform_rank((64, 48), "linear", HALF, 32) is None, "at rank 32 it would grow"
     assert fitting((64, 48), "linear", 27, 4) == 24
-
-
-@pytest.mark.parametrize("multiple", [2, 8, 16])
-def test_pairs_of_multiples_stay_within_the_shape(multiple: int) -> None:
-    path = tucker_path((40, 12, 3, 3), multiple)
-    assert all(a % multiple == b % multiple == 0 and a <= 40 and b <= 12 for a, b in path)
-    assert bool(path) == (multiple <= 12)
-    assert multiple <= 12 or uniform_rank((40, 12, 3, 3), "tucker2", HALF, multiple) is None
 
 
 def test_a_dent_in_a_curve_is_stepped_over() -> None:
@@ -298,7 +278,7 @@ def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
     chance = random.Random(0)
     sigma = {name: sorted((chance.random() for _ in range(30)), reverse=True) for name in "ab"}
 
-    def ranks(scale: float) -> dict[str, Rank | None]:
+    def ranks(scale: float) -> dict[str, int | None]:
         tails = {n: [sum(s * s for s in sigma[n][r:]) * (scale if n == "a" else 1) for r in range(31)] for n in "ab"}
         return decide(targets, Budget("ratio", HALF), allocation, lambda t: Known(tails[t.name]), Whole(2400, None))
 

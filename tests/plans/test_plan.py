@@ -15,7 +15,7 @@ from peftc.plans.plan import Budget, Plan, Target, budget, check, ratio_of, read
 TARGETS = {
     "fc": Target("fc", "linear", (20, 30)),
     "conv": Target("conv", "channel", (8, 6, 3, 3)),
-    "core": Target("core", "tucker2", (8, 6, 3, 3)),
+    "core": Target("core", "spatial", (8, 6, 3, 3)),
 }
 
 
@@ -69,9 +69,7 @@ def test_an_amount_is_a_whole_number_from_one(option: str, value: float) -> None
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    plan = Plan(
-        {"fc": 3, "core": (4, 2), "conv": None}, {"fc": "linear", "core": "tucker2"}, {"conv": "skipped"}, "svd"
-    )
+    plan = Plan({"fc": 3, "core": 4, "conv": None}, {"fc": "linear", "core": "spatial"}, {"conv": "skipped"}, "svd")
     plan.write(tmp_path / "plan.json")
     assert read(tmp_path / "plan.json") == plan
     check(plan, TARGETS)
@@ -98,7 +96,7 @@ def test_a_plan_may_be_written_by_hand(tmp_path: Path) -> None:
         ('{"schema_version": 2, "ranks": {}}', "schema version 2; this peftc reads 1"),
         *[
             (json.dumps({"schema_version": 1, "ranks": {"fc": rank}}), "gives `fc` the rank")
-            for rank in (0, -1, 1.5, "3", True, [1], [1, 2, 3], [1, 0], [[1], 2], {})
+            for rank in (0, -1, 1.5, "3", True, [1], [2, 3], {})
         ],
     ],
 )
@@ -123,11 +121,7 @@ def test_a_plan_that_cannot_be_opened_is_refused_with_how_to_write_one(tmp_path:
         ({"fc": 3}, {"fc": "channel"}, "factors `fc` as `channel`; now it would be `linear`"),
         ({"conv": 3}, {"conv": "spatial"}, "`--conv-method spatial`"),
         ({"fc": 21}, {}, "cannot decompose `fc` at rank 21"),
-        ({"fc": (3, 3)}, {}, "cannot decompose `fc` at rank"),
-        ({"core": 3}, {}, "cannot decompose `core` at rank 3"),
-        ({"core": (9, 2)}, {}, "as `tucker2` its ranks end at 8 and 6"),
-        ({"core": (2, 7)}, {}, "its weight is 8 x 6 x 3 x 3"),
-        ({"core": (8, 6)}, {}, "at these ranks the factors hold no fewer entries than the weight"),
+        ({"core": 11}, {}, "its weight is 8 x 6 x 3 x 3; above rank 10 the factors hold no fewer entries"),
         ({"fc": 13}, {}, "above rank 11 the factors hold no fewer entries than the weight"),
     ],
 )
@@ -137,7 +131,7 @@ def test_a_plan_for_another_model_is_refused(ranks: Any, forms: dict[str, str], 
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("ranks", [{"gone": None}, {"fc": 11}, {"core": (4, 3)}, {}])
+@pytest.mark.parametrize("ranks", [{"gone": None}, {"fc": 11}, {"core": 4}, {}])
 def test_a_plan_that_fits_is_accepted(ranks: Any) -> None:
     check(Plan(ranks, {}), TARGETS)
 

@@ -92,7 +92,7 @@ def test_every_linear_conv_and_embedding_is_there_once(tiny_llama: Path, tiny_re
 def test_the_plan_says_what_decompose_does(tiny_vit: Path, tiny_resnet: Path, tmp_path: Path) -> None:
     for model, options in (
         (tiny_vit, {}),
-        (tiny_resnet, {"conv_method": "tucker2"}),
+        (tiny_resnet, {"conv_method": "channel"}),
         (tiny_vit, {"allocation": "uniform"}),
     ):
         plan, out = (

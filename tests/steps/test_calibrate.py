@@ -281,8 +281,6 @@ def test_a_method_without_statistics_needs_no_calibration(tiny_vit: Path, stats:
         calibrate(tiny_vit, output_dir=tmp_path / "stats", method="svd", **DIGITS)
     with pytest.raises(UsageError, match="of no use here"):
         decompose(tiny_vit, statistics=stats, method="svd", ratio=0.5)
-    with pytest.raises(UsageError, match="takes no statistics"):
-        calibrate(tiny_vit, output_dir=tmp_path / "stats", conv_method="tucker2", **DIGITS)
 
 
 @pytest.mark.parametrize(

@@ -168,16 +168,12 @@ NETWORKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "resnet-spatial": (
         "timm", "resnet26", RESNET, {"conv_method": "spatial"},
     ),
-    "resnet-tucker2": (
-        "timm", "resnet26", RESNET, {"conv_method": "tucker2"},
-    ),
     "same-padding": (
         "timm", "tf_mobilenetv3_small_minimal_100", {},
         {"conv_method": "spatial", "include": ["conv_stem"]},
     ),
     "convolutions-channel": ("python", "Convolutions", {}, {"conv_method": "channel"}),
     "convolutions-spatial": ("python", "Convolutions", {}, {"conv_method": "spatial"}),
-    "convolutions-tucker2": ("python", "Convolutions", {}, {"conv_method": "tucker2"}),
     "attention": ("python", "Attention", {}, {}),
     "shared": ("python", "Shared", {}, {}),
     "tied": ("python", "Tied", {}, {}),
@@ -367,7 +363,7 @@ def test_transformers_itself_refuses_a_factored_folder_loudly(made) -> None:
 
 
 def test_the_same_request_gives_the_same_bytes_in_two_folders(made, tmp_path: Path) -> None:
-    for name in ("vit", "resnet-tucker2", "llama-head"):
+    for name in ("vit", "resnet-channel", "llama-head"):
         source, artifact, _ = made(name)
         decompose(source, output_dir=tmp_path / name, ratio="1/2", **NETWORKS[name][3])
         assert promised(tmp_path / name) == promised(artifact)
@@ -409,7 +405,7 @@ def test_a_folder_of_the_users_own_is_never_touched(tiny_vit: Path, tmp_path: Pa
 
 
 def test_a_plan_of_analyze_gives_the_same_tensors_as_its_budget(made, tmp_path: Path) -> None:
-    for name in ("vit", "resnet-spatial", "resnet-tucker2"):
+    for name in ("vit", "resnet-spatial", "resnet-channel"):
         source, artifact, _ = made(name)
         options = NETWORKS[name][3]
         analyze(source, plan=tmp_path / "plan.json", ratio=0.5, **options)
@@ -615,9 +611,7 @@ def test_more_budget_is_never_worse(made) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-@pytest.mark.parametrize(
-    "name", ["vit", "gpt2-embedding", "llama-head", "resnet-channel", "resnet-spatial", "resnet-tucker2"]
-)
+@pytest.mark.parametrize("name", ["vit", "gpt2-embedding", "llama-head", "resnet-channel", "resnet-spatial"])
 def test_a_target_of_macs_is_never_exceeded(made, tmp_path: Path, name: str, allocation: str) -> None:
     source, _, report = made(name)
     target = (report.data["size"]["before"]["macs"] + 2 * report.data["size"]["after"]["macs"]) // 3

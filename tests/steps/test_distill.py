@@ -121,7 +121,7 @@ def test_the_perturbation_at_the_start_is_that_of_the_decomposition(
     assert found == pytest.approx(float(np.mean([max(0, gap - 1e-3) ** 2 for gap in gaps])), rel=1e-4)
 
 
-@pytest.mark.parametrize("conv_method", ["spatial", "channel", "tucker2"])
+@pytest.mark.parametrize("conv_method", ["spatial", "channel"])
 def test_products_of_convolutions_stand_for_their_weights(
     tiny_resnet: Path, images: Path, tmp_path: Path, conv_method: str
 ) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc.errors import ArtifactError, MethodError, OutputError, PeftcError, PlanError, UsageError
+from peftc.errors import ArtifactError, OutputError, PeftcError, PlanError, UsageError
 from peftc.factors import ordered
 from peftc.models import load as models
 from peftc.models import write
@@ -364,14 +364,6 @@ def test_a_budget_beside_all_ranks_is_refused(tiny_vit: Path, tmp_path: Path, ex
         decompose(tiny_vit, keep_all_ranks=True, output_dir=tmp_path / "out", **extra)
     assert f"`{option}` is given" in str(refusal.value) and "peftc truncate" in str(refusal.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_rank_pairs_are_refused_where_there_are_any(tiny_resnet: Path, tiny_vit: Path, tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="as `tucker2`") as refusal:
-        decompose(tiny_resnet, keep_all_ranks=True, conv_method="tucker2", output_dir=tmp_path / "out")
-    assert "--conv-method spatial" in str(refusal.value)
-    assert not list(tmp_path.iterdir())
-    decompose(tiny_vit, keep_all_ranks=True, conv_method="tucker2", output_dir=tmp_path / "out")
 
 
 def test_an_artifact_with_all_ranks_is_not_decomposed_again(all_ranks: Path, tmp_path: Path) -> None:

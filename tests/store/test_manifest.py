@@ -182,7 +182,7 @@ def test_the_schema_refuses_what_python_refuses(tmp_path: Path) -> None:
     ("model", "options"),
     [
         ("tiny_vit", {}),
-        ("tiny_resnet", {"conv_method": "tucker2"}),
+        ("tiny_resnet", {"conv_method": "channel"}),
         ("tiny_bert_classifier", {}),
         ("tiny_llama", {"include": ["embed_tokens"]}),
     ],

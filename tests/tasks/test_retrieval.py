@@ -234,7 +234,7 @@ def test_a_model_of_texts_alone_is_refused(tiny_bert: Path, captioned: Path) -> 
 
 
 def eligible(model: Model) -> Any:
-    return targets(model, conv_method="tucker2")
+    return targets(model, conv_method="spatial")
 
 
 def test_the_outputs_of_clip_are_its_two_vectors(tiny_clip: Path) -> None:

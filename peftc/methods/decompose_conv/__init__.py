@@ -1,1 +1,1 @@
-"""Convolution methods: weight (out, in, kh, kw) -> Spectrum or Tucker."""
+"""Convolution methods: weight (out, in, kh, kw) -> Spectrum."""
