@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftc.errors import DataError, PlanError, UsageError
 
@@ -69,6 +69,10 @@ class Decision:
 
     kept: tuple[int, ...]
     threshold: float | None = None
+
+    def with_(self, fixed: Collection[int]) -> Decision:
+        """Return the same with layers that stay whatever was decided."""
+        return replace(self, kept=tuple(sorted({*self.kept, *fixed})))
 
     def close(self, scores: Sequence[float]) -> list[int]:
         """Return the layers, but the last that sets it, whose score lies within the noise of the threshold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftc.errors import PlanError
@@ -19,7 +19,7 @@ from peftc.pruning import scores as layer_scores
 from peftc.pruning.evidence import Decided, Evidence
 from peftc.pruning.losses import Removal, Trial
 from peftc.pruning.scores import Score, Seen
-from peftc.report import Report, Table
+from peftc.report import Cell, Report, Table
 from peftc.training.samples import Samples
 
 
@@ -87,7 +87,7 @@ def choose(work: Work, report: Report) -> Choice:
         return Choice(_with_fixed(work, depth.without(asked.drop, number), fixed, report), fixed)
     seen = _seen(work, report)
     trial = _trial(work, report)
-    floor = _floor(work, trial)
+    floor = None if trial is None or asked.within_drop is None else trial.quality() - asked.within_drop
     found: list[float]
     gone: list[Removal] = []
     if work.score.is_measured:
@@ -105,7 +105,7 @@ def choose(work: Work, report: Report) -> Choice:
         choice.measured = _measured(work, trial, floor, gone)
 
     def decide(scores: Sequence[float], score: Score) -> Decision:
-        return _kept_too(_decision(work, list(scores), score, fixed, gone), fixed)
+        return _decision(work, scores, score, fixed, gone).with_(fixed)
 
     case = Decided(work.runs, work.names, fixed, work.score, found, seen, decision, decide)
     if not asked.drop:
@@ -130,7 +130,7 @@ def _seen(work: Work, report: Report) -> Seen | None:
 
 def _trial(work: Work, report: Report) -> Trial | None:
     """Return what quality is measured on, where that decides."""
-    if work.given is None or work.score is None or not (work.score.is_measured or work.asked.within_drop is not None):
+    if work.given is None or work.score is None or (not work.score.is_measured and work.asked.within_drop is None):
         return None
     held, about = losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
     if held.encoded is work.given.train.encoded and len(held) > len(work.given.held or ()):
@@ -139,35 +139,21 @@ def _trial(work: Work, report: Report) -> Trial | None:
     return Trial(work.runs, work.given, held, work.samples_at_once)
 
 
-def _floor(work: Work, trial: Trial | None) -> float | None:
-    """Return the least quality that is allowed, larger is better."""
-    if trial is None or work.asked.within_drop is None:
-        return None
-    return trial.quality() - work.asked.within_drop
-
-
 def _measured(work: Work, trial: Trial, floor: float | None, gone: Sequence[Removal]) -> dict[str, Any]:
     """Return what was measured: of the metric before and after, and of each layer that went."""
-    found: dict[str, Any] = {"samples": len(trial.held), "passes": trial.tried}
-    found["removals"] = [
-        {"name": work.names[each.layer], "rise": each.rise, "quality": _plain(trial, each.quality)} for each in gone
-    ]
-    if floor is not None and work.asked.within_drop is not None and trial.given.task is not None:
-        whole = floor + work.asked.within_drop
-        after = next((each.quality for each in gone[::-1]), whole)
-        found |= {
-            "metric": trial.given.task.metrics[0].name,
-            "within_drop": work.asked.within_drop,
-            "before": _plain(trial, whole),
-            "after": _plain(trial, after),
-        }
+    task, allowed = trial.given.task, work.asked.within_drop
+    metric = task.metrics[0] if task else None
+
+    def plain(quality: float | None) -> float | None:
+        """Return a quality as its metric gives it, where less may be better."""
+        return quality if quality is None or metric is None or metric.higher_is_better else -quality
+
+    removals = [{"name": work.names[each.layer], "rise": each.rise, "quality": plain(each.quality)} for each in gone]
+    found: dict[str, Any] = {"samples": len(trial.held), "passes": trial.tried, "removals": removals}
+    if floor is not None and allowed is not None and metric is not None:
+        after = plain(gone[-1].quality if gone else floor + allowed)
+        found |= {"metric": metric.name, "within_drop": allowed, "before": plain(floor + allowed), "after": after}
     return found
-
-
-def _plain(trial: Trial, quality: float | None) -> float | None:
-    """Return a quality as its metric gives it, where less may be better."""
-    task = trial.given.task
-    return quality if quality is None or task is None or task.metrics[0].higher_is_better else -quality
 
 
 def _decision(
@@ -185,10 +171,6 @@ def _decision(
     return depth.best(found, asked.keep or number, fixed)
 
 
-def _kept_too(decision: Decision, fixed: Sequence[int]) -> Decision:
-    return replace(decision, kept=tuple(sorted({*decision.kept, *fixed})))
-
-
 def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Report) -> Decision:
     """Let layers stay that cannot go.
 
@@ -204,7 +186,7 @@ def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Re
         )
     if lost:
         report.notes.append(f"stays, as it changes the shape: {', '.join(f'`{name}`' for name in lost)}")
-    return _kept_too(decision, fixed)
+    return decision.with_(fixed)
 
 
 def _changing(model: Model, names: Sequence[str]) -> list[int]:
@@ -224,17 +206,17 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
     """Say which layers stay and why."""
     decision, scores, number = choice.decision, choice.scores, len(work.names)
     threshold = decision.threshold
-    rows: list[dict[str, Any]] = [
-        {
-            "number": at,
-            "name": name,
-            "score": scores[at] if scores and math.isfinite(scores[at]) else None,
-            "margin": scores[at] - threshold if scores and threshold is not None else None,
-            "kept": at in decision.kept,
-            "close": at in choice.evidence.unsure,
-        }
-        for at, name in enumerate(work.names)
-    ]
+    went = {each.layer: place for place, each in enumerate(choice.gone, start=1)}
+    rows: list[dict[str, Any]] = []
+    shown: list[list[Cell]] = []
+    for at, name in enumerate(work.names):
+        score = scores[at] if scores and math.isfinite(scores[at]) else None
+        margin = scores[at] - threshold if scores and threshold is not None else None
+        kept, close = at in decision.kept, at in choice.evidence.unsure
+        rows.append({"number": at, "name": name, "score": score, "margin": margin, "kept": kept, "close": close})
+        fate = "kept" if kept else f"dropped as number {went[at]}" if at in went else "dropped"
+        distance = "" if margin is None else f"{margin:+.3f}" + (" close" if close else "")
+        shown.append([at, name, "" if score is None else f"{score:.4g}", distance, fate])
     report.data |= {
         "score": work.score.word if work.score else None,
         "alpha": work.asked.alpha,
@@ -244,17 +226,6 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
         "stability": choice.evidence.repeats,
     }
     report.data |= {"measured": choice.measured} if choice.measured else {}
-    went = {each.layer: place for place, each in enumerate(choice.gone, start=1)}
-    shown = [
-        [
-            row["number"],
-            row["name"],
-            "" if row["score"] is None else f"{row['score']:.4g}",
-            "" if row["margin"] is None else f"{row['margin']:+.3f}" + (" close" if row["close"] else ""),
-            "kept" if row["kept"] else "dropped" + (f" as number {went[at]}" if at in went else ""),
-        ]
-        for at, row in enumerate(rows)
-    ]
     columns = ["", "layer", work.score.word if work.score else "", "to threshold" if threshold is not None else "", ""]
     report.tables.append(Table("layers", columns, shown))
     report.tables += layer_evidence.tables(choice.evidence, decision, number)

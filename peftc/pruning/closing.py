@@ -8,7 +8,9 @@ before it. Nothing is put into the network, so it stays what its library builds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,55 +64,44 @@ class Site:
     scale: Tensor
 
 
-@dataclass
 class Moments:
-    """Sums of what a regression needs, in float64: of inputs h (n, d) and targets t (n, width)."""
+    """What a regression of targets t (n, width) on inputs h (n, d) needs: the gram of rows [h, 1, t], float64."""
 
-    inputs: Tensor
-    both: Tensor
-    sums: tuple[Tensor, Tensor]
-    square: float = 0.0
-    rows: int = 0
+    def __init__(self, d: int, width: int, device: torch.device) -> None:
+        self.d = d
+        self.gram = torch.zeros(d + 1 + width, d + 1 + width, dtype=torch.float64, device=device)
 
-    @classmethod
-    def empty(cls, d: int, width: int, device: torch.device) -> Moments:
-        """Return the sums of nothing."""
-        options: Any = {"dtype": torch.float64, "device": device}
-        sums = (torch.zeros(d, **options), torch.zeros(width, **options))
-        return cls(torch.zeros(d, d, **options), torch.zeros(d, width, **options), sums)
+    @property
+    def rows(self) -> int:
+        """How many were seen."""
+        return int(self.gram[self.d, self.d])
 
     def add(self, h: Tensor, t: Tensor) -> None:
         """Add rows."""
-        h, t = (each.to(self.inputs.device).double() for each in (h, t))
-        self.inputs += h.T @ h
-        self.both += h.T @ t
-        self.sums = (self.sums[0] + h.sum(0), self.sums[1] + t.sum(0))
-        self.square += float(t.square().sum())
-        self.rows += len(h)
+        rows = torch.cat([each.to(self.gram) for each in (h, h.new_ones(len(h), 1), t)], 1)
+        self.gram += rows.T @ rows
 
     def with_(self, other: Moments) -> Moments:
         """Return the sums over the rows of both."""
-        sums = (self.sums[0] + other.sums[0], self.sums[1] + other.sums[1])
-        square, rows = self.square + other.square, self.rows + other.rows
-        return Moments(self.inputs + other.inputs, self.both + other.both, sums, square, rows)
+        whole = copy.copy(self)
+        whole.gram = self.gram + other.gram
+        return whole
 
     def solve(self, ridge: float, *, shift: bool) -> tuple[Tensor, Tensor]:
         """Return weight (width, d) and bias (width,), 0 without ``shift``."""
-        h, t = (each / max(self.rows, 1) for each in self.sums)
-        gram, both = self.inputs, self.both
-        if shift:
-            gram, both = gram - self.rows * torch.outer(h, h), both - self.rows * torch.outer(h, t)
-        damped = gram + ridge * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram)).to(gram)
+        d, mean = self.d, self.gram[self.d] / max(self.rows, 1)
+        gram = self.gram - self.rows * torch.outer(mean, mean) if shift else self.gram
+        inputs, both = gram[:d, :d], gram[:d, d + 1 :]
+        damped = inputs + ridge * inputs.diagonal().mean().clamp_min(1e-30) * torch.eye(d).to(gram)
         weight = torch.linalg.solve(damped, both).T
+        h, t = mean[:d], mean[d + 1 :]
         return weight, t - weight @ h if shift else torch.zeros_like(t)
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return the squared error of a map on these rows, as a share of the squared targets."""
-        h, t = self.sums
-        found = self.square + self.rows * float(bias @ bias)
-        found += float((weight @ self.inputs * weight).sum()) - 2 * float((weight * self.both.T).sum())
-        found += 2 * float(bias @ (weight @ h)) - 2 * float(bias @ t)
-        return found / max(self.square, 1e-30)
+        lost = torch.cat([weight, bias[:, None], -torch.eye(len(bias)).to(weight)], 1)
+        square = float(self.gram.diagonal()[self.d + 1 :].sum())
+        return float((lost @ self.gram * lost).sum()) / max(square, 1e-30)
 
 
 def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
@@ -130,30 +121,27 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     runnable(runs, device=str(place_of(work.runs.module)))
     rows: list[dict[str, Any]] = []
     for gap in gaps:
-        found, why = (None, "nothing before it reads samples")
-        if gap.before is not None and shapes[gap.before] != shapes[gap.last]:
-            found, why = (None, f"`{gap.before}` is of another stack, or gives another shape")
-        elif gap.before is not None:
-            found, why = _site(runs, shorter.renamed[gap.before], work)
-        if found is None or gap.before is None:
-            rows.append({"after": gap.before, "layers": gap.number, "into": None, "left": None, "why": why})
+        row: dict[str, Any] = {"after": gap.before, "layers": gap.number, "into": None, "left": None, "why": ""}
+        rows.append(row)
+        if gap.before is None:
+            row["why"] = "nothing before it reads samples"
+            continue
+        if shapes[gap.before] != shapes[gap.last]:
+            row["why"] = f"`{gap.before}` is of another stack, or gives another shape"
             continue
         now = shorter.renamed[gap.before]
+        found = _site(runs, now, work)
+        if found is None:
+            row["why"] = f"what `{now}` gives is no sum that a linear module of it adds to"
+            continue
         fitted, checked = _collect(work, runs, now, gap.last, found)
-        linear = runs.module.get_submodule(found.name)
-        change = _fit(fitted, checked, shift=linear.bias is not None)
-        name = gap.before + found.name[len(now) :]  # as the whole network calls it
-        rows.append(
-            {
-                "after": gap.before,
-                "layers": gap.number,
-                "into": name,
-                "left": change[0] if change else 1.0,
-                "why": "" if change else "no map is better than none on samples that it was not fitted on",
-            }
-        )
-        if change:
-            _fold(shorter.model, runs, found.name, change[1], change[2])
+        change = _fit(fitted, checked, shift=runs.module.get_submodule(found.name).bias is not None)
+        row |= {"into": gap.before + found.name[len(now) :], "left": 1.0}  # as the whole network calls it
+        if change is None:
+            row["why"] = "no map is better than none on samples that it was not fitted on"
+        else:
+            row["left"], weight, bias = change
+            _fold(shorter.model, runs, found.name, weight, bias)
     report.data["repair"] = rows
     if gaps and all(row["into"] is None for row in rows):
         raise PlanError(
@@ -161,16 +149,10 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
             why=str(rows[0]["why"]),
             hint="leave it out, and train what was pruned",
         )
-    shown = [
-        [
-            row["after"] or "the start",
-            row["layers"],
-            row["into"] or "",
-            "" if row["left"] is None else f"{row['left']:.0%}",
-            row["why"],
-        ]
-        for row in rows
-    ]
+    shown = []
+    for row in rows:
+        left = "" if row["left"] is None else f"{row['left']:.0%}"
+        shown.append([row["after"] or "the start", row["layers"], row["into"] or "", left, row["why"]])
     report.tables.insert(0, Table("gaps", ["after", "layers", "closed in", "of the difference left", ""], shown))
 
 
@@ -203,26 +185,21 @@ def _shapes(work: Work) -> dict[str, Any]:
     return shapes
 
 
-def _site(runs: Model, layer: str, work: Work) -> tuple[Site | None, str]:
-    """Return the last linear module of a layer whose output goes straight into what the layer gives, or why none does.
+def _site(runs: Model, layer: str, work: Work) -> Site | None:
+    """Return the last linear module of a layer whose output goes straight into what the layer gives, or None.
 
     It is found by what it does: nudge its output, and the layer's output moves by that, or by a fixed multiple.
     """
     assert work.given is not None
     batch = moved(runs, work.given.train.batch(range(min(2, len(work.given.train)))).inputs)
-    network = runs.module.get_submodule(layer)
-    linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
-    owners: dict[int, int] = {}
-    for parameter in surgery.tensors_of(runs.module).values():
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for leaf in reversed(linears):
-        name = f"{layer}.{leaf}" if leaf else layer
-        linear: Any = runs.module.get_submodule(name)
-        shared = owners[id(linear.weight)] > 1
-        scale = None if shared else _answer(runs, layer, linear, batch)
-        if scale is not None:
-            return Site(name, scale), ""
-    return None, f"what `{layer}` gives is no sum that a linear module of it adds to"
+    modules = list(runs.module.get_submodule(layer).named_modules())
+    owners = Counter(map(id, surgery.tensors_of(runs.module).values()))
+    for leaf, linear in reversed(modules):
+        if type(linear) is nn.Linear and owners[id(linear.weight)] == 1:
+            scale = _answer(runs, layer, linear, batch)
+            if scale is not None:
+                return Site(f"{layer}.{leaf}" if leaf else layer, scale)
+    return None
 
 
 def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | None:
@@ -260,50 +237,40 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
     assert given is not None
     linear: Any = runs.module.get_submodule(site.name)
     place = place_of(runs.module)
-    solver = solver_device(place)
-    fitted, checked = (Moments.empty(linear.in_features, linear.out_features, solver) for _ in range(2))
+    fitted, checked = (Moments(linear.in_features, linear.out_features, solver_device(place)) for _ in range(2))
     hidden: list[Tensor] = []
     wanted: dict[str, Tensor] = {}
 
-    def read(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        hidden.append(args[0])
-
-    def saw(key: str, after: Tensor) -> None:
-        wanted[key] = tokens_of(after, is_channels_last(runs))
+    def saw(key: str) -> Callable[..., None]:
+        return lambda _name, _before, after: wanted.update({key: tokens_of(after, is_channels_last(runs))})
 
     counts = _tokens_that_count(work, runs, before)
     scale = torch.where(site.scale.abs() > 1e-6, site.scale, torch.full_like(site.scale, torch.inf)).to(place)
-    number, size = len(given.train), work.samples_at_once
+    number = len(given.train)
     with (
-        layers.tapped(work.runs.module, [last], lambda _name, _before, after: saw("whole", after)),
-        layers.tapped(runs.module, [before], lambda _name, _before, after: saw("shorter", after)),
-        registered([linear.register_forward_hook(read)]),
+        layers.tapped(work.runs.module, [last], saw("whole")),
+        layers.tapped(runs.module, [before], saw("shorter")),
+        registered([linear.register_forward_hook(lambda _module, args, _output: hidden.append(args[0]))]),
         progress.track("closing the gap", number) as advance,
     ):
-        for start in range(0, number, size):
-            batch = given.train.batch(range(start, min(start + size, number)))
+        done = 0
+        for batch in given.train.batches(work.samples_at_once):
             each = moved(runs, batch.inputs)
             outputs(work.runs, each)
             outputs(runs, each)
             h = hidden.pop().flatten(1, -2)
             t = (wanted["whole"] - wanted["shorter"]) / scale
-            chosen = _chosen(h, counts, inputs.mask_of(each))
-            for rows, moments in ((True, fitted), (False, checked)):
-                some = [at for at in range(len(h)) if (((start + at) % CHECKED) != CHECKED - 1) is rows]
-                moments.add(h[some][chosen[some]], t[some][chosen[some]])
-            for _ in range(len(batch.targets)):
+            chosen = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+            for some in (counts, inputs.mask_of(each)):
+                if some is not None and some.shape[-1:] == h.shape[1:2]:
+                    chosen &= some.bool().to(h.device)
+            last_of_few = (torch.arange(done, done + len(h), device=h.device) % CHECKED == CHECKED - 1)[:, None]
+            fitted.add(h[chosen & ~last_of_few], t[chosen & ~last_of_few])
+            checked.add(h[chosen & last_of_few], t[chosen & last_of_few])
+            done += len(h)
+            for _ in range(len(h)):
                 advance("")
     return fitted, checked
-
-
-def _chosen(h: Tensor, counts: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return which tokens (batch, tokens) of h (batch, tokens, d) count."""
-    chosen = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-    if counts is not None and counts.shape[0] == h.shape[1]:
-        chosen &= counts.to(h.device)
-    if mask is not None and mask.shape == h.shape[:2]:
-        chosen &= mask.bool()
-    return chosen
 
 
 def _tokens_that_count(work: Work, runs: Model, layer: str) -> Tensor | None:

@@ -5,6 +5,7 @@ The cheap scores come from the forward pass that was made anyway. Repeats cost f
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,11 +112,15 @@ def _agreement(case: Decided) -> Iterator[dict[str, Any]]:
             continue
         order = depth.worst_first(theirs, case.fixed, of_depth=other.is_of_depth)
         same = dropped & set(order[: len(dropped)])
+        kept = None
+        if case.decision.threshold is not None and other.is_of_depth:  # by the same share of its last
+            with contextlib.suppress(DataError):
+                kept = len(case.decide(theirs, other).kept)
         yield {
             "score": other.word,
             "spearman": _spearman(case.scores, theirs),
             "same": len(same) / len(dropped) if dropped else None,
-            "kept": _kept(case, theirs, other),
+            "kept": kept,
             "scores": [_number(each) for each in theirs],
         }
 
@@ -125,16 +130,6 @@ def _is_there(score: Score, seen: Seen | None) -> bool:
     if not score.reads_data:
         return True
     return seen is not None and ("labels" not in score.needs or bool(seen.labels))
-
-
-def _kept(case: Decided, scores: Sequence[float], score: Score) -> int | None:
-    """Return how many layers another score of depth keeps by the same share of its last."""
-    if case.decision.threshold is None or not score.is_of_depth:
-        return None
-    try:
-        return len(case.decide(scores, score).kept)
-    except DataError:
-        return None
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -195,29 +190,22 @@ def _flipping(case: Decided, repeats: Sequence[dict[str, Any]]) -> set[int]:
 
 def tables(evidence: Evidence, decision: Decision, number: int) -> list[Table]:
     """Return what people see of it."""
-    found = []
-    if evidence.agreement:
-        rows: list[list[Any]] = [
-            [
-                row["score"],
-                "" if row["spearman"] is None else f"{row['spearman']:+.2f}",
-                "" if row["same"] is None else f"{row['same']:.0%}",
-                "" if row["kept"] is None else row["kept"],
-            ]
-            for row in evidence.agreement
-        ]
-        found.append(Table("other scores", ["", "Spearman", "of the dropped", "would keep"], rows))
-    if evidence.repeats:
-        first = set(decision.kept)
-        rows = [
-            [
-                row["what"],
-                row["why"] if row["kept"] is None else len(row["kept"]),
-                "" if row["kept"] is None else "the same" if set(row["kept"]) == first else "others",
-            ]
-            for row in evidence.repeats
-        ]
-        found.append(Table(f"repeats, where {len(first)} of {number} layers stay", ["", "kept", ""], rows))
+    found, others, repeats = [], [], []
+    for row in evidence.agreement:
+        correlation = "" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+        overlap = "" if row["same"] is None else f"{row['same']:.0%}"
+        others.append([row["score"], correlation, overlap, "" if row["kept"] is None else row["kept"]])
+    if others:
+        found.append(Table("other scores", ["", "Spearman", "of the dropped", "would keep"], others))
+    for row in evidence.repeats:
+        if row["kept"] is None:
+            repeats.append([row["what"], row["why"], ""])
+        else:
+            same = list(row["kept"]) == list(decision.kept)
+            repeats.append([row["what"], len(row["kept"]), "the same" if same else "others"])
+    if repeats:
+        title = f"repeats, where {len(decision.kept)} of {number} layers stay"
+        found.append(Table(title, ["", "kept", ""], repeats))
     return found
 
 

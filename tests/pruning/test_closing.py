@@ -157,20 +157,20 @@ def test_the_place_to_fold_is_found_by_what_it_does(tmp_path: Path, images: str)
     arguments = {**VIT, "init_values": 0.5}
     base = save_timm(tmp_path / "scaled", "vit_tiny_patch16_224", arguments, INPUT)
     done = work(base, images)
-    found, _ = closing._site(done.runs, "blocks.1", done)
+    found = closing._site(done.runs, "blocks.1", done)
     assert found is not None and found.name == "blocks.1.mlp.fc2"
     torch.testing.assert_close(found.scale, torch.full((32,), 0.5), atol=1e-3, rtol=0)
     (tmp_path / "conv").mkdir()
     shape = {"dims": (8, 16, 24, 32), "num_classes": 5}
     done = work(save_timm(tmp_path / "conv", "convnext_atto", shape, INPUT), images)
-    assert closing._site(done.runs, done.names[1], done)[0] is None  # its last modules are convolutions
+    assert closing._site(done.runs, done.names[1], done) is None  # its last modules are convolutions
 
 
 def test_the_map_is_the_ridge_regression_and_its_error_what_it_leaves() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(50, 6, dtype=torch.float64, generator=generator)
     t = h @ torch.randn(6, 3, dtype=torch.float64, generator=generator) + 0.1 * torch.randn(50, 3).double() + 2
-    parts = [Moments.empty(6, 3, torch.device("cpu")) for _ in range(2)]
+    parts = [Moments(6, 3, torch.device("cpu")) for _ in range(2)]
     parts[0].add(h[:20], t[:20])
     parts[1].add(h[20:], t[20:])
     moments = parts[0].with_(parts[1])
@@ -188,7 +188,7 @@ def test_the_map_is_the_ridge_regression_and_its_error_what_it_leaves() -> None:
 
 def test_noise_is_not_fitted() -> None:
     generator = torch.Generator().manual_seed(0)
-    fitted, checked = (Moments.empty(8, 2, torch.device("cpu")) for _ in range(2))
+    fitted, checked = (Moments(8, 2, torch.device("cpu")) for _ in range(2))
     fitted.add(torch.randn(10, 8, generator=generator), torch.randn(10, 2, generator=generator))
     assert closing._fit(fitted, checked, shift=True) is None  # nothing to check on
     checked.add(torch.randn(400, 8, generator=generator), torch.randn(400, 2, generator=generator))
