@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -151,10 +151,10 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
         targets: by name.
         run: a forward pass on a batch, however small.
     """
-    seen: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that identity means what it says
+    reads: dict[str, list[Tensor]] = {}  # keeps the tensors alive, so that identity means what it says
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _module, inputs: seen.append((name, inputs[0]))
+        return lambda _module, inputs: reads.setdefault(name, []).append(inputs[0])
 
     with registered(
         model.module.get_submodule(each).register_forward_pre_hook(watch(name))
@@ -162,22 +162,18 @@ def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]
         for each in called(model, target)
     ):
         run()
-    reads: dict[str, list[int]] = {}
-    for name, tensor in seen:
-        reads.setdefault(name, []).append(id(tensor))
     leaders: dict[tuple[object, ...], str] = {}
     leader_of = {
-        name: leaders.setdefault((tuple(tensors), *_reading(model, targets[name])), name)
+        name: leaders.setdefault((tuple(map(id, tensors)), *_reading(model, targets[name])), name)
         for name, tensors in reads.items()
     }
     found = {}
     for name, leader in leader_of.items():
         members = [targets[each] for each, first in leader_of.items() if first == leader]
-        outs, in_ = [matrix_shape(each)[0] for each in members], matrix_shape(targets[name])[1]
-        spatial = targets[name].form == "spatial"
-        smaller = "input" if spatial or in_**2 <= sum(out**2 for out in outs) else "output"
-        side = "output" if is_lookup(model, targets[name]) else smaller
-        found[name] = Site(targets[name], leader, side)
+        outs, in_ = sum(matrix_shape(each)[0] ** 2 for each in members), matrix_shape(targets[name])[1] ** 2
+        looks_up = is_lookup(model, targets[name])
+        of_input = not looks_up and (targets[name].form == "spatial" or in_ <= outs)
+        found[name] = Site(targets[name], leader, "input" if of_input else "output")
     return found
 
 
@@ -204,8 +200,8 @@ def _reading(model: Model, target: Target) -> tuple[object, ...]:
     module: Any = model.module.get_submodule(called(model, target)[0])
     if not isinstance(module, nn.Conv2d):
         return ("rows",)
-    grid = module.kernel_size, module.stride, module.dilation, module.padding, module.padding_mode
-    return target.form, type(module), *grid
+    grid = ("kernel_size", "stride", "dilation", "padding", "padding_mode")
+    return target.form, type(module), *(getattr(module, name) for name in grid)
 
 
 class Collector:
@@ -219,8 +215,7 @@ class Collector:
     """
 
     def __init__(self, model: Model, sites: Mapping[str, Site], needs: Collection[str], *, keep: bool = True) -> None:
-        self.keep = keep
-        self.model, self.sites, self.needs = model, sites, needs
+        self.model, self.sites, self.needs, self.keep = model, sites, needs, keep
         self.sums = Sums()
         self.mask: Tensor | None = None  # (batch, tokens), False at padding, of the batch that runs next
         self.gradients = any(need in OF_GRADIENTS for need in needs)
@@ -263,13 +258,9 @@ class Collector:
 
     def _kept(self, x: Tensor) -> Tensor | None:
         """Return which rows are no padding (n,), or None for all of them."""
-        if self.mask is None:
-            return None
-        tokens = self.mask.numel()
         leading = x.shape[:-1] if x.is_floating_point() else x.shape
-        if tuple(leading) == tuple(self.mask.shape) or leading.numel() == tokens:
-            return self.mask.flatten()
-        return None
+        fits = self.mask is not None and leading.numel() == self.mask.numel()
+        return self.mask.flatten() if self.mask is not None and fits else None
 
     def _inputs(self, site: Site, module: Any, x: Tensor, keep: Tensor | None) -> None:
         scatter = "second_moment" in self.needs and site.side == "input"
@@ -292,8 +283,7 @@ class Collector:
         self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
 
     def _gradient(self, site: Site, module: nn.Module, x: Tensor | None, keep: Any, gradient: Tensor) -> None:
-        name = site.target.name
-        rows = _rows(gradient, module)
+        name, rows = site.target.name, _rows(gradient, module)
         if "output_gradient_gram" in self.needs:
             rows = rows if keep is None else rows[keep]
             rows = rows * 2.0**12  # far from the subnormal numbers of half precision
@@ -309,13 +299,10 @@ class Collector:
             self._total(f"{name}.fisher", squares)
 
     def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:
-        rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-        if not self.keep:
-            Running.empty(rows.shape[1], rows.device, scatter=scatter).add(rows)
-            return
-        if name not in self.sums.running:
-            self.sums.running[name] = Running.empty(rows.shape[1], rows.device, scatter=scatter)
-        self.sums.running[name].add(rows)
+        seen = self.sums.running.get(name) or Running.empty(rows.shape[1], rows.device, scatter=scatter)
+        seen.add(_wide(rows))
+        if self.keep:
+            self.sums.running[name] = seen
 
     def _total(self, name: str, value: Any) -> None:
         if name in self.sums.totals:
@@ -324,15 +311,19 @@ class Collector:
             self.sums.totals[name] = value
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _rows(output: Tensor, module: nn.Module) -> Tensor:
     """Return outputs or their gradients as rows (n, out), float32 at least."""
-    output = output if output.dtype == torch.float64 else output.float()
+    output = _wide(output)
     return output.movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else output.flatten(0, -2)
 
 
 def _patches(x: Tensor, module: Any, form: str) -> Tensor:
     """Return what a module multiplies its matrix with, as rows (n, in), float32 at least."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = _wide(x)
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
@@ -382,10 +373,12 @@ class Found:
 
     def to(self, device: torch.device) -> Found:
         """Return the same on a device."""
-        every = (self.mean, self.covariance, self.output_mean, self.patch)
-        mean, covariance, output_mean, patch = (None if each is None else each.to(device) for each in every)
-        others = {name: value.to(device) for name, value in self.others.items()}
-        return Found(self.side, mean, covariance, output_mean, others, self.rows, patch)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, others={name: value.to(device) for name, value in self.others.items()})
+
+    def seen_as(self, form: str) -> tuple[str, Any]:
+        """Return the form in which a weight meets whole inputs, and their mean: a spatial one meets whole patches."""
+        return ("channel", self.patch) if form == "spatial" else (form, self.mean)
 
     def of(self, needs: Sequence[str]) -> dict[str, Any]:
         """Return what a method asks for.

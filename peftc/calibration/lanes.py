@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ class Lanes:
         for number, note in enumerate(self.notes):
             if name not in note["counts"]:
                 continue
-            kept = self._tensor(number, f"scatter:{name}").to(self.device, torch.float64) if scatter else None
-            mean = self._tensor(number, f"mean:{name}").to(self.device)
+            file = self.files[number]  # tensors are windows on it
+            kept = file.get_tensor(f"scatter:{name}").to(self.device, torch.float64) if scatter else None
+            mean = file.get_tensor(f"mean:{name}").to(self.device)
             one = Running(len(mean), kept, mean, note["counts"][name])
             if found is None:
                 found = Running(one.size, kept, mean.clone(), one.count)
@@ -70,24 +72,20 @@ class Lanes:
         assert found is not None
         return found
 
-    def total(self, name: str) -> Tensor:
-        """Return a plain sum over all lanes."""
-        found: Tensor | None = None
-        for number, file in enumerate(self.files):
-            if f"total:{name}" in file.keys():  # noqa: SIM118  no mapping
-                one = self._tensor(number, f"total:{name}").to(self.device)
-                found = one.clone() if found is None else found.add_(one)
-        assert found is not None
-        return found
+    def covariance(self, name: str) -> Tensor:
+        """Return the covariance (d, d) over all lanes, float32."""
+        return self.running(name, scatter=True).covariance().float()
+
+    def average(self, name: str, number: int) -> Tensor:
+        """Return a plain sum over all lanes, divided by a number."""
+        key = f"total:{name}"
+        parts = (file.get_tensor(key).to(self.device) for file in self.files if key in file.keys())  # noqa: SIM118
+        return functools.reduce(Tensor.add_, parts, next(parts).clone()).div_(number)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor that the lanes hold."""
         file = next(file for file in self.files if key in file.keys())  # noqa: SIM118  no mapping
         return tuple(file.get_slice(key).get_shape())
-
-    def _tensor(self, number: int, key: str) -> Tensor:
-        tensor: Tensor = self.files[number].get_tensor(key)  # a window on the file
-        return tensor
 
 
 def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Piece]:
@@ -102,7 +100,8 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
     found = {f"{name}.mean": piece(mean) for name, mean in means.items()}
     for name in means:
         if f"scatter:{name}" in lanes.keys:
-            found[f"{name}.covariance"] = _later("F32", (len(means[name]),) * 2, _covariance(lanes, name))
+            compute = functools.partial(lanes.covariance, name)
+            found[f"{name}.covariance"] = _later("F32", (len(means[name]),) * 2, compute)
     samples = max(sum(lanes.samples), 1)
     for site in sites.values():
         name = site.target.name
@@ -118,16 +117,9 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
         ):
             key = f"total:{by}.{kind}"
             if key in lanes.keys:
-                found[f"{by}.{kind}"] = _later("F64", lanes.shape(key), _average(lanes, f"{by}.{kind}", number))
+                compute = functools.partial(lanes.average, f"{by}.{kind}", number)
+                found[f"{by}.{kind}"] = _later("F64", lanes.shape(key), compute)
     return found
-
-
-def _covariance(lanes: Lanes, name: str) -> Callable[[], Tensor]:
-    return lambda: lanes.running(name, scatter=True).covariance().float()
-
-
-def _average(lanes: Lanes, name: str, number: int) -> Callable[[], Tensor]:
-    return lambda: lanes.total(name).div_(number)
 
 
 def _later(dtype: str, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> Piece:

@@ -29,9 +29,7 @@ from peftc.report import size as bytes_text
 from peftc.store import artifact
 
 FILE = "passes.json"
-PROCESS = (
-    500_000_000  # bytes that Python and the libraries hold, at most as a rule: a fixed number decides the same again
-)
+PROCESS = 500_000_000  # bytes that Python and its libraries hold, at most as a rule: fixed, to decide the same again
 SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 SMALL = 1 << 16  # bytes; what is larger goes back to the system when it is freed
@@ -69,19 +67,20 @@ def bounded(model: Model, max_memory: str | float | None) -> Model:
     Raises:
         UsageError: it is no number of bytes.
     """
-    found = limit(max_memory)
-    if found is not None:
-        return_freed()
-    return replace(model, max_memory=found)
+    found = replace(model, max_memory=limit(max_memory))
+    return_freed(found)
+    return found
 
 
-def return_freed() -> None:
-    """Let the C library, where it is glibc, give back to the system what is free, and larger blocks once they are.
+def return_freed(model: Model) -> None:
+    """Let glibc give back to the system what is free, and larger blocks once they are, where memory is limited.
 
     Without, the copies of half-precision weights and the small tensors of a backward pass leave holes in the heap that
     count as taken. Aligned blocks as torch asks for leave many (glibc before 2.38 cannot fill such a hole again with a
     block of its own size): with blocks up to 1 MB in the heap it grew by 400 MB in passes that held 97 MB at most.
     """
+    if model.max_memory is None:
+        return
     try:
         library = ctypes.CDLL(None)
         library.mallopt(MMAP_THRESHOLD, SMALL)
@@ -119,7 +118,7 @@ def planned(
     if path.is_file():
         return Passes(**json.loads(path.read_text(encoding="utf-8")))
     collector = Collector(model, sites, needs, keep=False)
-    one, two = (_footprint(model.module, lambda n=n: run(collector, list(order[-n:]))) for n in (1, 2))  # type: ignore[misc]
+    one, two = (_footprint(model, lambda n=n: run(collector, list(order[-n:]))) for n in (1, 2))  # type: ignore[misc]
     each = max(two - one, one // 8, 1)
     found = _fitted(model, _units(sites, needs), max(one - each, 0), each, batch_size)
     artifact.write_json(path, asdict(found))
@@ -213,11 +212,11 @@ def _taken(device: torch.device) -> int:
     return max(PROCESS, anonymous)
 
 
-def _footprint(network: nn.Module, call: Callable[[], None]) -> int:
+def _footprint(model: Model, call: Callable[[], None]) -> int:
     """Return the most bytes of tensors that a call makes and holds at once, the network's own apart."""
-    with _Held(network) as held:
+    with _Held(model.module) as held:
         call()
-    return_freed()
+    return_freed(model)
     return held.highest
 
 

@@ -61,10 +61,9 @@ class Statistics:
 
     def why_not(self, name: str) -> str:
         """Return why there are no statistics of a module."""
-        calibrated = name in self.note.get("eligible", (name,))
-        return (
-            "the calibration set never reaches it" if calibrated else "it was left out when statistics were collected"
-        )
+        if name not in self.note.get("eligible", (name,)):
+            return "it was left out when statistics were collected"
+        return "the calibration set never reaches it"
 
     def is_lookup(self, name: str) -> bool:
         """Return whether a module only looks rows up: its matrix is then (width, words)."""
@@ -218,18 +217,14 @@ def _passes(
 ) -> dict[str, Any]:
     """Go through the calibration set once per group of sites, each into a file of its own; return the whole note."""
     notes: list[dict[str, Any]] = []
+    modules: dict[str, dict[str, Any]] = {}
     for number, names in enumerate(groups):
         file = path.with_name(f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}{path.suffix}")
         some = {name: sites[name] for name in names}
         note = read_note(file) or _pass(prepared, some, needs, file, number, notes[0] if notes else None)
-        notes.append(
-            {**note, "modules": {name: {**about, "file": file.name} for name, about in note["modules"].items()}}
-        )
-    whole = {
-        **notes[0],
-        "modules": {name: about for note in notes for name, about in note["modules"].items()},
-        "rows": max(note["rows"] for note in notes),
-    }
+        notes.append(note)
+        modules |= {name: {**about, "file": file.name} for name, about in note["modules"].items()}
+    whole = {**notes[0], "modules": modules, "rows": max(note["rows"] for note in notes)}
     if processes.rank() == 0:
         save_part(path, {}, whole)
     return whole
@@ -277,9 +272,14 @@ def _pass(
 
 def _enough(tokens: int | None, samples: int | None) -> Callable[[Sums], bool]:
     """Return whether a lane has seen its share of the tokens, or as many samples as it had in an earlier pass."""
-    if samples is not None:
-        return lambda sums: sums.samples >= samples
-    return lambda sums: tokens is not None and _seen(sums) >= -(-tokens // LANES)
+
+    def enough(sums: Sums) -> bool:
+        if samples is not None or tokens is None:
+            return samples is not None and sums.samples >= samples
+        seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
+        return seen >= -(-tokens // LANES)
+
+    return enough
 
 
 def _run_lane(
@@ -302,10 +302,6 @@ def _run_lane(
                     _forward(model, batch)
                 sums.samples += len(indices)
             advance("")
-
-
-def _seen(sums: Sums) -> int:
-    return max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
 
 
 def _forward(model: Model, batch: Batch) -> Tensor:
@@ -384,11 +380,8 @@ def too_few(note: Mapping[str, Any]) -> list[str]:
     kinds: dict[tuple[int, int], list[str]] = {}
     for kind, names in grouped(poor).items():
         kinds.setdefault((poor[names[0]]["rows"], poor[names[0]]["width"]), []).append(f"`{kind}`")
-    said = []
-    for (rows, width), some in kinds.items():
-        needed = -(-ENOUGH * width * note["samples"] // rows)
-        said.append(
-            f"{', '.join(some)}: {rows:,} calibration rows for {width:,} features are few; "
-            f"about {ENOUGH * width:,} are needed, here {needed:,} samples"
-        )
-    return said
+    return [
+        f"{', '.join(some)}: {rows:,} calibration rows for {width:,} features are few; "
+        f"about {ENOUGH * width:,} are needed, here {-(-ENOUGH * width * note['samples'] // rows):,} samples"
+        for (rows, width), some in kinds.items()
+    ]

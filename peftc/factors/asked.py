@@ -23,17 +23,17 @@ def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False
     """
     if plan is None and not keep_all_ranks:
         return plans.budget(**asked)
-    given = [f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None]
-    if keep_all_ranks and (given or plan is not None):
-        other = given[0] if given else "`--plan`"
+    other = next((f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None), None)
+    if keep_all_ranks and (other or plan is not None):
+        other = other or "`--plan`"
         raise UsageError(
             f"`--keep-all-ranks` takes no budget, but {other} is given",
             why="every rank is kept; the budget comes when they are cut",
             hint=f"leave {other} out here, and give it to `peftc truncate`",
         )
-    if given:
+    if other:
         raise UsageError(
-            f"`--plan` and {given[0]} contradict each other",
+            f"`--plan` and {other} contradict each other",
             why="a plan already says the ranks",
             hint="give one of them",
         )

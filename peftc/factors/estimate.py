@@ -7,7 +7,7 @@ take a second or so that nothing here knows of.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,43 +33,24 @@ LIVE = 4  # outputs that live at once in a pass without gradients
 PRODUCTS = 6  # products of weight by small side for the factors, their balance and their certificate
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Of this machine, one after the other.
-
-    Attributes:
-        eigen: seconds of an eigenproblem in float64, divided by the cube of its side.
-        product: seconds per multiply-add in float64.
-        single: seconds per multiply-add in float32.
-    """
-
-    eigen: float
-    product: float
-    single: float
-
-
-def rates(device: torch.device) -> Rates:
-    """Time an eigenproblem and two products."""
+def _rates(device: torch.device) -> tuple[float, float, float]:
+    """Return seconds by the cube of the side: of an eigenproblem and a product in float64, and of one in float32."""
     matrix = torch.randn(PROBE, PROBE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     square, single = matrix @ matrix.T, matrix.float()
-    cube = PROBE**3
-    return Rates(
-        _seconds(lambda: torch.linalg.eigh(square)) / cube,
-        _seconds(lambda: matrix @ matrix) / cube,
-        _seconds(lambda: single @ single) / cube,
+
+    def seconds(call: Any) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            float(call().flatten()[0])  # reading a number off the result waits for a device
+            times.append(time.perf_counter() - start)
+        return min(times[1:]) / PROBE**3
+
+    return (
+        seconds(lambda: torch.linalg.eigh(square)[0]),
+        seconds(lambda: matrix @ matrix),
+        seconds(lambda: single @ single),
     )
-
-
-def _seconds(call: Any) -> float:
-    """Return the shortest of three runs; reading a number off the result waits for a device."""
-    call()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        found = call()
-        float((found[0] if isinstance(found, tuple) else found).flatten()[0])
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def eigenproblems(target: Target, needs: tuple[str, ...]) -> list[int]:
@@ -100,19 +81,17 @@ def refuse_unsolvable(work: Factoring) -> None:
 
 def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:
     """Add estimates of peak memory and seconds to the report of a dry run."""
-    at = rates(work.device)
-    seconds, largest = 0.0, 0
+    eigen, product, single = _rates(work.device)
+    needs, seconds, memory = work.factorize.needs, 0.0, 0
     for target in work.targets.values():
         out, in_ = hooks.matrix_shape(target)
-        sides = eigenproblems(target, work.factorize.needs)
-        products = PRODUCTS * out * in_ * min(out, in_) * at.product
-        seconds += sum(side**3 for side in sides) * at.eigen + products
-        largest = max(largest, solving(target, work.factorize.needs))
-    memory = largest
+        seconds += sum(side**3 for side in eigenproblems(target, needs)) * eigen
+        seconds += PRODUCTS * out * in_ * min(out, in_) * product
+        memory = max(memory, solving(target, needs))
     if isinstance(source, Prepared):
-        effort = _calibration(work, source)
-        memory = max(memory, effort.memory)
-        seconds += effort.multiplied * at.single
+        held, multiplied = _calibration(work, source)
+        memory = max(memory, held)
+        seconds += multiplied * single
     found = {"peak_memory_bytes": int(float(f"{memory:.2g}")), "seconds": float(f"{seconds:.2g}")}
     report.data["estimate"] = found
     report.notes.append(
@@ -121,29 +100,20 @@ def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -
     )
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What running a calibration set through a model takes.
+def _calibration(work: Factoring, source: Prepared) -> tuple[int, float]:
+    """Return bytes, of the running sums and what a batch leaves for its backward pass, and multiply-adds.
 
-    Attributes:
-        memory: bytes, the running sums and what one batch leaves for its backward pass.
-        multiplied: multiply-adds.
+    They are counted on the meta device, with the batch of the longest samples for all of them in proportion.
     """
-
-    memory: int
-    multiplied: float
-
-
-def _calibration(work: Factoring, source: Prepared) -> Effort:
-    """Count on the meta device, with the batch of the longest samples for all of them in proportion."""
-    runs = batches(source.encoded.lengths, source.encoded.size, source.request.batch_size)
-    longest, lengths = runs[-1 if source.encoded.lengths else 0], source.encoded.lengths
-    inputs = source.encoded.batch(longest).inputs
+    encoded, needs = source.encoded, work.factorize.needs
+    runs, lengths = batches(encoded.lengths, encoded.size, source.request.batch_size), encoded.lengths
+    longest = runs[-1 if lengths else 0]
+    inputs = encoded.batch(longest).inputs
     meta = {key: each.to("meta") for key, each in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")
     subject = replace(source.model, module=detached(source.model.module).to("meta"))
     there = max(lengths[each] for each in longest) * len(longest) if lengths else len(longest)
-    share = (sum(lengths) if lengths else source.encoded.size) / there
-    needs, gradients = work.factorize.needs, any(n in hooks.OF_GRADIENTS for n in work.factorize.needs)
+    share = (sum(lengths) if lengths else encoded.size) / there
+    gradients = any(need in hooks.OF_GRADIENTS for need in needs)
     counted = costs.work(subject, meta)
     outer, sums = 0, 0
     for name, target in work.targets.items():
@@ -153,7 +123,7 @@ def _calibration(work: Factoring, source: Prepared) -> Effort:
         outer += counted.positions.get(name, 0) * (side**2 + DRAWS * gram**2)
         sums += DOUBLE * (side**2 + gram**2)
     multiplied = counted.macs * (1 + 2 * DRAWS if gradients else 1) + outer
-    return Effort(SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share)
+    return SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share
 
 
 def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:

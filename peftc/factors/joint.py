@@ -7,8 +7,7 @@ costs r (in + sum of outs) entries and, since the product with down is computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from peftc.calibration import statistics
 from peftc.calibration.hooks import Found
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
-from peftc.errors import PeftcError, PlanError, UsageError
+from peftc.errors import PeftcError, PlanError, UsageError, named
+from peftc.factors.ranks import Ranks
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
 from peftc.models.layers import registered
 from peftc.models.model import Model
@@ -33,6 +33,9 @@ from peftc.store.artifact import Piece
 FORMS = ("linear", "transposed")
 
 
+# -- which modules ----------------------------------------------------------------------------------------------------
+
+
 def refuse_with(asked: bool, *, keep_all_ranks: bool, plan: object, budget: Budget | None) -> None:
     """Refuse what cannot go with ``--joint``.
 
@@ -41,28 +44,36 @@ def refuse_with(asked: bool, *, keep_all_ranks: bool, plan: object, budget: Budg
     """
     if not asked:
         return
-    others = {
-        "--keep-all-ranks": (keep_all_ranks, "the ordered factors of a module are kept apart, so that each can be cut"),
-        "--plan": (plan is not None, "a plan says itself which modules share a factor, under `joint`"),
-        "--speedup": (
-            budget is not None and budget.kind == "speedup",
-            "modules are timed one by one, and a shared factor is not the time of any one of them",
-        ),
-    }
-    for option, (given, why) in others.items():
-        if given:
-            raise UsageError(f"`--joint` and `{option}` cannot be combined", why=why, hint="leave one of them out")
+    if keep_all_ranks:
+        other, why = "--keep-all-ranks", "the ordered factors of a module are kept apart, so that each can be cut"
+    elif plan is not None:
+        other, why = "--plan", "a plan says itself which modules share a factor, under `joint`"
+    elif budget is not None and budget.kind == "speedup":
+        other, why = "--speedup", "modules are timed one by one, and a shared factor is not the time of any one of them"
+    else:
+        return
+    raise UsageError(f"`--joint` and `{other}` cannot be combined", why=why, hint="leave one of them out")
 
 
-def arrange(model: Model, targets: dict[str, Target], plan: Plan | None, asked: bool) -> list[list[str]]:
-    """Put the groups that a plan names, or that share an input, in the place of their members; return their names."""
+def arrange(model: Model, targets: dict[str, Target], plan: Plan | None, asked: bool) -> None:
+    """Put the groups that a plan names, or that share an input, in the place of their members."""
     if plan is not None:
         groups = plan.joint
         _check_planned(targets, groups)
     else:
         groups = of_one_input(model, targets) if asked else []
-    _group(targets, groups)
-    return groups
+    leads = {names[0]: names for names in groups}
+    others = {name for names in groups for name in names[1:]}
+    arranged = {}
+    for name, target in targets.items():
+        if name in leads:
+            some = [targets[each] for each in leads[name]]
+            outs = tuple(each.entries // _in(each) for each in some)
+            arranged[name] = Target(name, "linear", (sum(outs), _in(target)), members=tuple(leads[name]), outs=outs)
+        elif name not in others:
+            arranged[name] = target
+    targets.clear()
+    targets.update(arranged)
 
 
 def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]:
@@ -71,12 +82,24 @@ def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]
     Plain linear maps that share their weight with nobody take part, on the meta device too. A model for which no input
     can be made up has no group.
     """
-    fit = [name for name, target in targets.items() if target.form in FORMS and not target.aliases]
     subject = one_dtype(model)
-    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in fit}
+    fit = [name for name, target in targets.items() if target.form in FORMS and not target.aliases]
+    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in fit}  # the tensors stay, and so their identity
+
+    def watch(calls: list[tuple[Tensor, int]]) -> Callable[..., None]:
+        def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs:
+                calls.append((inputs[0], inputs[0]._version))
+
+        return note
+
+    watched = [(subject.module.get_submodule(name), calls) for name, calls in seen.items()]
     try:
         batch = probe(subject)
-        with _watching(subject.module, seen), torch.no_grad():  # inference tensors have no version
+        with (
+            registered(module.register_forward_pre_hook(watch(calls)) for module, calls in watched),
+            torch.no_grad(),  # inference tensors have no version
+        ):
             forward(subject, batch)
     except (PeftcError, *DOES_NOT_RUN):
         return []
@@ -86,22 +109,6 @@ def of_one_input(model: Model, targets: Mapping[str, Target]) -> list[list[str]]
             tensor, version = calls[0]
             groups.setdefault((id(tensor), version), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
-
-
-@contextmanager
-def _watching(network: nn.Module, seen: Mapping[str, list[tuple[Tensor, int]]]) -> Iterator[None]:
-    """Note each named module's input and its version; the tensors are kept, so that identity means what it says."""
-
-    def watch(calls: list[tuple[Tensor, int]]) -> Callable[..., None]:
-        def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs:
-                calls.append((inputs[0], inputs[0]._version))
-
-        return note
-
-    watched = [(network.get_submodule(name), calls) for name, calls in seen.items()]
-    with registered(module.register_forward_pre_hook(watch(calls)) for module, calls in watched):
-        yield
 
 
 def _check_planned(targets: Mapping[str, Target], groups: Sequence[Sequence[str]]) -> None:
@@ -114,53 +121,45 @@ def _check_planned(targets: Mapping[str, Target], groups: Sequence[Sequence[str]
             )
         some = [targets[name] for name in names]
         if any(each.form not in FORMS or each.aliases for each in some) or len({_in(each) for each in some}) > 1:
-            raise PlanError(
-                f"the plan lets {', '.join(f'`{name}`' for name in names)} share a down factor",
-                why="only linear modules of one input width that share their weight with no other can",
-                hint="take the group out of `joint`",
+            raise _unplannable(
+                names, "only linear modules of one input width that share their weight with no other can"
             )
+
+
+def _unplannable(names: Sequence[str], why: str, otherwise: str = "") -> PlanError:
+    listed = ", ".join(f"`{name}`" for name in names)
+    hint = f"take the group out of `joint`{otherwise}"
+    return PlanError(f"the plan lets {listed} share a down factor", why=why, hint=hint)
 
 
 def _in(target: Target) -> int:
     return target.shape[1] if target.form == "linear" else target.shape[0]
 
 
-def _group(targets: dict[str, Target], groups: Sequence[Sequence[str]]) -> None:
-    """Replace members by their group, at the place of the first one."""
-    leads = {names[0]: names for names in groups}
-    others = {name for names in groups for name in names[1:]}
-    arranged = {}
-    for name, target in targets.items():
-        if name in leads:
-            some = [targets[each] for each in leads[name]]
-            outs = tuple(each.entries // _in(each) for each in some)
-            target = Target(name, "linear", (sum(outs), _in(target)), members=tuple(leads[name]), outs=outs)
-        if name not in others:
-            arranged[name] = target
-    targets.clear()
-    targets.update(arranged)
-
-
 def one_by_one(model: Model, targets: Mapping[str, Target]) -> dict[str, Target]:
     """Return the targets with every group as its members again."""
-    found = {}
+    found: dict[str, Target] = {}
     for name, target in targets.items():
-        for at, each in enumerate(target.members or (name,)):
-            found[each] = member(model, target, at) if target.members else target
+        members = [member(model, target, at) for at in range(len(target.members))]
+        found |= {each.name: each for each in members} or {name: target}
     return found
 
 
 def member(model: Model, target: Target, at: int) -> Target:
     """Return a member of a group as a target of its own."""
-    weight: Any = model.module.get_submodule(target.members[at]).weight
-    form = form_of(model.module.get_submodule(target.members[at]))
+    name = target.members[at]
+    module: Any = model.module.get_submodule(name)
+    form = form_of(module)
     uses = tuple(replace(use, form=form) for use in target.uses)
-    return Target(target.members[at], form, tuple(weight.shape), uses=uses)
+    return Target(name, form, tuple(module.weight.shape), uses=uses)
 
 
 def form_of(module: nn.Module) -> str:
     """Return the form of a member."""
     return "linear" if isinstance(module, nn.Linear) else "transposed"
+
+
+# -- their statistics and weights -------------------------------------------------------------------------------------
 
 
 def calibrated(
@@ -188,18 +187,15 @@ def calibrated(
         if not target.members or {each and (each["side"], each["leader"]) for each in about} <= {("input", name)}:
             arranged[name] = target
         elif planned:
-            raise PlanError(
-                f"the plan lets {', '.join(f'`{each}`' for each in target.members)} share a down factor",
-                why="there are no statistics of one input of theirs: they read different tensors, or have few outputs",
-                hint="take the group out of `joint`, or factor it without statistics: `--method svd`",
-            )
+            why = "there are no statistics of one input of theirs: they read different tensors, or have few outputs"
+            raise _unplannable(target.members, why, ", or factor it without statistics: `--method svd`")
         else:
             arranged |= one_by_one(model, {name: target})
             apart.append(name)
     targets.clear()
     targets.update(arranged)
     if apart:
-        listed = ", ".join(f"`{name}`" for name in apart[:4]) + (" and others" if len(apart) > 4 else "")
+        listed = named(apart[:4]) + (" and others" if len(apart) > 4 else "")
         known.notes.append(f"factored apart, for want of statistics of the group's common input: the group of {listed}")
     return known
 
@@ -213,14 +209,12 @@ def statistics_of(known: Statistics, target: Target, device: torch.device) -> Fo
     if not target.members:
         return known.of(target.name, device)
     found = [known.of(name, device) for name in target.members]
-    others = dict(found[0].others)
+    others: dict[str, Any] = dict(found[0].others)
     if "output_gradient_gram" in others:
-        grams = [each.others["output_gradient_gram"] for each in found]
-        blocks = [
-            gram if gram.ndim else gram * torch.eye(out, dtype=gram.dtype, device=device)
-            for gram, out in zip(grams, target.outs, strict=True)
-        ]
-        others["output_gradient_gram"] = tuple(blocks)  # type: ignore[assignment]
+        grams = zip((each.others["output_gradient_gram"] for each in found), target.outs, strict=True)
+        others["output_gradient_gram"] = tuple(
+            gram if gram.ndim else gram * torch.eye(out, dtype=gram.dtype, device=device) for gram, out in grams
+        )
     if "weight_fisher" in others:
         others["weight_fisher"] = torch.stack([each.others["weight_fisher"] for each in found]).sum(0)
     return replace(found[0], others=others)
@@ -228,10 +222,22 @@ def statistics_of(known: Statistics, target: Target, device: torch.device) -> Fo
 
 def stacked(model: Model, target: Target, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return the members' matrices (out, in) one above the other, as float32 unless stored as float64 or said."""
-    weights: list[Any] = [model.module.get_submodule(name) for name in target.members]
-    parts = [lowrank.matrix(each.weight.detach(), form_of(each)) for each in weights]
+    modules: list[Any] = [model.module.get_submodule(name) for name in target.members]
+    parts = [lowrank.matrix(module.weight.detach(), form_of(module)) for module in modules]
     wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     return torch.cat([part.to(device, dtype or wide) for part in parts])
+
+
+# -- surgery and plans ------------------------------------------------------------------------------------------------
+
+
+def put(network: nn.Module, name: str, form: str, rank: int, factors: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Put a low-rank module with these factors, and the bias that was there, in the place of a dense one; return it."""
+    old = network.get_submodule(name)
+    new = lowrank.build(old, form, rank)
+    surgery.replace(network, old, new)
+    surgery.place(new, {"up.bias": getattr(old, "bias", None), **factors})
+    return new
 
 
 def edit(
@@ -254,18 +260,14 @@ def edit(
     members: list[Any] = []
     entries = {}
     for at, name in enumerate(target.members):
-        old = network.get_submodule(name)
-        new = lowrank.build(old, form_of(old), rank)
-        surgery.replace(network, old, new)
-        mine = {key.removeprefix(f"{at}."): nn.Parameter(t) for key, t in tensors.items() if key.startswith(f"{at}.")}
-        surgery.place(new, {"up.bias": getattr(old, "bias", None), **mine})
+        form = form_of(network.get_submodule(name))
+        mine = {key: key.removeprefix(f"{at}.") for key in tensors if key.startswith(f"{at}.")}
+        members.append(put(network, name, form, rank, {leaf: nn.Parameter(tensors[key]) for key, leaf in mine.items()}))
         if f"{name}.bias" in pieces:
             pieces[f"{name}.up.bias"] = pieces[f"{name}.bias"]
-        for key, part in parts.items():
-            if key == "down.weight" or key.startswith(f"{at}."):
-                pieces[f"{name}.{key.removeprefix(f'{at}.')}"] = part
-        entries[name] = {"form": form_of(old), "rank": rank, "shares": target.name}
-        members.append(new)
+        for key, leaf in {"down.weight": "down.weight", **mine}.items():
+            pieces[f"{name}.{leaf}"] = parts[key]
+        entries[name] = {"form": form, "rank": rank, "shares": target.name}
     down = shared.share(members)
     down.weight = nn.Parameter(tensors["down.weight"])
     return entries
@@ -283,21 +285,19 @@ def gathered(plan: Plan) -> Plan:
 
 def spelled_out(plan: Plan, model: Model, targets: Mapping[str, Target]) -> Plan:
     """Return a plan that names every member of a group, and says what the groups are."""
-    groups = [list(target.members) for target in targets.values() if target.members]
+    groups = {name: list(target.members) for name, target in targets.items() if target.members}
     if not groups:
         return plan
-    ranks, forms = {}, {}
-    for name, rank in plan.ranks.items():
-        for each in targets[name].members or (name,):
-            ranks[each] = rank
-            forms[each] = form_of(model.module.get_submodule(each)) if targets[name].members else plan.forms[name]
-    return replace(plan, ranks=ranks, forms=forms, joint=groups)
+    ranks = {each: rank for name, rank in plan.ranks.items() for each in groups.get(name, [name])}
+    forms = {name: form for name, form in plan.forms.items() if name not in groups}
+    forms |= {each: form_of(model.module.get_submodule(each)) for names in groups.values() for each in names}
+    return replace(plan, ranks=ranks, forms={name: forms[name] for name in ranks}, joint=list(groups.values()))
 
 
-def said(targets: Mapping[str, Target], ranks: Mapping[str, int | None]) -> list[str]:
+def said(targets: Mapping[str, Target], ranks: Ranks) -> list[str]:
     """Return a note on the groups that share a down factor, a kind of them at a time."""
-    groups = {name: target for name, target in targets.items() if target.members and ranks[name] is not None}
+    groups = [name for name, target in targets.items() if target.members and ranks[name] is not None]
     kinds = [
-        f"`{kind}` and {len(groups[some[0]].members) - 1} more ({len(some)})" for kind, some in grouped(groups).items()
+        f"`{kind}` and {len(targets[some[0]].members) - 1} more ({len(some)})" for kind, some in grouped(groups).items()
     ]
     return [f"modules that read one input share their down factor: {'; '.join(kinds)}"] if kinds else []

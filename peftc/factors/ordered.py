@@ -25,15 +25,13 @@ from peftc.nn import lowrank
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
 from peftc.plans.plan import Target
-from peftc.report import Report, Table, grouped, size_table, span
+from peftc.report import Report, Table, size_table
 from peftc.store import artifact
 from peftc.store.manifest import Manifest
 
 MEANS = ("weight_mean", "down_mean")
 MAKE = "make one: `peftc decompose MODEL --keep-all-ranks -o all`"
-
-
-# -- what cannot be kept ----------------------------------------------------------------------------------------------
+AGAIN = "build it again: `peftc show --commands` prints how"
 
 
 def refuse_ordered(model: Model) -> None:
@@ -58,9 +56,7 @@ def every_rank(targets: Mapping[str, Target]) -> dict[str, int]:
     return {name: allocate.break_even_rank(target.shape, target.form) for name, target in targets.items()}
 
 
-def keep_all(
-    work: Factoring, base: dict[str, Any], request: dict[str, Any], reasons: Mapping[str, str], *, max_shard_bytes: int
-) -> Report:
+def keep_all(work: Factoring, base: dict[str, Any], request: dict[str, Any]) -> Report:
     """Write a model with the factors of every rank beside its weights, which stay as they are.
 
     Raises:
@@ -69,36 +65,40 @@ def keep_all(
     job, model = work.job, work.model
     assert job is not None
     job.require(4 * tensor_bytes(model.module))
-    beside, ranks = {}, every_rank(work.targets)
+    computed, ranks = {}, every_rank(work.targets)
     work.share_spectra()
     with progress.track("spectra", len(ranks)) as advance:
         for name, target in work.targets.items() if processes.rank() == 0 else ():
-            beside[f"{name}.losses"] = work.spectrum(target).losses().cpu()
+            computed[f"{name}.losses"] = work.spectrum(target).losses().cpu()
             advance(name)
     cuts = work.factor({name: rank or None for name, rank in ranks.items()})
+    report = report_on(work, cuts)
     if processes.rank():
-        return report_on(work, cuts, reasons)
+        return report
     for name in cuts:
-        beside |= {f"{name}.{key}": mean for key, mean in _means(work, name, ranks[name]).items()}
-    factors = {name: piece(tensor) for name, tensor in beside.items()}
+        computed |= {f"{name}.{key}": mean for key, mean in _means(work, name, ranks[name]).items()}
+    factors = {name: piece(tensor) for name, tensor in computed.items()}
     for name in cuts:
-        parts = work.kept(name, ranks[name])[1]
+        tensors, parts = work.kept(name, ranks[name])
         factors |= {f"{name}.{key}": part for key, part in parts.items() if key != "up.bias"}
-    modules = dict(model.manifest.modules) if model.manifest else {}
+        computed |= {f"{name}.{key}": tensor for key, tensor in tensors.items() if key != "up.bias"}
     record = write.write_artifact(
         job,
         model,
         base,
         request,
         pieces_of(model),
-        modules,
-        max_shard_bytes=max_shard_bytes,
+        dict(model.manifest.modules) if model.manifest else {},
+        max_shard_bytes=request["max_shard_bytes"],
         factors=factors,
         ordered={name: {"form": work.targets[name].form, "rank": rank} for name, rank in ranks.items()},
     )
-    report = report_on(work, cuts, reasons)
     report.warnings += write.verify(job.folder, model)
-    _verify(job.folder, record, work, beside)
+    table = artifact.tensor_table(job.folder, record, factors=True)
+    there = weights.from_infos(str(job.folder), table)
+    for key, tensor in computed.items():
+        if key not in table or not torch.equal(tensor, there.read(key)):
+            raise write.differs(job.folder, f"the factor `{key}` is not what was written")
     report.data["size"]["after"]["bytes"] = record.weight_bytes
     report.tables[-1] = size_table(report.data["size"])
     report.notes.append(f"cut it to any budget: `peftc truncate {job.output} --ratio 0.5 -o small`")
@@ -116,69 +116,33 @@ def _means(work: Factoring, name: str, rank: int) -> dict[str, Tensor]:
     factors, target, known = work.kept(name, rank)[0], work.targets[name], work.factorize.statistics
     if known is None or "up.bias" not in factors:
         return {}
-    found, spatial = known.of(name, work.device), target.form == "spatial"
-    mean: Any = found.patch if spatial else found.mean
-    weight = lowrank.matrix(spectra.weight_of(work.model, target, work.device), "channel" if spatial else target.form)
-    inputs = mean.view(-1, target.shape[3]) if spatial else mean[:, None]  # (in kh, kw) or (in, 1)
+    form, mean = known.of(name, work.device).seen_as(target.form)
+    weight = lowrank.matrix(spectra.weight_of(work.model, target, work.device), form)
+    inputs = mean.view(-1, target.shape[3]) if target.form == "spatial" else mean[:, None]  # (in kh, kw) or (in, 1)
     down = factors["down.weight"].to(work.device).double().flatten(1)
     return {"weight_mean": (weight.double() @ mean).cpu(), "down_mean": (down @ inputs).cpu()}
 
 
-def _verify(folder: Any, record: Manifest, work: Factoring, beside: Mapping[str, Tensor]) -> None:
-    """Read written factors back and compare them with what was computed."""
-    table = artifact.tensor_table(folder, record, factors=True)
-    there = weights.from_infos(str(folder), table)
-    known = dict(beside)
-    for name, entry in record.ordered.items():
-        factors = work.kept(name, entry["rank"])[0] if entry["rank"] else {}
-        known |= {f"{name}.{key}": tensor for key, tensor in factors.items() if key != "up.bias"}
-    for key, tensor in known.items():
-        if key not in table or not torch.equal(tensor, there.read(key)):
-            raise write.differs(folder, f"the factor `{key}` is not what was written")
-
-
-def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> Report:
+def report_on(work: Factoring, cuts: Mapping[str, Mapping[str, Any]]) -> Report:
     """Say up to which rank each module can be cut, and what the folder takes."""
-    whole, targets, ranks = work.whole, work.targets, every_rank(work.targets)
+    targets, ranks = work.targets, every_rank(work.targets)
     rows = [tables.module(targets[name], None, cuts.get(name, {}), "kept with all ranks") for name in targets]
-    for row in rows:
-        row["stored_rank"] = ranks[row["name"]]
-    before = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
-    same = {"parameters": whole.parameters, "macs": whole.macs}
-    size = {"before": {**same, "bytes": before}, "after": {**same, "bytes": before + _factor_bytes(work, ranks)}}
-    others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
-    achieved = {"asked": "--keep-all-ranks", "eligible": 1.0, "model": 1.0}
-    report = Report("decompose", {"size": size, "ratio": achieved, "modules": rows, "dense": others})
-    report.tables += [_table(rows), tables.dense_table([], reasons), size_table(size)]
-    report.notes += [
+    added = 0
+    for row, (name, target) in zip(rows, targets.items(), strict=True):
+        row["stored_rank"] = ranks[name]
+        added += target.cost(ranks[name], "entries") * tables.entry_bytes(work, name)
+        added += 8 * (allocate.max_rank(target.shape, target.form) + 1)  # of the losses
+    lines = [cells for cells, _ in tables.by_kind(rows, "stored_rank")]
+    table = Table("ordered factors", ["module", "count", "shape", "form", "up to rank"], lines)
+    change, ratio = {"parameters": 0, "macs": 0, "bytes": added}, {"asked": "--keep-all-ranks", "eligible": 1.0}
+    shown = [table, tables.dense_table([], work.reasons)]
+    report = tables.base_report("decompose", work, rows, shown, change, ratio)
+    report.notes.insert(
+        0,
         f"{sum(map(bool, ranks.values()))} of {len(ranks)} eligible modules can be cut to any rank that makes them "
         "smaller; until then they keep their weights",
-        *work.model.notes,
-        *(work.factorize.statistics.notes if work.factorize.statistics else []),
-    ]
-    report.warnings += tables.climbs(rows)
-    report.warnings += work.factorize.statistics.warnings if work.factorize.statistics else []
-    return report
-
-
-def _factor_bytes(work: Factoring, ranks: Mapping[str, int]) -> int:
-    return sum(
-        target.cost(ranks[name], "entries") * work.model.module.get_submodule(name).weight.element_size()  # type: ignore[union-attr, operator]
-        + 8 * (allocate.max_rank(target.shape, target.form) + 1)
-        for name, target in work.targets.items()
     )
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    by_name = {row["name"]: row for row in rows}
-    lines = []
-    for kind, names in grouped(by_name).items():
-        some = [by_name[name] for name in names]
-        shapes = {"x".join(map(str, row["shape"])) for row in some}
-        ranks = span([str(rank) for rank in sorted(row["stored_rank"] for row in some)])
-        shape = " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes"
-        lines.append([kind, len(some), shape, some[0]["form"], ranks])
-    return Table("ordered factors", ["module", "count", "shape", "form", "up to rank"], lines)
+    return report
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -198,14 +162,14 @@ class Ordered:
     tensors: Mapping[str, Tensor]
     bias: Tensor | None = None
 
+    @property
     def losses(self) -> Tensor:
-        """Return (k + 1,) squared errors at ranks 0 to k."""
+        """Squared errors (k + 1,) at ranks 0 to k."""
         return self.tensors["losses"]
 
     def error(self, rank: int) -> float:
         """Return the error at ``rank``, relative to the module's norm, as the method measures both."""
-        losses = self.losses()
-        return float((losses[rank] / losses[0]).sqrt()) if losses[0] else 0.0
+        return float((self.losses[rank] / self.losses[0]).sqrt()) if self.losses[0] else 0.0
 
     def kept(self, rank: int) -> Kept:
         """Return the factors of the ``rank`` most important components, windows, and the bias that goes with them."""
@@ -247,13 +211,9 @@ def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], 
     Raises:
         ArtifactError: a module is not there, or not of the form that is stored.
     """
-    asked = request_of(record)
-    found, reasons = find_targets(
-        model,
-        conv_method=asked.get("conv_method", "spatial"),
-        include=asked.get("include", ()),
-        skip=asked.get("skip", ()),
-    )
+    asked = {"conv_method": "spatial", **request_of(record)}
+    patterns = {name: asked.get(name, ()) for name in ("include", "skip")}
+    found, reasons = find_targets(model, conv_method=asked["conv_method"], **patterns)
     for name, entry in record.ordered.items():
         target = found.get(name)
         there = target and (target.form, allocate.break_even_rank(target.shape, target.form))
@@ -261,7 +221,7 @@ def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], 
             raise ArtifactError(
                 f"`{model.folder}` holds factors of `{name}` as `{entry['form']}` up to rank {entry['rank']}",
                 why=f"in its network that is `{there[0]}` up to rank {there[1]}" if there else "it may not be factored",
-                hint="build it again: `peftc show --commands` prints how",
+                hint=AGAIN,
             )
     reasons |= dict.fromkeys(found.keys() - record.ordered.keys(), "no factors of it are stored")
     return {name: target for name, target in found.items() if name in record.ordered}, reasons
@@ -285,16 +245,15 @@ def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dic
         if there != expected.get(key):
             raise ArtifactError(
                 f"`{key}` among the factors of `{model.folder}` is {_text(there)}, not {_text(expected.get(key))}",
-                hint="build it again: `peftc show --commands` prints how",
+                hint=AGAIN,
             )
     files = weights.from_infos(str(model.folder), table)
-    return {
-        name: Ordered(
-            {key: files.read(f"{name}.{key}") for key in shapes},
-            getattr(model.module.get_submodule(name), "bias", None),  # type: ignore[arg-type]
-        )
-        for name, shapes in needed.items()
-    }
+    found = {}
+    for name, shapes in needed.items():
+        module: Any = model.module.get_submodule(name)
+        tensors = {key: files.read(f"{name}.{key}") for key in shapes}
+        found[name] = Ordered(tensors, getattr(module, "bias", None))
+    return found
 
 
 def _shapes(model: Model, target: Target, rank: int, *, corrected: bool) -> dict[str, tuple[int, ...]]:

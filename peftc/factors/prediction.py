@@ -11,103 +11,69 @@ what is said. The losses of other methods are in units of their own; they are on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from peftc import processes
 from peftc.errors import PlanError
 from peftc.factors import sensitivity
+from peftc.factors.decision import Decision
 from peftc.factors.factoring import Factoring
-from peftc.measure.intervals import Interval
-from peftc.plans.plan import Budget
+from peftc.factors.ranks import Ranks
+from peftc.factors.sensitivity import Trial
+from peftc.plans.plan import Aim, Budget
 from peftc.report import Report, Table, short
 
 RATIOS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.95", "1.0")
 PER_SAMPLE, PER_TOKEN, SHARE = "nats per sample", "nats per token", "relative squared error"
 TRIED = ("0.3", "0.5", "0.75", "0.9")  # ratios of the curve at which plans are tried as a whole
 DIGITS = 4  # of a figure; the last ones of a loss depend on how its module was solved
+MORE = "together they have lost 2 to 9 times that on trained models"
 
 Point = dict[str, Any]  # of the curve, JSON-ready
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What measures ranks as a whole.
-
-    Attributes:
-        lost: ranks -> divergence from the dense model, in nats per sample, of language models per token.
-        samples: of the calibration set, on which it is measured.
-    """
-
-    lost: Callable[[Mapping[str, int | None]], Interval]
-    samples: int
-
-
-@dataclass(frozen=True)
-class Held:
-    """Squared errors by rank, of a weight that was let go."""
-
-    table: Tensor
-
-    def losses(self) -> Tensor:
-        """Return them."""
-        return self.table
-
-
 def unit_of(work: Factoring) -> str:
     """Return what a predicted loss counts under the method at hand."""
-    if "output_gradient_gram" not in work.factorize.needs:
+    if not sensitivity.is_in_nats(work):
         return SHARE
     return PER_TOKEN if sensitivity.tokens_of(work) > 1 else PER_SAMPLE
 
 
-def loss(work: Factoring, ranks: Mapping[str, int | None], squared: Callable[[str, int], tuple[float, float]]) -> float:
+def loss(work: Factoring, ranks: Ranks, cuts: Mapping[str, Mapping[str, Any]] | None = None) -> float:
     """Return the predicted loss of ranks: half the summed squared losses, or their mean share of each module's own.
 
     Args:
-        work: the eligible modules; one without a rank loses nothing.
+        work: the eligible modules; one without a rank loses nothing. A spectrum is computed only where none is known.
         ranks: of them.
-        squared: (module, rank) -> its squared loss at that rank, and at rank 0.
+        cuts: module -> what `Factoring.factor` found of it, in place of a spectrum.
     """
-    found = [squared(name, rank) for name, rank in ranks.items() if rank is not None and name in work.targets]
-    if unit_of(work) != SHARE:
-        total = sum(lost for lost, _ in found) / 2 / sensitivity.tokens_of(work)
-    else:
-        total = sum(lost / whole for lost, whole in found if whole) / max(len(work.targets), 1)
-    return _rounded(total)
-
-
-def from_spectra(work: Factoring) -> Callable[[str, int], tuple[float, float]]:
-    """Return a reader of squared losses that computes a spectrum only where none is known yet."""
 
     def squared(name: str, rank: int) -> tuple[float, float]:
+        if cuts:
+            lost, whole = cuts[name]["squared"]
+            return lost, whole
         table = work.losses_of(name)
-        return float(table[rank]), float(table.flatten()[0])
+        return float(table[rank]), float(table[0])
 
-    return squared
+    found = [squared(name, rank) for name, rank in ranks.items() if rank is not None and name in work.targets]
+    if unit_of(work) != SHARE:
+        return _rounded(sum(lost for lost, _ in found) / 2 / sensitivity.tokens_of(work))
+    return _rounded(sum(lost / whole for lost, whole in found if whole) / max(len(work.targets), 1))
 
 
-def add(
-    report: Report,
-    work: Factoring,
-    ranks: Mapping[str, int | None],
-    cuts: Mapping[str, Mapping[str, Any]],
-    measured: Interval | None = None,
-    samples: int = 0,
-) -> None:
+def add(report: Report, work: Factoring, found: Decision, cuts: Mapping[str, Mapping[str, Any]]) -> None:
     """Add the predicted loss of ranks to a report; where no weight was read there is none.
 
     Args:
         report: of `decompose`.
         work: the eligible modules.
-        ranks: of them.
-        cuts: what `Factoring.factor` found of each; empty in a dry run.
-        measured: what the ranks lost when they were tried as a whole; None where they were not.
-        samples: of the calibration set, on which they were tried.
+        found: their ranks, and what was measured of them.
+        cuts: what `Factoring.factor` found of each; empty in a dry run, and where all losses are known.
     """
     if not cuts and next(work.model.module.parameters()).is_meta:
         report.data["predicted"] = None
@@ -115,27 +81,24 @@ def add(
             "predicted loss: none, as these ranks were found without reading a weight; see `peftc analyze`"
         )
         return
-    known = {name: tuple(cut["squared"]) for name, cut in cuts.items()}
-    read = (lambda name, _rank: known[name]) if known else from_spectra(work)
-    apart, unit = loss(work, ranks, read), unit_of(work)
-    if measured is None:
+    apart, unit = loss(work, found.ranks, cuts), unit_of(work)
+    if found.lost is None:
         report.data["predicted"] = {"unit": unit, "value": apart, "apart": apart}
-        report.notes.append(f"predicted loss, not measured: {said(apart, unit)}")
+        report.notes.append(f"predicted loss, not measured: {_said(apart, unit)}")
         return
-    figures = {name: _rounded(each) for name, each in measured._asdict().items()}
-    report.data["predicted"] = {"unit": unit, **figures, "apart": apart, "samples": samples}
+    figures = {name: _rounded(each) for name, each in found.lost._asdict().items()}
+    report.data["predicted"] = {"unit": unit, **figures, "apart": apart, "samples": found.samples}
     report.notes.append(
-        f"predicted loss: {measured} {unit} of divergence from the dense model, what these ranks lost on "
-        f"{samples} samples kept apart from calibration, before anything was written"
+        f"predicted loss: {found.lost} {unit} of divergence from the dense model, what these ranks lost on "
+        f"{found.samples} samples kept apart from calibration, before anything was written"
     )
 
 
-def said(value: float, unit: str) -> str:
-    """Write a predicted loss with what it means."""
+def _said(value: float, unit: str) -> str:
     if unit != SHARE:
         return (
             f"{value:g} {unit} of divergence from the dense model, the sum of what modules lose one by one; "
-            "together they have lost 2 to 9 times that on trained models, so compare budgets by it"
+            f"{MORE}, so compare budgets by it"
         )
     return f"{value:g} relative squared error, the mean over the eligible modules"
 
@@ -182,37 +145,36 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
     the default of a method. `global` and `convex` under `svd` weigh modules by their size, and may rise by a little.
 
     Args:
-        work: the eligible modules; spectra that are known are not computed again.
+        work: the eligible modules; losses that are known are not computed again.
         allocation, multiple: as the options say.
         trial: measures what ranks lose as a whole; None leaves it at the sums over modules.
     """
-    known = {name: Held(work.losses_of(name)) for name in work.targets}
-    dense = sum(target.entries for target in work.targets.values())
+    whole, targets = work.whole, work.targets
     points: list[Point] = []
     tried = []
     for ratio in RATIOS:
         try:
-            ranks = work.decide(Budget("ratio", Fraction(ratio)), allocation, known, multiple)
+            ranks = work.decide(Aim(Budget("ratio", Fraction(ratio)), allocation, multiple))
         except PlanError:
             continue  # even the smallest rank everywhere is larger
-        whole = work.whole
-        kept, saved = 0, 0
-        for name, target in work.targets.items():
-            kept += target.cost(ranks[name], "entries")
-            saved += target.cost(None, "macs") - target.cost(ranks[name], "macs")
-        apart = loss(work, ranks, from_spectra(work))
+        saved = {
+            unit: sum(target.cost(None, unit) - target.cost(ranks[name], unit) for name, target in targets.items())
+            for unit in ("entries", "macs")
+        }
+        apart = loss(work, ranks)
         points.append(
             {
                 "ratio": float(ratio),
                 "apart": apart,
-                "parameters": whole.parameters - dense + kept,
-                "macs": None if whole.macs is None else whole.macs - saved,
+                "parameters": whole.parameters - saved["entries"],
+                "macs": None if whole.macs is None else whole.macs - saved["macs"],
                 "factored": sum(rank is not None for rank in ranks.values()),
             }
         )
         if trial is not None and ratio in TRIED:
-            tried.append((apart, trial.lost(ranks).value))
-            points[-1]["measured"] = _rounded(tried[-1][1])
+            lost = processes.agreed(lambda trial=trial, ranks=ranks: trial.lost(ranks)).value  # type: ignore[misc]
+            tried.append((apart, lost))
+            points[-1]["measured"] = _rounded(lost)
     anchors = Anchors.of(tried)
     return anchors, [{**point, "predicted": _rounded(anchors.predicted(point["apart"]))} for point in points]
 
@@ -229,35 +191,28 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
         work, allocation, multiple, trial: as for `curve`.
     """
     anchors, points = curve(work, allocation, multiple, trial)
-    unit = unit_of(work)
-    report.data["curve"] = {"unit": unit, "method": work.factorize.name, "allocation": allocation, "points": points}
-    rows = [
-        [
-            f"{one['ratio']:g}",
-            f"{one['predicted']:.3g}",
-            f"{one['factored']} of {len(work.targets)}",
-            short(one["parameters"]),
-            "" if one["macs"] is None else short(one["macs"]),
-        ]
-        for one in points
-    ]
-    title = f"predicted loss ({unit}) against ratio, {work.factorize.name}, {allocation}"
+    unit, name, number = unit_of(work), work.factorize.name, len(work.targets)
+    found = report.data["curve"] = {"unit": unit, "method": name, "allocation": allocation, "points": points}
+    rows = []
+    for one in points:
+        sizes = [short(one["parameters"]), "" if one["macs"] is None else short(one["macs"])]
+        rows.append([f"{one['ratio']:g}", f"{one['predicted']:.3g}", f"{one['factored']} of {number}", *sizes])
+    title = f"predicted loss ({unit}) against ratio, {name}, {allocation}"
     report.tables.append(Table(title, ["ratio", "predicted", "factored", "parameters", "multiply-adds"], rows))
     if anchors.tried and trial is not None:
-        report.data["curve"]["samples"] = trial.samples
+        found["samples"] = trial.samples
         ratios = ", ".join(f"{one['ratio']:g}" for one in points if "measured" in one)
         report.notes.append(f"predicted losses: measured on {trial.samples} samples kept apart, at ratio {ratios}")
     elif unit != SHARE:
         report.notes.append(
-            "predicted losses are sums of what modules lose one by one; together they have lost 2 to 9 times that on "
-            "trained models: compare budgets by them"
+            f"predicted losses are sums of what modules lose one by one; {MORE}: compare budgets by them"
         )
     return anchors
 
 
-def add_read_off(report: Report, work: Factoring, ranks: Mapping[str, int | None], anchors: Anchors) -> float:
+def add_read_off(report: Report, work: Factoring, ranks: Ranks, anchors: Anchors) -> float:
     """Say what a plan is predicted to lose, as the curve has it, and return it."""
-    value, unit = anchors.predicted(loss(work, ranks, from_spectra(work))), unit_of(work)
-    about = f"{_rounded(value):g} {unit}, read off the curve" if anchors.tried else said(value, unit)
+    value, unit = anchors.predicted(loss(work, ranks)), unit_of(work)
+    about = f"{_rounded(value):g} {unit}, read off the curve" if anchors.tried else _said(value, unit)
     report.notes.append(f"predicted loss of the plan: {about}")
     return _rounded(value)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
 
 from torch import Tensor
 
 from peftc.errors import PlanError
 from peftc.plans import allocate
 from peftc.plans.allocate import Curve
-from peftc.plans.plan import Budget, Target
+from peftc.plans.plan import Aim, Budget, Target
 
-
-class Losses(Protocol):
-    """All that a decision needs of a decomposition."""
-
-    def losses(self) -> Tensor:
-        """Return squared errors by rank."""
+Ranks = Mapping[str, int | None]  # by module; None is dense
 
 
 def allocation_of(allocation: str, needs: Sequence[str]) -> str:
@@ -37,54 +32,42 @@ class Whole:
     macs: int | None
 
 
-def needs_weights(budget: Budget, allocation: str) -> bool:
-    """Return whether a network without numbers is not enough to decide."""
-    return budget.kind == "speedup" or needs_spectra(budget, allocation)
-
-
-def needs_spectra(budget: Budget, allocation: str) -> bool:
-    """Return whether ranks depend on the weights, not on their shapes alone."""
-    return budget.kind == "energy" or (budget.kind != "rank" and allocation != "uniform")
-
-
 def decide(
-    targets: Mapping[str, Target],
-    budget: Budget,
-    allocation: str,
-    spectra: Callable[[Target], Losses],
-    whole: Whole,
-    multiple: int = 1,
+    targets: Mapping[str, Target], aim: Aim, losses: Callable[[str], Tensor], whole: Whole
 ) -> dict[str, int | None]:
-    """Return the rank of each eligible module under a budget, in multiples; None leaves it dense.
+    """Return the rank of each eligible module under a budget; None leaves it dense.
+
+    Args:
+        targets: the modules.
+        aim: the budget.
+        losses: module -> (k + 1,) squared errors at ranks 0 to k.
+        whole: size of the model.
 
     Raises:
         PlanError: the budget is out of reach.
     """
+    budget, multiple = aim.budget, aim.multiple
     if budget.kind == "rank":
         rank = int(budget.amount)
         return {name: allocate.fitting(t.shape, t.form, rank, multiple) for name, t in targets.items()}
     if budget.kind == "energy":
         share = float(budget.amount)
-        return {name: _at_energy(target, spectra(target), share, multiple) for name, target in targets.items()}
+        return {name: _at_energy(target, losses(name), share, multiple) for name, target in targets.items()}
     unit = "macs" if budget.kind == "target-macs" else "entries"
+    if aim.allocation == "uniform" and budget.kind == "ratio":
+        return _uniform(targets, Fraction(budget.amount), multiple)
     limit = _limit(targets, budget, unit, whole)
-    if allocation == "uniform":
-        if budget.kind == "ratio":
-            return _uniform(targets, Fraction(budget.amount), multiple)
+    if aim.allocation == "uniform":
         return uniform_within(targets, limit, lambda target, rank: target.cost(rank, unit), multiple)
-    relative = allocation == "energy"
     curves = {
-        name: curve(target, spectra(target), unit, relative=relative, multiple=multiple)
-        for name, target in targets.items()
+        name: _curve(target, weighed(losses(name), aim.allocation), unit, multiple) for name, target in targets.items()
     }
-    return allocate.spend(curves, limit, foresee_dense=allocation == "convex")
+    return allocate.spend(curves, limit, foresee_dense=aim.allocation == "convex")
 
 
-def _at_energy(target: Target, spectrum: Losses, share: float, multiple: int) -> int | None:
-    """Return the smallest multiple that keeps the share, or None where its factors would not be smaller."""
-    losses = spectrum.losses()
-    allowed = (1 - share) * float(losses.flatten()[0])
-    least = max(1, int((losses > allowed).sum()))
+def _at_energy(target: Target, losses: Tensor, share: float, multiple: int) -> int | None:
+    """Return the smallest rank that keeps a share of the energy, or None where its factors would not be smaller."""
+    least = max(1, int((losses > (1 - share) * float(losses[0])).sum()))
     rank = -(-least // multiple) * multiple
     return rank if rank <= allocate.break_even_rank(target.shape, target.form) else None
 
@@ -123,51 +106,37 @@ def uniform_within(
     def at(share: int) -> dict[str, int | None]:
         return _uniform(targets, Fraction(share, 1_000_000), multiple)
 
-    def cost(ranks: Mapping[str, int | None]) -> int:
-        return sum(price(targets[name], rank) for name, rank in ranks.items())
+    def cost(share: int) -> int:
+        return sum(price(targets[name], rank) for name, rank in at(share).items())
 
     low, high = 1, 1_000_000
-    if cost(at(low)) > limit:
+    if cost(low) > limit:
         raise PlanError(
             f"the budget leaves {limit:,} for the eligible modules",
-            why=f"rank {multiple} in each takes {cost(at(low)):,}",
+            why=f"rank {multiple} in each takes {cost(low):,}",
         )
-    if cost(at(high)) <= limit:
+    if cost(high) <= limit:
         return at(high)
     while high - low > 1:
         middle = (low + high) // 2
-        if cost(at(middle)) <= limit:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
     return at(low)
 
 
-def curve(target: Target, spectrum: Losses, unit: str, *, relative: bool, multiple: int = 1) -> Curve:
-    """Return loss against cost of one module, without the ranks that would make it grow.
+def weighed(losses: Tensor, allocation: str) -> Tensor:
+    """Return losses as an allocation adds them up: under ``energy`` as shares of the module's own."""
+    if allocation != "energy":
+        return losses
+    return losses * (1 / float(losses[0]) if losses[0] else 0.0)
 
-    Args:
-        target: the module.
-        spectrum: its decomposition.
-        unit: ``entries`` or ``macs``.
-        relative: divide the losses by the module's energy.
-        multiple: consider only ranks that are multiples of it.
-    """
-    losses = spectrum.losses()
-    energy = float(losses.flatten()[0])
-    scale = (1 / energy if energy else 0.0) if relative else 1.0
-    largest = allocate.break_even_rank(target.shape, target.form)
-    ranks = range(multiple, largest + 1, multiple)
-    kept = (losses[multiple : largest + 1 : multiple] * scale).tolist()
-    costs = [target.cost(rank, unit) for rank in ranks]
-    dense = target.cost(None, unit)
-    useful = [at for at, cost in enumerate(costs) if cost < dense]
-    following = (len(ranks) + 1) * multiple
-    next_loss = float(losses[following]) * scale if following < len(losses) else 0.0
-    return Curve(  # arrays, as all modules' curves are held at once, and Python's own numbers take four times as much
-        array("q", (ranks[at] for at in useful)),
-        array("q", (costs[at] for at in useful)),
-        array("d", (kept[at] for at in useful)),
-        dense,
-        next_loss,
-    )
+
+def _curve(target: Target, losses: Tensor, unit: str, multiple: int) -> Curve:
+    """Return loss against cost, in ``unit``, at the multiples at which a module is smaller, and cheaper than dense."""
+    largest, dense = allocate.break_even_rank(target.shape, target.form), target.cost(None, unit)
+    # arrays, as all modules' curves are held at once, and Python's own numbers take four times as much
+    ranks = array("q", range(multiple, largest + 1, multiple))
+    costs = array("q", (target.cost(rank, unit) for rank in ranks))
+    kept = array("d", losses[multiple : largest + 1 : multiple].tolist())
+    following, cheaper = (len(ranks) + 1) * multiple, bisect_left(costs, dense)
+    next_loss = float(losses[following]) if following < len(losses) else 0.0
+    return Curve(ranks[:cheaper], costs[:cheaper], kept[:cheaper], dense, next_loss)

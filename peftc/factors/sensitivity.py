@@ -1,4 +1,4 @@
-"""Measure what each module's own factors do to the outputs, and correct the predicted losses by it.
+"""Measure what factors do to the outputs: each module's own, to correct the predicted losses, and those of whole plans.
 
 A method's loss is a second-order, module-by-module prediction. Here every module is cut to one rank, alone, and the
 divergence of the model's outputs from the dense model's is measured on a few other samples; the whole curve of
@@ -11,20 +11,22 @@ the correction kept 0.39 top-1 where the prediction kept 0.76. So both plans, an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from peftc import progress
 from peftc.calibration.prepared import Prepared
+from peftc.calibration.statistics import Statistics
 from peftc.factors import joint
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import needs_spectra
+from peftc.factors.ranks import Ranks
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
@@ -33,7 +35,7 @@ from peftc.models.place import dtype_of, moved
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
 from peftc.plans import allocate
-from peftc.plans.plan import Budget, Target
+from peftc.plans.plan import Target
 from peftc.store import artifact
 from peftc.tasks.table import guess
 from peftc.tasks.task import Batch
@@ -49,59 +51,127 @@ PRODUCT = 4  # bytes of an entry of a product of factors
 LARGEST = 1e3  # the measured loss may differ from the predicted one by so much, either way
 
 
-def measured(work: Factoring, prepared: Prepared, samples: int, folder: Path) -> dict[str, tuple[Tensor, float]]:
-    """Return (k + 1,) squared errors by rank of every module as predicted, and what one measurement scales them by.
+@dataclass(frozen=True)
+class Trial:
+    """Samples that nothing is calibrated on, and what the network loses on them with factors in it.
 
-    Args:
+    Attributes:
         work: with statistics; its network is not changed.
         prepared: the calibration set, and a runnable copy of the model.
-        samples: of those kept apart, for each measurement.
+        sensitivity: samples for the measurement of one module, at most; whole plans are tried on four times as many.
         folder: where measurements are kept for a resume.
     """
-    path = folder / KEPT
-    scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found_losses: dict[str, tuple[Tensor, float]] = {}
-    known = work.factorize.statistics
-    assert known is not None
-    batches = samples_of(prepared, samples, known.batch_size)
-    dense: list[Tensor] = []
-    with progress.track("sensitivity", len(work.targets)) as advance:
-        for name, target in work.targets.items():
-            found = work.spectrum(target)
-            if name not in scales and isinstance(found, Spectrum):
-                dense = dense or _dense(prepared, batches, folder)
-                scales[name] = _scale(work, prepared, target, found, batches, dense)
-                artifact.write_bytes(path.with_suffix(".tmp"), json.dumps(scales).encode())
-                path.with_suffix(".tmp").replace(path)
-            found_losses[name] = found.losses().cpu(), scales.get(name, 1.0)
-            del found  # before the next one is solved
-            advance(name)
-    return found_losses
+
+    work: Factoring
+    prepared: Prepared
+    sensitivity: int
+    folder: Path
+
+    @property
+    def samples(self) -> int:
+        """How many samples plans are tried on."""
+        return min(WHOLE * self.sensitivity, self.prepared.tried.size)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the products of all modules can be held at once, beside the model."""
+        limit = self.work.model.max_memory
+        return limit is None or PRODUCT * sum(target.entries for target in self.work.targets.values()) < limit // 2
+
+    def alone(self) -> dict[str, tuple[Tensor, float]]:
+        """Return (k + 1,) squared errors by rank of every module as predicted, and what one measurement scales them by.
+
+        One module at a time is cut, and measured by the samples' divergence from the dense model.
+        """
+        path = self.folder / KEPT
+        scales: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        losses: dict[str, tuple[Tensor, float]] = {}
+        batches, dense = self.batches(self.sensitivity), list[Tensor]()
+        with progress.track("sensitivity", len(self.work.targets)) as advance:
+            for name, target in self.work.targets.items():
+                found = self.work.spectrum(target)
+                if name not in scales:
+                    dense = dense or self._dense(batches, self.folder)
+                    scales[name] = self._scale(target, found, batches, dense)
+                    artifact.write_bytes(path, json.dumps(scales).encode())
+                losses[name] = found.losses().cpu(), scales[name]
+                del found  # before the next one is solved
+                advance(name)
+        return losses
+
+    def lost(self, ranks: Ranks) -> Interval:
+        """Return the divergence, in nats, of the model with all modules cut: per token of text, else per sample."""
+        batches = self.batches(self.samples)
+        dense = self._dense(batches, self.folder / f"whole-{self.samples}")
+        with ExitStack() as held:
+            for name, rank in ranks.items():
+                if rank is not None:
+                    target = self.work.targets[name]
+                    held.enter_context(self.cut(target, self.work.spectrum(target), rank))
+            each = self._divergences(batches, dense).numpy() / tokens_of(self.work)
+        return bootstrap(lambda rows: float(each[rows].mean()), len(each), seed=self.prepared.request.seed)
+
+    def batches(self, samples: int) -> list[Batch]:
+        """Return so many of the samples, at most, spread over them, as many at once as in the calibration."""
+        tried, known = self.prepared.tried, self.work.factorize.statistics
+        assert known is not None
+        some = tried.some(tried.spread(min(samples, tried.size)))
+        return [some.batch(run) for run in in_batches(some.lengths, some.size, known.batch_size)]
+
+    def _dense(self, batches: list[Batch], folder: Path) -> list[Tensor]:
+        """Return the dense model's outputs for every batch, kept in files and mapped, for they may be large."""
+        folder.mkdir(exist_ok=True)
+        parts = [folder / f"outputs-{number:05d}.safetensors" for number in range(len(batches))]
+        for part, batch in zip(parts, batches, strict=True):
+            if not part.is_file():
+                save_part(part, {"outputs": outputs(self.prepared, batch)}, {})
+        return [load_file(part)["outputs"] for part in parts]
+
+    def _divergences(self, batches: list[Batch], dense: list[Tensor]) -> Tensor:
+        """Return (samples,) divergences of what the model gives now from what the dense one gave, on the CPU."""
+        parts = []
+        for before, batch in zip(dense, batches, strict=True):
+            now = outputs(self.prepared, batch)
+            parts.append(divergence(self.prepared.task, before.to(now.device), now, batch.inputs))
+        return torch.cat(parts).cpu()
+
+    def _scale(self, target: Target, found: Spectrum, batches: list[Batch], dense: list[Tensor]) -> float:
+        """Return the measured divergence over the predicted one, of one module at one rank."""
+        rank, losses = rank_of(target), found.losses()
+        predicted = float(losses[rank]) / 2
+        if predicted <= FAINT * float(losses[0]) / 2:
+            return 1.0
+        with self.cut(target, found, rank):
+            seen = float(self._divergences(batches, dense).mean())
+        return min(max(seen / predicted, 1 / LARGEST), LARGEST)
+
+    @contextmanager
+    def cut(self, target: Target, found: Spectrum, rank: int) -> Iterator[None]:
+        """Give a module, or every member of a group, the product of its factors as weight within a context."""
+        network: Any = self.prepared.model.module
+        factors = found.truncate(rank).factors
+        before: list[tuple[Any, Tensor]] = []
+        for at, up in enumerate(factors.up.split(target.outs or len(factors.up))):
+            one = joint.member(self.work.model, target, at) if target.members else target
+            module, mine = network.get_submodule(one.name), Factors(up, factors.down)
+            product = lowrank.dense_weight(lowrank.tensors(mine, one.shape, one.form), one.shape, one.form)
+            bias = self.work.corrected_bias(one, mine)
+            changes = [(module.weight, product), *([] if bias is None else [(module.bias, bias)])]
+            before += [(parameter, parameter.data) for parameter, _ in changes]
+            for parameter, tensor in changes:
+                parameter.data = tensor.to(parameter.device, dtype_of(network))
+        try:
+            yield
+        finally:
+            for parameter, data in before:
+                parameter.data = data
 
 
-def whole(work: Factoring, prepared: Prepared, ranks: Mapping[str, int | None], samples: int, folder: Path) -> Interval:
-    """Return the measured divergence, in nats, of the model with all modules cut to ``ranks``.
-
-    Of language models it is that per token, of others per sample.
-
-    Args:
-        work, prepared, folder: as for `measured`.
-        ranks: of the modules.
-        samples: of those kept apart, to measure on.
-    """
-    known = work.factorize.statistics
-    assert known is not None
-    batches = samples_of(prepared, samples, known.batch_size)
-    dense = _dense(prepared, batches, folder / f"whole-{samples}")
-    with ExitStack() as held:
-        for name, rank in ranks.items():
-            if isinstance(rank, int):
-                found = work.spectrum(work.targets[name])
-                assert isinstance(found, Spectrum)
-                held.enter_context(cut(work, prepared.model.module, work.targets[name], found, rank))
-                del found
-        each = _divergences(prepared, batches, dense).numpy() / tokens_of(work)
-    return bootstrap(lambda rows: float(each[rows].mean()), len(each), seed=prepared.request.seed)
+def trial_of(work: Factoring, source: Prepared | Statistics | None, samples: int, folder: Path) -> Trial | None:
+    """Return what ranks are tried on; None where no samples are there or wanted, or losses are no divergences."""
+    if not samples or not isinstance(source, Prepared) or not is_in_nats(work):
+        return None
+    return Trial(work, source, samples, folder)
 
 
 def tokens_of(work: Factoring) -> float:
@@ -112,79 +182,9 @@ def tokens_of(work: Factoring) -> float:
     return float(known.note["rows"] / known.note["samples"])
 
 
-def _divergences(prepared: Prepared, batches: list[Batch], dense: list[Tensor]) -> Tensor:
-    """Return (samples,) divergences of what the model gives now from what the dense one gave, on the CPU."""
-    parts = []
-    for one, batch in zip(dense, batches, strict=True):
-        now = outputs(prepared, batch)
-        parts.append(divergence(prepared.task, one.to(now.device), now, batch.inputs))
-    return torch.cat(parts).cpu()
-
-
-def _dense(prepared: Prepared, batches: list[Batch], folder: Path) -> list[Tensor]:
-    """Return the dense model's outputs for every batch, on the CPU; kept in files and mapped, for they may be large."""
-    folder.mkdir(exist_ok=True)
-    found = []
-    for number, batch in enumerate(batches):
-        part = folder / f"outputs-{number:05d}.safetensors"
-        if not part.is_file():
-            save_part(part, {"outputs": outputs(prepared, batch)}, {})
-        with safe_open(part, "pt") as file:
-            found.append(file.get_tensor("outputs"))
-    return found
-
-
-def number(prepared: Prepared, samples: int) -> int:
-    """Return how many samples there are to measure on, where so many were asked for."""
-    return min(samples, prepared.tried.size)
-
-
-def samples_of(prepared: Prepared, samples: int, batch_size: int) -> list[Batch]:
-    """Return so many of the samples that plans are tried on, spread over them, in batches."""
-    some = prepared.tried.some(prepared.tried.spread(number(prepared, samples)))
-    return [some.batch(run) for run in in_batches(some.lengths, some.size, batch_size)]
-
-
-def _scale(
-    work: Factoring, prepared: Prepared, target: Target, found: Spectrum, batches: list[Batch], dense: list[Tensor]
-) -> float:
-    """Return the measured divergence over the predicted one, of one module at one rank."""
-    rank = rank_of(target)
-    predicted = float(found.losses()[rank]) / 2
-    if predicted <= FAINT * float(found.losses()[0]) / 2:
-        return 1.0
-    with cut(work, prepared.model.module, target, found, rank):
-        seen = float(_divergences(prepared, batches, dense).mean())
-    return min(max(seen / predicted, 1 / LARGEST), LARGEST)
-
-
 def rank_of(target: Target) -> int:
     """Return the rank at which a module is tried."""
     return max(1, int(SHARE * allocate.break_even_rank(target.shape, target.form)))
-
-
-@contextmanager
-def cut(work: Factoring, network: Any, target: Target, found: Spectrum, rank: int) -> Iterator[None]:
-    """Give a module, or every member of a group, the product of its factors as weight, for the length of a context."""
-    factors = found.truncate(rank).factors
-    ups = factors.up.split(target.outs) if target.members else (factors.up,)
-    before: list[tuple[Any, Tensor]] = []
-    for at, up in enumerate(ups):
-        one = joint.member(work.model, target, at) if target.members else target
-        module = network.get_submodule(one.name)
-        mine = Factors(up, factors.down)
-        product = lowrank.dense_weight(lowrank.tensors(mine, one.shape, one.form), one.shape, one.form)
-        changes: list[tuple[Any, Tensor | None]] = [(module.weight, product)]
-        changes.append((getattr(module, "bias", None), work.corrected_bias(one, mine)))
-        for parameter, tensor in changes:
-            if tensor is not None:
-                before.append((parameter, parameter.data))
-                parameter.data = tensor.to(parameter.device, dtype_of(network))
-    try:
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
 
 
 def outputs(prepared: Prepared, batch: Batch) -> Tensor:
@@ -192,17 +192,6 @@ def outputs(prepared: Prepared, batch: Batch) -> Tensor:
     return inputs.outputs(prepared.model, moved(prepared.model, batch.inputs))
 
 
-def is_of_use(work: Factoring, budget: Budget, allocation: str) -> bool:
-    """Return whether losses decide the ranks, and are divergences, so that a measured one corrects them."""
-    return needs_spectra(budget, allocation) and budget.kind != "energy" and is_in_nats(work)
-
-
 def is_in_nats(work: Factoring) -> bool:
     """Return whether the losses of a method count divergence from the dense model."""
     return "output_gradient_gram" in work.factorize.needs
-
-
-def fits(work: Factoring) -> bool:
-    """Return whether the products of all modules can be held at once, beside the model."""
-    held = PRODUCT * sum(target.entries for target in work.targets.values())
-    return work.model.max_memory is None or held < work.model.max_memory // 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from peftc import progress
 from peftc.calibration import hooks
@@ -23,6 +23,7 @@ from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import matrix_of
 from peftc.errors import UsageError
 from peftc.factors.factoring import Factoring
+from peftc.factors.ranks import Ranks
 from peftc.models.dual import has_matching
 from peftc.models.inputs import outputs
 from peftc.models.layers import registered
@@ -65,10 +66,7 @@ def refuse(source: object, needs: Sequence[str], *, keep_all_ranks: bool, joint:
 
 @dataclass(frozen=True)
 class _Now:
-    """Statistics of the modules of one stage as they are now, with the dense model's gradients.
-
-    It stands in for `Statistics` while they are factored.
-    """
+    """Statistics of the modules of one stage as they are now, in place of `Statistics` while these are factored."""
 
     found: Mapping[str, Found]
     lookups: frozenset[str]
@@ -82,7 +80,7 @@ class _Now:
         return self.found[name].to(device)
 
 
-def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, int | None]) -> dict[str, dict[str, Any]]:
+def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Compute and keep the factors of every module with a rank, in order; return what `Factoring.factor` does.
 
     Args:
@@ -90,52 +88,54 @@ def factor(work: Factoring, prepared: Prepared, ranks: Mapping[str, int | None])
         prepared: the calibration set, and a copy of the model that takes the factors as they come.
         ranks: by module.
     """
-    model, known = prepared.model, work.factorize.statistics
+    known = work.factorize.statistics
     assert known is not None
     runs = batches(prepared.encoded.lengths, prepared.encoded.size, known.batch_size)
-    sites = hooks.sites(model, work.targets, lambda: _pass(prepared, runs[:1], None))
+    sites = hooks.sites(prepared.model, work.targets, lambda: _pass(prepared, runs[:1], None))
     cuts: dict[str, dict[str, Any]] = {}
     with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:
         for _, group in groupby(sites.values(), key=lambda site: site.leader):
             some = list(group)  # what else shares the input but runs later is a stage of its own
             stage = {site.target.name: replace(site, leader=some[0].target.name) for site in some}
-            chosen = [name for name in stage if ranks.get(name) is not None]
+            chosen = {name: rank for name in stage if (rank := ranks.get(name)) is not None}
             parts = {name: work.part(work.targets[name], "factors") for name in chosen}
             if chosen and not all(part.is_file() for part in parts.values()):
                 now = replace(work.factorize, statistics=_collect(work, prepared, stage, runs))
-                for name in chosen:
-                    work.factor_one(work.targets[name], ranks[name], parts[name], now)  # type: ignore[arg-type]
-            for name in chosen:
-                cuts[name] = _placed(work, model.module, name, parts[name])
+                for name, rank in chosen.items():
+                    work.factor_one(work.targets[name], rank, parts[name], now)
+            for name, part in parts.items():
+                _place(work, prepared, name, part)
+                cuts[name] = read_note(part) or {}
                 advance(name)
     return {name: cuts[name] for name in work.targets if name in cuts}
 
 
 def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], runs: list[list[int]]) -> Any:
-    """Return the statistics of one stage, from one pass over the calibration set."""
+    """Return the statistics of one stage, with the dense model's gradients, from one pass over the calibration set."""
     known = work.factorize.statistics
     assert known is not None
-    needs = [need for need in NEEDS if need in work.factorize.needs]
-    collector = Collector(prepared.model, stage, needs)
+    collector = Collector(prepared.model, stage, [need for need in NEEDS if need in work.factorize.needs])
     with collector.watching() as sums:
         _pass(prepared, runs, collector)
     found = {}
     for name, site in stage.items():
         before, inputs = known.of(name, work.device), sums.running.get(f"{site.leader}.input")
+        patch = sums.running.get(f"{site.leader}.patch")
         seen = sums.running.get(f"{name}.output") if site.side == "output" else inputs
-        mean = None if inputs is None else inputs.mean
         output_mean = None
-        if site.side == "output" and seen is not None:
-            output_mean = seen.mean
-            if mean is not None:  # without the bias
-                output_mean = matrix_of(prepared.model, site.target).double() @ mean
+        if site.side == "output" and seen is not None:  # without the bias
+            output_mean = seen.mean if inputs is None else matrix_of(prepared.model, site.target).double() @ inputs.mean
         others = dict(before.others)
         if f"{site.leader}.magnitude" in sums.totals and inputs is not None:
             others["input_magnitude"] = sums.totals[f"{site.leader}.magnitude"] / inputs.count
-        covariance = None if seen is None or seen.scatter is None else seen.covariance().float()
-        patch = sums.running.get(f"{site.leader}.patch")
         found[name] = Found(
-            site.side, mean, covariance, output_mean, others, before.rows, None if patch is None else patch.mean
+            site.side,
+            mean=None if inputs is None else inputs.mean,
+            covariance=None if seen is None or seen.scatter is None else seen.covariance().float(),
+            output_mean=output_mean,
+            others=others,
+            rows=before.rows,
+            patch=None if patch is None else patch.mean,
         )
     return _Now(found, frozenset(name for name in stage if known.is_lookup(name)))
 
@@ -170,22 +170,19 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
                 continue
 
 
-def _placed(work: Factoring, network: Any, name: str, part: Path) -> dict[str, Any]:
-    """Give a module of the running network the product of its factors, and return the note about them."""
+def _place(work: Factoring, prepared: Prepared, name: str, part: Path) -> None:
+    """Give a module of the running network the product of its factors."""
+    network: Any = prepared.model.module
     target, module = work.targets[name], network.get_submodule(name)
     like = {"device": module.weight.device, "dtype": dtype_of(network)}
-    tensors = {key: tensor.to(**like) for key, tensor in work.kept(name, 0)[0].items()}
+    tensors = {key: tensor.to(**like) for key, tensor in load_file(part).items()}
     bias = tensors.pop("up.bias", None)
     product = lowrank.dense_weight(tensors, target.shape, target.form)
     if work.model.max_memory is not None:  # all products together are as large as the model: they are mapped, as it was
         stored = part.with_name(f"{part.stem}-product.safetensors")
         save_part(stored, {"weight": product}, {})
-        with safe_open(stored, "pt") as file:
-            product = file.get_tensor("weight").to(**like)
+        product = load_file(stored)["weight"].to(**like)
     for each in (name, *target.aliases):
         network.get_submodule(each).weight.data = product
     if bias is not None:
         module.bias.data = bias
-    note = read_note(part)
-    assert note is not None
-    return note

@@ -15,124 +15,96 @@ import torch
 
 from peftc import progress
 from peftc.errors import PlanError
-from peftc.factors.decision import Decision, Input
+from peftc.factors.decision import Decision
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import Losses, uniform_within
+from peftc.factors.ranks import Ranks, uniform_within, weighed
 from peftc.measure import latency
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
 from peftc.models.inputs import probe
-from peftc.models.model import Model, detached
+from peftc.models.model import detached
 from peftc.models.place import runnable
 from peftc.plans import allocate
-from peftc.plans.plan import Budget
+from peftc.plans.plan import Aim
 from peftc.report import grouped
 
 BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
 TRIES = 6
 BUSY = 1.2  # what modules may show against themselves at most, in the least of their times
-
-Ranks = Mapping[str, int | None]
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What was asked: a speed-up, how modules share the loss, and in which multiples."""
-
-    budget: Budget
-    allocation: str
-    multiple: int
-    given: Input
-
-    @property
-    def wanted(self) -> float:
-        """How many times faster the model is to be."""
-        return float(self.budget.amount)
+QUIET = "end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`"
 
 
-def unusual(budget: Budget | None, multiple: int, given: Input) -> dict[str, Any]:
+def unusual(aim: Aim | None) -> dict[str, Any]:
     """Return what a request says besides, where it is not as always; requests of earlier versions keep their ids."""
-    said: dict[str, Any] = {"rank_multiple": multiple} if multiple > 1 else {}
-    if budget is not None and budget.kind == "speedup":
-        said["timed"] = [given.batch_size or BATCH_SIZE, given.image_size, given.max_length]
+    if aim is None:
+        return {}
+    said: dict[str, Any] = {"rank_multiple": aim.multiple} if aim.multiple > 1 else {}
+    if aim.budget.kind == "speedup":
+        said["timed"] = [aim.timed.batch_size or BATCH_SIZE, aim.timed.image_size, aim.timed.max_length]
     return said
 
 
-def timed(work: Factoring, aim: Aim, known: Mapping[str, Losses]) -> Decision:
+def timed(work: Factoring, aim: Aim) -> Decision:
     """Return the ranks at which the model is as fast as was asked, as it was timed here.
 
     Raises:
         PlanError: that is out of reach, or the machine is too busy to tell.
     """
-    given = aim.given
+    given, asked = aim.timed, float(aim.budget.amount)
     model = runnable(replace(work.model, module=detached(work.model.module)), device=given.device)
     size = given.batch_size or BATCH_SIZE
     batch = probe(model, batch=size, image_size=given.image_size, max_length=given.max_length, seed=given.seed)
     sites = latency.sites_of(model, work.targets, batch, work.form_of)
     ranks = {name: latency.candidates(target, aim.multiple) for name, target in work.targets.items()}
-    times = _time_sites(model, sites, ranks)
-    _refuse_busy(aim.wanted, sites, times)
+    chosen = {site: latency.grid(ranks[name]) for name, each in sites.items() for site in each if ranks[name]}
+    modules = {repr(module): module for module in model.module.modules()}
+    times = {
+        site: latency.time_site(modules[site.module], site, some, f"timing shape {number} of {len(chosen)}")
+        for number, (site, some) in enumerate(chosen.items(), 1)
+    }
+    _refuse_busy(asked, [times[site] for each in sites.values() for site in each if site in times])
     paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
     fast = {name: each for name, each in paces.items() if each.costs}
     if not fast:
-        raise _unreachable(aim.wanted, 1.0, "no eligible module gets measurably faster by factors of any rank")
-    solve = _solver(work, aim, fast, known)
-    seconds = latency.model_seconds(model, batch)
-    rounds = latency.rounds_for(seconds)
+        raise _unreachable(asked, 1.0, "no eligible module gets measurably faster by factors of any rank")
+    solve = _solver(work, aim, fast)
+    seconds, rounds = latency.model_seconds(model, batch)
 
     def measured(ranks: Ranks) -> Measured:
         return latency.compare(model, latency.factored(model, work.targets, ranks, work.form_of), batch, rounds)
 
-    tries = search(aim.wanted, fast, round(1e9 * seconds), solve, measured)
-    best = tries[-1]
+    tries = search(asked, fast, round(1e9 * seconds), solve, measured)
+    best, device = tries[-1], next(model.module.parameters()).device
     figures = {
-        "asked": aim.wanted,
+        "asked": asked,
         **asdict(best.measured),
         "batch_size": size,
         "tries": len(tries),
-        **_place(model),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
         "shapes": _shapes(sites, times, paces),
     }
-    decided = {name: best.ranks.get(name) for name in work.targets}
-    slow = {name: _why_slow(sites[name], ranks[name]) for name in work.targets if name not in fast}
-    return Decision(decided, slow, figures)
+    slow = {}
+    for name, each in ranks.items():
+        if name not in fast:
+            why = "its factors are not measurably faster here" if sites[name] else "not called on a random input"
+            slow[name] = why if each else "its factors would not be smaller"
+    return Decision({name: best.ranks.get(name) for name in work.targets}, slow, figures)
 
 
-def _refuse_busy(asked: float, sites: Mapping[str, Sequence[Site]], times: Mapping[Site, SiteTimes]) -> None:
+def _refuse_busy(asked: float, called: Sequence[SiteTimes]) -> None:
     """Refuse where modules take such different times from themselves that those of their factors would mean nothing."""
-    called = [times[site] for each in sites.values() for site in each if site in times]
     total = sum(each.dense for each in called)
     noise = sum(each.dense * each.noise for each in called) / total if called else 1.0
     if noise > BUSY:
         raise PlanError(
             f"a speed-up of {asked:g}x cannot be told from noise here",
             why=f"the time of a module was measured to be {noise:.2f}x its own, in the mean over all modules",
-            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
+            hint=QUIET,
         )
 
 
-def _why_slow(sites: Sequence[Site], ranks: Sequence[int]) -> str:
-    if not ranks:
-        return "its factors would not be smaller"
-    return "its factors are not measurably faster here" if sites else "not called on a random input"
-
-
-def _time_sites(
-    model: Model, sites: Mapping[str, Sequence[Site]], ranks: Mapping[str, Sequence[int]]
-) -> dict[Site, SiteTimes]:
-    """Time each distinct site once."""
-    modules = {repr(module): module for module in model.module.modules()}
-    chosen = {site: latency.grid(ranks[name]) for name, each in sites.items() for site in each if ranks[name]}
-    found = {}
-    for number, (site, some) in enumerate(chosen.items(), 1):
-        title = f"timing shape {number} of {len(chosen)}"
-        found[site] = latency.time_site(modules[site.module], site, some, title)
-    return found
-
-
-def _solver(
-    work: Factoring, aim: Aim, paces: Mapping[str, Pace], known: Mapping[str, Losses]
-) -> Callable[[int], Ranks]:
+def _solver(work: Factoring, aim: Aim, paces: Mapping[str, Pace]) -> Callable[[int], Ranks]:
     """Return a function from nanoseconds to the ranks that lose least within them."""
     targets = {name: work.targets[name] for name in paces}
     if aim.allocation == "uniform":
@@ -144,9 +116,8 @@ def _solver(
         return uniform
     curves = {}
     with progress.track("spectra", len(targets)) as advance:
-        for name, target in targets.items():
-            losses = (known.get(name) or work.spectrum(target)).losses()
-            curves[name] = paces[name].curve(losses, relative=aim.allocation == "energy")
+        for name in targets:
+            curves[name] = paces[name].curve(weighed(work.losses_of(name), aim.allocation))
             advance(name)
 
     def greedy(limit: int) -> Ranks:
@@ -204,14 +175,14 @@ def search(
             return tries
         if cost <= floor and value < asked * (1 - allowed):
             raise _unreachable(asked, value, "the lowest ranks that were timed, in every module that gets faster")
-        limit = next_limit(asked, dense, tries)
+        limit = _next_limit(asked, dense, tries)
     best = min(tries, key=lambda each: abs(math.log(each.measured.value / asked)))
     if abs(best.measured.value / asked - 1) > allowed:
         raise _missed(asked, tries)
     return [each for each in tries if each is not best] + [best]
 
 
-def next_limit(asked: float, dense: int, tries: Sequence[Try]) -> float:
+def _next_limit(asked: float, dense: int, tries: Sequence[Try]) -> float:
     """Return the nanoseconds to try next: on the line through the two plans that enclose what is asked.
 
     The dense model, at a speed-up of 1, is one end of the first line; without a plan that is fast enough the line
@@ -233,7 +204,7 @@ def _refuse_noise(asked: float, measured: Measured) -> None:
             f"a speed-up of {asked:g}x cannot be told from noise here: {measured.value:.2f}x was measured",
             why=f"the model against itself shows {measured.noise_low:.2f}x to {measured.noise_high:.2f}x "
             f"in {measured.rounds} rounds",
-            hint="end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`",
+            hint=QUIET,
         )
 
 
@@ -258,23 +229,13 @@ def _missed(asked: float, tries: Sequence[Try]) -> PlanError:
     )
 
 
-# -- for people -------------------------------------------------------------------------------------------------------
-
-
-def _place(model: Model) -> dict[str, Any]:
-    device = next(model.module.parameters()).device
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": named, "threads": torch.get_num_threads()}
-
-
 def _shapes(
     sites: Mapping[str, Sequence[Site]], times: Mapping[Site, SiteTimes], paces: Mapping[str, Pace]
 ) -> list[dict[str, Any]]:
-    """Return what was timed, one entry per distinct shape."""
+    """Return what was timed, one entry per distinct shape, for people."""
     rows = []
     for site, each in times.items():
         names = [name for name, called in sites.items() if site in called]
-        fast = list(paces[names[0]].costs)
         rows.append(
             {
                 "modules": list(grouped(names)),
@@ -285,7 +246,7 @@ def _shapes(
                 "noise_high": each.noise,
                 "ranks": list(each.ranks),
                 "seconds": list(each.seconds),
-                "faster_to_rank": fast[-1] if fast else None,
+                "faster_to_rank": max(paces[names[0]].costs, default=None),
             }
         )
     return rows

@@ -1,59 +1,51 @@
-"""What a step that factors modules is asked, and what it says: shared by decompose and truncate."""
+"""What a step that factors modules says: shared by decompose and truncate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from peftc.factors import joint as joining
+from peftc.factors import joint
 from peftc.factors.factoring import Factoring
+from peftc.factors.ranks import Ranks
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans.plan import Target
-from peftc.report import Report, Table, grouped, percent, rank_span, size_table, span
+from peftc.report import Report, Table, grouped, percent, size_table, span
+
+Row = Mapping[str, Any]
 
 
 def report_on(
-    command: str,
-    work: Factoring,
-    ranks: Mapping[str, int | None],
-    cuts: Mapping[str, Mapping[str, Any]],
-    reasons: Mapping[str, str],
-    asked: str,
-    why_dense: str,
+    command: str, work: Factoring, ranks: Ranks, cuts: Mapping[str, Mapping[str, Any]], words: tuple[str, str]
 ) -> Report:
-    """Say what is done with every module, and what becomes of the whole."""
-    targets, whole = work.targets, work.whole
-    ranks = {name: ranks.get(name) for name in work.targets}
+    """Say what is done with every module, and what becomes of the whole.
+
+    Args:
+        command: the step.
+        work, ranks: the eligible modules.
+        cuts: module -> figures of its factors.
+        words: what was asked, and why a module stays dense under it.
+    """
+    targets, (asked, why_dense) = work.targets, words
+    ranks = {name: ranks.get(name) for name in targets}
     rows = [module(targets[name], rank, cuts.get(name, {}), why_dense) for name, rank in ranks.items()]
-    kept = sum(row["parameters_after"] for row in rows)
-    dense = sum(row["parameters_before"] for row in rows)
-    saved_macs = sum(t.cost(None, "macs") - t.cost(ranks[name], "macs") for name, t in work.targets.items())
-    saved_bytes = sum(
-        (row["parameters_before"] - row["parameters_after"])
-        * work.model.module.get_submodule(row["name"]).weight.element_size()  # type: ignore[union-attr, operator]
-        for row in rows
-    )
-    after = whole.parameters - dense + kept
+    kept, dense = (sum(row[f"parameters_{when}"] for row in rows) for when in ("after", "before"))
     factored = sum(rank is not None for rank in ranks.values())
-    before_bytes = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
-    size = {
-        "before": {"parameters": whole.parameters, "macs": whole.macs, "bytes": before_bytes},
-        "after": {
-            "parameters": after,
-            "macs": None if whole.macs is None else whole.macs - saved_macs,
-            "bytes": before_bytes - saved_bytes,
-        },
+    change = {
+        "parameters": kept - dense,
+        "macs": sum(t.cost(ranks[name], "macs") - t.cost(None, "macs") for name, t in targets.items()),
+        "bytes": sum(
+            (t.cost(ranks[name], "entries") - t.entries) * entry_bytes(work, name) for name, t in targets.items()
+        ),
     }
-    achieved = {"asked": asked, "eligible": round(kept / dense, 6), "model": round(after / whole.parameters, 6)}
-    others = [{"name": name, "reason": reason} for name, reason in reasons.items()]
-    report = Report(command, {"size": size, "ratio": achieved, "modules": rows, "dense": others})
-    report.tables += [_modules_table(rows), dense_table(rows, reasons), size_table(size)]
-    report.notes += [
+    achieved = {"asked": asked, "eligible": round(kept / dense, 6)}
+    shown = [_modules_table(rows), dense_table(rows, work.reasons)]
+    report = base_report(command, work, rows, shown, change, achieved)
+    report.notes.insert(
+        0,
         f"{factored} of {len(targets)} eligible modules factored ({asked}); kept {percent(achieved['eligible'])} of "
         f"their weights, {percent(achieved['model'])} of the model's parameters",
-        *work.model.notes,
-        *(work.factorize.statistics.notes if work.factorize.statistics else []),
-    ]
+    )
     tied = [
         f"`{name}` with {', '.join(f'`{a}`' for a in t.aliases)}"
         for name, t in targets.items()
@@ -61,22 +53,52 @@ def report_on(
     ]
     if tied:
         report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
-    report.notes += joining.said(targets, ranks)
+    report.notes += joint.said(targets, ranks)
     if not factored:
-        report.warnings.append("no module was factored: none would become smaller at this budget")
-    report.warnings += climbs(rows)
-    report.warnings += work.factorize.statistics.warnings if work.factorize.statistics else []
+        report.warnings.insert(0, "no module was factored: none would become smaller at this budget")
     return report
 
 
-def climbs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each way of computing a module's factors that failed."""
-    return [f"`{row['name']}`: {climb}; computed by {row['rung']} instead" for row in rows for climb in row["climbed"]]
+def base_report(
+    command: str, work: Factoring, rows: list[dict[str, Any]], shown: list[Table], change: Row, ratio: dict[str, Any]
+) -> Report:
+    """Return a report with sizes, modules, and what models and statistics had to say.
+
+    Args:
+        command: the step.
+        work, rows: the eligible modules, and their figures.
+        shown: tables of them.
+        change: of parameters, multiply-adds and bytes.
+        ratio: what was asked, and the share of the eligible weights that is kept.
+    """
+    stored = sum(path.stat().st_size for path in work.model.files) or tensor_bytes(work.model.module)
+    before = {"parameters": work.whole.parameters, "macs": work.whole.macs, "bytes": stored}
+    size = {
+        "before": before,
+        "after": {name: None if value is None else value + change[name] for name, value in before.items()},
+    }
+    ratio["model"] = round(size["after"]["parameters"] / work.whole.parameters, 6)  # type: ignore[operator]
+    others = [{"name": name, "reason": reason} for name, reason in work.reasons.items()]
+    report = Report(command, {"size": size, "ratio": ratio, "modules": rows, "dense": others})
+    report.tables += [*shown, size_table(size)]
+    report.notes += work.model.notes
+    report.warnings += [
+        f"`{row['name']}`: {climb}; computed by {row['rung']} instead" for row in rows for climb in row["climbed"]
+    ]
+    if work.factorize.statistics:
+        report.notes += work.factorize.statistics.notes
+        report.warnings += work.factorize.statistics.warnings
+    return report
 
 
-def module(target: Target, rank: int | None, cut: Mapping[str, Any], why_dense: str) -> dict[str, Any]:
+def entry_bytes(work: Factoring, name: str) -> int:
+    """Return the bytes of an entry of a module's weight as stored."""
+    weight: Any = work.model.module.get_submodule(name).weight
+    return int(weight.element_size())
+
+
+def module(target: Target, rank: int | None, cut: Row, why_dense: str) -> dict[str, Any]:
     """Return the figures of one module."""
-    reason = None if rank is not None else why_dense
     return {
         "name": target.name,
         "form": target.form,
@@ -84,7 +106,7 @@ def module(target: Target, rank: int | None, cut: Mapping[str, Any], why_dense: 
         "aliases": list(target.aliases),
         **({"members": list(target.members)} if target.members else {}),
         "rank": rank,
-        "reason": reason,
+        "reason": None if rank is not None else why_dense,
         "parameters_before": target.entries,
         "parameters_after": target.cost(rank, "entries"),
         "error": cut.get("error", 0.0 if rank is None else None),
@@ -95,32 +117,28 @@ def module(target: Target, rank: int | None, cut: Mapping[str, Any], why_dense: 
     }
 
 
-def _modules_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Group modules of one kind: a line each, with the span of their ranks and of their relative errors."""
-    lines = []
-    by_name = {row["name"]: row for row in rows if row["rank"] is not None}
+def by_kind(rows: Sequence[Row], rank: str) -> Iterator[tuple[list[Any], list[Row]]]:
+    """Yield a kind of modules at a time: cells (kind, number, shapes, form, span of ranks), and their rows."""
+    by_name = {row["name"]: row for row in rows}
     for kind, names in grouped(by_name).items():
         some = [by_name[name] for name in names]
-        kept = sum(row["parameters_after"] for row in some) / sum(row["parameters_before"] for row in some)
         shapes = {"x".join(map(str, row["shape"])) for row in some}
-        errors = [row["error"] for row in some if row["error"] is not None]
-        error = "" if not errors else span([f"{e:.3f}" for e in sorted(errors)])
-        ranks = rank_span(row["rank"] for row in some)
-        lines.append(
-            [
-                kind,
-                len(some),
-                " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes",
-                some[0]["form"],
-                ranks,
-                percent(kept),
-                error,
-            ]
-        )
+        shape = " ".join(sorted(shapes)) if len(shapes) < 3 else f"{len(shapes)} shapes"
+        ranks = span([str(each) for each in sorted(row[rank] for row in some)])
+        yield [kind, len(some), shape, some[0]["form"], ranks], some
+
+
+def _modules_table(rows: Sequence[Row]) -> Table:
+    """Group modules of one kind: a line each, with the span of their ranks and of their relative errors."""
+    lines = []
+    for cells, some in by_kind([row for row in rows if row["rank"] is not None], "rank"):
+        kept = sum(row["parameters_after"] for row in some) / sum(row["parameters_before"] for row in some)
+        errors = sorted(row["error"] for row in some if row["error"] is not None)
+        lines.append([*cells, percent(kept), span([f"{error:.3f}" for error in errors]) if errors else ""])
     return Table("factored modules", ["module", "count", "shape", "form", "rank", "kept", "relative error"], lines)
 
 
-def dense_table(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, str]) -> Table:
+def dense_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> Table:
     """Group the modules that keep their weight, by kind and by reason."""
     dense = {row["name"]: row["reason"] for row in rows if row["rank"] is None} | dict(reasons)
     lines = []

@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice, permutations
 from pathlib import Path
@@ -39,9 +39,6 @@ LARGEST_BATCH = 256
 LONGEST_CALL = 2.0  # seconds
 FLOOR = 0.01  # a change below 1 % is never claimed, however quiet the machine
 RESAMPLES = 2000
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
 
 
 # -- multiply-adds ----------------------------------------------------------------------------------------------------
@@ -111,25 +108,20 @@ def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, in
 @contextmanager
 def _without_gradients(module: nn.Module) -> Iterator[None]:
     """Freeze parameters: the counter puts gradient hooks on any that is handed to a module, and inference has none."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
+    with ExitStack() as after:
+        for parameter in module.parameters():
+            after.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
 def without_fused_layers() -> Iterator[None]:
     """Switch off torch's fused transformer layer, an operation that neither counters nor other runtimes know."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with ExitStack() as after:
+        after.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -181,8 +173,7 @@ def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> in
         forward: returns a call that computes a batch of the given size.
         device: where it computes.
     """
-    best, best_rate = 1, 0.0
-    batch = 1
+    best, best_rate, batch = 1, 0.0, 1
     with progress.track("finding the saturating batch") as advance:
         while batch <= LARGEST_BATCH:
             try:
@@ -239,14 +230,11 @@ def _now(device: torch.device) -> float:
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with ExitStack() as after:
+        after.callback(gc.enable if gc.isenabled() else gc.disable)
+        gc.disable()
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # -- what may be claimed ----------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ The time of a product does not depend on the numbers in it, so no weight is fact
 
 from __future__ import annotations
 
+import functools
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,15 +91,9 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
                     found[name].append(Site(form, repr(module), tuple(read.shape)))
 
             handles.append(module.register_forward_pre_hook(add, with_kwargs=True))
-    with registered(handles), _runs(model):
-        outputs(model, batch)
-    return found
-
-
-@contextmanager
-def _runs(model: Model) -> Iterator[None]:
     try:
-        yield
+        with registered(handles):
+            outputs(model, batch)
     except DOES_NOT_RUN as error:
         if isinstance(error, RuntimeError) and costs.out_of_memory(error):
             raise
@@ -108,6 +102,7 @@ def _runs(model: Model) -> Iterator[None]:
             why=f"it does not run on a random input: {reason_of(error)}",
             hint="give another budget, as `--target-macs` or `--ratio`",
         ) from error
+    return found
 
 
 def candidates(target: Target, multiple: int) -> list[int]:
@@ -128,15 +123,9 @@ def time_site(module: nn.Module, site: Site, ranks: Sequence[int], title: str) -
     else:
         given = torch.randn(site.given, device=weight.device, dtype=weight.dtype)
 
-    def call(module: nn.Module) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.inference_mode():
-                return module(given)
-
-        return forward
-
-    calls = {"dense": call(module), "control": call(module)}
-    calls |= {str(rank): call(stand_in(module, site.form, rank)) for rank in ranks}
+    forward = torch.inference_mode()(lambda module: module(given))
+    timed = {"dense": module, "control": module, **{str(rank): stand_in(module, site.form, rank) for rank in ranks}}
+    calls = {label: functools.partial(forward, each) for label, each in timed.items()}
     least = dict.fromkeys(calls, math.inf)
     for _ in range(RUNS):
         times = costs.latency(calls, rounds=SHAPE_ROUNDS, device=weight.device, title=title)
@@ -179,17 +168,10 @@ class Pace:
         """Return the nanoseconds at a rank; where that is not measurably faster, the module is to stay dense."""
         return self.dense if rank is None else self.costs.get(rank, self.dense)
 
-    def curve(self, losses: Tensor, *, relative: bool) -> Curve:
-        """Return loss against time; of ranks that take the same time only the largest.
-
-        Args:
-            losses: squared errors by rank.
-            relative: divide them by the module's energy.
-        """
-        energy = float(losses.flatten()[0])
-        scale = (1 / energy if energy else 0.0) if relative else 1.0
+    def curve(self, losses: Tensor) -> Curve:
+        """Return loss against time, from losses by rank; of ranks that take the same time only the largest."""
         by_cost = {cost: rank for rank, cost in self.costs.items()}
-        kept = [float(losses[rank]) * scale for rank in by_cost.values()]
+        kept = [float(losses[rank]) for rank in by_cost.values()]
         return Curve(tuple(by_cost.values()), tuple(by_cost), kept, self.dense)
 
 
@@ -208,8 +190,9 @@ def pace(ranks: Sequence[int], calls: Sequence[SiteTimes]) -> Pace:
     at = [ranks.index(rank) for rank in calls[0].ranks]
     rising = isotonic([sum(seconds) for seconds in zip(*(each.seconds for each in calls), strict=True)])
     fast = dense / max(each.noise for each in calls)
-    seconds = {rank: _between(at, rising, index) for index, rank in enumerate(ranks)}
-    return Pace({rank: round(1e9 * each) for rank, each in seconds.items() if each < fast}, round(1e9 * dense))
+    seconds = np.interp(np.arange(len(ranks)), at, rising)
+    faster = {rank: round(1e9 * each) for rank, each in zip(ranks, seconds, strict=True) if each < fast}
+    return Pace(faster, round(1e9 * dense))
 
 
 def isotonic(values: Sequence[float]) -> list[float]:
@@ -221,14 +204,6 @@ def isotonic(values: Sequence[float]) -> list[float]:
             (a, n), (b, m) = pools[-2:]
             pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
     return [value for value, length in pools for _ in range(length)]
-
-
-def _between(at: Sequence[int], values: Sequence[float], index: int) -> float:
-    after = bisect_left(at, index)
-    if at[after] == index:
-        return values[after]
-    share = (index - at[after - 1]) / (at[after] - at[after - 1])
-    return values[after - 1] + share * (values[after] - values[after - 1])
 
 
 # -- the whole model --------------------------------------------------------------------------------------------------
@@ -244,17 +219,13 @@ def factored(model: Model, targets: Mapping[str, Target], ranks: Mapping[str, in
     return replace(model, module=network)
 
 
-def model_seconds(model: Model, batch: Any) -> float:
-    """Return the seconds of one forward pass, the median of three."""
+def model_seconds(model: Model, batch: Any) -> tuple[float, int]:
+    """Return the seconds of one forward pass, the median of three, and how many rounds `compare` is to take."""
     place = next(model.module.parameters()).device
     calls = {"dense": lambda: outputs(model, batch)}
-    return costs.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
-
-
-def rounds_for(seconds: float) -> int:
-    """Return how many rounds of three calls a comparison takes whose calls last so long."""
+    seconds = costs.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
     fewest, most = MODEL_ROUNDS
-    return max(fewest, min(most, round(MODEL_SECONDS / (3 * max(seconds, 1e-6)))))
+    return seconds, max(fewest, min(most, round(MODEL_SECONDS / (3 * max(seconds, 1e-6)))))
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class Curve:
     next_loss: float = 0.0
 
 
+Point = tuple[int, float, int | None]  # cost, loss, rank
 Step = tuple[float, int, int | None]  # fall of loss per cost, price, the rank that it leads to
 
 
@@ -128,9 +129,8 @@ def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
         foresee_dense: let the dense weight take part in the hull, so that a module may jump to it from afar; else the
             last step is worth only the one component that makes the factors as large as the weight.
     """
-    points: list[tuple[int, float, int | None]] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
-    dense: tuple[int, float, int | None] = (curve.dense, 0.0, None)
-    hull = _hull([*points, dense] if foresee_dense or not points else points)
+    points: list[Point] = [*zip(curve.costs, curve.losses, curve.ranks, strict=True)]
+    hull = _hull([*points, (curve.dense, 0.0, None)] if foresee_dense or not points else points)
     found = [((a[1] - b[1]) / max(b[0] - a[0], 1), b[0] - a[0], b[2]) for a, b in pairwise(hull)]
     if not foresee_dense and points:
         last = points[-1]
@@ -140,18 +140,16 @@ def steps(curve: Curve, *, foresee_dense: bool) -> list[Step]:
     return found
 
 
-def _hull(points: list[tuple[int, float, int | None]]) -> list[tuple[int, float, int | None]]:
-    hull: list[tuple[int, float, int | None]] = []
-    for point in points:
-        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
+def _hull(points: Sequence[Point]) -> list[Point]:
+    hull: list[Point] = []
+    for c in points:
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0]):
+                break
+            hull.pop()  # it lies above the line from its neighbour to the new point
+        hull.append(c)
     return hull
-
-
-def _above(a: tuple[int, float, object], b: tuple[int, float, object], c: tuple[int, float, object]) -> bool:
-    """Return whether b lies above the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) > (c[1] - a[1]) * (b[0] - a[0])
 
 
 def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> dict[str, int | None]:

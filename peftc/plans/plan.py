@@ -45,15 +45,30 @@ def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction
     Raises:
         UsageError: it is no number, or outside the range.
     """
-    try:
-        share = Fraction(value if isinstance(value, Fraction) else str(value)).limit_denominator(1_000_000)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        share = Fraction(0)
+    share = _fraction(value)
     if not 0 < share <= 1:
         raise UsageError(
             f"`{option} {value}` is out of range", why="it is a share kept: above 0, at most 1, as `0.5` or `2/3`"
         )
     return share
+
+
+def _speedup(asked: Any) -> Fraction:
+    value = _fraction(asked)
+    if value <= 1:
+        raise UsageError(
+            f"`--speedup {asked}` is out of range",
+            why="it is how many times faster the model is to be: above 1, as 1.5",
+        )
+    return value
+
+
+def _fraction(asked: Any) -> Fraction:
+    """Return a number as people write it, or 0 where it is none."""
+    try:
+        return Fraction(asked if isinstance(asked, Fraction) else str(asked)).limit_denominator(1_000_000)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return Fraction(0)
 
 
 def _positive(option: str, asked: Any) -> int:
@@ -66,16 +81,46 @@ def _positive(option: str, asked: Any) -> int:
     return int(value)
 
 
-def _above_one(option: str, asked: Any) -> Fraction:
-    try:
-        value = Fraction(str(asked)).limit_denominator(1_000_000)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        value = Fraction(0)
-    if value <= 1:
-        raise UsageError(
-            f"`{option} {asked}` is out of range", why="it is how many times faster the model is to be: above 1, as 1.5"
-        )
-    return value
+@dataclass(frozen=True)
+class Input:
+    """What a model is timed on.
+
+    Attributes:
+        batch_size: samples at once; 16 when None.
+        image_size, max_length: of a sample, in pixels and tokens; the model's own when None.
+        device: where, as `--device` says it.
+        seed: of the random sample.
+    """
+
+    batch_size: int | None
+    image_size: int | None
+    max_length: int | None
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How far to factor: a budget, how modules share it, and what every rank is a multiple of.
+
+    Attributes:
+        timed: what a speed-up is timed on.
+    """
+
+    budget: Budget
+    allocation: str
+    multiple: int = 1
+    timed: Input = Input(None, None, None, "auto", 0)
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether ranks depend on the weights, not on their shapes alone."""
+        return self.budget.kind == "energy" or (self.budget.kind != "rank" and self.allocation != "uniform")
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a network without numbers is not enough to decide."""
+        return self.budget.kind == "speedup" or self.needs_spectra
 
 
 def multiple_of(asked: Any, *, planned: bool = False) -> int:
@@ -94,31 +139,21 @@ def multiple_of(asked: Any, *, planned: bool = False) -> int:
     return multiple
 
 
-def budget(
-    *,
-    ratio: str | float | Fraction | None = None,
-    rank: int | None = None,
-    energy: str | float | None = None,
-    target_params: float | None = None,
-    target_macs: float | None = None,
-    speedup: str | float | None = None,
-) -> Budget:
+KINDS = ("ratio", "rank", "energy", "target-params", "target-macs", "speedup")
+
+
+def budget(**asked: str | float | Fraction | None) -> Budget:
     """Return the one budget that was asked for.
+
+    Args:
+        asked: by kind, as ``target_params``; None where it was not.
 
     Raises:
         UsageError: none or several were, or its amount is out of range.
     """
-    asked = {
-        "ratio": ratio,
-        "rank": rank,
-        "energy": energy,
-        "target-params": target_params,
-        "target-macs": target_macs,
-        "speedup": speedup,
-    }
-    given = {kind: amount for kind, amount in asked.items() if amount is not None}
+    given = {kind.replace("_", "-"): amount for kind, amount in asked.items() if amount is not None}
     if len(given) != 1:
-        options = ", ".join(f"`--{kind}`" for kind in given or asked)
+        options = ", ".join(f"`--{kind}`" for kind in given or KINDS)
         raise UsageError(
             f"give exactly one budget; {'these contradict each other' if given else 'there is none'}: {options}",
             hint="for half the weights of the eligible modules: `--ratio 0.5`",
@@ -127,7 +162,7 @@ def budget(
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))
     if kind == "speedup":
-        return Budget(kind, _above_one(f"--{kind}", amount))
+        return Budget(kind, _speedup(amount))
     return Budget(kind, _positive(f"--{kind}", amount))
 
 
@@ -222,7 +257,15 @@ def read(path: Path) -> Plan:
         raise PlanError(f"`{path}` has an unknown field `{unknown[0]}`", why=f"the fields of a plan are {known}")
     if why := documents.misfit(value, {f"{name}?": shape for name, shape in OTHERS.items()}):
         raise PlanError(f"`{path}` is no plan", why=why)
-    ranks = {name: _rank(path, name, rank) for name, rank in value["ranks"].items()}
+    ranks = value["ranks"]
+    wrong = next(
+        (name for name, rank in ranks.items() if rank is not None and (type(rank) is not int or rank < 1)), None
+    )
+    if wrong is not None:
+        raise PlanError(
+            f"`{path}` gives `{wrong}` the rank {ranks[wrong]!r}",
+            why="a rank is a whole number from 1, or null for dense",
+        )
     _check_joint(path, value.get("joint", []), ranks)
     return Plan(ranks, **{"forms": {}, **{name: value[name] for name in OTHERS if name in value and name != "note"}})
 
@@ -234,23 +277,13 @@ def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, int | 
     if len(set(together)) < len(together):
         raise PlanError(f"`{path}` is no plan", why="a module stands twice in `joint`")
     for names in groups:
-        several = {ranks.get(name) for name in names}
-        if len(several) > 1:
+        if len({ranks.get(name) for name in names}) > 1:
             listed = ", ".join(f"`{name}` {ranks.get(name) or 'dense'}" for name in names)
             raise PlanError(
                 f"`{path}` gives different ranks to modules that share a down factor: {listed}",
                 why="one factor has one rank",
                 hint="give them one rank, or take the group out of `joint`",
             )
-
-
-def _rank(path: Path, name: str, value: Any) -> int | None:
-    if value is not None and not (type(value) is int and value >= 1):
-        raise PlanError(
-            f"`{path}` gives `{name}` the rank {value!r}",
-            why="a rank is a whole number from 1, or null for dense",
-        )
-    return value
 
 
 def check(plan: Plan, targets: Mapping[str, Target]) -> None:

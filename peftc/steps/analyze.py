@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc import processes, progress
+from peftc import progress
 from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.data.spec import named
 from peftc.errors import UsageError, one_of
 from peftc.factors import joint as joining
-from peftc.factors import prediction, sensitivity, spectra
+from peftc.factors import prediction, spectra
 from peftc.factors.asked import eligible
-from peftc.factors.decide import decide
-from peftc.factors.decision import Input
+from peftc.factors.decide import ranked
 from peftc.factors.factoring import Factoring
-from peftc.factors.prediction import Anchors, Trial
+from peftc.factors.prediction import Anchors
 from peftc.factors.ranks import allocation_of
+from peftc.factors.sensitivity import Trial, trial_of
 from peftc.factors.spectra import Factorizer
 from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
@@ -38,12 +38,12 @@ from peftc.options import Reading
 from peftc.pages.plot import draw_spectra, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
-from peftc.plans.plan import Budget, Target
+from peftc.plans.plan import Aim, Budget, Input, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)
-SAMPLES = 64  # of the calibration set, on which plans are tried
+SAMPLES = 16  # of the calibration set for one module; plans are tried on four times as many
 POINTS = 25  # of a spectrum, in JSON
 
 
@@ -158,19 +158,18 @@ def analyze(
         "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes
     )
     joining.arrange(loaded, targets, None, joint)
-    work = Factoring(loaded, targets, factorize, place)
-    work.leave_uncalled(reasons, include)
+    work = Factoring(loaded, targets, factorize, place, reasons)
+    work.leave_uncalled(include)
     with tempfile.TemporaryDirectory() as folder:
         if source is not None:
-            work.use(joining.calibrated(loaded, work.targets, source, factorize.needs, Path(folder)), reasons)
+            work.calibrate(source, Path(folder))
             report.notes += work.factorize.statistics.notes  # type: ignore[union-attr]
             report.warnings += work.factorize.statistics.warnings  # type: ignore[union-attr]
         elif factorize.name == "svd":
             alone = [n for n, each in targets.items() if not each.members]
             work.losses |= {name: tail_energies(found[name]) for name in alone}
         timed = Input(batch_size, image_size, max_length, device, seed)
-        trial = _trial(work, source, Path(folder))
-        _foresee(report, work, budget, allocation, multiple, timed, reasons, plan, trial)
+        _foresee(report, work, budget, allocation, multiple, timed, plan, _trial(work, source, Path(folder)))
     if plot is not None:
         values = {name: each.tolist() for name, each in found.items()}
         draw_spectra(values, rows, Path(plot), loaded.name, report.data.get("curve"), report.data.get("plan"))
@@ -185,7 +184,6 @@ def _foresee(
     allocation: str,
     multiple: int,
     timed: Input,
-    reasons: dict[str, str],
     plan: str | Path | None,
     trial: Trial | None,
 ) -> None:
@@ -193,26 +191,21 @@ def _foresee(
     anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
     if budget is None:
         return
-    known = {name: prediction.Held(work.losses_of(name)) for name in work.targets}
-    decided = decide(work, budget, allocation, multiple, timed, known)
+    decided = ranked(work, Aim(budget, allocation, multiple, timed))
     _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
     report.data["plan"]["predicted"] = prediction.add_read_off(report, work, decided.ranks, anchors)
     decided.say(report)
     if plan is not None:
-        name, asked = work.factorize.name, f"{budget} {allocation}"
-        work.plan(decided.ranks, reasons | decided.slow, name, asked).write(Path(plan))
+        work.plan(decided.ranks, f"{budget} {allocation}").write(Path(plan))
         report.artifact = Path(plan)
 
 
 def _trial(work: Factoring, source: Prepared | Statistics | None, folder: Path) -> Trial | None:
     """Return what measures ranks as a whole on a few samples; None where losses are no divergences."""
-    if not isinstance(source, Prepared) or not sensitivity.is_in_nats(work):
-        return None
-    work.keep_bases(folder)
-    samples = sensitivity.number(source, SAMPLES)
-    return Trial(
-        lambda ranks: processes.agreed(lambda: sensitivity.whole(work, source, ranks, samples, folder)), samples
-    )
+    trial = trial_of(work, source, SAMPLES, folder)
+    if trial is not None:
+        work.keep_bases(folder)
+    return trial
 
 
 def _spectra(

@@ -106,8 +106,8 @@ def calibrate(
     ordered.refuse_ordered(loaded)
     refuse_non_finite(loaded)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
-    work = Factoring(loaded, targets, factorize, solver_device(device_of(device)))
-    work.leave_uncalled(reasons, include)
+    work = Factoring(loaded, targets, factorize, solver_device(device_of(device)), reasons)
+    work.leave_uncalled(include)
     prepared = prepare(loaded, asked, device)
     if dry_run:
         report = Report("calibrate", {"eligible": list(work.targets), "data": _without_sketch(prepared.data)})

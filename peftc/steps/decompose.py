@@ -24,10 +24,9 @@ from peftc.factors import asked, estimate, ordered, spectra
 from peftc.factors import joint as joining
 from peftc.factors import sequential as in_order
 from peftc.factors.asked import asked_budget, asked_plan, eligible
-from peftc.factors.decide import Question
-from peftc.factors.decision import Input
+from peftc.factors.decide import Question, carry_out, rehearse
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import allocation_of, needs_weights
+from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
 from peftc.factors.speedup import unusual
 from peftc.models import write
@@ -38,7 +37,7 @@ from peftc.nn.surgery import tensor_bytes
 from peftc.options import Gates, Reading
 from peftc.plans import allocate
 from peftc.plans import plan as plans
-from peftc.plans.plan import Budget, Plan
+from peftc.plans.plan import Aim, Budget, Input, Plan
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
@@ -166,13 +165,14 @@ def decompose(
     shard_bytes = write.shard_bytes(max_shard_size)
     place = solver_device(device_of(device))
 
-    by_shape = not factorize.needs and (budget is None or not needs_weights(budget, allocation))
+    aim = None if budget is None else Aim(budget, allocation, multiple, sample)
+    by_shape = not factorize.needs and (aim is None or not aim.needs_weights)
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     loaded = memory.bounded(loaded, max_memory)
     targets, reasons = eligible(loaded, conv_method=conv_method, include=include, skip=skip)
     given = asked_plan(plan, targets, loaded, joint=joint)
-    work = Factoring(loaded, targets, factorize, place)
-    work.leave_uncalled(reasons, include)
+    work = Factoring(loaded, targets, factorize, place, reasons)
+    work.leave_uncalled(include)
     estimate.refuse_unsolvable(work)
     words = asked.words(budget, allocation, plan)
     reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
@@ -193,23 +193,10 @@ def decompose(
         in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
     measured = not dry_run and _is_measured(loaded, source, exam)
 
-    question = Question(
-        work,
-        reasons,
-        budget,
-        allocation,
-        multiple,
-        given,
-        keep_all_ranks,
-        source,
-        sample,
-        words,
-        sensitivity,
-        sequential,
-    )
+    question = Question(aim, given, source, words, sensitivity, sequential, keep_all_ranks)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            report = question.rehearse(Path(processes.agreed(lambda: folder)))
+            report = rehearse(work, question, Path(processes.agreed(lambda: folder)))
         report.notes.append("dry run: nothing was written")
         return report
     request = {
@@ -223,7 +210,7 @@ def decompose(
         **({"keep_all_ranks": True} if keep_all_ranks else {}),
         **({"joint": True} if joint else {}),
         **calibrating.identity(source, sensitivity, sequential),
-        **unusual(budget, multiple, sample),
+        **unusual(aim),
     }
     against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)
     output = write.output_folder(output_dir, loaded, "decompose")
@@ -233,7 +220,7 @@ def decompose(
             report = write.already(job, "decompose")
         else:
             job.require(2 * tensor_bytes(loaded.module))
-            report = question.carry_out(job, base, request, shard_bytes)
+            report = carry_out(work, question, base, request)
     gate_size(report, max_params, max_bytes)
     if exam is not None:
         _measure(report, measured, model, loaded, exam, against)

@@ -13,7 +13,7 @@ from peftc import methods
 from peftc.errors import one_of
 from peftc.factors import ordered, tables
 from peftc.factors.asked import asked_budget, asked_plan, words
-from peftc.factors.factoring import Factoring, carry_out
+from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
 from peftc.methods.spectrum import Spectrum
@@ -22,7 +22,7 @@ from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.nn.surgery import tensor_bytes
 from peftc.plans import allocate
-from peftc.plans.plan import Plan
+from peftc.plans.plan import Aim, Plan
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
 
@@ -76,12 +76,13 @@ def truncate(
     targets, reasons = ordered.ordered_targets(loaded, record)
     known = ordered.stored(loaded, record, targets)
     given = asked_plan(plan, targets)
-    work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"))
-    decided = given.ranks if given else work.decide(budget, allocation, known)  # type: ignore[arg-type]
+    work = Factoring(loaded, targets, Factorizer("kept", _solved, {}), torch.device("cpu"), reasons)
+    work.losses = {name: each.losses for name, each in known.items()}
+    work.cut = lambda name, rank: known[name].kept(rank)
+    decided = given.ranks if given else work.decide(Aim(budget, allocation))  # type: ignore[arg-type]
     error = "loss" if needs else "error"  # weighted by statistics it is no error of the weights
     cuts = {name: {error: known[name].error(cut)} for name, cut in decided.items() if isinstance(cut, int)}
-    asked, why_dense = words(budget, allocation, plan)
-    report = tables.report_on("truncate", work, decided, cuts, reasons, asked, why_dense)
+    report = tables.report_on("truncate", work, decided, cuts, words(budget, allocation, plan))
     if dry_run:
         report.notes.append("dry run: nothing was written")
         return report
@@ -99,16 +100,7 @@ def truncate(
         else:
             work.job = job
             job.require(tensor_bytes(loaded.module))
-            carry_out(
-                report,
-                work,
-                decided,
-                base,
-                request,
-                budget,
-                max_shard_bytes=shard_bytes,
-                kept=lambda name, cut: known[name].kept(int(cut)),  # type: ignore[arg-type]
-            )
+            work.write(report, decided, base, request)
     gate_size(report, max_params, max_bytes)
     return report
 

@@ -283,7 +283,7 @@ def test_what_solving_leaves_in_the_heap_goes_back_after_every_module(
     tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back: list[bool] = []
-    monkeypatch.setattr(memory, "return_freed", lambda: given_back.append(True))
+    monkeypatch.setattr(memory, "return_freed", lambda model: model.max_memory and given_back.append(True))
     decompose(tiny_llama, output_dir=tmp_path / "free", data=text, sensitivity=0, **KFAC)
     assert not given_back
     report = decompose(tiny_llama, output_dir=tmp_path / "bound", data=text, max_memory="4GB", sensitivity=0, **KFAC)
@@ -400,7 +400,7 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
     work = Factoring(model, find_targets(model, conv_method="spatial")[0], factorizer("kfac", "spatial", None,
                      with_data=True), torch.device("cpu"))  # fmt: skip
     (tmp_path / "tight").mkdir()
-    work.use(statistics.collect(prepared, work.targets, NEEDS, tmp_path / "tight"), {})
+    work.use(statistics.collect(prepared, work.targets, NEEDS, tmp_path / "tight"))
     run, sizes = sensitivity.outputs, set()
 
     def running(prepared: Any, batch: Any) -> Any:
@@ -408,7 +408,7 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
         return run(prepared, batch)
 
     monkeypatch.setattr(sensitivity, "outputs", running)
-    sensitivity.measured(work, prepared, 4, tmp_path / "tight")
+    sensitivity.Trial(work, prepared, 4, tmp_path / "tight").alone()
     known = work.factorize.statistics
     assert known is not None
     assert sizes == {known.batch_size} and known.batch_size < 8

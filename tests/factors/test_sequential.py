@@ -1,7 +1,6 @@
 """Fitting in order, and correcting predicted losses by measured ones."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,10 +9,11 @@ from torch import nn
 
 import peftc
 from peftc.calibration import statistics
-from peftc.calibration.prepared import Prepared, Request, prepare
+from peftc.calibration.prepared import Request, prepare
 from peftc.errors import UsageError
 from peftc.factors import sensitivity
 from peftc.factors.factoring import Factoring
+from peftc.factors.sensitivity import Trial
 from peftc.factors.spectra import factorizer
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
@@ -39,8 +39,8 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def corrected(*asked: Any) -> dict[str, torch.Tensor]:
-    return {name: losses * scale for name, (losses, scale) in sensitivity.measured(*asked).items()}
+def corrected(trial: Trial) -> dict[str, torch.Tensor]:
+    return {name: losses * scale for name, (losses, scale) in trial.alone().items()}
 
 
 def test_the_first_module_is_fitted_as_without_an_order(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
@@ -124,25 +124,26 @@ def test_texts_with_padding_are_fitted_in_order(tiny_bert_classifier: Path, tmp_
 # -- sensitivity ------------------------------------------------------------------------------------------------------
 
 
-def calibrated(model: Path, images: Path, folder: Path) -> tuple[Factoring, Prepared]:
+def calibrated(model: Path, images: Path, folder: Path, samples: int = 8) -> Trial:
     loaded = load(model)
     targets, reasons = find_targets(loaded, conv_method="spatial")
-    work = Factoring(loaded, targets, factorizer("kfac", "spatial", None, with_data=True), torch.device("cpu"))
+    by = factorizer("kfac", "spatial", None, with_data=True)
+    work = Factoring(loaded, targets, by, torch.device("cpu"), reasons)
     prepared = prepare(loaded, Request(str(images), samples=64), "cpu")
-    work.use(statistics.collect(prepared, targets, work.factorize.needs, folder), reasons)
-    return work, prepared
+    work.use(statistics.collect(prepared, targets, work.factorize.needs, folder))
+    return Trial(work, prepared, samples, folder)
 
 
 def test_measuring_leaves_the_network_as_it_was_and_is_kept(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
-    work, prepared = calibrated(tiny_vit, images, tmp_path)
-    before = {name: tensor.clone() for name, tensor in prepared.model.module.state_dict().items()}
-    one = corrected(work, prepared, 8, tmp_path)
-    after = prepared.model.module.state_dict()
+    trial = calibrated(tiny_vit, images, tmp_path)
+    before = {name: tensor.clone() for name, tensor in trial.prepared.model.module.state_dict().items()}
+    one = corrected(trial)
+    after = trial.prepared.model.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     kept = (tmp_path / sensitivity.KEPT).read_text()
-    two = corrected(work, prepared, 8, tmp_path)  # nothing is measured again
+    two = corrected(trial)  # nothing is measured again
     assert (tmp_path / sensitivity.KEPT).read_text() == kept
-    assert all(torch.equal(one[name], two[name]) for name in work.targets)
+    assert all(torch.equal(one[name], two[name]) for name in trial.work.targets)
 
 
 def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
@@ -150,13 +151,13 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
 ) -> None:
     from peftc.tasks.unlabelled import divergence
 
-    work, prepared = calibrated(tiny_vit, images, tmp_path)
-    found = corrected(work, prepared, 8, tmp_path)
+    trial = calibrated(tiny_vit, images, tmp_path)
+    found, prepared = corrected(trial), trial.prepared
     name = "blocks.0.mlp.fc1"
-    target = work.targets[name]
-    rank, batches = sensitivity.rank_of(target), sensitivity.samples_of(prepared, 8, prepared.request.batch_size)
+    target = trial.work.targets[name]
+    rank, batches = sensitivity.rank_of(target), trial.batches(8)
     dense = [sensitivity.outputs(prepared, batch) for batch in batches]
-    with sensitivity.cut(work, prepared.model.module, target, work.spectrum(target), rank):  # type: ignore[arg-type]
+    with trial.cut(target, trial.work.spectrum(target), rank):
         parts = [
             divergence(prepared.task, one, sensitivity.outputs(prepared, batch), batch.inputs)
             for one, batch in zip(dense, batches, strict=True)
@@ -165,8 +166,7 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
 
 
 def test_corrected_losses_never_rise_with_the_rank(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
-    work, prepared = calibrated(tiny_vit, images, tmp_path)
-    for losses in corrected(work, prepared, 4, tmp_path).values():
+    for losses in corrected(calibrated(tiny_vit, images, tmp_path, samples=4)).values():
         assert bool((losses.diff() <= 1e-12 * losses[0]).all())
 
 

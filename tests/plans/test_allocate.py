@@ -257,22 +257,10 @@ def test_a_budget_out_of_reach_is_refused_with_the_least_ratio() -> None:
     assert refusal.match(f"a ratio of at least {least / total(curves):.4f}")
 
 
-class Known:
-    """A decomposition of which only the losses are known."""
-
-    def __init__(self, losses: Sequence[float]) -> None:
-        import torch
-
-        self.tail = torch.tensor(losses, dtype=torch.float64)
-
-    def losses(self):
-        return self.tail
-
-
 @pytest.mark.parametrize("allocation", ["energy", "global"])
 def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
-    pytest.importorskip("torch")
-    from peftc.plans.plan import Budget, Target
+    torch = pytest.importorskip("torch")
+    from peftc.plans.plan import Aim, Budget, Target
 
     targets = {name: Target(name, "linear", (40, 30)) for name in "ab"}
     chance = random.Random(0)
@@ -280,7 +268,8 @@ def test_only_energy_is_blind_to_the_scale_of_a_module(allocation: str) -> None:
 
     def ranks(scale: float) -> dict[str, int | None]:
         tails = {n: [sum(s * s for s in sigma[n][r:]) * (scale if n == "a" else 1) for r in range(31)] for n in "ab"}
-        return decide(targets, Budget("ratio", HALF), allocation, lambda t: Known(tails[t.name]), Whole(2400, None))
+        losses = {name: torch.tensor(tail, dtype=torch.float64) for name, tail in tails.items()}
+        return decide(targets, Aim(Budget("ratio", HALF), allocation), losses.__getitem__, Whole(2400, None))
 
     one, other = ranks(1.0), ranks(1024.0)
     assert (one == other) == (allocation == "energy"), f"{one} and {other}"

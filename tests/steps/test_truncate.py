@@ -180,7 +180,7 @@ def test_a_slice_of_a_slice_is_the_slice(all_ranks: Path) -> None:
         assert torch.equal(large["up.weight"][:, :3], small["up.weight"])
         assert torch.equal(large["down.weight"][:3], small["down.weight"])
         assert small["up.weight"].untyped_storage().data_ptr() == one.tensors["up.weight"].untyped_storage().data_ptr()
-        losses = one.losses()
+        losses = one.losses
         assert losses.dtype == torch.float64 and bool((losses.diff() <= 0).all()) and losses[-1] == 0
 
 
