@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftc.errors import SourceError, UsageError, reason_of
-from peftc.models import hub, weights
-from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
+from peftc.models import hub
+from peftc.models.model import Model
+from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.store import documents
 from peftc.store.source import Located, Source, read_json
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from peftc.store.manifest import Manifest
 
 
-def from_architecture(source: Source, located: Located, with_weights: bool) -> Base:
-    """Return an architecture of timm's registry, with the weights that the user named or those of the hub.
+def from_architecture(source: Source, located: Located, with_weights: bool) -> Model:
+    """Return an architecture of timm's registry, in a folder with the weights of the hub where the user named none.
 
     Raises:
         SourceError: timm has no such architecture, or no weights for it.
@@ -33,24 +34,18 @@ def from_architecture(source: Source, located: Located, with_weights: bool) -> B
         raise SourceError(
             f"timm has no architecture `{name}`", hint=f"did you mean {', '.join(near)}?" if near else None
         )
+    cfg = timm.models.get_pretrained_cfg(name)
     if located.weights is None and with_weights:
-        cfg = timm.models.get_pretrained_cfg(name)
         if cfg is None or not cfg.hf_hub_id:
             raise SourceError(f"timm has no trained weights for `{name}`", hint="name a file: `--weights FILE`")
         folder = hub.snapshot(Located("timm", cfg.hf_hub_id), source, with_weights)
-        base = from_folder(source, folder)
-        base.weights, base.name = weights.from_folder(folder), name
-        return base
-    cfg = timm.models.get_pretrained_cfg(name)
-    arguments = dict(source.arch_set)
+        return replace(from_folder(source, folder), name=name)
     config = {
         "architecture": name.split(".")[0],
         "pretrained_cfg": cfg.to_dict() if cfg else {},
-        "model_args": arguments,
+        "model_args": dict(source.arch_set),
     }
-    base = from_config(config, name, None)
-    base.weights = weights.from_file(located.weights) if located.weights and with_weights else None
-    return base
+    return described(*network(config), source, name)
 
 
 SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
@@ -88,9 +83,8 @@ def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json(path)
-    if (
-        "pretrained_cfg" not in config and "input_size" in config and not ours
-    ):  # as timm wrote it before 0.9: all settings at the top
+    # as timm wrote it before 0.9: all settings at the top
+    if "pretrained_cfg" not in config and "input_size" in config and not ours:
         settings = {name: value for name, value in config.items() if name not in ("architecture", "num_features")}
         config = {"architecture": config["architecture"], "pretrained_cfg": settings}
     why = documents.misfit(config, CONFIG)
@@ -108,19 +102,21 @@ def _settings() -> set[str]:
     return {field.name for field in fields(PretrainedCfg)}
 
 
-def from_folder(source: Source, folder: Path) -> Base:
-    """Return the network of a folder with timm's ``config.json``."""
-    config = read_config(folder)
-    config["model_args"] = {**(config.get("model_args") or {}), **source.arch_set}
-    return from_config(config, folder.name, folder)
+def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Model:
+    """Return the network of a folder with timm's ``config.json``, of an artifact where its record is given."""
+    config = read_config(folder, ours=record is not None)
+    if record is None:
+        config["model_args"] = {**(config.get("model_args") or {}), **source.arch_set}
+    return replace(described(*network(config, folder, record), source, folder.name), folder=folder)
 
 
-def from_config(config: dict[str, Any], name: str, folder: Path | None, record: Manifest | None = None) -> Base:
-    """Return the network that timm's configuration describes, as timm itself would read it.
+def network(
+    config: dict[str, Any], folder: Path | None = None, record: Manifest | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network that timm's configuration describes, as timm itself would read it, and how it was read.
 
     Args:
         config: of timm.
-        name: of the model, for messages.
         folder: that holds its weights.
         record: of an artifact.
 
@@ -145,14 +141,11 @@ def from_config(config: dict[str, Any], name: str, folder: Path | None, record: 
         raise UsageError(f"timm's `{config['architecture']}` does not accept its arguments", why=str(error)) from error
     except UNBUILDABLE as error:
         raise SourceError(f"timm cannot build `{config['architecture']}`", why=reason_of(error)) from error
-    config = {**config, "num_classes": getattr(module, "num_classes", classes)}
-    base = describe(module, config, name)
-    base.folder = folder
-    return base
+    return module, {**config, "num_classes": getattr(module, "num_classes", classes)}
 
 
-def describe(module: nn.Module, config: dict[str, Any], name: str) -> Base:
-    """Return a timm network with its preprocessing and labels, from its configuration."""
+def described(module: nn.Module, config: dict[str, Any], source: Source, name: str) -> Model:
+    """Return a network of timm as a model, with the preprocessing and labels of its configuration."""
     from timm.data import resolve_data_config
 
     resolved = resolve_data_config({}, pretrained_cfg=config.get("pretrained_cfg") or {}, model=module)
@@ -168,4 +161,4 @@ def describe(module: nn.Module, config: dict[str, Any], name: str) -> Base:
     record = {"library": "timm", "architecture": config["architecture"]}
     labels = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
     labels = list(labels) if isinstance(labels, list | tuple) else None
-    return Base(module, "timm", name, record, config, preprocess=preprocess, labels=labels)
+    return Model(module, source, "timm", config, record, name, preprocess=preprocess, labels=labels)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from peftc.errors import SourceError, WeightError, reason_of
-from peftc.models.skeleton import UNBUILDABLE, Base, on_meta, stored_in
+from peftc.models.model import Model
+from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.nn import surgery
 from peftc.store import documents
 from peftc.store.source import MANIFEST, Source, read_json
 
 if TYPE_CHECKING:
+    from peftc.models.weights import Weights
     from peftc.store.manifest import Manifest
 
 
-def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Base:
+def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Model:
     """Return the network of a transformers folder, of the class that its config names.
 
     Args:
@@ -46,27 +52,22 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
         made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
         if hasattr(made, "transformers_weights"):
             del made.transformers_weights
+        make = partial(cls, made)
         if remote or cls is transformers.AutoModel:
-            auto = transformers.AutoModel
-            made_by = lambda: auto.from_config(made, trust_remote_code=source.trust_remote_code)  # noqa: E731
-        else:
-            made_by = lambda: cls(made)  # noqa: E731
-        module: Any = on_meta(made_by, stored_in(folder, record), config)
+            make = partial(transformers.AutoModel.from_config, made, trust_remote_code=source.trust_remote_code)
+        module: Any = on_meta(make, stored_in(folder, record), config)
         module.tie_weights()
     except (*UNBUILDABLE, StrictDataclassError) as error:
         raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error
-    described = {"library": "transformers", "architecture": type(module).__name__}
-    preprocess = processor(folder)
-    return Base(
-        module,
-        "transformers",
-        folder.resolve().name,
-        described,
-        config,
-        folder,
-        preprocess=preprocess,
-        labels=id2label(config),
+    return replace(
+        described(module, config, source, folder.resolve().name), folder=folder, preprocess=processor(folder)
     )
+
+
+def described(module: nn.Module, config: dict[str, Any], source: Source, name: str) -> Model:
+    """Return a network of transformers as a model."""
+    record = {"library": "transformers", "architecture": type(module).__name__}
+    return Model(module, source, "transformers", config, record, name, labels=id2label(config))
 
 
 TOKEN = (int, [int], None)
@@ -190,26 +191,26 @@ def id2label(config: dict[str, Any]) -> list[str] | None:
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def fill(base: Base) -> dict[str, str]:
-    """Map the weights of ``base`` into its network; return stored name -> name in the file.
+def fill(model: Model, tensors: Weights) -> dict[str, str]:
+    """Map weights into the network of a model; return stored name -> name in the file.
 
     A checkpoint may lack or carry the base model's prefix; where names still differ, transformers' own loader converts
     them, at the price of a copy in memory.
     """
-    tensors = base.weights
-    assert tensors is not None
-    renamed = _without_prefix(base.module, tensors.names())
-    wanted = surgery.stored_names(base.module)
-    if all(any(name in renamed for name in names) for names in wanted.values()):
-        found = surgery.fill(
-            base.module,
-            renamed,
-            lambda name: tensors.read(renamed[name]),
-            where=tensors.where,
-            ignore=_ignored(base.module),
-        )
-        return {first: renamed[name] for first, name in found.items()}
-    return _by_transformers(base)
+    module: Any = model.module
+    renamed = _without_prefix(module, tensors.names())
+    wanted = surgery.stored_names(module)
+    if not all(any(name in renamed for name in names) for names in wanted.values()):
+        _by_transformers(model, tensors.where)
+        return {}
+    patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
+
+    def ignored(name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    read = lambda name: tensors.read(renamed[name])  # noqa: E731
+    found = surgery.fill(module, renamed, read, where=tensors.where, ignore=ignored)
+    return {first: renamed[name] for first, name in found.items()}
 
 
 def _without_prefix(module: Any, names: list[str]) -> dict[str, str]:
@@ -222,21 +223,15 @@ def _without_prefix(module: Any, names: list[str]) -> dict[str, str]:
     return renamed
 
 
-def _ignored(module: Any) -> Any:
-    patterns = [*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
-
-
-def _by_transformers(base: Base) -> dict[str, str]:
+def _by_transformers(model: Model, where: str) -> None:
     """Load with ``from_pretrained``, strictly; the tensors then live in memory."""
     from transformers.utils import logging
 
-    assert base.weights is not None and base.folder is not None
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        made: Any = type(base.module)
-        module, info = made.from_pretrained(base.folder, dtype="auto", output_loading_info=True)
+        made: Any = type(model.module)
+        module, info = made.from_pretrained(model.folder, dtype="auto", output_loading_info=True)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -245,11 +240,10 @@ def _by_transformers(base: Base) -> dict[str, str]:
     )
     if missing or left or mismatched:
         raise WeightError(
-            f"the tensors of `{base.weights.where}` do not match `{type(module).__name__}`",
+            f"the tensors of `{where}` do not match `{type(module).__name__}`",
             why=f"{len(missing)} missing, {len(left)} left over, {len(mismatched)} of another shape: "
             + ", ".join([*missing, *left, *mismatched][:4]),
             hint="no gap is filled with random numbers: name the trained class in `architectures` of config.json",
         )
-    base.module = module
-    base.notes.append("tensor names were converted by transformers: the weights are held in memory, not mapped")
-    return {}
+    model.module = module
+    model.notes.append("tensor names were converted by transformers: the weights are held in memory, not mapped")

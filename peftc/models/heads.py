@@ -55,7 +55,7 @@ def _of_timm(model: Model, classes: Sequence[str]) -> Model:
     """Return the empty network with another head."""
     arguments = {key: value for key, value in (model.config.get("model_args") or {}).items() if key != "num_classes"}
     config = {**model.config, "num_classes": len(classes), "label_names": list(classes), "model_args": arguments}
-    network = from_timm.from_config(copy.deepcopy(config), model.name, None).module
+    network, _ = from_timm.network(copy.deepcopy(config))
     return replace(model, module=network, config=config, labels=list(classes))
 
 

@@ -8,7 +8,8 @@ in a stage of Swin; but not the convolutions in a block of a ResNet, which add t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -62,30 +63,26 @@ class _Flow:
         self.gives: dict[str, Tensor | None] = {}  # both are kept alive, so that identity means what it says
         self.starts: dict[str, Any] = {}  # nodes of autograd
         modules = {name: model.module.get_submodule(name) for name in names}
-        hooks = [each.register_forward_pre_hook(self._enter(name), with_kwargs=True) for name, each in modules.items()]
-        hooks += [each.register_forward_hook(self._leave(name)) for name, each in modules.items()]
-        with registered(hooks), torch.enable_grad():
+        before = [
+            module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        with registered(before), seen(model.module, names, self._leave), torch.enable_grad():
             _run(model)
 
-    def _enter(self, name: str) -> Callable[..., Any]:
-        def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            read = first_tensor(args, kwargs)
-            self.reads[name] = read
-            if read is None or not read.is_floating_point():
-                return None
-            followed = read if read.requires_grad else read.detach().requires_grad_() * 1
-            self.starts[name] = followed.grad_fn
-            swap = [followed if each is read else each for each in args]
-            return tuple(swap), {key: followed if each is read else each for key, each in kwargs.items()}
+    def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        read = first_tensor(args, kwargs)
+        self.reads[name] = read
+        if read is None or not read.is_floating_point():
+            return None
+        followed = read if read.requires_grad else read.detach().requires_grad_() * 1
+        self.starts[name] = followed.grad_fn
+        swap = [followed if each is read else each for each in args]
+        return tuple(swap), {key: followed if each is read else each for key, each in kwargs.items()}
 
-        return saw
-
-    def _leave(self, name: str) -> Callable[..., None]:
-        def saw(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.order.append(name)
-            self.gives[name] = main(output)
-
-        return saw
+    def _leave(self, name: str, _read: Tensor, output: Any) -> None:
+        self.order.append(name)
+        self.gives[name] = main(output)
 
     def chained(self, stack: Sequence[str]) -> set[str]:
         """Return those of a stack that run once and read what the one before them gave, or are read by the next."""
@@ -96,23 +93,19 @@ class _Flow:
         """Return whether what a module reads gets into what it gives without being multiplied with a weight."""
         start, given = self.starts.get(name), self.gives[name]
         left = [given.grad_fn] if given is not None and start is not None else []
-        seen = set()
+        known = set()
         while left:
             node = left.pop()
             if node is start:
                 return True
-            if node is not None and node not in seen and not any(word in node.name() for word in WEIGHTED):
-                seen.add(node)
+            if node is not None and node not in known and not any(word in node.name() for word in WEIGHTED):
+                known.add(node)
                 left += [before for before, _ in node.next_functions]
         return False
 
 
 def _run(model: Model) -> None:
-    """Send a random input through a network.
-
-    Raises:
-        SourceError: it does not take it.
-    """
+    """Send a random input through a network."""
     batch = inputs.probe(model)
     with inputs.taken(model):
         inputs.run(model.module, batch)
@@ -145,49 +138,52 @@ def main(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Collect the output of each layer, in the order of ``names``, of the first forward pass made inside."""
-    seen: dict[str, Tensor] = {}
-    found: list[Tensor] = []
+def seen(network: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Any], Any]) -> Iterator[None]:
+    """Show what each layer reads and its whole output, in the forward passes made inside, as soon as it has run.
 
-    def watch(name: str) -> Callable[..., None]:
-        def saw(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = main(output)
-            assert tensor is not None
-            seen.setdefault(name, tensor)
+    Args:
+        network: that has the layers.
+        names: of layers.
+        see: takes name, what is read, and output; what it returns, unless that is None, takes the output's place.
+    """
 
-        return saw
+    def hook(name: str) -> Callable[..., Any]:
+        return lambda _module, args, kwargs, output: see(name, first_tensor(args, kwargs), output)
 
-    with registered(network.get_submodule(name).register_forward_hook(watch(name)) for name in names):
-        yield found
-        found += [seen[name] for name in names]
+    with registered(network.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names):
+        yield
 
 
 @contextmanager
 def tapped(network: nn.Module, names: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Show what each layer reads and gives, in the forward passes made inside, as soon as it has run."""
+    """Show what each layer reads and what it hands on, in the forward passes made inside, as soon as it has run."""
 
-    def tap(name: str) -> Callable[..., None]:
-        def saw(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            tensor = main(output)
-            assert tensor is not None
-            see(name, first_tensor(args, kwargs), tensor)
+    def saw(name: str, read: Tensor, output: Any) -> None:
+        tensor = main(output)
+        assert tensor is not None
+        see(name, read, tensor)
 
-        return saw
-
-    with registered(network.get_submodule(name).register_forward_hook(tap(name), with_kwargs=True) for name in names):
+    with seen(network, names, saw):
         yield
 
 
 @contextmanager
-def bypassed(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
+def watched(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Collect the output of each layer, in the order of ``names``, of the first forward pass made inside."""
+    first: dict[str, Tensor] = {}
+    found: list[Tensor] = []
+
+    def saw(name: str, _read: Tensor, given: Tensor) -> None:
+        first.setdefault(name, given)
+
+    with tapped(network, names, saw):
+        yield found
+        found += [first[name] for name in names]
+
+
+def bypassed(network: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
     """Let layers hand on what they read, in the forward passes made inside."""
-
-    def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return in_place_of(output, first_tensor(args, kwargs))
-
-    with registered(network.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in names):
-        yield
+    return seen(network, names, lambda _name, read, output: in_place_of(output, read))
 
 
 def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
@@ -199,20 +195,15 @@ def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def saw(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[name] = _nesting(output)
+    def saw(name: str, _read: Tensor, output: Any) -> None:
+        found[name] = []
+        while isinstance(output, list | tuple):
+            found[name].append(len(output))
+            output = output[0]
 
-        return saw
-
-    hooks = (model.module.get_submodule(name).register_forward_hook(watch(name)) for name in names)
-    with registered(hooks), torch.no_grad():
+    with seen(model.module, names, saw), torch.no_grad():
         _run(model)
     return found
-
-
-def _nesting(output: Any) -> list[int]:
-    return [len(output), *_nesting(output[0])] if isinstance(output, list | tuple) else []
 
 
 def in_place_of(output: Any, tensor: Tensor) -> Any:

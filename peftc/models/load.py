@@ -17,7 +17,6 @@ from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, na
 from peftc.models import adapting, build, delta, from_peft, hub, weights
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of
-from peftc.models.skeleton import Base
 from peftc.nn import surgery
 from peftc.nn.adapted import TakenIn, take_in, with_ranks
 from peftc.store import artifact, manifest
@@ -42,7 +41,9 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if isinstance(model, Model):
         return model
     if isinstance(model, nn.Module):
-        return _live(model)
+        live = build.from_live(detached(model))
+        live.module.eval()
+        return live
     source = model if isinstance(model, Source) else Source(str(model))
     located = _located(source, weights)
     if located.kind == "artifact":
@@ -81,38 +82,22 @@ def _whole(source: Source) -> Model:
 
 def _foreign(source: Source, located: Located, weights: bool) -> Model:
     """Return the model in what is neither an artifact nor an adapter."""
-    base = build.build(source, located, weights)
-    loaded = Model(
-        module=base.module,
-        source=source,
-        library=base.library,
-        config=base.config,
-        base=base.record,
-        name=base.name,
-        folder=base.folder,
-        preprocess=_overridden(base.preprocess, source.preprocess),
-        labels=base.labels,
-        notes=list(base.notes),
-    )
-    if weights and base.weights is not None:
-        found = build.fill(base)
-        loaded.module, loaded.notes = base.module, list(base.notes)  # transformers' own loader makes another network
-        loaded.infos = {name: base.weights.infos[there] for name, there in found.items() if there in base.weights.infos}
-        loaded.files = base.weights.files
+    loaded, tensors = build.build(source, located, weights)
+    loaded.preprocess = _overridden(loaded.preprocess, source.preprocess)
+    if tensors is not None:
+        found = build.fill(loaded, tensors)
+        loaded.infos = {name: tensors.infos[there] for name, there in found.items() if there in tensors.infos}
+        loaded.files = tensors.files
         loaded.notes += [said] if (said := surgery.two_halves(loaded.module)) else []
-    _refuse_lazy(loaded)
-    loaded.module.eval()
-    return loaded
-
-
-def _refuse_lazy(model: Model) -> None:
-    lazy = [name for name, parameter in model.module.named_parameters() if nn.parameter.is_lazy(parameter)]
+    lazy = [name for name, parameter in loaded.module.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:
         raise SourceError(
-            f"`{lazy[0]}` of `{model.name}` has no shape yet",
+            f"`{lazy[0]}` of `{loaded.name}` has no shape yet",
             why="a lazy module takes its shape from the first input, and has seen none",
             hint="let the factory run the network once before it returns it",
         )
+    loaded.module.eval()
+    return loaded
 
 
 def load_module(
@@ -156,12 +141,16 @@ def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = F
         raise ArtifactError(f"`{folder}` is no delta", hint="load it by itself: `peftc.load`")
     assert tuned.folder is not None
     own, place = artifact.tensor_table(tuned.folder, record), place_of(network)
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return one.shape == other.shape and torch.equal(one, other.to(one.device, one.dtype))
+
     theirs, mine = surgery.tensors_of(network), surgery.tensors_of(tuned.module)
     for names in surgery.stored_names(tuned.module).values():
         there = record.delta["tensors"].get(names[0], names[0])
         if names[0] in own:
             surgery.assign(tuned.module, names, mine[names[0]].to(place))
-        elif there not in theirs or not _same(mine[names[0]], theirs[there]):
+        elif there not in theirs or not same(mine[names[0]], theirs[there]):
             raise ArtifactError(
                 f"the network is not the base of `{folder}`",
                 why=f"its `{there}` {'has other values' if there in theirs else 'is not there'}",
@@ -170,20 +159,6 @@ def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = F
         else:
             surgery.assign(tuned.module, names, theirs[there])
     return tuned.module
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one.device, one.dtype))
-
-
-def refuse_unbuildable(model: Model) -> None:
-    """Refuse a live network that could not be built again from what an artifact would keep.
-
-    Raises:
-        SourceError: with what to do instead.
-    """
-    base = Base(model.module, model.library, model.name, model.base, model.config)
-    build.refuse_unbuildable(base)
 
 
 def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,16 +202,8 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     table = artifact.tensor_table(folder, record)
     if source.verify:
         artifact.verify(folder, record)
-    base = build.from_record(record, folder, source)
-    surgery.skip(base.module, record.skipped)
-    surgery.apply_edits(base.module, record.modules)
-    adapting.rebuild(base.module, record.adapters)
-    surgery.tie(base.module, record.tied)
-    loaded = Model(
-        module=base.module,
-        source=source,
-        library=base.library,
-        config=base.config,
+    loaded = replace(
+        build.from_record(record, folder, source),
         base=record.base,
         name=located.name.split("/")[-1] or folder.resolve().name,
         folder=folder,
@@ -245,6 +212,10 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
         preprocess=_overridden(record.preprocess, source.preprocess),
         hub=(located.name, folder.name) if located.name else None,
     )
+    surgery.skip(loaded.module, record.skipped)
+    surgery.apply_edits(loaded.module, record.modules)
+    adapting.rebuild(loaded.module, record.adapters)
+    surgery.tie(loaded.module, record.tied)
     if with_weights:
         _fill(loaded, record, table, source)
     if record.ordered:
@@ -292,21 +263,6 @@ def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, di
     return replace(model, infos=infos, manifest=record), changed
 
 
-def _live(module: nn.Module) -> Model:
-    base = build.from_live(detached(module))
-    source = Source(f"a live {type(module).__name__}")
-    return Model(
-        module=base.module.eval(),
-        source=source,
-        library=base.library,
-        config=base.config,
-        base=base.record,
-        name=base.name,
-        preprocess=base.preprocess,
-        labels=base.labels,
-    )
-
-
 FINITE_BLOCK = 1 << 22
 
 
@@ -319,7 +275,8 @@ def refuse_non_finite(model: Model) -> None:
     bad = [
         name
         for name, tensor in surgery.tensors_of(model.module).items()
-        if tensor.is_floating_point() and not _finite(tensor)
+        if tensor.is_floating_point()
+        and not all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))
     ]
     if bad:
         raise WeightError(
@@ -327,7 +284,3 @@ def refuse_non_finite(model: Model) -> None:
             why="training diverged, or the file is damaged",
             hint="use an earlier checkpoint; peftc does not repair weights",
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))

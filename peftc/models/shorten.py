@@ -231,10 +231,10 @@ def _of_timm(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module,
         listed = {key: list(stages.values())} if stages else {}
         config["model_args"] = {**(config.get("model_args") or {}), **arguments, **listed}
         try:
-            base = from_timm.from_config(config, model.name, model.folder)
+            made = from_timm.network(config, model.folder)
         except PeftcError:
             continue
-        yield base.module, base.config
+        yield made
 
 
 def _stages(network: nn.Module, before: str, after: str) -> dict[int, int]:

@@ -1,11 +1,11 @@
-"""A base network on the meta device, and what is known about it before its weights are read."""
+"""Networks on the meta device, no larger than the weights beside their config allow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from peftc.errors import SourceError
 
 if TYPE_CHECKING:
-    from peftc.models.weights import Weights
     from peftc.store.manifest import Manifest
 
 # what a constructor of another library may raise on a configuration that it does not understand
@@ -32,22 +31,6 @@ UNBUILDABLE = (
     OSError,
     MemoryError,
 )
-
-
-@dataclass
-class Base:
-    """A base network and where its weights are; ``weights`` is None when the network already holds them."""
-
-    module: nn.Module
-    library: str
-    name: str
-    record: dict[str, Any]
-    config: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    weights: Weights | None = None
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    labels: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

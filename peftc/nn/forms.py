@@ -56,14 +56,9 @@ def matrix_size(module: Any) -> tuple[int, int]:
     return module.weight.shape[0], module.weight[0].numel()
 
 
-def own_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that make up the weight of a module that has a form, by their names in it."""
-    return {name: each for name, each in module.named_parameters() if name.endswith("weight")}
-
-
 def dense(module: nn.Module, parameters: int) -> tuple[str, ...] | None:
     """Return the names of the weights to train in place of an update of so many parameters, None if it has fewer."""
-    weights = own_weights(module)
+    weights = {name: each for name, each in module.named_parameters() if name.endswith("weight")}
     return tuple(weights) if parameters >= sum(each.numel() for each in weights.values()) else None
 
 
@@ -82,11 +77,6 @@ def convolve(base: Any, x: Tensor, weight: Tensor) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or float64 if it is that."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
-
-
-def at_work(dropout: nn.Dropout) -> bool:
-    """Return whether dropout changes anything now."""
-    return dropout.training and dropout.p > 0
 
 
 def is_conv1d(module: nn.Module) -> bool:

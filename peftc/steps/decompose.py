@@ -30,7 +30,8 @@ from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
 from peftc.factors.speedup import unusual
 from peftc.models import write
-from peftc.models.load import load, refuse_non_finite, refuse_unbuildable
+from peftc.models.build import refuse_unbuildable
+from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import tensor_bytes

@@ -17,8 +17,9 @@ from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models import write
+from peftc.models.build import refuse_unbuildable
 from peftc.models.heads import Headed
-from peftc.models.load import load, refuse_unbuildable
+from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import place_of
 from peftc.models.weights import piece, pieces_of

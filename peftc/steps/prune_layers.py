@@ -20,6 +20,7 @@ from peftc.measure import costs
 from peftc.models import delta as deltas
 from peftc.models import load as models
 from peftc.models import shorten, write
+from peftc.models.build import refuse_unbuildable
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
@@ -195,7 +196,7 @@ def _loaded(model: Any, delta: bool | None, data: str | None, *, repair: bool) -
         raise UsageError("`--repair` changes weights of the base, which a delta leaves alone", hint="add `--full`")
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
-        models.refuse_unbuildable(stored)
+        refuse_unbuildable(stored)
     return stored, as_delta
 
 

@@ -493,7 +493,7 @@ def test_every_axis_of_the_change_has_the_rank_it_was_given(init: str) -> None:
     update = flora(conv, rank=4, rank_in=2, rank_spatial=3, init=init)
     assert isinstance(update, nn.Module)
     update.double().core.data.normal_()  # type: ignore[union-attr, operator]
-    change = update._change(conv.weight, *update.parameters())  # type: ignore[operator]
+    change = update.change(conv.weight, *update.parameters())  # type: ignore[operator]
     assert change.shape == conv.weight.shape
     ranks = [int(torch.linalg.matrix_rank(change.movedim(axis, 0).flatten(1), rtol=1e-9)) for axis in range(4)]
     assert ranks == [4, 2, 3, 3]
@@ -518,7 +518,7 @@ def test_the_tucker_product_is_the_loop_the_einsum_and_three_convolutions_in_a_r
     assert isinstance(update, nn.Module)
     trained(update.double())
     core, (out, in_, height, width) = update.core, update.modes  # type: ignore[misc]
-    change = update._change(conv.weight, *update.parameters())  # type: ignore[operator]
+    change = update.change(conv.weight, *update.parameters())  # type: ignore[operator]
     torch.testing.assert_close(
         change, 1.5 * torch.einsum("abcd,oa,ib,xc,yd->oixy", core, out, in_, height, width), rtol=0, atol=1e-10
     )

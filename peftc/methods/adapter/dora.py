@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.methods.adapter.lora import bypass, check_rank, initial, through_weight
+from peftc.methods.adapter.lora import Change, bypass, check_rank, initial
 from peftc.nn import forms
 from peftc.nn.forms import wide
 
@@ -37,7 +37,7 @@ def dora(
     return forms.dense(module, rank * (out + in_) + outputs) or Dora(module, form, rank, alpha / rank, dropout)
 
 
-class Dora(nn.Module):
+class Dora(Change):
     """The factors (out, rank) and (rank, in) of a change, and the length of the weight for each output."""
 
     def __init__(self, module: nn.Module, form: str, rank: int, scale: float, dropout: float) -> None:
@@ -51,13 +51,11 @@ class Dora(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
         if self.form not in ("embedding", "factored"):
-            return through_weight(
-                base, x, lambda *learned: self._updated(base.weight, *learned) - wide(base.weight), self
-            )
+            return self.through_weight(base, x)
         given, ratio, bias = base(x), self.ratio(base.weight), getattr(base, "bias", None)  # type: ignore[arg-type]
         seen = x
         plain = given if bias is None else given - bias
-        if self.form == "factored" and forms.at_work(self.dropout):
+        if self.form == "factored" and self.dropout.training and self.dropout.p > 0:
             seen = self.dropout(x)
             plain = base(seen) if bias is None else base(seen) - bias
         changed = bypass(base, self.form, seen, self.up, self.down, self.scale)
@@ -76,6 +74,10 @@ class Dora(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (out, rank) and (rank, in), whose product is the change before `ratio`."""
         return self.scale * self.up.float(), self.down.float()
+
+    def change(self, weight: Tensor, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
+        """Return what is added to the weight."""
+        return self._updated(weight, up, down, magnitude) - wide(weight)
 
     def _updated(self, weight: Any, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
         changed = self._changed(weight, up, down)

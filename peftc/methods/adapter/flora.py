@@ -10,14 +10,13 @@ disagree: ``init`` names them. The scale matters more than the factorization; se
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftc.errors import one_of
-from peftc.methods.adapter.lora import check_rank, through_weight
+from peftc.methods.adapter.lora import Change, check_rank
 from peftc.nn import forms
 from peftc.nn.forms import wide
 
@@ -61,7 +60,7 @@ def flora(
     return forms.dense(module, parameters) or update
 
 
-class Flora(nn.Module):
+class Flora(Change):
     """A core of one axis per axis of the weight, and for each the factor (size, rank)."""
 
     def __init__(
@@ -78,7 +77,7 @@ class Flora(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
         if self.form == "channel":
-            return through_weight(base, x, lambda *learned: self._change(base.weight, *learned), self)
+            return self.through_weight(base, x)
         given = base(x)
         out, in_ = self.modes
         if self.form == "embedding":
@@ -87,16 +86,13 @@ class Flora(nn.Module):
         inner = F.linear(F.linear(self.dropout(x).to(in_.dtype), in_.T), self.core)
         return given + F.linear(self.scale * inner, out).to(given.dtype)
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """Return the updated weight in float32."""
-        return weight.float() + self._change(weight, self.core, *self.modes).float()
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (out, rank) and (rank, in), whose product is the change of the weight as a matrix."""
         out, *others = (mode.float() for mode in self.modes)
         return self.scale * out, _expanded(self.core.float(), others)
 
-    def _change(self, weight: Any, core: Tensor, *modes: Tensor) -> Tensor:
+    def change(self, weight: Tensor, core: Tensor, *modes: Tensor) -> Tensor:
+        """Return the product in the shape of the weight."""
         out, *others = (wide(mode) for mode in modes)
         return forms.as_weight(self.scale * out @ _expanded(wide(core), others), weight, self.form)
 

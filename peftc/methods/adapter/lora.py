@@ -10,7 +10,7 @@ SNELL's paper compares with; alpha, twice the rank, is peftc's choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,10 @@ def low_rank(
     if form is None:
         return None
     if form == "channel" and layout == "loralib":
-        return _reshaped(module, rank, scale, dropout)
+        if not isinstance(module, nn.Conv2d) or module.kernel_size[0] != module.kernel_size[1]:
+            return None
+        parameters = rank * module.kernel_size[0] ** 2 * (module.in_channels + module.out_channels // module.groups)
+        return forms.dense(module, parameters) or Reshaped(module, rank, scale, dropout)
     out, in_ = forms.matrix_size(module)
     return forms.dense(module, rank * (out + in_)) or Lora(form, out, in_, rank, scale, dropout)
 
@@ -82,13 +85,23 @@ def bypass(base: nn.Module, form: str, x: Tensor, up: Tensor, down: Tensor, scal
     return forms.CONVOLVE[len(window)](inner, up.reshape(*up.shape, *(1 for _ in window)))
 
 
-def through_weight(base: nn.Module, x: Tensor, change: Callable[..., Tensor], update: Any) -> Tensor:
-    """Return what ``base`` gives with a change of its weight, made of all parameters of ``update`` in their order."""
-    seen = update.dropout(x) if forms.at_work(update.dropout) else None
-    return folded(base, x, change, list(update.parameters()), seen=seen)
+class Change(nn.Module):
+    """An update that changes a weight by what ``change(weight, *parameters)`` makes of all its parameters."""
+
+    change: Callable[..., Tensor]
+    dropout: nn.Dropout
+
+    def through_weight(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Map what ``base`` takes to what it gives, its weight changed."""
+        seen = self.dropout(x) if self.dropout.training and self.dropout.p > 0 else None
+        return folded(base, x, partial(self.change, base.weight), list(self.parameters()), seen=seen)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in float32."""
+        return weight.float() + self.change(weight, *self.parameters()).float()
 
 
-class Lora(nn.Module):
+class Lora(Change):
     """The factors (out, rank) and (rank, in) of an update, the second flattened for a convolution."""
 
     def __init__(self, form: str, out: int, in_: int, rank: int, scale: float, dropout: float) -> None:
@@ -100,24 +113,21 @@ class Lora(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
         if self.form == "channel" and base.groups > 1:  # type: ignore[operator]
-            return through_weight(base, x, lambda up, down: self._change(up, down, base.weight), self)
+            return self.through_weight(base, x)
         given = base(x)
         seen = x if self.form == "embedding" else self.dropout(x)
         return given + bypass(base, self.form, seen, self.up, self.down, self.scale).to(given.dtype)
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """Return the updated weight in float32."""
-        return weight.float() + self._change(self.up, self.down, weight).float()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (out, rank) and (rank, in), whose product is the change of the weight as a matrix."""
         return self.scale * self.up.float(), self.down.float()
 
-    def _change(self, up: Tensor, down: Tensor, weight: Any) -> Tensor:
+    def change(self, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Return the product in the shape of the weight."""
         return forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
 
 
-class Reshaped(nn.Module):
+class Reshaped(Change):
     """The factors (out k / groups, rank k) and (rank k, in k) of a change that is read as a k x k convolution."""
 
     def __init__(self, conv: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
@@ -131,18 +141,8 @@ class Reshaped(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h', w')."""
-        return through_weight(base, x, lambda up, down: self._change(up, down, base.weight), self)
+        return self.through_weight(base, x)
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """Return the updated weight in float32."""
-        return weight.float() + self._change(self.up, self.down, weight).float()
-
-    def _change(self, up: Tensor, down: Tensor, weight: Any) -> Tensor:
+    def change(self, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Return the product in the shape of the weight."""
         return (self.scale * wide(up) @ wide(down)).reshape(weight.shape)
-
-
-def _reshaped(module: nn.Module, rank: int, scale: float, dropout: float) -> nn.Module | tuple[str, ...] | None:
-    if not isinstance(module, nn.Conv2d) or module.kernel_size[0] != module.kernel_size[1]:
-        return None
-    window, out = module.kernel_size[0], module.out_channels // module.groups
-    return forms.dense(module, rank * window**2 * (module.in_channels + out)) or Reshaped(module, rank, scale, dropout)

@@ -14,12 +14,14 @@ the rate is peftc's choice, as for other methods.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import UsageError
+from peftc.methods.adapter.lora import Change
 from peftc.nn import forms
 from peftc.nn.adapted import Adapted
 from peftc.nn.folded import folded
@@ -104,7 +106,7 @@ def _count(share: float, number: int) -> int:
     return max(1, round(share * number))
 
 
-class Sara(nn.Module):
+class Sara(Change):
     """What is added to the weights at ``places`` of a module's flattened weight."""
 
     places: Tensor
@@ -129,20 +131,19 @@ class Sara(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
-        return folded(base, x, lambda values: self._change(base.weight, values), [self.values], pull=self._gathered)
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """Return the updated weight in float32."""
-        return weight.float() + self._change(weight, self.values).float()
+        def pull(gradient: Tensor, values: Tensor) -> tuple[Tensor]:
+            gathered = gradient.flatten().index_select(0, self.places)
+            return (torch.where(self.learns, gathered, 0).to(values.dtype),)
+
+        return folded(base, x, partial(self.change, base.weight), [self.values], pull=pull)
 
     def learning(self, weight: Tensor) -> Tensor:
         """Return the updated weight in float32 with zeros where it does not learn; gradients reach the values."""
         there = wide(weight).flatten().index_select(0, self.places) + wide(self.values)
-        return self._change(weight, torch.where(self.learns, there, 0))
+        return self.change(weight, torch.where(self.learns, there, 0))
 
-    def _change(self, weight: Any, values: Tensor) -> Tensor:
+    def change(self, weight: Tensor, values: Tensor) -> Tensor:
+        """Return the values at their places in the shape of the weight."""
         values = wide(values)
         return values.new_zeros(weight.numel()).index_add(0, self.places, values).reshape(weight.shape)
-
-    def _gathered(self, gradient: Tensor, values: Tensor) -> tuple[Tensor]:
-        return (torch.where(self.learns, gradient.flatten().index_select(0, self.places), 0).to(values.dtype),)
