@@ -99,39 +99,65 @@ def _paired(name: str, keys: Iterable[str], read: Callable[[str], np.ndarray]) -
             found.setdefault(split_word(key) or "all", {})[role] = key
     without = [split for split, pair in found.items() if "x" not in pair]
     if not found or without:
-        raise DataError(
-            f"`{name}` holds no samples" + (f" for split `{without[0]}`" if without else ""),
-            why=f"its arrays are {named(sorted(keys))}",
-            hint="name them `x_train`, `y_train`, `x_test`, `y_test`, or `images` and `labels`",
-        )
+        what = f"`{name}` holds no samples" + (f" for split `{without[0]}`" if without else "")
+        hint = "name them `x_train`, `y_train`, `x_test`, `y_test`, or `images` and `labels`"
+        raise DataError(what, why=f"its arrays are {named(sorted(keys))}", hint=hint)
     notes = [f"data: arrays left unread: {named(unknown)}"] if unknown else []
     arrays = {split: {role: read(key) for role, key in pair.items()} for split, pair in found.items()}
     return _splits(name, arrays, notes)
 
 
 def _splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
+    labels = {}
     for split, pair in found.items():
-        if pair["x"].ndim < 2 or not pair["x"].size or pair["x"].dtype.kind not in "buif":
-            why = f"they have shape {list(pair['x'].shape)} and dtype `{pair['x'].dtype}`"
+        x = pair["x"]
+        if x.ndim < 2 or not x.size or x.dtype.kind not in "buif":
+            why = f"they have shape {list(x.shape)} and dtype `{x.dtype}`"
             raise DataError(f"the samples of `{name}@{split}` are none", why=why)
-    labels = {
-        split: _labels(f"{name}@{split}", pair["y"], len(pair["x"])) for split, pair in found.items() if "y" in pair
-    }
+        if "y" in pair:
+            labels[split] = _labels(f"{name}@{split}", pair["y"], len(x))
     values = sorted({value for column in labels.values() for value in column.tolist()})
+    classes = {value: number for number, value in enumerate(values)}
     is_class = bool(values) and all(isinstance(value, int) for value in values)
-    return {
-        split: partial(_dataset, name, split, pair["x"], labels.get(split), values if is_class else None, notes)
-        for split, pair in found.items()
-    }
+
+    def dataset(split: str) -> Dataset:
+        x, y = found[split]["x"], labels.get(split)
+        known: list[Any] | None = None if y is None else y.tolist()
+        where, is_image = f"{name}@{split}", x.dtype == np.uint8
+        x = _channels_last(where, x) if is_image else x[:, None] if x.ndim == 3 else x
+        if is_image:
+            limits.refuse_sides(where, x.shape[2], x.shape[1])
+
+        def read(row: int) -> Any:
+            if is_image:
+                return x[row]
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+                sample = np.array(x[row], dtype=np.float32)
+            if not np.isfinite(sample).all():
+                raise DataError(f"sample {row} of `{name}` contains NaN or infinite values")
+            return torch.from_numpy(sample)
+
+        as_they_are = f"data: `{name}` holds {x.dtype} values, which the model reads as they are"
+        return Dataset(
+            kind="image" if is_image else "tensor",
+            name=name,
+            split=split,
+            rows=range(len(x)),
+            labels=[classes[value] for value in known] if known is not None and is_class else known,
+            classes=[str(value) for value in values] if is_class else None,
+            read=read,
+            content=lambda row: x[row].tobytes(),
+            notes=notes if is_image else [*notes, as_they_are],
+        )
+
+    return {split: partial(dataset, split) for split in found}
 
 
 def _labels(name: str, array: np.ndarray, samples: int) -> np.ndarray:
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if array.shape != (samples,):
-        raise DataError(
-            f"the labels of `{name}` have shape {list(array.shape)}",
-            why=f"there are {samples} samples, with one label each",
-        )
+        why = f"there are {samples} samples, with one label each"
+        raise DataError(f"the labels of `{name}` have shape {list(array.shape)}", why=why)
     if array.dtype.kind not in "buif":
         raise DataError(f"the labels of `{name}` are no numbers", why=f"their dtype is `{array.dtype}`")
     if not np.isfinite(array).all():
@@ -143,32 +169,6 @@ def _labels(name: str, array: np.ndarray, samples: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _dataset(
-    name: str, split: str, x: np.ndarray, y: np.ndarray | None, values: list[int] | None, notes: list[str]
-) -> Dataset:
-    labels: list[Any] | None = None if y is None else y.tolist()
-    if labels is not None and values is not None:
-        index = {value: number for number, value in enumerate(values)}
-        labels = [index[label] for label in labels]
-    is_image = x.dtype == np.uint8
-    x = _channels_last(f"{name}@{split}", x) if is_image else x[:, None] if x.ndim == 3 else x
-    if is_image:
-        limits.refuse_sides(f"{name}@{split}", x.shape[2], x.shape[1])
-    return Dataset(
-        kind="image" if is_image else "tensor",
-        name=name,
-        split=split,
-        rows=range(len(x)),
-        labels=labels,
-        classes=None if values is None else [str(value) for value in values],
-        read=(lambda row: x[row]) if is_image else (lambda row: _finite(name, x, row)),
-        content=lambda row: x[row].tobytes(),
-        notes=notes
-        if is_image
-        else [*notes, f"data: `{name}` holds {x.dtype} values, which the model reads as they are"],
-    )
-
-
 def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
     """Return uint8 images as (n, h, w) or (n, h, w, 3 or 4)."""
     if x.ndim == 3:
@@ -177,18 +177,8 @@ def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
         return x[..., 0] if x.shape[-1] == 1 else x
     if x.ndim == 4 and x.shape[1] in (1, 3, 4):
         return _channels_last(name, np.moveaxis(x, 1, -1))
-    raise DataError(
-        f"`{name}` holds uint8 values of shape {list(x.shape)}",
-        why="images are (n, h, w), (n, h, w, c) or (n, c, h, w)",
-    )
-
-
-def _finite(name: str, x: np.ndarray, row: int) -> torch.Tensor:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        sample = np.array(x[row], dtype=np.float32)
-    if not np.isfinite(sample).all():
-        raise DataError(f"sample {row} of `{name}` contains NaN or infinite values")
-    return torch.from_numpy(sample)
+    why = "images are (n, h, w), (n, h, w, c) or (n, c, h, w)"
+    raise DataError(f"`{name}` holds uint8 values of shape {list(x.shape)}", why=why)
 
 
 def idx_files(folder: Path) -> list[Path]:
@@ -214,10 +204,8 @@ def idx_pair(path: Path) -> list[Path]:
     """Return an IDX file of images and the labels beside it."""
     match = IDX_NAME.fullmatch(path.name)
     if not match or match["role"] != "images":
-        raise DataError(
-            f"`{path}` is not named like a file of IDX images",
-            hint="name the file of images, or the folder that holds both files",
-        )
+        hint = "name the file of images, or the folder that holds both files"
+        raise DataError(f"`{path}` is not named like a file of IDX images", hint=hint)
     return [other for other in idx_files(path.parent) if IDX_NAME.fullmatch(other.name)["split"] == match["split"]]  # type: ignore[index]
 
 
@@ -254,6 +242,5 @@ def sklearn(name: str) -> Splits:
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     parts = {"train": np.sort(train), "test": np.sort(test)}
-    return _splits(
-        f"sklearn:{name}", {key: {"x": images[part], "y": digits.target[part]} for key, part in parts.items()}, []
-    )
+    found = {key: {"x": images[part], "y": digits.target[part]} for key, part in parts.items()}
+    return _splits(f"sklearn:{name}", found, [])

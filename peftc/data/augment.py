@@ -68,10 +68,8 @@ class Augmented:
         from timm.data import Mixup
 
         if len(inputs) % 2:
-            raise UsageError(
-                f"`--mixup` and `--cutmix` mix images in pairs, and a part of a step has {len(inputs)}",
-                hint="choose `--batch-size` and `--accumulate` so that every part is even",
-            )
+            what = f"`--mixup` and `--cutmix` mix images in pairs, and a part of a step has {len(inputs)}"
+            raise UsageError(what, hint="choose `--batch-size` and `--accumulate` so that every part is even")
         mix = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=classes)
         with _drawn(), torch.device("cpu"):
             return mix(inputs.clone(), targets)  # type: ignore[no-any-return]
@@ -80,23 +78,14 @@ class Augmented:
 def _transform(policy: str, pixels: Any, preprocess: Mapping[str, Any]) -> Any:
     from timm.data import create_transform
 
+    how = {"auto_augment": None if policy == "crop" else policy, "hflip": 0.5, "scale": (SMALLEST_CROP, 1.0)}
+    how |= {"color_jitter": None, "interpolation": preprocess.get("interpolation") or "bilinear"}
     try:
-        return create_transform(
-            pixels,
-            is_training=True,
-            auto_augment=None if policy == "crop" else policy,
-            normalize=False,
-            hflip=0.5,
-            scale=(SMALLEST_CROP, 1.0),
-            color_jitter=None,
-            interpolation=preprocess.get("interpolation") or "bilinear",
-        )
+        return create_transform(pixels, is_training=True, normalize=False, **how)
     except (AssertionError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"unknown value `{policy}` for `--augment`",
-            why=str(error) or "it is no policy of timm's",
-            hint="as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`",
-        ) from None
+        why = str(error) or "it is no policy of timm's"
+        hint = "as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`"
+        raise UsageError(f"unknown value `{policy}` for `--augment`", why=why, hint=hint) from None
 
 
 @contextmanager

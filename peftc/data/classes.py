@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 from peftc.errors import ClassesError, DataError, named
@@ -23,14 +24,11 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
         ClassesError: no class has a counterpart.
         DataError: some have none, or two.
     """
-    imagenet = _imagenet(outputs)
-    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        index = {name: number for number, name in enumerate(imagenet[0])}
+    ids, of_imagenet = _imagenet(outputs)
+    if ids and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        index = {name: number for number, name in enumerate(ids)}
         return _all(classes, index, outputs, "WordNet ids"), "classes: folders matched by WordNet id"
-    for names, whose in (
-        (labels, "the model's class names"),
-        (imagenet[1] if imagenet else None, "ImageNet's class names"),
-    ):
+    for names, whose in ((labels, "the model's class names"), (of_imagenet, "ImageNet's class names")):
         if names:
             found = _by_name(classes, names)
             if len(found) == len(classes):
@@ -39,17 +37,16 @@ def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) ->
                 return _all(classes, found, outputs, whose), ""
     numbers = [int(name) for name in classes if is_index(name)]
     is_numbered = len(set(numbers)) == len(classes) and max(numbers, default=0) < outputs  # `01` and `1` are two
-    if is_numbered and not _has_own_numbers(classes, outputs):
+    # 0, 1, ... without reaching the outputs, as ten digits count, number something else
+    if is_numbered and not (1 < len(classes) < outputs and sorted(numbers) == list(range(len(classes)))):
         return numbers, "classes: their names read as class indices"
     if labels is None and len(classes) == outputs:
         note = f"classes: the model has no class names, so its {outputs} outputs are taken in sorted order"
         return list(range(outputs)), note
     if labels is None:
-        raise ClassesError(
-            f"cannot match {len(classes)} classes with a model of {outputs} outputs",
-            why=f"the data has {named(list(classes))}",
-            hint="name them by WordNet id, class index or class name",
-        )
+        why = f"the data has {named(list(classes))}"
+        hint = "name them by WordNet id, class index or class name"
+        raise ClassesError(f"cannot match {len(classes)} classes with a model of {outputs} outputs", why=why, hint=hint)
     return _all(classes, {}, outputs, f"class names {named(list(labels), 3)}"), ""
 
 
@@ -58,42 +55,30 @@ def is_index(name: str) -> bool:
     return name.isdecimal() and len(name) < 20
 
 
-def _has_own_numbers(classes: Sequence[str], outputs: int) -> bool:
-    """Whether names count 0, 1, ... without reaching the outputs, as ten digits do: they number something else."""
-    return 1 < len(classes) < outputs and sorted(map(int, classes)) == list(range(len(classes)))
-
-
 def _all(classes: Sequence[str], index: dict[str, int], outputs: int, whose: str) -> list[int]:
     missing = [name for name in classes if name not in index]
     if missing:
         kind = ClassesError if len(missing) == len(classes) else DataError
-        raise kind(
-            f"{len(missing)} of {len(classes)} classes of the data are unknown to the model: {named(missing)}",
-            why=f"its {outputs} outputs are known by {whose}",
-            hint="rename or remove these classes, or evaluate the model made for them",
-        )
+        what = f"{len(missing)} of {len(classes)} classes of the data are unknown to the model: {named(missing)}"
+        why = f"its {outputs} outputs are known by {whose}"
+        raise kind(what, why=why, hint="rename or remove these classes, or evaluate the model made for them")
     return [index[name] for name in classes]
 
 
 def _by_name(classes: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     """Look classes up by whole names first, then by one of the synonyms in `tench, Tinca tinca`."""
-    exact: dict[str, list[int]] = {}
-    whole: dict[str, list[int]] = {}
-    parts: dict[str, list[int]] = {}
+    exact, whole, parts = (defaultdict[str, list[int]](list) for _ in range(3))
     for number, name in enumerate(names):
-        exact.setdefault(name, []).append(number)
-        whole.setdefault(_plain(name), []).append(number)
+        exact[name].append(number)
+        whole[_plain(name)].append(number)
         for part in name.split(","):
-            parts.setdefault(_plain(part), []).append(number)
+            parts[_plain(part)].append(number)
     found = {}
     for name in classes:
         at = exact.get(name) or whole.get(_plain(name)) or parts.get(_plain(name), [])
         if len(at) > 1:
-            raise DataError(
-                f"class `{name}` of the data is ambiguous",
-                why=f"the model's outputs {at} share that name",
-                hint="use class indices",
-            )
+            why = f"the model's outputs {at} share that name"
+            raise DataError(f"class `{name}` of the data is ambiguous", why=why, hint="use class indices")
         if at:
             found[name] = at[0]
     if len(set(found.values())) < len(found):
@@ -105,12 +90,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
-def _imagenet(outputs: int) -> tuple[list[str], list[str]] | None:
-    """Return WordNet ids and names of the ImageNet with so many classes."""
+def _imagenet(outputs: int) -> tuple[list[str], list[str]]:
+    """Return WordNet ids and names of the ImageNet with so many classes; none where there is no such."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": outputs})
-    if subset is None:
-        return None
-    info = ImageNetInfo(subset)
-    return info.label_names(), info.label_descriptions()
+    info = ImageNetInfo(subset) if subset else None
+    return (info.label_names(), info.label_descriptions()) if info else ([], [])

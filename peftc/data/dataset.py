@@ -17,8 +17,7 @@ SPLIT_WORDS = {
     "validation": ("validation", "val", "valid", "dev"),
     "train": ("train", "training"),
 }
-
-
+SPLITS = {word for known in SPLIT_WORDS.values() for word in known}
 SKETCH, HASH = 128, 10  # hashes in a sketch, and digits in each
 
 
@@ -140,12 +139,13 @@ def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "eva
             train.
     """
     names = list(splits)
+    there = {"why": f"it has {_listed(names)}", "hint": f"name one: `--data {name}@{names[0]}`" if names else None}
     if asked is not None:
         for same in (lambda split: split == asked, lambda split: split_word(split) == (split_word(asked) or asked)):
             found = [split for split in names if same(split)]
             if len(found) == 1:
                 return found[0], f"data: split `{found[0]}` of `{name}`, as asked"
-        raise DataError(f"`{name}` has no split `{asked}`", why=f"it has {_listed(names)}", hint=_hint(name, names))
+        raise DataError(f"`{name}` has no split `{asked}`", **there)
     for word in PREFERRED[role]:
         found = [split for split in names if split == word] or [split for split in names if split_word(split) == word]
         if len(found) == 1 and len(names) > 1:
@@ -155,14 +155,8 @@ def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "eva
             break
     if len(names) == 1:
         return names[0], f"data: `{names[0]}`, the only split of `{name}`"
-    raise DataError(
-        f"`{name}` does not say which split to use", why=f"it has {_listed(names)}", hint=_hint(name, names)
-    )
+    raise DataError(f"`{name}` does not say which split to use", **there)
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-def _hint(name: str, names: list[str]) -> str | None:
-    return f"name one: `--data {name}@{names[0]}`" if names else None

@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from peftc.data import limits
-from peftc.data.dataset import SPLIT_WORDS, Dataset, Splits
+from peftc.data.dataset import SPLITS, Dataset, Splits
 from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
 from peftc.errors import DataError, named, reason_of, refuse_not_utf8, shown
 
@@ -109,22 +110,16 @@ def class_folders(tree: Tree) -> Splits:
     if not any("/" in name for name in images) and not tree.folders:
         return {"all": partial(_dataset, tree, "all", images)}
     root = _root(images)
-    tops = sorted(
-        {name[len(root) :].split("/")[0] for name in [*images, *tree.folders] if name.startswith(root)} - {""}
-    )
-    words = {word for known in SPLIT_WORDS.values() for word in known}
-    splits = [top for top in tops if top.lower() in words and _children(tree, f"{root}{top}/")]
+    inside = [name[len(root) :] for name in (*images, *tree.folders) if name.startswith(root)]
+    tops = sorted({name.split("/")[0] for name in inside} - {""})
+    splits = [top for top in tops if top.lower() in SPLITS and _children(tree, f"{root}{top}/")]
     bases = {split: f"{root}{split}/" for split in splits} or {"all": root}
     classes = sorted({name for base in bases.values() for name in _children(tree, base)})
     left_out = [top for top in tops if splits and top not in splits]
     for name in (*splits, *classes):
         refuse_not_utf8(f"in `{tree.name}` the name of the folder", name, DataError)
-    found: Splits = {}
-    for split, base in bases.items():
-        found[split] = partial(
-            _split, tree, split, base, [name for name in images if name.startswith(base)], classes, left_out
-        )
-    return found
+    notes = [f"data: left out beside the splits: {named(left_out)}"] if left_out else []
+    return {split: partial(_split, tree, split, base, images, classes, notes) for split, base in bases.items()}
 
 
 def _root(images: list[str]) -> str:
@@ -133,11 +128,7 @@ def _root(images: list[str]) -> str:
     while True:
         tops = {name[len(root) :].split("/")[0] for name in images}
         deep = all(name[len(root) :].count("/") >= 2 for name in images)
-        if (
-            len(tops) != 1
-            or not deep
-            or next(iter(tops)).lower() in {w for known in SPLIT_WORDS.values() for w in known}
-        ):
+        if len(tops) != 1 or not deep or next(iter(tops)).lower() in SPLITS:
             return root
         root += tops.pop() + "/"
 
@@ -146,44 +137,38 @@ def _children(tree: Tree, base: str) -> list[str]:
     return [name[len(base) :] for name in tree.folders if name.startswith(base) and "/" not in name[len(base) :]]
 
 
-def _split(tree: Tree, split: str, base: str, files: list[str], classes: list[str], left_out: list[str]) -> Dataset:
+def _split(tree: Tree, split: str, base: str, images: list[str], classes: list[str], notes: list[str]) -> Dataset:
+    files = [name for name in images if name.startswith(base)]
     owners = [name[len(base) :].split("/") for name in files]
     loose = [name for name, parts in zip(files, owners, strict=True) if len(parts) < 2]
     if loose:
-        raise DataError(
-            f"{len(loose)} images of `{tree.name}` lie outside class folders",
-            why=f"the first is `{loose[0]}`",
-            hint=LAYOUT,
-        )
+        why = f"the first is `{loose[0]}`"
+        raise DataError(f"{len(loose)} images of `{tree.name}` lie outside class folders", why=why, hint=LAYOUT)
     empty = sorted(set(_children(tree, base)) - {parts[0] for parts in owners})
     if empty:
-        raise DataError(
-            f"{len(empty)} class folders of `{tree.name}` hold no image",
-            why=f"in split `{split}`: {named(empty)}",
-            hint="fill or remove them",
-        )
+        what = f"{len(empty)} class folders of `{tree.name}` hold no image"
+        raise DataError(what, why=f"in split `{split}`: {named(empty)}", hint="fill or remove them")
     index = {name: number for number, name in enumerate(classes)}
-    found = _dataset(tree, split, files)
-    notes = [f"data: left out beside the splits: {named(left_out)}"] if left_out else []
-    return replace(found, classes=classes, labels=[index[parts[0]] for parts in owners], notes=notes)
+    labels = [index[parts[0]] for parts in owners]
+    return replace(_dataset(tree, split, files), classes=classes, labels=labels, notes=notes)
 
 
 def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
     """Return images without labels."""
+
+    def content(row: int) -> bytes:
+        with limits.refused(f"{tree.name}/{files[row]}"):
+            return tree.read(files[row])
+
     return Dataset(
         kind="image",
         name=tree.name,
         split=split,
         rows=range(len(files)),
-        read=lambda row: decode(_bytes(tree, files[row]), f"{tree.name}/{files[row]}"),
-        content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + _bytes(tree, files[row]),
+        read=lambda row: decode(content(row), f"{tree.name}/{files[row]}"),
+        content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + content(row),
         is_named=True,
     )
-
-
-def _bytes(tree: Tree, name: str) -> bytes:
-    with limits.refused(f"{tree.name}/{name}"):
-        return tree.read(name)
 
 
 @lru_cache
@@ -215,32 +200,17 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except (Image.DecompressionBombError, *DAMAGED) as error:
         raise _no_image(name, error) from None
-    upright = _upright(image)
-    return _in_8_bits(upright, image.format, name) if image.mode.startswith(("I", "F")) else upright
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        is_turned = image.getexif().get(ORIENTATION, 1) != 1
-    except (SyntaxError, *DAMAGED):  # EXIF data that nobody can read: the pixels are whole
-        return image
-    return ImageOps.exif_transpose(image) if is_turned else image
-
-
-def _in_8_bits(image: Image.Image, format: str | None, name: str) -> Image.Image:
-    """Return an image of whole numbers from 0 to 65,535 as one from 0 to 255.
-
-    Raises:
-        DataError: its numbers are of another range, which nothing in the file names.
-    """
-    if not image.mode.startswith("I;16") and not (image.mode == "I" and format in SIXTEEN):
-        kind = "floating numbers" if image.mode == "F" else "whole numbers of 32 bits"
-        raise DataError(
-            f"`{name}` holds {kind} per pixel",
-            why="nothing in it says which of them is white",
-            hint="store it with 8 or 16 bits per channel",
-        )
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    upright = image
+    with suppress(SyntaxError, *DAMAGED):  # EXIF data that nobody can read: the pixels are whole
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            upright = ImageOps.exif_transpose(image)
+    if not image.mode.startswith(("I", "F")):
+        return upright
+    if not upright.mode.startswith("I;16") and not (upright.mode == "I" and image.format in SIXTEEN):
+        kind = "floating numbers" if upright.mode == "F" else "whole numbers of 32 bits"
+        why = "nothing in it says which of them is white"
+        raise DataError(f"`{name}` holds {kind} per pixel", why=why, hint="store it with 8 or 16 bits per channel")
+    return Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _no_image(name: str, error: BaseException) -> DataError:
@@ -259,9 +229,8 @@ def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> C
     size = list(preprocess.get("input_size") or []) or None
     channels = size[0] if size else len(preprocess.get("mean") or [0, 0, 0])
     if channels not in MODES:
-        raise DataError(
-            f"images cannot have the {channels} channels that the model reads", why="peftc knows 1, 3 and 4"
-        )
+        why = "peftc knows 1, 3 and 4"
+        raise DataError(f"images cannot have the {channels} channels that the model reads", why=why)
     if image_size is not None:
         size = [channels, image_size, image_size]
     normalise = normalised(preprocess, channels)
@@ -280,8 +249,17 @@ def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> C
 
 def normalised(preprocess: Mapping[str, Any], channels: int) -> Callable[[Tensor], Tensor]:
     """Return the function from pixels in [0, 1] to what the model was trained to see."""
-    mean, std = (_per_channel(preprocess.get(key), channels, key) for key in ("mean", "std"))
-    return lambda pixels: pixels if mean is None or std is None else (pixels - mean) / std
+    known = []
+    for key in ("mean", "std"):
+        values = preprocess.get(key)
+        if values is None:
+            return lambda pixels: pixels
+        if len(values) not in (1, channels):
+            what = f"the model's preprocessing gives {len(values)} numbers as `{key}`"
+            raise DataError(what, why=f"images have {channels} channels")
+        known.append(torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None])
+    mean, std = known
+    return lambda pixels: (pixels - mean) / std
 
 
 def reader(
@@ -308,11 +286,8 @@ def reader(
             tensors = list(pool.map(lambda index: read(index, alone), indices))
         shapes = sorted({tuple(tensor.shape) for tensor in tensors})
         if len(shapes) > 1:
-            raise DataError(
-                f"the images of `{data.name}` differ in size",
-                why=f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}",
-                hint="add `--image-size PIXELS`",
-            )
+            why = f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}"
+            raise DataError(f"the images of `{data.name}` differ in size", why=why, hint="add `--image-size PIXELS`")
         return torch.stack(tensors)
 
     return stacked
@@ -320,16 +295,6 @@ def reader(
 
 def _is_large(image: Any) -> bool:
     return isinstance(image, Image.Image) and image.width * image.height > MANY_PIXELS
-
-
-def _per_channel(values: Any, channels: int, key: str) -> Tensor | None:
-    if values is None:
-        return None
-    if len(values) not in (1, channels):
-        raise DataError(
-            f"the model's preprocessing gives {len(values)} numbers as `{key}`", why=f"images have {channels} channels"
-        )
-    return torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None]
 
 
 def with_mode(image: Any, mode: str, name: str) -> Image.Image:

@@ -37,8 +37,7 @@ def table(path: Path) -> Any:
             values += [None] * (count - len(values))
             values.append(value)
         count += 1
-        if len(columns) > limits.COLUMNS:
-            raise DataError(f"cannot read `{path}`", why=f"it has more than {limits.COLUMNS:,} columns")
+        limits.refuse_columns(path, len(columns))
     limits.refuse_bomb(str(path), length, 8 * count * len(columns))
     if not count:
         raise DataError(f"`{path}` is empty")
@@ -71,12 +70,12 @@ def _parsed(text: bytes, path: Path, number: int) -> Any:
             if depth > limits.NESTING:
                 why = f"in row {number} JSON lies in JSON more than {limits.NESTING} times"
                 raise DataError(f"cannot read `{path}`", why=why)
+
+    def no_number(word: str) -> float:
+        raise ValueError(f"`{word}` is no number")
+
     with limits.refused(path, f"row {number}: "):
-        return json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"`{word}` is no number")
+        return json.loads(text.decode("utf-8-sig"), parse_constant=no_number)
 
 
 def _typed(values: list[Any]) -> list[Any]:
@@ -86,11 +85,9 @@ def _typed(values: list[Any]) -> list[Any]:
     try:
         array(values)
     except (ArrowException, *limits.DAMAGED):
-        if all(value is None or (isinstance(value, str | int | float) and _is_utf8(value)) for value in values):
+        if all(
+            value is None or (isinstance(value, str | int | float) and shown(value) == str(value)) for value in values
+        ):
             return [value if value is None else str(value) for value in values]
         return [["of several types, or not UTF-8", json.dumps(value)] for value in values]
     return values
-
-
-def _is_utf8(value: Any) -> bool:
-    return shown(value) == str(value)

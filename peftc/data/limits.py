@@ -24,9 +24,7 @@ MIB = 1 << 20
 IMAGE_BYTES = 256 * MIB  # of one image file: a camera's raw pixels of 80 megapixels, and no one learns from those
 IMAGE_PIXELS = 178_956_970  # Pillow's own limit; cameras end at 150 million
 MANY_PIXELS = 1 << 24  # beyond it images are decoded one after another: four bytes a pixel, for every thread at work
-SIDES = (
-    500  # times a side of an image may have the other: the shorter one is brought to the model's size, and both grow
-)
+SIDES = 500  # times a side may have the other: the shorter one is brought to the model's size, and both grow
 UNPACKED = 256 * MIB  # that any packed file may unpack to
 EXPANSION = 100  # times its size, beyond that: real samples shrink tenfold, twentyfold at most, zeros a thousandfold
 COLUMNS = 10_000  # of a table
@@ -39,20 +37,8 @@ LONGEST = 300  # characters of what a library says: some repeat the file
 
 # what zipfile, Pillow, numpy and pyarrow raise when they read a damaged file
 DAMAGED = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    EOFError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(EOFError, SyntaxError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
 )
 
 
@@ -99,11 +85,8 @@ def whole(file: IO[bytes], most: int, name: str) -> bytes:
     """
     content = file.read(most + 1)
     if len(content) > most:
-        raise DataError(
-            f"`{shown(name)}` is too large for an image",
-            why=f"it has more than {size(most)}",
-            hint="shrink it, or remove it",
-        )
+        why = f"it has more than {size(most)}"
+        raise DataError(f"`{shown(name)}` is too large for an image", why=why, hint="shrink it, or remove it")
     return content
 
 
@@ -115,11 +98,19 @@ def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
     """
     most = max(UNPACKED, EXPANSION * packed)
     if unpacked > most:
-        raise DataError(
-            f"`{shown(name)}` would unpack to {size(unpacked)}",
-            why=f"it has {size(packed)}, and peftc unpacks at most {EXPANSION} times that, or {size(UNPACKED)}",
-            hint="store it unpacked, if it is sound",
-        )
+        why = f"it has {size(packed)}, and peftc unpacks at most {EXPANSION} times that, or {size(UNPACKED)}"
+        hint = "store it unpacked, if it is sound"
+        raise DataError(f"`{shown(name)}` would unpack to {size(unpacked)}", why=why, hint=hint)
+
+
+def refuse_columns(path: Path, number: int) -> None:
+    """Refuse a table of more columns than data have.
+
+    Raises:
+        DataError: with the limit.
+    """
+    if number > COLUMNS:
+        raise DataError(f"cannot read `{path}`", why=f"it has more than {COLUMNS:,} columns")
 
 
 def refuse_sides(name: str, width: int, height: int) -> None:

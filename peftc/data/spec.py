@@ -7,8 +7,7 @@ one of these characters is taken as it is, and in the name of a column ``%40`` s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -68,42 +67,26 @@ def columns_of(name: str) -> tuple[str, Columns]:
     return bare, Columns(**found)
 
 
-def merged(name: str, own: Columns, options: Columns) -> Columns:
-    """Return the columns that a spec and options name.
-
-    Raises:
-        UsageError: they name different ones of a kind.
-    """
-    for kind in COLUMNS:
-        one, other = getattr(own, kind), getattr(options, kind)
-        if one and other and one != other:
-            raise UsageError(
-                f"`--data {name}` names `{one}` as the {kind} column, and `--{kind}-column` names `{other}`",
-                hint="name it once",
-            )
-    return replace(options, **{kind: column for kind, column in vars(own).items() if column})
-
-
-def with_columns(spec: str, columns: Mapping[str, str | None]) -> str:
-    """Return a spec with columns (``text`` -> name) of the kinds that it does not name itself."""
-    name, split = parts_of(spec)
-    bare, own = columns_of(name)
-    named = {kind: getattr(own, kind) or columns.get(kind) or "" for kind in COLUMNS}
-    query = "&".join(f"{kind}={quote(column, safe=', ')}" for kind, column in named.items() if column)
-    return bare + (f"?{query}" if query else "") + (f"@{split}" if split else "")
-
-
 def named(spec: str | Path, reading: Reading) -> str:
     """Return a spec with the columns that options name.
 
     Raises:
         UsageError: spec and options name different ones of a kind.
     """
-    options = Columns(*(getattr(reading, f"{kind}_column") for kind in COLUMNS))
-    if not options.names() or str(spec).startswith(GENERATED):  # what is drawn has no columns
+    options: dict[str, str | None] = {kind: getattr(reading, f"{kind}_column") for kind in COLUMNS}
+    if not any(options.values()) or str(spec).startswith(GENERATED):  # what is drawn has no columns
         return str(spec)
-    merged(*columns_of(parts_of(spec)[0]), options)
-    return with_columns(str(spec), vars(options))
+    name, split = parts_of(spec)
+    bare, own = columns_of(name)
+    parts = []
+    for kind, other in options.items():
+        one: str | None = getattr(own, kind)
+        if one and other and one != other:
+            what = f"`--data {bare}` names `{one}` as the {kind} column, and `--{kind}-column` names `{other}`"
+            raise UsageError(what, hint="name it once")
+        if column := one or other:
+            parts.append(f"{kind}={quote(column, safe=', ')}")
+    return f"{bare}?{'&'.join(parts)}" + (f"@{split}" if split else "")
 
 
 def _exists(name: str) -> bool:

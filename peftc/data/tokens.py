@@ -1,4 +1,4 @@
-"""Texts to tokens: the tokenizer beside a model, windows of a text, and texts drawn from a model."""
+"""Texts to tokens: the tokenizer beside a model, what the model takes, and texts drawn from a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +16,12 @@ from peftc import progress
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, UsageError, WeightError
 from peftc.models.inputs import vocabulary
+from peftc.models.model import Model
 from peftc.models.padding import reads_last_token
 from peftc.models.place import place_of
 from peftc.models.tokenizer import refusing, tokenizer_of
 
-if TYPE_CHECKING:
-    from peftc.models.model import Model
-
 IGNORED = -100  # a target that is not predicted
-MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
 GENERATED, GENERATED_LENGTH = "generated:", 128  # a `--data` spec; tokens, where `--max-length` is not given
 
@@ -116,17 +113,9 @@ def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]
 def _refuse_unknown(model: Model, rows: Iterable[Sequence[int]]) -> None:
     words, most = vocabulary(model), max((max(ids, default=0) for ids in rows), default=0)
     if most >= words:
-        raise DataError(
-            f"the tokenizer of `{model.name}` gives the token {most:,}",
-            why=f"the model knows {words:,} tokens, from 0 on",
-            hint="put the tokenizer files beside it that it was trained with",
-        )
-
-
-def joined(data: Dataset) -> str:
-    """Return the texts of a data set as one, each ended by a new line."""
-    rows = (data[index][0] for index in range(len(data)))
-    return "".join(row if row.endswith("\n") else row + "\n" for row in rows)
+        why = f"the model knows {words:,} tokens, from 0 on"
+        hint = "put the tokenizer files beside it that it was trained with"
+        raise DataError(f"the tokenizer of `{model.name}` gives the token {most:,}", why=why, hint=hint)
 
 
 def start_of(model: Model, tokenizer: Any) -> list[int]:
@@ -138,69 +127,6 @@ def start_of(model: Model, tokenizer: Any) -> list[int]:
     whole, bare = (ids_of(model, tokenizer, "a", add_special_tokens=special) for special in (True, False))
     at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
     return whole[:at]
-
-
-def windows_of(
-    model: Model, data: Dataset, *, max_length: int | None, num_samples: int | None, seed: int
-) -> tuple[Tensor, str]:
-    """Return the text of a data set as windows (windows, length), and a note that says how each begins.
-
-    Args:
-        model: its tokenizer and its vocabulary.
-        data: whose texts are joined.
-        max_length: tokens per window; what the model takes when None.
-        num_samples, seed: keep so many windows, seeded; all when None.
-
-    Raises:
-        DataError: the tokenizer is damaged, or the text too short.
-    """
-    tokenizer = tokenizer_of(model)
-    start = start_of(model, tokenizer)
-    ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
-    length = window(model, max_length, tokenizer, least=len(start) + 2)
-    inner = cut(data.name, ids, length - len(start), number=num_samples, seed=seed)
-    windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
-    begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
-    return windows, f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given"
-
-
-def cut(name: str, ids: Sequence[int], length: int, *, number: int | None, seed: int) -> Tensor:
-    """Cut tokens into windows without overlap, dropping the short rest; (windows, length).
-
-    Args:
-        name: of the data, for refusals.
-        ids: tokens in reading order.
-        length: tokens per window; the text, where it is shorter.
-        number: keep so many windows, seeded; None keeps all.
-        seed: of the choice.
-    """
-    length = min(length, len(ids))
-    if length < 2:
-        raise DataError(f"`{name}` is too short", why=f"it has {len(ids)} tokens")
-    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    if number is None or number >= len(windows):
-        return windows
-    if number < 1:
-        raise UsageError(f"`--num-samples` is {number}", why="at least one sample is needed")
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:number].sort().values]
-
-
-def masked(windows: Tensor, tokenizer: Any, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Wrap windows in their start and end tokens and mask 15 % of each; tokens and targets, (windows, length + 2) each.
-
-    Raises:
-        DataError: the tokenizer lacks one of these tokens.
-    """
-    start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
-    if None in (start, end, mask):
-        raise DataError("the tokenizer is not made for `masked-lm`", why="it lacks a mask, start or end token")
-    edge = torch.ones(len(windows), 1, dtype=torch.long)
-    whole = torch.cat([start * edge, windows, end * edge], 1)
-    order = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    first = order[:, : max(1, round(MASKED * windows.shape[1]))]
-    chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, first + 1, True)
-    return whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
 
 
 def number_to_draw(spec: str, model: Model, task: str | None) -> int:

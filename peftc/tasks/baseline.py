@@ -27,11 +27,8 @@ def before(model: Model) -> Model:
     """
     found = _earliest(model)
     if found is None:
-        raise ArtifactError(
-            f"nothing before `{model.name}` has its head",
-            why="its last step gave it a new one, so there is no quality to compare with",
-            hint=NAME_ONE,
-        )
+        why = "its last step gave it a new one, so there is no quality to compare with"
+        raise ArtifactError(f"nothing before `{model.name}` has its head", why=why, hint=NAME_ONE)
     return found
 
 
@@ -52,31 +49,23 @@ def _earliest(model: Model) -> Model | None:
         return None
     found = _there(model, first)
     if _head(found) != _head(model):
-        raise ArtifactError(
-            f"`{found.source.spec}` has another head than `{model.name}`, so their quality cannot be compared",
-            why="it is the earliest model of the chain, and no step says that it gave another head",
-            hint=NAME_ONE,
-        )
+        what = f"`{found.source.spec}` has another head than `{model.name}`, so their quality cannot be compared"
+        why = "it is the earliest model of the chain, and no step says that it gave another head"
+        raise ArtifactError(what, why=why, hint=NAME_ONE)
     note = f"compared with `{found.source.spec}`, the earliest model of the chain with the same head and task"
     return replace(found, notes=[*found.notes, note])
 
 
 def _there(model: Model, step: int) -> Model:
-    """Return what a step wrote, counted from 1, or the recorded base for 0.
-
-    Raises:
-        ArtifactError: it cannot be loaded, or is not what it was.
-    """
+    """Return what a step wrote, counted from 1, or the recorded base for 0."""
     try:
         return load_base(model) if step == 0 else _written(model, step)
     except PeftcError as error:
         if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
             raise
-        raise ArtifactError(
-            f"the model to compare `{model.name}` with cannot be loaded",
-            why=f"{error.what}",
-            hint=f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE,
-        ) from error
+        why = f"{error.what}"
+        hint = f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE
+        raise ArtifactError(f"the model to compare `{model.name}` with cannot be loaded", why=why, hint=hint) from error
 
 
 def _written(model: Model, step: int) -> Model:

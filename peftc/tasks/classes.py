@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError
+from peftc.models.model import Model
 from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts
 from peftc.tasks.task import LABELS, Batch, Columns, Encoded, columns_of, differ
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 
 def need_classes(data: Dataset, task: str) -> None:
@@ -28,9 +24,8 @@ def need_classes(data: Dataset, task: str) -> None:
         column = "no label column of a usual name"
         none = f"it has no class folders and {column}" if data.kind == "image" else f"it has {column}"
         why = none if data.labels is None else "its labels are scores"
-        raise DataError(
-            f"`{task}` needs a class for each sample of `{data.name}`", why=why, hint=LABELS.format(data.name)
-        )
+        hint = LABELS.format(data.name)
+        raise DataError(f"`{task}` needs a class for each sample of `{data.name}`", why=why, hint=hint)
 
 
 def encode_classified(model: Model, data: Dataset, settings: Reading) -> Encoded:
@@ -62,11 +57,6 @@ def compare_classes(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
 def is_hit(columns: Columns) -> np.ndarray:
     """Return whether each prediction is the label."""
     return columns["label"] == columns["predicted"]
-
-
-def is_in_five(columns: Columns) -> np.ndarray:
-    """Return whether each label is among the first five predictions."""
-    return columns["in_five"]
 
 
 def macro_f1(columns: Columns) -> float:

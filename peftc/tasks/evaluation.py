@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftc.data import Dataset, open_data
+from peftc.data import open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import DataError
 from peftc.models import measured
@@ -18,7 +18,6 @@ from peftc.tasks.figures import add_gates, compared_with, metrics_of, table_of
 from peftc.tasks.language import digest_of
 from peftc.tasks.sides import run, sides_of
 from peftc.tasks.table import TASKS, fitting, task_of
-from peftc.tasks.task import Task
 
 NO_GATES = Gates()
 
@@ -60,11 +59,23 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         if each is not None:
             runnable(each, device=exam.device, dtype=exam.dtype)
     if data.startswith(GENERATED):
-        dataset = _generated(data, row, subject, reference, reading, report, device=exam.device, dtype=exam.dtype)
+        number = number_to_draw(data, subject, row.name if row else None)
+        author = _author(subject, reference, report, device=exam.device, dtype=exam.dtype)
+        length = length_to_draw(author, reading.max_length)
+        report.notes.append(
+            f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}"
+        )
+        dataset = sample(author, number, length, seed=reading.seed).take(reading.num_samples, seed=reading.seed)
     else:
         name = row.name if row else None
         dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=name)
-    row = fitting(row or _by_data(subject, dataset), dataset)
+    if row is None and subject.library == "python" and dataset.kind in ("image", "tensor"):
+        row = TASKS["image-classification"]
+    if row is None:
+        why = f"neither its class, {type(subject.module).__name__}, nor the data tells"
+        hint = f"name it with `--task`: {', '.join(TASKS)}"
+        raise DataError(f"cannot guess the task of `{subject.name}`", why=why, hint=hint)
+    row = fitting(row, dataset)
     known_to = seen.by(subject.manifest, data, dataset)
     if known_to and exam.gates:
         seen.refuse_gate(known_to, dataset)
@@ -72,19 +83,15 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         report.warnings.append(
             f"`{known_to}` calibrated or taught the model with samples of these: its figure on others may be worse"
         )
-    report.notes += (
-        dataset.notes if reading.task else [f"task: `{row.name}`, guessed from `{subject.name}`", *dataset.notes]
-    )
+    guessed = [] if reading.task else [f"task: `{row.name}`, guessed from `{subject.name}`"]
+    report.notes += [*guessed, *dataset.notes]
     sides = sides_of(row, [subject] if reference is None else [subject, reference], dataset, reading, report)
     compared = run(row, sides, dataset, exam.batch_size or row.batch_size, report)
+    encoded = sides[0].encoded
+    digest = digest_of(row, dataset, encoded)
     report.data = {
         "task": row.name,
-        "data": {
-            "spec": data,
-            "split": dataset.split,
-            "samples": sides[0].encoded.size,
-            "digest": digest_of(row, dataset, sides[0].encoded),
-        },
+        "data": {"spec": data, "split": dataset.split, "samples": encoded.size, "digest": digest},
         "seen": known_to is not None,
         "metric": row.metrics[0].name,
         "higher_is_better": row.metrics[0].higher_is_better,
@@ -104,36 +111,14 @@ def keep(report: Report, model: Model) -> None:
     measured.keep(report, model, [data["task"], data["data"]["digest"], data["data"]["samples"], against])
 
 
-def _by_data(model: Model, dataset: Dataset) -> Task:
-    if model.library == "python" and dataset.kind in ("image", "tensor"):
-        return TASKS["image-classification"]
-    raise DataError(
-        f"cannot guess the task of `{model.name}`",
-        why=f"neither its class, {type(model.module).__name__}, nor the data tells",
-        hint=f"name it with `--task`: {', '.join(TASKS)}",
+def _author(subject: Model, reference: Model | None, report: Report, **place: str) -> Model:
+    """Return the model that the evaluation text is drawn from: that which the other is measured against."""
+    if reference is not None:
+        return reference
+    if subject.manifest is not None:
+        return runnable(load_base(subject), **place)
+    report.warnings.append(
+        f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
+        "add `--against`"
     )
-
-
-def _generated(
-    spec: str,
-    row: Task | None,
-    subject: Model,
-    reference: Model | None,
-    reading: Reading,
-    report: Report,
-    **place: str,
-) -> Dataset:
-    """Draw the evaluation text from the model that the others are measured against."""
-    number = number_to_draw(spec, subject, row.name if row else None)
-    author = reference
-    if author is None and subject.manifest is not None:
-        author = runnable(load_base(subject), **place)
-    if author is None:
-        author = subject
-        report.warnings.append(
-            f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
-            "add `--against`"
-        )
-    length = length_to_draw(author, reading.max_length)
-    report.notes.append(f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}")
-    return sample(author, number, length, seed=reading.seed).take(reading.num_samples, seed=reading.seed)
+    return subject

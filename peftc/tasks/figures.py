@@ -18,38 +18,28 @@ from peftc.tasks.task import Columns, Metric, Task
 
 def metrics_of(row: Task, columns: Columns, seed: int) -> dict[str, dict[str, float]]:
     """Return each metric of a task with its 95 % interval."""
-    return {metric.name: _estimate(metric, columns, seed)._asdict() for metric in _measurable(row, columns)}
+    return {metric.name: _interval(metric, seed, columns)._asdict() for metric in _measurable(row, columns)}
 
 
 def _measurable(row: Task, columns: Columns) -> list[Metric]:
     return [metric for metric in row.metrics if metric.column is None or metric.column in columns]
 
 
-def _estimate(metric: Metric, columns: Columns, seed: int) -> Interval:
+def _interval(metric: Metric, seed: int, columns: Columns, other: Columns | None = None) -> Interval:
+    """Return a metric, or how much more of it there is than of another model, with its 95 % interval."""
     if metric.proportion:
         hits = metric.of(columns)
-        return wilson(int(hits.sum()), len(hits))
-    samples = len(next(iter(columns.values())))
-    return _defined(bootstrap(lambda rows: metric.of(_rows(columns, rows)), samples, seed=seed), metric)
+        return wilson(int(hits.sum()), len(hits)) if other is None else paired_shares(hits, metric.of(other))
 
+    def at(rows: np.ndarray) -> float:
+        one, two = ({name: each[rows] for name, each in (side or {}).items()} for side in (columns, other))
+        return metric.of(one) - metric.of(two) if two else metric.of(one)
 
-def _difference(metric: Metric, one: Columns, other: Columns, seed: int) -> Interval:
-    if metric.proportion:
-        return paired_shares(metric.of(one), metric.of(other))
-    samples = len(next(iter(one.values())))
-    return bootstrap(lambda rows: metric.of(_rows(one, rows)) - metric.of(_rows(other, rows)), samples, seed=seed)
-
-
-def _defined(interval: Interval, metric: Metric) -> Interval:
-    if not math.isfinite(interval.value):
-        raise DataError(
-            f"`{metric.name}` has no value on these samples", why="the model gives all of them the same answer"
-        )
-    return interval
-
-
-def _rows(columns: Columns, rows: np.ndarray) -> Columns:
-    return {name: values[rows] for name, values in columns.items()}
+    found = bootstrap(at, len(next(iter(columns.values()))), seed=seed)
+    if other is None and not math.isfinite(found.value):
+        why = "the model gives all of them the same answer"
+        raise DataError(f"`{metric.name}` has no value on these samples", why=why)
+    return found
 
 
 def compared_with(row: Task, sides: list[Side], compared: Columns | None, seed: int) -> dict[str, Any]:
@@ -59,22 +49,20 @@ def compared_with(row: Task, sides: list[Side], compared: Columns | None, seed: 
     result: dict[str, Any] = {
         "name": sides[1].model.name,
         "metrics": metrics_of(row, other, seed),
-        "difference": {metric.name: _difference(metric, one, other, seed)._asdict() for metric in shared},
+        "difference": {metric.name: _interval(metric, seed, one, other)._asdict() for metric in shared},
         "agreement": None,
         "divergence": None,
     }
     if compared is not None:
-        result["divergence"] = _mean(compared, "kl", seed)._asdict()
-        result["agreement"] = _mean(compared, "same", seed)._asdict()
-        if row.has_classes:
-            result["agreement"] = wilson(int(compared["same"].sum()), len(compared["same"]))._asdict()
+        same, number = compared["same"], compared["count"]
+
+        def mean(sums: np.ndarray) -> dict[str, float]:  # over predictions, resampling the samples that they belong to
+            found = bootstrap(lambda rows: float(sums[rows].sum() / number[rows].sum()), len(number), seed=seed)
+            return found._asdict()
+
+        result["divergence"] = mean(compared["kl"])
+        result["agreement"] = wilson(int(same.sum()), len(same))._asdict() if row.has_classes else mean(same)
     return result
-
-
-def _mean(compared: Columns, name: str, seed: int) -> Interval:
-    """Return the mean over predictions, resampling the samples that they belong to."""
-    total, count = compared[name], compared["count"]
-    return bootstrap(lambda rows: float(total[rows].sum() / count[rows].sum()), len(total), seed=seed)
 
 
 def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
@@ -87,16 +75,15 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
     known = " that the model knows" if data["seen"] else ""
     title = f"{row.name}: {used['spec']}, split {used['split']}, {used['samples']} samples{known}, 95 % intervals"
     against = data.get("against")
+    columns = ["metric", sides[0].model.name]
     if against is None:
-        return Table(
-            title, ["metric", sides[0].model.name], [[name, cell(values)] for name, values in data["metrics"].items()]
-        )
+        return Table(title, columns, [[name, cell(values)] for name, values in data["metrics"].items()])
     rows = [
         [name, cell(values), cell(against["metrics"].get(name)), cell(against["difference"].get(name))]
         for name, values in data["metrics"].items()
     ]
     rows += [[name, cell(against[name]), "", ""] for name in ("agreement", "divergence") if against[name]]
-    return Table(title, ["metric", sides[0].model.name, f"against {against['name']}", "difference"], rows)
+    return Table(title, [*columns, f"against {against['name']}", "difference"], rows)
 
 
 def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: Gates) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,20 +10,20 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.errors import DataError, UsageError, reason_of
+from peftc.models.model import Model
 from peftc.models.place import moved, place_of
 from peftc.options import Reading
 from peftc.tasks.classes import need_classes
 from peftc.tasks.task import Batch, Encoded
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 
 def encode_images(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return images, or tensors as they are, with their classes."""
     need_classes(data, "image-classification")
     labels = data.labels or []
-    _fixed_size(model, settings.image_size)
+    is_fixed = model.config.get("pretrained_cfg", {}).get("fixed_input_size", False)
+    is_free = (model.config.get("model_args") or {}).get("dynamic_img_size")
+    refuse_size(model, settings.image_size, is_fixed=is_fixed and not is_free)
     pixels = reader(data, model.preprocess, settings.image_size)
 
     def batch(indices: Sequence[int]) -> Batch:
@@ -51,13 +50,17 @@ def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
         raise DataError(f"`{model.name}` does not take the samples of `{name}`", why=why) from error
 
 
-def _fixed_size(model: Model, image_size: int | None) -> None:
-    size = model.preprocess.get("input_size")
-    fixed = model.config.get("pretrained_cfg", {}).get("fixed_input_size", False)
-    fixed = fixed and not (model.config.get("model_args") or {}).get("dynamic_img_size")
-    if image_size is not None and image_size < 1:
+def refuse_size(model: Model, image_size: int | None, *, is_fixed: bool) -> None:
+    """Refuse a size of images that a model does not read.
+
+    Raises:
+        UsageError, DataError: with the size that it reads.
+    """
+    if image_size is None:
+        return
+    if image_size < 1:
         raise UsageError(f"`--image-size` is {image_size}", why="images have at least one pixel")
-    if image_size is not None and size and fixed and list(size[1:]) != [image_size] * 2:
-        raise DataError(
-            f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=f"`--image-size` asks for {image_size}"
-        )
+    size = model.preprocess.get("input_size")
+    if size and is_fixed and list(size[1:]) != [image_size] * 2:
+        why = f"`--image-size` asks for {image_size}"
+        raise DataError(f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=why)

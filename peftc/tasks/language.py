@@ -5,30 +5,31 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
-from peftc.data.tokens import IGNORED, cut, ids_of, joined, masked, window, windows_of
+from peftc.data.tokens import IGNORED, ids_of, start_of, window
+from peftc.errors import DataError, UsageError
+from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading
 from peftc.tasks.task import Batch, Columns, Encoded, Task, columns_of, differ
 
-if TYPE_CHECKING:
-    from peftc.models.model import Model
+MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 
 
 def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, whose every token but the first is foretold from those before it."""
     if data.kind == "tensor":
-        windows = torch.stack([data[index][0] for index in range(len(data))])
-        note = f"data: windows of {windows.shape[1]} tokens, the first of each given"
+        windows, begun = torch.stack([data[index][0] for index in range(len(data))]), ""
     else:
-        windows, note = windows_of(
-            model, data, max_length=settings.max_length, num_samples=settings.num_samples, seed=settings.seed
-        )
+        tokenizer = tokenizer_of(model)
+        start = start_of(model, tokenizer)
+        inner = _windows(model, data, settings, taken=len(start), least=len(start) + 2)
+        windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
+        begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
 
     def batch(indices: Sequence[int]) -> Batch:
         tokens = windows[list(indices)]
@@ -36,24 +37,63 @@ def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
         targets[:, -1] = IGNORED
         return Batch({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, targets)
 
+    note = f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given"
     return Encoded(len(windows), batch, key=_key(windows), notes=[note])
 
 
 def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
-    """Return windows of text with some tokens masked, which are foretold from those around them."""
-    tokenizer = tokenizer_of(model)
-    length = window(model, settings.max_length, tokenizer, least=3)
-    ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
-    inner = cut(data.name, ids, length - 2, number=settings.num_samples, seed=settings.seed)
-    tokens, targets = masked(inner, tokenizer, seed=settings.seed)
+    """Return windows of text, each between its start and end token and with 15 % of its tokens masked.
+
+    Raises:
+        DataError: the tokenizer lacks one of these tokens.
+    """
+    inner, tokenizer = _windows(model, data, settings, taken=2, least=3), tokenizer_of(model)
+    start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+    if None in (start, end, mask):
+        raise DataError("the tokenizer is not made for `masked-lm`", why="it lacks a mask, start or end token")
+    edge = torch.ones(len(inner), 1, dtype=torch.long)
+    whole = torch.cat([start * edge, inner, end * edge], 1)
+    order = torch.rand(inner.shape, generator=torch.Generator().manual_seed(settings.seed)).argsort(1)
+    number = max(1, round(MASKED * inner.shape[1]))
+    chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, order[:, :number] + 1, True)
+    tokens, targets = whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
 
     def batch(indices: Sequence[int]) -> Batch:
         rows = list(indices)
         return Batch({"input_ids": tokens[rows], "attention_mask": torch.ones_like(tokens[rows])}, targets[rows])
 
-    number = int((targets[0] != IGNORED).sum())
     note = f"data: windows of {tokens.shape[1]} tokens, {number} of them masked in each"
     return Encoded(len(tokens), batch, key=_key(tokens), notes=[note])
+
+
+def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
+    """Cut the text of a data set into windows without overlap, dropping the short rest; (windows, length).
+
+    Args:
+        model: its tokenizer and its vocabulary.
+        data: whose texts are joined, each ended by a new line.
+        settings: how long a window is, what it begins or ends with included, and how many are kept, seeded.
+        taken: tokens that it begins or ends with.
+        least: tokens of a window, those included.
+
+    Raises:
+        DataError: the tokenizer is damaged, or the text too short.
+    """
+    tokenizer = tokenizer_of(model)
+    length = window(model, settings.max_length, tokenizer, least=least) - taken
+    rows = (data[index][0] for index in range(len(data)))
+    text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
+    ids = ids_of(model, tokenizer, text, add_special_tokens=False)
+    length, number = min(length, len(ids)), settings.num_samples
+    if length < 2:
+        raise DataError(f"`{data.name}` is too short", why=f"it has {len(ids)} tokens")
+    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if number is None or number >= len(windows):
+        return windows
+    if number < 1:
+        raise UsageError(f"`--num-samples` is {number}", why="at least one sample is needed")
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
+    return windows[order[:number].sort().values]
 
 
 def _key(tokens: Tensor) -> str:

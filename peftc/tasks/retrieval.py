@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from peftc.data.images import reader
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models import dual
+from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.nn.peers import ALONE, Peers
 from peftc.options import Reading
+from peftc.tasks.images import refuse_size
 from peftc.tasks.task import Batch, Columns, Encoded, Metric, Task
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 TEMPERATURE = 0.07  # where a network has none of its own, as BLIP's class in transformers (Li et al., 2022)
 BLOCK = 1024  # queries ranked at once
@@ -33,19 +32,26 @@ BLOCK = 1024  # queries ranked at once
 def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
     known = data.pairs
     if model.kind != "image-text" or known is None:
-        raise DataError(
-            f"`{model.name}` does not compare images with texts",
-            why=f"`image-text-retrieval` needs a tower for each, and it reads {model.kind} inputs",
-            hint="choose another `--task`",
-        )
-    _refuse_size(model, settings.image_size)
+        why = f"`image-text-retrieval` needs a tower for each, and it reads {model.kind} inputs"
+        raise DataError(f"`{model.name}` does not compare images with texts", why=why, hint="choose another `--task`")
+    if not model.preprocess.get("input_size"):
+        what = f"`{model.name}` does not say how images become inputs"
+        why = "neither preprocessor_config.json nor processor_config.json lies beside its weights"
+        hint = "copy it from the original, or give `--preprocess input_size=3,224,224` with `mean` and `std`"
+        raise DataError(what, why=why, hint=hint)
+    refuse_size(model, settings.image_size, is_fixed=True)
     captions = [known.captions[row] for row in data.rows]
     number: dict[str, int] = {}
     groups = [number.setdefault(caption, len(number)) for caption in captions]
     if len(set(known.captions)) < 2:
         raise DataError(f"`{data.name}` has too few captions to rank", why="all of them are the same text")
     tokens = tokenise(model, captions, settings.max_length, full=type(model.module).__name__.startswith("Siglip"))
-    _need_end(model, tokens.pad([0])["input_ids"])
+    # where CLIP takes the vector of a text; without it, it would look at the first token
+    end = getattr(getattr(model.module, "text_model", None), "eos_token_id", None)
+    if end not in (None, 2) and not (tokens.pad([0])["input_ids"] == end).any():  # 2 means the highest number to CLIP
+        why = f"the network reads the vector of a text at token {end}, and captions do not end with it"
+        hint = "set `eos_token_id` of `text_config` in config.json to the token that ends a text"
+        raise DataError(f"the tokenizer of `{model.name}` is not the one it was made for", why=why, hint=hint)
     pixels = reader(data, model.preprocess)
     targets = torch.tensor([groups, [known.images[row] for row in data.rows]]).T  # (samples, 2)
     others = next_other(groups) if dual.has_matching(model.module) and len(number) > 1 else None
@@ -59,31 +65,6 @@ def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
     notes = [f"data: {full} captions reach {tokens.limit} tokens and may be cut there"] if full else []
     key = f"{sorted(model.preprocess.items(), key=str)} {tokens.digest} {others is not None}"
     return Encoded(len(captions), batch, key, tokens.lengths, notes)
-
-
-def _refuse_size(model: Model, image_size: int | None) -> None:
-    size = model.preprocess.get("input_size")
-    if not size:
-        raise DataError(
-            f"`{model.name}` does not say how images become inputs",
-            why="neither preprocessor_config.json nor processor_config.json lies beside its weights",
-            hint="copy it from the original, or give `--preprocess input_size=3,224,224` with `mean` and `std`",
-        )
-    if image_size is not None and list(size[1:]) != [image_size] * 2:
-        raise DataError(
-            f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=f"`--image-size` asks for {image_size}"
-        )
-
-
-def _need_end(model: Model, ids: Tensor) -> None:
-    """Refuse a tokenizer without the token at which CLIP takes the vector of a text; it would look at the first one."""
-    end = getattr(getattr(model.module, "text_model", None), "eos_token_id", None)
-    if end not in (None, 2) and not (ids == end).any():  # 2 means, for CLIP, the token of the highest number
-        raise DataError(
-            f"the tokenizer of `{model.name}` is not the one it was made for",
-            why=f"the network reads the vector of a text at token {end}, and captions do not end with it",
-            hint="set `eos_token_id` of `text_config` in config.json to the token that ends a text",
-        )
 
 
 def next_other(groups: Sequence[int]) -> list[int]:
@@ -104,11 +85,9 @@ def _run(model: Model, batch: Batch) -> Tensor:
     with torch.inference_mode():
         found = dual.towers(model.module, moved(model, batch.inputs))  # type: ignore[arg-type]
         if found is None:
-            raise DataError(
-                f"`{model.name}` gives no vector per image and per text",
-                why="its outputs have no `image_embeds` and `text_embeds` of one shape",
-                hint="choose another `--task`",
-            )
+            why = "its outputs have no `image_embeds` and `text_embeds` of one shape"
+            hint = "choose another `--task`"
+            raise DataError(f"`{model.name}` gives no vector per image and per text", why=why, hint=hint)
         if found.patches is None or batch.others is None:
             return dual.stacked(found)
         return dual.stacked(found, dual.matched(model.module, found.patches, moved(model, batch.others)))  # type: ignore[arg-type]
@@ -168,46 +147,18 @@ def _within(rank: str, queries: str, most: int) -> Callable[[Columns], np.ndarra
     return lambda columns: (columns[rank] <= most)[columns[queries]]
 
 
-def _is_matched(columns: Columns) -> np.ndarray:
-    return columns["matching"]
-
-
-TASK = Task(
-    "image-text-retrieval",
-    ("image-text",),
-    ("CLIPModel", "SiglipModel", "BlipForImageTextRetrieval"),
-    _encode,
-    _observe,
-    (
-        Metric("text_to_image_r1", _within("image_rank", "new_caption", 1), True),
-        Metric("image_to_text_r1", _within("text_rank", "new_picture", 1), True),
-        Metric("text_to_image_r5", _within("image_rank", "new_caption", 5), True),
-        Metric("image_to_text_r5", _within("text_rank", "new_picture", 5), True),
-        Metric("matching", _is_matched, True, column="matching"),
-    ),
-    32,
-    run=_run,
-    over_all=ranks,
+METRICS = (
+    Metric("text_to_image_r1", _within("image_rank", "new_caption", 1), True),
+    Metric("image_to_text_r1", _within("text_rank", "new_picture", 1), True),
+    Metric("text_to_image_r5", _within("image_rank", "new_caption", 5), True),
+    Metric("image_to_text_r5", _within("text_rank", "new_picture", 5), True),
+    Metric("matching", itemgetter("matching"), True, column="matching"),
 )
+MADE_FOR = ("CLIPModel", "SiglipModel", "BlipForImageTextRetrieval")
+TASK = Task("image-text-retrieval", ("image-text",), MADE_FOR, _encode, _observe, METRICS, 32, run=_run, over_all=ranks)
 
 
 # losses
-
-
-def loss(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run a dual encoder on a batch and return its `losses`; of BLIP the text encoder runs three times.
-
-    Args:
-        module: a dual encoder.
-        inputs: ``pixel_values``, ``input_ids`` and, where texts are padded, ``attention_mask``; two pairs or more.
-
-    Raises:
-        DataError: the network gives no vector of an image and a text.
-    """
-    found = dual.towers(module, inputs)
-    if found is None:
-        raise DataError(f"`{type(module).__name__}` gives no vector per image and per text")
-    return losses(module, found, inputs)
 
 
 def losses(

@@ -39,7 +39,8 @@ def among(about: Mapping[str, Any], spec: str, dataset: Dataset) -> bool:
     same_place = (parts_of(about["spec"])[0], about.get("split")) == (parts_of(spec)[0], dataset.split)
     if "sketch" not in about:
         return same_place or about.get("digest") == dataset.digest
-    theirs, ours = (_hashes(sketch) for sketch in (about["sketch"], dataset.sketch))
+    sketches = (about["sketch"] if isinstance(about["sketch"], str) else "", dataset.sketch)
+    theirs, ours = ({each[at : at + HASH] for at in range(0, len(each), HASH)} for each in sketches)
     largest = min((max(each) for each in (theirs, ours) if len(each) >= SKETCH), default=None)  # a full one ends there
     if largest is not None:
         theirs, ours = ({one for one in each if one <= largest} for each in (theirs, ours))
@@ -71,7 +72,3 @@ def _read(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for data in (request.get("data"), statistics.get("data"), collected.get("data")):
         if isinstance(data, Mapping) and isinstance(data.get("spec"), str):
             yield data
-
-
-def _hashes(sketch: Any) -> set[str]:
-    return {sketch[at : at + HASH] for at in range(0, len(sketch), HASH)} if isinstance(sketch, str) else set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
+from peftc.models.model import Model
 from peftc.options import Reading
 from peftc.tasks.task import LABELS, Batch, Columns, Encoded
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 
 def encode_texts(model: Model, data: Dataset, settings: Reading, texts: list[list[Any]], labels: Tensor) -> Encoded:
@@ -42,26 +40,21 @@ def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
         DataError: there are no scores, or too few to rank.
     """
     if data.labels is None or data.classes is not None:
-        raise DataError(
-            f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=LABELS.format(data.name)
-        )
+        hint = LABELS.format(data.name)
+        raise DataError(f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=hint)
     samples = [data[index] for index in range(len(data))]
     scores = torch.tensor([score for _, score in samples], dtype=torch.float64)
     if len(samples) < 3 or len(scores.unique()) < 2:
-        raise DataError(
-            f"`{data.name}` has too few scores to rank",
-            why=f"{len(samples)} pairs with {len(scores.unique())} different scores",
-        )
+        why = f"{len(samples)} pairs with {len(scores.unique())} different scores"
+        raise DataError(f"`{data.name}` has too few scores to rank", why=why)
     return encode_texts(model, data, settings, [list(pair) for pair, _ in samples], scores)
 
 
 def observe_pairs(hidden: Tensor, batch: Batch) -> Columns:
     """Mean-pool over the attention mask, normalise, and take the cosine of each pair (Reimers and Gurevych, 2019)."""
     if hidden.ndim != 3 or not isinstance(batch.inputs, dict):
-        raise DataError(
-            f"the model gives outputs of shape {list(hidden.shape)}, not one vector per token",
-            hint="choose another `--task`",
-        )
+        hint = "choose another `--task`"
+        raise DataError(f"the model gives outputs of shape {list(hidden.shape)}, not one vector per token", hint=hint)
     mask = batch.inputs["attention_mask"].to(hidden.device)
     vectors = sentence_vectors(hidden.float(), mask).view(len(batch.targets), 2, -1)
     cosine = (vectors[:, 0].double() * vectors[:, 1].double()).sum(1)
@@ -76,12 +69,11 @@ def sentence_vectors(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def spearman(columns: Columns) -> float:
     """Return the correlation of the ranks of cosines and scores; NaN where either is constant."""
-    one, other = (ranks - ranks.mean() for ranks in map(_ranks, (columns["cosine"], columns["score"])))
+    centred = []
+    for name in ("cosine", "score"):
+        _, inverse, counts = np.unique(columns[name], return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]  # equal values share their mean rank
+        centred.append(ranks - ranks.mean())
+    one, other = centred
     scale = math.sqrt(float(one @ one) * float(other @ other))
     return float(one @ other) / scale if scale else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank values from 1, equal ones sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,11 +36,9 @@ def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading
     sides = [Side(model, row.encode(model, dataset, settings)) for model in models]
     report.notes += sides[0].encoded.notes
     if len(sides) == 2 and row.is_language and sides[0].encoded.key != sides[1].encoded.key:
-        raise DataError(
-            f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens",
-            why="perplexities over different tokens cannot be compared",
-            hint="compare with a model of the same tokenizer",
-        )
+        what = f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens"
+        why = "perplexities over different tokens cannot be compared"
+        raise DataError(what, why=why, hint="compare with a model of the same tokenizer")
     if row.has_classes:
         for side in sides:
             _match_classes(row, side, dataset, report)
@@ -51,11 +49,9 @@ def _match_classes(row: Task, side: Side, dataset: Dataset, report: Report) -> N
     """Find the output of each class by running one sample, so that a mismatch is refused before the rest."""
     logits = _forward(side.model, side.encoded.batch([0]), row)
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise DataError(
-            f"`{side.model.name}` does not classify",
-            why=f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class",
-            hint="choose another `--task`, or a model with a classifier",
-        )
+        why = f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class"
+        hint = "choose another `--task`, or a model with a classifier"
+        raise DataError(f"`{side.model.name}` does not classify", why=why, hint=hint)
     side.outputs, note = match(dataset.classes or [], side.model.labels, logits.shape[1])
     if note not in report.notes:
         report.notes.append(note)
@@ -78,7 +74,8 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
             for side, columns in zip(sides, seen, strict=True):
                 batch = given[0][1] if given and same else side.encoded.batch(indices)
                 given.append((_forward(side.model, batch, row), batch))
-                columns.append(row.observe(given[-1][0], _mapped(side, batch)))
+                known = replace(batch, targets=torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
+                columns.append(row.observe(given[-1][0], known))
             if compared is not None and row.compare is not None and _comparable(given, report):
                 compared.append(row.compare(given[1][0], given[0][0], given[0][1]))
             for _ in indices:
@@ -96,18 +93,12 @@ def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _mapped(side: Side, batch: Batch) -> Batch:
-    return Batch(batch.inputs, torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
-
-
 def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
     """Return the outputs for a batch, moved to the model's device and dtype first."""
     logits = row.outputs(model, batch)
     if not torch.isfinite(logits).all():
         dtype = str(logits.dtype).removeprefix("torch.")
-        raise WeightError(
-            f"`{model.name}` gives NaN or infinite outputs",
-            why=f"it ran in {dtype}; no figure over them would mean anything",
-            hint="run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`",
-        )
+        why = f"it ran in {dtype}; no figure over them would mean anything"
+        hint = "run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`"
+        raise WeightError(f"`{model.name}` gives NaN or infinite outputs", why=why, hint=hint)
     return logits

@@ -3,79 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import Any
 
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, one_of
+from peftc.models.model import Model
 from peftc.tasks import retrieval
-from peftc.tasks.classes import compare_classes, encode_classified, is_hit, is_in_five, macro_f1, observe_classes
+from peftc.tasks.classes import compare_classes, encode_classified, is_hit, macro_f1, observe_classes
 from peftc.tasks.images import encode_images
 from peftc.tasks.language import compare_tokens, encode_causal, encode_masked, nll, observe_tokens, perplexity
 from peftc.tasks.sentences import encode_pairs, observe_pairs, spearman
 from peftc.tasks.task import Metric, Task
 
-if TYPE_CHECKING:
-    from peftc.models.model import Model
-
-
-_PERPLEXITY = (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False))
-
-TASKS: Mapping[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "image-classification",
-            ("image", "tensor"),
-            ("ForImageClassification",),
-            encode_images,
-            observe_classes,
-            (Metric("top1", is_hit, True), Metric("top5", is_in_five, True, column="in_five")),
-            32,
-            compare_classes,
-        ),
-        Task(
-            "text-classification",
-            ("text", "pairs"),
-            ("ForSequenceClassification",),
-            encode_classified,
-            observe_classes,
-            (Metric("accuracy", is_hit, True), Metric("f1", macro_f1)),
-            32,
-            compare_classes,
-        ),
-        Task(
-            "masked-lm",
-            ("text",),
-            ("ForMaskedLM",),
-            encode_masked,
-            observe_tokens,
-            _PERPLEXITY,
-            8,
-            compare_tokens,
-            is_language=True,
-        ),
-        Task(
-            "causal-lm",
-            ("text", "tensor"),
-            ("ForCausalLM", "LMHeadModel"),
-            encode_causal,
-            observe_tokens,
-            _PERPLEXITY,
-            8,
-            compare_tokens,
-            is_language=True,
-        ),
-        retrieval.TASK,  # before the next, whose ending is that of every bare model
-        Task(
-            "sentence-similarity",
-            ("pairs",),
-            ("Model",),
-            encode_pairs,
-            observe_pairs,
-            (Metric("spearman", spearman),),
-            32,
-        ),
-    )
+_CLASSES: dict[str, Any] = {"observe": observe_classes, "compare": compare_classes, "batch_size": 32}
+_WINDOWS: dict[str, Any] = {
+    "observe": observe_tokens,
+    "compare": compare_tokens,
+    "batch_size": 8,
+    "metrics": (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False)),
+    "is_language": True,
+}
+_TOP = (Metric("top1", is_hit, True), Metric("top5", itemgetter("in_five"), True, column="in_five"))
+_ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1))
+_SPEARMAN = (Metric("spearman", spearman),)
+_ROWS = (
+    Task(
+        "image-classification",
+        ("image", "tensor"),
+        ("ForImageClassification",),
+        encode_images,
+        metrics=_TOP,
+        **_CLASSES,
+    ),
+    Task(
+        "text-classification",
+        ("text", "pairs"),
+        ("ForSequenceClassification",),
+        encode_classified,
+        metrics=_ACCURACY,
+        **_CLASSES,
+    ),
+    Task("masked-lm", ("text",), ("ForMaskedLM",), encode_masked, **_WINDOWS),
+    Task("causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal, **_WINDOWS),
+    retrieval.TASK,  # before the next, whose ending is that of every bare model
+    Task("sentence-similarity", ("pairs",), ("Model",), encode_pairs, observe_pairs, _SPEARMAN, 32),
+)
+TASKS: Mapping[str, Task] = {task.name: task for task in _ROWS}
+HOLDS = {
+    "image": "images",
+    "text": "single texts",
+    "pairs": "pairs of texts",
+    "tensor": "tensors",
+    "image-text": "pairs of an image and a text",
 }
 
 
@@ -111,15 +91,6 @@ def fitting(task: Task, data: Dataset) -> Task:
     """
     if data.kind in task.reads:
         return task
-    holds = {
-        "image": "images",
-        "text": "single texts",
-        "pairs": "pairs of texts",
-        "tensor": "tensors",
-        "image-text": "pairs of an image and a text",
-    }
-    raise DataError(
-        f"`{task.name}` cannot be evaluated on `{data.name}`",
-        why=f"it reads {' or '.join(holds[kind] for kind in task.reads)}, and the data holds {holds[data.kind]}",
-        hint=f"choose other data or columns (`--data 'FILE?text=NAME'`), or another `--task`: {', '.join(TASKS)}",
-    )
+    why = f"it reads {' or '.join(HOLDS[kind] for kind in task.reads)}, and the data holds {HOLDS[data.kind]}"
+    hint = f"choose other data or columns (`--data 'FILE?text=NAME'`), or another `--task`: {', '.join(TASKS)}"
+    raise DataError(f"`{task.name}` cannot be evaluated on `{data.name}`", why=why, hint=hint)

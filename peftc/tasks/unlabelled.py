@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,11 @@ from peftc.data.dataset import Dataset
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models.inputs import mask_of_outputs
+from peftc.models.model import Model
 from peftc.options import Reading
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.table import TASKS
 from peftc.tasks.task import Batch, Encoded, Task
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 BLOCK = 1 << 22  # scores that are worked on at once
 
@@ -47,9 +45,8 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Reading) ->
         return TASKS["image-classification"].encode(model, blank, settings)
     if data.kind in ("text", "pairs") and model.kind == "text":
         return _texts(model, data, task, settings)
-    raise DataError(
-        f"`{model.name}` cannot read `{data.name}`", why=f"it reads {model.kind} inputs, and the data holds {data.kind}"
-    )
+    why = f"it reads {model.kind} inputs, and the data holds {data.kind}"
+    raise DataError(f"`{model.name}` cannot read `{data.name}`", why=why)
 
 
 def _texts(model: Model, data: Dataset, task: Task | None, settings: Reading) -> Encoded:
@@ -112,17 +109,14 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
     mask = None if mask is None else mask.to(outputs.device)
     if _has_classes(task):
         rows = max(1, BLOCK // outputs.shape[-1])  # in float64 at once: of a large vocabulary all would take much
-        pairs = zip(reference.flatten(0, -2).split(rows), outputs.flatten(0, -2).split(rows), strict=True)
-        each = torch.cat([_kl(one, other) for one, other in pairs]).view(outputs.shape[:-1])
+        parts = []
+        for some in zip(reference.flatten(0, -2).split(rows), outputs.flatten(0, -2).split(rows), strict=True):
+            p, q = (scores.double().log_softmax(-1) for scores in some)
+            parts.append((p.exp() * (p - q)).sum(-1))
+        each = torch.cat(parts).view(outputs.shape[:-1])
         return (each if mask is None or each.ndim == 1 else each * mask).reshape(len(each), -1).sum(1)
     one, other = (_vectors(each.double(), mask) for each in (reference, outputs))
     return (one - other).square().flatten(1).sum(1) / 2
-
-
-def _kl(reference: Tensor, outputs: Tensor) -> Tensor:
-    """Return (n,) divergences of scores (n, classes)."""
-    p, q = reference.double().log_softmax(-1), outputs.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def _has_classes(task: Task | None) -> bool:

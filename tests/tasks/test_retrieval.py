@@ -18,13 +18,14 @@ from peftc.calibration import hooks
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
 from peftc.measure.costs import work
-from peftc.models import load
+from peftc.models import dual, load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model
 from peftc.models.targets import targets
 from peftc.options import Reading
 from peftc.tasks import retrieval
 from peftc.tasks.table import TASKS, fitting, guess
+from peftc.tasks.task import Batch
 from tests.conftest import save_dual
 
 RETRIEVAL = "image-text-retrieval"
@@ -73,7 +74,7 @@ def test_a_parquet_file_with_images_inside_gives_pairs(tmp_path: Path) -> None:
 
 def test_columns_that_are_named_make_pairs_without_a_task(tmp_path: Path) -> None:
     file = table(tmp_path / "a.csv", "where,what,caption\n1.png,a cat,no\n1.png,a dog,no\n", "1.png")
-    data = open_data(file, image_column="where", text_column="what")
+    data = open_data(f"{file}?image=where&text=what")
     assert (data.kind, data[0][0][1], data[1][0][1]) == ("image-text", "a cat", "a dog")
     assert data.pairs is not None
     assert data.pairs.images == [0, 0]
@@ -403,6 +404,12 @@ def test_matching_counts_pairs_that_outdo_another_text(tiny_blip: Path, captione
 # losses
 
 
+def losses_of(module: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = dual.towers(module, inputs)
+    assert found is not None
+    return retrieval.losses(module, found, inputs)
+
+
 def inputs_of(model: Model, batch: int = 4) -> dict[str, Tensor]:
     inputs = probe(model, batch=batch)
     assert isinstance(inputs, dict)
@@ -412,7 +419,7 @@ def inputs_of(model: Model, batch: int = 4) -> dict[str, Tensor]:
 def test_the_loss_of_clip_is_that_of_transformers(tiny_clip: Path) -> None:
     model = load.load(tiny_clip)
     inputs = inputs_of(model)
-    losses = retrieval.loss(model.module, inputs)
+    losses = losses_of(model.module, inputs)
     assert losses.keys() == {"contrastive"}
     assert torch.allclose(losses["contrastive"], model.module(**inputs, return_loss=True).loss)
 
@@ -421,14 +428,14 @@ def test_the_loss_of_siglip_is_that_of_transformers(tmp_path: Path) -> None:
     model = load.load(save_dual(tmp_path, "SiglipModel"))
     inputs = inputs_of(model)
     theirs = model.module(**inputs, return_loss=True).loss
-    assert torch.allclose(retrieval.loss(model.module, inputs)["contrastive"], theirs)
+    assert torch.allclose(losses_of(model.module, inputs)["contrastive"], theirs)
 
 
 def test_the_losses_of_blip_are_cross_entropies_over_its_two_heads(tiny_blip: Path) -> None:
     model = load.load(tiny_blip)
     inputs = inputs_of(model)
     network = model.module
-    losses = retrieval.loss(network, inputs)
+    losses = losses_of(network, inputs)
     cosines = network(**inputs, use_itm_head=False).itm_score / 0.07
     own = torch.arange(4)
     assert torch.allclose(
@@ -443,7 +450,7 @@ def test_equal_texts_of_a_batch_are_never_taken_for_a_wrong_pair(tiny_blip: Path
     model = load.load(tiny_blip)
     inputs = inputs_of(model, batch=3)
     inputs["input_ids"][1] = inputs["input_ids"][0]
-    seen = retrieval.loss(model.module, inputs)["matching"]
+    seen = losses_of(model.module, inputs)["matching"]
     own = model.module(**inputs).itm_score
     before = model.module(**{**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}).itm_score
     expected = F.cross_entropy(torch.cat([own, before[[0, 2]]]), torch.tensor([1, 1, 1, 0, 0]))
@@ -463,7 +470,7 @@ def test_a_few_steps_on_the_losses_teach_the_pairs(kind: str, request: pytest.Fi
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     seen = []
     for _ in range(30):
-        losses = retrieval.loss(network, batch.inputs)
+        losses = losses_of(network, batch.inputs)
         optimizer.zero_grad()
         sum(losses.values(), torch.zeros(())).backward()
         optimizer.step()
@@ -471,7 +478,7 @@ def test_a_few_steps_on_the_losses_teach_the_pairs(kind: str, request: pytest.Fi
     assert all(seen[-1][name] < 0.75 * seen[0][name] for name in seen[0]), (seen[0], seen[-1])
 
 
-def test_a_network_without_two_vectors_has_no_such_loss(tiny_bert: Path) -> None:
+def test_a_network_without_two_vectors_is_refused(tiny_bert: Path) -> None:
     model = load.load(tiny_bert)
-    with pytest.raises(DataError, match="`BertModel` gives no vector per image and per text"):
-        retrieval.loss(model.module, inputs_of(model))
+    with pytest.raises(DataError, match="gives no vector per image and per text"):
+        TASK.run(model, Batch(inputs_of(model), torch.zeros(4, 2)))

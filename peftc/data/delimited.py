@@ -1,0 +1,117 @@
+"""Rows of .csv and .tsv files: what separates cells, whether a header stands above them, and what quotes mean."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peftc.data import limits
+from peftc.data.rows import USUAL, is_number
+from peftc.data.spec import Columns
+from peftc.errors import DataError, named
+from peftc.report import GUESSED
+
+SAMPLE = 1000  # rows of a file that tell whether the first is a header
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        DataError: it is empty, or no text in UTF-8.
+    """
+    with limits.opened(path) as file:
+        content = file.read()
+    why = None
+    try:
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        text, why = "", str(error)
+    if "\0" in text:
+        why = "it holds zero bytes, so it is no text"
+    if why:
+        raise DataError(f"cannot read `{path}`", why=why, hint="peftc reads UTF-8 text")
+    if not text.strip():
+        raise DataError(f"`{path}` is empty")
+    return text
+
+
+def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]:
+    """Return how pandas is to read a file, and notes on what was guessed.
+
+    Raises:
+        DataError: it has no rows, or they are no table.
+    """
+    text, notes = text_of(path), []
+    sep, sample = _first_rows(path, text[:100_000])
+    if sep == ";":
+        notes.append(f"data: the cells of `{path.name}` are separated by `;`")
+    header = _header(path, sample, columns)
+    if header is not None:
+        notes.append(
+            f"{GUESSED}the first row of `{path.name}` is data, so its columns are called {named(header)}; if it "
+            f"names them, say so: `--data '{path}?text=NAME&label=NAME'`"
+        )
+    opened = [cell for line in text.splitlines() for cell in line.split("\t") if cell.startswith('"')]
+    is_quoted = sep != "\t" or all(len(cell) > 1 and cell.endswith('"') for cell in opened)
+    # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
+    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    as_texts = dict.fromkeys(range(len(sample[0])), str)  # of numbers `01` and `1` would be one
+    cells = {"keep_default_na": False, "quoting": quoting, "converters": as_texts}
+    return {"sep": sep, "column_names": header, **cells}, notes
+
+
+def _first_rows(path: Path, start: str) -> tuple[str, list[list[str]]]:
+    """Return what separates cells, and the first rows: a comma, or a semicolon where that alone makes a table."""
+    sep = "\t" if path.suffix.lower() == ".tsv" else ","
+    sample = _sample(path, start, sep)
+    if sep == "," and len(sample[0]) == 1:
+        other = _sample(path, start, ";")
+        if len({len(row) for row in other}) == 1 and len(other[0]) > 1:
+            return ";", other
+    return sep, sample
+
+
+def _sample(path: Path, start: str, sep: str) -> list[list[str]]:
+    """Return the first rows of a file, the last of which may be cut."""
+    with limits.refused(path, "", csv.Error):
+        sample = [row for row in csv.reader(io.StringIO(start), delimiter=sep) if row][:SAMPLE]
+    if not sample:
+        raise DataError(f"`{path}` has no rows")
+    limits.refuse_columns(path, len(sample[0]))
+    return sample
+
+
+def _header(path: Path, sample: list[list[str]], columns: Columns) -> list[str] | None:
+    """Return names for the columns of a file without a header; None where the first row is one.
+
+    A row is a header where it holds a usual or a given name; it is data where it holds a number. Otherwise columns
+    tell: where one holds numbers under a word, or a few words again and again under one that never returns, the row is
+    a header; where the word returns, it is data.
+    """
+    if len(sample) > 1 and len(sample[1]) > len(sample[0]):  # pandas would take the first cell for a name of the row
+        why = f"its first row has {len(sample[0])} cells, and its second has {len(sample[1])}"
+        raise DataError(f"cannot read `{path}`", why=why)
+    first, rest = sample[0], [row for row in sample[1:-1] or sample[1:] if len(row) == len(sample[0])]
+    if USUAL & {cell.strip().lower() for cell in first} or set(columns.names()) & {cell.strip() for cell in first}:
+        if len(sample) == 1:
+            raise DataError(f"`{path}` has no rows", why="it ends after its header")
+        return None
+    numeric = [bool(rest) and all(is_number(row[at]) for row in rest) for at in range(len(first))]
+    counts = [Counter(row[at] for row in rest) for at in range(len(first))]
+    few = [at for at, words in enumerate(counts) if words and min(words.values()) > 1]
+    returns = any(first[at] in counts[at] for at in few)
+    if not any(map(is_number, first)) and not returns and (any(numeric) or few):
+        return None
+    lengths = [sum(len(row[at]) for row in [first, *rest]) for at in range(len(first))]
+    if len(lengths) == 1:
+        return ["text"]
+    if len(lengths) == 2:
+        return ["text", "label"] if lengths[0] >= lengths[1] else ["label", "text"]
+    if len(lengths) == 3 and sum(numeric) == 1:
+        pair = iter(("sentence1", "sentence2"))
+        return ["score" if is_score else next(pair) for is_score in numeric]
+    return [f"column{number}" for number in range(1, len(lengths) + 1)]

@@ -1,0 +1,153 @@
+"""A table with named columns: which of them hold what, as the user says or by usual names, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftc.data import limits
+from peftc.data.spec import Columns
+from peftc.errors import DataError, named
+
+IMAGE = ("image", "img", "images", "picture", "jpg", "png")
+FILE = ("file_name", "filename", "image_path", "image_file", "filepath", "file_path", "file", "path")
+CAPTION = ("caption", "captions", "text", "sentence", "description", "title", "alt_text")
+TEXT = "text sentence content document review query question utterance comment input story".split()
+PAIRED = (
+    "sentence1/sentence2 sentence_1/sentence_2 sentence_a/sentence_b text1/text2 text_a/text_b premise/hypothesis "
+    "question1/question2 question/sentence"
+)
+PAIRS = [pair.split("/") for pair in PAIRED.split()]
+LABEL = (
+    "label labels category class intent target y score similarity similarity_score relatedness_score stars rating "
+    "fine_label coarse_label sentiment"
+).split()
+Cells = tuple[Callable[[int], bytes], Callable[[int], str]]  # the bytes of a row's image, and what tells it from others
+USUAL = {*IMAGE, *FILE, *CAPTION, *TEXT, *LABEL, *(name for pair in PAIRS for name in pair)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table, and what is asked of it.
+
+    Attributes:
+        table: of the `datasets` library.
+        name, split: of the data.
+        columns: that the user named.
+        task: that the samples are for; None where nothing tells it.
+        notes: what people should know about how it was read.
+        folder: from which relative paths start; None where the library knows.
+    """
+
+    table: Any
+    name: str
+    split: str
+    columns: Columns
+    task: str | None
+    notes: list[str]
+    folder: Path | None = None
+
+    def usual(self, names: Sequence[str], but: str | None = None) -> str | None:
+        """Return the first column of a usual name, other than ``but``."""
+        known = {column.strip().lower(): column for column in reversed(self.table.column_names) if column != but}
+        return next((known[name] for name in names if name in known), None)
+
+    def image_column(self) -> str | None:
+        """Return the column of images, by its type or a usual name."""
+        typed = [column for column, feature in self.table.features.items() if type(feature).__name__ == "Image"]
+        return typed[0] if typed else self.usual(IMAGE)
+
+    def need(self, column: str | None, what: str, kind: str, more: str = "") -> str:
+        """Return a column that has to be there.
+
+        Raises:
+            DataError: there is none; with how to name it.
+        """
+        if column is not None:
+            return column
+        why = f"its columns are {named(self.table.column_names, 20)}"
+        hint = f"name it: `--data '{self.name}?{kind}=NAME'`{more}"
+        raise DataError(f"`{self.name}` has no column of a usual name for {what}", why=why, hint=hint)
+
+    def values(
+        self, column: str, what: str = "", fits: Callable[[Any], bool] = lambda value: True, hint: str | None = None
+    ) -> list[Any]:
+        """Return the values of a column.
+
+        Raises:
+            DataError: they are damaged, or one of them is not what it has to be.
+        """
+        from pyarrow import ArrowException
+
+        with limits.refused(self.name, f"column `{column}`: ", ArrowException):
+            found = list(self.table[column])
+        for row, value in enumerate(found):
+            if not fits(value):
+                why = f"it holds {value!r}"[:200]
+                raise DataError(f"row {row} of `{self.name}` has no {what} in column `{column}`", why=why, hint=hint)
+        return found
+
+    def images(self, column: str) -> Cells:
+        """Return the readers of a column of images: of paths, or of what the `datasets` library calls images.
+
+        Raises:
+            DataError: a file is not there.
+        """
+        import datasets
+        from pyarrow import ArrowException
+
+        name, folder = self.name, self.folder
+        if folder is not None and getattr(self.table.features[column], "dtype", None) in ("string", "large_string"):
+            return _files([str(cell) if cell else "" for cell in self.values(column)], column, name, folder)
+        with limits.refused(name, f"column `{column}` holds no images: ", ArrowException):
+            stored = self.table.cast_column(column, datasets.Image(decode=False))
+
+        def content(row: int) -> bytes:
+            with limits.refused(name, f"row {row}: ", ArrowException):
+                value = stored[row][column]
+            if value is None or not (value["bytes"] or value["path"]):
+                raise DataError(f"row {row} of `{name}` has no image in column `{column}`")
+            if value["bytes"] is not None:
+                return bytes(value["bytes"])
+            return _read((folder or Path()) / (value["path"]), row, name)
+
+        return content, lambda row: hashlib.sha256(content(row)).hexdigest()
+
+
+def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
+    with limits.refused(name, f"column `{column}`: "):
+        missing = [row for row, path in enumerate(paths) if not path or not (folder / path).is_file()]
+    if missing:
+        path = paths[missing[0]]
+        why = f"row {missing[0]} names `{path}` as its `{column}`, and there is no file `{folder / path}`"
+        hint = f"paths start from the folder of the table; name another column: `--data '{name}?image=NAME'`"
+        raise DataError(f"{len(missing)} of {len(paths)} images of `{name}` are missing", why=why, hint=hint)
+    return lambda row: _read(folder / paths[row], row, name), lambda row: paths[row]
+
+
+def _read(path: Path, row: int, name: str) -> bytes:
+    with limits.refused(f"row {row} of {name}"), limits.opened(path) as file:
+        return limits.whole(file, limits.IMAGE_BYTES, f"{name}, row {row}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value, or what a text says, is a number."""
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+def is_score(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return is_number(value) and math.isfinite(float(value))
+
+
+def is_label(value: Any) -> bool:
+    """Return whether a value can stand for a class: a text that is not empty, or a number."""
+    return isinstance(value, str | int | float) and bool(str(value).strip()) and value == value
