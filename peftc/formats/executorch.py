@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftc.errors import ExportError, UsageError
@@ -63,13 +62,9 @@ def _lowered(program: Any, name: str) -> bytes:
     from executorch.exir.error import ExportError as Refusal
     from executorch.exir.error import InternalError
 
-    try:
+    with traced.refusing(f"`{name}` cannot be written for ExecuTorch", *traced.UNTRACEABLE, Refusal, InternalError):
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         return bytes(lowered.to_executorch().buffer)
-    except (*traced.UNTRACEABLE, Refusal, InternalError) as error:
-        raise ExportError(
-            f"`{name}` cannot be written for ExecuTorch", why=traced.first_line(error), hint=traced.ELSE
-        ) from error
 
 
 def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: list[tuple[int, ...]]) -> Exported:
@@ -77,32 +72,22 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
 
     method = Runtime.get().load_program(path).load_method("forward")
     if method is None:
-        raise ExportError(
-            "ExecuTorch does not load what was written", why="it has no method `forward`", hint=traced.ELSE
-        )
+        hint = traced.ELSE
+        raise ExportError("ExecuTorch does not load what was written", why="it has no method `forward`", hint=hint)
 
     def run(inputs: Inputs) -> Tensor:
         return prepare(inputs)()[0].float().clone()
 
     def prepare(inputs: Inputs) -> Callable[[], Any]:
-        first = next(iter(inputs.values()))
-        given = [inputs[name] if name in inputs else torch.zeros_like(first) for name in graph.inputs]
+        given = [*graph.fed(inputs).values()]
 
         def call() -> Any:
-            try:
+            with traced.refusing("ExecuTorch does not run what was written", RuntimeError):
                 return method.execute(given)
-            except RuntimeError as error:
-                why = traced.first_line(error)
-                raise ExportError("ExecuTorch does not run what was written", why=why, hint=traced.ELSE) from error
 
         return call
 
     axes = {word for free in graph.axes.values() for word in free.values()}
-    return Exported(
-        f"ExecuTorch {version('executorch')}",
-        run,
-        prepare,
-        products=products,
-        expected=graph.expected,
-        about={"inputs": graph.axes, "output": graph.output, "largest": {word: limits[word] for word in sorted(axes)}},
-    )
+    about = {**graph.about, "largest": {word: limits[word] for word in sorted(axes)}}
+    runtime = f"ExecuTorch {version('executorch')}"
+    return Exported(runtime, run, prepare, products=products, expected=graph.expected, about=about)

@@ -66,11 +66,8 @@ def require(word: str, packages: Sequence[str]) -> None:
         try:
             import_module(package)
         except ImportError as error:
-            raise ExportError(
-                f"`--format {word}` needs the package `{package.partition('.')[0]}`",
-                why=str(error),
-                hint=f"pip install 'peftc[{word}]'",
-            ) from None
+            what = f"`--format {word}` needs the package `{package.partition('.')[0]}`"
+            raise ExportError(what, why=str(error), hint=f"pip install 'peftc[{word}]'") from None
 
 
 def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
@@ -106,25 +103,15 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         ExportError: the library does not load it.
     """
     child = _Child(model)
-    answer = child.ask(
-        {
-            "do": "load",
-            "folder": str(folder),
-            "library": model.library,
-            "architecture": model.architecture,
-            "trusted": trusted,
-            "threads": torch.get_num_threads(),
-            "padding": _padding(model),
-        }
-    )
-    by_name = {"named": model.library == "transformers"}
-
-    def run(inputs: Inputs) -> Tensor:
-        return child.run(inputs, by_name)
+    about = {"folder": str(folder), "library": model.library, "architecture": model.architecture, "trusted": trusted}
+    padded = None  # the id that a user of the folder has to name before several texts are classified at once
+    if model.library == "transformers" and padding.reads_last_token(model.module):
+        padded = padding.id_to_write(model) if padding.padding_id(model.module) is None else None
+    answer = child.ask("load", **about, threads=torch.get_num_threads(), padding=padded)
 
     def prepare(inputs: Inputs) -> Callable[[], object]:
-        child.run(inputs, by_name)
-        return lambda: child.again(inputs, by_name)
+        child.run(inputs)
+        return lambda: child.again(inputs)
 
     how = f"transformers.{model.architecture}.from_pretrained"
     if model.library == "timm":
@@ -132,20 +119,9 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
     elif trusted:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
     runtime = f"{model.library} {version(model.library)}"
-    return Exported(
-        f"{runtime} without peftc",
-        run,
-        prepare,
-        close=child.close,
-        about={"load": how, "tried_with": runtime},
-        products=[tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None,
-    )
-
-
-def _padding(model: Model) -> int | None:
-    """Return the id that a user of the folder has to name before several texts are classified at once."""
-    asks = model.library == "transformers" and padding.reads_last_token(model.module)
-    return padding.id_to_write(model) if asks and padding.padding_id(model.module) is None else None
+    products = [tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None
+    found: Any = {"products": products, "about": {"load": how, "tried_with": runtime}, "close": child.close}
+    return Exported(f"{runtime} without peftc", child.run, prepare, **found)
 
 
 class _Child:
@@ -157,18 +133,14 @@ class _Child:
         self.last: Inputs | None = None
         self.errors = Path(self.files.name, "errors")
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "HF_MODULES_CACHE": str(Path(self.files.name, "modules"))},
-            )
+            command = [sys.executable, "-I", "-W", "ignore", str(Path(alone.__file__).resolve())]
+            ends: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            env = {**os.environ, "HF_MODULES_CACHE": str(Path(self.files.name, "modules"))}
+            self.process: Any = subprocess.Popen(command, text=True, env=env, **ends)
 
-    def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, what: str, **about: Any) -> dict[str, Any]:
         """Send a line and return the answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        asked = {"do": what, "named": self.model.library == "transformers", **about}
         try:
             self.process.stdin.write(json.dumps(asked) + "\n")
             self.process.stdin.flush()
@@ -179,34 +151,31 @@ class _Child:
             self.process.wait()
             told = self.errors.read_text().strip().splitlines()
             self.close()
-            raise ExportError(
-                f"{self.model.library} does not load what was written of `{self.model.name}`",
-                why=told[-1] if told else "its process ended",
-                hint="use `--format safetensors`, and please report this: it is a bug in peftc, or in that library",
-            )
+            what = f"{self.model.library} does not load what was written of `{self.model.name}`"
+            hint = "use `--format safetensors`, and please report this: it is a bug in peftc, or in that library"
+            raise ExportError(what, why=told[-1] if told else "its process ended", hint=hint)
         return dict(json.loads(answer))
 
-    def run(self, inputs: Inputs, more: dict[str, Any]) -> Tensor:
+    def run(self, inputs: Inputs) -> Tensor:
         """Return what the network gives for a batch."""
         from safetensors.torch import load_file, save_file
 
         there, back = Path(self.files.name, "inputs"), Path(self.files.name, "outputs")
         save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, there)
-        self.ask({"do": "run", "inputs": str(there), "outputs": str(back), **more})
+        self.ask("run", inputs=str(there), outputs=str(back))
         self.last = inputs
         return load_file(back)["output"]
 
-    def again(self, inputs: Inputs, more: dict[str, Any]) -> None:
+    def again(self, inputs: Inputs) -> None:
         """Compute a batch that was sent before."""
         if self.last is not inputs:
-            self.run(inputs, more)
-        self.ask({"do": "again", **more})
+            self.run(inputs)
+        self.ask("again")
 
     def close(self) -> None:
         """End the process."""
         for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait()
         self.files.cleanup()

@@ -35,9 +35,8 @@ def bound(model: Model) -> dict[str, str]:
 
 def is_one_graph(model: Model) -> bool:
     """Return whether a single graph can hold all that a model does, as none holds two networks that are used apart."""
-    return model.kind != "image-text" and not getattr(
-        getattr(model.module, "config", None), "is_encoder_decoder", False
-    )
+    config = getattr(model.module, "config", None)
+    return model.kind != "image-text" and not getattr(config, "is_encoder_decoder", False)
 
 
 def instead(model: Model, *, graph: bool = True) -> str:
@@ -103,11 +102,8 @@ def refuse_foreign(model: Model, library: str, word: str) -> None:
     names = foreign(model.module)
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ExportError(
-            f"`{model.name}` cannot be exported as `{word}` as it is",
-            why=f"{library} knows no factors, which `{names[0]}`{more} is made of",
-            hint=instead(model),
-        )
+        why = f"{library} knows no factors, which `{names[0]}`{more} is made of"
+        raise ExportError(f"`{model.name}` cannot be exported as `{word}` as it is", why=why, hint=instead(model))
 
 
 def _is_of_its_library(model: Model) -> bool:

@@ -13,7 +13,6 @@ from peftc.models.model import Model
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import surgery
 from peftc.store import artifact
-from peftc.store.artifact import Piece
 
 SHARD = 5 * 10**9  # bytes per file, as transformers writes them
 LIBRARY = "transformers"
@@ -39,7 +38,17 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
     config = {name: value for name, value in model.config.items() if name != "transformers_weights"}
     config.setdefault("architectures", [model.architecture])
     artifact.write_json(folder / "config.json", config)
-    artifact.write_weights(folder, _as_in_files(model), None, SHARD)
+    # another version looks for the names in files, and fills with random numbers what it does not find
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 modules are called as in the files
+        pieces = pieces_of(model)
+    else:
+        state = surgery.tensors_of(model.module)
+        there = {name: state[name] for name in surgery.stored_names(model.module)}
+        named = revert_weight_conversion(model.module, there)
+        pieces = {name: piece(tensor) for name, tensor in named.items()}
+    artifact.write_weights(folder, pieces, None, SHARD)
     written = exported.plain(model, folder)
     written.notes += read_otherwise(config)
     return written
@@ -51,17 +60,3 @@ def read_otherwise(config: Mapping[str, Any]) -> list[str]:
     if not any("rope_parameters" in each for each in parts):
         return []
     return ["transformers before 5.0 does not read `rope_parameters` of `config.json`, and computes something else"]
-
-
-def _as_in_files(model: Model) -> dict[str, Piece]:
-    """Return the tensors by the names that files of transformers have, whatever this version calls its modules.
-
-    Another version looks for those, and fills with random numbers what it does not find.
-    """
-    state = surgery.tensors_of(model.module)
-    tensors = {name: state[name] for name in surgery.stored_names(model.module)}
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before 5.0 modules are called as in the files
-        return pieces_of(model)
-    return {name: piece(tensor) for name, tensor in revert_weight_conversion(model.module, tensors).items()}

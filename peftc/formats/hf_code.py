@@ -24,12 +24,8 @@ from peftc.store import artifact
 
 CODE = "modeling_factored.py"
 LOCK = "this folder holds low-rank factors: load it with AutoModel and trust_remote_code=True"
-SHARING = [
-    "import threading",
-    "import weakref",
-    "from collections.abc import Callable",
-    "from dataclasses import dataclass",
-]
+SHARING = ["import threading", "import weakref", "from collections.abc import Callable"]
+SHARING += ["from dataclasses import dataclass"]
 HEAD = '''\
 """{architecture} with low-rank factors in the place of some weights.
 
@@ -70,7 +66,7 @@ SHARE = """\
             member.down = down
 """
 CLASSES = '''\
-class {config}(transformers.{base_config}):
+class Factored{base_config}(transformers.{base_config}):
     """The configuration of the dense network; `factored` says which modules are low-rank, and what they share."""
 
     model_type = "{model_type}"
@@ -90,10 +86,10 @@ class {config}(transformers.{base_config}):
         return {{**super().to_diff_dict(), "transformers_weights": LOCK}}
 
 
-class {name}(transformers.{architecture}):
+class Factored{architecture}(transformers.{architecture}):
     """The dense network, some of its modules replaced by low-rank ones."""
 
-    config_class = {config}
+    config_class = Factored{base_config}
     is_factored = False
 
     def __init__(self, config, *inputs, **kwargs):
@@ -156,7 +152,10 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
     artifact.write_json(folder / "config.json", _config(model, edits))
     artifact.write_weights(folder, pieces_of(model), None, SHARD)
     written = exported.plain(model, folder, trusted=True)
-    written.expected = _factors(model.module)
+    kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
+    parts = [part for module in model.module.modules() if isinstance(module, kinds) for part in module.children()]
+    weights = {id(part.weight): part.weight for part in parts if isinstance(part.weight, nn.Parameter)}
+    written.expected = [tuple(weight.shape) for weight in weights.values()]  # that of a shared factor once
     written.notes += read_otherwise(model.config)
     written.notes.append(f"it runs `{CODE}` of the folder: whoever loads it has to pass `trust_remote_code=True`")
     written.notes.append("a transformers that calls the modules otherwise refuses the folder, and says which wrote it")
@@ -191,26 +190,23 @@ def code(model: Model, edits: dict[str, Any]) -> str:
         parts += [shared._Product, shared.SharedDown, shared._same, shared._forgetting, shared._saved_tensor_hooks]
     if "embedding" in forms:
         imports.append("from torch.nn import functional as F")
-    network: Any = model.module
-    head = HEAD.format(
-        architecture=model.architecture,
-        auto=auto_classes(model.architecture)[-1],
-        lock=LOCK,
-        imports="\n".join(["from __future__ import annotations", "", *imports]),
-    )
-    classes = CLASSES.format(
-        name=f"Factored{model.architecture}",
-        architecture=model.architecture,
-        base_config=config_class(model),
-        config=f"Factored{config_class(model)}",
-        model_type=_model_type(network),
-    )
+    names = {
+        "architecture": model.architecture,
+        "auto": auto_classes(model.architecture)[-1],
+        "lock": LOCK,
+        "imports": "\n".join(["from __future__ import annotations", "", *imports]),
+        "base_config": config_class(model),
+        "model_type": _model_type(model),
+    }
     table = f"KINDS = {{{', '.join(f'{form!r}: {kind.__name__}' for form, kind in kinds.items())}}}\n"
     sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
-    return "\n\n".join([head, *sources, table, inspect.getsource(surgery.replace), factor, classes])
+    return "\n\n".join(
+        [HEAD.format(**names), *sources, table, inspect.getsource(surgery.replace), factor, CLASSES.format(**names)]
+    )
 
 
-def _model_type(network: Any) -> str:
+def _model_type(model: Model) -> str:
+    network: Any = model.module
     return f"factored_{network.config.model_type}"
 
 
@@ -218,25 +214,14 @@ def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration: the dense one, the factors, and where the code is."""
     import transformers
 
-    network: Any = model.module
     name, stem = f"Factored{model.architecture}", Path(CODE).stem
-    tied = {alias: names[0] for names in surgery.stored_names(network).values() for alias in names[1:]}
+    tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
+    classes = {each: f"{stem}.{name}" for each in auto_classes(model.architecture)}
     return {
         **model.config,
-        "model_type": _model_type(network),
+        "model_type": _model_type(model),
         "architectures": [name],
         "transformers_weights": LOCK,
         "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
-        "auto_map": {
-            "AutoConfig": f"{stem}.Factored{config_class(model)}",
-            **{each: f"{stem}.{name}" for each in auto_classes(model.architecture)},
-        },
+        "auto_map": {"AutoConfig": f"{stem}.Factored{config_class(model)}", **classes},
     }
-
-
-def _factors(network: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shape of every factor, a shared one once."""
-    kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
-    parts = [part for module in network.modules() if isinstance(module, kinds) for part in module.children()]
-    weights = {id(part.weight): part.weight for part in parts if isinstance(part.weight, nn.Parameter)}
-    return [tuple(weight.shape) for weight in weights.values()]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.errors import ExportError, UsageError, one_of
+from peftc.errors import UsageError, one_of
 from peftc.formats import exported, traced
 from peftc.formats.exported import CLOSE, Exported, Inputs
 from peftc.formats.traced import Traced
@@ -73,26 +73,22 @@ def onnx(
 
 def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: bool, name: str) -> None:
     """Translate the graph and name its free axes; what says where code stood when it was traced is left out."""
-    from onnx_ir import save
+    from onnx_ir import Shape, save
 
     plain = {torch.ops.aten.scaled_dot_product_attention.default: traced.attention}
-    try:
-        program = torch.onnx.export(
-            graph.program.run_decompositions(plain),
-            tuple(example.values()),
-            dynamo=True,
-            verbose=False,
-            input_names=graph.inputs,
-            output_names=[graph.output],
-            opset_version=opset,
-        )
-    except traced.UNTRACEABLE as error:
-        raise ExportError(
-            f"`{name}` cannot be written as ONNX", why=traced.first_line(error), hint=traced.ELSE
-        ) from error
+    names = {"input_names": graph.inputs, "output_names": [graph.output]}
+    about: Any = {"dynamo": True, "verbose": False, "opset_version": opset, **names}
+    with traced.refusing(f"`{name}` cannot be written as ONNX", *traced.UNTRACEABLE):
+        program = torch.onnx.export(graph.program.run_decompositions(plain), tuple(example.values()), **about)
     assert program is not None
     model = program.model
-    _name_axes(model, graph)
+    words: dict[str, str] = {}
+    for value in model.graph.inputs:
+        axes = graph.axes[value.name]
+        words |= {str(value.shape[at]): word for at, word in axes.items()}
+        value.shape = Shape([axes.get(at, side) for at, side in enumerate(value.shape)])
+    for value in model.graph.outputs:
+        value.shape = Shape([words.get(str(side), side) for side in value.shape])
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -111,19 +107,6 @@ def _forget_shapes(path: Path) -> None:
     model = library.load(path, load_external_data=False)
     del model.graph.value_info[:]
     library.save(model, path)
-
-
-def _name_axes(model: Any, graph: Traced) -> None:
-    """Call the free axes of inputs and outputs ``batch`` and ``sequence``."""
-    from onnx_ir import Shape
-
-    words: dict[str, str] = {}
-    for value in model.graph.inputs:
-        axes = graph.axes[value.name]
-        words |= {str(value.shape[at]): word for at, word in axes.items()}
-        value.shape = Shape([axes.get(at, side) for at, side in enumerate(value.shape)])
-    for value in model.graph.outputs:
-        value.shape = Shape([words.get(str(side), side) for side in value.shape])
 
 
 def _to_half(path: Path, is_large: bool) -> None:
@@ -148,20 +131,14 @@ def _quantise(path: Path, is_large: bool) -> str:
     path.rename(whole)
     logging.disable(logging.WARNING)  # it advises a step that is for static quantization
     try:
-        quantize_dynamic(
-            whole,
-            path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=is_large,
-        )
+        how = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True, "weight_type": QuantType.QInt8}
+        quantize_dynamic(whole, path, use_external_data_format=is_large, **how)
     finally:
         logging.disable(logging.NOTSET)
     whole.unlink()
     _forget_shapes(path)
-    operators = [node.op_type for node in library.load(path, load_external_data=False).graph.node]
-    number = sum(operator == "MatMulInteger" for operator in operators)
+    nodes = library.load(path, load_external_data=False).graph.node
+    number = sum(node.op_type == "MatMulInteger" for node in nodes)
     return f"{number} of {len(before)} products with weights compute in 8 bits; convolutions stay as they are"
 
 
@@ -181,38 +158,19 @@ def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    try:
+    with traced.refusing("ONNX Runtime does not load what was written", *_refusals()):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except _refusals() as error:
-        why = traced.first_line(error)
-        raise ExportError("ONNX Runtime does not load what was written", why=why, hint=traced.ELSE) from error
 
-    def fed(inputs: Inputs) -> dict[str, Any]:
-        first = next(iter(inputs.values()))
-        given = {name: inputs.get(name) for name in graph.inputs}
-        return {name: (torch.zeros_like(first) if each is None else each).numpy() for name, each in given.items()}
-
-    def run(inputs: Inputs) -> Tensor:
-        try:
-            return torch.from_numpy(session.run(None, fed(inputs))[0]).float()
-        except _refusals() as error:
-            why = traced.first_line(error)
-            raise ExportError("ONNX Runtime does not run what was written", why=why, hint=traced.ELSE) from error
-
-    def prepare(inputs: Inputs) -> Callable[[], object]:
-        given = fed(inputs)
+    def prepare(inputs: Inputs) -> Callable[[], Any]:
+        given = {name: tensor.numpy() for name, tensor in graph.fed(inputs).items()}
         return lambda: session.run(None, given)
 
-    return Exported(
-        f"ONNX Runtime {onnxruntime.__version__}",
-        run,
-        prepare,
-        tolerance,
-        _products(path),
-        graph.expected,
-        about={"inputs": graph.axes, "output": graph.output},
-        notes=notes,
-    )
+    def run(inputs: Inputs) -> Tensor:
+        with traced.refusing("ONNX Runtime does not run what was written", *_refusals()):
+            return torch.from_numpy(prepare(inputs)()[0]).float()
+
+    runtime = f"ONNX Runtime {onnxruntime.__version__}"
+    return Exported(runtime, run, prepare, tolerance, _products(path), graph.expected, graph.about, notes)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

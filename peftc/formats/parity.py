@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from peftc.tasks import unlabelled
 from peftc.tasks.table import guess, task_of
 
 ROUNDED = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # allowed where products of factors are stored in half precision
+UNSURE = "so no export can be compared with it"
 NOTHING = 1e-6  # of the largest output: samples that differ by less do not differ
 
 
@@ -92,10 +94,8 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
     for inputs in batches:
         before, after = exports.computed(model, inputs)[0], written.run(inputs)
         if before.shape != after.shape:
-            raise ExportError(
-                f"the export gives outputs of shape {list(after.shape)}, the model {list(before.shape)}",
-                why=f"for inputs of shape {[list(each.shape) for each in inputs.values()]}",
-            )
+            what = f"the export gives outputs of shape {list(after.shape)}, the model {list(before.shape)}"
+            raise ExportError(what, why=f"for inputs of shape {[list(each.shape) for each in inputs.values()]}")
         before, after = (_without_padding(each, inputs) for each in (before, after))
         if not torch.isfinite(after).all():
             raise ExportError("the export gives NaN or infinite outputs", why=f"it ran in {written.runtime}")
@@ -117,20 +117,14 @@ def refuse_unsteady(model: Model, batches: Sequence[Inputs]) -> None:
     for inputs in batches:
         once, again = (_without_padding(exports.computed(model, inputs)[0], inputs) for _ in range(2))
         if not torch.isfinite(once).all():
-            raise ExportError(
-                f"`{model.name}` cannot be exported: it gives NaN or infinite outputs itself",
-                why="so no export can be compared with it",
-                hint="no format takes it: export what it was made from",
-            )
+            what = f"`{model.name}` cannot be exported: it gives NaN or infinite outputs itself"
+            raise ExportError(what, why=UNSURE, hint="no format takes it: export what it was made from")
         gap = float((once - again).abs().max()) / (float(once.abs().max()) or 1.0)
         if gap > NOTHING:
-            raise ExportError(
-                f"`{model.name}` cannot be exported: it draws at random in its forward pass",
-                why=f"two runs on the same input differ by {gap:.2g} of the largest output, "
-                "so no export can be compared with it",
-                hint="no format takes it as it is: give what it draws to a module of your own, and export that, as "
-                "`python:MODULE:FACTORY`",
-            )
+            what = f"`{model.name}` cannot be exported: it draws at random in its forward pass"
+            why = f"two runs on the same input differ by {gap:.2g} of the largest output, {UNSURE}"
+            hint = "give what it draws to a module of your own, and export that, as `python:MODULE:FACTORY`"
+            raise ExportError(what, why=why, hint=f"no format takes it as it is: {hint}")
 
 
 def _without_padding(output: Tensor, inputs: Inputs) -> Tensor:
@@ -146,12 +140,9 @@ def refuse_other(name: str, parity: Parity, written: Exported) -> None:
         ExportError: it deviates by more than its format promises.
     """
     if written.tolerance is not None and not parity.deviation <= written.tolerance:
-        raise ExportError(
-            f"the export of `{name}` computes something else",
-            why=f"in {written.runtime} its outputs deviate by {parity.deviation:.2g} of the largest, "
-            f"over {written.tolerance:g}",
-            hint="this is a bug in peftc, or in that runtime: please report it",
-        )
+        far = f"{parity.deviation:.2g} of the largest, over {written.tolerance:g}"
+        why, hint = f"in {written.runtime} its outputs deviate by {far}", "this is a bug in peftc, or in that runtime"
+        raise ExportError(f"the export of `{name}` computes something else", why=why, hint=f"{hint}: please report it")
 
 
 def refuse_merged(name: str, written: Exported) -> None:
@@ -165,47 +156,33 @@ def refuse_merged(name: str, written: Exported) -> None:
     there = Counter(tuple(sorted(shape)) for shape in written.products)
     lost = Counter(tuple(sorted(shape)) for shape in written.expected) - there
     if lost:
-        raise ExportError(
-            f"{lost.total()} of {len(written.expected)} factors of `{name}` are gone from the graph",
-            why=f"no product has a weight of {' x '.join(map(str, next(iter(lost))))}",
-            hint="this is a bug in peftc, or in the exporter: please report it",
-        )
+        what = f"{lost.total()} of {len(written.expected)} factors of `{name}` are gone from the graph"
+        why = f"no product has a weight of {' x '.join(map(str, next(iter(lost))))}"
+        raise ExportError(what, why=why, hint="this is a bug in peftc, or in the exporter: please report it")
 
 
 def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: int) -> dict[str, Any]:
     """Time the model in torch, the same once more, and the export in its runtime, interleaved; by batch size."""
     found: dict[str, Any] = {}
     for inputs in batches:
-
-        def torch_call(inputs: Inputs = inputs) -> object:
-            return exports.computed(model, inputs)
-
-        size = len(next(iter(inputs.values())))
-        calls = {"torch": torch_call, "control": torch_call, "export": written.prepare(inputs)}
+        size, in_torch = len(next(iter(inputs.values()))), partial(exports.computed, model, inputs)
+        calls: dict[str, Any] = {"torch": in_torch, "control": in_torch, "export": written.prepare(inputs)}
         run = costs.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
+        seconds = {"torch_seconds": run["torch"].median, "export_seconds": run["export"].median}
         change = costs.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
-        found[str(size)] = {
-            "torch_seconds": run["torch"].median,
-            "export_seconds": run["export"].median,
-            "speedup": asdict(change),
-        }
+        found[str(size)] = {**seconds, "speedup": asdict(change)}
     return found
 
 
-class _InRuntime(nn.Module):
-    """An export in the place of the network it was made from, for whoever evaluates networks."""
-
-    def __init__(self, network: nn.Module, model: Model, written: Exported) -> None:
-        super().__init__()
-        self.config, self.main_input_name = getattr(network, "config", None), getattr(network, "main_input_name", "")
-
-        def forward(*inputs: Tensor, **by_name: Tensor) -> Tensor:
-            return written.run(by_name or exports.named(model, inputs[0]))
-
-        forward.__signature__ = inspect.signature(network.forward)  # type: ignore[attr-defined]
-        self.forward = forward
-
-
 def in_runtime(model: Model, written: Exported) -> Model:
-    """Return a model that computes in the runtime of its export, to be evaluated."""
-    return replace(model, module=_InRuntime(model.module, model, written), notes=[])
+    """Return a model that computes in the runtime of its export, for whoever evaluates networks."""
+
+    def forward(*inputs: Tensor, **by_name: Tensor) -> Tensor:
+        return written.run(by_name or exports.named(model, inputs[0]))
+
+    module: Any = nn.Module()
+    module.config = getattr(model.module, "config", None)
+    module.main_input_name = getattr(model.module, "main_input_name", "")
+    forward.__signature__ = inspect.signature(model.module.forward)  # type: ignore[attr-defined]
+    module.forward = forward
+    return replace(model, module=module, notes=[])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftc import methods
 from peftc.errors import ExportError
@@ -50,11 +49,9 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
     """
     modules = adapted_modules(model.module)
     if not modules or model.manifest is None:
-        raise ExportError(
-            f"`{model.name}` has no updates to export",
-            why="nothing of it lies beside its weights",
-            hint="write some beside its weights: `peftc finetune MODEL --data DATA --delta -o tuned`",
-        )
+        why = "nothing of it lies beside its weights"
+        hint = "write some beside its weights: `peftc finetune MODEL --data DATA --delta -o tuned`"
+        raise ExportError(f"`{model.name}` has no updates to export", why=why, hint=hint)
     adapters = {name: _adapter(model.manifest.adapters[name], name, each) for name, each in modules.items()}
     known = surgery.tensors_of(model.module)
     held = delta.held(model)
@@ -68,18 +65,11 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
 
 
 def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
-    """Return how a module is adapted.
-
-    Raises:
-        ExportError: peft computes something else on it.
-    """
+    """Return how a module is adapted, where peft computes the same on it."""
     base: Any = module.base
     if why := interchange.why_not(base):
-        raise ExportError(
-            f"the update of `{name}` cannot be exported as `peft`",
-            why=why,
-            hint="export the whole model: `--format safetensors`",
-        )
+        hint = "export the whole model: `--format safetensors`"
+        raise ExportError(f"the update of `{name}` cannot be exported as `peft`", why=why, hint=hint)
     function = methods.find("adapter", entry["method"], "method")
     settings = methods.settings_of(function) | entry["settings"]
     window = tuple(getattr(base, "kernel_size", ()))
@@ -94,36 +84,20 @@ def _loaded(model: Model, folder: Path, config: dict[str, Any]) -> Exported:
         import peft as library
     except ImportError:
         raise ExportError("peft is not installed", why="it loads what is exported", hint="pip install peft") from None
+    memo: dict[int, Any] = {id(each): each for each in (*model.module.parameters(), *model.module.buffers())}
+    base = copy.deepcopy(model.module, memo)
+    for module in adapted_modules(base).values():
+        surgery.replace(base, module, module.base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = library.PeftModel.from_pretrained(_base(model.module), folder).eval()
+        network = library.PeftModel.from_pretrained(base, folder).eval()
     runs = Model(network, model.source, model.library, model.config, model.base, model.name)
 
     def run(inputs: Inputs) -> Tensor:
         return exported.computed(runs, inputs)[0]
 
-    def prepare(inputs: Inputs) -> Callable[[], object]:
-        return lambda: run(inputs)
-
-    saved = config["modules_to_save"]
-    notes = (
-        [f"the base needs outputs for {len(model.labels)} classes before peft loads it"]
-        if saved and model.labels
-        else []
-    )
-    return Exported(
-        f"peft {library.__version__}, torch {torch.__version__}",
-        run,
-        prepare,
-        notes=notes,
-        about={"load": "peft.PeftModel.from_pretrained(base, folder)", "base": config["base_model_name_or_path"]},
-    )
-
-
-def _base(network: nn.Module) -> nn.Module:
-    """Return a copy of the network without its updates."""
-    memo: dict[int, Any] = {id(each): each for each in (*network.parameters(), *network.buffers())}
-    copied = copy.deepcopy(network, memo)
-    for module in adapted_modules(copied).values():
-        surgery.replace(copied, module, module.base)
-    return copied
+    is_named = config["modules_to_save"] and model.labels
+    notes = [f"the base needs outputs for {len(model.labels or [])} classes before peft loads it"] if is_named else []
+    about = {"load": "peft.PeftModel.from_pretrained(base, folder)", "base": config["base_model_name_or_path"]}
+    runtime = f"peft {library.__version__}, torch {torch.__version__}"
+    return Exported(runtime, run, lambda inputs: lambda: run(inputs), notes=notes, about=about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,16 +47,16 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     from safetensors import safe_open
 
     artifact.write_weights(folder, pieces_of(model), None, sys.maxsize)
-    network = _empty(model.module)
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.module.buffers()}
+    for each in model.module.parameters():  # what is one parameter stays one
+        memo[id(each)] = nn.Parameter(each.detach().to("meta"), requires_grad=each.requires_grad)
+    network = copy.deepcopy(model.module, memo)
     with safe_open(folder / "model.safetensors", "pt") as file:
         surgery.fill(network, file.keys(), file.get_tensor, where="model.safetensors")
         read = runnable(Model(network, model.source, model.library, model.config, model.base, model.name), device="cpu")
 
     def run(inputs: Inputs) -> Tensor:
         return exported.computed(read, inputs)[0]
-
-    def prepare(inputs: Inputs) -> Callable[[], object]:
-        return lambda: run(inputs)
 
     record = model.manifest
     edits = record.modules if record else {}
@@ -69,12 +68,4 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     if record is not None and record.skipped:
         about["skipped"] = record.skipped
     runtime = f"safetensors {version('safetensors')}, torch {torch.__version__}"
-    return Exported(runtime, run, prepare, about=about)
-
-
-def _empty(module: nn.Module) -> nn.Module:
-    """Return a copy of a network with its parameters on the meta device, those that are one still one."""
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(module, memo)
+    return Exported(runtime, run, lambda inputs: lambda: run(inputs), about=about)

@@ -40,11 +40,8 @@ def timm(model: Model, example: Inputs, folder: Path) -> Exported:
     if classes is not None:
         settings["num_classes"] = classes
     config = {**model.config, "architecture": model.config["architecture"], "pretrained_cfg": settings}
-    config |= {
-        "num_classes": classes,
-        "num_features": getattr(model.module, "num_features", None),
-        "model_args": dict(model.config.get("model_args") or {}),
-    }
+    config |= {"num_classes": classes, "num_features": getattr(model.module, "num_features", None)}
+    config |= {"model_args": dict(model.config.get("model_args") or {})}
     if model.labels:
         config["label_names"] = list(model.labels)
     artifact.write_json(folder / "config.json", config)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,16 +43,7 @@ def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
 
     def run(inputs: Inputs) -> Tensor:
         with torch.inference_mode():
-            return network(*(inputs[name] for name in graph.inputs)).float()
+            return network(*graph.fed(inputs).values()).float()
 
-    def prepare(inputs: Inputs) -> Callable[[], object]:
-        return lambda: run(inputs)
-
-    return Exported(
-        f"torch.export {torch.__version__}",
-        run,
-        prepare,
-        products=traced.products(program),
-        expected=graph.expected,
-        about={"inputs": graph.axes, "output": graph.output},
-    )
+    found: Any = {"products": traced.products(program), "expected": graph.expected, "about": graph.about}
+    return Exported(f"torch.export {torch.__version__}", run, lambda inputs: lambda: run(inputs), **found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,22 +25,12 @@ from peftc.nn.shared import SharedDown
 
 ATEN = torch.ops.aten
 PRODUCTS = (
-    ATEN.linear.default,
-    ATEN.matmul.default,
-    ATEN.mm.default,
-    ATEN.addmm.default,
-    ATEN.conv2d.default,
-    ATEN.conv2d.padding,
-    ATEN.convolution.default,
+    *(ATEN.linear.default, ATEN.matmul.default, ATEN.mm.default, ATEN.addmm.default),
+    *(ATEN.conv2d.default, ATEN.conv2d.padding, ATEN.convolution.default),
 )
 VIEWS = (
-    ATEN.t.default,
-    ATEN.transpose.int,
-    ATEN.permute.default,
-    ATEN.numpy_T.default,
-    ATEN.alias.default,
-    ATEN.detach.default,
-    ATEN.to.dtype,
+    *(ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default),
+    *(ATEN.alias.default, ATEN.detach.default, ATEN.to.dtype),
 )
 # what tracing raises where a network does what no graph can hold
 ELSE = "`--format torch-export` takes what torch can trace"
@@ -63,6 +54,16 @@ class Traced:
     output: str
     expected: list[tuple[int, ...]]
     axes: dict[str, dict[int, str]]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``export.json`` says of it."""
+        return {"inputs": self.axes, "output": self.output}
+
+    def fed(self, inputs: Inputs) -> Inputs:
+        """Return what it takes, in order: what is not there is zero."""
+        first = next(iter(inputs.values()))
+        return {name: inputs[name] if name in inputs else torch.zeros_like(first) for name in self.inputs}
 
 
 class _Whole(nn.Module):
@@ -93,11 +94,8 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
         ExportError: it reads images and texts at once, or no graph can hold what it does.
     """
     if not is_one_graph(model):
-        raise ExportError(
-            f"`{model.name}` cannot be written as one graph",
-            why="it has two networks that are used apart, and a graph holds one",
-            hint=instead(model),
-        )
+        why = "it has two networks that are used apart, and a graph holds one"
+        raise ExportError(f"`{model.name}` cannot be written as one graph", why=why, hint=instead(model))
     runs = runnable(replace(model, module=detached(model.module)), device="cpu", dtype="float32")
     runs.module.requires_grad_(False)
     if padding.reads_last_token(runs.module) and padding.padding_id(runs.module) is None:
@@ -107,27 +105,29 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}
     axes = {name: {at: word for at, word in free.items() if at < tensor.ndim} for name, tensor in example.items()}
     whole = _Whole(runs.module, named).eval()
-    sides: dict[str, Any] = {word: torch.export.Dim.DYNAMIC for word in free.values()}
-    if limits is not None:
-        sides = {word: torch.export.Dim.DYNAMIC(max=limits[word]) for word in free.values()}
+    any_side: Any = torch.export.Dim.DYNAMIC
+    sides = {word: any_side if limits is None else any_side(max=limits[word]) for word in free.values()}
     dynamic = tuple({at: sides[word] for at, word in axes[name].items()} for name in example)
-    try:
-        with torch.no_grad(), without_fused_layers():
-            program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
-    except UNTRACEABLE as error:
-        raise ExportError(
-            f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}",
-            why=first_line(error),
-            hint=instead(model, graph=False),
-        ) from error
+    what = f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}"
+    with refusing(what, *UNTRACEABLE, hint=instead(model, graph=False)), torch.no_grad(), without_fused_layers():
+        program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
     _merge_shared(program, whole)
     return Traced(program, list(example), output, _factors_in_use(program, whole), axes)
 
 
-def first_line(error: BaseException) -> str:
-    """Return what kind of error it is and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+@contextmanager
+def refusing(what: str, *errors: type[Exception], hint: str = ELSE) -> Iterator[None]:
+    """Turn what a library raises about a graph into a refusal that says its kind and its first line.
+
+    Raises:
+        ExportError: it is one of ``errors``.
+    """
+    try:
+        yield
+    except errors as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+        raise ExportError(what, why=why, hint=hint) from error
 
 
 def _parameters(program: Any, whole: nn.Module) -> dict[str, Tensor]:
@@ -153,36 +153,29 @@ def _merge_shared(program: Any, whole: nn.Module) -> None:
     program.graph_module.recompile()
 
 
-def weight_of(node: Any) -> Any:
-    """Return the node that an operand is a view of."""
-    while getattr(node, "op", None) == "call_function" and node.target in VIEWS:
-        node = node.args[0]
-    return node
-
-
 def products(program: Any) -> list[tuple[int, ...]]:
     """Return the shape of the weight of every product of a graph with one."""
     known = program.graph_signature.inputs_to_parameters
-    shapes = [tuple(each.meta["val"].shape) for _, each in _products(program) if getattr(each, "name", None) in known]
+    shapes = [tuple(each.meta["val"].shape) for each in _factors_of(program) if getattr(each, "name", None) in known]
     return [shape for shape in shapes if len(shape) > 1]  # the others are biases
 
 
-def _products(program: Any) -> Iterator[tuple[Any, Any]]:
+def _factors_of(program: Any) -> Iterator[Any]:
+    """Yield the nodes that the operands of all products are views of."""
     for node in program.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in PRODUCTS:
-            yield from ((node, weight_of(operand)) for operand in node.args[:3] if hasattr(operand, "op"))
+            for operand in node.args[:3]:
+                while getattr(operand, "op", None) == "call_function" and operand.target in VIEWS:
+                    operand = operand.args[0]
+                yield operand
 
 
 def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shapes of all factors that the output hangs on, once per product that they have to be in.
-
-    Raises:
-        ExportError: a factor is in the graph, but in no product of its own.
-    """
+    """Return the shapes of all factors that the output hangs on, once per product; each has to be in one of its own."""
     known = _parameters(program, whole)
     used = {id(known[node.name]) for node in program.graph_module.graph.nodes if node.name in known and node.users}
     in_product: dict[int, list[tuple[int, ...]]] = {}
-    for _, weight in _products(program):
+    for weight in _factors_of(program):
         if getattr(weight, "name", None) in known:
             tensor = known[weight.name]
             in_product.setdefault(id(tensor), []).append(tuple(tensor.shape))
@@ -190,11 +183,9 @@ def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
     for name, module in whole.named_modules():
         for factor in _factors(module):
             if id(factor) in used and id(factor) not in in_product:
-                raise ExportError(
-                    f"the factors of `{name.removeprefix('network.')}` are no two products in the graph",
-                    why="the network reads its weight instead of calling it",
-                    hint="multiply the factors out with `--dense`, or keep them with `--format safetensors`",
-                )
+                what = f"the factors of `{name.removeprefix('network.')}` are no two products in the graph"
+                hint = "multiply the factors out with `--dense`, or keep them with `--format safetensors`"
+                raise ExportError(what, why="the network reads its weight instead of calling it", hint=hint)
             found[id(factor)] = in_product.get(id(factor), [])
     return [shape for shapes in found.values() for shape in shapes]
 
