@@ -6,18 +6,17 @@ said to be unknown.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError
 from peftc.pages import records
-from peftc.pages.records import modules_table
+from peftc.pages.records import Record, modules_table
 from peftc.report import Report, Table, count, size
-from peftc.store import artifact, job, manifest
+from peftc.store import artifact, job
 from peftc.store.commands import command_lines
 from peftc.store.documents import escaped
 from peftc.store.manifest import Manifest
@@ -45,71 +44,36 @@ DONE = {
 TAGS = {"prune-layers": "layer-pruning", "distill": "distillation", "finetune": "fine-tuned"}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a card is about.
-
-    Attributes:
-        folder: finished.
-        format: ``artifact``, or the word of an export.
-        record: the manifest, or for an export what it kept of the manifest that it was made from.
-        result: of ``result.json``.
-        about: how to use an export; empty for an artifact.
-    """
-
-    folder: Path
-    format: str
-    record: Manifest
-    result: Mapping[str, Any]
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def base(self) -> str | None:
-        """What the user named as the base; None for a live network."""
-        spec = self.record.base.get("source", {}).get("spec")
-        return None if spec is None else str(spec)
-
-    @property
-    def hub_base(self) -> str | None:
-        """The hub id of the base, or None where it lay on somebody's disk."""
-        spec = (self.base or "").partition("@")[0]
-        if spec.startswith("timm:"):
-            return str((self.config.get("pretrained_cfg") or {}).get("hf_hub_id") or "") or None
-        named = spec.startswith("hf:") or (spec.count("/") == 1 and not spec.startswith((".", "/", "~")))
-        return spec.removeprefix("hf:") if named and not Path(spec).exists() else None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Content of ``config.json``; empty where there is none."""
-        try:
-            found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+TOLD = {  # what of a request is told, in this order
+    "method": "method `{}`",
+    "format": "format `{}`",
+    "dense": "factors multiplied out",
+    "score": "score `{}`",
+    "keep": "{} kept",
+    "data": "data `{}`",
+    "steps": "{} steps",
+}
 
 
-def subject(folder: Path) -> Subject:
+def subject(folder: Path) -> Record:
     """Return what a finished folder is.
 
     Raises:
         ArtifactError: it is neither an artifact nor an export, or is damaged.
     """
-    result = artifact.read_result(folder)
-    if (folder / MANIFEST).is_file():
-        record = manifest.read(folder)
-        if record.holds_statistics:
-            why = "`peftc calibrate` wrote it, and what it holds is no model"
-            raise ArtifactError(f"`{folder}` holds statistics", why=why)
-        artifact.tensor_table(folder, record)
-        return Subject(folder, "artifact", record, result)
-    if not (folder / job.EXPORT).is_file():
+    if not (folder / MANIFEST).is_file() and not (folder / job.EXPORT).is_file():
         hint = "name what a step of peftc wrote"
         raise ArtifactError(f"`{folder}` is neither an artifact nor an export of peftc", hint=hint)
-    export = records.of_export(folder)
-    return Subject(folder, str(export.about["format"]), export.manifest, result, export.about)
+    found = records.of(folder)
+    if found.manifest.holds_statistics:
+        why = "`peftc calibrate` wrote it, and what it holds is no model"
+        raise ArtifactError(f"`{folder}` holds statistics", why=why)
+    if not found.about:
+        artifact.tensor_table(folder, found.manifest)
+    return found
 
 
-def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: Report | None) -> str:
+def text_of(subject: Record, repo: str, licence: Mapping[str, str], compared: Report | None) -> str:
     """Return the text of a ``README.md`` with its front matter.
 
     Args:
@@ -118,12 +82,9 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: R
         licence: of the base, as the front matter of its own card says it; empty where nobody knows.
         compared: of an artifact, what `compare` says of it.
     """
-    shown = replace(
-        subject,
-        record=Manifest(**_harmless(asdict(subject.record))),
-        result=_harmless(subject.result),
-        about=_harmless(subject.about),
-    )
+    own = Manifest(**_without_markup(asdict(subject.manifest)))
+    told = {"result": _without_markup(subject.result), "about": _without_markup(subject.about)}
+    shown = replace(subject, manifest=own, **told)
     parts = [
         f"---\n{_front_matter(subject, repo, licence)}\n---",
         f"# {repo.split('/')[-1]}",
@@ -142,28 +103,38 @@ def text_of(subject: Subject, repo: str, licence: Mapping[str, str], compared: R
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _harmless(value: Any) -> Any:
+def _without_markup(value: Any) -> Any:
     """Return what a file said, with texts that can become neither HTML nor another part of a page in Markdown."""
     if isinstance(value, Mapping):
-        return {_harmless(name): _harmless(each) for name, each in value.items()}
+        return {_without_markup(name): _without_markup(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_harmless(each) for each in value]
+        return [_without_markup(each) for each in value]
     if not isinstance(value, str):
         return value
     text = escaped(value).replace("\n", " ")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
 
 
-def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> str:
+def _front_matter(subject: Record, repo: str, licence: Mapping[str, str]) -> str:
     from huggingface_hub import ModelCardData
 
     results = [result for entry in _evaluations(subject) for result in _results(entry)]
+    own, pipeline = subject.manifest, None
+    if own.base["library"] == "timm":
+        classes = subject.config.get("num_classes", len(own.labels or []) or None)
+        if classes is not None:
+            pipeline = "image-classification" if classes else "image-feature-extraction"
+    else:
+        pipeline = next((word for end, word in PIPELINES.items() if own.base["architecture"].endswith(end)), None)
+    commands = [step["request"]["command"] for step in own.steps]
+    tags = ["peftc", "model-compression", *(["low-rank"] if own.modules else [])]
+    tags += [tag for command, tag in TAGS.items() if command in commands]
     data = ModelCardData(
         library_name="peftc" if subject.format == "artifact" else subject.about.get("library_name"),
         base_model=subject.hub_base,
         **licence,
-        pipeline_tag=_pipeline(subject),
-        tags=_tags(subject),
+        pipeline_tag=pipeline,
+        tags=tags + [str(tag) for tag in subject.about.get("tags") or []],
         metrics=sorted({each.metric_type for each in results}) or None,
         eval_results=results or None,
         model_name=repo.split("/")[-1] if results else None,
@@ -171,26 +142,11 @@ def _front_matter(subject: Subject, repo: str, licence: Mapping[str, str]) -> st
     return str(data.to_yaml())
 
 
-def _pipeline(subject: Subject) -> str | None:
-    if subject.record.base["library"] == "timm":
-        classes = subject.config.get("num_classes", len(subject.record.labels or []) or None)
-        return None if classes is None else "image-classification" if classes else "image-feature-extraction"
-    ends = (word for end, word in PIPELINES.items() if subject.record.base["architecture"].endswith(end))
-    return next(ends, None)
-
-
-def _tags(subject: Subject) -> list[str]:
-    commands = [step["request"]["command"] for step in subject.record.steps]
-    tags = ["peftc", "model-compression", *(["low-rank"] if subject.record.modules else [])]
-    tags += [tag for command, tag in TAGS.items() if command in commands]
-    return tags + [str(tag) for tag in subject.about.get("tags") or []]
-
-
-def _evaluations(subject: Subject) -> list[Mapping[str, Any]]:
+def _evaluations(subject: Record) -> list[Mapping[str, Any]]:
     """Return what was measured of quality, the newest on each split of each data set."""
     found = list((subject.result.get("measured") or {}).get("evaluate", []))
     if subject.format != "artifact":
-        quality = ((subject.result.get("report") or {}).get("data") or {}).get("quality")
+        quality = subject.data.get("quality")
         found = [quality] if quality else []
     newest = {(each["task"], _plain(each["data"]["spec"]), each["data"]["split"]): each for each in found}
     return list(newest.values())
@@ -209,24 +165,17 @@ def _results(entry: Mapping[str, Any]) -> list[Any]:
     name, split = _plain(entry["data"]["spec"]).removeprefix("hf:"), entry["data"]["split"]
     known = " (the model has learnt from it)" if entry.get("seen") else ""
     task = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(entry["task"], entry["task"])
+    about = {"task_type": task, "dataset_type": name, "dataset_name": name + known, "dataset_split": split}
     return [
-        EvalResult(
-            task_type=task,
-            dataset_type=name,
-            dataset_name=name + known,
-            dataset_split=split,
-            metric_type=METRICS.get(metric, metric),
-            metric_name=metric,
-            metric_value=figure["value"],
-        )
+        EvalResult(**about, metric_type=METRICS.get(metric, metric), metric_name=metric, metric_value=figure["value"])
         for metric, figure in entry["metrics"].items()
         if figure["value"] is not None
     ]
 
 
-def _summary(subject: Subject) -> str:
-    record = subject.record
-    base = f"`{_short(subject)}`" if subject.base else "a network that was in memory"
+def _summary(subject: Record) -> str:
+    record = subject.manifest
+    base = f"`{subject.name}`" if subject.spec else "a network that was in memory"
     weights = sum(entry["bytes"] for name, entry in record.files.items() if not name.endswith(".json"))
     kind = "The updates of" if record.delta or subject.format == "peft" else "A smaller model made from"
     lines = [
@@ -239,33 +188,26 @@ def _summary(subject: Subject) -> str:
     if record.kept_layers:
         lines.append("Layers kept: " + ", ".join(f"`{name}`" for name in record.kept_layers) + ".")
     if record.delta:
-        lines.append(
-            f"It is a delta: the other weights are those of `{record.delta['source']['spec']}`, which has to be there."
-        )
+        beneath = record.delta["source"]["spec"]
+        lines.append(f"It is a delta: the other weights are those of `{beneath}`, which has to be there.")
     return "\n\n".join(lines)
 
 
-def _short(subject: Subject) -> str:
-    """Return the hub id of the base, or the name of its folder: where it lay is nobody's business."""
-    return subject.hub_base or Path((subject.base or "").partition("@")[0]).name or str(subject.base)
-
-
-def _use(subject: Subject, repo: str, use: Any) -> str:
+def _use(subject: Record, repo: str, use: Any) -> str:
     """Return how to load what was pushed: of an export as its format says it, in lines of Python."""
-    architecture = subject.record.base["architecture"]
+    architecture = subject.manifest.base["architecture"]
     if subject.format == "artifact":
         code = f'import peftc\n\nnetwork = peftc.load("{repo}")  # an nn.Module in eval mode\n'
-        if subject.record.base["library"] == "python":
+        if subject.manifest.base["library"] == "python":
             more = f"Its network is code, `{architecture}`, which is not here: pass `allow_code=True`."
         else:
             more = f"`peftc` has to be installed. In a shell every command of it takes the id, as `peftc show {repo}`."
         return f"```python\n{code}```\n\n{more}"
     if not isinstance(use, str) or "`" in use:
-        by = (subject.result.get("report") or {}).get("data", {}).get("runtime")
+        by = subject.data.get("runtime")
         ran = f", which {by} ran when it was written" if by else ""
-        return (
-            f"Its format, `{subject.format}`, is that of another package{ran}. `export.json` has what that says of it."
-        )
+        whose = f"Its format, `{subject.format}`, is that of another package{ran}."
+        return f"{whose} `export.json` has what that says of it."
     code = "".join(f"{escaped(line)}\n" for line in use.splitlines())
     code = code.replace("{repo}", repo).replace("{architecture}", architecture)
     if subject.about.get("library_name") == "transformers" and (subject.folder / "tokenizer_config.json").is_file():
@@ -273,26 +215,21 @@ def _use(subject: Subject, repo: str, use: Any) -> str:
     return f"```python\n{code}```"
 
 
-def _steps(subject: Subject) -> str:
+def _steps(subject: Record) -> str:
     lines = []
-    for number, step in enumerate(subject.record.steps, 1):
+    for number, step in enumerate(subject.manifest.steps, 1):
         request = step["request"]
-        facts = [f"{kind} {amount}" for kind, amount in (request.get("budget") or {}).items()]
-        facts += [f"method `{request['method']}`"] if request.get("method") else []
-        facts += [f"format `{request['format']}`"] if request.get("format") else []
-        facts += ["factors multiplied out"] if request.get("dense") else []
         data = request.get("data") or (request.get("statistics", {}).get("request") or {}).get("data")
         spec = data["spec"] if isinstance(data, Mapping) else data
-        facts += [f"score `{request['score']}`"] if request.get("score") else []
-        facts += [f"{request['keep']} kept"] if request.get("keep") else []
-        facts += [f"data `{_plain(str(spec))}`"] if spec else []
-        facts += [f"{request['steps']} steps"] if request.get("steps") else []
+        known = {**request, "data": _plain(str(spec)) if spec else None}
+        facts = [f"{kind} {amount}" for kind, amount in (request.get("budget") or {}).items()]
+        facts += [text.format(known[key]) for key, text in TOLD.items() if known.get(key)]
         told = f" ({', '.join(facts)})" if facts else ""
         lines.append(f"{number}. `{request['command']}`: {DONE.get(request['command'], 'a step of peftc')}{told}")
     return "\n".join(lines) or "Nothing yet."
 
 
-def _measured(subject: Subject, repo: str, compared: Report | None) -> str:
+def _measured(subject: Record, repo: str, compared: Report | None) -> str:
     """Return the tables of what was measured, and on what."""
     if compared is not None:
         named = {str(subject.folder): f"**{repo.split('/')[-1]}**"}
@@ -300,36 +237,29 @@ def _measured(subject: Subject, repo: str, compared: Report | None) -> str:
         rows = [[named.get(str(row[0]), row[0]), *row[1:]] for row in table.rows]
         told = [note for note in compared.notes if note.startswith(("quality:", "speed:"))]
         lacks = [kind for kind in ("quality", "speed") if not any(note.startswith(kind) for note in told)]
-        told += [f"{' and '.join(lacks).capitalize()} {_were(lacks)} not measured."] if lacks else []
+        were = "was" if len(lacks) == 1 else "were"
+        told += [f"{' and '.join(lacks).capitalize()} {were} not measured."] if lacks else []
         return "\n\n".join([markdown(replace(table, rows=rows)), *told])
     report = subject.result.get("report") or {}
     tables = [Table(**table) for table in report.get("tables", [])]
     notes = [note for note in report.get("notes", []) if not note.startswith("compared on random inputs")]
-    data = report.get("data") or {}
-    told = [f"Compared with the model that it was made from, run by {data['runtime']}."] if "runtime" in data else []
+    by = subject.data.get("runtime")
+    told = [f"Compared with the model that it was made from, run by {by}."] if by else []
     return "\n\n".join([*told, *(markdown(table) for table in tables), *notes])
 
 
-def _were(kinds: Sequence[str]) -> str:
-    return "was" if len(kinds) == 1 else "were"
-
-
-def _rebuild(subject: Subject) -> str:
-    lines = command_lines(subject.record)
+def _rebuild(subject: Record) -> str:
+    lines = command_lines(subject.manifest)
     versions = subject.result.get("versions") or {}
     told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "transformers") if name in versions)
     where = f" and {told}, on `{subject.result['device']}`" if told and "device" in subject.result else ""
     fence = "`" * max(3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0))
-    return "\n\n".join(
-        [
-            f"{fence}sh\n" + "\n".join(lines) + f"\n{fence}",
-            f"Written with peftc {versions.get('peftc', __version__)}{where}.",
-        ]
-    )
+    commands = "\n".join([f"{fence}sh", *lines, fence])
+    return f"{commands}\n\nWritten with peftc {versions.get('peftc', __version__)}{where}."
 
 
-def _licence(subject: Subject, licence: Mapping[str, str]) -> str:
-    base = f"`{_short(subject)}`" if subject.base else "the base"
+def _licence(subject: Record, licence: Mapping[str, str]) -> str:
+    base = f"`{subject.name}`" if subject.spec else "the base"
     if licence:
         name = licence.get("license_name") or licence["license"]
         link = f", see {licence['license_link']}" if "license_link" in licence else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-STYLE = """
+PALETTE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #d5dade; --paper: #ffffff; --card: #f5f7f8;
   --mark: #0b63b0; --other: #b3541e; --faint: #9db4c8;
   --c0: #c74ffd; --c1: #12a166; --c2: #e137ac; --c3: #0000fa; --c4: #2c020f; --c5: #1b0957; --c6: #968f00;
@@ -14,6 +14,26 @@ STYLE = """
   --card: #1d2328; --mark: #6cb2f2; --other: #eb9a62; --faint: #48637b;
   --c0: #c83d27; --c1: #6a4dff; --c2: #9c5c82; --c3: #3aff8c; --c4: #9cccea; --c5: #f9ce13; --c6: #ffffee;
   --c7: #b58aff; } }
+"""
+# of what is painted in charts: files of pictures take it, too
+LOOKS = """
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); } .label { fill: var(--soft); }
+.title { font-size: 12px; font-weight: bold; } .heading { font-size: 15px; font-weight: bold; }
+.axis { stroke: var(--line); stroke-width: 1; fill: none; } .frame { stroke: var(--line); stroke-width: 1; fill: none; }
+.grid { stroke: var(--line); stroke-width: 1; fill: none; stroke-dasharray: 2 3; }
+.line { stroke: var(--mark); stroke-width: 1.5; fill: none; } .many { stroke-width: 1; }
+.front { stroke: var(--other); stroke-width: 1.5; fill: none; stroke-dasharray: 5 4; }
+.limit { stroke: var(--other); stroke-width: 1.2; fill: none; stroke-dasharray: 4 3; }
+.range { stroke: var(--mark); stroke-width: 1.5; fill: none; opacity: .6; }
+.bar { fill: var(--mark); } .dense { fill: var(--faint); }
+.gone { stroke: var(--other); stroke-width: 1.2; fill: none; }
+.close { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 3 2; }
+.round { stroke-width: 9; stroke-linecap: round; } .square { stroke-width: 9; stroke-linecap: square; fill: none; }
+.cross { stroke-width: 4; stroke-linecap: round; fill: none; } .filled { stroke-width: 0; }
+.dot { stroke: var(--mark); } .base { stroke: var(--soft); } .plan { stroke: var(--other); } .small { stroke-width: 5; }
+"""
+LOOKS += "".join(f".c{at} {{ fill: var(--c{at}); stroke: var(--c{at}); }} " for at in range(8)) + "\n"
+STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); }
@@ -30,22 +50,10 @@ td.name, th.name { overflow-wrap: anywhere; min-width: 8rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: 6px; break-inside: avoid; }
 svg { display: block; width: 100%; max-width: 30rem; height: auto; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink); } svg .soft { fill: var(--soft); }
-.axis, .grid { stroke: var(--line); stroke-width: 1; fill: none; } .grid { stroke-dasharray: 2 3; }
-.dot { fill: var(--mark); } .dot.base { fill: var(--soft); }
-.range { stroke: var(--mark); stroke-width: 1.5; opacity: .6; }
-.front { stroke: var(--other); stroke-width: 1.5; fill: none; stroke-dasharray: 5 4; }
-.line { stroke: var(--mark); stroke-width: 1.5; fill: none; } .line.many { stroke-width: 1; opacity: .55; }
-.bar { fill: var(--mark); } .bar.dense { fill: var(--faint); }
-.bar.gone { fill: none; stroke: var(--other); stroke-width: 1.2; }
-.limit { stroke: var(--other); stroke-width: 1.2; stroke-dasharray: 4 3; }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 11rem), 1fr)); gap: .8rem; }
 .maps figure { padding: .5rem; } .maps figure.gone { outline: 1.5px dashed var(--other); }
 .maps figcaption { overflow-wrap: anywhere; }
-.frame { fill: none; stroke: var(--line); } .map path { opacity: .85; } .map path, .keys path { stroke-width: 9; }
-.round { stroke-linecap: round; } .square { stroke-linecap: square; fill: none; }
-.cross { stroke-linecap: round; fill: none; } .map .cross, .keys .cross { stroke-width: 4; }
-.map .filled, .keys .filled { stroke-width: 0; }
+.map path { opacity: .85; }
 .keys { display: flex; flex-wrap: wrap; gap: .1rem 1rem; list-style: none; padding: 0; font-size: .9rem; }
 .keys li { display: flex; align-items: center; gap: .3rem; overflow-wrap: anywhere; }
 .keys svg { width: 1rem; flex: none; }
@@ -66,7 +74,7 @@ dd { margin: 0; overflow-wrap: anywhere; } .warning { border-left: 3px solid var
   .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; block-size: auto; } figure, pre, tr { break-inside: avoid; } }
 """
-STYLE += "".join(f".c{at} {{ fill: var(--c{at}); stroke: var(--c{at}); }} " for at in range(8)) + "\n"
+STYLE = PALETTE + LOOKS + STYLE
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -97,11 +105,6 @@ def joined(parts: Iterable[object]) -> Html:
 def prose(text: str) -> Html:
     """Return a sentence with what stands between backticks as code."""
     return joined(tag("code", part) if at % 2 else part for at, part in enumerate(text.split("`")))
-
-
-def section(identifier: str, title: str, *inside: object) -> Html:
-    """Return a part of the page under a heading that can be linked."""
-    return tag("section", tag("h2", title, id=identifier), *inside, aria_labelledby=identifier)
 
 
 def details(summary: str, *inside: object) -> Html:

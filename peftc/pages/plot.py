@@ -1,176 +1,114 @@
-"""Pictures, drawn with matplotlib where it is installed (``pip install 'peftc[report]'``)."""
+"""Charts as the picture of a file: written as SVG, or painted by matplotlib, which the extra ``report`` installs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from peftc.errors import UsageError
-from peftc.report import grouped
+from peftc.pages.charts import Chart, Shape
+from peftc.pages.html import LOOKS, PALETTE, Html, tag
+from peftc.store import documents
 
+ACROSS, GAP, HEADING, TITLE = 1480, 20, 40, 22  # pixels: the picture, between charts, and what stands above them
+POINT = 0.72  # points of a pixel, at 100 pixels an inch
+MARKERS = {"round": "o", "filled": "^", "square": "s", "cross": "x"}
+COLORS = dict(re.findall(r"--(\w+): (#\w+)", PALETTE.partition("@media")[0]))
+STYLE = re.sub(r"var\(--(\w+)\)", lambda found: COLORS[found[1]], LOOKS)  # not every viewer knows variables
+RULES = [
+    (name, dict(part.split(": ") for part in inside.split("; ")))
+    for name, inside in re.findall(r"(\w+) \{ (.*?);? \}", STYLE)
+]
 
-def draw_spectra(
-    values: Mapping[str, Sequence[float]],
-    rows: Sequence[Mapping[str, Any]],
-    path: Path,
-    title: str,
-    curve: Mapping[str, Any] | None = None,
-    plan: Mapping[str, Any] | None = None,
-) -> None:
-    """Draw one small multiple per module kind: normalised singular values against the share of the full rank.
-
-    Below them, predicted loss against parameters and against multiply-adds.
-
-    Args:
-        values: module -> singular values, descending.
-        rows: figures per module, as `analyze` reports them.
-        path: ``.png`` or ``.svg``.
-        title: of the picture.
-        curve: predicted losses, as `analyze` reports them; None draws none.
-        plan: the plan to mark on the curve, if any.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    figures = {row["name"]: row for row in rows}
-    kinds = grouped(values)
-    columns = min(4, len(kinds)) or 1
-    lines = math.ceil(len(kinds) / columns)
-    heights = [2.5 * lines + 0.6, *([3.4] if curve and curve["points"] else [])]
-    with drawing(path, max(3.1 * columns, 7.0), heights) as parts:
-        grid: Any = parts[0].subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-        for axes, (kind, names) in zip(grid.flat, kinds.items(), strict=False):
-            _draw_kind(axes, kind, names, values, figures)
-        for axes in list(grid.flat)[len(kinds) :]:
-            axes.set_visible(False)
-        parts[0].suptitle(
-            f"{title}: singular values by module kind (dark = early, bright = late; dots: 90 % and 99 % energy)"
-        )
-        parts[0].supxlabel("share of the full rank")
-        parts[0].supylabel("singular value / largest")
-        if curve and curve["points"]:
-            _draw_curve(parts[1], curve, plan)
-
-
-@contextmanager
-def drawing(path: Path, width: float, heights: Sequence[float]) -> Iterator[Any]:
-    """Yield the parts of a picture, one below the other, and write it; sizes are inches.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib", hint="`pip install 'peftc[report]'`") from None
-    with matplotlib.rc_context({"svg.hashsalt": "peftc", "font.size": 8, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
-        yield figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
+Part = tuple[str, Sequence[Chart], int]  # a heading, what stands under it, and how many of those beside each other
+Placed = tuple[Chart, float, float, float]  # a chart, its left and its top, and what a pixel of it becomes
 
 
 def refuse_unwritable(option: str, path: str | Path | None) -> None:
     """Refuse a file that cannot be written, before any work.
 
     Raises:
-        UsageError: its folder is not there, or no picture ends like it.
+        UsageError: its folder is not there, no picture ends like it, or matplotlib is not installed.
     """
     if path is not None and not Path(path).parent.is_dir():
         raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
-    if option == "--plot" and path is not None and Path(path).suffix not in (".png", ".svg"):
+    if option != "--plot" or path is None:
+        return
+    if Path(path).suffix not in (".png", ".svg"):
         raise UsageError(f"`--plot {path}` has no known ending", why="a picture is drawn as `.png` or `.svg`")
+    if Path(path).suffix == ".png" and find_spec("matplotlib") is None:
+        hint = "`pip install 'peftc[report]'`, or draw it as `.svg`"
+        raise UsageError("pictures need matplotlib to be drawn as `.png`", hint=hint)
 
 
-def _draw_kind(
-    axes: Any,
-    kind: str,
-    names: Sequence[str],
-    values: Mapping[str, Sequence[float]],
-    figures: Mapping[str, Mapping[str, Any]],
-) -> None:
-    from matplotlib import colormaps
-
-    for at, name in enumerate(names):
-        spectrum = values[name]
-        if not spectrum or not spectrum[0]:
-            continue
-        shade = colormaps["viridis"](0.9 * at / max(len(names) - 1, 1))
-        share = [(index + 1) / len(spectrum) for index in range(len(spectrum))]
-        axes.plot(share, [value / spectrum[0] for value in spectrum], color=shade, linewidth=1)
-        for level in (90, 99):
-            rank = max(figures[name][f"rank_{level}"], 1)
-            axes.plot(rank / len(spectrum), spectrum[rank - 1] / spectrum[0], ".", color=shade, markersize=4)
-    row = figures[names[0]]
-    limit = row["break_even_rank"] / row["max_rank"]
-    if limit < 1:
-        axes.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "break-even",
-            (limit, 0.97),
-            fontsize=6,
-            color="0.4",
-            ha="right",
-            va="top",
-            rotation=90,
-            xycoords=("data", "axes fraction"),
-        )
-    short = kind if len(kind) <= 34 else f"...{kind[-31:]}"
-    axes.set_title(f"{short}  ({len(names)}x, {'x'.join(map(str, row['shape']))})", fontsize=7.5)
-    axes.set_yscale("log")
-    axes.set_ylim(1e-4, 1.3)
-    axes.set_xlim(0, 1.02)
-    axes.grid(alpha=0.25, linewidth=0.5)
+def draw(path: Path, parts: Sequence[Part]) -> None:
+    """Write charts as one picture, ``.png`` or ``.svg``."""
+    placed: list[Placed] = []
+    top: float = GAP
+    for heading, charts, columns in parts:
+        placed.append((_words("heading", heading), GAP, top, 1.0))
+        top += HEADING
+        wide = (ACROSS - GAP) / columns - GAP
+        for start in range(0, len(charts), columns):
+            row = charts[start : start + columns]
+            above = TITLE if row[0].title else 0
+            for at, chart in enumerate(row):
+                left, title = GAP + at * (wide + GAP), chart.title
+                placed.append((_words("title", title if len(title) < 50 else f"...{title[-46:]}"), left, top, 1.0))
+                placed.append((chart, left, top + above, wide / chart.width))
+            top += above + max(chart.height * wide / chart.width for chart in row) + GAP
+    (_paint if path.suffix == ".png" else _write)(path, placed, round(top))
 
 
-def _draw_curve(part: Any, curve: Mapping[str, Any], plan: Mapping[str, Any] | None) -> None:
-    """Draw predicted loss, on a logarithmic scale, against both sizes; what loses nothing is left out."""
-    points = [one for one in curve["points"] if one["predicted"] > 0]
-    sizes = [("parameters", "parameters of the model"), ("macs", "multiply-adds of one sample")]
-    sizes = [(key, label) for key, label in sizes if curve["points"][0][key] is not None]
-    for axes, (key, label) in zip(part.subplots(1, len(sizes), squeeze=False, sharey=True).flat, sizes, strict=True):
-        axes.plot([one[key] for one in points], [one["predicted"] for one in points], "o-", markersize=4, linewidth=1.2)
-        for one in points:
-            axes.annotate(
-                f"{one['ratio']:g}", (one[key], one["predicted"]), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
-        if plan is not None and key == "parameters" and plan.get("predicted"):
-            axes.plot(plan["parameters"], plan["predicted"], "D", color="C3", markersize=6, zorder=0)
-            axes.annotate(
-                "plan",
-                (plan["parameters"], plan["predicted"]),
-                xytext=(-6, -10),
-                textcoords="offset points",
-                fontsize=7,
-                color="C3",
-                ha="right",
-            )
-        dense = curve["points"][-1][key]
-        axes.axvline(dense, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "dense",
-            (dense, 0.97),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            fontsize=6,
-            color="0.4",
-            ha="right",
-            va="top",
-        )
-        axes.set_xlabel(label)
-        axes.set_yscale("log")
-        axes.margins(0.08, 0.1)
-        axes.xaxis.set_major_formatter(_scaled())
-        axes.grid(alpha=0.25, linewidth=0.5, which="both")
-    part.supylabel(curve["unit"])
-    how = f"{curve['method']}, {curve['allocation']}"
-    part.suptitle(f"predicted loss against size ({how}; at each point the ratio of eligible weights kept)")
+def _words(look: str, text: str) -> Chart:
+    return Chart(text, "", [Shape("text", look, [(0, 16)], text)], ACROSS, TITLE)
 
 
-def _scaled() -> Any:
-    from matplotlib.ticker import EngFormatter
+def _write(path: Path, placed: Sequence[Placed], height: int) -> None:
+    parts = [tag("style", Html(STYLE)), tag("rect", width=ACROSS, height=height, fill=COLORS["paper"])]
+    for chart, left, top, factor in placed:
+        place = {"x": round(left, 2), "y": round(top, 2), "width": round(chart.width * factor, 2)}
+        box = f"0 0 {chart.width} {chart.height}"
+        inside = [shape.svg() for shape in chart.shapes]
+        parts.append(tag("svg", *inside, **place, height=round(chart.height * factor, 2), viewBox=box))
+    size = {"viewBox": f"0 0 {ACROSS} {height}", "width": ACROSS, "height": height}
+    documents.write_whole(path, tag("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size) + "\n")
 
-    return EngFormatter(sep=" ")
+
+def _paint(path: Path, placed: Sequence[Placed], height: int) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure((ACROSS / 100, height / 100), dpi=150, facecolor=COLORS["paper"])
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, ACROSS), ylim=(height, 0))
+    axes.axis("off")
+    for chart, left, top, factor in placed:
+        for shape in chart.shapes:
+            known = {*shape.look.split(), shape.kind if shape.kind in {*MARKERS, "text"} else ""}
+            look = {key: value for name, rule in RULES if name in known for key, value in rule.items()}
+            stroke, fill = look.get("stroke", "none"), look.get("fill", "none")
+            width = float(look.get("stroke-width", 1)) * factor * POINT
+            alpha = shape.opacity or float(look.get("opacity", 1))
+            dashes = (0, [float(n) for n in look["stroke-dasharray"].split()]) if "stroke-dasharray" in look else "-"
+            xs, ys = zip(*((left + x * factor, top + y * factor) for x, y in shape.places), strict=True)
+            if shape.kind == "text":
+                pixels = float(re.search(r"\d+", look.get("font-size", look["font"]))[0])  # type: ignore[index]
+                anchor = {"middle": "center", "end": "right"}.get(shape.anchor or "", "left")
+                weight = look.get("font-weight", "normal")
+                size = pixels * factor * POINT
+                axes.text(xs[0], ys[0], shape.text, size=size, color=fill, ha=anchor, weight=weight, parse_math=False)
+            elif shape.kind == "line":
+                axes.plot(xs, ys, color=stroke, linewidth=width, alpha=alpha, linestyle=dashes)
+            elif shape.kind == "bar":
+                box = Rectangle((xs[0], ys[0]), xs[1] - xs[0], ys[1] - ys[0], facecolor=fill, edgecolor=stroke)
+                box.set(linewidth=width, linestyle=dashes, zorder=2)  # as lines have it
+                axes.add_patch(box)
+            elif shape.kind == "cross":
+                axes.plot(xs, ys, "x", color=stroke, markersize=10 * factor * POINT, markeredgewidth=width)
+            else:
+                size = width if shape.kind != "filled" else 12 * factor * POINT
+                axes.plot(xs, ys, MARKERS[shape.kind], color=stroke, markersize=size, markeredgewidth=0)
+    figure.savefig(path)

@@ -8,17 +8,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftc.errors import ArtifactError, UsageError
 from peftc.report import Cell, Table, count, grouped, rank_span, span
 from peftc.store import artifact, documents, job, manifest
-from peftc.store.commands import command_lines
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, read_json
-
-if TYPE_CHECKING:
-    pass
 
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
@@ -78,6 +74,40 @@ class Record:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def format(self) -> str:
+        """``artifact``, or the word of an export."""
+        return str(self.about.get("format", "artifact"))
+
+    @property
+    def spec(self) -> str | None:
+        """What the user named as the base; None for a live network."""
+        spec = self.manifest.base.get("source", {}).get("spec")
+        return None if spec is None else str(spec)
+
+    @property
+    def hub_base(self) -> str | None:
+        """The hub id of the base, or None where it lay on somebody's disk."""
+        spec = (self.spec or "").partition("@")[0]
+        if spec.startswith("timm:"):
+            return str((self.config.get("pretrained_cfg") or {}).get("hf_hub_id") or "") or None
+        named = spec.startswith("hf:") or (spec.count("/") == 1 and not spec.startswith((".", "/", "~")))
+        return spec.removeprefix("hf:") if named and not Path(spec).exists() else None
+
+    @property
+    def name(self) -> str:
+        """The hub id of the base, or the name of its folder: where it lay is nobody's business."""
+        return self.hub_base or Path((self.spec or "").partition("@")[0]).name or str(self.spec)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of ``config.json``; empty where there is none."""
+        try:
+            found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
     def data(self) -> Mapping[str, Any]:
         """The figures of its last step."""
         return (self.result.get("report") or {}).get("data") or {}
@@ -91,7 +121,7 @@ class Record:
     @property
     def base(self) -> str:
         """What the base is called."""
-        spec = str(self.manifest.base.get("source", {}).get("spec", "the dense model"))
+        spec = self.spec or "the dense model"
         return Path(spec.partition("@")[0]).name or spec
 
     def measured(self, kind: str) -> list[dict[str, Any]]:
@@ -111,26 +141,9 @@ class Record:
                 found.append(documents.parsed(line))
         return [entry for entry in found if documents.misfit(entry, TOLD) is None]
 
-    def commands(self) -> list[str]:
-        """Return the command lines that rebuild it."""
-        return command_lines(self.manifest)
 
-
-@dataclass(frozen=True)
-class Analysis:
-    """What `peftc analyze --json` printed.
-
-    Attributes:
-        file: where.
-        data: its figures: ``modules`` with their spectra, and under a budget a ``plan``.
-    """
-
-    file: Path
-    data: Mapping[str, Any]
-
-
-def read_analysis(file: Path) -> Analysis:
-    """Return what `analyze` said.
+def read_analysis(file: Path) -> dict[str, Any]:
+    """Return what `analyze` printed: its ``modules`` with their spectra, under a budget a ``plan``, and the ``file``.
 
     Raises:
         UsageError: the file holds no report of `analyze`.
@@ -139,28 +152,26 @@ def read_analysis(file: Path) -> Analysis:
     if found.get("command") != "analyze" or documents.misfit(found, ANALYSIS):
         hint = "`peftc analyze MODEL --json >analysis.json` writes one"
         raise UsageError(f"`{file}` holds no report of `peftc analyze`", hint=hint)
-    return Analysis(file, found)
+    return {**found, "file": str(file)}
 
 
-def of_export(folder: Path) -> Record:
-    """Return the record of an export.
+def of(folder: Path) -> Record:
+    """Return the record of an artifact, or of an export.
 
     Raises:
-        ArtifactError: it is damaged, or does not say what it was made from.
+        ArtifactError: it is damaged, or an export that does not say what it was made from.
     """
+    if (folder / MANIFEST).is_file():
+        return Record(folder, manifest.read(folder), artifact.read_result(folder))
     export = job.read_export(folder)
     made_from = export.about.get("made_from")
     if not made_from:
-        raise ArtifactError(
-            f"`{folder}` does not say what it was made from",
-            why="an older peftc exported it",
-            hint="export it again with `--overwrite`",
-        )
-    last = {"id": export.id, "request": dict(export.request)}
+        why, hint = "an older peftc exported it", "export it again with `--overwrite`"
+        raise ArtifactError(f"`{folder}` does not say what it was made from", why=why, hint=hint)
     kept = Manifest(
         id=export.id,
         base=made_from["base"],
-        steps=[*made_from["steps"], last],
+        steps=[*made_from["steps"], {"id": export.id, "request": dict(export.request)}],
         files=export.files,
         parameters=made_from["parameters"],
         modules=export.about["modules"],
@@ -185,48 +196,57 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
             raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
         if not (folder / MANIFEST).is_file() and not (exports and (folder / job.EXPORT).is_file()):
             what = "is no artifact" if folder.is_dir() else "does not exist"
-            raise ArtifactError(
-                f"`{folder}` {what}",
-                why=f"there is no `{folder / MANIFEST}`",
-                hint="name artifacts; the model that they were made from stands beside them where it was measured",
-            )
-    found = [
-        Record(folder, manifest.read(folder), artifact.read_result(folder))
-        if (folder / MANIFEST).is_file()
-        else of_export(folder)
-        for folder in folders
-    ]
+            hint = "name artifacts; the model that they were made from stands beside them where it was measured"
+            raise ArtifactError(f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`", hint=hint)
+    found = [of(folder) for folder in folders]
     for record in found:
         if record.manifest.holds_statistics:
-            raise ArtifactError(
-                f"`{record.folder}` holds statistics, not a model", hint=f"`peftc show {record.folder}`"
-            )
+            hint = f"`peftc show {record.folder}`"
+            raise ArtifactError(f"`{record.folder}` holds statistics, not a model", hint=hint)
     return found
 
 
-def rows(records: Sequence[Record], analysis: Analysis | None = None) -> list[Row]:
+def rows(records: Sequence[Record], analysis: Mapping[str, Any] | None = None) -> list[Row]:
     """Return a row for each artifact, behind those of the models that they were made from and of a plan for them."""
-    quality = _common(records, "evaluate", _sample)
-    speed = _common(records, "bench", _place)
-    found = [_row(record, quality.get(at), speed.get(at)) for at, record in enumerate(records)]
+    quality, speed = (_common(records, kind) for kind in QUESTIONS)
+    found = []
+    for at, record in enumerate(records):
+        own, size = record.manifest, (record.data.get("size") or {}).get("after") or {}
+        stored = sum(entry["bytes"] for entry in own.files.values()) if record.about else own.weight_bytes
+        row = Row(str(record.folder), record.stages, own.parameters, stored, size.get("macs"))
+        row.quality, row.speed = quality.get(at), speed.get(at)
+        found.append(row)
     macs = {_structure(record): row.macs for record, row in zip(records, found, strict=True) if row.macs is not None}
     for record, row in zip(records, found, strict=True):  # a training that kept the structure did not count it again
         row.macs = row.macs if row.macs is not None else macs.get(_structure(record))
         if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
             row.macs = row.speed["model"]["macs"]
     names = dict.fromkeys(record.base for record in records)
-    plan = analysis.data.get("plan") if analysis else None
-    planned = [Row(str(analysis.file), ["analyze"], plan["parameters"])] if analysis and plan else []
+    planned = []
+    if analysis and analysis.get("plan"):
+        planned = [Row(analysis["file"], ["analyze"], analysis["plan"]["parameters"])]
     return [*(_base(name, records, found) for name in names), *planned, *found]
 
 
-def _common(records: Sequence[Record], kind: str, question: Any) -> dict[int, dict[str, Any]]:
+def _on_what(entry: Mapping[str, Any]) -> list[Any]:
+    return [entry["task"], entry["data"]["digest"], entry["data"]["samples"]]
+
+
+def _where(entry: Mapping[str, Any]) -> list[Any]:
+    at, model = entry["environment"], entry["model"]
+    return [at["device_name"], at["threads"], model["dtype"], model["saturating"]["batch"], entry["input"]]
+
+
+QUESTIONS = {"evaluate": _on_what, "bench": _where}  # only what agrees in all of it can be compared
+
+
+def _common(records: Sequence[Record], kind: str) -> dict[int, dict[str, Any]]:
     """Return place -> entry, for the question that most records answer.
 
     Of several answers of one record, those against another model tell more; of those the newest.
     """
     answers = [
-        (json.dumps(question(entry), sort_keys=True), entry["at"], at, entry)
+        (json.dumps(QUESTIONS[kind](entry), sort_keys=True), entry["at"], at, entry)
         for at, record in enumerate(records)
         for entry in record.measured(kind)
     ]
@@ -246,26 +266,6 @@ def _structure(record: Record) -> str:
     return manifest.digest([own.base["architecture"], own.base.get("files"), own.modules, own.kept_layers])
 
 
-def _sample(entry: Mapping[str, Any]) -> list[Any]:
-    """Return on what a model was measured."""
-    return [entry["task"], entry["data"]["digest"], entry["data"]["samples"]]
-
-
-def _place(entry: Mapping[str, Any]) -> list[Any]:
-    """Return where and on what a model was timed: only what agrees in all of it can be compared."""
-    where, model = entry["environment"], entry["model"]
-    return [where["device_name"], where["threads"], model["dtype"], model["saturating"]["batch"], entry["input"]]
-
-
-def _row(record: Record, quality: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> Row:
-    size = (record.data.get("size") or {}).get("after") or {}
-    own = record.manifest
-    stored = own.weight_bytes if not record.about else sum(entry["bytes"] for entry in own.files.values())
-    row = Row(str(record.folder), record.stages, own.parameters, stored, size.get("macs"))
-    row.quality, row.speed = quality, speed
-    return row
-
-
 def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
     """Return what the artifacts tell of the model that they were made from."""
     row = Row(name)
@@ -276,18 +276,14 @@ def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
         of_this_one = 2 if "retrain" in record.data else 1  # `prune-layers --retrain` is two stages in one report
         if len(record.stages) == of_this_one and row.parameters is None:
             row.parameters, row.bytes, row.macs = (before.get(key) for key in ("parameters", "bytes", "macs"))
-        if own.quality and _is(own.quality.get("against"), name):
-            row.quality = {**own.quality, "metrics": own.quality["against"]["metrics"], "against": None}
-        if own.speed and _is(own.speed.get("against"), name):
-            figures = own.speed["against"]
-            row.speed = {**own.speed, "model": figures, "against": None, "speedup": None}
-            row.parameters, row.macs = row.parameters or figures["parameters"], row.macs or figures["macs"]
-            row.bytes = row.bytes or figures["bytes_on_disk"]
+        rated, timed = (((each or {}).get("against") or {}) for each in (own.quality, own.speed))
+        if own.quality and rated.get("name") == name:
+            row.quality = {**own.quality, "metrics": rated["metrics"], "against": None}
+        if own.speed and timed.get("name") == name:
+            row.speed = {**own.speed, "model": timed, "against": None, "speedup": None}
+            row.parameters, row.macs = row.parameters or timed["parameters"], row.macs or timed["macs"]
+            row.bytes = row.bytes or timed["bytes_on_disk"]
     return row
-
-
-def _is(against: Mapping[str, Any] | None, name: str) -> bool:
-    return against is not None and against["name"] == name
 
 
 def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
@@ -324,9 +320,5 @@ def speed_texts(row: Row) -> list[str]:
     if row.speed is None:
         return ["-", "-", "-"]
     model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
-    rate = model["saturating"]["samples_per_second"]
-    return [
-        f"{1000 * model['batch_1']['median_seconds']:.3g} ms",
-        f"{rate:,.0f}/s",
-        change["verdict"] if change else "",
-    ]
+    rate, latency = model["saturating"]["samples_per_second"], model["batch_1"]["median_seconds"]
+    return [f"{1000 * latency:.3g} ms", f"{rate:,.0f}/s", change["verdict"] if change else ""]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peftc.pages import charts, html
+from peftc.pages import charts, html, pictures
 from peftc.pages.charts import Point
-from peftc.pages.html import Html, details, facts, joined, prose, section, tag
+from peftc.pages.html import Html, details, facts, joined, prose, tag
 from peftc.pages.records import Record, Row, quality_text, speed_texts
 from peftc.report import count, grouped, percent, rank_text, short, size, span
 from peftc.store import maps
+from peftc.store.commands import command_lines
 from peftc.version import __version__
 
 
@@ -19,18 +20,23 @@ def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | 
     """Return the page on models: their rows and records, what `analyze` found of the base, and notes of `compare`."""
     bases = ", ".join(row.name for row in rows if not row.stages)
     title = f"{bases}: {len(found)} compressed {'model' if len(found) == 1 else 'models'}"
-    parts = [("stages", "Stages", _stages(rows, notes)), ("trade", "What it costs, what it brings", _trade(rows))]
-    parts += [("spectra", f"Rank spectra of {bases}", _spectra(analyzed) if analyzed else None)]
-    parts += [("modules", "Ranks", _each(found, _modules)), ("layers", "Layer scores", _each(found, _layers))]
-    parts += [("training", "Training", _each(found, _training))]
-    parts += [("provenance", "How it came to be", joined(_provenance(record) for record in found))]
-    shown = [(name, heading, inside) for name, heading, inside in parts if inside]
-    links = tag(
-        "nav", tag("ul", *(tag("li", tag("a", text, href=f"#{name}")) for name, text, _ in shown)), aria_label="parts"
-    )
-    body = [section(name, heading, inside) for name, heading, inside in shown]
+    parts = [
+        ("stages", "Stages", _stages(rows, notes)),
+        ("trade", "What it costs, what it brings", _trade(rows)),
+        ("spectra", f"Rank spectra of {bases}", _spectra(analyzed) if analyzed else None),
+        ("modules", "Ranks", _each(found, _modules)),
+        ("layers", "Layer scores", _each(found, _layers)),
+        ("training", "Training", _each(found, _training)),
+        ("provenance", "How it came to be", joined(map(_provenance, found))),
+    ]
+    links, body = [], []
+    for name, heading, inside in parts:
+        if inside:
+            links.append(tag("li", tag("a", heading, href=f"#{name}")))
+            body.append(tag("section", tag("h2", heading, id=name), inside, aria_labelledby=name))
+    nav = tag("nav", tag("ul", *links), aria_label="parts")
     foot = tag("p", f"Written by peftc {__version__} from the files of the artifacts alone.", class_="soft")
-    return html.document(title, tag("main", tag("h1", title), links, *body, foot))
+    return html.document(title, tag("main", tag("h1", title), nav, *body, foot))
 
 
 def _each(found: Sequence[Record], show: Any) -> Html | None:
@@ -61,69 +67,46 @@ def _stages(rows: Sequence[Row], notes: Sequence[str]) -> Html:
 
 def _trade(rows: Sequence[Row]) -> Html | None:
     """Draw quality against each size and against speed, of the models that have both."""
-    measured = [(str(at), row) for at, row in enumerate(rows, 1) if row.quality]
+    measured = [(str(at), row, row.quality) for at, row in enumerate(rows, 1) if row.quality]
     if len(measured) < 2:
         return None
-    assert measured[0][1].quality is not None
-    metric, higher = measured[0][1].quality["metric"], bool(measured[0][1].quality["higher_is_better"])
-    kinds: list[tuple[str, Any, Any, bool]] = [
-        ("parameters", lambda row: row.parameters, short, True),
-        ("bytes", lambda row: row.bytes, size, True),
-        ("multiply-adds", lambda row: row.macs, short, True),
-        (
-            "samples per second",
-            lambda row: row.speed and row.speed["model"]["saturating"]["samples_per_second"],
-            short,
-            False,
-        ),
-    ]
+    metric, higher = measured[0][2]["metric"], bool(measured[0][2]["higher_is_better"])
     drawn = []
-    for label, of, text, less in kinds:
-        points = [_point(number, row, of(row)) for number, row in measured if of(row) is not None]
-        if len(points) > 1 and len({point.x for point in points}) > 1:
-            drawn.append(
-                charts.scatter(
-                    f"{metric} against {label}",
-                    points,
-                    label,
-                    metric,
-                    text,
-                    less_is_better=less,
-                    higher_is_better=higher,
-                )
-            )
-    return (
-        joined(
-            [
-                tag("p", "The numbers are those of the table; the bars are 95 % intervals.", class_="soft"),
-                tag("div", *drawn, class_="charts"),
-            ]
-        )
-        if drawn
-        else None
-    )
+    for label, of, text in KINDS:
+        points = []
+        for number, row, quality in measured:
+            value, x = quality["metrics"][quality["metric"]], of(row)
+            if x is not None:
+                points.append(Point(number, x, value["value"], value["low"], value["high"], base=not row.stages))
+        if len({point.x for point in points}) > 1:
+            better = {"less_is_better": label != SPEED, "higher_is_better": higher}
+            drawn.append(charts.scatter(points, label, metric, text, **better).figure())
+    if not drawn:
+        return None
+    said = tag("p", "The numbers are those of the table; the bars are 95 % intervals.", class_="soft")
+    return joined([said, tag("div", *drawn, class_="charts")])
 
 
-def _point(number: str, row: Row, x: float) -> Point:
-    assert row.quality is not None
-    value = row.quality["metrics"][row.quality["metric"]]
-    return Point(number, x, value["value"], value["low"], value["high"], base=not row.stages)
+SPEED = "samples per second"
+KINDS: list[tuple[str, Callable[[Row], float | None], charts.Text]] = [
+    ("parameters", lambda row: row.parameters, short),
+    ("bytes", lambda row: row.bytes, size),
+    ("multiply-adds", lambda row: row.macs, short),
+    (SPEED, lambda row: row.speed["model"]["saturating"]["samples_per_second"] if row.speed else None, short),
+]
 
 
 def _spectra(analyzed: Mapping[str, Any]) -> Html:
     """Draw the spectra of modules of one kind together, and list at which ranks their energy is kept."""
     rows = {row["name"]: row for row in analyzed["modules"]}
-    drawn, cells = [], []
+    cells = []
     for kind, names in grouped(rows).items():
         some = [rows[name] for name in names]
-        curves = [[(rank / row["max_rank"], value) for rank, value in row["spectrum"]] for row in some]
-        shape = "x".join(map(str, some[0]["shape"]))
-        text = f"{len(some)} of {shape}: singular values in shares of the largest, over the share of the full rank."
-        drawn.append(charts.lines(kind, curves, "share of the full rank", "of the largest", text=text, log=True))
         ranks = [span([str(n) for n in sorted(row[f"rank_{level}"] for row in some)]) for level in (90, 95, 99)]
-        reason = some[0].get("reason") or ""
-        cells.append([kind, len(some), shape, some[0]["max_rank"], some[0]["break_even_rank"], *ranks, reason])
+        full = ["x".join(map(str, some[0]["shape"])), some[0]["max_rank"], some[0]["break_even_rank"]]
+        cells.append([kind, len(some), *full, *ranks, some[0].get("reason") or ""])
     columns = ["module", "count", "shape", "full rank", "break-even", "90 % energy", "95 %", "99 %", "stays dense"]
+    drawn = [chart.figure() for chart in pictures.spectra(analyzed["modules"])]
     return joined([html.table("ranks of the base", columns, cells), tag("p"), tag("div", *drawn, class_="charts")])
 
 
@@ -132,84 +115,60 @@ def _modules(record: Record) -> Html | None:
     entries = [row for row in record.data.get("modules", []) if isinstance(row, dict) and row.get("parameters_before")]
     if not entries:
         return None
-    rows = {row["name"]: row for row in entries}
+    kept = {row["name"]: row["parameters_after"] / row["parameters_before"] for row in entries}
+    ranks = {row["name"]: "dense" if row["rank"] is None else rank_text(row["rank"]) for row in entries}
     drawn = []
-    for kind, names in grouped(rows).items():
-        values = [(n, rows[n]["parameters_after"] / rows[n]["parameters_before"], _state(rows[n])) for n in names]
-        ranks = [_rank(rows[name]) for name in names]
-        text = f"Share of the entries that each keeps; ranks: {', '.join(ranks)}."
-        drawn.append(charts.bars(kind, values, "share kept", text=text, top=1.0))
-    cells = [[name, *_cells(row)] for name, row in rows.items()]
+    for kind, names in grouped(kept).items():
+        values = [(name, kept[name], "dense" if ranks[name] == "dense" else "") for name in names]
+        text = f"Share of the entries that each keeps; ranks: {', '.join(ranks[name] for name in names)}."
+        drawn.append(charts.bars(kind, values, "share kept", text=text, top=1.0).figure())
+    cells = []
+    for row in entries:
+        name, error = row["name"], "-" if row.get("error") is None else f"{row['error']:.3g}"
+        shape = "x".join(map(str, row["shape"]))
+        cells.append([name, shape, ranks[name], percent(kept[name]), error, row.get("reason") or ""])
     whole = html.table("modules", ["module", "shape", "rank", "kept", "relative error", "why dense"], cells)
     return joined([tag("div", *drawn, class_="charts"), details(f"all {len(cells)} modules", whole)])
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    kept = percent(row["parameters_after"] / row["parameters_before"])
-    error = "-" if row.get("error") is None else f"{row['error']:.3g}"
-    return ["x".join(map(str, row["shape"])), _rank(row), kept, error, row.get("reason") or ""]
-
-
-def _state(row: Mapping[str, Any]) -> str:
-    return "dense" if row["rank"] is None else ""
-
-
-def _rank(row: Mapping[str, Any]) -> str:
-    rank = row["rank"]
-    return "dense" if rank is None else rank_text(rank)
 
 
 def _layers(record: Record) -> Html | None:
     """Draw the score of every layer that `prune-layers` saw."""
     rows = record.data.get("layers") or []
-    scored = [row for row in rows if row["score"] is not None]
     if not rows:
         return None
-    gone = ", ".join(row["name"] for row in rows if not row["kept"]) or "none"
-    text = f"{record.data.get('score') or 'no score'}; dropped: {gone}."
-    cells = [
-        [row["name"], "" if row["score"] is None else f"{row['score']:.4g}", "kept" if row["kept"] else "dropped"]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['score']:.4g}"
+        cells.append([row["name"], score, "kept" if row["kept"] else "dropped"])
     whole = html.table("layers", ["layer", "score", ""], cells)
-    if not scored:
-        return joined([tag("p", text), whole, _maps(record, rows)])
-    values = [(row["name"], row["score"], "" if row["kept"] else "gone") for row in scored]
-    drawn = charts.bars(
-        "score of each layer",
-        values,
-        str(record.data.get("score") or "score"),
-        text=text,
-        limit=record.data.get("threshold"),
-    )
-    return joined([tag("div", drawn, class_="charts"), details(f"all {len(rows)} layers", whole), _maps(record, rows)])
+    drawn = pictures.scores(record.data)
+    if drawn is None:
+        return joined([tag("p", pictures.dropped(record.data)), whole, _maps(record, rows)])
+    chart = tag("div", drawn.figure(), class_="charts")
+    return joined([chart, details(f"all {len(rows)} layers", whole), _maps(record, rows)])
 
 
 def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
     """Draw the t-SNE map after each layer, or say why there is none."""
     score, kept = record.data.get("score"), maps.read(record.folder)
+    why = None
     if score != "tsne-silhouette":
         why = f"`{score}` is taken of none, as `tsne-silhouette` is" if score else "no layer was scored"
-        return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
-    if kept is None or not kept.points.keys() >= {row["name"] for row in rows}:
+    elif kept is None or not kept.points.keys() >= {row["name"] for row in rows}:
         why = f"there is no `{maps.FILE}` of these layers in the artifact"
+    if why or kept is None:
         return tag("p", prose(f"No t-SNE maps: {why}."), class_="soft")
-    number, classes = len(kept.labels), len(kept.classes)
-    what = f"{number:,} of {kept.samples:,} samples" if number < kept.samples else f"{number:,} samples"
     drawn = []
-    for row in rows:
-        word = "no score" if row["score"] is None else f"{row['score']:.2f}"
-        state = f"{word}, {'kept' if row['kept'] else 'dropped'}"
-        text = f"{what} of {classes} classes; score {state}."
-        picture = charts.cloud(f"t-SNE map after {row['name']}", text, kept.points[row["name"]], kept.labels)
-        said = tag("figcaption", tag("strong", row["name"]), f" {state}")
-        drawn.append(tag("figure", said, picture, class_=None if row["kept"] else "gone"))
-    known = classes <= charts.MARKS
-    told = f"t-SNE maps of {what} after each layer, marked by class; above each its score, which all samples count for."
-    more = "" if known else f" With {classes} classes several share a mark."
-    return joined(
-        [tag("p", told + more), charts.legend(kept.classes) if known else None, tag("div", *drawn, class_="maps")]
+    for row, picture in zip(rows, pictures.maps(rows, kept), strict=True):
+        said = tag("figcaption", tag("strong", row["name"]), f" {pictures.state_of(row)}")
+        drawn.append(tag("figure", said, picture.svg(), class_=None if row["kept"] else "gone"))
+    classes = len(kept.classes)
+    told = f"t-SNE maps of {pictures.samples_of(kept)} after each layer, marked by class; above each its score, "
+    told += "which all samples count for." + (
+        f" With {classes} classes several share a mark." * (classes > charts.MARKS)
     )
+    key = charts.legend(kept.classes) if classes <= charts.MARKS else None
+    return joined([tag("p", told), key, tag("div", *drawn, class_="maps")])
 
 
 def _training(record: Record) -> Html | None:
@@ -220,14 +179,14 @@ def _training(record: Record) -> Html | None:
     terms = [name for name in (steps[0] if steps else {}) if name not in ("step", "rate", "loss", "score")]
     drawn = []
     for name in ["loss", *(terms if len(terms) > 1 else [])]:
-        curve = [
-            (float(entry["step"]), float(entry[name])) for entry in steps if isinstance(entry.get(name), (int, float))
-        ]
+        known = [entry for entry in steps if isinstance(entry.get(name), (int, float))]
+        curve = [(float(entry["step"]), float(entry[name])) for entry in known]
         if any(value > 0 for _, value in curve):
-            what = "the whole loss" if name == "loss" else f"the term `{name}`, as weighted"
-            drawn.append(charts.lines(name, [curve], "step", name, text=f"{what[0].upper()}{what[1:]}.", log=True))
+            text = "The whole loss." if name == "loss" else f"The term `{name}`, as weighted."
+            drawn.append(charts.lines(name, [curve], "step", name, text=text, log=True).figure())
     if len(scores) > 1:
-        drawn.append(charts.lines("held out", [scores], "step", "score", text="The score on samples not learnt from."))
+        text = "The score on samples not learnt from."
+        drawn.append(charts.lines("held out", [scores], "step", "score", text=text).figure())
     return tag("div", *drawn, class_="charts") if drawn else None
 
 
@@ -260,7 +219,7 @@ def _provenance(record: Record) -> Html:
             *said,
             notes,
             tag("p", "The commands that rebuild it:"),
-            tag("pre", "\n".join(record.commands())),
+            tag("pre", "\n".join(command_lines(record.manifest))),
             asked,
         ]
     )

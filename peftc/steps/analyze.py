@@ -35,7 +35,8 @@ from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.nn.surgery import parameters
 from peftc.options import Reading
-from peftc.pages.plot import draw_spectra, refuse_unwritable
+from peftc.pages import pictures
+from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Aim, Budget, Input, Target
@@ -172,7 +173,7 @@ def analyze(
         _foresee(report, work, budget, allocation, multiple, timed, plan, _trial(work, source, Path(folder)))
     if plot is not None:
         values = {name: each.tolist() for name, each in found.items()}
-        draw_spectra(values, rows, Path(plot), loaded.name, report.data.get("curve"), report.data.get("plan"))
+        draw(Path(plot), pictures.of_analysis(loaded.name, report.data, values))
         report.notes.append(f"spectra and predicted losses drawn in `{plot}`")
     return report
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from peftc.pages import records
-from peftc.pages.records import Analysis, Record, Row, quality_text, speed_texts
+from peftc.pages.records import Record, Row, quality_text, speed_texts
 from peftc.report import Cell, Report, Table, count, short, size
 from peftc.store import artifact
+from peftc.store.commands import command_lines
 from peftc.store.source import Source
 
 
@@ -39,7 +40,7 @@ def compare(
             "artifact": figures["name"],
             "id": record.manifest.id,
             "base": record.base,
-            "commands": record.commands(),
+            "commands": command_lines(record.manifest),
         }
     report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
     report.tables.append(_table(rows))
@@ -49,7 +50,9 @@ def compare(
     report.notes += [_of_export(record) for record in found if record.about]
     if commands:
         for record in found:
-            report.tables.append(Table(f"rebuilds {record.folder}", [""], [[line] for line in record.commands()]))
+            report.tables.append(
+                Table(f"rebuilds {record.folder}", [""], [[line] for line in command_lines(record.manifest)])
+            )
     return report
 
 
@@ -111,13 +114,13 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
             report.notes.append(f"no {kind}{same}: `peftc {word} {names[0]} {options[word]}--against base` measures it")
 
 
-def _of_analysis(analysis: Analysis) -> str:
+def _of_analysis(analysis: Mapping[str, Any]) -> str:
     """Say what was planned, and what that was predicted to lose."""
-    plan = analysis.data.get("plan")
+    plan = analysis.get("plan")
     if not plan:
-        return f"`{analysis.file}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
+        return f"`{analysis['file']}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
     return (
-        f"`{analysis.file}` planned {plan['budget']}, {plan['allocation']}, to keep {count(plan['parameters'])} "
+        f"`{analysis['file']}` planned {plan['budget']}, {plan['allocation']}, to keep {count(plan['parameters'])} "
         f"parameters; predicted loss {plan['predicted']:g}"
     )
 

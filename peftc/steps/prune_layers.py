@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,8 +27,8 @@ from peftc.models.shorten import Shorter
 from peftc.models.weights import pieces_of
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
-from peftc.pages.layer_plot import draw_scores
-from peftc.pages.plot import refuse_unwritable
+from peftc.pages import pictures
+from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import depth
 from peftc.pruning import choice as layer_choice
 from peftc.pruning import closing, evidence, scores
@@ -301,17 +300,18 @@ def _complete(
 
 def _draw(report: Report, stored: Model, path: Path, choice: Choice | None) -> None:
     """Draw the scores and the maps that they are taken of; of an artifact that was there, those that it keeps."""
-    kept = layer_maps.read(report.artifact) if choice is None and report.artifact is not None else None
     seen = choice.seen if choice else None
-    if kept is not None and not kept.points.keys() >= {row["name"] for row in report.data["layers"]}:
-        kept = None
-    if kept is not None:
-        maps = {name: np.array(points) for name, points in kept.points.items()}
-        draw_scores(report.data, path, stored.name, maps, np.array(kept.labels), kept.classes)
-    else:
-        labels = torch.cat(seen.labels).cpu().numpy() if seen and seen.labels else None
-        draw_scores(report.data, path, stored.name, seen.maps if seen else None, labels, stored.labels)
+    shown = layer_maps.read(report.artifact) if choice is None and report.artifact is not None else None
+    if seen and seen.maps:
+        labels = torch.cat(seen.labels).tolist()
+        there, names = sorted({*labels}), dict(enumerate(stored.labels or []))
+        points = {name: each.tolist() for name, each in seen.maps.items()}
+        places = [there.index(label) for label in labels]
+        shown = layer_maps.Maps(len(labels), [str(names.get(at, at)) for at in there], places, points)
+    if shown is not None and not shown.points.keys() >= {row["name"] for row in report.data["layers"]}:
+        shown = None
+    draw(path, pictures.of_layers(stored.name, report.data, shown))
     report.notes.append(f"scores in `{path}`")
-    if kept is not None and len(kept.labels) < kept.samples:
-        shown = f"{len(kept.labels)} of {kept.samples:,} samples"
-        report.notes.append(f"its maps show {shown}, those that the artifact keeps: `--dry-run` draws all")
+    if shown is not None and len(shown.labels) < shown.samples:
+        kept = f"{len(shown.labels)} of {shown.samples:,} samples"
+        report.notes.append(f"its maps show {kept}, those that the artifact keeps: `--dry-run` draws all")

@@ -9,7 +9,7 @@ from typing import Any
 from peftc.errors import OutputError, UsageError, reason_of
 from peftc.models.hub import answer_of, failures
 from peftc.pages import card as cards
-from peftc.pages.card import Subject
+from peftc.pages.records import Record
 from peftc.report import Report, count, size
 from peftc.steps.compare import compare
 
@@ -47,7 +47,7 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> Repo
     report.notes.append(f"pushed {count(len(names))} files, {size(total)}, and a card to {url}")
     if not licence and CARD not in names:
         report.notes.append(f"the licence of the base is not known: add `license:` to the card of `{repo}`")
-    beneath = subject.record.delta.get("source", {}).get("spec", "")
+    beneath = subject.manifest.delta.get("source", {}).get("spec", "")
     if beneath and not _is_hub_id(beneath):
         report.warnings.append(
             f"`{repo}` is a delta on `{beneath}`, which is not on the hub: whoever loads it has to name a copy with "
@@ -81,11 +81,11 @@ def check(repo: str) -> None:
         )
 
 
-def licence_of(subject: Subject) -> dict[str, str]:
+def licence_of(subject: Record) -> dict[str, str]:
     """Return what the base's own card, or timm, says of its licence; empty where neither does."""
     from huggingface_hub import ModelCard
 
-    named = Path(subject.base or "").expanduser()
+    named = Path(subject.spec or "").expanduser()
     if subject.hub_base is None and (named / CARD).is_file():
         own = ModelCard((named / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
         return _picked(own.data.to_dict())

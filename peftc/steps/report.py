@@ -37,7 +37,7 @@ def report(
     analyzed = None if analysis is None else records.read_analysis(Path(analysis))
     rows = records.rows(found, analyzed)
     compared = compare(models, analysis=analysis)
-    text = page_of(rows, found, analyzed.data if analyzed else None, compared.notes)
+    text = page_of(rows, found, analyzed, compared.notes)
     documents.write_whole(file, text)
     outcome = Report("report", {"file": str(file), "bytes": len(text.encode()), "models": compared.data["models"]})
     outcome.lines = [str(file)]

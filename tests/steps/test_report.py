@@ -191,7 +191,7 @@ def test_maps_of_a_deep_network_keep_the_page_small(folder) -> None:
 
 
 def test_no_two_classes_have_the_same_mark() -> None:
-    found = [charts.marks(at, [(0, 0)]) for at in range(charts.MARKS)]
+    found = [charts.marks(at, [(0, 0)]).svg() for at in range(charts.MARKS)]
     assert len(set(found)) == charts.MARKS
     for at, (one, other) in enumerate(pairwise(found)):
         shapes = [re.search(r'class="c\d (\w+)"', each)[1] for each in (one, other)]  # type: ignore[index]
@@ -343,11 +343,11 @@ def test_charts_stay_inside_their_frame_whatever_the_figures() -> None:
         for log in (False, True):
             if log and not any(value > 0 for value in values):
                 continue
-            text = charts.lines("t", [curve], "x", "y", text="t", log=log)
+            text = charts.lines("t", [curve], "x", "y", text="t", log=log).svg()
             numbers = [float(n) for pair in re.findall(r'points="([^"]*)"', text) for n in re.split("[ ,]", pair)]
             assert all(-0.01 <= number <= charts.WIDTH for number in numbers)
             assert len(numbers) < 4 * charts.MOST + 10
-        bars = charts.bars("t", [(str(at), value, "") for at, value in enumerate(values)], "y", text="t")
+        bars = charts.bars("t", [(str(at), value, "") for at, value in enumerate(values)], "y", text="t").svg()
         assert "nan" not in bars and "inf" not in bars
     assert Scale(1, 1, 0, 10)(1) == 0
 
