@@ -35,7 +35,15 @@ AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
 SHARE = Rule("in [0, 1)", lambda value: 0 <= value < 1)
 
 
-def option(default: Any, help: str, *, metavar: str = "N", rule: Rule = FINITE, spelled: str | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str = "N",
+    rule: Rule = FINITE,
+    spelled: str | None = None,
+    reads: str | None = None,
+) -> Any:
     """Return a field of a group.
 
     Args:
@@ -44,8 +52,10 @@ def option(default: Any, help: str, *, metavar: str = "N", rule: Rule = FINITE, 
         metavar: what stands for the value in the help; words with ``|`` between are the only ones allowed.
         rule: what numbers are allowed.
         spelled: the name of the option, where the field has another.
+        reads: the reader of `peftc.cli.options` that takes it as it is typed: ``amount`` as 64k, ``size_text`` as 8GB.
     """
-    return field(default=default, metadata={"help": help, "metavar": metavar, "rule": rule, "spelled": spelled})
+    words = {"help": help, "metavar": metavar, "rule": rule, "spelled": spelled, "reads": reads}
+    return field(default=default, metadata=words)
 
 
 def spelling(each: Field[Any]) -> str:
@@ -177,6 +187,41 @@ class Reading(Group):
     def request(self) -> dict[str, Any]:
         """Return what a request says of it; columns stand in its data, and the seed on its own."""
         return {name: getattr(self, name) for name in ("task", "image_size", "max_length", "num_samples")}
+
+
+@dataclass(frozen=True)
+class Budgets(Group):
+    """How much to keep, one of these; as a number, or as the text that was typed, so that 2/3 stays exact."""
+
+    ratio: str | float | None = option(
+        None, "share of the weights to keep, as 0.5 or 2/3", metavar="RATIO", reads="share_text"
+    )
+    rank: int | None = option(None, "the same rank everywhere", metavar="RANK", rule=AT_LEAST_1)
+    energy: str | float | None = option(
+        None, "share of the squared singular values to keep", metavar="SHARE", reads="share_text"
+    )
+    target_params: int | float | None = option(None, "parameters of the whole result, as 22M", reads="amount")
+    target_macs: int | float | None = option(None, "multiply-adds of the whole result, as 4.6G", reads="amount")
+    speedup: str | float | None = option(
+        None, "how many times faster, as measured here, as 1.5", metavar="X", reads="above_one_text"
+    )
+
+
+@dataclass(frozen=True)
+class Calibration(Group):
+    """How many samples statistics are collected on, and within how much memory.
+
+    Image patches count as tokens, padding does not. ``max_memory`` is of anonymous memory, those of Python and its
+    libraries included and what is mapped from files apart, or of the device.
+    """
+
+    calibration_samples: int = option(512, "calibrate on at most this many samples", rule=AT_LEAST_1)
+    calibration_tokens: int | float | None = option(
+        None, "calibrate on about this many tokens or patches, as 64k", rule=AT_LEAST_1, reads="amount"
+    )
+    max_memory: str | float | None = option(
+        None, "calibrate and factor within this much memory, as 8GB", metavar="SIZE", reads="size_text"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from peftc.calibration.memory import limit
 from peftc.data import Dataset, open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable
-from peftc.options import Reading
+from peftc.options import Calibration, Reading
 from peftc.report import GUESSED
 from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import task_of
@@ -56,6 +57,21 @@ class Request:
             if value is not None and value < 1:
                 name = option if option == "batch_size" else f"calibration_{option}"
                 raise UsageError(f"`--{name.replace('_', '-')}` is {value}", why="at least one is needed")
+
+    @classmethod
+    def of(cls, data: str, reading: Reading, calibration: Calibration, batch_size: int = 8) -> Request:
+        """Return the request that groups of options make."""
+        return cls(
+            data,
+            reading.task,
+            calibration.calibration_samples,
+            None if calibration.calibration_tokens is None else int(calibration.calibration_tokens),
+            batch_size,
+            reading.image_size,
+            reading.max_length,
+            reading.seed,
+            limit(calibration.max_memory),
+        )
 
     def asked(self) -> dict[str, Any]:
         """Return what makes two calibrations the same question."""

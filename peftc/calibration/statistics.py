@@ -99,12 +99,11 @@ class Statistics:
 def source(
     model: Model,
     needs: Sequence[str],
-    data: str | None,
+    asked: Request | None,
     folder: str | Path | None,
     device: str,
     *,
     tries: bool,
-    **asked: Any,
 ) -> Prepared | Statistics | None:
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
 
@@ -118,7 +117,7 @@ def source(
             raise UsageError("`--statistics` is of no use here", why="the method takes the weights alone")
         return read(Path(folder), model, needs)
     apart = tries and "output_gradient_gram" in needs
-    return prepare(model, Request(data, **asked), device, apart=apart) if needs and data is not None else None
+    return prepare(model, asked, device, apart=apart) if needs and asked is not None else None
 
 
 def obtain(

@@ -1,7 +1,10 @@
 """peftc analyze."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
 from peftc.cli.command import command
+from peftc.options import Budgets, Calibration
 
 
 @command()
@@ -10,12 +13,7 @@ def analyze(
     *,
     plan: o.PlanOut = None,
     plot: o.Plot = None,
-    ratio: o.Ratio = None,
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    target_params: o.TargetParams = None,
-    target_macs: o.TargetMacs = None,
-    speedup: o.Speedup = None,
+    budgets: Budgets,
     allocation: o.Allocation = "auto",
     rank_multiple: o.RankMultiple = 1,
     method: o.Method = "auto",
@@ -26,8 +24,7 @@ def analyze(
     skip: o.Skip = o.EMPTY,
     data: o.OptionalData = None,
     statistics: o.Statistics = None,
-    calibration_samples: o.CalibrationSamples = 512,
-    calibration_tokens: o.CalibrationTokens = None,
+    calibration: Annotated[Calibration, o.shown("calibration_samples", "calibration_tokens")],
     bias_correction: o.BiasCorrection = True,
     reading: o.Unlimited,
     batch_size: o.BatchSize = None,

@@ -2,6 +2,7 @@
 
 from peftc.cli import options as o
 from peftc.cli.command import command
+from peftc.options import Calibration
 
 
 @command()
@@ -14,9 +15,7 @@ def calibrate(
     conv_method: o.ConvMethod = "spatial",
     include: o.Include = o.EMPTY,
     skip: o.Skip = o.EMPTY,
-    calibration_samples: o.CalibrationSamples = 512,
-    calibration_tokens: o.CalibrationTokens = None,
-    max_memory: o.MaxMemory = None,
+    calibration: Calibration,
     reading: o.Unlimited,
     batch_size: o.BatchSize = 8,
     device: o.Device = "auto",

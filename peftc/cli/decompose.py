@@ -2,7 +2,7 @@
 
 from peftc.cli import options as o
 from peftc.cli.command import command
-from peftc.options import Gates, Reading
+from peftc.options import Budgets, Calibration, Gates, Reading
 
 
 @command(writes=True)
@@ -10,12 +10,7 @@ def decompose(
     model: o.Model = None,
     *,
     output_dir: o.OutputDir = None,
-    ratio: o.Ratio = None,
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    target_params: o.TargetParams = None,
-    target_macs: o.TargetMacs = None,
-    speedup: o.Speedup = None,
+    budgets: Budgets,
     plan: o.Plan = None,
     keep_all_ranks: o.KeepAllRanks = False,
     allocation: o.Allocation = "auto",
@@ -27,9 +22,7 @@ def decompose(
     skip: o.Skip = o.EMPTY,
     data: o.OptionalData = None,
     statistics: o.Statistics = None,
-    calibration_samples: o.CalibrationSamples = 512,
-    calibration_tokens: o.CalibrationTokens = None,
-    max_memory: o.MaxMemory = None,
+    calibration: Calibration,
     bias_correction: o.BiasCorrection = True,
     sensitivity: o.Sensitivity = 16,
     sequential: o.Sequential = False,

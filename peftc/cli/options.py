@@ -172,22 +172,8 @@ Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of an
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]
 
-# how much to keep: one of these
-Ratio = Annotated[
-    str | None, Option(parser=share_text, metavar="RATIO", help="share of the weights to keep, as 0.5 or 2/3")
-]
-Rank = Annotated[int | None, Option(min=1, metavar="RANK", help="the same rank everywhere")]
+# how much to keep
 UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
-Energy = Annotated[
-    str | None, Option(parser=share_text, metavar="SHARE", help="share of the squared singular values to keep")
-]
-TargetParams = Annotated[int | None, Option(parser=amount, metavar="N", help="parameters of the whole result, as 22M")]
-TargetMacs = Annotated[
-    int | None, Option(parser=amount, metavar="N", help="multiply-adds of the whole result, as 4.6G")
-]
-Speedup = Annotated[
-    str | None, Option(parser=above_one_text, metavar="X", help="how many times faster, as measured here, as 1.5")
-]
 Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
 KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: store every rank for `peftc truncate`")]
 PlanOut = Annotated[Path | None, Option("--plan", metavar="FILE", help="write the ranks to this JSON file")]
@@ -275,6 +261,8 @@ def _annotated(kind: Any, each: Field[Any], default: Any) -> Any:
         return Annotated[bool, Option(f"--{both}/--no-{both}", help=words["help"])]
     if "|" in words["metavar"]:
         return Annotated[kind, Option(parser=choice(*words["metavar"].split("|")), **words)]
+    if each.metadata["reads"]:
+        return Annotated[bare | None, Option(parser=globals()[each.metadata["reads"]], **words)]
     if bare is str:
         return Annotated[kind, Option(**words)]
     return Annotated[kind, Option(parser=numeric(bare, each.metadata["rule"]), **words)]
@@ -290,13 +278,6 @@ Data = Annotated[
 ]
 OptionalData = Annotated[str | None, Option("--data", metavar="DATA", help="samples for statistics and gates")]
 Statistics = Annotated[Path | None, Option(metavar="DIR", help="what `peftc calibrate` collected")]
-CalibrationSamples = Annotated[int, Option(min=1, metavar="N", help="calibrate on at most this many samples")]
-CalibrationTokens = Annotated[
-    int | None, Option(parser=amount, metavar="N", help="calibrate on about this many tokens or patches, as 64k")
-]
-MaxMemory = Annotated[
-    str | None, Option(parser=size_text, metavar="SIZE", help="calibrate and factor within this much memory, as 8GB")
-]
 BiasCorrection = Annotated[
     bool, Option("--bias-correction/--no-bias-correction", help="let biases make up for the mean of the inputs")
 ]

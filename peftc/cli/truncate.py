@@ -1,7 +1,10 @@
 """peftc truncate."""
 
+from typing import Annotated
+
 from peftc.cli import options as o
 from peftc.cli.command import command
+from peftc.options import Budgets
 
 
 @command(writes=True)
@@ -9,11 +12,7 @@ def truncate(
     model: o.Model = None,
     *,
     output_dir: o.OutputDir = None,
-    ratio: o.Ratio = None,
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    target_params: o.TargetParams = None,
-    target_macs: o.TargetMacs = None,
+    budgets: Annotated[Budgets, o.shown("ratio", "rank", "energy", "target_params", "target_macs")],
     plan: o.Plan = None,
     allocation: o.Allocation = "auto",
     max_params: o.MaxParams = None,

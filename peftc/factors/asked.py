@@ -10,17 +10,19 @@ from peftc.errors import PlanError, UsageError
 from peftc.factors import joint as joining
 from peftc.models.model import Model
 from peftc.models.targets import targets as find_targets
+from peftc.options import Budgets
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import grouped
 
 
-def asked_budget(plan: str | Path | Plan | None, *, keep_all_ranks: bool = False, **asked: Any) -> Budget | None:
+def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_ranks: bool = False) -> Budget | None:
     """Return the budget, or None where a plan says the ranks or all of them are kept; refuse two of these at once.
 
     Raises:
         UsageError: there is none, or more than one.
     """
+    asked = vars(budgets)
     if plan is None and not keep_all_ranks:
         return plans.budget(**asked)
     other = next((f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None), None)
@@ -62,6 +64,15 @@ def asked_plan(
     if given is not None:
         plans.check(joining.gathered(given), targets)
     return given
+
+
+def request_of(budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
+    """Return what a request says of how far to factor."""
+    return {
+        "budget": {budget.kind: str(budget.amount)} if budget else None,
+        "allocation": allocation if budget else None,
+        "plan": plan.to_json() if plan else None,
+    }
 
 
 def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,12 +135,15 @@ def carry_out(work: Factoring, asked: Question, base: dict[str, Any], request: d
     return report
 
 
-def rehearse(work: Factoring, asked: Question, folder: Path) -> Report:
-    """Say what would become of every module, and about what that would take."""
-    if asked.sensitivity and isinstance(asked.source, Prepared):
-        work.keep_bases(folder)
-    report = _report(work, asked, decide(work, asked, folder), {})
+def rehearse(work: Factoring, asked: Question) -> Report:
+    """Say what would become of every module, and about what that would take; nothing stays on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(processes.agreed(lambda: folder))
+        if asked.sensitivity and isinstance(asked.source, Prepared):
+            work.keep_bases(place)
+        report = _report(work, asked, decide(work, asked, place), {})
     estimate.add(report, work, asked.source)
+    report.notes.append("dry run: nothing was written")
     return report
 
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from peftc.errors import PlanError
+from peftc.errors import PlanError, one_of
 from peftc.plans import allocate
 from peftc.plans.allocate import Curve
 from peftc.plans.plan import Aim, Budget, Target
@@ -19,7 +19,12 @@ Ranks = Mapping[str, int | None]  # by module; None is dense
 
 
 def allocation_of(allocation: str, needs: Sequence[str]) -> str:
-    """Return the allocation that ``auto`` means for a method (figures in tests/benchmarks/RESULTS.md)."""
+    """Return the allocation that ``auto`` means for a method (figures in tests/benchmarks/RESULTS.md).
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
     comparable = "output_gradient_gram" in needs  # losses in nats, whatever the module
     return allocation if allocation != "auto" else "convex" if comparable else "energy"
 

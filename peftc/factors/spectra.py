@@ -41,6 +41,11 @@ class Factorizer:
     statistics: Statistics | None = None
     correct_bias: bool = True
 
+    def request(self) -> dict[str, Any]:
+        """Return what a request says of how to factor."""
+        corrects = {"bias_correction": self.correct_bias} if self.needs else {}
+        return {"method": self.name, "settings": dict(self.settings), **corrects}
+
     def __call__(self, weight: Tensor, target: Target) -> Spectrum:
         """Decompose a weight, float32 or float64, in the target's form."""
         given: dict[str, Any] = dict(self.settings)

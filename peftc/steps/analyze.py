@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from peftc import progress
 from peftc.calibration import statistics as calibrating
-from peftc.calibration.prepared import Prepared
+from peftc.calibration.prepared import Prepared, Request
 from peftc.calibration.statistics import Statistics
 from peftc.data.spec import named
-from peftc.errors import UsageError, one_of
+from peftc.errors import UsageError
 from peftc.factors import joint as joining
 from peftc.factors import prediction, spectra
 from peftc.factors.asked import eligible
@@ -34,12 +34,12 @@ from peftc.models.place import device_of, solver_device
 from peftc.models.targets import every_weight
 from peftc.models.targets import targets as find_targets
 from peftc.nn.surgery import parameters
-from peftc.options import Reading
+from peftc.options import Budgets, Calibration, Reading
 from peftc.pages import pictures
 from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
-from peftc.plans.plan import Aim, Budget, Input, Target
+from peftc.plans.plan import Aim, Input, Target
 from peftc.report import Report, Table, count, grouped, percent
 from peftc.store.source import Source
 
@@ -101,63 +101,36 @@ def analyze(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    data = None if data is None else named(data, Reading.of(locals()))
-    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    budgets = {
-        "ratio": ratio,
-        "rank": rank,
-        "energy": energy,
-        "target_params": target_params,
-        "target_macs": target_macs,
-        "speedup": speedup,
-    }
-    multiple = plans.multiple_of(rank_multiple)
-    asked = any(value is not None for value in budgets.values())
+    given = locals()
+    budgets, reading, calibration = Budgets.of(given), Reading.of(given), Calibration.of(given)
+    data = None if data is None else named(data, reading)
     notes = []
-    if plan is not None and not asked:
-        budgets["ratio"], asked = "0.5", True
+    if plan is not None and budgets == Budgets():
+        budgets = Budgets(ratio="0.5")
         notes.append("no budget was given: planned for `--ratio 0.5`")
-    budget = plans.budget(**budgets) if asked else None  # type: ignore[arg-type]
+    budget = None if budgets == Budgets() else plans.budget(**vars(budgets))
     joining.refuse_with(joint, keep_all_ranks=False, plan=None, budget=budget)
     for option, path in (("--plan", plan), ("--plot", plot)):
         refuse_unwritable(option, path)
-    factorize = spectra.factorizer(
-        method,
-        conv_method,
-        settings,
-        with_data=data is not None or statistics is not None,
-        correct_bias=bias_correction,
-    )
+    with_data, place = data is not None or statistics is not None, solver_device(device_of(device))
+    factorize = spectra.factorizer(method, conv_method, settings, with_data=with_data, correct_bias=bias_correction)
     if data is not None and not factorize.needs:
         raise UsageError("`--data` is of no use here", why=f"`--method {factorize.name}` takes the weights alone")
-    allocation = allocation_of(allocation, factorize.needs)
-    place = solver_device(device_of(device))
+    sample = Input(batch_size, image_size, max_length, device, seed)
+    allocation, multiple = allocation_of(allocation, factorize.needs), plans.multiple_of(rank_multiple)
 
     loaded = load(model)
     refuse_non_finite(loaded)
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
-    source = calibrating.source(
-        loaded,
-        factorize.needs,
-        data,
-        statistics,
-        device,
-        tries=True,
-        samples=calibration_samples,
-        tokens=calibration_tokens,
-        task=task,
-        image_size=image_size,
-        max_length=max_length,
-        seed=seed,
-    )
+    asked = None if data is None else Request.of(data, reading, calibration)
+    source = calibrating.source(loaded, factorize.needs, asked, statistics, device, tries=True)
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
     total = parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
-    report = Report(
-        "analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)], notes=notes + loaded.notes
-    )
+    report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)])
+    report.notes += notes + loaded.notes
     joining.arrange(loaded, targets, None, joint)
     work = Factoring(loaded, targets, factorize, place, reasons)
     work.leave_uncalled(include)
@@ -169,8 +142,10 @@ def analyze(
         elif factorize.name == "svd":
             alone = [n for n, each in targets.items() if not each.members]
             work.losses |= {name: tail_energies(found[name]) for name in alone}
-        timed = Input(batch_size, image_size, max_length, device, seed)
-        _foresee(report, work, budget, allocation, multiple, timed, plan, _trial(work, source, Path(folder)))
+        trial = _trial(work, source, Path(folder))
+        anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
+        if budget is not None:
+            _plan(report, work, Aim(budget, allocation, multiple, sample), anchors, plan)
     if plot is not None:
         values = {name: each.tolist() for name, each in found.items()}
         draw(Path(plot), pictures.of_analysis(loaded.name, report.data, values))
@@ -178,27 +153,15 @@ def analyze(
     return report
 
 
-def _foresee(
-    report: Report,
-    work: Factoring,
-    budget: Budget | None,
-    allocation: str,
-    multiple: int,
-    timed: Input,
-    plan: str | Path | None,
-    trial: Trial | None,
-) -> None:
-    """Add the curve of predicted losses, and under a budget the plan and what it is predicted to lose."""
-    anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
-    if budget is None:
-        return
-    decided = ranked(work, Aim(budget, allocation, multiple, timed))
-    _say_plan(report, work.targets, decided.ranks, str(budget), allocation)
+def _plan(report: Report, work: Factoring, aim: Aim, anchors: Anchors, file: str | Path | None) -> None:
+    """Add the plan under a budget and what it is predicted to lose, and write it."""
+    decided = ranked(work, aim)
+    _say_plan(report, work.targets, decided.ranks, str(aim.budget), aim.allocation)
     report.data["plan"]["predicted"] = prediction.add_read_off(report, work, decided.ranks, anchors)
     decided.say(report)
-    if plan is not None:
-        work.plan(decided.ranks, f"{budget} {allocation}").write(Path(plan))
-        report.artifact = Path(plan)
+    if file is not None:
+        work.plan(decided.ranks, f"{aim.budget} {aim.allocation}").write(Path(file))
+        report.artifact = Path(file)
 
 
 def _trial(work: Factoring, source: Prepared | Statistics | None, folder: Path) -> Trial | None:

@@ -24,7 +24,7 @@ from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import parameters
-from peftc.options import Reading
+from peftc.options import Calibration, Reading
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
@@ -83,7 +83,8 @@ def calibrate(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    data = named(data, Reading.of(locals()))
+    given = locals()
+    reading, calibration = Reading.of(given), Calibration.of(given)
     factorize = spectra.factorizer(method, conv_method, None, with_data=True)
     if not factorize.needs:
         raise UsageError(
@@ -91,17 +92,7 @@ def calibrate(
             why="it takes the weights alone",
             hint=f"decompose at once: `peftc decompose MODEL --method {factorize.name}`",
         )
-    asked = Request(
-        data,
-        task,
-        calibration_samples,
-        None if calibration_tokens is None else int(calibration_tokens),
-        batch_size,
-        image_size,
-        max_length,
-        seed,
-        memory.limit(max_memory),
-    )
+    asked = Request.of(named(data, reading), reading, calibration, batch_size)
     loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
     refuse_non_finite(loaded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -11,23 +10,21 @@ from typing import Any
 
 from torch import nn
 
-from peftc import processes
 from peftc.calibration import memory
 from peftc.calibration import statistics as calibrating
-from peftc.calibration.prepared import Prepared
+from peftc.calibration.prepared import Prepared, Request
 from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
 from peftc.data.spec import named
 from peftc.data.tokens import GENERATED
-from peftc.errors import ClassesError, UsageError, one_of
-from peftc.factors import asked, estimate, ordered, spectra
+from peftc.errors import ClassesError, UsageError
+from peftc.factors import estimate, ordered, spectra
 from peftc.factors import joint as joining
 from peftc.factors import sequential as in_order
-from peftc.factors.asked import asked_budget, asked_plan, eligible
+from peftc.factors.asked import asked_budget, asked_plan, eligible, request_of, words
 from peftc.factors.decide import Question, carry_out, rehearse
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
-from peftc.factors.spectra import Factorizer
 from peftc.factors.speedup import unusual
 from peftc.models import write
 from peftc.models.build import refuse_unbuildable
@@ -35,10 +32,9 @@ from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import tensor_bytes
-from peftc.options import Gates, Reading
-from peftc.plans import allocate
+from peftc.options import Budgets, Calibration, Gates, Reading
 from peftc.plans import plan as plans
-from peftc.plans.plan import Aim, Budget, Input, Plan
+from peftc.plans.plan import Aim, Input, Plan
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
@@ -136,37 +132,20 @@ def decompose(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    options = locals()
-    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    how, gates = Reading.of(options), Gates.of(options)
-    data = None if data is None else named(data, how)
+    asked = locals()
+    reading, gates, calibration = Reading.of(asked), Gates.of(asked), Calibration.of(asked)
+    data, shard_bytes = None if data is None else named(data, reading), write.shard_bytes(max_shard_size)
     if data is None and gates:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
-    budget = asked_budget(
-        plan,
-        keep_all_ranks=keep_all_ranks,
-        ratio=ratio,
-        rank=rank,
-        energy=energy,
-        target_params=target_params,
-        target_macs=target_macs,
-        speedup=speedup,
-    )
+    budget = asked_budget(plan, Budgets.of(asked), keep_all_ranks=keep_all_ranks)
     joining.refuse_with(joint, keep_all_ranks=keep_all_ranks, plan=plan, budget=budget)
+    with_data, place = data is not None or statistics is not None, solver_device(device_of(device))
+    factorize = spectra.factorizer(method, conv_method, settings, with_data=with_data, correct_bias=bias_correction)
+    allocation = allocation_of(allocation, factorize.needs)
     multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
     sample = Input(batch_size, image_size, max_length, device, seed)
-    factorize = spectra.factorizer(
-        method,
-        conv_method,
-        settings,
-        with_data=data is not None or statistics is not None,
-        correct_bias=bias_correction,
-    )
-    allocation = allocation_of(allocation, factorize.needs)
-    shard_bytes = write.shard_bytes(max_shard_size)
-    place = solver_device(device_of(device))
-
     aim = None if budget is None else Aim(budget, allocation, multiple, sample)
+
     by_shape = not factorize.needs and (aim is None or not aim.needs_weights)
     loaded = _loaded(model, weights=not (dry_run and by_shape), stored=not dry_run)
     loaded = memory.bounded(loaded, max_memory)
@@ -175,33 +154,21 @@ def decompose(
     work = Factoring(loaded, targets, factorize, place, reasons)
     work.leave_uncalled(include)
     estimate.refuse_unsolvable(work)
-    words = asked.words(budget, allocation, plan)
-    reading = {"task": task, "image_size": image_size, "max_length": max_length, "seed": seed}
-    exam = None if data is None else Exam(data, how, gates, batch_size, device)
-    source = calibrating.source(
-        loaded,
-        factorize.needs,
-        data,
-        statistics,
-        device,
-        tries=sensitivity > 0 and not keep_all_ranks,
-        samples=calibration_samples,
-        tokens=calibration_tokens,
-        max_memory=loaded.max_memory,
-        **reading,
-    )
+    set_ = None if data is None else Request.of(data, reading, calibration)
+    tries = sensitivity > 0 and not keep_all_ranks
+    source = calibrating.source(loaded, factorize.needs, set_, statistics, device, tries=tries)
     if sequential:
         in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
+    exam = None if data is None else Exam(data, reading, gates, batch_size, device)
     measured = not dry_run and _is_measured(loaded, source, exam)
 
-    question = Question(aim, given, source, words, sensitivity, sequential, keep_all_ranks)
+    question = Question(aim, given, source, words(budget, allocation, plan), sensitivity, sequential, keep_all_ranks)
     if dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            report = rehearse(work, question, Path(processes.agreed(lambda: folder)))
-        report.notes.append("dry run: nothing was written")
-        return report
+        return rehearse(work, question)
     request = {
-        **_question(factorize, budget, allocation, given),
+        "command": "decompose",
+        **request_of(budget, allocation, given),
+        **factorize.request(),
         "conv_method": conv_method,
         "include": list(include),
         "skip": list(skip),
@@ -215,12 +182,11 @@ def decompose(
     }
     against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)
     output = write.output_folder(output_dir, loaded, "decompose")
-    with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
-        work.job = job
-        if job.done:
-            report = write.already(job, "decompose")
+    with write.writing(loaded, output, request, overwrite=overwrite) as (work.job, base):
+        if work.job.done:
+            report = write.already(work.job, "decompose")
         else:
-            job.require(2 * tensor_bytes(loaded.module))
+            work.job.require(2 * tensor_bytes(loaded.module))
             report = carry_out(work, question, base, request)
     gate_size(report, max_params, max_bytes)
     if exam is not None:
@@ -237,19 +203,6 @@ def _measure(
     elif measured:
         itself = model if isinstance(model, nn.Module | Model) else load(loaded.source)
         quality.add(report, loaded, exam, against=against or itself)
-
-
-def _question(factorize: Factorizer, budget: Budget | None, allocation: str, plan: Plan | None) -> dict[str, Any]:
-    """Return what of a request says how to factor and how far."""
-    question = {
-        "command": "decompose",
-        "budget": {budget.kind: str(budget.amount)} if budget else None,
-        "allocation": allocation if budget else None,
-        "plan": plan.to_json() if plan else None,
-        "method": factorize.name,
-        "settings": dict(factorize.settings),
-    }
-    return {**question, "bias_correction": factorize.correct_bias} if factorize.needs else question
 
 
 def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, stored: bool) -> Model:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from peftc import methods
-from peftc.errors import one_of
 from peftc.factors import ordered, tables
-from peftc.factors.asked import asked_budget, asked_plan, words
+from peftc.factors.asked import asked_budget, asked_plan, request_of, words
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
@@ -21,7 +20,7 @@ from peftc.models import write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
 from peftc.nn.surgery import tensor_bytes
-from peftc.plans import allocate
+from peftc.options import Budgets
 from peftc.plans.plan import Aim, Plan
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
@@ -61,10 +60,7 @@ def truncate(
     Raises:
         PeftcError: with the cause; nothing is written then.
     """
-    one_of("--allocation", allocation, ("auto", *allocate.ALLOCATIONS))
-    budget = asked_budget(
-        plan, ratio=ratio, rank=rank, energy=energy, target_params=target_params, target_macs=target_macs
-    )
+    budget = asked_budget(plan, Budgets.of(locals()))
     shard_bytes = write.shard_bytes(max_shard_size)
 
     loaded = load(model)
@@ -88,9 +84,7 @@ def truncate(
         return report
     request = {
         "command": "truncate",
-        "budget": {budget.kind: str(budget.amount)} if budget else None,
-        "allocation": allocation if budget else None,
-        "plan": given.to_json() if given else None,
+        **request_of(budget, allocation, given),
         "max_shard_bytes": shard_bytes,
     }
     output = write.output_folder(output_dir, loaded, "truncate")
