@@ -24,8 +24,7 @@ from peftc.store import artifact
 
 CODE = "modeling_factored.py"
 LOCK = "this folder holds low-rank factors: load it with AutoModel and trust_remote_code=True"
-SHARING = ["import threading", "import weakref", "from collections.abc import Callable"]
-SHARING += ["from dataclasses import dataclass"]
+SHARING = ["import threading", "import weakref", "from dataclasses import dataclass"]
 HEAD = '''\
 """{architecture} with low-rank factors in the place of some weights.
 
@@ -187,7 +186,7 @@ def code(model: Model, edits: dict[str, Any]) -> str:
     if any("shares" in edit for edit in edits.values()):
         factor = FACTOR + SHARE
         imports = [*SHARING, *imports[:2], "import torch", *imports[2:]]
-        parts += [shared._Product, shared.SharedDown, shared._same, shared._forgetting, shared._saved_tensor_hooks]
+        parts += [shared._Product, shared.SharedDown, shared._same]
     if "embedding" in forms:
         imports.append("from torch.nn import functional as F")
     names = {

@@ -17,27 +17,15 @@ from typing import Any
 
 from peftc.errors import MethodError, UsageError, one_of
 
-METHODS: dict[str, tuple[str, ...]] = {
-    "decompose": ("svd", "whitened", "kfac", "asvd", "fwsvd"),
-    "decompose_conv": ("channel", "spatial"),
-    "loss": ("features", "perturbation", "logits", "embeddings"),
-    "importance": ("tsne_silhouette", "silhouette", "block_influence", "angular", "cka", "magnitude", "taylor", "drop"),
-    "adapter": (
-        "lora",
-        "rslora",
-        "dora",
-        "flora",
-        "snell",
-        "snella",
-        "adapter",
-        "convpass",
-        "sara",
-        "head",
-        "bitfit",
-        "full",
-    ),
-    "format": ("hf", "hf_code", "timm", "safetensors", "onnx", "torch_export", "executorch", "peft"),
+_NAMES = {
+    "decompose": "svd whitened kfac asvd fwsvd",
+    "decompose_conv": "channel spatial",
+    "loss": "features perturbation logits embeddings",
+    "importance": "tsne_silhouette silhouette block_influence angular cka magnitude taylor drop",
+    "adapter": "lora rslora dora flora snell snella adapter convpass sara head bitfit full",
+    "format": "hf hf_code timm safetensors onnx torch_export executorch peft",
 }
+METHODS = {kind: tuple(names.split()) for kind, names in _NAMES.items()}
 USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's and SNELLA's, papers notes A.1.7
 
 

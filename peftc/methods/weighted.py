@@ -23,6 +23,7 @@ from peftc.methods.spectrum import Solution, Spectrum, gram_matrix
 
 RESIDUAL = 1e-9  # accepted |S - U diag(e) U^T| relative to |S|, and |I - U U^T| to |I|, Frobenius norms
 PROBES = 16  # Gaussian vectors that they are estimated with
+SMALLEST = 1e-6  # of the largest scale of a feature, so that undoing it stays finite
 VANISHING = 1e-14  # eigenvalues below this share of the largest are rounding
 FAINT = 1e-8  # least damping of a block, as a share of the mean eigenvalue of all blocks, so that inverses keep digits
 
@@ -218,8 +219,9 @@ def scaled(spectrum: Callable[[Tensor], Spectrum], weight: Tensor, scale: Tensor
     Args:
         spectrum: the method for the scaled weight.
         weight: (out, in).
-        scale: (in,), positive.
+        scale: (in,), float64, at least 0.
     """
+    scale = scale.clamp_min(SMALLEST * float(scale.max()) or 1.0)
     inner = spectrum(weight.double() * scale)  # float64: nothing certifies these factors
     largest = scale.max()
 
@@ -227,11 +229,12 @@ def scaled(spectrum: Callable[[Tensor], Spectrum], weight: Tensor, scale: Tensor
         solution = inner.rungs[rung](inner.weight, True)
         if solution is None:
             return None
-        if solution.down is None:
-            assert solution.up is not None
-            up, down = solution.up, solution.up.T @ inner.weight.to(solution.up.dtype)
-        else:
-            up, down = inner.weight.to(solution.down.dtype) @ solution.down.T, solution.down
+        up, down = solution.up, solution.down
+        if down is None and up is not None:
+            down = up.T @ inner.weight.to(up.dtype)
+        elif down is not None:
+            up = inner.weight.to(down.dtype) @ down.T
+        assert up is not None and down is not None
         up, down = up / largest, down.double() * (largest / scale)
         return replace(solution, up=up.to(weight.dtype), down=down.to(weight.dtype), exact=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +13,9 @@ from torch.nn.utils import parametrize
 from peftc import methods
 from peftc.errors import ArtifactError, UsageError
 from peftc.models import families, targets
+from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
 from peftc.nn.adapted import Adapted, without_scratch
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 
 @dataclass
@@ -59,22 +57,22 @@ def place(
     Raises:
         UsageError: a pattern matches nothing, or no module takes an update.
     """
-    include, skip = ([each] if isinstance(each, str) else list(each) for each in (include, skip))
     network = model.module
     network.requires_grad_(False)
     function = methods.find("adapter", method, "--method")
     methods.trait(function, "refuse", lambda _: None)(network)
     whole = methods.trait(function, "whole", None)
     owners = _owners(network, on_product) if whole is None else {n: m for n, m in network.named_modules() if whole(m)}
-    targets.refuse_unmatched(owners, include, skip)
+    include, skip = targets.patterns_for(owners, include, skip)
     everywhere = methods.trait(function, "EVERYWHERE", False)
-    dense = {} if everywhere else _defaults(model, owners)
+    weights = {name: getattr(each, "weight", None) for name, each in owners.items()}
+    weighted = {n: owners[n] for n, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.ndim >= 2}
+    dense = {} if everywhere else targets.kept_dense(model, weighted, families.COMMON)
     found = Placed()
     for name, module in owners.items():
-        included = any(families.matches(name, pattern) for pattern in include)
-        if any(families.matches(name, pattern) for pattern in skip):
+        if families.matches(name, *skip):
             continue
-        why = _impossible(network, name, module) or (None if included else dense.get(name))
+        why = _impossible(network, name, module) or (None if families.matches(name, *include) else dense.get(name))
         if why:
             found.left[name] = why
             continue
@@ -87,7 +85,7 @@ def place(
             for owner, _, leaf in (f"{name}.{each}".removeprefix(".").rpartition(".") for each in given):
                 found.own[owner] = (*found.own.get(owner, ()), leaf)  # a factored module's weights are its factors'
             found.whole += [] if everywhere else [name]
-        elif _dimensions(module) >= 2:
+        elif name in weighted:
             found.left[name] = f"`{method}` has no update of a {type(module).__name__}"
     return found
 
@@ -125,30 +123,6 @@ def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:
         if name in whole or any(each is not None for each in module._parameters.values()):
             found[name] = module
     return found
-
-
-def _defaults(model: Model, owners: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return module -> why it has no update unless it is included."""
-    weighted = {name: each for name, each in owners.items() if _dimensions(each) >= 2}
-    outputs = targets.heads(model, weighted)
-    stem = next((name for name, each in weighted.items() if isinstance(each, nn.Conv2d)), None)
-    reasons = {}
-    for name, module in weighted.items():
-        why = next((why for pattern, why in families.COMMON.items() if families.matches(name, pattern)), None)
-        if name in outputs:
-            why = "output head"
-        elif isinstance(module, nn.Embedding):
-            why = "embedding"
-        elif name == stem:
-            why = "stem"
-        if why:
-            reasons[name] = why
-    return reasons
-
-
-def _dimensions(module: nn.Module) -> int:
-    weight = getattr(module, "weight", None)
-    return weight.ndim if isinstance(weight, torch.Tensor) else 0
 
 
 def _impossible(network: nn.Module, name: str, module: Any) -> str | None:

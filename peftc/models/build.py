@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,12 +14,10 @@ from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
 from peftc.models import from_timm, from_transformers, weights
 from peftc.models.model import Model
 from peftc.models.skeleton import on_meta
+from peftc.models.weights import Weights
 from peftc.nn import surgery
+from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source
-
-if TYPE_CHECKING:
-    from peftc.models.weights import Weights
-    from peftc.store.manifest import Manifest
 
 
 def build(source: Source, located: Located, with_weights: bool) -> tuple[Model, Weights | None]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from peftc.errors import ArtifactError, SourceError
+from peftc.models.model import Model
+from peftc.models.shorten import Shorter
 from peftc.nn import surgery
 from peftc.store import artifact, verified
+from peftc.store.header import TensorInfo
+from peftc.store.manifest import Manifest
 from peftc.store.source import Source
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
-    from peftc.models.shorten import Shorter
-    from peftc.store.header import TensorInfo
-    from peftc.store.manifest import Manifest
 
 
 def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
@@ -35,9 +33,7 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
         return {**model.manifest.delta, "tensors": dict(tensors)}
     if model.manifest is not None:
         files = {n: e["sha256"] for n, e in model.manifest.files.items() if n.endswith(".safetensors")}
-        record: dict[str, Any] = {"spec": model.source.spec, "artifact": model.manifest.id}
-        if model.hub is not None:
-            record |= {"spec": f"hf:{model.hub[0]}", "revision": model.hub[1]}
+        record: dict[str, Any] = {"artifact": model.manifest.id, **model.place}
     else:
         files, record = dict(base["files"]), dict(base.get("source") or {})
     if not record or "memory" in files:
@@ -84,50 +80,54 @@ def beneath(
         ArtifactError: it is gone, or is not what it was.
     """
     model = load(_source(record, folder, source))
-    found = {path.name: path for path in model.files}
-    changed = [name for name in record.delta["files"] if name not in found]
-    there = {found[name]: digest for name, digest in record.delta["files"].items() if name in found}
-    changed += [path.name for path in verified.differing(there)]
-    if changed:
+    if why := difference(record.delta["files"], model.files):
         raise ArtifactError(
             f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was",
-            why=f"`{changed[0]}` {'holds other bytes' if changed[0] in found else 'is not there'}",
+            why=why,
             hint="put the model back that it was made from, or make the delta again",
         )
     return surgery.tensors_of(model.module), model.infos
 
 
+def difference(promised: Mapping[str, str], files: Iterable[Path]) -> str | None:
+    """Return what of a model's files is not as it was when a record promised their digests; None where all is."""
+    found = {path.name: path for path in files}
+    lost = [name for name in promised if name not in found]
+    changed = verified.differing({found[name]: digest for name, digest in promised.items() if name in found})
+    if lost:
+        return f"`{lost[0]}` is not there"
+    return f"`{changed[0].name}` holds other bytes" if changed else None
+
+
+def recorded(record: Mapping[str, Any], source: Source, spec: str, **how: Any) -> Source:
+    """Return the source of a model that a record of ``source`` says how to build, by the name ``spec``."""
+    weights = record.get("weights")
+    return source.names(
+        spec,
+        arch=record.get("arch"),
+        arch_set=record.get("arch_set", {}),
+        weights=Path(weights) if weights else None,
+        **how,
+    )
+
+
 def _source(record: Manifest, folder: Path, source: Source) -> Source:
     """Return where the model beneath a delta is: as it was named, or beside the delta under its own name."""
     named = record.delta["source"]
-    spec = source.base or named["spec"]
-    beside = folder.resolve().parent / Path(spec).name
-    if source.base is None and not Path(spec).expanduser().exists() and beside.exists():
-        spec = str(beside)
-    elif (_is_path(spec) or _is_artifact_here(named, source)) and not Path(spec).expanduser().exists():
-        raise SourceError(
-            f"`{folder}` is a delta on `{spec}`, which is not there",
-            why=f"neither that path from here exists, nor `{beside}`",
-            hint="put its base beside it, or say where it is: `--base MODEL`",
-        )
-    weights = named.get("weights")
-    return source.names(
-        spec,
-        arch=named.get("arch"),
-        arch_set=named.get("arch_set", {}),
-        weights=Path(weights) if weights else None,
-        revision=None if source.base else named.get("revision"),
-        from_file=source.base is None,
-        verify=source.verify,
-    )
-
-
-def _is_artifact_here(named: Mapping[str, Any], source: Source) -> bool:
-    """Return whether what was named is an artifact of this machine, whose path may look like a hub id."""
-    return source.base is None and "artifact" in named and not named["spec"].startswith("hf:")
-
-
-def _is_path(spec: str) -> bool:
-    return not spec.startswith(("timm:", "hf:", "python:")) and (
-        spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(".safetensors")
-    )
+    spec, is_typed = source.base or named["spec"], source.base is not None
+    if not Path(spec).expanduser().exists():
+        beside = folder.resolve().parent / Path(spec).name
+        looks_like_a_path = spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(".safetensors")
+        is_path = looks_like_a_path and not spec.startswith(("timm:", "hf:", "python:"))
+        # the path of an artifact of this machine may look like a hub id
+        is_artifact = not is_typed and "artifact" in named and not spec.startswith("hf:")
+        if not is_typed and beside.exists():
+            spec = str(beside)
+        elif is_path or is_artifact:
+            raise SourceError(
+                f"`{folder}` is a delta on `{spec}`, which is not there",
+                why=f"neither that path from here exists, nor `{beside}`",
+                hint="put its base beside it, or say where it is: `--base MODEL`",
+            )
+    revision = None if is_typed else named.get("revision")
+    return recorded(named, source, spec, revision=revision, from_file=not is_typed, verify=source.verify)

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGE_PARTS = ("vision", "visual")  # how the names of the modules of an image tower start
-FUSION = "crossattention"
-FUSED = (f".{FUSION}.self.key", f".{FUSION}.self.value")  # they read image patches in BLIP's text encoder
+from peftc.models import families
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,18 @@ class Towers:
 
 def has_matching(module: nn.Module) -> bool:
     """Return whether a network has fusion layers and a matching head that peftc knows."""
-    return type(module).__name__ == "BlipForImageTextRetrieval"
+    return _matching(module) is not None
+
+
+def _matching(module: nn.Module) -> families.Matching | None:
+    name = type(module).__name__
+    return next((row.matching for row in families.of(name) if row.retrieval == name), None)
 
 
 def reads_image(name: str) -> bool:
     """Return whether a module of a dual encoder reads image patches, so that padding of texts says nothing there."""
-    return name.split(".")[0].startswith(IMAGE_PARTS) or name.endswith(FUSED)
+    fused = tuple(end for parts in families.known("matching") for end in parts.fused)
+    return name.split(".")[0].startswith(families.known("image_parts")) or name.endswith(fused)
 
 
 def towers(module: Any, inputs: Mapping[str, Tensor]) -> Towers | None:
@@ -65,18 +69,24 @@ def of_vectors(value: Any) -> Towers | None:
 
 def of_pairs(module: Any, inputs: Mapping[str, Tensor], value: Any) -> Towers:
     """Return what a network with a matching head gives, after its forward on the pairs; the text tower runs now."""
+    parts = _matching(module)
+    assert parts is not None
     patches = value.last_hidden_state
     texts = {key: tensor for key, tensor in inputs.items() if key != "pixel_values"}
-    words = module.text_encoder(**texts).last_hidden_state[:, 0]
-    image = F.normalize(module.vision_proj(patches[:, 0]), dim=-1)
-    return Towers(image, F.normalize(module.text_proj(words), dim=-1), value.itm_score, patches)
+    words = getattr(module, parts.text_encoder)(**texts).last_hidden_state
+    image = F.normalize(getattr(module, parts.image_projection)(patches[:, 0]), dim=-1)
+    text = F.normalize(getattr(module, parts.text_projection)(words[:, 0]), dim=-1)
+    return Towers(image, text, getattr(value, parts.scores), patches)
 
 
 def matched(module: Any, patches: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
     """Return (batch, 2): the scores of other texts with images whose ``patches`` are known."""
+    parts = _matching(module)
+    assert parts is not None
     seen = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-    fused = module.text_encoder(**texts, encoder_hidden_states=patches, encoder_attention_mask=seen)
-    return module.itm_head(fused.last_hidden_state[:, 0])
+    encoder = getattr(module, parts.text_encoder)
+    fused = encoder(**texts, encoder_hidden_states=patches, encoder_attention_mask=seen)
+    return getattr(module, parts.head)(fused.last_hidden_state[:, 0])
 
 
 def stacked(found: Towers, *scores: Tensor) -> Tensor:

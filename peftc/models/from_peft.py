@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from peftc import methods
 from peftc.errors import SourceError
 from peftc.models import interchange
+from peftc.models.interchange import Adapter
+from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted
 from peftc.store import documents
 from peftc.store.header import read_header
 from peftc.store.source import ADAPTER, Source, read_json
-
-if TYPE_CHECKING:
-    from peftc.models.interchange import Adapter
-    from peftc.models.model import Model
 
 TENSORS = "adapter_model.safetensors"
 
@@ -56,7 +54,11 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     own = {name: tensor for name, tensor in tensors.items() if ".update." not in name and name not in whole}
     base = _with_outputs(base, own)
     interchange.refuse_other_modules(config, adapters, own, [name for name, _ in base.module.named_modules()])
-    _untie(base, adapters)
+    for names in surgery.stored_names(base.module).values():
+        owners = {name.rpartition(".")[0] for name in names}
+        if len(names) > 1 and owners & adapters.keys() and "tie_word_embeddings" in base.config:
+            # what is adapted is no longer tied: its update is its own, merging parts the weights
+            base.config["tie_word_embeddings"] = base.module.config.tie_word_embeddings = False  # type: ignore[union-attr]
     for name, adapter in adapters.items():
         _place(base.module, name, adapter, folder)
     known = surgery.tensors_of(base.module)
@@ -88,14 +90,6 @@ def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:
         return base
     with torch.random.fork_rng(devices=[]):
         return heads.with_head(base, [f"LABEL_{at}" for at in range(len(matrices[0]))]).model
-
-
-def _untie(base: Model, adapters: Mapping[str, Adapter]) -> None:
-    """Say in the configs that what is adapted is no longer tied: its update is its own, merging parts the weights."""
-    for names in surgery.stored_names(base.module).values():
-        owners = {name.rpartition(".")[0] for name in names}
-        if len(names) > 1 and owners & adapters.keys() and "tie_word_embeddings" in base.config:
-            base.config["tie_word_embeddings"] = base.module.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def _place(network: nn.Module, name: str, adapter: Adapter, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +14,8 @@ from peftc.models import hub
 from peftc.models.model import Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.store import documents
+from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source, read_json
-
-if TYPE_CHECKING:
-    from peftc.store.manifest import Manifest
 
 
 def from_architecture(source: Source, located: Located, with_weights: bool) -> Model:

@@ -6,20 +6,18 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from peftc.errors import SourceError, WeightError, reason_of
 from peftc.models.model import Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
+from peftc.models.weights import Weights
 from peftc.nn import surgery
 from peftc.store import documents
+from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, Source, read_json
-
-if TYPE_CHECKING:
-    from peftc.models.weights import Weights
-    from peftc.store.manifest import Manifest
 
 
 def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Model:

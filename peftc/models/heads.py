@@ -41,7 +41,11 @@ def with_head(model: Model, classes: Sequence[str]) -> Headed:
         SourceError: peftc cannot give this model another head.
     """
     if model.library == "timm":
-        return _filled(model, _of_timm(model, classes), "")
+        arguments = {key: each for key, each in (model.config.get("model_args") or {}).items() if key != "num_classes"}
+        changed = {"num_classes": len(classes), "label_names": list(classes), "model_args": arguments}
+        network, _ = from_timm.network(copy.deepcopy(model.config | changed))
+        empty = replace(model, module=network, config=model.config | changed, labels=list(classes))
+        return _filled(model, empty, "")
     if model.library == "transformers":
         return _filled(model, *_of_transformers(model, classes))
     raise SourceError(
@@ -49,14 +53,6 @@ def with_head(model: Model, classes: Sequence[str]) -> Headed:
         why="peftc does not know which of the modules of your own class is the head",
         hint="let the factory build it with as many outputs: `--arch-set`",
     )
-
-
-def _of_timm(model: Model, classes: Sequence[str]) -> Model:
-    """Return the empty network with another head."""
-    arguments = {key: value for key, value in (model.config.get("model_args") or {}).items() if key != "num_classes"}
-    config = {**model.config, "num_classes": len(classes), "label_names": list(classes), "model_args": arguments}
-    network, _ = from_timm.network(copy.deepcopy(config))
-    return replace(model, module=network, config=config, labels=list(classes))
 
 
 def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
@@ -123,10 +119,8 @@ def _filled(before: Model, empty: Model, prefix: str) -> Headed:
     kept = {name: was for name, was in there.items() if was in old and old[was].shape == named[name].shape}
     new = [name for name in named if name not in kept]
     try:
-        drawn = {name: _first_values(name, named[name], before) for name in new}
-        surgery.fill(
-            empty.module, named, lambda name: old[kept[name]] if name in kept else drawn[name], where=before.name
-        )
+        found = {name: old[kept[name]] if name in kept else _first_values(name, named[name], before) for name in named}
+        surgery.fill(empty.module, named, found.__getitem__, where=before.name)
     except PeftcError as error:
         raise SourceError(f"`{before.name}` cannot be given another head", why=error.why or error.what) from error
     infos = {name: before.infos[was] for name, was in kept.items() if was in before.infos}

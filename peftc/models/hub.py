@@ -112,14 +112,12 @@ def _downloaded(located: Located, source: Source, patterns: list[str], what: str
     except (HFValidationError, *failures()) as error:
         raise _refusal(error, replace(located, revision=asked or located.revision), source, what) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # an answer that is not the hub's
-        raise _not_understood(located, what, reason_of(error)) from error
-    if not re.fullmatch(r"[0-9a-f]{40}", Path(folder).name):
-        raise _not_understood(located, what, f"it calls a commit `{Path(folder).name}`, not by 40 hexadecimal digits")
-    return Path(folder)
-
-
-def _not_understood(located: Located, what: str, why: str) -> SourceError:
-    return SourceError(
+        why = reason_of(error)
+    else:
+        if re.fullmatch(r"[0-9a-f]{40}", Path(folder).name):
+            return Path(folder)
+        why = f"it calls a commit `{Path(folder).name}`, not by 40 hexadecimal digits"
+    raise SourceError(
         f"the answer of the hub about `{located.name}` ({what}) is not understood",
         why=why,
         hint="check `HF_ENDPOINT` and what stands between here and the hub, or try again later",
@@ -135,29 +133,27 @@ def _refusal(error: Exception, located: Located, source: Source, what: str) -> S
     local = "" if "/" not in name else f"; no local path `{source.spec}` exists either"
     if isinstance(error, errors.HFValidationError):
         return SourceError(f"`{source.spec}` is neither a path nor a hub id", why=reason_of(error))
+    what = "cannot download"
     if isinstance(error, errors.GatedRepoError):
-        why = "access to it has to be granted"
+        what, why = "may not download", "access to it has to be granted"
         hint = "ask for access on its page, then `hf auth login`"
-        return SourceError(f"may not download {wanted}", why=why, hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
         why = f"`{located.name}` has no revision `{located.revision}`"
-        return SourceError(f"cannot download {wanted}", why=why, hint="name a branch, a tag or a commit that it has")
-    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "name a branch, a tag or a commit that it has"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = f"the hub has no such model, or it is private{local}"
         hint = "check the name; `hf auth login` for a private one"
-        return SourceError(
-            f"cannot download {wanted}", why=f"the hub has no such model, or it is private{local}", hint=hint
-        )
-    answered = answer_of(error)
-    if answered is not None:
-        return SourceError(f"cannot download {wanted}", why=answered[0], hint=answered[1])
-    why = "the hub cannot be reached, and the cache does not hold it"
-    if source.offline:
-        why = "the hub may not be asked (`--offline`), and the cache does not hold it"
-    elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        why = "the hub may not be asked (`HF_HUB_OFFLINE` is set), and the cache does not hold it"
-    return SourceError(
-        f"would have downloaded {wanted}", why=why + local, hint="connect, or name a local folder or file"
-    )
+    elif answered := answer_of(error):
+        why, hint = answered
+    else:
+        what, why = "would have downloaded", "the hub cannot be reached"
+        hint = "connect, or name a local folder or file"
+        if source.offline:
+            why = "the hub may not be asked (`--offline`)"
+        elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            why = "the hub may not be asked (`HF_HUB_OFFLINE` is set)"
+        why += f", and the cache does not hold it{local}"
+    return SourceError(f"{what} {wanted}", why=why, hint=hint)
 
 
 def answer_of(error: BaseException | None) -> tuple[str, str] | None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import PeftcError, SourceError, reason_of
-from peftc.models import dual, padding
-from peftc.models.model import Batch
+from peftc.models import dual, families, padding
+from peftc.models.model import Batch, Model
 from peftc.models.place import place_of
 from peftc.nn import surgery
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -46,18 +43,18 @@ def probe(
 
     def ids() -> Tensor:
         drawn = torch.randint(0, vocabulary(model), (batch, length), generator=generator)
-        if kind == "image-text" and (end := _end(model)) is not None:
+        end = getattr(_config(model, "text_config"), "eos_token_id", None)
+        if kind == "image-text" and isinstance(end, int) and 0 <= end < vocabulary(model):
             drawn[:, -1] = end  # where CLIP takes the vector of a text
         return drawn.to(first.device)
 
+    if model.library != "transformers" and kind == "other":
+        linear = next((m for m in model.module.modules() if isinstance(m, nn.Linear)), None)
+        if linear is None:
+            why = "it has no convolution, embedding or linear module"
+            raise SourceError(f"cannot guess what `{model.name}` reads", why=why)
+        return torch.randn(batch, linear.in_features, generator=generator).to(first.device, dtype)
     if model.library != "transformers":
-        if kind == "other":
-            linear = next((m for m in model.module.modules() if isinstance(m, nn.Linear)), None)
-            if linear is None:
-                raise SourceError(
-                    f"cannot guess what `{model.name}` reads", why="it has no convolution, embedding or linear module"
-                )
-            return torch.randn(batch, linear.in_features, generator=generator).to(first.device, dtype)
         return images() if kind == "image" else ids()
     inputs: dict[str, Tensor] = {}
     if "text" in kind:
@@ -67,10 +64,8 @@ def probe(
     if "image" in kind:
         inputs["pixel_values"] = images()
     if not inputs:
-        raise SourceError(
-            f"cannot make an input for `{model.name}`",
-            why=f"its main input is `{getattr(model.module, 'main_input_name', '?')}`",
-        )
+        why = f"its main input is `{getattr(model.module, 'main_input_name', '?')}`"
+        raise SourceError(f"cannot make an input for `{model.name}`", why=why)
     if getattr(model.module.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids()
     return inputs
@@ -78,9 +73,8 @@ def probe(
 
 def _positions(model: Model) -> int:
     """Return how many tokens the network takes at most, as far as its config says."""
-    config: Any = getattr(model.module, "config", None)
-    config = getattr(config, "text_config", config)
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
+    config = _config(model, "text_config")
+    known = [getattr(config, name, None) for name in families.known("positions")]
     limits = [int(limit) - 2 for limit in known if isinstance(limit, int) and limit > 2]  # RoBERTa's start at 2
     return min(limits, default=32)
 
@@ -92,27 +86,23 @@ def _image_shape(model: Model, image_size: int | None) -> tuple[int, int, int]:
     if image_size is not None:
         return channels, image_size, image_size
     if not size:
-        config: Any = getattr(model.module, "config", None)
-        side = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        side = getattr(_config(model, "vision_config"), "image_size", 224)
         size = (channels, side, side) if isinstance(side, int) else (channels, *side)
     return channels, int(size[1]), int(size[2])
 
 
 def vocabulary(model: Model) -> int:
     """Return how many tokens a network of texts knows."""
-    config: Any = getattr(model.module, "config", None)
-    config = getattr(config, "text_config", config)
-    known = getattr(config, "vocab_size", None)
-    if known:
+    if known := getattr(_config(model, "text_config"), "vocab_size", None):
         return int(known)
     table = next(m for m in model.module.modules() if isinstance(m, nn.Embedding))
     return table.num_embeddings
 
 
-def _end(model: Model) -> int | None:
-    config: Any = getattr(model.module, "config", None)
-    end = getattr(getattr(config, "text_config", None), "eos_token_id", None)
-    return end if isinstance(end, int) and 0 <= end < vocabulary(model) else None
+def _config(model: Model, part: str) -> Any:
+    """Return a part of a network's config, or all of it where it has no parts; None where there is none."""
+    config = getattr(model.module, "config", None)
+    return getattr(config, part, config)
 
 
 @contextmanager

@@ -143,8 +143,9 @@ def to_peft(
             raise _no_place(f"`{name}`", "it is no part of an update that peft has")
     rank = _commonest(each.rank for each in adapters.values())
     alpha = _commonest(each.alpha for each in adapters.values())
+    exact = {name: f"^{re.escape(name)}" for name in adapters}
     config = {
-        "alpha_pattern": {_exactly(name): _whole(each.alpha) for name, each in adapters.items() if each.alpha != alpha},
+        "alpha_pattern": {exact[name]: _whole(each.alpha) for name, each in adapters.items() if each.alpha != alpha},
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": any(each.form == "transposed" for each in adapters.values()),
@@ -155,7 +156,7 @@ def to_peft(
         "modules_to_save": sorted(saved) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {_exactly(name): each.rank for name, each in adapters.items() if each.rank != rank},
+        "rank_pattern": {exact[name]: each.rank for name, each in adapters.items() if each.rank != rank},
         "target_modules": sorted(adapters),
         "task_type": None,
         "use_dora": method == "dora",
@@ -182,9 +183,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
         name = key.removeprefix(PREFIX)
         module, lora, rest = name.partition(".lora_")
         if name == key or (lora and rest not in _PARTS):
-            raise SourceError(
-                f"`{key}` of the adapter is not read", why="it is no factor of LoRA or DoRA on one module"
-            )
+            why = "it is no factor of LoRA or DoRA on one module"
+            raise SourceError(f"`{key}` of the adapter is not read", why=why)
         if not lora:
             found[name] = tensor
             continue
@@ -192,11 +192,15 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
         if not tensor.is_floating_point() or tensor.ndim < (1 if part == "magnitude" else 2):
             why = f"it holds {tensor.dtype} of shape {list(tensor.shape)}"
             raise SourceError(f"`{key}` of the adapter is not read", why=why)
-        found[f"{module}.update.{part}"] = _from(rest, tensor)
         if part == "down":
             downs[module] = form, tensor
         elif part == "up":
             ups[module] = tensor
+        if form == "embedding":
+            tensor = tensor.T.contiguous()
+        else:
+            tensor = tensor.reshape(-1) if part == "magnitude" else tensor.reshape(tensor.shape[0], -1)
+        found[f"{module}.update.{part}"] = tensor
     parts = ("up", "down", *(("magnitude",) if method == "dora" else ()))
     modules = dict.fromkeys(name.rpartition(".update.")[0] for name in found if ".update." in name)
     lacking = [f"{module}.{part}" for module in modules for part in parts if f"{module}.update.{part}" not in found]
@@ -223,9 +227,8 @@ def _adapter(config: Mapping[str, Any], method: str, module: str, form: str, dow
     rank = down.shape[1] if form == "embedding" else down.shape[0]
     named = _matching(config.get("rank_pattern") or {}, module, config["r"])
     if rank != named:
-        raise SourceError(
-            f"the adapter has factors of rank {rank} for `{module}`", why=f"its configuration says {named}"
-        )
+        what = f"the adapter has factors of rank {rank} for `{module}`"
+        raise SourceError(what, why=f"its configuration says {named}")
     form, window = ("channel" if down.ndim > 2 else form), tuple(down.shape[2:])
     alpha = _matching(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return Adapter(method, int(rank), float(alpha), float(config.get("lora_dropout", 0.0)), form, window)
@@ -276,12 +279,8 @@ def _is_meant(config: Mapping[str, Any], name: str) -> bool:
         return False
     if any(_match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.get("modules_to_save") or []):
         return False
-    if isinstance(targets, str):
-        return _names(targets, name)
-    if name in targets:
-        return True
     layers = config.get("layers_to_transform")
-    if not _names(targets, name) or layers is None or layers == []:
+    if isinstance(targets, str) or name in targets or not _names(targets, name) or layers in (None, []):
         return _names(targets, name)
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -319,18 +318,13 @@ def _to(adapter: Adapter, module: str, part: str, tensor: Any) -> tuple[str, Any
     return "lora_A.weight", tensor.reshape(adapter.rank, -1, *adapter.window) if ones else tensor
 
 
-def _from(rest: str, tensor: Any) -> Any:
-    if rest.startswith("embedding"):
-        return tensor.T.contiguous()
-    return tensor.reshape(-1) if rest.startswith("magnitude") else tensor.reshape(tensor.shape[0], -1)
-
-
 def _method(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") == "LORA" and (why := documents.misfit(config, READ | WITHOUT_EFFECT)):
         raise SourceError("the configuration of the adapter is not as peft writes it", why=why)
     why, layers = None, config.get("layers_to_transform")
     known = {name.removesuffix("?") for name in (READ | WITHOUT_EFFECT)}
-    others = [name for name, value in config.items() if name not in known and not _is_off(name, value)]
+    on = {name for name, value in config.items() if value not in OFF or (name, value) in NEVER_OFF}
+    others = [name for name in config if name in on - known]
     if config.get("peft_type") != "LORA":
         why = f"its peft_type is {config.get('peft_type')}"
     elif str(config["target_modules"]).lower() == "all-linear":
@@ -354,10 +348,6 @@ def _method(config: Mapping[str, Any]) -> str:
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
 
 
-def _is_off(name: str, value: Any) -> bool:
-    return value in OFF and (name, value) not in NEVER_OFF
-
-
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of a module's name, as peft finds it."""
     return next((value for key, value in patterns.items() if _match(rf"(.*\.)?({key})$", module)), default)
@@ -376,10 +366,6 @@ def _match(pattern: str, name: str) -> Any:
     except TimeoutError:
         why = f"it is not done with the name `{name}` after {PATIENCE:g} seconds"
         raise SourceError(f"`{pattern}` in the configuration of the adapter is no pattern for names", why=why) from None
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}"
 
 
 def _commonest(values: Any) -> Any:

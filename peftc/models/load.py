@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import TakenIn, take_in, with_ranks
 from peftc.store import artifact, manifest
+from peftc.store.header import TensorInfo
+from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source, locate
-
-if TYPE_CHECKING:
-    from peftc.store.header import TensorInfo
-    from peftc.store.manifest import Manifest
 
 
 def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True, merge: bool = True) -> Model:
@@ -98,6 +96,34 @@ def _foreign(source: Source, located: Located, weights: bool) -> Model:
         )
     loaded.module.eval()
     return loaded
+
+
+def load_base(model: Model) -> Model:
+    """Return the base that an artifact's manifest records, with the bytes that it had then.
+
+    Raises:
+        ArtifactError: the model is no artifact, its base was a live network, or it is not what it was.
+        SourceError: the base is not there, or is code that nobody allowed.
+    """
+    if model.manifest is None:
+        raise ArtifactError(
+            f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`"
+        )
+    record = model.manifest.base.get("source")
+    if record is None:
+        raise ArtifactError(
+            f"the base of `{model.source.spec}` was a live network", hint="name one that is stored: `--against MODEL`"
+        )
+    preprocess = model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})}
+    revision = record.get("revision")
+    base = load(delta.recorded(record, model.source, record["spec"], revision=revision, preprocess=preprocess))
+    if why := delta.difference(model.manifest.base.get("files", {}), base.files):
+        raise ArtifactError(
+            f"`{base.source.spec}` is not the base that `{model.source.spec}` was made from",
+            why=why,
+            hint="put the model back that it was made from, or name another one: `--against MODEL`, `--teacher MODEL`",
+        )
+    return base
 
 
 def load_module(

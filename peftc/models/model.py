@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from peftc.models import families
+from peftc.store.header import TensorInfo
+from peftc.store.manifest import Manifest
 from peftc.store.source import Source
-
-if TYPE_CHECKING:
-    from peftc.store.header import TensorInfo
-    from peftc.store.manifest import Manifest
 
 
 @dataclass
@@ -56,8 +55,22 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """What it reads: ``image``, ``text``, ``image-text`` or ``other``."""
-        return kind_of(self.module, self.library)
+        """What it reads: ``image``, ``text``, ``image-text`` or ``other``, by main input or first module."""
+        module: Any = self.module
+        if self.library == "timm":
+            return "image"
+        if self.library == "transformers":
+            if hasattr(module.config, "text_config") and hasattr(module.config, "vision_config"):
+                return "image-text"
+            return families.INPUTS.get(getattr(module, "main_input_name", ""), "other")
+        kinds = {nn.Conv2d: "image", nn.Embedding: "text", nn.Linear: "other"}
+        found = (kind for child in module.modules() for cls, kind in kinds.items() if isinstance(child, cls))
+        return next(found, "other")
+
+    @property
+    def place(self) -> dict[str, str]:
+        """How a record names it: as it was named, or the commit of the hub where it was fetched."""
+        return {"spec": f"hf:{self.hub[0]}", "revision": self.hub[1]} if self.hub else {"spec": self.source.spec}
 
     @property
     def architecture(self) -> str:
@@ -74,22 +87,3 @@ def detached(module: nn.Module) -> nn.Module:
 
 
 Batch: TypeAlias = "Tensor | dict[str, Tensor]"
-
-
-def kind_of(module: nn.Module, library: str) -> str:
-    """Return ``image``, ``text``, ``image-text`` or ``other`` from the forward's main input or the first module."""
-    if library == "timm":
-        return "image"
-    if library == "transformers":
-        if hasattr(module.config, "text_config") and hasattr(module.config, "vision_config"):
-            return "image-text"
-        names = {"input_ids": "text", "pixel_values": "image"}
-        return names.get(getattr(module, "main_input_name", ""), "other")
-    for child in module.modules():
-        if isinstance(child, nn.Conv2d):
-            return "image"
-        if isinstance(child, nn.Embedding):
-            return "text"
-        if isinstance(child, nn.Linear):
-            return "other"
-    return "other"

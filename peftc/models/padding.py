@@ -12,14 +12,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from peftc.errors import DataError
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
+from peftc.models.model import Model
 
 NEVER = -1  # the id of no token: nothing in the batch is padding
 
@@ -87,11 +85,10 @@ def _unused(batch: Mapping[str, Tensor], tokens: int) -> int:
         return NEVER
     places = mask.new_tensor(range(mask.shape[1]))
     last = batch["input_ids"].gather(1, (places * (mask != 0)).argmax(1, keepdim=True))
-    free = set(range(min(tokens, len(last) + 1))) - set(last.flatten().tolist())
-    if not free:
-        why = f"its {tokens} tokens all stand at the end of a text"
-        raise DataError(f"no token is left to pad a batch of {len(last)} texts", why=why, hint="lower `--batch-size`")
-    return min(free)
+    if free := set(range(min(tokens, len(last) + 1))) - set(last.flatten().tolist()):
+        return min(free)
+    why = f"its {tokens} tokens all stand at the end of a text"
+    raise DataError(f"no token is left to pad a batch of {len(last)} texts", why=why, hint="lower `--batch-size`")
 
 
 def id_to_write(model: Model) -> int:

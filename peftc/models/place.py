@@ -36,16 +36,17 @@ def device_of(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UsageError(
-            f"unknown value `{device}` for `--device`", why="it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`"
-        )
+        why = "it is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`"
+        raise UsageError(f"unknown value `{device}` for `--device`", why=why)
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None and processes.size() > 1 and torch.cuda.is_available():
         chosen = torch.device("cuda", processes.place() % torch.cuda.device_count())
-    there = {"cpu": True, "mps": torch.backends.mps.is_available()}.get(
-        chosen.type, torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
-    )
-    if not there:
+    there = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+    }
+    if not there[chosen.type]:
         raise SourceError(f"there is no `{device}` on this machine", hint="run on `--device auto`")
     return chosen
 

@@ -11,29 +11,18 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from torch import nn
 
 from peftc.errors import PeftcError, PlanError
-from peftc.models import adapting, from_timm
+from peftc.models import adapting, families, from_timm
 from peftc.models.model import Model, detached
 from peftc.models.skeleton import UNBUILDABLE, on_meta
 from peftc.nn import surgery
-
-COUNTS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "depth",
-)
-LISTS = ("depths", "layers")  # one count for each stage
 
 
 @dataclass(frozen=True)
@@ -106,21 +95,23 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
     stacks = _stacks(model, names, kept)
     new = renumbered(kept)
     dropped = [name for name in names if name not in set(kept)]
-    edits, tied, adapters, wanted = _left(model, dropped, new)
-    tensors = surgery.tensors_of(model.module)
+    left, tied = _left(model, dropped, new)
+    tensors, wanted = surgery.tensors_of(model.module), left.tensors
+    likely = {"timm": _of_timm, "transformers": _of_transformers}
+    if model.library not in likely:
+        raise PlanError(f"`{model.name}` is built by your own code", why="peftc cannot tell it to build fewer layers")
     why = "no argument or config key was found that counts its layers"
-    for network, config in _candidates(model, stacks):
+    for network, config in likely[model.library](model, stacks):
         try:
-            surgery.apply_edits(network, edits)
-            adapting.rebuild(network, adapters)
+            surgery.apply_edits(network, left.modules)
+            adapting.rebuild(network, left.adapters)
             surgery.tie(network, tied)
             first = surgery.fill(network, wanted, lambda name: tensors[wanted[name]], where=model.name)
         except PeftcError as error:
             why = f"{error.what}: {error.why}" if error.why else error.what
             continue
         infos = {name: model.infos[wanted[there]] for name, there in first.items() if wanted[there] in model.infos}
-        made = replace(model, module=network.eval(), config=config, infos=infos, files=[])
-        return Shorter(made, edits, adapters, new, wanted)
+        return replace(left, model=replace(model, module=network.eval(), config=config, infos=infos, files=[]))
     raise PlanError(
         f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}",
         why=why,
@@ -136,19 +127,17 @@ def skip(model: Model, kept: Sequence[str], dropped: Mapping[str, list[int]]) ->
         kept: layers that stay.
         dropped: layers that go -> lengths of the tuples that their output stands in.
     """
-    edits, _, adapters, wanted = _left(model, list(dropped), {name: name for name in kept})
+    left, _ = _left(model, list(dropped), {name: name for name in kept})
     module = detached(model.module)
     surgery.skip(module, dropped)
-    infos = {name: info for name, info in model.infos.items() if name in wanted}
+    infos = {name: info for name, info in model.infos.items() if name in left.tensors}
     made = replace(model, module=module.eval(), infos=infos, files=[])
     earlier = model.manifest.skipped if model.manifest else {}
-    return Shorter(made, edits, adapters, {name: name for name in kept}, wanted, {**earlier, **dropped})
+    return replace(left, model=made, skipped={**earlier, **dropped})
 
 
-def _left(
-    model: Model, dropped: Sequence[str], new: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the factored modules, ties, updates and tensors that are left, under the new names of their layers."""
+def _left(model: Model, dropped: Sequence[str], new: Mapping[str, str]) -> tuple[Shorter, dict[str, str]]:
+    """Return what is left of a model under the new names of its layers, not yet in a network, and its ties."""
 
     def rename(name: str) -> str | None:
         """Return the new name of a tensor or module; None for one that goes."""
@@ -157,11 +146,27 @@ def _left(
         layer = next((layer for layer in new if name == layer or name.startswith(f"{layer}.")), None)
         return name if layer is None else new[layer] + name[len(layer) :]
 
-    edits, tied = _renamed_record(model, rename)
-    updates = model.manifest.adapters if model.manifest else {}
-    adapters = {there: dict(entry) for name, entry in updates.items() if (there := rename(name)) is not None}
     wanted = {there: name for name in surgery.tensors_of(model.module) if (there := rename(name)) is not None}
-    return edits, tied, adapters, wanted
+    record = model.manifest
+    if record is None:
+        return Shorter(model, {}, {}, dict(new), wanted), {}
+    adapters = {there: dict(entry) for name, entry in record.adapters.items() if (there := rename(name)) is not None}
+    edits: dict[str, dict[str, Any]] = {}
+    leaders: dict[str, str] = {}
+    for name, entry in record.modules.items():
+        there = rename(name)
+        if there is not None:
+            edits[there] = dict(entry)
+            if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
+                edits[there]["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
+    groups: dict[str, list[str]] = {}
+    for alias, first in record.tied.items():
+        groups.setdefault(first, [first]).append(alias)
+    tied: dict[str, str] = {}
+    for group in groups.values():
+        stays = [there for name in group if (there := rename(name)) is not None]
+        tied |= {alias: stays[0] for alias in stays[1:]}
+    return Shorter(model, edits, adapters, dict(new), wanted), tied
 
 
 def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Stack]:
@@ -184,67 +189,26 @@ def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Sta
     return found
 
 
-def _renamed_record(model: Model, rename: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the manifest's factored modules and tied names under their new names."""
-    if model.manifest is None:
-        return {}, {}
-    edits: dict[str, dict[str, Any]] = {}
-    leaders: dict[str, str] = {}
-    for name, entry in model.manifest.modules.items():
-        there = rename(name)
-        if there is not None:
-            edits[there] = dict(entry)
-            if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
-                edits[there]["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
-    groups: dict[str, list[str]] = {}
-    for alias, first in model.manifest.tied.items():
-        groups.setdefault(first, [first]).append(alias)
-    tied: dict[str, str] = {}
-    for group in groups.values():
-        stays = [there for name in group if (there := rename(name)) is not None]
-        tied |= {alias: stays[0] for alias in stays[1:]}
-    return edits, tied
-
-
-def _candidates(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """Yield networks on the meta device with fewer layers, and their configs, likely ones first."""
-    if model.library == "timm":
-        yield from _of_timm(model, stacks)
-    elif model.library == "transformers":
-        yield from _of_transformers(model, stacks)
-    else:
-        raise PlanError(f"`{model.name}` is built by your own code", why="peftc cannot tell it to build fewer layers")
-
-
 def _of_timm(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Yield networks on the meta device with fewer layers, and their configs."""
     arguments: dict[str, Any] = {}
-    stages: dict[int, int] = {}
+    stages: dict[int, int] = {}  # of containers whose paths differ in one number: how many layers each has
     for stack in stacks:
         parts = re.fullmatch(r"(.*?)(\d+)(\D*)", stack.path)
         if parts is None:
-            arguments["depth"] = len(stack.kept)
-        else:
-            stages = stages or _stages(model.module, parts[1], parts[3])
-            stages[int(parts[2])] = len(stack.kept)
-    for key in LISTS if stages else ("",):
-        config = copy.deepcopy(model.config)
-        listed = {key: list(stages.values())} if stages else {}
-        config["model_args"] = {**(config.get("model_args") or {}), **arguments, **listed}
-        try:
-            made = from_timm.network(config, model.folder)
-        except PeftcError:
+            arguments |= dict.fromkeys(families.known("counts", "timm"), len(stack.kept))
             continue
-        yield made
-
-
-def _stages(network: nn.Module, before: str, after: str) -> dict[int, int]:
-    """Return stage -> how many layers it has, of containers whose paths differ in one number."""
-    found = {}
-    for path, container in network.named_modules():
-        parts = re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}", path)
-        if parts:
-            found[int(parts[1])] = len(list(container.children()))
-    return dict(sorted(found.items()))
+        alike = re.compile(rf"{re.escape(parts[1])}(\d+){re.escape(parts[3])}")
+        for path, container in model.module.named_modules():
+            if found := alike.fullmatch(path):
+                stages.setdefault(int(found[1]), len(list(container.children())))
+        stages[int(parts[2])] = len(stack.kept)
+    for key in families.known("stages", "timm") if stages else ("",):
+        config = copy.deepcopy(model.config)
+        listed = {key: [stages[at] for at in sorted(stages)]} if stages else {}
+        config["model_args"] = {**(config.get("model_args") or {}), **arguments, **listed}
+        with suppress(PeftcError):
+            yield from_timm.network(config, model.folder)
 
 
 def _of_transformers(model: Model, stacks: Sequence[Stack]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
@@ -275,36 +239,33 @@ def _fits(before: nn.Module, after: nn.Module, stack: Stack) -> bool:
 
 def _shorter_configs(model: Model, config: dict[str, Any], stack: Stack) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield what comes of each key of a config, wherever it is nested, that may count the layers of a stack."""
-    kind = type(model.module.config)  # type: ignore[arg-type]
+    kind, lists = type(model.module.config), families.known("stages")  # type: ignore[arg-type]
     whole = json.loads(kind.from_dict(copy.deepcopy(config)).to_json_string(use_diff=False))  # type: ignore[attr-defined]
     for place, known in _levels(whole):
-        for key in (*COUNTS, *LISTS):
+        per_layer = {
+            key: [value[at] for at in stack.kept]
+            for key, value in known.items()
+            if isinstance(value, list) and "layer" in key and key not in lists and len(value) == stack.number
+        }
+        aliases = getattr(type(reduce(getattr, place, model.module.config)), "attribute_map", {})
+        for key in (*families.known("counts"), *lists):
             value = known.get(key)
             ways: list[Any] = [len(stack.kept)] if value == stack.number else []
-            if key in LISTS and isinstance(value, list):
+            if key in lists and isinstance(value, list):
                 stages = [at for at, number in enumerate(value) if number == stack.number]
                 ways = [[*value[:at], len(stack.kept), *value[at + 1 :]] for at in stages]
+            dropped = [alias for alias, meant in aliases.items() if meant == key]
+            if known.get("out_features") == [f"stage{stack.number}"]:  # the last stage, which is another one now
+                dropped += ["stage_names", "out_features", "out_indices"]
             for way in ways:
                 changed = copy.deepcopy(config)
-                level = changed
-                for part in place:
-                    level = level.setdefault(part, {})
-                aliases = getattr(type(_config_at(model.module.config, place)), "attribute_map", {})
-                for alias in [alias for alias, meant in aliases.items() if meant == key]:
-                    level.pop(alias, None)
-                level |= {key: way, **_per_layer(known, stack)}
-                if known.get("out_features") == [f"stage{stack.number}"]:  # the last stage, which is another one now
-                    for word in ("stage_names", "out_features", "out_indices"):
-                        level.pop(word, None)
+                level = reduce(lambda level, part: level.setdefault(part, {}), place, changed)
+                level |= {key: way, **per_layer}
+                for word in dropped:
+                    level.pop(word, None)
                 made = _build(model, changed)
                 if made is not None:
                     yield made, changed
-
-
-def _config_at(config: Any, place: Sequence[str]) -> Any:
-    for part in place:
-        config = getattr(config, part)
-    return config
 
 
 def _levels(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -313,16 +274,6 @@ def _levels(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from _levels(value, (*place, key))
-
-
-def _per_layer(config: Mapping[str, Any], stack: Stack) -> dict[str, list[Any]]:
-    """Return the lists of a config that say something of each layer, cut to the kept ones."""
-    lists = {
-        key: value
-        for key, value in config.items()
-        if isinstance(value, list) and "layer" in key and key not in LISTS and len(value) == stack.number
-    }
-    return {key: [value[at] for at in stack.kept] for key, value in lists.items()}
 
 
 def _build(model: Model, config: dict[str, Any]) -> nn.Module | None:

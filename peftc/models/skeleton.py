@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from peftc.errors import SourceError
-
-if TYPE_CHECKING:
-    from peftc.store.manifest import Manifest
+from peftc.store.manifest import Manifest
 
 # what a constructor of another library may raise on a configuration that it does not understand
 UNBUILDABLE = (

@@ -7,19 +7,17 @@ narrower than ten stay dense unless included. Patterns match whole components of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from peftc.errors import UsageError
 from peftc.models import families
+from peftc.models.model import Model
 from peftc.nn import forms, lowrank, surgery
 from peftc.nn.adapted import Adapted
 from peftc.plans.plan import Target
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 NARROW = 10
 LOW_RANK = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
@@ -34,19 +32,23 @@ def targets(
     Raises:
         UsageError: a pattern matches no module, or includes one that cannot be factored.
     """
-    include, skip = ([each] if isinstance(each, str) else list(each) for each in (include, skip))
     modules = {name: module for name, module in model.module.named_modules() if _kind(module)}
-    refuse_unmatched(modules, include, skip)
-    defaults = _defaults(model, modules)
+    include, skip = patterns_for(modules, include, skip)
+    defaults = kept_dense(model, modules, families.skips(model.library, model.architecture))
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and name not in defaults:
+            rules = (why for pattern, why in families.LINEAR_ONLY.items() if families.matches(name, pattern))
+            if why := next(rules, f"fewer than {NARROW} outputs" if module.out_features < NARROW else None):
+                defaults[name] = why
     found: dict[str, Target] = {}
     reasons: dict[str, str] = {}
-    taken: dict[int, str] = {}
+    taken: set[int] = set()
     for name, module in modules.items():
         impossible = _impossible(model.module, name, module)
-        included = any(families.matches(name, pattern) for pattern in include)
+        included = families.matches(name, *include)
         if impossible:
             reasons[name] = impossible
-        elif any(families.matches(name, pattern) for pattern in skip):
+        elif families.matches(name, *skip):
             reasons[name] = "skipped as asked"
         elif name in defaults and not included:
             reasons[name] = defaults[name]
@@ -55,27 +57,26 @@ def targets(
         elif bound := _bound(model.module, name, module, skip):
             reasons[name] = bound
         else:
-            found[name] = _target(model.module, name, module, conv_method)
-            taken[id(module.weight)] = name
+            same = [n for n, other in modules.items() if n != name and other.weight is module.weight]
+            found[name] = Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same))
+            taken.add(id(module.weight))
         if included and impossible:
-            raise UsageError(
-                f"cannot factor `{name}`, which `--include` names",
-                why=impossible,
-                hint="narrow the pattern, or add `--skip`",
-            )
+            what = f"cannot factor `{name}`, which `--include` names"
+            raise UsageError(what, why=impossible, hint="narrow the pattern, or add `--skip`")
     for target in found.values():
         for alias in target.aliases:
             reasons.pop(alias, None)
     return found, reasons
 
 
-def refuse_unmatched(modules: Mapping[str, Any], include: Sequence[str], skip: Sequence[str]) -> None:
-    """Refuse a pattern that matches none of the modules.
+def patterns_for(modules: Mapping[str, Any], include: Sequence[str], skip: Sequence[str]) -> list[list[str]]:
+    """Return the patterns of ``--include`` and of ``--skip``, one or several each.
 
     Raises:
-        UsageError: with what names look like.
+        UsageError: one matches none of the modules.
     """
-    for option, patterns in (("--include", include), ("--skip", skip)):
+    found = [[each] if isinstance(each, str) else list(each) for each in (include, skip)]
+    for option, patterns in zip(("--include", "--skip"), found, strict=True):
         for pattern in patterns:
             if not any(families.matches(name, pattern) for name in modules):
                 raise UsageError(
@@ -83,6 +84,7 @@ def refuse_unmatched(modules: Mapping[str, Any], include: Sequence[str], skip: S
                     why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
                     hint=f"names look like `{next(filter(None, modules), 'nothing: no module has a weight')}`",
                 )
+    return found
 
 
 def every_weight(model: Model) -> dict[str, Target]:
@@ -92,8 +94,7 @@ def every_weight(model: Model) -> dict[str, Target]:
     for name, module in model.module.named_modules():
         if _kind(module) and id(module.weight) not in seen and module.weight.is_floating_point():  # type: ignore[union-attr, operator]
             seen.add(id(module.weight))
-            form = {nn.Embedding: "embedding", nn.Linear: "linear"}.get(type(module), "channel")  # type: ignore[call-overload]
-            found[name] = Target(name, "transposed" if forms.is_conv1d(module) else form, tuple(module.weight.shape))  # type: ignore[arg-type]
+            found[name] = Target(name, _form(module, "channel"), tuple(module.weight.shape))  # type: ignore[arg-type]
     return found
 
 
@@ -102,20 +103,11 @@ def _kind(module: nn.Module) -> bool:
 
 
 def _form(module: Any, conv_method: str) -> str:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv2d):
-        return conv_method if module.kernel_size != (1, 1) else "channel"  # for 1 x 1 they are one matrix
-    return "transposed"
-
-
-def _target(network: nn.Module, name: str, module: Any, conv_method: str) -> Target:
-    same = [
-        n for n, m in network.named_modules() if n != name and getattr(m, "weight", None) is module.weight and _kind(m)
-    ]
-    return Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same))
+    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # for 1 x 1 they are one matrix
+        return conv_method
+    kinds = {nn.Linear: "linear", nn.Embedding: "embedding"}
+    other = "transposed" if forms.is_conv1d(module) else "channel"
+    return next((form for cls, form in kinds.items() if isinstance(module, cls)), other)
 
 
 def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> str | None:
@@ -129,7 +121,7 @@ def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
         owner = network.get_submodule(alias.rpartition(".")[0])
         if not (alias.endswith(".weight") and _kind(owner)):
             return f"its weight is also `{alias}`"
-        if any(families.matches(other, pattern) for pattern in skip):
+        if families.matches(other, *skip):
             return f"it shares its weight with `{other}`, which is skipped as asked"
         if why := _impossible(network, other, owner):
             return f"it shares its weight with `{other}`: {why}"
@@ -165,24 +157,19 @@ def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
     return None
 
 
-def _defaults(model: Model, modules: dict[str, Any]) -> dict[str, str]:
-    """Return name -> reason for modules that stay dense unless included."""
+def kept_dense(model: Model, modules: Mapping[str, Any], patterns: Mapping[str, str]) -> dict[str, str]:
+    """Return name -> reason for modules that are left alone unless included: by pattern, and by what they are."""
     reasons: dict[str, str] = {}
-    patterns = families.skips(model.library, model.architecture)
     outputs = heads(model, modules)
     stem = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
     for name, module in modules.items():
-        linear = isinstance(module, nn.Linear)
-        rules = {**patterns, **families.LINEAR_ONLY} if linear else patterns
-        reason = next((why for pattern, why in rules.items() if families.matches(name, pattern)), None)
+        reason = next((why for pattern, why in patterns.items() if families.matches(name, pattern)), None)
         if isinstance(module, nn.Embedding):
             reason = "embedding"
         elif name in outputs:
             reason = "output head"
         elif name == stem:
             reason = "stem"
-        elif linear and module.out_features < NARROW:
-            reason = reason or f"fewer than {NARROW} outputs"
         if reason:
             reasons[name] = reason
     return reasons

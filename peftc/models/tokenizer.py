@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftc.errors import DataError, PeftcError, reason_of
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
-
+from peftc.models.model import Model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 

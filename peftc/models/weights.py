@@ -6,20 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftc.errors import SourceError, WeightError
+from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.store import artifact, documents
 from peftc.store.artifact import Piece
 from peftc.store.header import TensorInfo, read_header
 from peftc.store.source import read_json
-
-if TYPE_CHECKING:
-    from peftc.models.model import Model
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -105,12 +103,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         why = f"it is no checkpoint of torch, or damaged ({type(error).__name__})"
         raise WeightError(f"cannot read `{path}`", why=why) from None
     for _ in range(4):  # checkpoints nest: {"state_dict": {"module.conv.weight": ...}}
-        inner = next(
-            (value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)), None
-        )
-        if inner is None:
-            break
-        value = inner
+        inner = [value[key] for key in NESTS if isinstance(value, dict) and isinstance(value.get(key), dict)]
+        value = inner[0] if inner else value
     sound = isinstance(value, dict) and all(isinstance(t, Tensor) and isinstance(n, str) for n, t in value.items())
     if not sound or not value:
         raise WeightError(f"`{path}` holds no state dict", why="it is not a map from names to tensors")

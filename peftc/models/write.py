@@ -23,7 +23,7 @@ from peftc.models.place import one_dtype
 from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters
-from peftc.report import SIZES, Report, Table, scaled
+from peftc.report import SIZES, Report, Table, plain, scaled
 from peftc.store import artifact, manifest, maps
 from peftc.store.artifact import Piece
 from peftc.store.job import EXPORT, Job, execution
@@ -49,18 +49,14 @@ def base_record(model: Model) -> dict[str, Any]:
         return model.base
     files = {path.name: manifest.file_digest(path) for path in model.files}
     if not files:
-        files = {"memory": _memory_digest(model)}
+        total = hashlib.sha256()
+        state = surgery.tensors_of(model.module)
+        for name in surgery.stored_names(model.module):
+            total.update(f"{name}:{tuple(state[name].shape)};".encode())
+            for block in piece(state[name]).blocks():
+                total.update(block)
+        files = {"memory": total.hexdigest()}
     return {**model.base, "files": files}
-
-
-def _memory_digest(model: Model) -> str:
-    total = hashlib.sha256()
-    state = surgery.tensors_of(model.module)
-    for name in surgery.stored_names(model.module):
-        total.update(f"{name}:{tuple(state[name].shape)};".encode())
-        for block in piece(state[name]).blocks():
-            total.update(block)
-    return total.hexdigest()
 
 
 def identity(
@@ -126,56 +122,49 @@ def write_artifact(
     modules: dict[str, dict[str, Any]],
     *,
     max_shard_bytes: int,
-    ordered: Mapping[str, dict[str, Any]] | None = None,
     factors: dict[str, Piece] | None = None,
-    kept_layers: Iterable[str] | None = None,
-    adapters: Mapping[str, dict[str, Any]] | None = None,
-    delta: Mapping[str, Any] | None = None,
-    skipped: Mapping[str, list[int]] | None = None,
     new_head: bool = False,
+    **changed: Any,
 ) -> Manifest:
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
-    The layers and the updates that are left are those of the model's own manifest, unless others are named. With
-    ``delta`` the pieces are only those that the model beneath does not have. ``new_head`` says that the model was
-    given other outputs than it had.
+    Args:
+        job, model, base, request: what is written, from what, and why.
+        pieces: the weights by name; of a delta those that the model beneath does not have.
+        modules: entries of the factored modules.
+        max_shard_bytes: of a file.
+        factors: those that lie beside the weights.
+        new_head: the model was given other outputs than it had.
+        changed: fields of the manifest: ``ordered`` and ``delta``; ``kept_layers``, ``adapters`` and ``skipped`` where
+            they are not those of the model's own.
     """
-    if adapters is None:
-        adapters = model.manifest.adapters if model.manifest else {}
-    if kept_layers is None:
-        kept_layers = model.manifest.kept_layers if model.manifest else []
-    if skipped is None:
-        skipped = model.manifest.skipped if model.manifest else {}
+    known = model.manifest
+    kept = {name: getattr(known, name) for name in ("kept_layers", "adapters", "skipped")} if known else {}
     groups = surgery.stored_names(model.module)
     files = artifact.write_weights(job.folder, pieces, job.id, max_shard_bytes)
     if factors:
         files |= artifact.write_weights(job.folder, factors, job.id, max_shard_bytes, artifact.FACTORS)
-    if model.library != "python":
-        config = dict(model.config)
-        if model.library == "transformers" and (modules or adapters or delta or skipped):
-            config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
-        files["config.json"] = artifact.write_json(job.folder / "config.json", config)
-    for name, content in companions(model).items():
-        files[name] = artifact.write_bytes(job.folder / name, content)
-    earlier = model.manifest.steps if model.manifest else []
     step = {"id": job.id, "request": request, **({"new_head": True} if new_head else {})}
-    job.places = _places(model)
     record = Manifest(
         id=job.id,
         base=base,
-        steps=[*earlier, step],
+        steps=[*(known.steps if known else []), step],
         files=files,
         parameters=parameters(model.module),
         modules=modules,
         tied={alias: first for first, names in groups.items() for alias in names[1:]},
         preprocess=model.preprocess,
         labels=model.labels,
-        ordered=dict(ordered or {}),
-        kept_layers=list(kept_layers),
-        adapters={name: dict(entry) for name, entry in adapters.items()},
-        delta=dict(delta or {}),
-        skipped=dict(skipped),
+        **kept | {name: value for name, value in changed.items() if value is not None},
     )
+    if model.library != "python":
+        config = dict(model.config)
+        if model.library == "transformers" and (modules or record.adapters or record.delta or record.skipped):
+            config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
+        files["config.json"] = artifact.write_json(job.folder / "config.json", config)
+    for name, content in companions(model).items():
+        files[name] = artifact.write_bytes(job.folder / name, content)
+    job.places = _places(model)
     record.write(job.folder)
     return record
 
@@ -184,10 +173,7 @@ def _places(model: Model) -> dict[str, dict[str, str]]:
     """Return where the artifacts of a chain were read, by id: those that an artifact knows of, and itself."""
     if model.manifest is None or model.folder is None:
         return {}
-    spec = {"spec": model.source.spec}
-    if model.hub is not None:
-        spec = {"spec": f"hf:{model.hub[0]}", "revision": model.hub[1]}
-    return {**artifact.read_result(model.folder).get("places", {}), model.manifest.id: spec}
+    return {**artifact.read_result(model.folder).get("places", {}), model.manifest.id: model.place}
 
 
 def verify(folder: Path, expected: Model) -> list[str]:
@@ -273,6 +259,24 @@ def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> 
     extra = {"asked": job.asked} if job.asked else {}
     job.finish(record, result | extra | ({"places": job.places} if job.places else {}))
     report.artifact = job.output
+
+
+def keep_measured(report: Report, model: Model, question: Any) -> None:
+    """Keep the figures of a report in ``result.json`` beside the artifact that they are of, where `compare` finds them.
+
+    Another model, or one of the hub's cache, has no place for them.
+
+    Args:
+        report: of `evaluate` or `bench`.
+        model: what was measured.
+        question: on what, where and against what: the same question again replaces the answer.
+    """
+    if model.manifest is None or model.folder is None or model.hub is not None or processes.rank():
+        return
+    try:
+        artifact.add_measured(model.folder, report.command, plain(question), plain(report.data))
+    except OSError as error:
+        report.notes.append(f"not kept in `{model.folder / artifact.RESULT}`: {str(error.strerror).lower()}")
 
 
 def already(job: Job, command: str) -> Report:

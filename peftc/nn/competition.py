@@ -37,9 +37,8 @@ def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_pe
     parts = {
         f"{name}.{place}": part for name, update in kernelized.items() for place, part in enumerate(update.points())
     }
-    if settings.scored:
-        for part in parts.values():
-            _learn(part)
+    for part in parts.values() if settings.scored else ():
+        _learn(part)
     shared = settings.start is not None and budgets.refreshed(step, steps, steps_per_epoch, settings.refresh_every)
     if shared:
         kept = _allocate(parts, settings, step, steps)
@@ -71,14 +70,14 @@ def _allocate(parts: Mapping[str, Points], settings: Settings, step: int, steps:
     )
     scores, floor = dict.fromkeys(parts, 1.0), 1.0
     if settings.scored:
-        found = torch.stack([_score(part) for part in parts.values()]).tolist()
-        scores, floor = dict(zip(parts, found, strict=True)), settings.min_keep
+        found = [
+            (part.get_buffer(f"_mean_{name}").double() * part.get_buffer(f"_spread_{name}").double()).mean()
+            for part in parts.values()
+            for name in ("rows", "columns")
+        ]
+        summed = torch.stack(found).view(-1, 2).sum(1).tolist()
+        scores, floor = dict(zip(parts, summed, strict=True)), settings.min_keep
     kept = budgets.shares(scores, sizes, budgets.total(step, steps, first, last), floor)
     listed = ", ".join(f"{name} {kept[name] / sizes[name]:.3f}" for name in parts)
     logger.info("step %d of %d: share of the entries kept: %s", step, steps, listed)
     return kept
-
-
-def _score(part: Points) -> Tensor:
-    pairs = [(getattr(part, f"_mean_{name}"), getattr(part, f"_spread_{name}")) for name in ("rows", "columns")]
-    return torch.stack([(mean.double() * spread.double()).mean() for mean, spread in pairs]).sum()

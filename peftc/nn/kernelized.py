@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -112,7 +111,13 @@ class Points(nn.Module):
             nn.init.kaiming_uniform_(points, a=5**0.5)
         self.mix = nn.Parameter(torch.tensor([1.0, 1.0, 0.0])) if settings.kernel == "mix" else None
         if settings.identity:
-            self._start_at_zero()
+            with torch.no_grad():
+                if settings.kernel == "linear":
+                    self.rows.zero_()
+                else:  # equal halves are at equal distances
+                    self.rows[1], self.columns[1] = self.rows[0], self.columns[0]
+                if self.mix is not None:
+                    self.mix[0] = 0
         first = settings.sparsity if settings.start is None else settings.start
         kept = self.entries - budgets.zeroed(self.entries, first)
         self.register_buffer("threshold", torch.tensor(-1.0))
@@ -122,15 +127,6 @@ class Points(nn.Module):
                 self.register_buffer(f"_mean_{name}", torch.zeros_like(points))
                 self.register_buffer(f"_spread_{name}", torch.zeros_like(points))
         self.settle(kept)
-
-    @torch.no_grad()
-    def _start_at_zero(self) -> None:
-        if self.form.kernel == "linear":
-            self.rows.zero_()
-        else:  # equal halves are at equal distances
-            self.rows[1], self.columns[1] = self.rows[0], self.columns[0]
-        if self.mix is not None:
-            self.mix[0] = 0
 
     @torch.no_grad()
     def settle(self, kept: int) -> None:
@@ -161,11 +157,11 @@ class Kernelized(nn.Module):
         """Compute as ``base`` with the changed weight."""
         drops = self.training and self.settings.dropout > 0
         seen = F.dropout(x, self.settings.dropout) if drops else None
-        return folded.folded(base, x, self._rebuild, self._tensors(), pull=self._pull, seen=seen)
+        return folded.folded(base, x, self._rebuild, self.tensors(), pull=self._pull, seen=seen)
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the updated weight in float32; gradients reach the points."""
-        change = folded.rebuilt(self._rebuild, self._tensors(), pull=self._pull)
+        change = folded.rebuilt(self._rebuild, self.tensors(), pull=self._pull)
         return weight.to(change.dtype) + change
 
     def settle(self) -> None:
@@ -176,7 +172,7 @@ class Kernelized(nn.Module):
     @torch.no_grad()
     def report(self) -> dict[str, int]:
         """Return how many numbers learn, and of how many entries how many are changed and were to be changed."""
-        change = folded.rebuilt(self._rebuild, self._tensors())
+        change = folded.rebuilt(self._rebuild, self.tensors())
         return {
             "trainables": sum(each.numel() for each in self.parameters()),
             "entries": change.numel(),
@@ -188,8 +184,9 @@ class Kernelized(nn.Module):
         """Return the points of each matrix."""
         return [part for part in self.parts if isinstance(part, Points)]
 
-    def _tensors(self) -> list[Tensor]:
-        return list(chain.from_iterable(part.tensors() for part in self.points()))
+    def tensors(self) -> list[Tensor]:
+        """Return what the change is made of."""
+        return [tensor for part in self.points() for tensor in part.tensors()]
 
     def _groups(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         size = len(tensors) // len(self.parts)
@@ -204,7 +201,8 @@ class Kernelized(nn.Module):
         matrix = gradient.T if self.transposed else gradient.reshape(self.shape[0], -1)
         pieces = matrix.chunk(len(self.parts))
         groups = self._groups(tensors)
-        return list(chain.from_iterable(self.form.pull(g, *group) for g, group in zip(pieces, groups, strict=True)))
+        pairs = zip(pieces, groups, strict=True)
+        return [each for piece, group in pairs for each in self.form.pull(piece, *group)]
 
 
 def update_of(module: Any, settings: Settings) -> Kernelized | tuple[str, ...] | None:

@@ -58,13 +58,10 @@ class Kernel:
             columns: (2, in, rank / 2).
             mix: (3,) = alpha, gamma, beta, of the kernel ``mix``.
         """
-        return self._dense(rows, columns, None, mix)
+        return self.change(rows, columns, None, mix)
 
-    def change(self, rows: Tensor, columns: Tensor, threshold: Tensor, mix: Tensor | None = None) -> Tensor:
-        """Return the matrix (out, in) after the competition; ``threshold`` is a scalar."""
-        return self._dense(rows, columns, threshold, mix)
-
-    def _dense(self, rows: Tensor, columns: Tensor, threshold: Tensor | None, mix: Tensor | None) -> Tensor:
+    def change(self, rows: Tensor, columns: Tensor, threshold: Tensor | None, mix: Tensor | None = None) -> Tensor:
+        """Return the matrix (out, in) after the competition; ``threshold`` is a scalar, or None for no competition."""
         rows, columns, mix = _exact(rows), _exact(columns), None if mix is None else _exact(mix)
         found = rows.new_empty(rows.shape[1], columns.shape[1])
         for block in _blocks(found):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Product:
     value: Tensor | None
     left: int
 
-    def forget(self, _by: object = None) -> None:
+    def forget(self) -> None:
         """Let the product go: its input is gone, or a gradient went through it, which frees its graph."""
         self.value = None
 
@@ -59,16 +59,17 @@ class SharedDown(nn.Linear):
                 kept.forget()
             return value
         value = super().forward(x)
-        self._kept.product = self._remembered(x, key, value)
-        return value
+        product = self._kept.product = _Product(weakref.ref(x), key, value, self.members - 1)
+        gone = weakref.WeakMethod(product.forget)  # what calls it does not itself keep the product
 
-    def _remembered(self, x: Tensor, key: tuple[Any, ...], value: Tensor) -> _Product:
-        product = _Product(weakref.ref(x), key, value, self.members - 1)
-        forget = _forgetting(weakref.ref(product))
+        def forget(_by: object) -> None:
+            if there := gone():
+                there()
+
         product.of = weakref.ref(x, forget)
         if value.requires_grad:
             value.register_hook(forget)
-        return product
+        return value
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """Return what else a product hangs on; compared by identity where it is an object."""
@@ -85,7 +86,8 @@ class SharedDown(nn.Linear):
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             autocast,
-            *_saved_tensor_hooks(),
+            # those of the checkpoint that is being recorded: what one checkpoint computed is not another's
+            *(torch._C._autograd._top_saved_tensors_default_hooks(True) or ()),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,22 +104,6 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(one) == len(other) and all(
         a is b if isinstance(a, Tensor) or callable(a) else a == b for a, b in zip(one, other, strict=True)
     )
-
-
-def _forgetting(product: weakref.ref[_Product]) -> Callable[[object], None]:
-    """Return a callback that lets a product go, and does not itself keep it."""
-
-    def forget(_by: object) -> None:
-        there = product()
-        if there is not None:
-            there.forget()
-
-    return forget
-
-
-def _saved_tensor_hooks() -> tuple[Any, ...]:
-    """Return the hooks of the checkpoint that is being recorded: what one checkpoint computed is not another's."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
 
 
 def share(members: Sequence[Any]) -> SharedDown:

@@ -145,50 +145,50 @@ def fill(
     found: dict[str, str] = {}
     missing: list[str] = []
     for first, names in stored_names(network).items():
-        name = next((name for name in names if name in left), None)
-        if name is None and first.endswith("num_batches_tracked"):
-            continue  # a counter that files from before torch 0.4.1 lack; only training reads it, and it starts at 0
-        if name is None:
-            missing.append(first)
+        several = [name for name in names if name in left]
+        if not several:
+            # files from before torch 0.4.1 lack a counter, which only training reads and which starts at 0
+            missing += [] if first.endswith("num_batches_tracked") else [first]
             continue
-        _refuse_untied(names, left, read, where)
-        _assign(network, names, read(name), where)
-        found[first] = name
+        tensor = read(several[0])
+        for name in several[1:]:
+            if not torch.equal(tensor, read(name)):
+                raise WeightError(
+                    f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them",
+                    hint="set `tie_word_embeddings` to false in config.json if they were trained apart",
+                )
+        _refuse_unlike(network, first, tensor, where)
+        assign(network, names, tensor)
+        found[first] = several[0]
         left.difference_update(names)
     left -= {name for name, _ in network.named_buffers()}  # older files hold buffers that are computed now
     left = {name for name in left if not ignore(name)}
-    if missing or left:
-        raise _mismatch(where, missing, sorted(left))
+    whys = [f"{len(missing)} missing: {named(missing, 4)}"] if missing else []
+    whys += [f"{len(left)} left over: {named(sorted(left), 4)}"] if left else []
+    if whys:
+        raise WeightError(
+            f"the tensors of `{where}` do not match the network",
+            why="; ".join(whys),
+            hint="no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file",
+        )
     return found
 
 
-def _refuse_untied(names: list[str], available: set[str], read: Callable[[str], Tensor], where: str) -> None:
-    """Refuse a file that holds two different tensors for what the network has as one."""
-    several = [name for name in names if name in available]
-    for name in several[1:]:
-        if not torch.equal(read(several[0]), read(name)):
-            raise WeightError(
-                f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them",
-                hint="set `tie_word_embeddings` to false in config.json if they were trained apart",
-            )
-
-
-def _assign(network: nn.Module, names: list[str], tensor: Tensor, where: str) -> None:
-    owner, leaf = _owner(network, names[0])
+def _refuse_unlike(network: nn.Module, name: str, tensor: Tensor, where: str) -> None:
+    owner, leaf = _owner(network, name)
     expected = owner._parameters.get(leaf)
     expected = owner._buffers[leaf] if expected is None else expected
     assert expected is not None
     if expected.shape != tensor.shape:
         raise WeightError(
-            f"`{names[0]}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
+            f"`{name}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
             hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
         )
     if expected.dtype != tensor.dtype and not (expected.is_floating_point() and tensor.is_floating_point()):
         raise WeightError(
-            f"`{names[0]}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
+            f"`{name}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
             why="only floating numbers are read in another precision: it is quantized, or the file is damaged",
         )
-    assign(network, names, tensor)
 
 
 def assign(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:

@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from peftc import methods, processes, progress
 from peftc.errors import WeightError
 from peftc.methods.importance import tsne_silhouette
-from peftc.models import layers
+from peftc.models import families, layers
 from peftc.models.inputs import mask_of, outputs
 from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.nn import surgery
 from peftc.training.samples import Samples
 
-CLASS_TOKEN = ("bert", "electra", "mpnet", "ernie")  # transformers' text models that begin with one
 MEANS = "sentence-similarity"  # the task whose sentences are means over tokens
 OF_FEATURES = ("features", "input_features", "labels", "cosines", "angles")
 OF_DATA = (*OF_FEATURES, "gradient_products", "loss", "loss_without")
@@ -227,8 +226,8 @@ def has_class_token(model: Model) -> bool:
     """Return whether token 0 stands for the whole sample, and no mean does."""
     if getattr(model.module, "global_pool", None) == "avg":  # timm's: BEiT and EVA have a class token all the same
         return False
-    config = getattr(model.module, "config", None)
-    if any(word in str(getattr(config, "model_type", "")) for word in CLASS_TOKEN):
+    rows = families.of(type(model.module).__name__) if hasattr(model.module, "config") else []
+    if any(row.class_token for row in rows):
         return True
     names = {name.rpartition(".")[2] for name, _ in model.module.named_parameters()}
     return bool(names & {"cls_token", "class_embedding"})

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from peftc.errors import SourceError, UsageError
 from peftc.measure import costs
 from peftc.measure.costs import Call, Speedup, Times
-from peftc.models import load, measured
+from peftc.models import load, write
 from peftc.models.inputs import outputs, probe
+from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
-from peftc.models.recorded import load_base
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, count, short, size
 from peftc.store.source import Source
@@ -109,7 +109,7 @@ def bench(
     if isinstance(model, str | Path | Source):
         where = {name: data["environment"][name] for name in ("device_name", "threads")}
         baseline_name = None if against is None else baseline.name
-        measured.keep(report, subject, [where, data["model"]["dtype"], data["input"], largest, baseline_name])
+        write.keep_measured(report, subject, [where, data["model"]["dtype"], data["input"], largest, baseline_name])
     return report
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, PeftcError
-from peftc.models.load import load
+from peftc.models.load import load, load_base
 from peftc.models.model import Model
-from peftc.models.recorded import load_base
 from peftc.store import artifact, manifest
 from peftc.tasks.table import guess
 

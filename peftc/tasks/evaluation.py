@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from peftc.data import open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import DataError
-from peftc.models import measured
+from peftc.models import write
+from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import runnable
-from peftc.models.recorded import load_base
 from peftc.options import Gates, Reading
 from peftc.report import Report
 from peftc.tasks import seen
@@ -108,7 +108,7 @@ def keep(report: Report, model: Model) -> None:
     """Keep what was measured beside the artifact that it was measured of."""
     data = report.data
     against = data["against"]["name"] if "against" in data else None
-    measured.keep(report, model, [data["task"], data["data"]["digest"], data["data"]["samples"], against])
+    write.keep_measured(report, model, [data["task"], data["data"]["digest"], data["data"]["samples"], against])
 
 
 def _author(subject: Model, reference: Model | None, report: Report, **place: str) -> Model:

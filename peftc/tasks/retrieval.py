@@ -14,7 +14,7 @@ from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.data.tokens import tokenise
 from peftc.errors import DataError
-from peftc.models import dual
+from peftc.models import dual, families
 from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.nn.peers import ALONE, Peers
@@ -45,7 +45,8 @@ def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
     groups = [number.setdefault(caption, len(number)) for caption in captions]
     if len(set(known.captions)) < 2:
         raise DataError(f"`{data.name}` has too few captions to rank", why="all of them are the same text")
-    tokens = tokenise(model, captions, settings.max_length, full=type(model.module).__name__.startswith("Siglip"))
+    full_texts = any(row.full_texts for row in families.of(type(model.module).__name__))
+    tokens = tokenise(model, captions, settings.max_length, full=full_texts)
     # where CLIP takes the vector of a text; without it, it would look at the first token
     end = getattr(getattr(model.module, "text_model", None), "eos_token_id", None)
     if end not in (None, 2) and not (tokens.pad([0])["input_ids"] == end).any():  # 2 means the highest number to CLIP
@@ -154,7 +155,7 @@ METRICS = (
     Metric("image_to_text_r5", _within("text_rank", "new_picture", 5), True),
     Metric("matching", itemgetter("matching"), True, column="matching"),
 )
-MADE_FOR = ("CLIPModel", "SiglipModel", "BlipForImageTextRetrieval")
+MADE_FOR = families.known("retrieval")
 TASK = Task("image-text-retrieval", ("image-text",), MADE_FOR, _encode, _observe, METRICS, 32, run=_run, over_all=ranks)
 
 

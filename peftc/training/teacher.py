@@ -11,10 +11,9 @@ from torch import nn
 from peftc import processes
 from peftc.errors import UsageError
 from peftc.models import write
-from peftc.models.load import load
+from peftc.models.load import load, load_base
 from peftc.models.model import Model
 from peftc.models.place import runnable
-from peftc.models.recorded import load_base
 from peftc.report import Report, Table
 from peftc.store.source import Source
 from peftc.training import imitation, samples

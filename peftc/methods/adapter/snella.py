@@ -49,18 +49,5 @@ def snella(
     Raises:
         UsageError: a setting is out of range.
     """
-    chosen = Settings(
-        rank,
-        kernel,
-        sparsify,
-        sparsity,
-        split,
-        threshold_every,
-        identity,
-        dropout,
-        start,
-        allocate,
-        min_keep,
-        refresh_every,
-    )
-    return update_of(module, chosen)
+    change = (rank, kernel, sparsify, sparsity, split, threshold_every, identity, dropout)
+    return update_of(module, Settings(*change, start, allocate, min_keep, refresh_every))

@@ -13,8 +13,6 @@ from peftc.methods.decompose.svd import svd
 from peftc.methods.spectrum import Spectrum
 from peftc.methods.weighted import scaled
 
-SMALLEST = 1e-6  # of the largest scale, so that undoing it stays finite
-
 
 def asvd(weight: Tensor, *, input_magnitude: Tensor, alpha: float = 0.5) -> Spectrum:
     """Decompose ``weight`` with its columns scaled by the magnitude of their inputs.
@@ -24,5 +22,4 @@ def asvd(weight: Tensor, *, input_magnitude: Tensor, alpha: float = 0.5) -> Spec
         input_magnitude: (in,), mean |x| of each input feature.
         alpha: exponent of the magnitude; 0 is plain SVD.
     """
-    scale = input_magnitude.double() ** alpha
-    return scaled(svd, weight, scale.clamp_min(SMALLEST * float(scale.max()) or 1.0))
+    return scaled(svd, weight, input_magnitude.double() ** alpha)

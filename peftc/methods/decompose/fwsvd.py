@@ -13,8 +13,6 @@ from peftc.methods.decompose.svd import svd
 from peftc.methods.spectrum import Spectrum
 from peftc.methods.weighted import scaled
 
-SMALLEST = 1e-6  # of the largest scale, so that undoing it stays finite
-
 
 def fwsvd(weight: Tensor, *, weight_fisher: Tensor) -> Spectrum:
     """Decompose ``weight`` with its columns scaled by the root of their Fisher information.
@@ -23,5 +21,4 @@ def fwsvd(weight: Tensor, *, weight_fisher: Tensor) -> Spectrum:
         weight: (out, in), float32 or float64, finite.
         weight_fisher: (in,), mean over samples of the squared gradients of column i, summed over the outputs.
     """
-    scale = weight_fisher.double().sqrt()
-    return scaled(svd, weight, scale.clamp_min(SMALLEST * float(scale.max()) or 1.0))
+    return scaled(svd, weight, weight_fisher.double().sqrt())

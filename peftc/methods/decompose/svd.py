@@ -46,12 +46,11 @@ def _gram(weight: Tensor, vectors: bool, *, dtype: torch.dtype) -> Solution | No
     out, in_ = weight.shape
     scale = float(torch.linalg.vector_norm(weight))
     matrix = (weight if out >= in_ else weight.T).to(dtype)
-    if not 1e-9 < scale < 1e9:  # squares would leave the range of float32
-        scale = float(weight.abs().max()) or 1.0
-        matrix = matrix / scale
-    else:
-        scale = 1.0
-    energies, basis = _eigh(gram_matrix(matrix), vectors)
+    # the squares of others would leave the range of float32
+    scale = 1.0 if 1e-9 < scale < 1e9 else float(weight.abs().max()) or 1.0
+    matrix = matrix if scale == 1.0 else matrix / scale
+    gram = gram_matrix(matrix)
+    energies, basis = torch.linalg.eigh(gram) if vectors else (torch.linalg.eigvalsh(gram), None)
     energies = energies.flip(0).double().clamp_min(0)
     resolution = 64 * torch.finfo(dtype).eps * float(energies[0])
     values = energies.sqrt() * scale
@@ -62,18 +61,9 @@ def _gram(weight: Tensor, vectors: bool, *, dtype: torch.dtype) -> Solution | No
         resolved = blurred * resolution**0.5 <= UNRESOLVED_VALUES * float(energies.sqrt().sum())
     if dtype == torch.float32 and not resolved:
         return None
-    if basis is None:
-        return Solution(values, None, None, f"gram{torch.finfo(dtype).bits}")
-    rows = basis.flip(1).T.contiguous()  # (k, n)
-    up, down = (None, rows) if out >= in_ else (rows.T, None)
+    rows = None if basis is None else basis.flip(1).T.contiguous()  # (k, n)
+    up, down = (None, rows) if rows is None or out >= in_ else (rows.T, None)
     return Solution(values, up, down, f"gram{torch.finfo(dtype).bits}")
-
-
-def _eigh(gram: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
-    if vectors:
-        values, basis = torch.linalg.eigh(gram)
-        return values, basis
-    return torch.linalg.eigvalsh(gram), None
 
 
 def _direct(weight: Tensor, vectors: bool) -> Solution:
