@@ -4,8 +4,6 @@ A method is a function in a file of its own plus its name here; others add their
 ``peftc.<kind>``. Keyword-only parameters without a default are statistics it needs, those with one are its settings.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

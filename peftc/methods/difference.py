@@ -3,8 +3,6 @@
 By Eckart and Young no update of that rank is nearer; `peftc.methods.decompose.svd` computes and certifies it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from peftc.methods.decompose.svd import svd

@@ -9,8 +9,6 @@ where that leaves Q orthonormal, as it does for a well-conditioned weight, else 
 is never factored: it may be singular, as it is after a layer norm. Nothing is inverted but L and R.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Put updates beside the modules of a network: which modules take one, and what is frozen and what learns."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

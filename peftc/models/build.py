@@ -1,7 +1,5 @@
 """Build the base network of a source, or of an artifact's record, with parameters on the meta device."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

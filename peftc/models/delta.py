@@ -1,7 +1,5 @@
 """A delta: an artifact that holds what a task changed, and names the model that holds the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ BLIP (Li et al., 2022, arXiv:2201.12086, section 3.1) has, beside the towers, la
 and a matching head on top of them; one pass through everything gives the outputs that all steps of peftc look at.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Everything else is found by module type. To add a family is to add a row; which 
 (papers notes, section 1.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase

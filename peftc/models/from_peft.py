@@ -1,7 +1,5 @@
 """An adapter that Hugging Face peft wrote, on the model that it names."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

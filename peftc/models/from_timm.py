@@ -1,7 +1,5 @@
 """Networks of timm: by architecture, or from a folder with timm's ``config.json``."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path

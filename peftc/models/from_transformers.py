@@ -1,7 +1,5 @@
 """Networks of transformers: from a folder with its ``config.json``, also where tensor names need converting."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """A new head: outputs for other classes than those that a model was trained for, or for a model that had none."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Fetch a model's files from the hub through its cache, or say in one line what could not be fetched."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import replace

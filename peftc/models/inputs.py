@@ -1,7 +1,5 @@
 """What a network reads, and a random batch of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -19,8 +19,6 @@ Reading works from a list of what is understood: a setting of a configuration th
 refused by its name, and the modules and ranks that it names have to be those of the tensors.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

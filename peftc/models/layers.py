@@ -5,8 +5,6 @@ what the one before it gave, some of them adding to it. Of stacks within stacks 
 in a stage of Swin; but not the convolutions in a block of a ResNet, which add to nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial

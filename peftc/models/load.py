@@ -3,8 +3,6 @@
 Nothing is copied: a loaded parameter is a window on its file. Loading is strict; no gap is filled with random numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A network with its weights and all that must travel with it."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -6,8 +6,6 @@ get the id of the config or, where that names none, one in which no text of the 
 texts give one at a time.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Parts of a job that are there whole or not at all, each with a note."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where and in what precision a network computes."""
 
-from __future__ import annotations
-
 import copy
 import re
 from dataclasses import replace

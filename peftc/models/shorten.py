@@ -5,8 +5,6 @@ construction. Where no config builds one that takes exactly the kept tensors, `s
 read in the place of the dropped layers; such a model is loaded by peftc alone.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """Networks on the meta device, no larger than the weights beside their config allow."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

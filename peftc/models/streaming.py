@@ -4,8 +4,6 @@ Each module that owns parameters gets a copy of them on the device and in the dt
 runs, and loses it right after. A backward pass needs some of them again; they are copied again then, and not kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

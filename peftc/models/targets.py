@@ -4,8 +4,6 @@ PELA's eligibility is the default (papers notes, section 1.2): heads, norms, emb
 narrower than ten stay dense unless included. Patterns match whole components of dotted names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

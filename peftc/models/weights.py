@@ -1,7 +1,5 @@
 """Weight files: which tensors they hold, and each tensor mapped from the file without a copy."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Write an artifact and check it by loading it again: shared by every step that writes one."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 from collections.abc import Iterable, Iterator, Mapping

@@ -30,8 +30,6 @@ found out from the values of the weights it says as ``resolved``, settings with 
 module on the meta device.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Section A.1.4 of the papers notes, after the authors' code: a layer's score is t
 uncertain that is (that of AdaLoRA, arXiv 2303.10512), averaged over them.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 

@@ -10,8 +10,6 @@ In float32 weight and change are summed and there is one product. In half precis
 smaller than 2^-9 (bfloat16) or 2^-12 (float16) of the weight it meets, so there the change gets a product of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

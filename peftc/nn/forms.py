@@ -11,8 +11,6 @@ factored    LowRankLinear                     the product of its factors
 ==========  ================================  ================================================================
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

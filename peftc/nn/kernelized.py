@@ -1,7 +1,5 @@
 """The update of SNELL and SNELLA: points of rows and columns whose kernel is the change of a weight."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -23,8 +23,6 @@ Everything is computed in float32 at least, because K is a small difference of t
 columns, because the softmax runs along them. Backward is the closed form of section A.1.5 of the papers notes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ rank it had, the nearest product is found from the QR decompositions of both sta
 those of the small matrix R_up R_down^T (r0 + r, r0 + r), of which the largest are kept.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the processes of a launch learn from in one step, for losses that look at the whole batch of it at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

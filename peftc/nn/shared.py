@@ -7,8 +7,6 @@ inference mode a change of the input in place between two members' calls is not 
 found to share an input makes one. What writes to ``tensor.data`` hides its change from PyTorch, and from here.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Sequence

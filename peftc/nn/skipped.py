@@ -1,7 +1,5 @@
 """A layer that was dropped where its network cannot be built with fewer of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

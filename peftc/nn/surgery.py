@@ -1,7 +1,5 @@
 """Find, replace and fill the modules of a network; nothing here decides anything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

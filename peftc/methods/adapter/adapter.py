@@ -6,8 +6,6 @@ projections that end attention and MLP; ``parallel`` reads the module's input, a
 are projections to a width no larger than their input's. The default rank and scale are peftc's choice.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """BitFit (Ben Zaken et al., arXiv 2106.10199): of the network only the biases train, those of norms included."""
 
-from __future__ import annotations
-
 from torch import nn
 
 EVERYWHERE = True  # norms and heads too

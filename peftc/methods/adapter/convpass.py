@@ -7,8 +7,6 @@ an image of one pixel. ``up`` begins at zero and ``conv`` as the identity. The d
 the scale per data set among 0.01, 0.1, 1, 10 and 100. It cannot be merged.
 """
 
-from __future__ import annotations
-
 from math import isqrt
 
 import torch

@@ -5,8 +5,6 @@ gradients agree with it. The weight is made again in the backward pass, so that 
 alone. An embedding has a magnitude per column, which is the output there. The default rank and alpha are `lora`'s.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

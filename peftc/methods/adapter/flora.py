@@ -7,8 +7,6 @@ initial values and scale are those of the authors' one example (ranks 16, 16, 2,
 disagree: ``init`` names them. The scale matters more than the factorization; set it beside the learning rate.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

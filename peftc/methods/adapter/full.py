@@ -3,8 +3,6 @@
 The default rate is peftc's choice, a tenth of the other methods'.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 EVERYWHERE = True  # norms, embeddings and heads too

@@ -1,7 +1,5 @@
 """Linear probe: nothing trains but the head, which trains under every method."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

@@ -7,8 +7,6 @@ the product of (out k / groups, rank k) and (rank k, in k), read as a weight. Th
 SNELL's paper compares with; alpha, twice the rank, is peftc's choice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

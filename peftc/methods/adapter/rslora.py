@@ -4,8 +4,6 @@ With it the size of the update's gradient does not fall as the rank rises. The d
 Hugging Face peft.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from peftc.methods.adapter.lora import check_rank, low_rank

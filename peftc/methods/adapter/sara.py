@@ -11,8 +11,6 @@ program, unlike this one, then drops the moments of the optimizer. It learns at 
 the rate is peftc's choice, as for other methods.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

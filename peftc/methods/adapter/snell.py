@@ -7,8 +7,6 @@ train with dropout 0.1 here, which takes a product of its own and a second copy 
 as many numbers as the weight, it trains itself, as with LoRA, and is in no competition.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from peftc.nn.competition import after_step

@@ -7,8 +7,6 @@ addition: without one (``min_keep=0``, theirs) layers end up whole or empty. So 
 step, which makes the sparsity exactly the one asked for.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from peftc.nn.competition import after_step

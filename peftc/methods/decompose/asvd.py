@@ -5,8 +5,6 @@ Decomposition for Compressing Large Language Models", 2023, arXiv 2312.05821, se
 knows how inputs vary together, not only how large each is.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from peftc.methods.decompose.svd import svd

@@ -5,8 +5,6 @@ squared gradients, a sample at a time, summed over the outputs and averaged. Hsu
 with weighted low-rank factorization", 2022, arXiv 2207.00112, section 3.2. For comparison: `kfac` has both sides.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from peftc.methods.decompose.svd import svd

@@ -10,8 +10,6 @@ G is estimated from few samples and assumes that gradients and inputs are indepe
 optimizer would is worth more than any other setting (figures in tests/benchmarks/RESULTS.md).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from peftc.methods.spectrum import Spectrum

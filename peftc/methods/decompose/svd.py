@@ -5,8 +5,6 @@ for its use and the balanced square-root split. Solved as an eigenproblem of the
 W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -5,8 +5,6 @@ Singular Value Decomposition for Large Language Model Compression", 2024, arXiv 
 with a Cholesky factor; solved here by eigenproblems, which need no positive definite moment (`peftc.methods.weighted`).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from peftc.methods.spectrum import Spectrum

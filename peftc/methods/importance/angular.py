@@ -5,8 +5,6 @@ arccos(cos(x_in, x_out)) / pi.
 The paper takes the last token of a text; here it is the mean over all tokens, so that it is defined for images too.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

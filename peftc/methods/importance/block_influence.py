@@ -4,8 +4,6 @@ Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than Y
 1 - E[cos(x_in, x_out)], the expectation over tokens. Here every sample counts the same, whatever its length.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

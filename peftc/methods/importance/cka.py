@@ -4,8 +4,6 @@ Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019
 centred X and Y, ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) in Frobenius norms.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

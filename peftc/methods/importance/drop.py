@@ -5,8 +5,6 @@ The plain definition of what a layer is worth; it costs a forward pass for each 
 that goes, since the layers that are left share out the work anew.
 """
 
-from __future__ import annotations
-
 
 def drop(*, loss: float, loss_without: float) -> float:
     """Return how much the loss rises without the layer; below 0 where the network is better off without.

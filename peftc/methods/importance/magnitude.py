@@ -4,8 +4,6 @@ Li et al., "Pruning Filters for Efficient ConvNets", 2017, arXiv:1608.08710, sum
 they are those of all matrices of a layer. It looks at no data, and mostly at what the pre-training left: a baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

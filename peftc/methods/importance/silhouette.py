@@ -6,8 +6,6 @@ and b the smallest mean distance to another. SLS (arXiv 2407.14330) takes it of 
 cross-check, and not the same at one threshold.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 

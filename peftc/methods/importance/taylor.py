@@ -5,8 +5,6 @@ section 2.2: |dL/dh * h| for an activation h, since setting h to 0 changes the l
 h is what it adds to what it reads, h = x_out - x_in, and dL/dh is the gradient at its output.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -5,8 +5,6 @@ section 3: a map of two components by scikit-learn with PCA initialisation and r
 [0, 1], and the mean silhouette coefficient of the map with the true labels.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 

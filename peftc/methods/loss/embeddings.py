@@ -5,8 +5,6 @@ The squared distance of normalised vectors, plus the squared error of their cosi
 sentence encoders and dual encoders do: what users compare is the cosine.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

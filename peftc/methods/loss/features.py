@@ -4,8 +4,6 @@ PELA (arXiv 2310.10700): the mean squared error between the residual streams aft
 final norm, averaged over layers. Padding does not count, and every sample counts the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

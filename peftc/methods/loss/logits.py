@@ -4,8 +4,6 @@
 network", 2015, arXiv 1503.02531, section 2. `mse`: the mean squared error of logits, PELA's flag, off in all its runs.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -5,8 +5,6 @@ over modules. The hinge is an addition: PELA's two-sided square would push the p
 epsilon. Its gradient touches one entry of each product: with PELA's weight it is all but inert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
