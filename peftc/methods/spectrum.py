@@ -25,14 +25,14 @@ class Solution:
         values: (k,) singular values, descending, float64.
         up: (out, k) with orthonormal columns, or ready scaled when ``down`` is given too; None: weight @ down^T.
         down: (k, in) with orthonormal rows, or ready scaled when ``up`` is given too; None: up^T @ weight.
-        rung: how it was computed.
+        rung: how it was computed, as the `Spectrum` says.
         exact: whether the method itself vouches for it (a direct SVD), so that no certificate is needed.
     """
 
     values: Tensor
     up: Tensor | None
     down: Tensor | None
-    rung: str
+    rung: str = ""
     exact: bool = False
 
 
@@ -90,7 +90,7 @@ class Spectrum:
                 f"a method gave {up.shape[1]} of {full} components",
                 why="a budget may ask for any rank up to the full one",
             )
-        return cls(weight, {"given": lambda _weight, _vectors: Solution(values.double(), up, down, "given")})
+        return cls(weight, {"given": lambda _weight, _vectors: Solution(values.double(), up, down)})
 
     @property
     def values(self) -> Tensor:

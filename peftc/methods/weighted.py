@@ -70,16 +70,11 @@ def weighted(weight: Tensor, moment: Moment, gram: Gram | None = None, *, dampin
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 Lift = Callable[[Tensor], Tensor]  # (in, k) -> (out, k), by a matrix with orthonormal columns
+Split = Callable[[Tensor], tuple[Lift, Tensor]]
 
 
 def _solve(
-    weight: Tensor,
-    solver: Solver,
-    split: Callable[[Tensor], tuple[Lift, Tensor]],
-    *,
-    moment: Moment,
-    gram: Gram | None,
-    damping: float,
+    weight: Tensor, solver: Solver, split: Split, *, moment: Moment, gram: Gram | None, damping: float
 ) -> Solution:
     """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
     wide = weight.double()
@@ -99,7 +94,7 @@ def _solve(
         energies, basis = _ordered(_symmetric(outer), square, solver)
         up, down = lift(basis), basis.T @ square
     up = up if inverse is None else inverse @ up
-    return Solution(energies.sqrt() * scale, up.to(weight.dtype), down.to(weight.dtype), "")
+    return Solution(energies.sqrt() * scale, up.to(weight.dtype), down.to(weight.dtype))
 
 
 def _ordered(outer: Tensor, matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
@@ -138,7 +133,7 @@ def _by_cholesky(matrix: Tensor) -> tuple[Lift, Tensor]:
 
 def _by_reflections(matrix: Tensor) -> tuple[Lift, Tensor]:
     basis, triangle = torch.linalg.qr(matrix)
-    return lambda inner: basis @ inner, triangle
+    return basis.matmul, triangle
 
 
 def _roots(gram: Gram | None, damping: float, solver: Solver) -> tuple[Any, Tensor | None, Tensor | None]:

@@ -113,14 +113,11 @@ def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> No
 
 def _owners(network: nn.Module, on_product: bool) -> dict[str, nn.Module]:
     """Return the modules with parameters of their own, factored ones as one where asked."""
-    whole = [n for n, m in network.named_modules() if on_product and isinstance(m, lowrank.LowRankLinear)]
-    found = {}
-    for name, module in network.named_modules():
-        if any(name.startswith(f"{product}.") for product in whole):
-            continue
-        if name in whole or any(each is not None for each in module._parameters.values()):
-            found[name] = module
-    return found
+    modules = dict(network.named_modules())
+    whole = {name for name, each in modules.items() if on_product and isinstance(each, lowrank.LowRankLinear)}
+    inside = tuple(f"{name}." for name in whole)
+    owners = {name for name, each in modules.items() if any(own is not None for own in each._parameters.values())}
+    return {name: each for name, each in modules.items() if name in whole | owners and not name.startswith(inside)}
 
 
 def _impossible(network: nn.Module, name: str, module: Any) -> str | None:

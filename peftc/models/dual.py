@@ -93,8 +93,6 @@ def stacked(found: Towers, *scores: Tensor) -> Tensor:
     The rows of each pair are its image vector, its text vector, its matching scores, and further scores, zeros behind
     the two scores of a row.
     """
-    rows = [found.image, found.text]
-    for each in (found.matching, *scores):
-        if each is not None:
-            rows.append(F.pad(each, (0, found.image.shape[1] - each.shape[1])))
-    return torch.stack(rows, 1)
+    width = found.image.shape[1]
+    padded = [F.pad(each, (0, width - each.shape[1])) for each in (found.matching, *scores) if each is not None]
+    return torch.stack([found.image, found.text, *padded], 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftc import methods
 from peftc.errors import SourceError
-from peftc.models import interchange
+from peftc.models import heads, interchange
 from peftc.models.interchange import Adapter
 from peftc.models.model import Model
 from peftc.nn import surgery
@@ -79,8 +79,6 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
 
 def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:
     """Give the base another head where the adapter brings one for other classes."""
-    from peftc.models import heads
-
     known = surgery.tensors_of(base.module)
     matrices = [tensor for name, tensor in own.items() if tensor.ndim == 2 and name.endswith("weight")]
     fits = all(name in known and known[name].shape == tensor.shape for name, tensor in own.items())

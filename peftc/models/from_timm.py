@@ -111,11 +111,6 @@ def network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network that timm's configuration describes, as timm itself would read it, and how it was read.
 
-    Args:
-        config: of timm.
-        folder: that holds its weights.
-        record: of an artifact.
-
     Raises:
         SourceError, UsageError: timm cannot build it.
     """

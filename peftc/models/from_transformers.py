@@ -21,11 +21,6 @@ from peftc.store.source import MANIFEST, Source, read_json
 def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Model:
     """Return the network of a transformers folder, of the class that its config names.
 
-    Args:
-        source: what the user named.
-        folder: that holds the config.
-        record: of an artifact.
-
     Raises:
         SourceError: there is no such class, or it cannot be built.
     """
@@ -48,10 +43,9 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
         made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
         if hasattr(made, "transformers_weights"):
             del made.transformers_weights
-        make = partial(cls, made)
         if remote or cls is transformers.AutoModel:
-            make = partial(transformers.AutoModel.from_config, made, trust_remote_code=source.trust_remote_code)
-        module: Any = on_meta(make, stored_in(folder, record), config)
+            cls = partial(transformers.AutoModel.from_config, trust_remote_code=source.trust_remote_code)
+        module: Any = on_meta(partial(cls, made), stored_in(folder, record), config)
         module.tie_weights()
     except (*UNBUILDABLE, StrictDataclassError) as error:
         raise SourceError(f"transformers cannot build the model of `{folder}`", why=reason_of(error)) from error
@@ -135,9 +129,7 @@ MOST_SIDE = 4096  # pixels of an image that a model reads
 
 
 def processor(folder: Path) -> dict[str, Any]:
-    """Return how images become inputs, from ``preprocessor_config.json`` or the record of a whole processor.
-
-    Empty where there is neither.
+    """Return how images become inputs, from ``preprocessor_config.json`` or the record of a processor; else nothing.
 
     Raises:
         SourceError: it says so in no way that peftc understands.
@@ -194,9 +186,12 @@ def fill(model: Model, tensors: Weights) -> dict[str, str]:
     them, at the price of a copy in memory.
     """
     module: Any = model.module
-    renamed = _without_prefix(module, tensors.names())
-    wanted = surgery.stored_names(module)
-    if not all(any(name in renamed for name in names) for names in wanted.values()):
+    prefix = f"{module.base_model_prefix}." if getattr(module, "base_model_prefix", "") else ""
+    wanted, renamed = set(module.state_dict()), {}
+    for name in tensors.names():
+        choices = (name, prefix + name, name.removeprefix(prefix))
+        renamed[next((choice for choice in choices if choice in wanted), name)] = name
+    if not all(any(name in renamed for name in names) for names in surgery.stored_names(module).values()):
         _by_transformers(model, tensors.where)
         return {}
     patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
@@ -207,16 +202,6 @@ def fill(model: Model, tensors: Weights) -> dict[str, str]:
     read = lambda name: tensors.read(renamed[name])  # noqa: E731
     found = surgery.fill(module, renamed, read, where=tensors.where, ignore=ignored)
     return {first: renamed[name] for first, name in found.items()}
-
-
-def _without_prefix(module: Any, names: list[str]) -> dict[str, str]:
-    prefix = f"{module.base_model_prefix}." if getattr(module, "base_model_prefix", "") else ""
-    wanted = set(module.state_dict())
-    renamed = {}
-    for name in names:
-        choices = (name, prefix + name, name.removeprefix(prefix))
-        renamed[next((choice for choice in choices if choice in wanted), name)] = name
-    return renamed
 
 
 def _by_transformers(model: Model, where: str) -> None:

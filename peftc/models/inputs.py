@@ -105,11 +105,7 @@ def _config(model: Model, part: str) -> Any:
 
 @contextmanager
 def taken(model: Model) -> Iterator[None]:
-    """Say so where a network does not take an input that was made up for it.
-
-    Raises:
-        SourceError: it did not.
-    """
+    """Say so where a network does not take an input that was made up for it (SourceError: it did not)."""
     try:
         yield
     except PeftcError:

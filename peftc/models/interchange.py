@@ -20,9 +20,9 @@ refused by its name, and the modules and ranks that it names have to be those of
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mode
 from typing import Any
 
 from peftc.errors import OutputError, SourceError
@@ -139,8 +139,8 @@ def to_peft(
             made[f"{PREFIX}{module}.{key}"] = there
         else:
             raise _no_place(f"`{name}`", "it is no part of an update that peft has")
-    rank = _commonest(each.rank for each in adapters.values())
-    alpha = _commonest(each.alpha for each in adapters.values())
+    rank = mode(each.rank for each in adapters.values())
+    alpha = mode(each.alpha for each in adapters.values())
     exact = {name: f"^{re.escape(name)}" for name in adapters}
     config = {
         "alpha_pattern": {exact[name]: _whole(each.alpha) for name, each in adapters.items() if each.alpha != alpha},
@@ -364,10 +364,6 @@ def _match(pattern: str, name: str) -> Any:
     except TimeoutError:
         why = f"it is not done with the name `{name}` after {PATIENCE:g} seconds"
         raise SourceError(f"`{pattern}` in the configuration of the adapter is no pattern for names", why=why) from None
-
-
-def _commonest(values: Any) -> Any:
-    return Counter(values).most_common(1)[0][0]
 
 
 def _whole(alpha: float) -> float:

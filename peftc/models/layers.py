@@ -110,12 +110,7 @@ def _run(model: Model) -> None:
 
 
 def _stacks(network: nn.Module, *, strict: bool) -> Iterator[list[str]]:
-    """Yield the names of siblings of one class that hold modules of their own.
-
-    Args:
-        network: to look through.
-        strict: only those in a list, or alone with their kind; a network without any such may still have stages.
-    """
+    """Yield names of siblings of one class that hold modules; strictly, those in a list or alone with their kind."""
     for path, container in network.named_modules():
         kinds = {type(child) for child in container.children()}
         listed = isinstance(container, nn.ModuleList | nn.Sequential)
@@ -137,12 +132,9 @@ def main(output: Any) -> Tensor | None:
 
 @contextmanager
 def seen(network: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Any], Any]) -> Iterator[None]:
-    """Show what each layer reads and its whole output, in the forward passes made inside, as soon as it has run.
+    """Show name, what is read and the whole output of each layer, in the forward passes made inside, once it has run.
 
-    Args:
-        network: that has the layers.
-        names: of layers.
-        see: takes name, what is read, and output; what it returns, unless that is None, takes the output's place.
+    What ``see`` returns, unless that is None, takes the output's place.
     """
 
     def hook(name: str) -> Callable[..., Any]:
@@ -187,9 +179,7 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> AbstractContextManager
 def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
     """Return the lengths of the tuples that the main output of each layer stands first in, from the outer one.
 
-    Args:
-        model: runnable; a random input goes through it once.
-        names: of layers.
+    The model is runnable; a random input goes through it once.
     """
     found: dict[str, list[int]] = {}
 

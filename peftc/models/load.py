@@ -287,20 +287,13 @@ def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, di
     return replace(model, infos=infos, manifest=record), changed
 
 
-FINITE_BLOCK = 1 << 22
-
-
 def refuse_non_finite(model: Model) -> None:
-    """Refuse a model that holds NaN or infinite numbers.
-
-    Raises:
-        WeightError: naming every such tensor.
-    """
+    """Refuse a model that holds NaN or infinite numbers (WeightError: naming every such tensor)."""
     bad = [
         name
         for name, tensor in surgery.tensors_of(model.module).items()
         if tensor.is_floating_point()
-        and not all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))
+        and not all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(1 << 22))
     ]
     if bad:
         raise WeightError(

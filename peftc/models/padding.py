@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftc.errors import DataError
 from peftc.models.model import Model
+from peftc.models.tokenizer import tokenizer_of
 
 NEVER = -1  # the id of no token: nothing in the batch is padding
 
@@ -37,19 +38,15 @@ def _asks_for_padding(cls: Any) -> bool:
         return False
 
 
-def padding_id(module: nn.Module) -> int | None:
+def padding_id(module: Any) -> int | None:
     """Return the id that the config of a classifier names for padding; None where it names none that is a token."""
-    config = _text_config(module)
+    config = module.config.get_text_config()
     found = config.pad_token_id
     return found if isinstance(found, int) and 0 <= found < config.vocab_size else None  # Llama 1 says -1
 
 
-def _text_config(module: Any) -> Any:
-    return module.config.get_text_config()
-
-
 @contextmanager
-def told(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def told(module: Any, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Give a batch as a network takes it; while it runs, the config of a classifier names what pads it.
 
     Raises:
@@ -59,7 +56,7 @@ def told(module: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[dict[str, T
     if "input_ids" not in batch or not reads_last_token(inner):
         yield dict(batch)
         return
-    config, named = _text_config(inner), padding_id(inner)
+    config, named = inner.config.get_text_config(), padding_id(inner)
     before = config.pad_token_id
     config.pad_token_id = _unused(batch, config.vocab_size) if named is None else named
     try:
@@ -91,8 +88,6 @@ def _unused(batch: Mapping[str, Tensor], tokens: int) -> int:
 
 def id_to_write(model: Model) -> int:
     """Return the id for a config that has to name one: of the tokenizer's padding, else the end of a text, else 0."""
-    from peftc.models.tokenizer import tokenizer_of  # which looks at networks by way of this module
-
     known: list[Any] = [model.config.get("eos_token_id")]
     try:
         tokenizer = tokenizer_of(model)
@@ -100,10 +95,11 @@ def id_to_write(model: Model) -> int:
     except DataError:  # a network in memory has none
         pass
     ids = [each[0] if isinstance(each, list) and each else each for each in known]
-    tokens = _text_config(model.module).vocab_size
+    network: Any = model.module
+    tokens = network.config.get_text_config().vocab_size
     return next((each for each in ids if isinstance(each, int) and 0 <= each < tokens), 0)
 
 
-def name_in_config(module: nn.Module, padding: int) -> None:
+def name_in_config(module: Any, padding: int) -> None:
     """Let the config of a network in memory name what pads it."""
-    _text_config(module).pad_token_id = padding
+    module.config.get_text_config().pad_token_id = padding

@@ -11,7 +11,7 @@ from peftc import processes
 from peftc.errors import SourceError, UsageError
 from peftc.models import streaming
 from peftc.models.model import Batch, Model, detached
-from peftc.models.streaming import PLACE
+from peftc.models.streaming import STREAM
 from peftc.nn import surgery
 
 DTYPES = {
@@ -87,16 +87,16 @@ def _is_streamed(model: Model, place: torch.device, wanted: torch.dtype) -> bool
 
 def place_of(module: nn.Module) -> torch.device:
     """Return the device on which a network computes: of its first parameter; the CPU where it has none."""
-    if PLACE in module.__dict__:
-        return module.__dict__[PLACE][0]  # type: ignore[no-any-return]
+    if stream := module.__dict__.get(STREAM):
+        return stream.device  # type: ignore[no-any-return]
     first = next(module.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Return the dtype in which a network computes: of its first floating parameter; float32 where it has none."""
-    if PLACE in module.__dict__:
-        return module.__dict__[PLACE][1]  # type: ignore[no-any-return]
+    if stream := module.__dict__.get(STREAM):
+        return stream.dtype  # type: ignore[no-any-return]
     return next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
 
 

@@ -25,13 +25,7 @@ from peftc.nn import surgery
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers in one container, numbered from 0.
-
-    Attributes:
-        path: of the container.
-        number: how many layers it has.
-        kept: the positions of those that stay.
-    """
+    """A container, how many layers it has, and the positions, from 0, of those that stay."""
 
     path: str
     number: int

@@ -13,20 +13,11 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from peftc.errors import SourceError
+from peftc.models.inputs import DOES_NOT_RUN
 from peftc.store.manifest import Manifest
 
 # what a constructor of another library may raise on a configuration that it does not understand
-UNBUILDABLE = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    OSError,
-    MemoryError,
-)
+UNBUILDABLE = (*DOES_NOT_RUN, OSError, MemoryError)
 
 
 @dataclass
@@ -56,11 +47,7 @@ class Limits:
         return 5_000 + self.stored // 1000
 
     def count(self, parameter: nn.Parameter) -> None:
-        """Take note of a parameter that was built.
-
-        Raises:
-            SourceError: there are too many.
-        """
+        """Take note of a parameter that was built (SourceError: there are too many)."""
         self.entries += parameter.numel()
         self.parameters += 1
         if self.parameters > self.most_parameters or 4 * self.entries > self.most_bytes:
@@ -91,24 +78,10 @@ class Limits:
 
 COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?)$")
 SMALL = 512 * 1024 * 1024  # bytes that any config may ask for
-FACTORIES = {
-    torch.arange,
-    torch.empty,
-    torch.eye,
-    torch.full,
-    torch.linspace,
-    torch.logspace,
-    torch.ones,
-    torch.rand,
-    torch.randint,
-    torch.randn,
-    torch.zeros,
-}
-
-
-FILLS = frozenset(
-    getattr(Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
-)
+MAKE = "arange empty eye full linspace logspace ones rand randint randn zeros"
+FILL = "add_ clamp_ erfinv_ fill_ mul_ normal_ uniform_ zero_"
+FACTORIES = {getattr(torch, name) for name in MAKE.split()}
+FILLS = {getattr(Tensor, name) for name in FILL.split()}
 
 
 class _Watching(TorchFunctionMode):
@@ -126,9 +99,9 @@ class _Watching(TorchFunctionMode):
         if function in FILLS and args[0].is_meta:
             return args[0]
         if self.limits is not None and function in FACTORIES and not kwargs.keys() & {"out", "generator"}:
-            shape = function(*args, **{**kwargs, "device": "meta"})
-            if shape.numel() * shape.itemsize > self.limits.most_bytes:
-                raise self.limits.refusal(f"a tensor of {shape.numel() * shape.itemsize:,} bytes")
+            empty = function(*args, **{**kwargs, "device": "meta"})
+            if empty.nbytes > self.limits.most_bytes:
+                raise self.limits.refusal(f"a tensor of {empty.nbytes:,} bytes")
         return function(*args, **kwargs)
 
 

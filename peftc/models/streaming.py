@@ -4,15 +4,14 @@ Each module that owns parameters gets a copy of them on the device and in the dt
 runs, and loses it right after. A backward pass needs some of them again; they are copied again then, and not kept.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-PLACE = "computes_on"  # attribute of a streamed network: (device, dtype)
+STREAM = "stream"  # attribute of a streamed network
 WHOLE = (nn.MultiheadAttention,)  # modules that read the parameters of their children without calling them
 
 
@@ -66,8 +65,7 @@ def install(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
         owners = list(module.modules()) if isinstance(module, WHOLE) else [module]
         if id(module) not in inside and any(owner._parameters for owner in owners):
             _attach(module, owners, stream)
-    network.__dict__[PLACE] = (device, dtype)
-    network.__dict__["stream"] = stream
+    network.__dict__[STREAM] = stream
 
 
 def _attach(module: nn.Module, owners: list[nn.Module], stream: Stream) -> None:
@@ -96,13 +94,7 @@ def _attach(module: nn.Module, owners: list[nn.Module], stream: Stream) -> None:
     module.register_forward_hook(drop, always_call=True)
 
 
-@contextmanager
-def recomputing(network: nn.Module) -> Iterator[None]:
+def recomputing(network: nn.Module) -> AbstractContextManager[Any]:
     """Keep no copy of a parameter for a backward pass; of a network that is not streamed, all as it is."""
-    stream: Stream | None = network.__dict__.get("stream")
-    if stream is None:
-        yield
-        return
-    pack: Callable[[Tensor], Any] = stream.pack
-    with torch.autograd.graph.saved_tensors_hooks(pack, stream.unpack):
-        yield
+    stream: Stream | None = network.__dict__.get(STREAM)
+    return nullcontext() if stream is None else torch.autograd.graph.saved_tensors_hooks(stream.pack, stream.unpack)

@@ -11,11 +11,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.jso
 
 
 def tokenizer_of(model: Model) -> Any:
-    """Return the tokenizer that lies beside a model.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the tokenizer that lies beside a model (DataError: there is none)."""
     if model.folder is None or not any(next(model.folder.glob(name), None) for name in TOKENIZERS):
         raise DataError(
             f"`{model.name}` has no tokenizer",

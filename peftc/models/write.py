@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,14 +57,11 @@ def base_record(model: Model) -> dict[str, Any]:
     return {**model.base, "files": files}
 
 
-def identity(
-    base: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]], request: Mapping[str, Any], config: Mapping[str, Any]
-) -> str:
+def identity(model: Model, base: Mapping[str, Any], request: Mapping[str, Any]) -> str:
     """Return the id of an artifact: digest of its base, by content and not by place, and of every request."""
     content = {key: value for key, value in base.items() if key != "source"}
-    return manifest.digest(
-        {"base": content, "config": config, "requests": [step["request"] for step in earlier] + [request]}
-    )
+    earlier = [step["request"] for step in (model.manifest.steps if model.manifest else [])]
+    return manifest.digest({"base": content, "config": model.config, "requests": [*earlier, request]})
 
 
 @contextmanager
@@ -76,7 +73,7 @@ def writing(
     Of several processes the first holds the folder; the others see its working folder and write parts alone.
     """
     base = base_record(model)
-    identifier = identity(base, model.manifest.steps if model.manifest else [], request, model.config)
+    identifier = identity(model, base, request)
     processes.wait()
     if processes.rank():
         processes.wait()  # until the first holds the folder, or says why it does not
@@ -91,8 +88,7 @@ def writing(
 
 def settle(job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     """Let a job write under the request that its own resolved to, and return that; the result keeps what was asked."""
-    earlier = model.manifest.steps if model.manifest else []
-    job.settle(identity(base, earlier, request, model.config))
+    job.settle(identity(model, base, request))
     return request
 
 
@@ -307,11 +303,7 @@ def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:
 
 
 def shard_bytes(text: str | int) -> int:
-    """Read ``--max-shard-size``: bytes, or a number with a unit.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Read ``--max-shard-size``: bytes, or a number with a unit (UsageError: it is neither)."""
     try:
         return scaled(str(text), SIZES)
     except ValueError as error:

@@ -21,7 +21,7 @@ A method's module may have
 refuse(network)             raises where the method does not suit a network
 whole(module)               true of modules that it adapts as a whole, where not those with weights of their own
 after_step(updates, step,   called after each step of the optimizer, before its gradients are dropped: ``updates`` by
-steps, steps_per_epoch)     name, the ``step`` from 1
+steps, steps_per_epoch)     name, the ``step`` from 1, and how many steps an epoch has
 penalty(adapted)            gives what is added to the loss of a step, or None: ``adapted`` are the modules by name
 ==========================  ========================================================================================
 
@@ -113,15 +113,14 @@ def take_in(network: nn.Module, *, same_rank: bool = False) -> dict[str, TakenIn
     """
     found: dict[str, TakenIn] = {}
     for name, module in adapted_modules(network).items():
-        if module.mergeable:
-            if isinstance(module.base, LowRankLinear):
-                rank = module.base.rank if same_rank else None
-                new, error = merging.merged_factors(module.base, module.update, rank)
-                found[name] = TakenIn(new.rank, error)
-                surgery.replace(network, module, new)
-            else:
-                found[name] = TakenIn()
-                surgery.replace(network, module, merged(module))
+        base = module.base
+        if module.mergeable and isinstance(base, LowRankLinear):
+            new, error = merging.merged_factors(base, module.update, base.rank if same_rank else None)
+            found[name] = TakenIn(new.rank, error)
+            surgery.replace(network, module, new)
+        elif module.mergeable:
+            found[name] = TakenIn()
+            surgery.replace(network, module, merged(module))
     return found
 
 

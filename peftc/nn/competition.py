@@ -20,14 +20,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_per_epoch: float) -> None:
-    """Bring the updates up to date after an optimizer's step, with the gradients of that step still there.
-
-    Args:
-        updates: by name of the module.
-        step: how many are done, from 1.
-        steps: of the training.
-        steps_per_epoch: how many see as many samples as there are.
-    """
+    """Bring the updates up to date after an optimizer's step, with the gradients of that step still there."""
     kernelized = {name: update for name, update in updates.items() if isinstance(update, Kernelized)}
     settings = next((update.settings for update in kernelized.values()), None)
     if settings is None or not settings.competes:

@@ -46,11 +46,7 @@ class Settings:
     refresh_every: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UsageError: naming the setting.
-        """
+        """Refuse numbers out of range (UsageError: naming the setting)."""
         one_of("--set kernel=", self.kernel, KERNELS)
         one_of("--set sparsify=", self.sparsify, SPARSIFY[1:])
         one_of("--set allocate=", self.allocate, budgets.ALLOCATIONS)
@@ -208,10 +204,8 @@ def update_of(module: Any, settings: Settings) -> Kernelized | tuple[str, ...] |
     form = folded.form_of(module)
     if form is None:
         return None
-    shape = module.weight.shape
-    out = shape[1] if form == "transposed" else shape[0]
-    in_ = module.weight.numel() // out
+    out, in_ = forms.matrix_size(module)
     matrices = settings.split if form != "channel" and out == settings.split * in_ else 1
     mix = 3 * matrices if settings.kernel == "mix" else 0
     whole = forms.dense(module, settings.rank * (out + matrices * in_) + mix)
-    return whole or Kernelized(shape, settings, transposed=form == "transposed", matrices=matrices)
+    return whole or Kernelized(module.weight.shape, settings, transposed=form == "transposed", matrices=matrices)

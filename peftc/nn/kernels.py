@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftc.nn.forms import wide
+
 KERNELS = ("linear", "piecewise", "mix")
 SPARSIFY = ("none", "hard", "code", "paper")
 HALVES, SCALE = 2, 0.1
@@ -38,12 +40,7 @@ BLOCK = 1 << 24  # elsewhere
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a matrix comes from its points.
-
-    Attributes:
-        kernel: one of `KERNELS`.
-        sparsify: one of `SPARSIFY`.
-    """
+    """How a matrix comes from its points: one of `KERNELS` and one of `SPARSIFY`."""
 
     kernel: str
     sparsify: str
@@ -60,7 +57,7 @@ class Kernel:
 
     def change(self, rows: Tensor, columns: Tensor, threshold: Tensor | None, mix: Tensor | None = None) -> Tensor:
         """Return the matrix (out, in) after the competition; ``threshold`` is a scalar, or None for no competition."""
-        rows, columns, mix = _exact(rows), _exact(columns), None if mix is None else _exact(mix)
+        rows, columns, mix = wide(rows), wide(columns), None if mix is None else wide(mix)
         found = rows.new_empty(rows.shape[1], columns.shape[1])
         for block in _blocks(found):
             values = self._block(rows, columns[:, block], mix)[0]
@@ -72,14 +69,14 @@ class Kernel:
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of rows, columns, threshold (None) and mix, given that of the change (out, in)."""
         kinds = [each.dtype for each in (rows, columns)]
-        rows, columns, wide = _exact(rows), _exact(columns), None if mix is None else _exact(mix)
+        rows, columns, exact = wide(rows), wide(columns), None if mix is None else wide(mix)
         of_rows, of_columns = torch.zeros_like(rows), torch.empty_like(columns)
-        of_mix = None if wide is None else torch.zeros_like(wide)
+        of_mix = None if exact is None else torch.zeros_like(exact)
         for block in _blocks(gradient):
-            values, distances, soft = self._block(rows, columns[:, block], wide)
+            values, distances, soft = self._block(rows, columns[:, block], exact)
             grown = self._through_competition(gradient[:, block], values, threshold)
-            if wide is not None and of_mix is not None and soft is not None:
-                grown = _through_mix(grown, distances, soft, wide, of_mix)
+            if exact is not None and of_mix is not None and soft is not None:
+                grown = _through_mix(grown, distances, soft, exact, of_mix)
             of_columns[:, block] = self._through_kernel(grown, distances, rows, columns[:, block], of_rows)
         of_rows, of_columns = of_rows.to(kinds[0]), of_columns.to(kinds[1])
         return (of_rows, of_columns, None) if mix is None else (of_rows, of_columns, None, of_mix.to(mix.dtype))  # type: ignore[union-attr]
@@ -139,10 +136,6 @@ def _through_mix(gradient: Tensor, distances: Tensor, soft: Tensor, mix: Tensor,
     around = values - (values * soft).sum(0)
     of_mix += torch.stack([sums.sum(), -alpha / gamma**2 * (weighted * around).sum(), gradient.sum()])
     return gradient + (alpha / gamma) * (weighted - soft * sums)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -27,8 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FORMS = ("linear", "transposed", "embedding", "channel", "spatial", "tucker2")
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -164,6 +162,7 @@ KINDS: dict[str, Any] = {
     "spatial": LowRankConv2d,
     "tucker2": LowRankConv2d,
 }
+FORMS = tuple(KINDS)
 
 
 def matrix(weight: Tensor, form: str) -> Tensor:

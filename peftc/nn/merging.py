@@ -39,7 +39,10 @@ def merged_factors(base: LowRankLinear, update: Any, rank: int | None = None) ->
         the module in the dtype of ``base``, frozen, and the Frobenius norm of what its weight lacks relative to the
         norm of the whole, before the factors are cast.
     """
-    up, down = stacked(base, update)
+    more_up, more_down = update.factors()
+    up, down = torch.cat([wide(base.up.weight), more_up], 1), torch.cat([wide(base.down.weight), more_down])
+    if hasattr(update, "ratio"):
+        up = up * update.ratio(base.weight)[:, None]
     error = 0.0
     if rank is not None:
         up, down, error = truncated(up, down, rank)
@@ -51,15 +54,6 @@ def merged_factors(base: LowRankLinear, update: Any, rank: int | None = None) ->
     if base.bias is not None:
         new.up.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
     return new.train(base.training), error
-
-
-def stacked(base: LowRankLinear, update: Any) -> tuple[Tensor, Tensor]:
-    """Return up (out, r0 + r) and down (r0 + r, in), in float32 at least, whose product is the updated weight."""
-    more_up, more_down = update.factors()
-    up = torch.cat([wide(base.up.weight), more_up], 1)
-    if hasattr(update, "ratio"):
-        up = up * update.ratio(base.weight)[:, None]
-    return up, torch.cat([wide(base.down.weight), more_down])
 
 
 def truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -10,12 +10,6 @@ from peftc.errors import ArtifactError, WeightError, named
 from peftc.nn import lowrank, shared, skipped
 
 
-def rank_of(edit: Mapping[str, Any]) -> int | tuple[int, int]:
-    """Return the rank in a manifest's module entry; a pair for `tucker2`, which artifacts of earlier versions hold."""
-    rank = edit["rank"]
-    return (int(rank[0]), int(rank[1])) if isinstance(rank, list | tuple) else int(rank)
-
-
 def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the modules named in ``edits`` (name -> form and rank) by low-rank ones on the meta device.
 
@@ -28,7 +22,8 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
         except AttributeError:
             raise ArtifactError(f"the artifact factors `{name}`, which its base network does not have") from None
         try:
-            new = lowrank.build(old, edit["form"], rank_of(edit))
+            rank = edit["rank"]  # a list for `tucker2`, which artifacts of earlier versions hold
+            new = lowrank.build(old, edit["form"], tuple(rank) if isinstance(rank, list | tuple) else rank)
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"the artifact factors `{name}` as `{edit['form']}` at rank {edit['rank']}",

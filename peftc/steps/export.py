@@ -119,7 +119,7 @@ def export(
         "is_judged": bool(gates),
     }
     base = write.base_record(stored)
-    identity = write.identity(base, stored.manifest.steps if stored.manifest else [], request, stored.config)
+    identity = write.identity(stored, base, request)
     output = write.output_folder(output_dir, stored, "export")
     with execution(output, identity, request, overwrite=overwrite, record=EXPORT) as job:
         if job.done:

@@ -50,11 +50,7 @@ def whole(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def refuse(network: nn.Module) -> None:
-    """Refuse a network whose tokens are not known to be a square of patches.
-
-    Raises:
-        PlanError: with what it has instead.
-    """
+    """Refuse a network whose tokens are not known to be a square of patches (PlanError: with what it has instead)."""
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if grid is None or len(set(grid)) != 1:
         found = f"{grid[0]} x {grid[1]} patches" if grid else "no grid of patches that its modules tell of"
@@ -76,11 +72,7 @@ class Bypass(nn.Module):
             nn.init.zeros_(zero)  # type: ignore[arg-type]
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """Map (batch, tokens, in) to (batch, tokens, out).
-
-        Raises:
-            PlanError: the tokens are no square of patches.
-        """
+        """Map (batch, tokens, in) to (batch, tokens, out) (PlanError: the tokens are no square of patches)."""
         given = base(x)
         side = isqrt(x.shape[1]) if x.ndim == 3 else 0
         before = x.shape[1] - side**2

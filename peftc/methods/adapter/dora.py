@@ -5,12 +5,10 @@ gradients agree with it. The weight is made again in the backward pass, so that 
 alone. An embedding has a magnitude per column, which is the output there. The default rank and alpha are `lora`'s.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from peftc.methods.adapter.lora import Change, bypass, check_rank, initial
+from peftc.methods.adapter.lora import Lora, check_rank
 from peftc.nn import forms
 from peftc.nn.forms import wide
 
@@ -35,16 +33,13 @@ def dora(
     return forms.dense(module, rank * (out + in_) + outputs) or Dora(module, form, rank, alpha / rank, dropout)
 
 
-class Dora(Change):
+class Dora(Lora):
     """The factors (out, rank) and (rank, in) of a change, and the length of the weight for each output."""
 
     def __init__(self, module: nn.Module, form: str, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.form, self.scale = form, scale
+        super().__init__(form, *forms.matrix_size(module), rank, scale, dropout)
         self.last = form in ("embedding", "transposed")  # where the axis of the outputs is
-        self.up, self.down = initial(form, *forms.matrix_size(module), rank)
         self.magnitude = nn.Parameter(self._norm(wide(module.weight.detach())))  # type: ignore[operator]
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
@@ -56,34 +51,26 @@ class Dora(Change):
         if self.form == "factored" and self.dropout.training and self.dropout.p > 0:
             seen = self.dropout(x)
             plain = base(seen) if bias is None else base(seen) - bias
-        changed = bypass(base, self.form, seen, self.up, self.down, self.scale)
-        return given + ((ratio - 1) * plain + ratio * changed).to(given.dtype)
+        return given + ((ratio - 1) * plain + ratio * self.bypass(base, seen)).to(given.dtype)
 
     def ratio(self, weight: Tensor) -> Tensor:
         """Return what each output of weight plus change is multiplied by."""
         # detached: under `no_grad`, autocast of torch 2.8 would keep casts that the gradient cannot go through
-        norm = self._norm(self._changed(weight, self.up.detach(), self.down.detach()))
+        norm = self._norm(wide(weight) + super().change(weight, self.up.detach(), self.down.detach()))
         return wide(self.magnitude) / norm
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the updated weight in float32."""
-        return self._updated(weight, self.up, self.down, self.magnitude).float()
+        return self._updated(weight, *self.parameters()).float()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (out, rank) and (rank, in), whose product is the change before `ratio`."""
-        return self.scale * self.up.float(), self.down.float()
-
-    def change(self, weight: Tensor, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
+    def change(self, weight: Tensor, *learned: Tensor) -> Tensor:
         """Return what is added to the weight."""
-        return self._updated(weight, up, down, magnitude) - wide(weight)
+        return self._updated(weight, *learned) - wide(weight)
 
-    def _updated(self, weight: Any, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
-        changed = self._changed(weight, up, down)
+    def _updated(self, weight: Tensor, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
+        changed = wide(weight) + super().change(weight, up, down)
         ratio = wide(magnitude) / self._norm(changed)
         return changed * (ratio if self.last else ratio.reshape(-1, *(1 for _ in weight.shape[1:])))
-
-    def _changed(self, weight: Any, up: Tensor, down: Tensor) -> Tensor:
-        return wide(weight) + forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
 
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:

@@ -52,35 +52,13 @@ def low_rank(
     form = forms.form_of(module)
     if form is None:
         return None
+    kind, (out, in_) = Lora, forms.matrix_size(module)
     if form == "channel" and layout == "loralib":
         if not isinstance(module, nn.Conv2d) or module.kernel_size[0] != module.kernel_size[1]:
             return None
-        parameters = rank * module.kernel_size[0] ** 2 * (module.in_channels + module.out_channels // module.groups)
-        return forms.dense(module, parameters) or Reshaped(module, rank, scale, dropout)
-    out, in_ = forms.matrix_size(module)
-    return forms.dense(module, rank * (out + in_)) or Lora(form, out, in_, rank, scale, dropout)
-
-
-def initial(form: str, out: int, in_: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return up (out, rank) and down (rank, in), whose product is zero."""
-    up, down = nn.Parameter(torch.zeros(out, rank)), nn.Parameter(torch.empty(rank, in_))
-    if form == "embedding":
-        nn.init.normal_(down)
-    else:
-        nn.init.kaiming_uniform_(down, a=5**0.5)
-    return up, down
-
-
-def bypass(base: nn.Module, form: str, x: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Return what the matrix ``scale * up @ down`` gives, rank by rank; a convolution has no groups."""
-    if form == "embedding":
-        return F.linear(scale * F.embedding(x, up, base.padding_idx), down.T)  # type: ignore[arg-type]
-    seen = x.to(down.dtype)
-    if form != "channel":
-        return F.linear(scale * F.linear(seen, down), up)
-    window: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
-    inner = scale * forms.convolve(base, seen, down.reshape(len(down), -1, *window))
-    return forms.CONVOLVE[len(window)](inner, up.reshape(*up.shape, *(1 for _ in window)))
+        kind, window = Reshaped, module.kernel_size[0]
+        out, in_, rank = out // module.groups * window, module.in_channels * window, rank * window
+    return forms.dense(module, rank * (out + in_)) or kind(form, out, in_, rank, scale, dropout)
 
 
 class Change(nn.Module):
@@ -105,7 +83,11 @@ class Lora(Change):
     def __init__(self, form: str, out: int, in_: int, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.form, self.scale = form, scale
-        self.up, self.down = initial(form, out, in_, rank)
+        self.up, self.down = nn.Parameter(torch.zeros(out, rank)), nn.Parameter(torch.empty(rank, in_))
+        if form == "embedding":
+            nn.init.normal_(self.down)
+        else:
+            nn.init.kaiming_uniform_(self.down, a=5**0.5)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -114,33 +96,32 @@ class Lora(Change):
             return self.through_weight(base, x)
         given = base(x)
         seen = x if self.form == "embedding" else self.dropout(x)
-        return given + bypass(base, self.form, seen, self.up, self.down, self.scale).to(given.dtype)
+        return given + self.bypass(base, seen).to(given.dtype)
+
+    def bypass(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Return what the change gives, rank by rank; a convolution has no groups."""
+        if self.form == "embedding":
+            return F.linear(self.scale * F.embedding(x, self.up, base.padding_idx), self.down.T)  # type: ignore[arg-type]
+        seen = x.to(self.down.dtype)
+        if self.form != "channel":
+            return F.linear(self.scale * F.linear(seen, self.down), self.up)
+        window: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
+        inner = self.scale * forms.convolve(base, seen, self.down.reshape(len(self.down), -1, *window))
+        return forms.CONVOLVE[len(window)](inner, self.up.reshape(*self.up.shape, *(1 for _ in window)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (out, rank) and (rank, in), whose product is the change of the weight as a matrix."""
         return self.scale * self.up.float(), self.down.float()
 
-    def change(self, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """Return the product in the shape of the weight."""
+    def change(self, weight: Tensor, *learned: Tensor) -> Tensor:
+        """Return the product of the factors in the shape of the weight."""
+        up, down = learned
         return forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
 
 
-class Reshaped(Change):
+class Reshaped(Lora):
     """The factors (out k / groups, rank k) and (rank k, in k) of a change that is read as a k x k convolution."""
-
-    def __init__(self, conv: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        window = conv.kernel_size[0]
-        self.scale = scale
-        self.up = nn.Parameter(torch.zeros(conv.out_channels // conv.groups * window, rank * window))
-        self.down = nn.Parameter(torch.empty(rank * window, conv.in_channels * window))
-        self.dropout = nn.Dropout(dropout)
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h', w')."""
         return self.through_weight(base, x)
-
-    def change(self, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """Return the product in the shape of the weight."""
-        return (self.scale * wide(up) @ wide(down)).reshape(weight.shape)

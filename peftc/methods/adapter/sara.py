@@ -70,14 +70,7 @@ def sara(
 
 @torch.no_grad()
 def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_per_epoch: float) -> None:
-    """Halfway choose again which weights learn, and from then on hold the others where they are.
-
-    Args:
-        updates: by name of the module.
-        step: how many are done, from 1.
-        steps: of the training.
-        steps_per_epoch: not looked at.
-    """
+    """Halfway choose again which weights learn, and from then on hold the others where they are."""
     for update in updates.values():
         if isinstance(update, Sara) and update.reselect:
             if step == steps // 2:

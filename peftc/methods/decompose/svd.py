@@ -61,15 +61,15 @@ def _gram(weight: Tensor, vectors: bool, *, dtype: torch.dtype) -> Solution | No
         return None
     rows = None if basis is None else basis.flip(1).T.contiguous()  # (k, n)
     up, down = (None, rows) if rows is None or out >= in_ else (rows.T, None)
-    return Solution(values, up, down, f"gram{torch.finfo(dtype).bits}")
+    return Solution(values, up, down)
 
 
 def _direct(weight: Tensor, vectors: bool) -> Solution:
     if not vectors:
-        return Solution(torch.linalg.svdvals(weight.double()), None, None, "svd64", exact=True)
+        return Solution(torch.linalg.svdvals(weight.double()), None, None, exact=True)
     up, values, down = torch.linalg.svd(weight.double(), full_matrices=False)
     out, in_ = weight.shape
-    return Solution(values, None if out >= in_ else up, down if out >= in_ else None, "svd64", exact=True)
+    return Solution(values, None if out >= in_ else up, down if out >= in_ else None, exact=True)
 
 
 def _direct_on_cpu(weight: Tensor, vectors: bool) -> Solution:
