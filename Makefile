@@ -36,7 +36,7 @@ matrix: ## run the tests with the lowest, middling and newest versions: ROWS="lo
 	$(PYTHON) tests/matrix.py $(ROWS)
 
 docs: $(VENV)/.dev ## write the pages of commands and methods anew
-	$(BIN)/python -m tests.docs.pages
+	$(BIN)/python -m peftc.docs.source.pages
 
 clean: ## remove the virtual environment and the caches
 	rm -rf .venv .matrix .mypy_cache .pytest_cache .ruff_cache

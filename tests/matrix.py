@@ -1,7 +1,7 @@
 """Run the suite with old, middling and new libraries: `make matrix`.
 
 Each row gets a virtual environment of its own (about 7 GB), made by `make test` with another `PYTHON` and `VENV`, and
-removed again. What was seen is written to docs/versions.json beside this file, and from there to the page of versions.
+removed again. What was seen is written to peftc/docs/source/versions.json, and from there to the page of versions.
 
     make matrix ROWS=lowest   one row, or several with a space between
     make matrix KEEP=1        leave the environments in .matrix, to look at them
@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENTS = Path(".matrix")
-SEEN = Path("tests/docs/versions.json")
+SEEN = Path("peftc/docs/source/versions.json")
 PROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 PYTHON = {"lowest": "3.10", "between": "3.12", "newest": "3.13"}
 # about half-way between the lower bounds and what was the newest when this was written
@@ -142,7 +142,7 @@ def main() -> None:
         try:
             told = run(row, str(python))
             write(row, told)
-            subprocess.run([ENVIRONMENTS / row / "bin" / "python", "-m", "tests.docs.pages"], check=True)
+            subprocess.run([ENVIRONMENTS / row / "bin" / "python", "-m", "peftc.docs.source.pages"], check=True)
         finally:
             if not os.environ.get("KEEP"):
                 shutil.rmtree(ENVIRONMENTS / row, ignore_errors=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peftc"
-FILES = sorted(PACKAGE.rglob("*.py"))
+SOURCE = PACKAGE / "docs" / "source"  # what writes the pages: it looks at every room and is none; no wheel holds it
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if SOURCE not in file.parents)
 LAYERS = [  # top to bottom; no import climbs
     {"cli", "__main__"},
     {"steps"},

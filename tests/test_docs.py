@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
 import peftc
 from peftc import report
 from peftc.cli import app as program
+from peftc.docs.source import pages
 from peftc.methods import METHODS
 from peftc.plans import allocate
 from peftc.project import config
@@ -26,7 +26,7 @@ from peftc.store import source
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHANGELOG = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
+COMMANDS = pages.COMMANDS
 PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
 
 
@@ -69,9 +69,7 @@ def bullets(before: str) -> list[str]:
 
 
 # what the README says, and the pages that it leads to: their tables and lists are compared with the program
-TEXT = "\n".join(
-    [README, *(page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "peftc" / "docs").rglob("*.md")))]
-)
+TEXT = "\n".join([README, *pages.there().values()])
 PROSE_RULE = r"\b(simply|we|our|us|just|easily)\b"
 TOUR = [block for block in blocks(README) if block.language in ("sh", "python")]
 
@@ -241,7 +239,7 @@ def test_the_forms_of_data_are_those_of_the_program() -> None:
 def test_the_lists_of_choices_are_those_of_the_program() -> None:
     from peftc.tasks.table import TASKS
 
-    page = (REPOSITORY / "peftc/docs/commands/decompose.md").read_text(encoding="utf-8")
+    page = pages.there()["commands/decompose.md"]
     budgets = [option.strip("`").split()[0][2:] for option, _ in table("How much to keep", "option | keeps")]
     assert {option.replace("-", "_") for option in budgets} == set(config.BUDGET)
     assert bullets("`--allocation` says") == list(allocate.ALLOCATIONS)

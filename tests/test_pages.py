@@ -16,13 +16,11 @@ import pytest
 import torch
 
 import peftc as package
-from tests.docs import pages  # type: ignore[import-not-found]
+from peftc.docs.source import pages
 from tests.test_docs import PROSE_RULE, REPOSITORY, Block, blocks  # type: ignore[import-not-found]
 
 WRITTEN = pages.pages()
-DOCS = {
-    str(path.relative_to(pages.DOCS)): path.read_text(encoding="utf-8") for path in sorted(pages.DOCS.rglob("*.md"))
-}
+DOCS = pages.there()
 EXAMPLES = {name: [b for b in blocks(text) if b.language in ("sh", "python")] for name, text in DOCS.items()}
 ELSEWHERE = {"commands/demo.md", "methods/format/executorch.md"}  # the README runs one, tests of exports the other
 INSTALLED = "extending.md"  # its examples are one module, which tests/test_extending.py installs

@@ -2,6 +2,7 @@
 
 What is declared elsewhere is taken from there: options with their defaults, the keys of JSON, papers and settings of
 methods. Prose and examples stand in `commands.md` and `methods.md` beside this file; other pages are written by hand.
+Wheels hold the pages and leave this folder out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from peftc.cli import app as program
 from peftc.cli import options
 
 WRITTEN = Path(__file__).parent
-DOCS = WRITTEN.parents[1] / "peftc" / "docs"
+DOCS = WRITTEN.parent
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
 FUNCTIONS = {word: command.callback for word, command in COMMANDS.items()}
 SCHEMA = json.loads(Path(report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 FIRST = "what it reads and writes"  # the heading of options that are declared nowhere else
-NOTE = "<!-- `make docs` writes this page; prose and examples stand in tests/docs/{}.md -->"
+NOTE = "<!-- `make docs` writes this page; prose and examples stand in peftc/docs/source/{}.md -->"
 
 # kind of method -> its heading, the command that takes it, and how
 KINDS = {
@@ -122,7 +122,8 @@ def option_tables(word: str) -> str:
     """Return the options of a command alone, under the headings that they are declared under."""
     params = {param.name: param for param in COMMANDS[word].params}
     own = inspect.unwrap(FUNCTIONS[word])
-    known, found = groups(), {}
+    known = groups()
+    found: dict[str, list[list[str]]] = {}
     for name, parameter in inspect.signature(own, eval_str=True).parameters.items():
         if name in params and name not in {**options.OUTPUT, **options.PUSH}:
             heading = known.get(id(parameter.annotation), FIRST)
@@ -171,9 +172,16 @@ def command_page(word: str, written: Mapping[str, str]) -> str:
         f"## JSON\n\nWith `--json` you get, beside the [keys of every command](../automation.md#json):\n\n{keys(word)}"
     )
     return page(
-        "commands", f"# peftc {word}", first, *more, written[word], "## Options", option_tables(word),
-        function_of(word), json_ if keys(word) else "",
-    )  # fmt: skip
+        "commands",
+        f"# peftc {word}",
+        first,
+        *more,
+        written[word],
+        "## Options",
+        option_tables(word),
+        function_of(word),
+        json_ if keys(word) else "",
+    )
 
 
 def options_page() -> str:
@@ -183,11 +191,18 @@ def options_page() -> str:
     push = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.PUSH))
     output = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.OUTPUT))
     return page(
-        "commands", "# Options of every command", "Underscores do where a dash stands, and `--help` lists them too.",
-        "## How a MODEL is built", "For every command that takes one MODEL; see [what MODEL takes](models.md).", source,
-        "## Where it is pushed", "For every command that writes an artifact or an export; see [hubs](hub.md).", push,
-        "## What is read first, and what is printed", output,
-    )  # fmt: skip
+        "commands",
+        "# Options of every command",
+        "Underscores do where a dash stands, and `--help` lists them too.",
+        "## How a MODEL is built",
+        "For every command that takes one MODEL; see [what MODEL takes](models.md).",
+        source,
+        "## Where it is pushed",
+        "For every command that writes an artifact or an export; see [hubs](hub.md).",
+        push,
+        "## What is read first, and what is printed",
+        output,
+    )
 
 
 # methods
@@ -207,13 +222,8 @@ def arguments(function: Callable[..., Any]) -> dict[str, str]:
     for name, text in found.items():
         if other := re.match(r"as for `(\w+)`", text):
             kind = next(kind for kind, known in methods.METHODS.items() if other[1] in known)
-            found[name] = arguments(method(kind, other[1])).get(name, text)
+            found[name] = arguments(methods.find(kind, other[1], kind)).get(name, text)
     return found
-
-
-def method(kind: str, name: str) -> Callable[..., Any]:
-    """Return the function of a method."""
-    return getattr(import_module(methods.home(kind, name)), name)
 
 
 def literal(value: Any) -> str:
@@ -229,7 +239,10 @@ def prose(text: str) -> str:
 def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     """Return the page of a method."""
     _, command, typed = KINDS[kind]
-    function, word = method(kind, name), name.replace("_", "-") if kind in ("importance", "format") else name
+    function, word = (
+        methods.find(kind, name, kind),
+        name.replace("_", "-") if kind in ("importance", "format") else name,
+    )
     told = arguments(function)
     first, _, rest = prose(inspect.cleandoc(sys.modules[function.__module__].__doc__ or "")).partition("\n\n")
     settings = table(
@@ -247,12 +260,16 @@ def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     recipe = " and ".join(f"`--{key.replace('_', '-')} {value}`" for key, value in methods.recipe_of(function).items())
     taken = f"`peftc {command} {typed.format(word)}`, of [peftc {command}](../../commands/{command}.md)."
     return page(
-        "methods", f"# {word}", first, taken, written[f"{kind}/{name}"],
+        "methods",
+        f"# {word}",
+        first,
+        taken,
+        written[f"{kind}/{name}"],
         f"It trains with {recipe} unless you say otherwise." if kind == "adapter" else "",
         f"## Settings\n\n{how}\n\n{settings}" if settings else "It has no settings.",
         f"## How it works\n\n{rest}" if rest else "",
         f"## What it reads\n\nCollected as the samples go through the model.\n\n{reads}" if reads else "",
-    )  # fmt: skip
+    )
 
 
 def method_file(kind: str, name: str) -> str:
@@ -272,10 +289,8 @@ def versions_page() -> str:
     rows.append(["tests failed", *(f"{row['failed']:,}" for row in seen.values())])
     rows.append(["seen on", *(row["date"] for row in seen.values())])
     rows.append(["system", *(row["system"] for row in seen.values())])
-    return "\n\n".join(
-        ["<!-- `make matrix` writes this page, from tests/docs/versions.json -->", "# Versions", VERSIONS,
-         table(("", *seen), rows)]
-    ) + "\n"  # fmt: skip
+    note = "<!-- `make matrix` writes this page, from peftc/docs/source/versions.json -->"
+    return f"{note}\n\n# Versions\n\n{VERSIONS}\n\n{table(('', *seen), rows)}\n"
 
 
 # the index
@@ -302,9 +317,16 @@ def index_page() -> str:
             f"### {heading}\n\n`peftc {command} {typed.format('NAME')}`\n\n{table(('name', 'what it is'), rows)}"
         )
     return page(
-        "commands", "# The pages of peftc", sections("commands.md")["index"], "## Guides", guides, "## Commands",
-        commands, "## Methods", *parts,
-    )  # fmt: skip
+        "commands",
+        "# The pages of peftc",
+        sections("commands.md")["index"],
+        "## Guides",
+        guides,
+        "## Commands",
+        commands,
+        "## Methods",
+        *parts,
+    )
 
 
 def pages() -> dict[str, str]:
@@ -320,12 +342,17 @@ def pages() -> dict[str, str]:
     return found
 
 
+def there() -> dict[str, str]:
+    """Return every page that is there, by its path under peftc/docs."""
+    paths = sorted(path for path in DOCS.rglob("*.md") if WRITTEN not in path.parents)
+    return {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
 def main() -> None:
     """Write the pages, and take away those of commands and methods that are gone."""
     found = pages()
-    for path in DOCS.rglob("*.md"):
-        if str(path.relative_to(DOCS)) not in found.keys() | GUIDES.keys():
-            path.unlink()
+    for name in there().keys() - found.keys() - GUIDES.keys():
+        (DOCS / name).unlink()
     for name, text in found.items():
         (DOCS / name).parent.mkdir(parents=True, exist_ok=True)
         (DOCS / name).write_text(text, encoding="utf-8")
