@@ -272,7 +272,7 @@ def test_the_shells_complete_what_the_readme_says() -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    for path in re.findall(r"`((?:examples|tests)/[^`]*)`", TEXT):
+    for path in re.findall(r"`((?:examples|tests)/[^`]*|peftc/[\w/]*(?:\.py|\.md)?)`", TEXT):
         assert (REPOSITORY / path).exists(), path
     makefile = (REPOSITORY / "Makefile").read_text()
     for goal in re.findall(r"make (\w+)[`,]", README):

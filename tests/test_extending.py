@@ -1,16 +1,22 @@
 """The examples of the page on extending, in a package of their own installed beside peftc."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from peftc.tasks import table
+from peftc.training import objectives
 
 try:
     import tomllib
 except ImportError:
     import tomli as tomllib
 
-PAGE = (Path(__file__).parents[1] / "peftc" / "docs" / "extending.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parents[1]
+PAGE = (REPOSITORY / "peftc" / "docs" / "extending.md").read_text(encoding="utf-8")
 FEW = "--data sklearn:digits --num-samples 32 --batch-size 16 --steps 2 --held-out 0"
 CASES = {
     "decompose": "decompose vit --ratio 0.5 --method gram --set damping=0.0 -o out",
@@ -20,6 +26,7 @@ CASES = {
     "loss": f"distill vit --teacher vit --loss cosine=1 {FEW} -o out",
     "format": "export vit --format npz --rounds 5 -o out",
 }
+TASK = f"finetune vit --task graded-classification --head keep {FEW} -o out"
 
 
 def blocks(language: str) -> list[str]:
@@ -55,6 +62,30 @@ def test_the_examples_of_the_page_run(
     assert (tmp_path / "out").is_dir()
     words = peftc("methods").stdout.split()
     assert {"gram", "turning", "gain", "cosine", "npz"} <= set(words)
+
+
+def test_the_task_of_the_page_trains_and_is_evaluated(
+    peftc, package: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.chdir(tmp_path)
+    task = importlib.import_module("peftc_mine").TASK
+    monkeypatch.setitem(table.TASKS, task.name, task)
+    monkeypatch.setitem(objectives.OBJECTIVES, task.name, objectives.classes)
+    Path("vit").symlink_to(tiny_vit)
+    assert peftc(*TASK.split()).exit_code == 0
+    line = f"evaluate out --task {task.name} --data sklearn:digits --num-samples 32 --against vit --json"
+    found = json.loads(peftc(*line.split()).stdout)
+    assert found["metrics"]["near"]["value"] >= found["metrics"]["top1"]["value"]
+    assert found["against"]["divergence"]["value"] > 0
+
+
+def test_what_one_changes_inside_peftc_is_there() -> None:
+    rows = re.findall(r"^\| `(\S+)` \| (.*) \|$", PAGE, re.M)
+    assert len(rows) == 8
+    for path, text in rows:
+        there = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert [word for word in re.findall(r"`([^`]+)`", text) if word not in there] in ([], ["graded.TASK"]), path
 
 
 def test_each_example_is_short() -> None:

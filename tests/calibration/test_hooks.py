@@ -445,6 +445,16 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("need", hooks.STATISTICS)
+def test_a_method_is_handed_the_statistic_that_it_names(
+    need: str, texts: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    known = statistics_of(tiny_llama, texts, tmp_path / "out", [need])
+    assert known.note["modules"]
+    for name in known.note["modules"]:
+        assert known.of(name, torch.device("cpu")).of([need]).keys() == {need}
+
+
 FAMILIES = ["tiny_bert", "tiny_bert_classifier", "tiny_bert_mlm", "tiny_llama"]
 
 
