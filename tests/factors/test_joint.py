@@ -26,7 +26,7 @@ from peftc.store.commands import command_lines
 from peftc.store.source import Source
 from tests.conftest import promised, rewritten
 from tests.forked import forked
-from tests.steps.test_decompose import NETWORKS, ranks, read, save_network
+from tests.networks import NETWORKS, ranks, read, save_network
 
 HERE = "python:tests.factors.test_joint"
 Q, K, V = "query", "key", "value"

@@ -28,7 +28,7 @@ from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from peftc.store.source import Source
 from tests.conftest import promised
-from tests.steps.test_decompose import Convolutions, Perceptron, save_network
+from tests.networks import Convolutions, Perceptron, save_network
 
 PER_MAC, PER_CALL = 1e-9, 1e-4
 

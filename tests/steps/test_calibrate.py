@@ -23,7 +23,7 @@ from peftc.steps.show import show
 from peftc.store import manifest
 from tests.conftest import WORDS, promised
 from tests.forked import forked
-from tests.steps.test_decompose import ranks
+from tests.networks import ranks
 
 DIGITS: dict[str, Any] = {"data": "sklearn:digits", "calibration_samples": 64}
 FACTORS = (".up.weight", ".down.weight", ".up.bias")

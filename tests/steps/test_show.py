@@ -81,7 +81,7 @@ def test_the_commands_of_two_steps_on_code_of_ones_own_rebuild_both(
 ) -> None:
     import torch
 
-    from tests.steps.test_decompose import HERE, Perceptron
+    from tests.networks import HERE, Perceptron
 
     monkeypatch.chdir(tmp_path)
     torch.save(Perceptron(width=80).state_dict(), tmp_path / "it's.pth")

@@ -32,7 +32,7 @@ from peftc.store import manifest
 from peftc.store.source import Source
 from tests.conftest import promised, rewritten
 from tests.forked import forked
-from tests.steps.test_decompose import NETWORKS, Convolutions, ranks, read, save_network
+from tests.networks import NETWORKS, Convolutions, ranks, read, save_network
 
 NAMES = [
     "vit",
@@ -248,7 +248,7 @@ def calibrated(name: str, vit: Path, folder: Path) -> tuple[Any, dict[str, Any]]
     torch.manual_seed(0)
     torch.save(Convolutions().state_dict(), folder / "weights.pth")
     save_file({"x_train": torch.randn(32, 3, 64, 64) + 1}, folder / "images.safetensors")
-    source = Source("python:tests.steps.test_decompose:Convolutions", weights=folder / "weights.pth", allow_code=True)
+    source = Source("python:tests.networks:Convolutions", weights=folder / "weights.pth", allow_code=True)
     return source, {**options, "data": str(folder / "images.safetensors")}
 
 
