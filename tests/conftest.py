@@ -29,11 +29,18 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="peftc-tests-")  # nothin
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests are run in
 
-from tests.forked import ForkedScript  # type: ignore[import-not-found]  # noqa: E402  (it keeps these variables)
-
-WORDS = (
-    "the a cat dog bird sat ran sang on in under mat house tree red blue small big and then it was very . , !".split()
+from tests.forked import ForkedScript  # noqa: E402  (it keeps these variables)
+from tests.networks import (  # noqa: E402  (of libraries that read these variables)
+    BERT,
+    INPUT,
+    LLAMA,
+    VIT,
+    WORDS,
+    save_dual,
+    save_timm,
+    save_transformers,
 )
+
 TEXTS = [
     "the cat sat on the mat .",
     "a small dog ran under the big tree !",
@@ -228,83 +235,6 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_captioned(tmp_path_factory.mktemp("captioned"), train=24, test=12)
 
 
-VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-INPUT: dict[str, Any] = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
-BERT: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-LLAMA: dict[str, Any] = {
-    **BERT,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": True,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
-
-
-def save_timm(folder: Path, architecture: str, arguments: dict[str, Any], preprocess: dict[str, Any]) -> Path:
-    """Write a timm folder with seeded weights; batch norms get statistics that are not those of a fresh one."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    model = timm.create_model(architecture, **arguments)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.uniform_(0.5, 1.5)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architecture": architecture, "num_classes": arguments["num_classes"], "model_args": arguments}
-    pretrained = {"num_classes": arguments["num_classes"], **preprocess}
-    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}))
-    return folder
-
-
-def save_transformers(folder: Path, name: str, **config: Any) -> Path:
-    """Write a transformers folder with seeded weights and a tokenizer of thirty words."""
-    import torch
-    import transformers
-
-    tokenizer = _tokenizer(bert=name.startswith("Bert"))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    network = getattr(transformers, name)
-    network(network.config_class(vocab_size=len(tokenizer), **config)).save_pretrained(folder)
-    return folder
-
-
-def save_dual(folder: Path, name: str, **changes: Any) -> Path:
-    """Write a transformers folder of a dual encoder with seeded weights, its tokenizer and its image processor.
-
-    The weights are not small, as a fresh BLIP's are, for which all images are the same.
-    """
-    import torch
-    import transformers
-
-    tokenizer = _tokenizer(bert=True)
-    tokenizer.save_pretrained(folder)
-    body = {**BERT, "initializer_range": 0.2}
-    text = {**body, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "encoder_hidden_size": 32}
-    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
-    vision = {**body, "image_size": 32, "patch_size": 8}
-    width = "image_text_hidden_size" if name.startswith("Blip") else "projection_dim"
-    network = getattr(transformers, name)
-    torch.manual_seed(0)
-    made = network(network.config_class(text_config=text, vision_config=vision, **{width: 16}, **changes))
-    made.save_pretrained(folder)
-    size = {"size": {"height": 32, "width": 32}}
-    if name.startswith("CLIP"):
-        size = {"size": {"shortest_edge": 32}, "crop_size": size["size"]}
-    processor = getattr(transformers, name.split("Model")[0].split("For")[0] + "ImageProcessor")
-    processor(**size).save_pretrained(folder)
-    return folder
-
-
 def save_captioned(folder: Path, **splits: int) -> Path:
     """Write images of noise, higher than wide, and for each split a table of their paths and captions."""
     import numpy as np
@@ -349,27 +279,3 @@ def rewritten(path: Path, change: Callable[[Any], Any]) -> Path:
 def promised(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file but the result, which holds times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
-
-
-def _tokenizer(*, bert: bool) -> Any:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    pad, unknown, start, end, mask = special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if not bert:
-        pad, unknown, start, end, mask = special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    single, pair = (
-        (f"{start} $A {end}", f"{start} $A {end} $B:1 {end}:1") if bert else (f"{start} $A", f"{start} $A $B")
-    )
-    ends = [(start, vocabulary[start]), (end, vocabulary[end])]
-    core.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
-    names = (
-        {"cls_token": start, "sep_token": end, "mask_token": mask} if bert else {"bos_token": start, "eos_token": end}
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=pad, unk_token=unknown, model_max_length=64, **names
-    )

@@ -32,14 +32,12 @@ from peftc.project import config
 from peftc.steps.compare import compare
 from peftc.steps.report import report
 from peftc.steps.show import show
-from tests.conftest import TEXTS, save_timm, save_transformers
+from tests.conftest import TEXTS
 from tests.fuzzing import AS_OTHERS, AS_WRITTEN, REFUSED, Subject, equal, fuzz, hook
+from tests.networks import BERT, INPUT, LLAMA, VIT, save_timm, save_transformers
 
 CASES = int(os.environ.get("FUZZ_CASES", "1000"))
 SLOW_CASES = 20_000
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-INPUT = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[2, 7, 9, 12, 3], [2, 8, 6, 5, 3]])
 
@@ -229,9 +227,9 @@ def make_folders(site: Path) -> None:
 
     for name in ("vit", "bert", "llama", "whole", "planned", "project"):
         (site / name).mkdir()
-    save_timm(site / "vit", "vit_tiny_patch16_224", VIT, INPUT)
-    save_transformers(site / "bert", "BertForSequenceClassification", **SMALL, max_position_embeddings=64)
-    save_transformers(site / "whole", "LlamaForCausalLM", **SMALL, num_key_value_heads=1, tie_word_embeddings=True)
+    save_timm(site / "vit", "vit_tiny_patch16_224", {**VIT, "depth": 2, "num_classes": 10}, INPUT)
+    save_transformers(site / "bert", "BertForSequenceClassification", **BERT)
+    save_transformers(site / "whole", "LlamaForCausalLM", **LLAMA)
     llama = transformers.AutoModelForCausalLM.from_pretrained(site / "whole")
     llama.save_pretrained(site / "llama", max_shard_size="30kB")
     for path in (site / "whole").glob("tokenizer*"):

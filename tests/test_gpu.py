@@ -11,7 +11,7 @@ import peftc
 from peftc import methods
 from peftc.models import load
 from peftc.nn import surgery
-from tests.conftest import TEXTS  # type: ignore[import-not-found]
+from tests.conftest import TEXTS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import peftc as package
-from tests.conftest import INPUT, VIT, save_timm
 from tests.forked import Forked, forked
+from tests.networks import INPUT, VIT, save_timm
 
 KILLS = 16  # of each command: some 200 in all
 DIGITS = ["--data", "sklearn:digits"]

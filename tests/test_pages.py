@@ -17,7 +17,7 @@ import torch
 
 import peftc as package
 from peftc.docs.source import pages
-from tests.test_docs import PROSE_RULE, REPOSITORY, Block, blocks  # type: ignore[import-not-found]
+from tests.test_docs import PROSE_RULE, REPOSITORY, Block, blocks
 
 WRITTEN = pages.pages()
 DOCS = pages.there()
@@ -138,7 +138,7 @@ def models(
 ) -> Iterator[Path]:
     """What the index says that the folder of an example holds."""
     from peftc.steps import demo
-    from tests.conftest import WORDS  # type: ignore[import-not-found]
+    from tests.networks import WORDS
 
     folder = tmp_path_factory.mktemp("examples")
     threads = torch.get_num_threads()

@@ -496,7 +496,7 @@ def test_outputs_that_are_not_numbers_are_refused(tiny_bert: Path, texts: Path, 
 
 
 def test_embeddings_are_seen_from_what_they_look_up(tmp_path: Path, texts: Path) -> None:
-    from tests.conftest import BERT, save_transformers
+    from tests.networks import BERT, save_transformers
 
     narrow = save_transformers(tmp_path, "BertModel", **{**BERT, "hidden_size": 8})
     needs = ("second_moment", "output_gradient_gram")

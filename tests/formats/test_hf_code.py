@@ -21,11 +21,10 @@ from peftc.formats.hf import hf
 from peftc.formats.hf_code import hf_code
 from peftc.formats.multiplied import multiplied
 from peftc.models.load import load
-from tests.conftest import BERT, LLAMA, save_dual, save_transformers  # type: ignore[import-not-found]
-from tests.forked import forked  # type: ignore[import-not-found]
+from tests.forked import forked
+from tests.networks import BERT, LLAMA, VISION, save_dual, save_transformers
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
-VISION = {**BERT, "image_size": 32, "patch_size": 8}
 ALONE = """
 import json, sys
 from pathlib import Path

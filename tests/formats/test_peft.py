@@ -13,7 +13,8 @@ from peftc.errors import PeftcError, SourceError
 from peftc.models import load
 from peftc.nn.adapted import adapted_modules
 from peftc.store.source import Source
-from tests.conftest import LLAMA, rewritten, save_transformers
+from tests.conftest import rewritten
+from tests.networks import LLAMA, save_transformers
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

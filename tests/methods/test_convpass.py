@@ -15,7 +15,7 @@ from peftc.methods.adapter.convpass import Bypass, convpass
 from peftc.models import adapting, load
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.store import manifest
-from tests.conftest import BERT, INPUT, VIT, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.networks import BERT, INPUT, VIT, save_timm, save_transformers
 
 CPU: dict[str, Any] = {"device": "cpu"}
 

@@ -9,18 +9,12 @@ import transformers
 from torch import Tensor, nn
 
 from peftc.models import layers, load
+from tests.networks import VISION
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 64, "vocab_size": 50, "max_position_embeddings": 40,
 }  # fmt: skip
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-}
 
 
 def found(network: nn.Module) -> list[str]:
@@ -67,7 +61,7 @@ def test_layers_of_two_towers_and_of_fusion_within_one() -> None:
         "sep_token_id": 2,
         "pad_token_id": 0,
     }
-    config = transformers.BlipConfig(text_config=text, vision_config={**VISION, "patch_size": 8})
+    config = transformers.BlipConfig(text_config=text, vision_config=VISION)
     names = found(transformers.BlipForImageTextRetrieval(config))
     assert names == [f"vision_model.encoder.layers.{n}" for n in range(2)] + [
         f"text_encoder.encoder.layer.{n}" for n in range(3)

@@ -15,7 +15,7 @@ from peftc.models.load import load
 from peftc.steps.evaluate import evaluate
 from peftc.steps.export import export
 from peftc.steps.finetune import finetune
-from tests.conftest import save_transformers
+from tests.networks import save_transformers
 
 TEXTS = ["a dog", "the cat sat on the mat", "a", "a good film", "the dog ran to the cat", "mat"]
 SIZES = {

@@ -26,9 +26,10 @@ from peftc.pruning.losses import Trial
 from peftc.store import maps
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
-from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
-from tests.conftest import BERT, INPUT, LLAMA, VIT, promised, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
-from tests.steps.test_prune_layers import text_of  # type: ignore[import-not-found]
+from tests.calibration.test_memory import alone, launch
+from tests.conftest import promised, save_images
+from tests.networks import BERT, INPUT, LLAMA, VIT, save_timm, save_transformers
+from tests.steps.test_prune_layers import text_of
 
 CPU: dict[str, Any] = {"device": "cpu"}
 NAMES = [f"blocks.{at}" for at in range(4)]

@@ -13,22 +13,15 @@ from peftc.measure import costs
 from peftc.measure.costs import Call, Times
 from peftc.nn import lowrank, surgery
 from peftc.steps.bench import bench
+from tests.networks import Perceptron
 
 
-class Perceptron(nn.Module):
-    """Two linears; ``width`` changes what it reads."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.first = nn.Linear(width, 64)
-        self.last = nn.Linear(64, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).relu())
+def two_linears(reads: int = 32) -> nn.Module:
+    return Perceptron(depth=1, reads=reads, gives=4)
 
 
 def smaller() -> nn.Module:
-    module = Perceptron()
+    module = two_linears()
     surgery.replace(module, module.first, lowrank.build(module.first, "linear", 4))
     module.to_empty(device="cpu")
     for parameter in module.parameters():
@@ -51,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def test_a_model_alone_is_measured_beside_itself() -> None:
-    report = bench(Perceptron(), rounds=5, device="cpu")
+    report = bench(two_linears(), rounds=5, device="cpu")
     figures = report.data["model"]
     assert figures["parameters"] == 32 * 64 + 64 + 64 * 4 + 4
     assert figures["macs"] == 32 * 64 + 64 * 4
@@ -70,7 +63,7 @@ def test_files_are_weighed_on_disk(tiny_vit: Path, clock: dict[str, float]) -> N
 
 
 def test_a_quicker_model_is_said_to_be_quicker(clock: dict[str, float]) -> None:
-    report = bench(smaller(), against=Perceptron(), min_speedup=1.5, device="cpu")
+    report = bench(smaller(), against=two_linears(), min_speedup=1.5, device="cpu")
     assert report.data["speedup"]["saturating"]["verdict"] == "2.00x faster"
     assert report.data["model"]["saturating"]["samples_per_second"] == pytest.approx(4 / 0.01, rel=0.01)
     assert report.passed and not report.warnings
@@ -78,14 +71,14 @@ def test_a_quicker_model_is_said_to_be_quicker(clock: dict[str, float]) -> None:
 
 def test_a_slower_model_is_said_to_be_slower_aloud(clock: dict[str, float]) -> None:
     clock["model"] = 0.040
-    report = bench(smaller(), against=Perceptron(), min_speedup=1.0, device="cpu")
+    report = bench(smaller(), against=two_linears(), min_speedup=1.0, device="cpu")
     assert any("2.00x slower" in warning for warning in report.warnings)
     assert not report.passed
 
 
 def test_a_speed_up_inside_the_noise_counts_as_none(clock: dict[str, float]) -> None:
     clock["model"], clock["control"] = 0.018, 0.016
-    report = bench(smaller(), against=Perceptron(), min_speedup=1.05, device="cpu")
+    report = bench(smaller(), against=two_linears(), min_speedup=1.05, device="cpu")
     assert report.data["speedup"]["saturating"]["value"] > 1.05
     assert [gate.value for gate in report.gates] == [1.0] and not report.passed
     assert any("no measurable change" in row for row in report.tables[0].rows)
@@ -93,16 +86,16 @@ def test_a_speed_up_inside_the_noise_counts_as_none(clock: dict[str, float]) -> 
 
 def test_a_busy_machine_is_named(clock: dict[str, float]) -> None:
     clock["control"] = 0.030
-    assert any("too busy" in warning for warning in bench(Perceptron(), against=Perceptron(), device="cpu").warnings)
+    assert any("too busy" in warning for warning in bench(two_linears(), against=two_linears(), device="cpu").warnings)
 
 
 def test_sizes_are_gates(clock: dict[str, float]) -> None:
-    report = bench(Perceptron(), max_params=100, max_bytes=1e6, device="cpu")
+    report = bench(two_linears(), max_params=100, max_bytes=1e6, device="cpu")
     assert [(gate.option, gate.passed) for gate in report.gates] == [("--max-params", False), ("--max-bytes", True)]
 
 
 def test_both_sides_of_the_table_are_filled(clock: dict[str, float]) -> None:
-    table = bench(smaller(), against=Perceptron(), device="cpu").tables[0]
+    table = bench(smaller(), against=two_linears(), device="cpu").tables[0]
     assert list(table.columns) == ["figure", "before", "after", "change"]
     assert all(len(row) == 4 for row in table.rows)
     assert len({row[0] for row in table.rows}) == len(table.rows)
@@ -110,7 +103,7 @@ def test_both_sides_of_the_table_are_filled(clock: dict[str, float]) -> None:
 
 def test_two_models_that_read_different_inputs_are_refused() -> None:
     with pytest.raises(SourceError, match="different shapes"):
-        bench(Perceptron(32), against=Perceptron(16), device="cpu")
+        bench(two_linears(32), against=two_linears(16), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +116,9 @@ def test_two_models_that_read_different_inputs_are_refused() -> None:
 )
 def test_values_that_no_run_could_accept_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        bench(Perceptron(), device="cpu", **options)
+        bench(two_linears(), device="cpu", **options)
 
 
 def test_the_base_of_what_is_no_artifact_is_refused() -> None:
     with pytest.raises(ArtifactError, match="no artifact"):
-        bench(Perceptron(), against="base", device="cpu")
+        bench(two_linears(), against="base", device="cpu")

@@ -21,9 +21,9 @@ from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
 from peftc.steps.show import show
 from peftc.store import manifest
-from tests.conftest import WORDS, promised
+from tests.conftest import promised
 from tests.forked import forked
-from tests.networks import ranks
+from tests.networks import WORDS, ranks
 
 DIGITS: dict[str, Any] = {"data": "sklearn:digits", "calibration_samples": 64}
 FACTORS = (".up.weight", ".down.weight", ".up.bias")

@@ -146,7 +146,7 @@ def stored(name: str, folder: Path) -> Source:
 
 
 def gpt2(folder: Path) -> Source:
-    from tests.conftest import save_transformers
+    from tests.networks import save_transformers
 
     (folder / "gpt2").mkdir()
     config = {"n_positions": 64, "n_embd": 24, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}

@@ -15,7 +15,7 @@ from peftc.nn import lowrank
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from tests.conftest import promised
-from tests.networks import NETWORKS, VIT, Perceptron, ranks, read
+from tests.networks import NETWORKS, SMALL_VIT, Perceptron, ranks, read
 
 
 def test_the_same_request_gives_the_same_bytes_in_two_folders(made, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_loaded_model_is_not_changed(tiny_vit: Path, tmp_path: Path) -> None:
 def test_a_live_timm_model_keeps_its_arguments_or_is_refused_at_once(tmp_path: Path) -> None:
     import timm
 
-    network = timm.create_model("vit_tiny_patch16_224", **VIT, num_classes=10)
+    network = timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)
     try:
         decompose(network, output_dir=tmp_path / "out", ratio=0.5)
     except SourceError as refusal:

@@ -20,8 +20,9 @@ from peftc.options import Augment, Reading, Recipe
 from peftc.store import manifest
 from peftc.training import imitation, loop, samples
 from peftc.training.imitation import Imitation
-from tests.calibration.test_memory import alone, launch  # type: ignore[import-not-found]
-from tests.conftest import TEXTS, save_timm  # type: ignore[import-not-found]
+from tests.calibration.test_memory import alone, launch
+from tests.conftest import TEXTS
+from tests.networks import save_timm
 
 SHORT: dict[str, Any] = {"steps": 10, "batch_size": 16, "device": "cpu", "learning_rate": 1e-3}
 DIGITS = "sklearn:digits"

@@ -19,8 +19,9 @@ from peftc.formats import exported, traced
 from peftc.formats import onnx as onnx_format
 from peftc.models import load as models
 from peftc.nn.lowrank import LowRankLinear
-from tests.conftest import BERT, TEXTS, save_transformers  # type: ignore[import-not-found]
-from tests.forked import forked  # type: ignore[import-not-found]
+from tests.conftest import TEXTS
+from tests.forked import forked
+from tests.networks import BERT, save_transformers
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
 ALONE = """

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import peftc
 from peftc.errors import ExportError, PeftcError, UsageError
-from tests.conftest import BERT, TEXTS  # type: ignore[import-not-found]
+from tests.conftest import TEXTS
+from tests.networks import BERT
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 1}
 CPU: dict[str, Any] = {"steps": 1, "held_out": 0, "device": "cpu"}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import peftc
 from peftc.errors import PeftcError, PlanError
 from peftc.store import manifest
-from tests.steps.test_finetune import few, tune  # type: ignore[import-not-found] # noqa: F401
+from tests.steps.test_finetune import few, tune  # noqa: F401
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.store import manifest
 from peftc.training import loop
-from tests.calibration.test_memory import launch  # type: ignore[import-not-found]
-from tests.steps.test_distill import images  # type: ignore[import-not-found] # noqa: F401
+from tests.calibration.test_memory import launch
+from tests.steps.test_distill import images  # noqa: F401
 
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 16, "device": "cpu", "learning_rate": 1e-2}
 METHODS = list(methods.METHODS["adapter"])

@@ -18,9 +18,9 @@ from peftc.options import Reading
 from peftc.pruning import scores
 from peftc.store import manifest
 from peftc.training import imitation, samples
-from tests.conftest import BERT, INPUT, LLAMA, TEXTS, save_images, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.conftest import TEXTS, save_images
+from tests.networks import BERT, GPT2, INPUT, LLAMA, Perceptron, save_timm, save_transformers
 
-GPT2 = {"n_layer": 4, "n_embd": 32, "n_head": 2, "bos_token_id": 2, "eos_token_id": 3}
 CPU: dict[str, Any] = {"device": "cpu"}
 QUICK: dict[str, Any] = {"score": "silhouette", "alpha": 0.3, **CPU}
 
@@ -78,7 +78,7 @@ def test_layers_from_the_middle_go_too_and_the_others_move_up(vit: Path, tmp_pat
     [
         ("BertForSequenceClassification", {**BERT, "num_hidden_layers": 4}, "bert.encoder.layer"),
         ("LlamaForCausalLM", {**LLAMA, "num_hidden_layers": 4}, "model.layers"),
-        ("GPT2LMHeadModel", GPT2, "transformer.h"),
+        ("GPT2LMHeadModel", {**GPT2, "n_layer": 4}, "transformer.h"),
         (
             "Qwen2ForCausalLM",
             {**LLAMA, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
@@ -357,15 +357,6 @@ def test_nan_features_name_the_layer(vit: Path, images: str) -> None:
         scores.see(runs, given, layers.layers(runs), 16)
 
 
-class Plain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x).relu())
-
-
 class Deep(nn.Module):
     """Three layers of a user's own."""
 
@@ -381,7 +372,7 @@ class Deep(nn.Module):
 
 def test_a_network_without_a_stack_is_refused() -> None:
     with pytest.raises(PlanError, match="has no stack of layers to prune"):
-        peftc.prune_layers(Plain(), drop="0", **CPU)
+        peftc.prune_layers(Perceptron(), drop="0", **CPU)
     with pytest.raises(PlanError, match="has no stack of layers to prune"):
         peftc.prune_layers(Deep(), drop="0", **CPU)
 

@@ -18,7 +18,7 @@ import peftc
 from peftc.errors import ArtifactError, OutputError, PeftcError, SourceError, UsageError
 from peftc.steps.push import push_to_hub
 from peftc.store.source import Source
-from tests.hub_server import READER, Hub  # type: ignore[import-not-found]
+from tests.hub_server import READER, Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")  # of huggingface_hub's own requests
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}

@@ -16,7 +16,7 @@ from peftc.models.inputs import outputs, probe
 from peftc.models.place import runnable
 from peftc.steps.decompose import decompose
 from peftc.steps.evaluate import evaluate
-from tests.forked import forked  # type: ignore[import-not-found]
+from tests.forked import forked
 
 pytestmark = pytest.mark.real
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -15,7 +15,8 @@ from peftc.models import load
 from peftc.nn.skipped import Skipped
 from peftc.store import manifest
 from peftc.training import imitation
-from tests.conftest import rewritten, save_timm, save_transformers  # type: ignore[import-not-found]
+from tests.conftest import rewritten
+from tests.networks import save_timm, save_transformers
 
 SWIN = {"embed_dim": 24, "img_size": 112, "depths": (2, 2, 2, 2), "num_classes": 5}
 INPUT = {"input_size": [3, 112, 112], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}

@@ -11,7 +11,8 @@ import pytest
 import peftc as package
 from peftc.errors import ArtifactError, DataError
 from peftc.store import artifact
-from tests.conftest import INPUT, VIT, rewritten, save_timm
+from tests.conftest import rewritten
+from tests.networks import INPUT, VIT, save_timm
 
 FEW: dict[str, Any] = {"data": "sklearn:digits", "steps": 2, "num_samples": 40, "held_out": 0, "device": "cpu"}
 DIGITS: dict[str, Any] = {"data": "sklearn:digits", "num_samples": 40, "device": "cpu"}

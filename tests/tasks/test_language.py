@@ -13,9 +13,7 @@ from peftc.models.load import load
 from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading
 from peftc.training import samples
-from tests.conftest import WORDS, save_transformers
-
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+from tests.networks import GPT2, WORDS, save_transformers
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from peftc.options import Reading
 from peftc.tasks import retrieval
 from peftc.tasks.table import TASKS, fitting, guess
 from peftc.tasks.task import Batch
-from tests.conftest import save_dual
+from tests.networks import save_dual
 
 RETRIEVAL = "image-text-retrieval"
 TASK = TASKS[RETRIEVAL]
