@@ -122,7 +122,8 @@ def test_the_tour_runs_on_a_model_that_stands_in(tmp_path: Path, monkeypatch: py
     from peftc.steps import demo
 
     monkeypatch.setattr(demo, "EPOCHS", 1)  # of those that the first command would train
-    demo._write(tmp_path / "peftc-demo" / "dense-seed-0", demo._trained(0, "cpu"))
+    monkeypatch.setattr(demo, "STAGES", {})
+    demo.demo(output_dir=tmp_path / "peftc-demo", device="cpu")
     small = {"SAMPLES": "200", "STEPS": "10"}
     check_the_tour(tmp_path, take_the_tour(tmp_path, **small))
 

@@ -146,7 +146,8 @@ def models(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo, "EPOCHS", 1)
-        demo._write(folder / "peftc-demo" / "dense-seed-0", demo._trained(0, "cpu"))
+        patch.setattr(demo, "STAGES", {})
+        demo.demo(output_dir="peftc-demo", device="cpu")
         package.decompose("peftc-demo/dense-seed-0", ratio=0.5, output_dir="small")
         package.finetune("small", data="sklearn:digits", num_samples=64, steps=2, delta=True, output_dir="delta")
     for name, model in (("resnet", tiny_resnet), ("sentences", tiny_bert), ("bert", tiny_bert_classifier)):

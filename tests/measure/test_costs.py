@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -138,25 +139,39 @@ def test_a_grouped_query_model_is_counted(tiny_llama: object) -> None:
     assert linears + attention <= counted.macs <= 1.01 * (linears + attention)
 
 
-def steady(label: str, log: list[str]) -> Callable[[], None]:
-    return lambda: log.append(label)
+WARM = 3  # calls, of equal length, until two in a row bring no new best time
 
 
-def test_every_candidate_follows_every_other_one_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    monkeypatch.setattr(costs, "_warm_up", lambda call, device: 1.0)  # long calls: one per round, no primer
-    times = costs.latency({label: steady(label, log) for label in "abc"}, rounds=12, device=CPU)
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A made-up clock, in seconds."""
+    seconds = [0.0]
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    return seconds
+
+
+def steady(label: str, log: list[str], now: list[float], seconds: float) -> Callable[[], None]:
+    def call() -> None:
+        log.append(label)
+        now[0] += seconds
+
+    return call
+
+
+def test_every_candidate_follows_every_other_one_equally_often(now: list[float]) -> None:
+    log: list[str] = []  # of long calls: one per round, no primer
+    times = costs.latency({label: steady(label, log, now, 0.25) for label in "abc"}, rounds=12, device=CPU)
+    del log[: 3 * WARM]
     assert {label: len(times[label].seconds) for label in "abc"} == dict.fromkeys("abc", 12)
     rounds = [log[start : start + 3] for start in range(0, len(log), 3)]
     follows = Counter(pair for order in rounds for pair in pairwise(order))
     assert len(set(follows.values())) == 1 and len(follows) == 6
 
 
-def test_short_calls_are_repeated_to_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_calls_are_repeated_to_a_block(now: list[float]) -> None:
     log: list[str] = []
-    monkeypatch.setattr(costs, "_warm_up", lambda call, device: 0.002)
-    costs.latency({"a": steady("a", log)}, rounds=1, device=CPU)
-    assert len(log) == 1 + 5  # an untimed call, then 5 x 2 ms
+    costs.latency({"a": steady("a", log, now, 1 / 512)}, rounds=1, device=CPU)
+    assert len(log) == WARM + 1 + 6  # an untimed call, then 6 x 2 ms
 
 
 def test_median_and_p90_are_over_rounds() -> None:
@@ -164,10 +179,8 @@ def test_median_and_p90_are_over_rounds() -> None:
     assert times.median == 6 and times.p90 == 10
 
 
-def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Callable[[int], costs.Call]:
+def clock_of(now: list[float], seconds: Callable[[int], float]) -> Callable[[int], costs.Call]:
     """Make a batch of n take ``seconds(n)`` of a made-up clock."""
-    now = [0.0]
-    monkeypatch.setattr(costs, "_now", lambda device: now[0])
 
     def forward(batch: int) -> costs.Call:
         def call() -> None:
@@ -187,14 +200,12 @@ def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -
         (lambda batch: 0.7 * batch**0.5, 4),  # 1.4 s at 4: twice that would last too long
     ],
 )
-def test_the_batch_doubles_while_it_pays(
-    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], expected: int
-) -> None:
-    assert costs.saturating_batch(clock_of(monkeypatch, seconds), CPU) == expected
+def test_the_batch_doubles_while_it_pays(now: list[float], seconds: Callable[[int], float], expected: int) -> None:
+    assert costs.saturating_batch(clock_of(now, seconds), CPU) == expected
 
 
-def test_the_batch_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = clock_of(monkeypatch, lambda batch: 0.001)
+def test_the_batch_stops_where_memory_ends(now: list[float]) -> None:
+    forward = clock_of(now, lambda batch: 0.001)
 
     def limited(batch: int) -> costs.Call:
         if batch > 16:

@@ -174,8 +174,9 @@ def test_scores_are_sensitivity_times_uncertainty() -> None:
         spread = 0.85 * spread + 0.15 * (found - mean).abs()
         after_step({"": update}, step + 1, 100, 50)
         layer.zero_grad()
-    torch.testing.assert_close(part._mean_rows, mean)
-    torch.testing.assert_close(part._spread_rows, spread)
+    scores = update.state_dict()
+    torch.testing.assert_close(scores["parts.0._mean_rows"], mean)
+    torch.testing.assert_close(scores["parts.0._spread_rows"], spread)
 
 
 def test_gradients_that_are_no_numbers_leave_the_scores_finite() -> None:

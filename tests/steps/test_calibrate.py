@@ -409,8 +409,8 @@ def test_a_kill_loses_no_finished_part_and_changes_no_byte(
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == [
         "lane-0-0.safetensors", "lane-0-1.safetensors",
     ]  # fmt: skip
-    lanes, run = [], statistics._run_lane
-    monkeypatch.setattr(statistics, "_run_lane", lambda *words: lanes.append(1) or run(*words))
+    lanes, collector = [], statistics.Collector
+    monkeypatch.setattr(statistics, "Collector", lambda *given: lanes.append(1) or collector(*given))
     calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
     assert len(lanes) == LANES - 2
     assert promised(tmp_path / "out") == promised(stats)
@@ -427,7 +427,7 @@ def test_a_kill_after_the_last_part_needs_no_forward_pass(
         patch.setattr(write, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
-    monkeypatch.setattr(statistics, "_run_lane", interrupted)
+    monkeypatch.setattr(statistics, "Collector", interrupted)
     calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
     assert promised(tmp_path / "out") == promised(stats)
 

@@ -1,7 +1,10 @@
 """finetune, merge and deltas: only what was asked learns, what is written reloads, and a delta knows its base."""
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import methods
+from peftc import methods, progress
 from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError
 from peftc.models import load
 from peftc.nn import surgery
@@ -361,25 +364,37 @@ def test_half_precision_stays_and_merging_says_what_it_costs(base: Path, few: Pa
     assert report.data["merge"]["relative_deviation"] < 2e-2
 
 
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """Interrupt a training when it says that it has made a step, before anything is saved of it."""
+
+    @contextmanager
+    def sink(title: str, _total: int | None) -> Iterator[progress.Advance]:
+        made = itertools.count(1)
+
+        def advance(_detail: str = "") -> None:
+            if title.startswith("training") and next(made) == step:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    progress.set_sink(sink)
+    try:
+        yield
+    finally:
+        progress.set_sink(None)
+
+
 @pytest.mark.parametrize("method", ["lora", "sara"])  # the latter has held some values where they are since step 3
 def test_a_killed_run_resumes_to_the_same_bytes(
     base: Path, few: Path, tmp_path: Path, monkeypatch: Any, method: str
 ) -> None:
     tune(base, few, tmp_path / "whole", delta=True, method=method)
     monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
-    original = loop._Run.learn
-
-    def learn(run: Any) -> Any:
-        if run.step == 4:
-            raise KeyboardInterrupt
-        return original(run)
-
-    monkeypatch.setattr(loop._Run, "learn", learn)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5), pytest.raises(KeyboardInterrupt):
         tune(base, few, tmp_path / "killed", delta=True, method=method)
     checkpoint = tmp_path / "killed.partial" / "work" / loop.CHECKPOINT
     assert checkpoint.stat().st_size < (base / "model.safetensors").stat().st_size * 2  # what is frozen is not in it
-    monkeypatch.setattr(loop._Run, "learn", original)
     report = tune(base, few, tmp_path / "killed", delta=True, method=method)
     assert any(note.startswith("resumed at step 4") for note in report.notes)
     for name in ("model.safetensors", "peftc.json", loop.LOG):

@@ -1,5 +1,7 @@
 """Dual encoders go through every step: decomposed, calibrated, evaluated against what they were, and timed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftc.calibration.hooks import Collector
+from peftc.calibration.hooks import Collector, Sums
 from peftc.data import open_data
 from peftc.errors import DataError
 from peftc.factors import sequential
@@ -97,16 +99,15 @@ def test_a_pass_over_blip_ends_after_the_last_use_of_a_module(
 ) -> None:
     """A layer of its text encoder sees the texts twice, fused with an image and alone."""
     rows: dict[str, int] = {}
-    collect = sequential._collect
 
-    def counting(work: Any, prepared: Any, stage: Any, runs: Any) -> Any:
-        collector = Collector(prepared.model, stage, ["second_moment"])
-        with collector.watching() as sums:
-            sequential._pass(prepared, runs, collector)
-        rows.update(dict.fromkeys(stage, next(iter(sums.running.values())).count))
-        return collect(work, prepared, stage, runs)
+    class Counting(Collector):
+        @contextmanager
+        def watching(self) -> Iterator[Sums]:
+            with super().watching() as sums:
+                yield sums
+            rows.update(dict.fromkeys(self.sites, next(iter(sums.running.values())).count))
 
-    monkeypatch.setattr(sequential, "_collect", counting)
+    monkeypatch.setattr(sequential, "Collector", Counting)
     data = f"{captioned}@train"
     decompose(tiny_blip, output_dir=tmp_path / "small", rank=4, data=data, sequential=True, device="cpu")
     layer = "text_encoder.encoder.layer.0"
