@@ -21,7 +21,7 @@ from peftc.calibration.statistics import Statistics
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.factors import estimate, sensitivity, sequential
 from peftc.factors.factoring import Factoring
-from peftc.factors.spectra import factorizer
+from peftc.factors.spectra import Factorizer, factorizer
 from peftc.methods import spectrum
 from peftc.methods.weighted import Moment
 from peftc.models import inputs, load, write
@@ -48,15 +48,26 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
+class Nowhere:
+    """A path that cannot be read, as `/proc` where there is none: then a process counts as ``memory.PROCESS``."""
+
+    def __init__(self, _path: str) -> None: ...
+
+    def read_text(self, **_: Any) -> str:
+        raise FileNotFoundError
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    """Make this process hold so many bytes."""
+    monkeypatch.setattr(memory, "Path", Nowhere)
+    monkeypatch.setattr(memory, "PROCESS", taken)
+
+
 @pytest.fixture
 def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count what a calibration takes, not what Python does, a byte as a thousand: tiny models become large."""
-    footprint, units = memory._footprint, memory._units
-    monkeypatch.setattr(memory, "_held", lambda device: 0)
-    monkeypatch.setattr(memory, "_footprint", lambda *given: 1000 * footprint(*given))
-    monkeypatch.setattr(
-        memory, "_units", lambda *given: {key: (names, 1000 * size) for key, (names, size) in units(*given).items()}
-    )
+    hold(monkeypatch, 0)
+    monkeypatch.setattr(memory, "SPARE", memory.SPARE / 1000)
 
 
 @pytest.fixture
@@ -145,7 +156,7 @@ def test_an_interrupted_calibration_goes_on_with_the_passes_it_chose(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(statistics.lanes, "save", stop)
         collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
-    monkeypatch.setattr(memory, "_held", lambda device: 1 << 40)  # it would be refused if it were chosen again
+    hold(monkeypatch, 1 << 40)  # it would be refused if it were chosen again
     resumed = collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
     assert_same(resumed, whole)
 
@@ -320,11 +331,11 @@ def test_statistics_are_read_once_and_let_go(
         return cut_at(*given)
 
     bases: list[weakref.ref[Any]] = []
-    keep, read = Factoring._keep_basis, Factoring.spectrum
+    solve, read = Factorizer.__call__, Factoring.spectrum
 
-    def keeping(*given: Any) -> None:
+    def solving(*given: Any) -> Any:
         alive.append(sum(each() is not None for each in bases))
-        keep(*given)
+        return solve(*given)
 
     def reading(*given: Any) -> Any:
         found = read(*given)
@@ -333,7 +344,7 @@ def test_statistics_are_read_once_and_let_go(
 
     monkeypatch.setattr(sensitivity, "outputs", running)
     monkeypatch.setattr(spectrum, "cut_at", cutting)
-    monkeypatch.setattr(Factoring, "_keep_basis", keeping)
+    monkeypatch.setattr(Factorizer, "__call__", solving)
     monkeypatch.setattr(Factoring, "spectrum", reading)
     report = decompose(tiny_llama, output_dir=tmp_path / "out", data=text, sensitivity=2, **KFAC)
     assert len(alive) > 2 * len(report.data["modules"])
@@ -366,7 +377,7 @@ def test_a_module_that_cannot_be_solved_within_the_memory_is_refused_at_once(
     peftc, tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "COPIES", 60_000)  # the tiny modules become large
-    monkeypatch.setattr(memory, "_taken", lambda device: memory.PROCESS)
+    hold(monkeypatch, memory.PROCESS)
     words = ("decompose", tiny_llama, "--ratio", 0.5, "--data", text, "--max-length", 16, "-o", tmp_path / "out")
     refused = peftc(*words, "--max-memory", "1GB")
     assert refused.exit_code == 1

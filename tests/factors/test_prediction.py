@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import peftc
 from peftc.calibration import prepared
 from peftc.calibration.prepared import Request, prepare
-from peftc.factors.factoring import Factoring
 from peftc.factors.prediction import Anchors
+from peftc.factors.spectra import Factorizer
 from peftc.models import load as models
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
@@ -91,13 +91,13 @@ def test_what_is_predicted_is_what_the_ranks_lose_together(
 def test_a_dry_run_solves_each_module_once(tiny_vit: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ranks are corrected by measurements, tried in three forms as a whole, and predicted."""
     solved: list[str] = []
-    fresh = Factoring._fresh
+    solve = Factorizer.__call__
 
-    def counting(self: Factoring, target: Any, *rest: Any) -> Any:
+    def counting(self: Factorizer, weight: Any, target: Any) -> Any:
         solved.append(target.name)
-        return fresh(self, target, *rest)
+        return solve(self, weight, target)
 
-    monkeypatch.setattr(Factoring, "_fresh", counting)
+    monkeypatch.setattr(Factorizer, "__call__", counting)
     report = decompose(tiny_vit, ratio="0.5", data=images, dry_run=True, **CALIBRATED)
     assert report.data["predicted"]["samples"] == 6
     assert len(solved) == len(set(solved)) == len(report.data["modules"]) > 4

@@ -1,5 +1,7 @@
 """Progress goes where the console sends it, and nowhere by default."""
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,12 +48,24 @@ def test_none_makes_it_silent_again(seen: list[str]) -> None:
 def test_bars_of_the_console_nest_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftc.cli import console
 
-    bars = console._Bars()
-    with bars.track("[outer]", 2) as outer, bars.track("inner", None) as inner:
-        inner("[a]")
-        outer("blocks.0")
-        assert [task.completed for task in bars.display.tasks] == [1, 1]
-    assert bars.display is None
-    with pytest.raises(ZeroDivisionError), bars.track("failing", 1):
-        _ = 1 / 0
-    assert bars.display is None
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", told := Terminal())
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"  # the cursor, while there is a display
+    console.setup()
+    try:
+        with progress.track("[outer]", 2) as outer, progress.track("inner", None) as inner:
+            inner("[a]")
+            outer("blocks.0")
+            with progress.track("third", 1):  # all are drawn anew
+                assert told.getvalue().count(hidden) == 1, "one display for all"
+        for text in ("[outer] ", "1/2", "blocks.0", "inner ", "[a]"):
+            assert text in told.getvalue()
+        assert told.getvalue().count(shown) == 1
+        with pytest.raises(ZeroDivisionError), progress.track("failing", 1):
+            _ = 1 / 0
+        assert told.getvalue().count(hidden) == told.getvalue().count(shown) == 2
+    finally:
+        progress.set_sink(None)
