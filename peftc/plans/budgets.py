@@ -57,9 +57,10 @@ def shares(scores: Mapping[str, float], sizes: Mapping[str, int], budget: int, f
     kept = {name: int(floor * budget * size / everything) for name, size in sizes.items()}
     while (left := budget - sum(kept.values())) > 0:
         open_ = [name for name, size in sizes.items() if kept[name] < size]
+        room = {name: sizes[name] - kept[name] for name in open_}
         whole = sum(weights[name] for name in open_)
-        parts = {name: weights[name] / whole if whole else _room(name, sizes, kept, open_) for name in open_}
-        given = {name: min(int(parts[name] * left), sizes[name] - kept[name]) for name in open_}
+        parts = {name: weights[name] / whole if whole else room[name] / sum(room.values()) for name in open_}
+        given = {name: min(int(parts[name] * left), room[name]) for name in open_}
         if not any(given.values()):  # fewer are left than there are layers: one each, by score
             for name in sorted(open_, key=lambda name: -parts[name])[:left]:
                 given[name] = 1
@@ -76,7 +77,3 @@ def _weights(scores: Mapping[str, float]) -> dict[str, float]:
         name: 0.0 if math.isnan(score) or score <= 0 else min(score, largest) / largest
         for name, score in scores.items()
     }
-
-
-def _room(name: str, sizes: Mapping[str, int], kept: Mapping[str, int], open_: list[str]) -> float:
-    return (sizes[name] - kept[name]) / sum(sizes[each] - kept[each] for each in open_)

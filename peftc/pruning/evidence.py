@@ -104,7 +104,8 @@ def _agreement(case: Decided) -> Iterator[dict[str, Any]]:
     dropped = set(range(len(case.names))) - set(case.decision.kept)
     for name in CHEAP:
         other = layer_scores.named(name, {})
-        if name == case.score.name or not _is_there(other, case.seen):
+        lacking = other.reads_data and (case.seen is None or ("labels" in other.needs and not case.seen.labels))
+        if name == case.score.name or lacking:
             continue
         try:
             theirs = layer_scores.scores(case.model, case.names, other, case.seen)
@@ -123,13 +124,6 @@ def _agreement(case: Decided) -> Iterator[dict[str, Any]]:
             "kept": kept,
             "scores": [_number(each) for each in theirs],
         }
-
-
-def _is_there(score: Score, seen: Seen | None) -> bool:
-    """Return whether what a score needs was collected."""
-    if not score.reads_data:
-        return True
-    return seen is not None and ("labels" not in score.needs or bool(seen.labels))
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
