@@ -67,8 +67,9 @@ G = TypeVar("G", bound="Group")
 
 
 class Group:
-    """What all groups can do."""
+    """What all groups can do; ``HEADING`` is where the pages list their options."""
 
+    HEADING: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
@@ -97,6 +98,8 @@ class Recipe(Group):
     norms apart. The held-out samples are looked at evenly spread over the steps, the last time after the last step.
     ``seed`` is of order, dropout and augmentation.
     """
+
+    HEADING = "how to train"
 
     epochs: float | None = option(None, "train for so many passes over the data", rule=POSITIVE)
     steps: int | None = option(None, "train for so many steps", rule=AT_LEAST_1)
@@ -160,6 +163,8 @@ class Augment(Group):
     1905.04899); 0 mixes none.
     """
 
+    HEADING = "how to train"
+
     policy: str | None = option(
         None, "change images at random: crop, or a policy of timm", metavar="POLICY", spelled="augment"
     )
@@ -174,6 +179,8 @@ class Augment(Group):
 @dataclass(frozen=True)
 class Reading(Group):
     """How to read samples; ``seed`` is of the choice of some, of masks and of drawn text."""
+
+    HEADING = "what to measure on"
 
     task: str | None = option(None, "what the model is for (default: guessed)", metavar="TASK")
     num_samples: int | None = option(None, "use this many samples", rule=AT_LEAST_1)
@@ -192,6 +199,8 @@ class Reading(Group):
 @dataclass(frozen=True)
 class Budgets(Group):
     """How much to keep, one of these; as a number, or as the text that was typed, so that 2/3 stays exact."""
+
+    HEADING = "how much to keep: one of these"
 
     ratio: str | float | None = option(
         None, "share of the weights to keep, as 0.5 or 2/3", metavar="RATIO", reads="share_text"
@@ -215,6 +224,8 @@ class Calibration(Group):
     libraries included and what is mapped from files apart, or of the device.
     """
 
+    HEADING = "what to measure on"
+
     calibration_samples: int = option(512, "calibrate on at most this many samples", rule=AT_LEAST_1)
     calibration_tokens: int | float | None = option(
         None, "calibrate on about this many tokens or patches, as 64k", rule=AT_LEAST_1, reads="amount"
@@ -227,6 +238,8 @@ class Calibration(Group):
 @dataclass(frozen=True)
 class Gates(Group):
     """What quality has to be: a step whose result is not as good ends with exit code 3."""
+
+    HEADING = "gates: exit 3 where they are not met"
 
     max_drop: float | None = option(None, "gate: largest loss of quality", metavar="X")
     min_quality: float | None = option(None, "gate: least quality", metavar="X")

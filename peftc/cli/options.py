@@ -172,7 +172,7 @@ Overwrite = Annotated[bool, Option("--overwrite", help="replace the result of an
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[str, Option(parser=size_text, metavar="SIZE", help="largest weight file")]
 
-# how much to keep
+# how much to keep: one of these
 UpdateRank = Annotated[int, Option("--rank", min=1, metavar="RANK", help="rank of the updates")]
 Plan = Annotated[Path | None, Option(metavar="FILE", help="ranks from this file")]
 KeepAllRanks = Annotated[bool, Option("--keep-all-ranks", help="no budget yet: store every rank for `peftc truncate`")]

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer.main
 
@@ -125,7 +125,11 @@ def option_tables(word: str) -> str:
     known = groups()
     found: dict[str, list[list[str]]] = {}
     for name, parameter in inspect.signature(own, eval_str=True).parameters.items():
-        if name in params and name not in {**options.OUTPUT, **options.PUSH}:
+        group = options.of_group(parameter.annotation)
+        if group is not None:
+            kind, *_ = get_args(parameter.annotation) or (parameter.annotation,)
+            found.setdefault(kind.HEADING, []).extend(option_row(params[each]) for each in group)
+        elif name in params and name not in {**options.OUTPUT, **options.PUSH}:
             heading = known.get(id(parameter.annotation), FIRST)
             found.setdefault(heading, []).append(option_row(params[name]))
     parts = []
