@@ -28,10 +28,11 @@ class Rule(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-FINITE = Rule("a finite number", lambda value: True)
-POSITIVE = Rule("above 0", lambda value: value > 0)
-NOT_NEGATIVE = Rule("at least 0", lambda value: value >= 0)
-AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+FINITE = Rule("a finite number", math.isfinite)
+POSITIVE = Rule("above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("at least 0", lambda value: 0 <= value < math.inf)
+AT_LEAST_1 = Rule("at least 1", lambda value: 1 <= value < math.inf)
+ANY = Rule("any number", lambda value: True)  # what acts on it says more
 SHARE = Rule("in [0, 1)", lambda value: 0 <= value < 1)
 
 
@@ -80,7 +81,7 @@ class Group:
         """
         for each in fields(self):
             value, rule = getattr(self, each.name), each.metadata.get("rule", FINITE)
-            if isinstance(value, int | float) and not (math.isfinite(value) and rule.fits(value)):
+            if isinstance(value, int | float) and not rule.fits(value):
                 raise UsageError(f"`--{spelling(each).replace('_', '-')}` is {value}", why=f"it has to be {rule.text}")
 
     @classmethod
@@ -203,16 +204,18 @@ class Budgets(Group):
     HEADING = "how much to keep: one of these"
 
     ratio: str | float | None = option(
-        None, "share of the weights to keep, as 0.5 or 2/3", metavar="RATIO", reads="share_text"
+        None, "share of the weights to keep, as 0.5 or 2/3", metavar="RATIO", reads="share_text", rule=ANY
     )
-    rank: int | None = option(None, "the same rank everywhere", metavar="RANK", rule=AT_LEAST_1)
+    rank: int | None = option(None, "the same rank everywhere", metavar="RANK", rule=ANY)
     energy: str | float | None = option(
-        None, "share of the squared singular values to keep", metavar="SHARE", reads="share_text"
+        None, "share of the squared singular values to keep", metavar="SHARE", reads="share_text", rule=ANY
     )
-    target_params: int | float | None = option(None, "parameters of the whole result, as 22M", reads="amount")
-    target_macs: int | float | None = option(None, "multiply-adds of the whole result, as 4.6G", reads="amount")
+    target_params: int | float | None = option(None, "parameters of the whole result, as 22M", reads="amount", rule=ANY)
+    target_macs: int | float | None = option(
+        None, "multiply-adds of the whole result, as 4.6G", reads="amount", rule=ANY
+    )
     speedup: str | float | None = option(
-        None, "how many times faster, as measured here, as 1.5", metavar="X", reads="above_one_text"
+        None, "how many times faster, as measured here, as 1.5", metavar="X", reads="above_one_text", rule=ANY
     )
 
 

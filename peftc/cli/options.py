@@ -106,7 +106,7 @@ def numeric(kind: type[int | float], rule: Rule) -> Callable[[Any], int | float]
             value = kind(str(text))
         except ValueError:
             raise BadParameter(f"`{text}` is not a {'whole ' if kind is int else ''}number") from None
-        if not (math.isfinite(value) and rule.fits(value)):
+        if not rule.fits(value):
             raise BadParameter(f"`{text}` is not {rule.text}")
         return value
 
