@@ -17,7 +17,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   UsageError               exit 2: a value no run could accept, whatever the model
 """
 
-from __future__ import annotations
+from collections.abc import Collection
 
 
 class PeftcError(Exception):
@@ -27,22 +27,21 @@ class PeftcError(Exception):
         what: one line with names and numbers, lower case, no full stop.
         why: the cause, when it is not in ``what``.
         hint: what to do, with the command or option to type.
+        request: the id of the request that was refused because the folder holds another one.
     """
 
     exit_code = 1
     keeps_work = False  # whether what was done before it serves the same command again
 
-    def __init__(self, what: str, *, why: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, why: str | None = None, hint: str | None = None, request: str | None = None
+    ) -> None:
         super().__init__(what)
-        self.what, self.why, self.hint = what, why, hint
+        self.what, self.why, self.hint, self.request = what, why, hint, request
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.why:
-            lines.append(f"  cause: {self.why}")
-        if self.hint:
-            lines.append(f"  hint: {self.hint}")
-        return "\n".join(lines)
+        more = {"cause": self.why, "hint": self.hint}
+        return "\n".join([self.what, *(f"  {word}: {text}" for word, text in more.items() if text)])
 
 
 class SourceError(PeftcError):
@@ -54,18 +53,7 @@ class WeightError(PeftcError):
 
 
 class ArtifactError(PeftcError):
-    """A folder is no artifact, is damaged, or belongs to another request.
-
-    Args:
-        what, why, hint: as in `PeftcError`.
-        request: the id of the request that was refused because the folder holds another one.
-    """
-
-    def __init__(
-        self, what: str, *, why: str | None = None, hint: str | None = None, request: str | None = None
-    ) -> None:
-        super().__init__(what, why=why, hint=hint)
-        self.request = request
+    """A folder is no artifact, is damaged, or belongs to another request."""
 
 
 class PlanError(PeftcError):
@@ -149,18 +137,22 @@ def refuse_not_utf8(what: str, name: object, kind: type[PeftcError] = UsageError
         )
 
 
-def one_of(option: str, value: str, known: list[str] | tuple[str, ...]) -> None:
-    """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
-    if value in known:
-        return
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """Return the word among those known that was perhaps meant."""
     import difflib
 
-    near = difflib.get_close_matches(value, known, 1)
-    raise UsageError(
-        f"unknown value `{value}` for `{option}`",
-        why=f"it is one of {', '.join(f'`{name}`' for name in known)}",
-        hint=f"did you mean `{option} {near[0]}`?" if near else None,
-    )
+    return next(iter(difflib.get_close_matches(word, known, 1)), None)
+
+
+def one_of(option: str, value: str, known: Collection[str]) -> None:
+    """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
+    if value not in known:
+        near = nearest(value, known)
+        raise UsageError(
+            f"unknown value `{value}` for `{option}`",
+            why=f"it is one of {', '.join(f'`{name}`' for name in known)}",
+            hint=f"did you mean `{option} {near}`?" if near else None,
+        )
 
 
 def named(names: list[str], most: int = 5) -> str:

@@ -2,23 +2,21 @@
 
 Parts of a job are files in its working folder, so processes share work by names and hand over results on disk; what
 they tell each other directly is small. A process on its own is the first of one, and none of this costs it an import.
-"""
 
-from __future__ import annotations
+Where one of them fails or is gone, the others meet a `PeftcError`; the one that failed raises its own error.
+"""
 
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from peftc.errors import LostProcessError, PeftcError, reason_of
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
 Value = TypeVar("Value")
 NETWORK = ("gloo", "nccl", "tcpstore", "connection", "broken pipe", "socket")  # in what torch says of lost ones
+ANY = ("",)  # while processes talk, whatever is said
 PATIENCE = 30  # days that one process waits for another, as long as that one lives
 
 
@@ -43,11 +41,7 @@ def share(names: Sequence[Value]) -> list[Value]:
 
 
 def wait() -> None:
-    """Go on when all processes are here.
-
-    Raises:
-        PeftcError: one of them is gone.
-    """
+    """Go on when all processes are here."""
     with together():
         pass
 
@@ -61,32 +55,21 @@ def leave() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Compute a share of some work, and go on when all processes have done theirs.
-
-    Raises:
-        PeftcError: another process failed; the one that did raises its own error.
-    """
+    """Compute a share of some work, and go on when all processes have done theirs."""
     try:
         yield
     except Exception as problem:
-        if size() > 1:
-            _told(f"{problem}" if isinstance(problem, PeftcError) else f"{type(problem).__name__}: {problem}")
+        gathered([f"{problem}" if isinstance(problem, PeftcError) else f"{type(problem).__name__}: {problem}"])
         raise
-    if size() == 1:
-        return
-    failed = {number: text for number, text in enumerate(_told(None)) if text is not None}
-    if failed:
-        number, text = next(iter(failed.items()))
-        lines = text.splitlines() or [""]
-        raise PeftcError(f"process {number} of {size()} failed: {lines[0]}", why=" ".join(lines[1:]).strip() or None)
+    told: list[str | None] = gathered([None])
+    for number, text in enumerate(told):
+        if text is not None:
+            first, *more = text.splitlines() or [""]
+            raise PeftcError(f"process {number} of {size()} failed: {first}", why=" ".join(more).strip() or None)
 
 
 def agreed(find: Callable[[], Value]) -> Value:
-    """Return what the first process finds; the others wait for it and do not look themselves.
-
-    Raises:
-        PeftcError: it failed.
-    """
+    """Return what the first process finds; the others wait for it and do not look themselves."""
     if size() == 1:
         return find()
     held: list[Any] = [None]
@@ -95,42 +78,30 @@ def agreed(find: Callable[[], Value]) -> Value:
             held = [find()]
     from accelerate.utils import broadcast_object_list
 
-    with _gone():
+    with watched(ANY):
         broadcast_object_list(held)
     return held[0]  # type: ignore[no-any-return]
 
 
 def gathered(values: Sequence[Value]) -> list[Value]:
-    """Return what all processes found, that of the first in front.
-
-    Raises:
-        PeftcError: one of them is gone.
-    """
+    """Return what all processes found, that of the first in front."""
     if size() == 1:
         return list(values)
     from accelerate.utils import gather_object
 
-    _state()
-    with _gone():
+    _connect()
+    with watched(ANY):
         return list(gather_object(list(values)))
 
 
-def _told(text: str | None) -> list[str | None]:
-    """Tell all processes how this one fared, and return what they tell."""
-    from accelerate.utils import gather_object
-
-    _state()
-    with _gone():
-        return list(gather_object([text]))
-
-
-def _state() -> PartialState:
+def _connect() -> None:
+    """Meet the other processes, once."""
     from datetime import timedelta
 
     from accelerate import PartialState
 
-    with _gone(), _without_output():
-        return PartialState(cpu=True, timeout=timedelta(days=PATIENCE))  # words travel over the network, not the GPU
+    with watched(ANY), _without_output():
+        PartialState(cpu=True, timeout=timedelta(days=PATIENCE))  # words travel over the network, not the GPU
 
 
 @contextmanager
@@ -150,28 +121,15 @@ def _without_output() -> Iterator[None]:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Turn what the network says in the middle of other work of a process that ended into a refusal."""
+def watched(words: Sequence[str] = NETWORK) -> Iterator[None]:
+    """Turn what is said of a process that ended, in one of these words, into a refusal."""
     try:
         yield
     except RuntimeError as error:
-        if size() == 1 or not any(word in str(error).lower() for word in NETWORK):
+        if size() == 1 or not any(word in str(error).lower() for word in words):
             raise
-        raise _lost(error) from error
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    """Turn what the network says while processes talk into a refusal."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _lost(error) from error
-
-
-def _lost(error: RuntimeError) -> LostProcessError:
-    return LostProcessError(
-        "another process of this launch stopped",
-        why=reason_of(error),
-        hint="see what it said, and run the same command again to resume",
-    )
+        raise LostProcessError(
+            "another process of this launch stopped",
+            why=reason_of(error),
+            hint="see what it said, and run the same command again to resume",
+        ) from error

@@ -8,8 +8,6 @@ A step writes::
             advance(name)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 

@@ -1,7 +1,5 @@
 """What a step returns: figures for machines, tables for people, gates for CI."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,16 +147,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def kind_of_module(name: str) -> str:
-    """Return a dotted name with its numbers as stars: ``blocks.*.attn.qkv``."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return kind of module -> names, in order of first appearance."""
+    """Return kind of module, its numbers as stars (``blocks.*.attn.qkv``) -> names, in order of first appearance."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(kind_of_module(name), []).append(name)
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     return groups
 
 

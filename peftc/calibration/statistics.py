@@ -26,7 +26,7 @@ from peftc.models.place import moved, place_of
 from peftc.nn import lowrank
 from peftc.plans.plan import Target
 from peftc.report import grouped
-from peftc.store import artifact, manifest
+from peftc.store import artifact, manifest, verified
 from peftc.tasks import unlabelled
 from peftc.tasks.task import Batch, Task, batches
 
@@ -163,7 +163,7 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
     """
     record = manifest.read(folder)
     artifact.tensor_table(folder, record)
-    artifact.verify(folder, record)
+    verified.check(folder, record.files)
     note = artifact.statistics_note(folder, record)
     theirs = record.base.get("files"), [step["id"] for step in record.steps[:-1]]
     earlier = model.manifest.steps if model.manifest else []

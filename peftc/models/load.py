@@ -17,7 +17,7 @@ from peftc.models.model import Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
 from peftc.nn.adapted import TakenIn, take_in, with_ranks
-from peftc.store import artifact, manifest
+from peftc.store import artifact, manifest, verified
 from peftc.store.header import TensorInfo
 from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source, locate
@@ -225,7 +225,7 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
         )
     table = artifact.tensor_table(folder, record)
     if source.verify:
-        artifact.verify(folder, record)
+        verified.check(folder, record.files)
     loaded = replace(
         build.from_record(record, folder, source),
         base=record.base,

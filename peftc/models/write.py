@@ -22,9 +22,10 @@ from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters
 from peftc.report import SIZES, Report, Table, plain, scaled
-from peftc.store import artifact, manifest, maps
+from peftc.store import artifact, manifest, maps, verified
 from peftc.store.artifact import Piece
-from peftc.store.job import EXPORT, Job, execution
+from peftc.store.exports import EXPORT
+from peftc.store.job import Job, execution
 from peftc.store.manifest import Manifest
 from peftc.store.source import CODE, COMPANIONS, MANIFEST, Source
 from peftc.version import __version__
@@ -43,7 +44,7 @@ def base_record(model: Model) -> dict[str, Any]:
     """
     if model.manifest is not None:
         assert model.folder is not None
-        artifact.verify(model.folder, model.manifest)  # again: it may have changed since it was loaded
+        verified.check(model.folder, model.manifest.files)  # again: it may have changed since it was loaded
         return model.base
     files = {path.name: manifest.file_digest(path) for path in model.files}
     if not files:

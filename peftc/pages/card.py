@@ -16,9 +16,10 @@ from peftc.errors import ArtifactError
 from peftc.pages import records
 from peftc.pages.records import Record, modules_table
 from peftc.report import Report, Table, count, size
-from peftc.store import artifact, job
+from peftc.store import artifact
 from peftc.store.commands import command_lines
 from peftc.store.documents import escaped
+from peftc.store.exports import EXPORT
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST
 from peftc.version import __version__
@@ -61,7 +62,7 @@ def subject(folder: Path) -> Record:
     Raises:
         ArtifactError: it is neither an artifact nor an export, or is damaged.
     """
-    if not (folder / MANIFEST).is_file() and not (folder / job.EXPORT).is_file():
+    if not (folder / MANIFEST).is_file() and not (folder / EXPORT).is_file():
         hint = "name what a step of peftc wrote"
         raise ArtifactError(f"`{folder}` is neither an artifact nor an export of peftc", hint=hint)
     found = records.of(folder)

@@ -12,7 +12,8 @@ from typing import Any
 
 from peftc.errors import ArtifactError, UsageError
 from peftc.report import Cell, Table, count, grouped, rank_span, span
-from peftc.store import artifact, documents, job, manifest
+from peftc.store import artifact, documents, manifest
+from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, read_json
 
@@ -163,7 +164,7 @@ def of(folder: Path) -> Record:
     """
     if (folder / MANIFEST).is_file():
         return Record(folder, manifest.read(folder), artifact.read_result(folder))
-    export = job.read_export(folder)
+    export = read_export(folder)
     made_from = export.about.get("made_from")
     if not made_from:
         why, hint = "an older peftc exported it", "export it again with `--overwrite`"
@@ -194,7 +195,7 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
     for folder, path in zip(folders, resolved, strict=True):
         if resolved.count(path) > 1:
             raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
-        if not (folder / MANIFEST).is_file() and not (exports and (folder / job.EXPORT).is_file()):
+        if not (folder / MANIFEST).is_file() and not (exports and (folder / EXPORT).is_file()):
             what = "is no artifact" if folder.is_dir() else "does not exist"
             hint = "name artifacts; the model that they were made from stands beside them where it was measured"
             raise ArtifactError(f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`", hint=hint)

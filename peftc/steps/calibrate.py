@@ -28,7 +28,7 @@ from peftc.options import Calibration, Reading
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
-from peftc.store import artifact
+from peftc.store import artifact, verified
 from peftc.store.header import read_header
 from peftc.store.job import Job
 from peftc.store.manifest import STATISTICS, Manifest
@@ -162,9 +162,9 @@ def _write(
         preprocess=model.preprocess,
         labels=model.labels,
     )
-    changed = artifact.changed_files(job.folder, record)
-    if changed:
-        raise write.differs(job.folder, f"`{changed[0]}` holds other bytes")
+    promised = {job.folder / name: entry["sha256"] for name, entry in files.items()}
+    if changed := verified.differing(promised, remembered=False):
+        raise write.differs(job.folder, f"`{changed[0].name}` holds other bytes")
     report.data["bytes"] = record.weight_bytes
     report.notes += [
         f"the folder takes {size(record.weight_bytes)}",

@@ -28,7 +28,8 @@ from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
 from peftc.report import Report, Table, percent, size
 from peftc.store import artifact, manifest
-from peftc.store.job import EXPORT, ExportRecord, Job, execution
+from peftc.store.exports import EXPORT, ExportRecord
+from peftc.store.job import Job, execution
 from peftc.store.source import Source
 from peftc.tasks import baseline, seen
 from peftc.tasks.evaluation import Exam, evaluated

@@ -154,7 +154,7 @@ def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> li
     """
     import json
 
-    from peftc.store.job import EXPORT
+    from peftc.store.exports import EXPORT
     from peftc.store.source import MANIFEST
 
     known: set[str] = set()

@@ -10,7 +10,7 @@ from peftc.errors import ArtifactError, PeftcError
 from peftc.models import hub
 from peftc.pages.records import modules_table, statistics_table
 from peftc.report import Report, Table, count, size
-from peftc.store import artifact, manifest
+from peftc.store import artifact, manifest, verified
 from peftc.store.commands import command_lines
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, Located, Source, locate
@@ -42,7 +42,7 @@ def show(model: str | Path | Source, *, commands: bool = False, verify: bool = F
         raise ArtifactError(f"`{name}` is a model, not an artifact of peftc", hint=hint)
     record = manifest.read(folder)
     if verify:
-        artifact.verify(folder, record, remembered=False)
+        verified.check(folder, record.files, remembered=False)
     tensors = _tensors(folder, record, there)
     lines = command_lines(record)
     report = Report("show", {"manifest": vars(record), "commands": lines, "tensors": len(tensors)}, artifact=folder)

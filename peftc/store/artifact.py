@@ -1,13 +1,12 @@
 """The artifact folder: write its weights from byte ranges, read its tensor table, without torch."""
 
-from __future__ import annotations
-
 import hashlib
-import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,7 @@ class Piece:
     @property
     def size(self) -> int:
         """Number of bytes."""
-        entries = 1
-        for side in self.shape:
-            entries *= side
-        return entries * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def from_file(info: TensorInfo) -> Piece:
@@ -83,27 +79,26 @@ def write_weights(
             filled = 0
         shards[-1].append(name)
         filled += pieces[name].size
-    if len(shards) == 1:
-        whole = f"{stem}.safetensors"
-        return {whole: _write_shard(folder / whole, {name: pieces[name] for name in order}, identity)}
     files: dict[str, dict[str, Any]] = {}
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{stem}{part}.safetensors"
         files[file] = _write_shard(folder / file, {name: pieces[name] for name in names}, identity)
         where.update(dict.fromkeys(names, file))
-    total = sum(piece.size for piece in pieces.values())
-    index = f"{stem}.safetensors.index.json"
-    files[index] = write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": where})
+    if len(shards) > 1:
+        total = sum(piece.size for piece in pieces.values())
+        index = f"{stem}.safetensors.index.json"
+        files[index] = write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": where})
     return files
 
 
 def _write_shard(path: Path, pieces: dict[str, Piece], identity: str | None) -> dict[str, Any]:
     entries = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
+    header = encode_header(entries, {"format": "pt"} | ({"peftc": identity} if identity else {}))
     total, written = hashlib.sha256(), 0
     with path.open("wb") as file:
-        start = encode_header(entries, {"format": "pt", **({"peftc": identity} if identity else {})})
-        for block in _chain(start, pieces):
+        for block in chain([header], *(piece.blocks() for piece in pieces.values())):
             file.write(block)
             total.update(block)
             written += len(block)
@@ -112,16 +107,9 @@ def _write_shard(path: Path, pieces: dict[str, Piece], identity: str | None) -> 
     return {"sha256": total.hexdigest(), "bytes": written}
 
 
-def _chain(start: bytes, pieces: dict[str, Piece]) -> Iterator[Any]:
-    yield start
-    for piece in pieces.values():
-        yield from piece.blocks()
-
-
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write a JSON file with sorted keys, whole or not at all, and return its sha256 and bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_bytes(path, text.encode())
+    return write_bytes(path, documents.pretty(value).encode())
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
@@ -139,11 +127,11 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
 
     Raises:
         ArtifactError: a file is missing, has another length, or was written for another artifact; of those that hold no
-            tensors, it has other bytes than the manifest promises (of tensors, `verify` says that).
+            tensors, it has other bytes than the manifest promises (of tensors, `verified.check` says that).
         WeightError: a file is damaged.
     """
     table: dict[str, TensorInfo] = {}
-    small: dict[str, str] = {}
+    small: dict[str, Any] = {}
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
@@ -153,7 +141,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
                 f"`{path}` has {path.stat().st_size:,} bytes", why=f"its manifest says {entry['bytes']:,}"
             )
         if not name.endswith(".safetensors"):
-            small[name] = entry["sha256"]
+            small[name] = entry
             continue
         tensors, metadata = read_header(path)
         if metadata.get("peftc") != manifest.id:
@@ -174,25 +162,8 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
     return table
 
 
-def verify(folder: Path, manifest: Manifest, *, remembered: bool = True) -> None:
-    """Compare every file of an artifact with the bytes that its manifest promises.
-
-    Args:
-        folder, manifest: of the artifact.
-        remembered: believe of a file that nobody wrote to what was found before.
-
-    Raises:
-        ArtifactError: naming each file that differs.
-    """
-    verified.check(folder, {name: entry["sha256"] for name, entry in manifest.files.items()}, remembered=remembered)
-
-
 def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return what is known of the statistics that `calibrate` wrote.
-
-    Raises:
-        ArtifactError: the folder holds none, or is damaged.
-    """
+    """Return what is known of the statistics in a folder; an `ArtifactError` where it holds none, or damaged ones."""
     name = f"{manifests.STATISTICS}.json"
     if not manifest.holds_statistics or name not in manifest.files:
         raise ArtifactError(
@@ -200,34 +171,30 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
             why=f"its manifest lists no `{manifests.STATISTICS}.safetensors`",
             hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
         )
-    try:
-        note = documents.read_json(folder / name)
-        why = documents.misfit(note, NOTE)
-    except (OSError, ValueError) as error:
-        why = str(error)
-    if why:
-        raise ArtifactError(f"cannot read `{folder / name}`", why=why, hint="collect them again")
-    return dict(note)
+    return dict(documents.read_shaped(folder / name, NOTE, ArtifactError, "collect them again"))
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Return what an artifact's ``result.json`` holds; empty where it is gone or damaged."""
-    try:
-        found = documents.read_json(folder / RESULT)
-    except (OSError, ValueError):
-        return {}
-    return {} if results.misfit(found) else dict(found)
+    return _result(folder)[0]
 
 
 def damaged_result(folder: Path) -> str | None:
     """Return a warning where a ``result.json`` is damaged, so that nothing of it is used; None where all is well."""
-    if not (folder / RESULT).exists() or read_result(folder):
-        return None
+    why = _result(folder)[1]
+    return why and f"`{folder / RESULT}` is damaged ({why}): what it says of figures is left out"
+
+
+def _result(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return what a ``result.json`` says, and why nothing of it is used."""
     try:
-        why = results.misfit(documents.read_json(folder / RESULT)) or "it says nothing"
+        found = documents.read_json(folder / RESULT)
+        why = results.misfit(found) or (None if found else "it says nothing")
+    except FileNotFoundError:
+        return {}, None
     except (OSError, ValueError) as error:
-        why = reason_of(error)
-    return f"`{folder / RESULT}` is damaged ({why}): what it says of figures is left out"
+        return {}, reason_of(error)
+    return ({}, why) if why else (found, None)
 
 
 def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]) -> None:
@@ -248,21 +215,3 @@ def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]
     others = [entry for entry in measured.get(kind, []) if entry["question"] != asked]
     measured[kind] = [*others, {"question": asked, "at": round(time.time()), **figures}]
     write_json(folder / RESULT, result)
-
-
-def changed_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Return the names of files whose bytes are no longer those that the manifest promises."""
-    return [
-        name
-        for name, entry in sorted(manifest.files.items())
-        if not (folder / name).is_file() or manifests.file_digest(folder / name) != entry["sha256"]
-    ]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

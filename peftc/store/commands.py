@@ -1,7 +1,5 @@
 """Turn the requests of an artifact back into the command lines that make it again."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -13,19 +11,7 @@ from peftc.store.documents import CONTROL
 from peftc.store.manifest import Manifest
 
 DEFAULT_SHARD = 5_000_000_000
-
-
-WRITING = (
-    "calibrate",
-    "decompose",
-    "distill",
-    "export",
-    "extract-lora",
-    "finetune",
-    "merge",
-    "prune-layers",
-    "truncate",
-)
+WRITING = "calibrate decompose distill export extract-lora finetune merge prune-layers truncate".split()
 
 
 def command_lines(record: Manifest) -> list[str]:

@@ -13,16 +13,17 @@ A *shape* says what a value has to be:
 ====================  =========================================================
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from peftc.errors import PeftcError
 
 # what moves a cursor, changes a terminal or turns the order of letters around
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -40,29 +41,43 @@ NAMES: dict[Any, str] = {
 }
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a small file beside its place and rename it, so that it is there whole or not at all.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of a file in the end: it is there whole or not at all.
 
     What a killed process left of its own attempt is removed.
 
     Raises:
         OSError: it cannot be written; then nothing is left of it.
     """
-    path = path.expanduser()
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         number = leftover.name.removeprefix(f"{path.name}.").removesuffix(".partial")
         if number.isdecimal() and not _runs(int(number)):
             leftover.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a small file as `replacing` does; ``mode`` is narrowed by the user's mask."""
+    with replacing(path.expanduser()) as partial:
+        partial.touch(mode)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _runs(process: int) -> bool:
@@ -87,17 +102,33 @@ def read_json(path: Path) -> Any:
     return parsed(path.read_text(encoding="utf-8"))
 
 
-def parsed(text: str) -> Any:
-    """Return the value of a JSON text.
+def read_shaped(path: Path, shape: Any, refusal: type[PeftcError], hint: str | None = None) -> Any:
+    """Return the value in a JSON file, which has to be of a shape.
 
     Raises:
-        ValueError: as for `read_json`.
+        PeftcError: of the kind, where it cannot be read or is of no such shape.
     """
+    try:
+        value = read_json(path)
+        why = misfit(value, shape)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if why:
+        raise refusal(f"cannot read `{path}`", why=why, hint=hint)
+    return value
+
+
+def parsed(text: str) -> Any:
+    """Return the value of a JSON text; a `ValueError` as of `read_json`."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"its maps and lists stand in one another more than {MOST_DEEP} deep") from None
-    _refuse_deep(value)
+    inner, depth = [value], 0
+    while inner := [each for one in inner for each in _children(one)]:
+        depth += 1
+        if depth > MOST_DEEP:
+            raise ValueError(f"its maps and lists stand in one another more than {MOST_DEEP} deep")
     if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair, alone, is a text that no file can hold
         try:
             canonical(value).encode()
@@ -106,16 +137,10 @@ def parsed(text: str) -> Any:
     return value
 
 
-def _refuse_deep(value: Any) -> None:
-    inner, depth = [value], 0
-    while inner := [each for one in inner if isinstance(one, dict | list) for each in _children(one)]:
-        depth += 1
-        if depth > MOST_DEEP:
-            raise ValueError(f"its maps and lists stand in one another more than {MOST_DEEP} deep")
-
-
-def _children(value: dict[str, Any] | list[Any]) -> Any:
-    return [each for each in (value.values() if isinstance(value, dict) else value) if isinstance(each, dict | list)]
+def _children(value: Any) -> list[Any]:
+    """Return the maps and lists that stand in one."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [each for each in inner if isinstance(each, dict | list)]
 
 
 def escaped(text: str) -> str:
@@ -173,6 +198,11 @@ def _is(value: Any, kind: type | None) -> bool:
 def _text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, default=repr)
     return f"`{text}`" if len(text) < 60 else f"`{text[:57]}...`"
+
+
+def pretty(value: Any) -> str:
+    """Return JSON for people, with sorted keys: equal values, equal text."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def canonical(value: Any) -> str:

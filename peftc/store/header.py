@@ -5,10 +5,9 @@ from tensor name to dtype, shape and byte range, then the bytes. Every rule that
 here, so that a damaged or hostile file is refused before anything is mapped.
 """
 
-from __future__ import annotations
-
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +15,8 @@ from typing import Any
 
 from peftc.errors import WeightError
 
-DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-}
+NAMES = "U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 C64".split()
+DTYPE_BITS = {"BOOL": 8} | {name: int(re.findall(r"\d+", name)[0]) for name in NAMES}
 HEADER_LIMIT = 100_000_000  # the format's own limit
 
 
@@ -86,8 +68,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _refuse(path, "its metadata is not a map of strings")
-    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
     position = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, position) for name, entry in header.items()}
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position:
             raise _refuse(path, f"`{name}` starts at byte {info.start:,}, not at {position:,}: a hole or an overlap")

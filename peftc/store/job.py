@@ -5,22 +5,21 @@
 rename of ``artifact/`` to OUT, so OUT never exists half-written; after a kill the same request goes on from there.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError, refuse_not_utf8
 from peftc.store import artifact, documents, manifest
+from peftc.store.exports import EXPORT, ExportRecord, read_export
+from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST
 
 CAUSES = {
@@ -39,85 +38,6 @@ CAUSES = {
 
 IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 CHECKPOINT = "checkpoint"  # how files of a training begin that it goes on from
-EXPORT = "export.json"  # in place of a manifest, in a folder that other programs read
-MADE_FROM = {
-    "base": manifest.FIELDS["base"],
-    "steps": manifest.FIELDS["steps"],
-    "kept_layers": [str],
-    "parameters": int,
-}
-EXPORTED = {
-    "id": str,
-    "request": manifest.REQUEST,
-    "files": {str: manifest.ENTRY},
-    "about": {
-        "format": str,
-        "modules": manifest.FIELDS["modules"],
-        "made_from?": MADE_FROM,
-        "library_name?": (str, None),
-        "tags?": [str],
-        "use?": (str, None),
-    },
-}
-
-
-class Record(Protocol):
-    """What a folder says of itself."""
-
-    def write(self, folder: Path) -> None:
-        """Write it into a folder."""
-
-
-@dataclass(frozen=True)
-class ExportRecord:
-    """What ``export.json`` says.
-
-    Attributes:
-        id: digest of the base and of every request.
-        request: what was asked.
-        files: name -> ``{"sha256", "bytes"}`` of everything else in the folder but ``result.json``.
-        about: how to use it: format, inputs, output, preprocessing, labels, forms of the modules.
-    """
-
-    id: str
-    request: Mapping[str, Any]
-    files: dict[str, dict[str, Any]]
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Write ``export.json`` into a folder, with a digest of what it says."""
-        artifact.write_json(folder / EXPORT, documents.sealed(asdict(self)))
-
-
-def read_export(folder: Path) -> ExportRecord:
-    """Return what an export says of itself.
-
-    Raises:
-        ArtifactError: it cannot be read, or a file that it lists is missing or of another length.
-    """
-    path = folder / EXPORT
-    try:
-        value = documents.read_json(path)
-        why = documents.misfit(value, EXPORTED)
-    except (OSError, ValueError) as error:
-        why = str(error)
-    if why:
-        raise ArtifactError(f"cannot read `{path}`", why=why, hint="export again with `--overwrite`")
-    if documents.is_sealed(value) is False:
-        raise manifest.edited(path)
-    record = ExportRecord(value["id"], value["request"], value["files"], value["about"])
-    changed = [
-        name
-        for name, entry in record.files.items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
-    ]
-    if changed:
-        raise ArtifactError(
-            f"`{folder}` is not as it was exported",
-            why=f"`{changed[0]}` is missing or of another length",
-            hint="export again with `--overwrite`",
-        )
-    return record
 
 
 @dataclass
@@ -173,11 +93,7 @@ class Job:
         return time.monotonic() - self.started
 
     def require(self, number_of_bytes: int) -> None:
-        """Refuse at once when the disk cannot hold what is to be written.
-
-        Raises:
-            OutputError: fewer bytes are free.
-        """
+        """Refuse at once, by an `OutputError`, when the disk cannot hold what is to be written."""
         free = shutil.disk_usage(self.partial).free
         if free < number_of_bytes:
             raise OutputError(
@@ -191,14 +107,12 @@ class Job:
         self.asked = {"id": self.id, "request": dict(self.request)}
         self.id = identity
 
-    def finish(self, record: Record, result: dict[str, Any]) -> None:
+    def finish(self, record: Manifest | ExportRecord, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
         artifact.write_json(self.folder / artifact.RESULT, result)
-        for path in self.folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        artifact.sync_folder(self.folder)
+        for path in (*self.folder.iterdir(), self.folder):
+            documents.sync(path)
         if self.overwrite and (self.output.exists() or self.output.is_symlink()):
             self.output.rename(self.replaced)
         try:
@@ -212,12 +126,17 @@ class Job:
                 why="it was not there when this run began, so peftc neither writes into it nor deletes it",
                 hint=f"move it, and run the same command again{stays}",
             ) from None
-        artifact.sync_folder(self.output.parent)
+        documents.sync(self.output.parent)
 
     def restore(self) -> None:
         """Undo a replacement that stopped between its two renames."""
         if self.replaced.exists() and not self.output.exists():
             self.replaced.rename(self.output)
+
+    def drop(self) -> None:
+        """Remove the folder of unfinished work; what tells that it is peftc's goes last, so that a kill leaves that."""
+        for each in (self.work, self.folder, self.replaced, self.partial):
+            shutil.rmtree(each, ignore_errors=True)
 
     def result(self) -> dict[str, Any]:
         """Return what a finished folder's ``result.json`` holds; empty where it is gone."""
@@ -254,7 +173,9 @@ def execution(
         if output.exists() or output.is_symlink():
             job.done = _is_done(job, overwrite)
         if job.done:
-            _sweep(job)
+            if job.partial.exists() and _owner(job) in (None, job.id):
+                with suppress(OutputError), _locked(job):  # unless another run works there
+                    job.drop()
             yield job
             return
         missing = [folder for folder in job.partial.parents if not folder.exists()]
@@ -266,30 +187,21 @@ def execution(
                 yield job
             except (PeftcError, OSError) as error:
                 job.restore()
-                learnt = any(path.name.startswith(CHECKPOINT) for path in job.work.iterdir())
-                keeps = learnt or (isinstance(error, PeftcError) and error.keeps_work and any(job.work.iterdir()))
-                if learnt and isinstance(error, OSError) and error.errno in CAUSES:
-                    raise _unwritten(output, error, _kept(job)) from error
-                if learnt and isinstance(error, PeftcError) and not error.keeps_work:
-                    error.hint = "; ".join([*([error.hint] if error.hint else []), _kept(job)])
-                if fresh and not keeps:
-                    _drop(job)
+                keeps = isinstance(error, PeftcError) and error.keeps_work
+                if any(path.name.startswith(CHECKPOINT) for path in job.work.iterdir()):
+                    stays = f"what was learnt so far stays in `{job.partial}`: mend the cause, and run the same command"
+                    stays += " again to go on"
+                    if isinstance(error, OSError) and error.errno in CAUSES:
+                        raise _unwritten(output, error, stays) from error
+                    if isinstance(error, PeftcError) and not keeps:
+                        error.hint = "; ".join(filter(None, (error.hint, stays)))
+                elif fresh and not (keeps and any(job.work.iterdir())):
+                    job.drop()
                     for folder in missing:
                         with suppress(OSError):  # somebody else may have put something there
                             folder.rmdir()
                 raise
-            _drop(job)
-
-
-def _drop(job: Job) -> None:
-    """Remove the folder of unfinished work; what tells that it is peftc's goes last, so that a kill leaves that."""
-    for each in (job.work, job.folder, job.replaced):
-        shutil.rmtree(each, ignore_errors=True)
-    shutil.rmtree(job.partial, ignore_errors=True)
-
-
-def _kept(job: Job) -> str:
-    return f"what was learnt so far stays in `{job.partial}`: mend the cause, and run the same command again to go on"
+            job.drop()
 
 
 @contextmanager
@@ -327,13 +239,6 @@ def _refuse_foreign(job: Job) -> None:
             why="it is no unfinished work of peftc, so peftc neither writes into it nor deletes it",
             hint="write elsewhere with `-o`",
         )
-
-
-def _sweep(job: Job) -> None:
-    """Remove what a finished request left behind, unless another run works there."""
-    if job.partial.exists() and _owner(job) in (None, job.id):
-        with suppress(OutputError), _locked(job):
-            _drop(job)
 
 
 def _is_done(job: Job, overwrite: bool) -> bool:
@@ -419,4 +324,4 @@ def _claim(job: Job, overwrite: bool) -> bool:
         shutil.rmtree(leftover, ignore_errors=True)
     job.work.mkdir(exist_ok=True)
     job.folder.mkdir()
-    return bool(owner != job.id)
+    return owner != job.id

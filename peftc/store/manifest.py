@@ -1,9 +1,6 @@
 """The manifest, ``peftc.json``: what an artifact is made of, from which base, by which requests."""
 
-from __future__ import annotations
-
 import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,7 +52,6 @@ TRAINING = {
     "mixup": (float, None),
     "cutmix": (float, None),
     "dropout": Any,
-    "head?": Any,
 }
 DELTA = {"source": SOURCE, "files": {str: str}, "tensors": {str: str}}
 FIELDS: dict[str, Any] = {
@@ -140,9 +136,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``peftc.json`` into ``folder``, with sorted keys and a digest of what it says."""
-        value = documents.sealed(asdict(self))
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        documents.write_whole(folder / MANIFEST, documents.pretty(documents.sealed(asdict(self))))
 
 
 def read(folder: Path) -> Manifest:
@@ -170,8 +164,6 @@ def read(folder: Path) -> Manifest:
         raise edited(path)
     if why := _misfit(value):
         raise _damaged(path, why)
-    for name in value["files"]:
-        _check_file_name(path, name)
     value.pop(documents.SEAL, None)
     return Manifest(**value)
 
@@ -186,52 +178,36 @@ def edited(path: Path) -> ArtifactError:
 
 
 def _misfit(value: dict[str, Any]) -> str | None:
-    """Return what in a manifest is not as it has to be, beyond its file names; None where all is."""
-    unknown = sorted(value.keys() - FIELDS.keys() - OPTIONAL.keys())
-    if unknown:
-        return f"it has unknown fields: {', '.join(unknown)}"
+    """Return what in a manifest is not as it has to be; None where all is."""
     optional = {f"{name}?": shape for name, shape in OPTIONAL.items()}
+    if unknown := sorted(value.keys() - FIELDS.keys() - OPTIONAL.keys()):
+        return f"it has unknown fields: {', '.join(unknown)}"
     if why := documents.misfit(value, FIELDS | optional):
         return why
     for step in value["steps"]:
         if "loss" in step["request"] and (why := documents.misfit(step["request"], TRAINING)):
             return f"in a request, {why}"
     for name, edit in value["modules"].items():
-        if not _is_rank(edit["rank"]):
-            return f"module `{name}` has the rank {edit['rank']}"
-        if "shares" in edit and not _shares(value["modules"], edit):
-            return f"`{name}` shares the down factor of `{edit['shares']}`, which has none of that rank"
+        rank, leader = edit["rank"], edit.get("shares")
+        if not (rank >= 1 if isinstance(rank, int) else len(rank) == 2 and min(rank) >= 1):
+            return f"module `{name}` has the rank {rank}"
+        first = value["modules"].get(leader, {})
+        if leader is not None and (first.get("shares"), first.get("rank")) != (leader, rank):
+            return f"`{name}` shares the down factor of `{leader}`, which has none of that rank"
     for name, entry in value.get("ordered", {}).items():
         if entry["rank"] < 0:
             return f"the ordered factors of `{name}` have the rank {entry['rank']}"
     if not all(1 <= length <= 100 for lengths in value.get("skipped", {}).values() for length in lengths):
         return "one of its skipped layers does not say what it gave"
-    if value["preprocess"].get("input_size") is not None and not _is_size(value["preprocess"]["input_size"]):
-        return f"`preprocess.input_size` is {value['preprocess']['input_size']}, not channels, height and width"
-    delta = value.get("delta")
-    why = documents.misfit(delta, DELTA) if delta else None
+    sides = value["preprocess"].get("input_size", [1, 1, 1])
+    if len(sides) != 3 or not all(1 <= side <= 100_000 for side in sides):
+        return f"`preprocess.input_size` is {sides}, not channels, height and width"
+    for name in value["files"]:
+        pure = PurePosixPath(name)
+        if not name or pure.is_absolute() or ".." in pure.parts or any(each in name for each in "\\\0:"):
+            return f"it names the file `{name}`, which is not inside the folder"
+    why = documents.misfit(value["delta"], DELTA) if value.get("delta") else None
     return f"as a delta, {why}" if why else None
-
-
-def _shares(modules: dict[str, Any], edit: dict[str, Any]) -> bool:
-    """Return whether the module that an entry names leads a group of the same rank."""
-    first = modules.get(edit["shares"], {})
-    return (first.get("shares"), first.get("rank")) == (edit["shares"], edit["rank"])
-
-
-def _is_rank(value: Any) -> bool:
-    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
-    return all(type(number) is int and number >= 1 for number in numbers)
-
-
-def _is_size(value: list[int]) -> bool:
-    return len(value) == 3 and all(1 <= side <= 100_000 for side in value)
-
-
-def _check_file_name(path: Path, name: str) -> None:
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
-        raise _damaged(path, f"it names the file `{name}`, which is not inside the folder")
 
 
 def _damaged(path: Path, why: str) -> ArtifactError:

@@ -4,8 +4,6 @@ A map may hold thousands of points. Kept are some of them, the same samples in e
 than a picture shows, so that twelve layers take about 30 kB.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -69,23 +67,15 @@ def read(folder: Path) -> Maps | None:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         classes = [str(name) for name in found["classes"]]
         labels = [int(label) for label in found["labels"]]
-        points = {str(name): _points(*axes, number=len(labels)) for name, axes in found["maps"].items()}
+        points = {  # as many of each axis as there are samples
+            str(name): [(_share(x), _share(y)) for x, y, _ in zip(*axes, labels, strict=True)]
+            for name, axes in found["maps"].items()
+        }
         if not labels or not all(0 <= label < len(classes) for label in labels):
             return None
         return Maps(int(found["samples"]), classes, labels, points)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         return None
-
-
-def _points(xs: Sequence[Any], ys: Sequence[Any], *, number: int) -> list[tuple[float, float]]:
-    """Return (x, y) in [0, 1].
-
-    Raises:
-        ValueError: there are more or fewer of one than of the other, or than samples.
-    """
-    if len(xs) != number:
-        raise ValueError("a map has another number of points than there are samples")
-    return [(_share(x), _share(y)) for x, y in zip(xs, ys, strict=True)]
 
 
 def _share(value: Any) -> float:

@@ -3,8 +3,6 @@
 `show`, `compare`, `report` and cards read it again. A file that says it otherwise is damaged: nothing of it is used.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from peftc.store import documents
@@ -16,7 +14,6 @@ SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
 DATA = {"spec": str, "split": str, "samples": int, "digest": str}
 EVALUATED = {
     "at?": int,
-    "question?": Any,
     "task": str,
     "metric": str,
     "metrics": {str: INTERVAL},
@@ -35,7 +32,6 @@ TIMED = {
 }
 BENCHED = {
     "at": int,
-    "question?": Any,
     "model": TIMED,
     "against?": (TIMED | {"name": str}, None),
     "input": Any,

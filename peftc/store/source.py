@@ -1,7 +1,5 @@
 """Where a model comes from: the one positional argument MODEL, read without touching a weight."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,28 +18,10 @@ FORMS = (
 
 # the small files that travel with a model: tokenizer, processor, generation settings, sentence-transformers, licence
 COMPANIONS = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*.json",
-    "vocab*.txt",
-    "merges*.txt",
-    "dict*.txt",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "bpe.codes",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "chat_template*",
-    "*.jinja",
-    "modules.json",
-    "sentence_*config.json",
-    "config_sentence_transformers.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "tokenizer*.json special_tokens_map.json added_tokens.json vocab*.json vocab*.txt merges*.txt dict*.txt *.model "
+    "*.spm *.tiktoken bpe.codes *preprocessor_config.json processor_config.json generation_config.json chat_template* "
+    "*.jinja modules.json sentence_*config.json config_sentence_transformers.json LICENSE* NOTICE*"
+).split()
 CODE = "*.py"  # of a checkpoint that brings its own; it travels only where that code is trusted
 
 
@@ -77,15 +57,10 @@ class Source:
     from_file: bool = False
     verify: bool = True
 
-    def names(self, spec: str, **how: Any) -> Source:
+    def names(self, spec: str, **how: Any) -> "Source":
         """Return the source of what a file of this one names: trusted as far as this one is, and not typed."""
-        trust = {
-            "allow_code": self.allow_code,
-            "trust_remote_code": self.trust_remote_code,
-            "offline": self.offline,
-            "from_file": True,
-        }
-        return Source(spec, **{**trust, **how})
+        trust = {name: getattr(self, name) for name in ("allow_code", "trust_remote_code", "offline")}
+        return Source(spec, **{**trust, "from_file": True, **how})
 
 
 @dataclass(frozen=True)
@@ -118,7 +93,9 @@ def locate(source: Source) -> Located:
     spec = source.spec
     for name in (spec, source.weights):
         refuse_not_utf8("the name of the model", name)
-    weights = _weights(source.weights)
+    weights = source.weights
+    if weights is not None and not weights.is_file():
+        raise SourceError(f"there is no weight file at `{weights}`", hint="check `--weights`")
     if spec.startswith("python:"):
         factory = spec.removeprefix("python:")
         if factory.count(":") != 1 or not all(factory.split(":")):
@@ -133,20 +110,10 @@ def locate(source: Source) -> Located:
         return in_folder(path, source)
     if path.is_file():
         return _file(path, source)
-    if _looks_like_a_path(spec):
+    ends = (".safetensors", ".pth", ".pt", ".th", ".bin", "/")
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(ends) or "\\" in spec:
         raise SourceError(f"there is no model at `{spec}`", why="the path does not exist", hint=f"MODEL is {FORMS}")
     return _hub(spec, source.revision)
-
-
-def _looks_like_a_path(spec: str) -> bool:
-    ends = (".safetensors", ".pth", ".pt", ".th", ".bin")
-    return spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith((*ends, "/")) or "\\" in spec
-
-
-def _weights(path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise SourceError(f"there is no weight file at `{path}`", hint="check `--weights`")
-    return path
 
 
 def _hub(name: str, revision: str | None) -> Located:
@@ -155,36 +122,27 @@ def _hub(name: str, revision: str | None) -> Located:
     return Located(kind, name, revision=at or revision)
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse a folder of which a config or companion is a link to somewhere else.
-
-    What it points to would be read, copied into artifacts and pushed to hubs. Links of weights are followed, as
-    clusters need it, and those of a snapshot in the cache of the hub point to files of that cache.
-
-    Raises:
-        SourceError: naming the link.
-    """
-    whole = folder.resolve()
-    own = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
-    for path in sorted(folder.iterdir()):
-        small = path.name in (MANIFEST, ADAPTER, "config.json") or any(path.match(each) for each in (*COMPANIONS, CODE))
-        if small and path.is_symlink() and not any(path.resolve().is_relative_to(each) for each in own):
-            raise SourceError(
-                f"`{path}` is a link that leaves its folder",
-                why=f"it points to `{path.resolve()}`",
-                hint="put a copy of the file in its place, if it belongs to the model",
-            )
-
-
 def in_folder(path: Path, source: Source) -> Located:
     """Decide what a folder holds, from the files in it.
+
+    Where a config or companion is a link to somewhere else, what that points to would be read, copied into artifacts
+    and pushed to hubs. Links of weights are followed, as clusters need it, and those of a snapshot in the cache of the
+    hub point to files of that cache.
 
     Raises:
         SourceError: it holds no model, a file that cannot be recorded, or a link that leaves it.
     """
-    for each in path.iterdir():
+    whole = path.resolve()
+    own = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
+    for each in sorted(path.iterdir()):
         refuse_not_utf8(f"in `{path}` the name", each.name, SourceError)
-    refuse_links(path)
+        small = each.name in (MANIFEST, ADAPTER, "config.json") or any(map(each.match, (*COMPANIONS, CODE)))
+        if small and each.is_symlink() and not any(map(each.resolve().is_relative_to, own)):
+            raise SourceError(
+                f"`{each}` is a link that leaves its folder",
+                why=f"it points to `{each.resolve()}`",
+                hint="put a copy of the file in its place, if it belongs to the model",
+            )
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
     if (path / ADAPTER).is_file():
@@ -197,8 +155,8 @@ def in_folder(path: Path, source: Source) -> Located:
             hint=f"MODEL is {FORMS}",
         )
     if "architecture" in read_json(config):
-        return Located("timm", folder=path, weights=_weights(source.weights))
-    return Located("transformers", folder=path, weights=_weights(source.weights))
+        return Located("timm", folder=path, weights=source.weights)
+    return Located("transformers", folder=path, weights=source.weights)
 
 
 def _file(path: Path, source: Source) -> Located:
@@ -213,15 +171,5 @@ def _file(path: Path, source: Source) -> Located:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        SourceError: the file is unreadable or holds something else.
-    """
-    try:
-        value = documents.read_json(path)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read `{path}`", why=str(error)) from None
-    if not isinstance(value, dict):
-        raise SourceError(f"cannot read `{path}`", why="it does not hold a JSON object")
-    return value
+    """Return the object in a JSON file; a `SourceError` where it is unreadable or holds something else."""
+    return dict(documents.read_shaped(path, dict, SourceError))

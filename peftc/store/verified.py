@@ -4,8 +4,6 @@ What was compared is remembered in the user's cache folder by device, inode, siz
 since is not read again. `peftc show --verify` does not trust that memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -21,18 +19,18 @@ MOST = 10_000  # files that are remembered, the newest
 QUIET = 2.0  # seconds since a file was written: what changes within one tick of the clock could not be told apart
 
 
-def check(folder: Path, files: Mapping[str, str], *, remembered: bool = True) -> None:
+def check(folder: Path, files: Mapping[str, Mapping[str, Any]], *, remembered: bool = True) -> None:
     """Refuse a folder of which a file holds other bytes than its manifest promises.
 
     Args:
         folder: of an artifact.
-        files: name -> sha256.
-        remembered: believe what was compared before.
+        files: name -> ``{"sha256"}``, as its manifest says.
+        remembered: believe of a file that nobody wrote to what was found before.
 
     Raises:
         ArtifactError: naming each file that differs or is missing.
     """
-    if changed := differing({folder / name: promised for name, promised in files.items()}, remembered=remembered):
+    if changed := differing({folder / name: entry["sha256"] for name, entry in files.items()}, remembered=remembered):
         names = ", ".join(f"`{path.relative_to(folder)}`" for path in changed)
         raise ArtifactError(
             f"`{folder}` was changed after it was written",
@@ -55,8 +53,11 @@ def differing(files: Mapping[Path, str], *, remembered: bool = True) -> list[Pat
                 changed.append(path)
             elif time.time() - path.stat().st_ctime > QUIET and _identity(path) == found:
                 fresh[found] = promised
-    if fresh:
-        _remember(fresh)
+    with suppress(OSError, RuntimeError):  # where it cannot be written, files are compared again the next time
+        if fresh:
+            memory().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            newest = list({**_read(), **fresh}.items())[-MOST:]
+            documents.write_whole(memory(), json.dumps(dict(newest)), mode=0o600)
     return changed
 
 
@@ -84,15 +85,3 @@ def _read() -> dict[str, str]:
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
         return {}
     return value if documents.misfit(value, {str: str}) is None else {}
-
-
-def _remember(fresh: Mapping[str, str]) -> None:
-    """Add to the memory; where it cannot be written, files are compared again the next time."""
-    with suppress(OSError, RuntimeError):
-        path = memory()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        merged = {**_read(), **fresh}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(dict(list(merged.items())[-MOST:]), file)
-        partial.replace(path)

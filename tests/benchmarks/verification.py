@@ -29,7 +29,7 @@ def main() -> None:
         time.sleep(verified.QUIET + 0.5)  # a file that was just written is not remembered
         for name in ("first", "second", "third"):
             clock, cpu = time.monotonic(), time.process_time()
-            verified.check(Path(place), {path.name: digest})
+            verified.check(Path(place), {path.name: {"sha256": digest}})
             print(f"{name:7} {time.monotonic() - clock:8.4f} s, {time.process_time() - cpu:8.4f} s of CPU")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from peftc.errors import ArtifactError, WeightError
-from peftc.store import artifact
-from peftc.store.artifact import Piece, changed_files, from_file, tensor_table, write_weights
+from peftc.store import artifact, verified
+from peftc.store.artifact import Piece, from_file, tensor_table, write_weights
 from peftc.store.header import DTYPE_BITS, read_header
 from peftc.store.manifest import Manifest
 
@@ -87,7 +87,7 @@ def test_sizes_and_digests_are_those_of_the_files(tmp_path: Path) -> None:
     manifest = write(tmp_path, shard=12)
     for name, entry in manifest.files.items():
         assert entry["bytes"] == (tmp_path / name).stat().st_size
-    assert changed_files(tmp_path, manifest) == []
+    verified.check(tmp_path, manifest.files, remembered=False)
 
 
 def test_one_changed_bit_is_noticed(tmp_path: Path) -> None:
@@ -97,7 +97,9 @@ def test_one_changed_bit_is_noticed(tmp_path: Path) -> None:
     content[-1] ^= 1
     (tmp_path / name).write_bytes(content)
     (tmp_path / INDEX).unlink()
-    assert changed_files(tmp_path, manifest) == sorted([name, INDEX])
+    with pytest.raises(ArtifactError, match="was changed after it was written") as refusal:
+        verified.check(tmp_path, manifest.files, remembered=False)
+    assert f"`{name}`" in str(refusal.value) and f"`{INDEX}`" in str(refusal.value)
 
 
 def test_bytes_are_copied_from_another_file_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

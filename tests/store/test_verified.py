@@ -27,8 +27,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-def promise(folder: Path) -> dict[str, str]:
-    return {"one": manifest.file_digest(folder / "one")}
+def promise(folder: Path) -> dict[str, dict[str, str]]:
+    return {"one": {"sha256": manifest.file_digest(folder / "one")}}
 
 
 def test_a_file_is_read_once_and_again_when_it_was_touched(folder: Path, reads: list[Path]) -> None:
@@ -57,10 +57,10 @@ def test_a_whole_check_does_not_trust_the_memory(folder: Path) -> None:
     verified.check(folder, files)
     memory = verified.memory()
     assert memory.stat().st_mode & 0o777 == 0o600
-    memory.write_text(memory.read_text().replace(files["one"], "0" * 64))
-    verified.check(folder, {"one": "0" * 64})  # who may write the memory may also write the files
+    memory.write_text(memory.read_text().replace(files["one"]["sha256"], "0" * 64))
+    verified.check(folder, {"one": {"sha256": "0" * 64}})  # who may write the memory may also write the files
     with pytest.raises(ArtifactError):
-        verified.check(folder, {"one": "0" * 64}, remembered=False)
+        verified.check(folder, {"one": {"sha256": "0" * 64}}, remembered=False)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "{", "[" * 5000])
