@@ -19,8 +19,7 @@ or the end. It reads what stands before its place and writes `runs/01-decompose`
 leaves the list when another folder takes the place. No folder is ever deleted.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import os
 import sys
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import ChainError, UsageError
+from peftc.errors import ChainError, UsageError, nearest, shown
 from peftc.store import documents
 from peftc.store.source import MANIFEST
 
@@ -67,7 +66,7 @@ class Project:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     from_file: frozenset[str] = frozenset()
     chain: tuple[str, ...] = ()
-    place: Place | None = None
+    place: "Place | None" = None
     warnings: tuple[str, ...] = ()
 
 
@@ -98,8 +97,8 @@ def load(step: str, options: Options, file: Path | None = None, environ: Mapping
     top = {**tables.get("", {}), **variables.get("", {})}
     set_outside = {own.get(key, key) for level in outside for key in level}
     from_file = frozenset({own.get(key, key) for level in levels for key in level} - set_outside)
-    runs, chain = Path(top.get("runs", "runs")).expanduser(), tuple(top.get(RECIPE, ()))
-    return Project(path, top.get("model"), runs, defaults, from_file, chain, warnings=warnings)
+    runs, steps = Path(top.get("runs", "runs")).expanduser(), tuple(top.get(RECIPE, ()))
+    return Project(path, top.get("model"), runs, defaults, from_file, steps, warnings=warnings)
 
 
 def word_of(step: str) -> str:
@@ -109,9 +108,8 @@ def word_of(step: str) -> str:
 
 def override(command: str, lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
     """Lay ``higher`` over ``lower``; a budget in it replaces every budget below."""
-    written = ("plan",) if command == "analyze" else ()  # `analyze --plan` names the file to write
-    budgets = [name for name in BUDGET if name not in written]
-    dropped = budgets if any(name in higher for name in budgets) else ()
+    budgets = set(BUDGET) - ({"plan"} if command == "analyze" else set())  # `analyze --plan` names the file to write
+    dropped = budgets if budgets & higher.keys() else ()
     return {**{name: value for name, value in lower.items() if name not in dropped}, **higher}
 
 
@@ -136,7 +134,8 @@ def _read(path: Path, options: Options) -> dict[str, dict[str, Any]]:
         elif name in words and isinstance(value, dict):
             tables |= _tables(path, words[name], value, options[words[name]])
         else:
-            _known(path, key, [*TOP, *_every(options), *([] if not isinstance(value, dict) else options)])
+            tables_too = options if isinstance(value, dict) else ()
+            _known(path, key, [*TOP, *itertools.chain(*options.values()), *tables_too])
             if name in ("model", "runs") and not (isinstance(value, str) and value):
                 raise UsageError(f"`{key}` in `{path}` is not a string", hint=f'write it as `{key} = "..."`')
             tables[""][name] = value
@@ -154,14 +153,11 @@ def _tables(path: Path, word: str, table: Mapping[str, Any], own: Mapping[str, s
     """Return the table of a command and those inside it, which belong to single steps of the chain."""
     found: dict[str, dict[str, Any]] = {word: {}}
     for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in own and isinstance(value, dict):
-            found[f"{word}.{key}"] = {inner.replace("-", "_"): item for inner, item in value.items()}
-            for inner in value:
-                _known(path, inner, own, f" in `[{word}.{key}]`")
+        if key.replace("-", "_") not in own and isinstance(value, dict):
+            where = f" in `[{word}.{key}]`"
+            found[f"{word}.{key}"] = {_known(path, inner, own, where): item for inner, item in value.items()}
         else:
-            _known(path, key, own, f" in `[{word}]`")
-            found[word][name] = value
+            found[word][_known(path, key, own, f" in `[{word}]`")] = value
     return found
 
 
@@ -172,9 +168,8 @@ def _steps(path: Path, value: Any, words: Mapping[str, str]) -> list[str]:
         raise UsageError(f"`{RECIPE}` in `{path}` is not a list of steps", hint=hint)
     steps: list[str] = []
     for step in value:
-        _known(path, word_of(step), words, f" in `{RECIPE}`")
         word, dot, name = step.partition(".")
-        steps.append(words[word.replace("-", "_")] + dot + name)
+        steps.append(words[_known(path, word, words, f" in `{RECIPE}`")] + dot + name)
         if steps[-1] in steps[:-1] or (dot and not name):
             raise UsageError(
                 f"`{step}` stands twice in the `{RECIPE}` of `{path}`" if name or not dot else f"`{step}` has no name",
@@ -183,45 +178,40 @@ def _steps(path: Path, value: Any, words: Mapping[str, str]) -> list[str]:
     return steps
 
 
-def _every(options: Options) -> list[str]:
-    return list(dict.fromkeys(name for own in options.values() for name in own))
-
-
-def _known(path: Path, key: str, known: Iterable[str], where: str = "") -> None:
-    if key.replace("-", "_") in TRUST:
-        option = f"--{key.replace('_', '-')}"
+def _known(path: Path, key: str, known: Iterable[str], where: str = "") -> str:
+    """Return a key as options are called; refuse one that is not known, or not taken from a file."""
+    name, word = key.replace("-", "_"), key.replace("_", "-")
+    if name in TRUST:
         raise UsageError(
             f"`{key}` in `{path}` is not taken from a file",
             why="whoever wrote the file would decide that code runs on this machine",
-            hint=f"type `{option}`, or set `{PREFIX}{key.replace('-', '_').upper()}=1`",
+            hint=f"type `--{word}`, or set `{PREFIX}{name.upper()}=1`",
         )
-    words = list(dict.fromkeys(name.replace("_", "-") for name in known))
-    word = key.replace("_", "-")
+    words = list(dict.fromkeys(each.replace("_", "-") for each in known))
     if word not in words:
-        import difflib
-
-        near = difflib.get_close_matches(word, words, 1)
+        near = nearest(word, words)
         raise UsageError(
             f"`{path}` has an unknown name `{key}`{where}",
-            why=f"the names are {', '.join(f'`{name}`' for name in words)}",
-            hint=f"did you mean `{near[0]}`?" if near else "remove it",
+            why=f"the names are {', '.join(f'`{each}`' for each in words)}",
+            hint=f"did you mean `{near}`?" if near else "remove it",
         )
+    return name
 
 
 def _variables(environ: Mapping[str, str], options: Options) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
     """Return the values of ``PEFTC_`` variables per command, and a warning for each that names no option."""
     found: dict[str, dict[str, str]] = {}
     warnings = []
-    anywhere = {*TOP, *_every(options)}
+    anywhere = {*TOP, *itertools.chain(*options.values())} - {RECIPE}
     for variable, value in sorted(environ.items()):
         name = variable[len(PREFIX) :].lower()
         if not variable.startswith(PREFIX) or not value or name == "config":
             continue
-        homes = [word for word in options if name.startswith(word.replace("-", "_") + "_")]
-        homes = [word for word in homes if name[len(word) + 1 :] in options[word]]
-        if homes:
-            found.setdefault(homes[0], {})[name[len(homes[0]) + 1 :]] = value
-        elif name in anywhere and name != RECIPE:
+        starts = (word for word in options if name.startswith(word.replace("-", "_") + "_"))
+        home = next((word for word in starts if name[len(word) + 1 :] in options[word]), None)
+        if home is not None:
+            found.setdefault(home, {})[name[len(home) + 1 :]] = value
+        elif name in anywhere:
             found.setdefault("", {})[name] = value
         else:
             warnings.append(f"the variable `{variable}` names no option and is ignored")
@@ -289,25 +279,15 @@ class Chain:
 
 
 def read_chain(runs: Path) -> Chain:
-    """Return the chain of a project, empty where nothing was written yet.
-
-    Raises:
-        ChainError: the list is damaged.
-    """
+    """Return the chain of a project, empty where nothing was written yet; a `ChainError` where it is damaged."""
     path = runs / CHAIN
     if not path.is_file():
         return Chain(runs)
-    try:
-        entries = documents.read_json(path)
-        why = documents.misfit(entries, [{"step": str, "folder": str}])
-    except (OSError, ValueError) as error:
-        why = str(error)
-    if why:
-        raise ChainError(f"cannot read `{path}`", why=why, hint="remove the file to start a new chain")
+    shape, hint = [{"step": str, "folder": str}], "remove the file to start a new chain"
+    entries = documents.read_shaped(path, shape, ChainError, hint)
     links = [Link(entry["step"], runs / entry["folder"]) for entry in entries]
-    there = [(link.folder / MANIFEST).is_file() for link in links]
-    end = there.index(False) if False in there else len(links)
-    return Chain(runs, tuple(links[:end]), links[end].folder if end < len(links) else None)
+    gone = next((at for at, link in enumerate(links) if not (link.folder / MANIFEST).is_file()), None)
+    return Chain(runs, tuple(links[:gone]), None if gone is None else links[gone].folder)
 
 
 @dataclass(frozen=True)
@@ -353,11 +333,7 @@ def place(project: Project, step: str, model: str | None, *, writes: bool) -> Pl
 
 
 def artifacts(project: Project, step: str) -> list[str]:
-    """Return every artifact of the chain, for a step that looks at them together.
-
-    Raises:
-        UsageError: there is no project, or nothing in its chain.
-    """
+    """Return every artifact of the chain, for a step that looks at them together; a `UsageError` where none is."""
     chain = read_chain(project.runs) if project.file else Chain(project.runs)
     if not chain.links:
         why = f"the chain in `{project.runs}` is empty" if project.file else f"there is no `{FILE}` in this folder"
@@ -380,17 +356,20 @@ def artifact_from(text: str) -> str:
     hint = (
         "put a step that writes an artifact before the `|`, as in `peftc decompose MODEL --ratio 0.5 | peftc bench -`"
     )
-    if not text:
-        raise ChainError("standard input names no artifact", why="it is empty: the step before it failed", hint=hint)
+    named: Any = text
     if text.startswith("{"):
         try:
-            found = documents.parsed(text)["artifact"]
+            named = documents.parsed(text)["artifact"]
         except (ValueError, KeyError):
-            found = None
-        if not isinstance(found, str):
-            raise ChainError("standard input names no artifact", why="the JSON on it has no `artifact`", hint=hint)
-        text = found
-    if "\n" in text or "\0" in text or len(text) > 4096 or not Path(text).is_dir():
-        shown = text.splitlines()[0][:80]
-        raise ChainError("standard input names no artifact", why=f"there is no folder `{shown}`", hint=hint)
-    return text
+            named = None
+    if not text:
+        why = "it is empty: the step before it failed"
+    elif shown(text) != text:
+        why = f"`{shown(text[:80])}` is not UTF-8"
+    elif not isinstance(named, str):
+        why = "the JSON on it has no `artifact`"
+    elif "\n" in named or "\0" in named or len(named) > 4096 or not Path(named).is_dir():
+        why = f"there is no folder `{named.splitlines()[0][:80]}`"
+    else:
+        return named
+    raise ChainError("standard input names no artifact", why=why, hint=hint)

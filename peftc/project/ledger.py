@@ -6,11 +6,9 @@ and time, as make has it; artifacts by their manifest. A step that runs without 
 would write is already there, and says so.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +56,8 @@ class Ledger:
             return "a gate of it was not met"
         if entry["peftc"] != __version__:
             return f"it ran with peftc {entry['peftc']}"
-        if (change := _difference(entry["options"], asked.options)) is not None:
-            return change
+        if changes := _changes(entry["options"], asked.options):
+            return "; ".join(changes)
         if entry["model"] != asked.model:
             return f"it read `{entry['model']}`, now it reads `{asked.model}`"
         for name in {**entry["files"], **asked.files}:
@@ -75,31 +73,24 @@ class Ledger:
     def note(self, step: str, asked: Asked, report: Mapping[str, Any], *, passed: bool) -> None:
         """Keep what came of a step, so that a run that is killed after it goes on from there."""
         folder = report.get("artifact")
-        found = None if folder is None else Path(folder)
+        record = manifest.read(Path(folder)) if folder is not None and Path(folder, MANIFEST).is_file() else None
         self.entries[step] = {
             "peftc": __version__,
             "model": asked.model,
             "options": asked.options,
             "files": asked.files,
             "artifact": folder,
-            "id": None if found is None or not _is_artifact(found) else manifest.read(found).id,
+            "id": None if record is None else record.id,
             "passed": passed,
             "report": report,
         }
-        self._write()
-
-    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         value = documents.sealed({"schema_version": 1, "steps": self.entries})
-        documents.write_whole(self.path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        documents.write_whole(self.path, documents.pretty(value))
 
 
 def read(runs: Path) -> Ledger:
-    """Return the ledger of a project, empty where nothing was run yet.
-
-    Raises:
-        ChainError: it is damaged.
-    """
+    """Return the ledger of a project, empty where nothing was run yet; a `ChainError` where it is damaged."""
     path = runs / FILE
     if not path.is_file():
         return Ledger(path)
@@ -148,29 +139,24 @@ def state(name: str) -> str | None:
         return None
     if path is None:
         return None
-    if _is_artifact(path):
+    if (path / MANIFEST).is_file():
         return manifest.file_digest(path / MANIFEST)
-    files = [path] if path.is_file() else _files(path)
+    inside = (Path(top, name) for top, _, names in os.walk(path) for name in names)
+    files = [path] if path.is_file() else sorted(file for file in inside if file.exists())
     looks = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return manifest.digest(looks)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names if Path(top, name).exists())
-
-
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    differ: Iterable[str] = [name for name in {**here, **there} if there.get(name) != here.get(name)]
-    texts = [f"`{name.replace('_', '-')}` was {_text(there, name)}, now it is {_text(here, name)}" for name in differ]
-    return "; ".join(texts) or None
-
-
-def _text(options: Mapping[str, Any], name: str) -> str:
-    return json.dumps(options[name], ensure_ascii=False) if name in options else "not given"
-
-
-def _is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say which options were others."""
+    was, now = (
+        {name: json.dumps(value, ensure_ascii=False) for name, value in options.items()} for options in (there, here)
+    )
+    return [
+        f"`{name.replace('_', '-')}` was {was.get(name, 'not given')}, now it is {now.get(name, 'not given')}"
+        for name in {**here, **there}
+        if there.get(name) != here.get(name)
+    ]
 
 
 def _stands(folder: Path, identity: str | None) -> bool:
