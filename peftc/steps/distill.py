@@ -20,7 +20,6 @@ from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.models.weights import pieces_of
-from peftc.nn import surgery
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import Augment, Gates, Reading, Recipe, length
 from peftc.report import Report
@@ -28,9 +27,10 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
-from peftc.training import imitation, loop
+from peftc.training import imitation, journal, loop
 from peftc.training.imitation import Imitation
 from peftc.training.lesson import Lesson, prepared, weights_of
+from peftc.training.student import as_stored
 from peftc.training.teacher import standing, taught_by, tell
 
 EPOCHS = 5  # where no length is given
@@ -183,22 +183,13 @@ def _carry_out(
     tell(report, work, outcome, standing(work, outcome, taught, report))
     if processes.rank():
         return report
-    edited = replace(work.student, module=_as_stored(work.student.module, stored.module))
+    edited = replace(work.student, module=as_stored(copy.deepcopy(work.student.module), stored.module, {}))
     shard_bytes = request["max_shard_bytes"]
     record = write.write_artifact(
         job, edited, base, request, pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
     )
     report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
     report.warnings += write.verify(job.folder, edited)
-    shutil.copyfile(job.work / loop.LOG, job.folder / loop.LOG)
+    shutil.copyfile(job.work / journal.LOG, job.folder / journal.LOG)
     write.finish(job, record, report, place_of(work.student.module))
     return report
-
-
-def _as_stored(module: nn.Module, stored: nn.Module) -> nn.Module:
-    """Return a copy of a trained network in the precision that its weights were stored in, on the CPU."""
-    copied = copy.deepcopy(module).cpu()
-    types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
-    for name, tensor in surgery.tensors_of(copied).items():
-        tensor.data = tensor.data.to(types[name])
-    return copied.requires_grad_(False)

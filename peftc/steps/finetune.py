@@ -33,7 +33,7 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
-from peftc.training import imitation, loop
+from peftc.training import imitation, journal, loop
 from peftc.training import student as students
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.lesson import Lesson, prepared, weights_of
@@ -235,7 +235,7 @@ def _carry_out(
         return report
     record, written = _write(job, base, request, pupil, report)
     report.warnings += write.verify(job.folder, written)
-    shutil.copyfile(job.work / loop.LOG, job.folder / loop.LOG)
+    shutil.copyfile(job.work / journal.LOG, job.folder / journal.LOG)
     write.finish(job, record, report, place)
     return report
 

@@ -1,7 +1,5 @@
 """The accelerator of a training: Accelerate's devices and processes, and what peftc refuses of them."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One student forward, one teacher forward > the terms that a loss is made of."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -121,17 +119,16 @@ class Imitation:
         """
         batch, peers = given.batch, here() if peers is None else peers
         inputs = moved(self.student, batch.inputs)
-        known: dict[str, Any] = {"mask": mask_of_outputs(inputs), "masks": self.masks(inputs)}
-        outputs, features, towers = self.forward(self.student, module, [one for one, _ in self.pairs], inputs)
-        known |= {"student_outputs": outputs, "student_features": features}
+        known, towers = self.seen("student", self.student, module, inputs)
+        outputs = known["student_outputs"]
+        known |= {"mask": mask_of_outputs(inputs), "masks": self.masks(inputs)}
         if self.needs & set(OF_TEACHER[:3]):
             known |= self.remembered(given) if self.kept is not None and given.rows else self.taught(batch)
-        if "student_vectors" in self.needs:
-            known["student_vectors"] = vectors(outputs, known["mask"], of_pairs=towers is not None)
         known |= {name: peers.all(known[name]) for name in ("student_vectors", "teacher_vectors") if name in known}
         if "products" in self.needs:
             with torch.autocast(outputs.device.type, enabled=False):
-                known |= self.products(module)
+                known["products"] = {name: weight_of(self.student, module, name) for name in factored(self.student)}
+            known["weights"] = self.originals
         found = {}
         if self.task:
             assert self.samples.task is not None
@@ -148,14 +145,8 @@ class Imitation:
     def taught(self, batch: Batch) -> dict[str, Any]:
         """Return what the teacher gives for a batch, without gradients."""
         assert self.teacher is not None
-        inputs = moved(self.teacher, batch.inputs)
         with torch.no_grad():
-            theirs = [two for _, two in self.pairs]
-            outputs, features, towers = self.forward(self.teacher, self.teacher.module, theirs, inputs)
-        found: dict[str, Any] = {"teacher_outputs": outputs, "teacher_features": features}
-        if "teacher_vectors" in self.needs:
-            found["teacher_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
-        return found
+            return self.seen("teacher", self.teacher, self.teacher.module, moved(self.teacher, batch.inputs))[0]
 
     def remembered(self, given: Given) -> dict[str, Any]:
         """Return what the teacher gives for a batch, as kept of an earlier time; ask it once for what is not."""
@@ -176,32 +167,31 @@ class Imitation:
         features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
         return {**whole, "teacher_features": features}
 
-    def forward(
-        self, model: Model, module: nn.Module, names: list[str], inputs: Any
-    ) -> tuple[Tensor, list[Tensor], dual.Towers | None]:
-        """Return the outputs, the features after each layer, and the vectors of pairs, of one forward pass."""
-        with layers.watched(module, names) as features:
+    def seen(
+        self, side: str, model: Model, module: nn.Module, inputs: Any
+    ) -> tuple[dict[str, Any], dual.Towers | None]:
+        """Return what one forward pass of the student or the teacher gives, under its name, and the vectors of pairs.
+
+        That are the outputs, the features after each layer, and the vectors of the samples where a term asks for them.
+        """
+        towers = None
+        with layers.watched(module, [names[side == "teacher"] for names in self.pairs]) as features:
             if self.samples.task is retrieval.TASK:
                 towers = dual.towers(module, inputs)
                 assert towers is not None
                 outputs = dual.stacked(towers)
             else:
-                towers = None
                 outputs = main_output(model, run(module, inputs))
-        return outputs, features, towers
+        found = {f"{side}_outputs": outputs, f"{side}_features": features}
+        if f"{side}_vectors" in self.needs:
+            found[f"{side}_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
+        return found, towers
 
     def masks(self, inputs: Any) -> list[Tensor | None]:
         """Return which tokens count after each layer; of image patches all do."""
         mask = mask_of(inputs)
         has_images = isinstance(inputs, dict) and "pixel_values" in inputs
         return [None if has_images and dual.reads_image(name) else mask for name, _ in self.pairs]
-
-    def products(self, module: nn.Module) -> dict[str, Any]:
-        """Return the products of the student's factors, with gradients, and the teacher's weights they stand for."""
-        return {
-            "products": {name: weight_of(self.student, module, name) for name in factored(self.student)},
-            "weights": self.originals,
-        }
 
     @functools.cached_property
     def originals(self) -> dict[str, Tensor]:
@@ -223,52 +213,41 @@ class Imitation:
         with torch.no_grad():
             for batch in held.batches(batch_size):
                 terms = self.loss(self.student.module, Given(batch), ALONE)
-                total += len(batch.targets) * float(
-                    sum(value for name, value in terms.items() if name != "perturbation")
-                )
+                terms.pop("perturbation", None)
+                total += len(batch.targets) * float(sum(terms.values()))
         return -total / len(held)
 
     def check(self) -> None:
-        """Try one sample, so that a teacher that does not fit is refused before the training.
-
-        Raises:
-            DataError: with the numbers that differ.
-        """
+        """Try one sample: a teacher that does not fit is refused before the training, with the numbers that differ."""
         if self.teacher is None:
             return
         if "logits" in self.terms and self.samples.task is retrieval.TASK:
             raise UsageError("images and texts have no `logits`", hint="imitate their vectors: `--loss embeddings=1`")
         batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
-        inputs = moved(self.student, batch.inputs)
         with torch.no_grad():
-            mine = [one for one, _ in self.pairs]
-            outputs, features, _ = self.forward(self.student, self.student.module, mine, inputs)
+            own, _ = self.seen("student", self.student, self.student.module, moved(self.student, batch.inputs))
         taught = self.taught(batch)
-        for (one, _), student, teacher in zip(self.pairs, features, taught["teacher_features"], strict=True):
-            if student.shape != teacher.shape:
-                own, theirs = list(student.shape[1:]), list(teacher.shape[1:])
-                raise DataError(
-                    f"student and teacher differ after `{one}`",
-                    why=f"for one sample the student gives {own}, the teacher {theirs}",
-                    hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1`",
-                )
-        own, theirs = list(outputs.shape[1:]), list(taught["teacher_outputs"].shape[1:])
-        if {"teacher_outputs", "teacher_vectors"} & self.needs and own != theirs:
-            raise DataError(
-                "student and teacher give different outputs",
-                why=f"for one sample the student gives {own}, the teacher {theirs}",
-                hint="choose a teacher with the same classes or vocabulary",
-            )
+        hint = "choose the teacher that the student was made from, or leave features out: `--loss logits=1`"
+        features = zip(self.pairs, own["student_features"], taught["teacher_features"], strict=True)
+        for (one, _), student, teacher in features:
+            _refuse_other_shape(student, teacher, f"student and teacher differ after `{one}`", hint)
+        if {"teacher_outputs", "teacher_vectors"} & self.needs:
+            what = "student and teacher give different outputs"
+            hint = "choose a teacher with the same classes or vocabulary"
+            _refuse_other_shape(own["student_outputs"], taught["teacher_outputs"], what, hint)
+
+
+def _refuse_other_shape(student: Tensor, teacher: Tensor, what: str, hint: str) -> None:
+    own, theirs = list(student.shape[1:]), list(teacher.shape[1:])
+    if own != theirs:
+        raise DataError(what, why=f"for one sample the student gives {own}, the teacher {theirs}", hint=hint)
 
 
 def _unpadded(values: Tensor, at: int, masks: Tensor | None) -> Tensor:
     """Return one sample of a batch of values, without padding where they are one for each token."""
     own = values[at].detach().cpu()
-    return own[masks[at]] if _is_of_tokens(values, masks) and masks is not None else own
-
-
-def _is_of_tokens(values: Tensor, masks: Tensor | None) -> bool:
-    return masks is not None and values.ndim == 3 and values.shape[:2] == masks.shape
+    of_tokens = masks is not None and values.ndim == 3 and values.shape[:2] == masks.shape
+    return own[masks[at]] if masks is not None and of_tokens else own
 
 
 def _padded(own: Sequence[Tensor], masks: Tensor | None) -> Tensor:

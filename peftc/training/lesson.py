@@ -1,7 +1,5 @@
 """What was asked of a training > samples, teacher and terms, opened early: what does not fit is refused before work."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from peftc.options import Augment, Reading, Recipe
 from peftc.store.source import Source
 from peftc.tasks.table import task_of
 from peftc.training import imitation, samples
-from peftc.training.imitation import TASK, Imitation, Term
+from peftc.training.imitation import TASK, Imitation
 from peftc.training.teacher import identity_of, teacher_of
 
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
@@ -105,29 +103,20 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
         augment=lesson.augment,
     )
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
-    _refuse_nothing(lesson, asked, terms, labelled=given.labelled)
-    guide = teacher_of(lesson.teacher, stored, terms, lesson.device)
-    pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
-    work = Imitation(student, guide, given, terms, weight, pairs)
-    work.check()
-    return work
-
-
-def _refuse_nothing(lesson: Lesson, asked: Mapping[str, float], terms: Mapping[str, Term], *, labelled: bool) -> None:
-    """Refuse a loss of which nothing is left.
-
-    Raises:
-        DataError: with what to ask for.
-    """
-    if lesson.loss is not None and asked.get(TASK) and not labelled:
+    if lesson.loss is not None and asked.get(TASK) and not given.labelled:
         raise DataError(
             "the task's loss needs labels",
             why=f"`{lesson.data}` has none that the task reads",
             hint="leave `task` out of `--loss`",
         )
-    if not terms and not (labelled and asked.get(TASK)):
+    if not terms and not weight:
         raise DataError(
             "there is nothing to learn",
             why="no term of `--loss` is left for this model and these samples",
             hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
         )
+    guide = teacher_of(lesson.teacher, stored, terms, lesson.device)
+    pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
+    work = Imitation(student, guide, given, terms, weight, pairs)
+    work.check()
+    return work

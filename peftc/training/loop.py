@@ -5,10 +5,7 @@ seed and its epoch. So a run that was killed goes on from its last checkpoint to
 the same samples however many processes and parts share it.
 """
 
-from __future__ import annotations
-
 import functools
-import json
 import math
 import statistics
 import time
@@ -27,11 +24,10 @@ from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
 from peftc.nn import surgery
 from peftc.options import Recipe
-from peftc.store import documents
 from peftc.training.accelerator import accelerator_of
+from peftc.training.journal import CHECKPOINT, Journal
 from peftc.training.recipe import Outcome, mixed, rate
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
@@ -76,17 +72,17 @@ def fit(
     """
     accelerator = accelerator_of(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
-    optimizer = torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate)
-    run = _Run(
-        accelerator, module, accelerator.prepare(optimizer), size, batch, loss, recipe, folder, after_step, keep_last
-    )
-    with processes.watched(), _seeded(recipe.seed, accelerator.device):
+    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate))
+    journal = Journal(folder)
+    run = _Run(accelerator, module, optimizer, size, batch, loss, recipe, journal, after_step, keep_last)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with processes.watched(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(recipe.seed)
         run.total = run.resolve()
         run.restore()
-        last = time.monotonic()
-        begun, first = last, run.step
-        title = f"training on {size} samples"
-        with progress.track(title, run.total) as advance:
+        begun = last = time.monotonic()
+        first = run.step
+        with progress.track(f"training on {size} samples", run.total) as advance:
             for _ in range(run.step):
                 advance("")
             while True:
@@ -96,8 +92,10 @@ def fit(
                     break
                 terms = run.learn()
                 run.tell(terms, log_with)
-                advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}{_left(run, begun, first)}")
-                if folder is not None and time.monotonic() - last > SAVE_EVERY:
+                left = (time.monotonic() - begun) / (run.step - first) * (run.total - run.step)
+                time_left = f"{left / 60:.1f} min" if left >= 60 else f"{left:.0f} s"
+                advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}, {time_left} left")
+                if time.monotonic() - last > SAVE_EVERY:
                     run.save()
                     last = time.monotonic()
         run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
@@ -119,9 +117,9 @@ class _Run:
     batch: Callable[[Sequence[int]], Any]
     loss: Callable[[nn.Module, Any], Tensor | Terms]
     recipe: Recipe
-    folder: Path | None
-    after_step: Callable[[int, int], None] | None = None
-    keep_last: bool = False
+    journal: Journal
+    after_step: Callable[[int, int], None] | None
+    keep_last: bool
     total: int = 0
     step: int = 0
     outcome: Outcome = field(default_factory=Outcome)
@@ -140,6 +138,11 @@ class _Run:
         """Return the tensors that a step may change, by name: parameters that learn, and buffers."""
         frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
         return {name: each for name, each in surgery.tensors_of(self.module).items() if name not in frozen}
+
+    def terms(self, given: Any) -> dict[str, Tensor]:
+        """Return the weighted terms of a batch."""
+        found = self.loss(self.module, given)
+        return {"loss": found} if isinstance(found, Tensor) else dict(found)
 
     def rate(self) -> float:
         """Return the learning rate of the step to come."""
@@ -165,8 +168,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         samples = self.samples(self.step)
-        terms = self.gradients(samples)
-        values = self.together(terms)
+        values = self.gradients(samples)
         self.outcome.losses.append(self.finite(sum(values.values()), samples))
         if self.step == 0:
             self.outcome.start = values
@@ -182,43 +184,38 @@ class _Run:
         self.step += 1
         return values
 
-    def gradients(self, samples: Sequence[int]) -> dict[str, Tensor]:
-        """Add up the gradients of the parts of this process's share; return the terms, averaged over the parts."""
+    def gradients(self, samples: Sequence[int]) -> dict[str, float]:
+        """Add up the gradients of the parts of this process's share; return the terms, averaged over parts and all."""
         share = processes.share(samples)
         parts = self.recipe.accumulate
         torch.manual_seed(mixed(self.recipe.seed, self.step, 1 + processes.rank()))
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             given = self.batch(share[part::parts])
-            with self.told_of_memory(len(share)):
+            try:
                 with self.accelerator.autocast():
-                    terms = _terms(self.loss(self.module, given))
+                    terms = self.terms(given)
                 self.accelerator.backward(_sum(terms) / parts)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, MemoryError) or out_of_memory(error):
+                    raise self.too_large(len(share)) from error
+                raise
             for name, each in terms.items():
                 sums[name] = sums.get(name, 0) + each.detach().float() / parts
-        if processes.size() > 1:
-            self.share_gradients()
-        return sums
-
-    def share_gradients(self) -> None:
-        """Average gradients over processes, here and not by a wrapper, which would have to know what a loss reaches."""
-        held = [each.grad for each in self.learning().values() if each.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([each.flatten() for each in held]), "mean")
-        for gradient, part in zip(held, flat.split([each.numel() for each in held]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-    def together(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return terms averaged over processes."""
-        values = torch.stack([each.to(self.accelerator.device) for each in terms.values()])
-        if processes.size() > 1:
+        values = torch.stack([each.to(self.accelerator.device) for each in sums.values()])
+        if processes.size() > 1:  # here, and not by a wrapper, which would have to know what a loss reaches
+            held = [each.grad for each in self.learning().values() if each.grad is not None]
+            flat = self.accelerator.reduce(torch.cat([each.flatten() for each in held]), "mean")
+            for gradient, part_of in zip(held, flat.split([each.numel() for each in held]), strict=True):
+                gradient.copy_(part_of.view_as(gradient))
             values = self.accelerator.reduce(values, "mean")
-        return dict(zip(terms, values.tolist(), strict=True))
+        return dict(zip(sums, values.tolist(), strict=True))
 
     def finite(self, value: float, samples: Sequence[int]) -> float:
         """Return the loss of a step, or stop there."""
         if math.isfinite(value):
             return value
-        kept = f"; the last checkpoint is `{self.folder}/{CHECKPOINT}`" if self.has_checkpoint() else ""
+        kept = f"; the last checkpoint is `{self.journal.folder}/{CHECKPOINT}`" if self.journal.has_checkpoint else ""
         raise DivergenceError(
             f"the loss became {value} at step {self.step + 1}",
             why=f"the samples of that step are {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
@@ -226,23 +223,17 @@ class _Run:
             hint="lower `--learning-rate` and add `--overwrite`, or look at those samples",
         )
 
-    @contextmanager
-    def told_of_memory(self, share: int) -> Iterator[None]:
-        """Turn a lack of memory into a refusal that says what to lower."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or out_of_memory(error)):
-                raise
-            parts = self.recipe.accumulate
-            hint = "use a smaller model, or another device"
-            if share // parts > 1:
-                hint = f"`--accumulate {2 * parts}` computes the same step in parts of half the size"
-            raise PeftcError(
-                f"out of memory at step {self.step + 1}",
-                why=f"{share // parts} samples at once do not fit with the gradients and the optimizer's state",
-                hint=hint,
-            ) from error
+    def too_large(self, share: int) -> PeftcError:
+        """Return the refusal of a step for whose samples there is too little memory, with what to lower."""
+        parts = self.recipe.accumulate
+        hint = "use a smaller model, or another device"
+        if share // parts > 1:
+            hint = f"`--accumulate {2 * parts}` computes the same step in parts of half the size"
+        return PeftcError(
+            f"out of memory at step {self.step + 1}",
+            why=f"{share // parts} samples at once do not fit with the gradients and the optimizer's state",
+            hint=hint,
+        )
 
     def resolve(self) -> int:
         """Return the number of steps; of minutes, by timing some that are undone."""
@@ -251,12 +242,7 @@ class _Run:
             return recipe.steps
         if recipe.epochs is not None:
             return max(1, round(recipe.epochs * self.size / recipe.batch_size))
-        kept = None if self.folder is None else self.folder / "steps.json"
-        known = processes.agreed(lambda: _kept(kept))
-        if not known:
-            found = self.timed()  # by all processes at once, as they will work
-            known = processes.agreed(lambda: _keep(kept, found))
-        return known
+        return self.journal.steps(self.timed)  # by all processes at once, as they will work
 
     def timed(self) -> int:
         """Time steps on copies of what they change, and return how many fit in the minutes."""
@@ -265,14 +251,19 @@ class _Run:
             start = time.monotonic()
             share = processes.share(self.samples(step))
             with torch.random.fork_rng(devices=[]):
-                _sum(_terms(self.loss(self.module, self.batch(share)))).backward()
+                _sum(self.terms(self.batch(share))).backward()
             self.module.zero_grad()
             seconds.append(time.monotonic() - start)
         return max(1, int(RESERVED * float(self.recipe.minutes or 0) * 60 / statistics.median(seconds[1:])))
 
+    @property
+    def judged(self) -> bool:
+        """Whether the weights after this step were looked at."""
+        return [step for step, _ in self.outcome.scores[-1:]] == [self.step]
+
     def judge(self, score: Callable[[], float]) -> None:
         """Score the weights, or their average, and keep them where they are the best so far."""
-        if self.outcome.scores and self.outcome.scores[-1][0] == self.step:
+        if self.judged:
             return  # a resumed run has it
         random = torch.get_rng_state()
         self.module.eval()
@@ -285,16 +276,13 @@ class _Run:
                 self.best = {name: each.detach().clone() for name, each in self.changing().items()}
         self.train()
         torch.set_rng_state(random)
-        self.write({"step": self.step, "score": value})
+        self.journal.write({"step": self.step, "score": value})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the moving average in the place of the weights for a while."""
-        if not self.average:
-            yield
-            return
         parameters = self.learning()
-        held = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        held = {name: parameters[name].detach().clone() for name in self.average}
         _copy(self.average, parameters)
         try:
             yield
@@ -304,21 +292,16 @@ class _Run:
     def tell(self, terms: Mapping[str, float], log_with: str | None) -> None:
         """Write a line of the log."""
         line = {"step": self.step, "loss": self.outcome.losses[-1], **terms, "rate": self.rate()}
-        self.write(line)
+        self.journal.write(line)
         if log_with:
             self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        if self.folder is not None and processes.rank() == 0:
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
 
     def end(self, judged: bool) -> None:
         """Leave the best weights in the module, or else the average."""
         if judged:
             _copy(self.best, self.changing())
         else:
-            _copy(self.average, {name: self.learning()[name] for name in self.average})
+            _copy(self.average, self.learning())
             self.outcome.best = self.total
         self.outcome.steps = self.total
         state = self.optimizer.state_dict()["state"].values()
@@ -333,40 +316,28 @@ class _Run:
                 own = list(each.parameters()) or list(self.module.parameters())
                 each.train(all(parameter.requires_grad for parameter in own))
 
-    def has_checkpoint(self) -> bool:
-        return self.folder is not None and (self.folder / CHECKPOINT).is_file()
-
     def save(self) -> None:
-        """Write everything that the steps to come depend on, whole or not at all."""
-        if self.folder is None or processes.rank():
-            return
-        state = {
-            "step": self.step,
-            "module": self.changing(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "best": self.best,
-            "outcome": vars(self.outcome),
-        }
-        unfinished = self.folder / f"{CHECKPOINT}.tmp"
-        torch.save(state, unfinished)
-        unfinished.replace(self.folder / CHECKPOINT)
+        """Keep everything that the steps to come depend on."""
+        self.journal.save(
+            {
+                "step": self.step,
+                "module": self.changing(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "best": self.best,
+                "outcome": vars(self.outcome),
+            }
+        )
 
     def restore(self) -> None:
         """Go on from the last checkpoint, where there is one."""
-        if self.folder is not None and processes.agreed(self.has_checkpoint):
-            state = torch.load(self.folder / CHECKPOINT, map_location=self.accelerator.device, weights_only=True)
+        if (state := self.journal.saved(self.accelerator.device)) is not None:
             _copy(state["module"], self.changing())
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.best, self.step = state["average"], state["best"], state["step"]
             self.outcome = Outcome(**state["outcome"])
             self.outcome.resumed = self.step
-        if self.folder is not None and processes.rank() == 0:
-            _cut(
-                self.folder / LOG,
-                self.step,
-                judged=bool(self.outcome.scores) and self.outcome.scores[-1][0] == self.step,
-            )
+        self.journal.cut(self.step, judged=self.judged)
         self.train()
 
 
@@ -376,56 +347,14 @@ def _order(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _terms(found: Tensor | Terms) -> dict[str, Tensor]:
-    return {"loss": found} if isinstance(found, Tensor) else dict(found)
-
-
 def _sum(terms: Terms) -> Tensor:
     return torch.stack([each.float() for each in terms.values()]).sum()
 
 
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-
-
-def _cut(log: Path, step: int, *, judged: bool) -> None:
-    """Drop what a log says of what came after the last checkpoint: it is made again."""
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        told = [(line, of) for line in whole if "step" in (of := _told(line))]
-        last = ("loss", "score") if judged else ("loss",)
-        kept = [
-            line for line, of in told if of["step"] < step or (of["step"] == step and any(key in of for key in last))
-        ]
-        documents.write_whole(log, "".join(kept))
-
-
-def _told(line: str) -> dict[str, Any]:
-    """Return what a line of a log says; nothing where a machine that went down left something else."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _kept(path: Path | None) -> int:
-    return int(json.loads(path.read_text())) if path is not None and path.is_file() else 0
-
-
-def _keep(path: Path | None, steps: int) -> int:
-    if path is not None:
-        documents.write_whole(path, json.dumps(steps))
-    return steps
-
-
-def _left(run: _Run, begun: float, first: int) -> str:
-    done = run.step - first
-    seconds = (time.monotonic() - begun) / done * (run.total - run.step)
-    return f", {seconds / 60:.1f} min left" if seconds >= 60 else f", {seconds:.0f} s left"
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -434,10 +363,3 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in learning if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in learning if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -3,8 +3,6 @@
 One that looks at the batch as a whole asks the peers of a launch for their part of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The schedule of a training, its random numbers, and what came of it; torch-free."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ The result is byte for byte what `prune-layers` and `finetune` write one after t
 steps. The pruned model lies in the working folder of the job, where a resume finds it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from peftc.options import EPOCHS, Recipe
 from peftc.report import Report, Table, size_table
 from peftc.store import artifact, manifest
 from peftc.store.job import Job
+from peftc.training.student import refuse_others
 
 USUAL = "lora"  # where the model was not finetuned before
 WARNING = (
@@ -30,23 +29,14 @@ WARNING = (
 
 
 def options(model: Model, data: str | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of `finetune`: those asked for, and the method that the model was last tuned by where none was.
-
-    Raises:
-        UsageError: there is nothing to train on, or an option is wrong.
-    """
+    """Return options of `finetune`: those asked for, checked, and the method that the model was last tuned by."""
     if data is None:
         raise UsageError("`--retrain` trains on samples of the task", hint="name some: `--data DATA`")
     earlier = [step["request"] for step in (model.manifest.steps if model.manifest else [])]
     tuned = [request["method"] for request in earlier if request["command"] == "finetune"]
     found = {"method": [USUAL, *tuned][-1], **{name: value for name, value in asked.items() if value is not None}}
     methods.find("adapter", found["method"], "--method")
-    there = {entry["method"] for entry in (model.manifest.adapters if model.manifest else {}).values()}
-    if there - {found["method"]}:
-        raise UsageError(
-            f"`{model.name}` has updates of `{min(there)}`, and `--method` is `{found['method']}`",
-            hint=f"go on with `--method {min(there)}`, or take them in first: `peftc merge {model.source.spec}`",
-        )
+    refuse_others(model, found["method"])
     if not found.keys() & {"epochs", "steps", "minutes"}:
         found["epochs"] = EPOCHS
     Recipe(**{name: value for name, value in found.items() if name != "method"})
@@ -90,8 +80,7 @@ def trained_again(
         report, decided = prune(job.work / "pruned")
         processes.wait()  # until the first one has written it
         source = replace(stored.source, spec=str(job.work / "pruned"), allow_code=True)
-        shard = request["max_shard_bytes"]
-        tuned = finetune(source, output_dir=job.work / "tuned", max_shard_size=shard)
+        tuned = finetune(source, output_dir=job.work / "tuned", max_shard_size=request["max_shard_bytes"])
         if processes.rank() == 0:
             _join(report, tuned, job.work / "tuned")
             _take(job, report, job.work / "tuned")
@@ -127,12 +116,7 @@ def tell_quality(report: Report) -> None:
     quality, before = report.data.get("quality"), report.data.get("retrain", {}).get("before")
     if not quality or not before:
         return
-    rows = [
-        [stage, *(str(Interval(**metrics[name])) for name in before)]
-        for stage, metrics in (
-            (quality["against"]["name"], quality["against"]["metrics"]),
-            ("pruned", before),
-            ("trained again", quality["metrics"]),
-        )
-    ]
+    stages = {quality["against"]["name"]: quality["against"]["metrics"], "pruned": before}
+    stages["trained again"] = quality["metrics"]
+    rows = [[stage, *(str(Interval(**of[name])) for name in before)] for stage, of in stages.items()]
     report.tables.append(Table("quality", ["", *before], rows))

@@ -1,7 +1,5 @@
 """Data > samples to learn from and samples held out, read early: what does not fit is refused before any work."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,11 +99,11 @@ def read(
     Raises:
         DataError: the data cannot be read, is empty, or has one class only.
     """
-    row = task_of(model, reading.task)
-    dataset = open_data(
-        data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None, role="training"
-    )
-    labelled = labels and row is not None and dataset.kind in row.reads and _has_labels(row, dataset)
+    row, seed = task_of(model, reading.task), reading.seed
+    name = row.name if row else None
+    dataset = open_data(data, num_samples=reading.num_samples, seed=seed, task=name, role="training")
+    has_labels = dataset.labels is not None or dataset.pairs is not None
+    labelled = labels and row is not None and dataset.kind in row.reads and (row.is_language or has_labels)
     encoded = _encode(model, dataset, row, reading, labelled=labelled, otherwise=otherwise)
     notes = [*dataset.notes, *encoded.notes]
     outputs: list[int] = []
@@ -113,18 +111,18 @@ def read(
         outputs, note = _outputs(model, dataset, encoded, otherwise)
         notes.append(note)
     train, held = Held(encoded, range(encoded.size)), None
-    if held_out:
-        validation = _validation(data, dataset)
-        if validation is not None:
-            other = open_data(validation, num_samples=HELD_OUT, seed=reading.seed, task=row.name if row else None)
-            if other.classes != dataset.classes:
-                raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
-            whole = _encode(model, other, row, replace(reading, num_samples=None), labelled=labelled)
-            held = Held(whole, range(whole.size))
-            notes.append(f"held out: {whole.size} samples of split `{other.split}`")
-        else:
-            train, held = _cut(encoded, held_out, reading.seed)
-            notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
+    splits = split_names(data) if held_out else []
+    beside = [each for each in splits if split_word(each) == "validation" and each != dataset.split]
+    if len(beside) == 1:
+        other = open_data(f"{parts_of(data)[0]}@{beside[0]}", num_samples=HELD_OUT, seed=seed, task=name)
+        if other.classes != dataset.classes:
+            raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
+        whole = _encode(model, other, row, replace(reading, num_samples=None), labelled=labelled)
+        held = Held(whole, range(whole.size))
+        notes.append(f"held out: {whole.size} samples of split `{other.split}`")
+    elif held_out:
+        train, held = _cut(encoded, held_out, seed)
+        notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
         train = replace(train, encoded=_augmented(model, dataset, encoded, reading, augment, outputs))
     about = {**seen.kept(data, row if labelled else None, dataset, encoded), "samples": len(train)}
@@ -152,10 +150,6 @@ def _augmented(
     return replace(plain, batch=batch)
 
 
-def _has_labels(row: Task, dataset: Dataset) -> bool:
-    return row.is_language or dataset.labels is not None or dataset.pairs is not None
-
-
 def _encode(
     model: Model, dataset: Dataset, row: Task | None, reading: Reading, *, labelled: bool, otherwise: str = ALONE
 ) -> Encoded:
@@ -169,11 +163,7 @@ def _encode(
 
 
 def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:
-    """Refuse samples with labels that are all the same.
-
-    Raises:
-        DataError: they are.
-    """
+    """Refuse samples with labels that are all the same: a `DataError`."""
     if dataset.labels is not None and len({dataset.labels[index] for index in dataset.rows}) < 2:
         raise DataError(
             f"the samples of `{dataset.name}` are all of one class",
@@ -191,12 +181,6 @@ def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -
             hint=f"choose another `--task`, or {otherwise}",
         )
     return match(dataset.classes or [], model.labels, logits.shape[1])
-
-
-def _validation(spec: str, train: Dataset) -> str | None:
-    """Return the spec of the validation split, where there is one beside the split that is learnt from."""
-    names = [name for name in split_names(spec) if split_word(name) == "validation" and name != train.split]
-    return f"{parts_of(spec)[0]}@{names[0]}" if len(names) == 1 else None
 
 
 def _cut(encoded: Encoded, share: float, seed: int) -> tuple[Held, Held]:

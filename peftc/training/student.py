@@ -1,7 +1,5 @@
 """Model > a copy whose weights are frozen, with a head for the data, and beside it what a method lets learn."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +10,7 @@ from torch import nn
 from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
-from peftc.errors import DataError, PlanError, UsageError
+from peftc.errors import DataError, PlanError, UsageError, named
 from peftc.models import adapting, delta, heads, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
@@ -73,15 +71,15 @@ def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> H
         head: ``auto`` gives a new one where the classes do not fit, ``new`` always, ``keep`` never.
         seed: of the first values of a new head.
     """
-    row = task_of(model, task)
+    row, own = task_of(model, task), Headed(model, [], {})
     if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
-        return Headed(model, [], {})
+        return own
     dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")
     classes = dataset.classes
     if classes is None or (row is None and model.library == "python"):
-        return Headed(model, [], {})
+        return own
     if head == "keep" or (head == "auto" and row is not None and row.has_classes and _fits(model, classes)):
-        return Headed(model, [], {})
+        return own
     samples.refuse_one_class(
         dataset, "keep the head and imitate a teacher: `--head keep --teacher MODEL --loss features=1`"
     )
@@ -140,8 +138,7 @@ def build(
         for name in sorted(_outputs(copied)):
             placed.own[name] = tuple(copied.module.get_submodule(name)._parameters)
     for name, leaves in placed.own.items():
-        for leaf in leaves:
-            parameter = getattr(copied.module.get_submodule(name), leaf)
+        for parameter in (getattr(copied.module.get_submodule(name), leaf) for leaf in leaves):
             if parameter is not None:
                 parameter.data = parameter.detach().clone()  # it may be a window on a file
                 parameter.requires_grad_(True)
@@ -154,16 +151,21 @@ def build(
     return Student(copied, head, placed)
 
 
+def refuse_others(model: Model, method: str) -> None:
+    """Refuse to train a model by one method that has updates of another: a `UsageError`."""
+    entries = model.manifest.adapters.values() if model.manifest else ()
+    for other in sorted({entry["method"] for entry in entries} - {method}):
+        raise UsageError(
+            f"`{model.name}` has updates of `{other}`, and `--method` is `{method}`",
+            hint=f"go on with `--method {other}`, or take them in first: `peftc merge {model.source.spec}`",
+        )
+
+
 def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:
     """Let the updates that a model has learn on."""
     assert model.manifest is not None
     record = model.manifest
-    others = sorted({entry["method"] for entry in record.adapters.values()} - {method})
-    if others:
-        raise UsageError(
-            f"`{model.name}` has updates of `{others[0]}`, and `--method` is `{method}`",
-            hint=f"go on with `--method {others[0]}`, or take them in first: `peftc merge {model.source.spec}`",
-        )
+    refuse_others(model, method)
     copied.module.requires_grad_(False)
     function = methods.find("adapter", method, "--method")
     for name, each in before.items():
@@ -230,17 +232,14 @@ def before_updates(name: str, updates: Mapping[str, Any]) -> str:
 def beneath(student: Student, learned: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the tensors that a delta holds, and of the others that are called otherwise in the model beneath, how."""
     record = student.stored.manifest
+    stored = surgery.stored_names(student.model.module)
     earlier: Mapping[str, str] = {}
-    held = {
-        *learned,
-        *student.head.new,
-        *(name for name in surgery.stored_names(student.model.module) if ".update." in name),
-    }
+    held = {*learned, *student.head.new, *(name for name in stored if ".update." in name)}
     if record is not None and record.delta:
         earlier = record.delta["tensors"]
         held |= delta.held(student.stored)
     names, there = [], {}
-    for name in surgery.stored_names(student.model.module):
+    for name in stored:
         was = before_updates(name, student.placed.adapters) if not earlier else name
         was = student.head.renamed.get(was, was)
         if name in held:
@@ -267,13 +266,16 @@ def tell(report: Report, student: Student) -> None:
     if student.head.new:
         report.notes.append(f"a new head for {len(student.stored.labels or [])} classes")
     if placed.whole:
-        report.notes.append(
-            f"{len(placed.whole)} modules learn whole, for an update of theirs would be no smaller: "
-            + ", ".join(f"`{name}`" for name in placed.whole[:4])
-        )
+        some = ", ".join(f"`{name}`" for name in placed.whole[:4])
+        why = "for an update of theirs would be no smaller"
+        report.notes.append(f"{len(placed.whole)} modules learn whole, {why}: {some}")
     left = {name: why for name, why in placed.left.items() if name not in placed.own}
     if updates and left:
-        report.notes.append(f"not adapted: {_by_reason(left)}")
+        by_reason: dict[str, list[str]] = {}
+        for name, why in left.items():
+            by_reason.setdefault(why, []).append(name)
+        some = ", ".join(f"{named(names, 1)} ({why})" for why, names in by_reason.items())
+        report.notes.append(f"not adapted: {some}")
     report.data["learning"] = {
         "parameters": learning,
         "of": total,
@@ -282,15 +284,6 @@ def tell(report: Report, student: Student) -> None:
         "whole": placed.whole,
         "left": left,
     }
-
-
-def _by_reason(left: Mapping[str, str]) -> str:
-    """Return the first module of each reason, how many there are, and the reason."""
-    groups: dict[str, list[str]] = {}
-    for name, why in left.items():
-        groups.setdefault(why, []).append(name)
-    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in groups.items()}
-    return ", ".join(f"`{names[0]}`{more[why]} ({why})" for why, names in groups.items())
 
 
 def tell_sparsity(report: Report, student: Student) -> None:
@@ -303,13 +296,12 @@ def tell_sparsity(report: Report, student: Student) -> None:
     entries = sum(each["entries"] for each in found.values())
     if not entries:
         return
-    changed = sum(each["changed"] for each in found.values())
-    asked = sum(each["asked"] for each in found.values())
+    changed, asked = (sum(each[key] for each in found.values()) for key in ("changed", "asked"))
     report.data["sparsity"] = {"modules": found, "changed": changed, "asked": asked, "entries": entries}
     report.notes.append(
         f"{changed:,} of {entries:,} entries of the adapted weights change ({changed / entries:.2%}); asked: {asked:,}"
     )
     shares = {name: each["changed"] / each["entries"] for name, each in found.items()}
-    least, most = min(shares, key=lambda name: shares[name]), max(shares, key=lambda name: shares[name])
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     if shares[most] > shares[least]:
         report.notes.append(f"from {shares[least]:.1%} of `{least}` to {shares[most]:.1%} of `{most}`")

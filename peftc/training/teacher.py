@@ -1,7 +1,5 @@
 """The teacher of a training, and what is said of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -18,7 +18,7 @@ from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.options import Augment, Reading, Recipe
 from peftc.store import manifest
-from peftc.training import imitation, loop, samples
+from peftc.training import imitation, journal, loop, samples
 from peftc.training.imitation import Imitation
 from tests.calibration.test_memory import alone, launch
 from tests.conftest import TEXTS
@@ -81,7 +81,7 @@ def test_the_result_reloads_and_everything_but_the_teacher_has_learnt(
     assert made.manifest.modules == manifest.read(student).modules
     assert set(report.data["terms"]) == {"features", "perturbation", "task"}
     assert report.data["steps"] == 10 and report.data["quality"]["data"]["split"] == "test"
-    lines = [json.loads(line) for line in (tmp_path / "out" / loop.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / journal.LOG).read_text().splitlines()]
     assert sum("loss" in line for line in lines) == 10
     with torch.no_grad():
         assert made.module(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -129,10 +129,9 @@ def test_products_of_convolutions_stand_for_their_weights(
     peftc.decompose(tiny_resnet, output_dir=tmp_path / "small", energy=1.0, conv_method=conv_method, device="cpu")
     peftc.decompose(tiny_resnet, output_dir=tmp_path / "half", ratio=0.5, conv_method=conv_method, device="cpu")
     work = imitate(tmp_path / "half", tiny_resnet, images, {"perturbation": 1.0})
-    found = work.products(work.student.module)
-    assert found["products"] and found["products"].keys() == found["weights"].keys()
-    for name, product in found["products"].items():
-        weight = found["weights"][name]
+    assert work.originals and work.originals.keys() == imitation.factored(work.student).keys()
+    for name, weight in work.originals.items():
+        product = imitation.weight_of(work.student, work.student.module, name)
         assert product.shape == weight.shape
         assert (product - weight).norm() < weight.norm()
 
@@ -169,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(student: Path, images: Path, tmp
     assert not (tmp_path / "killed").exists()
     report = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
     assert any(note.startswith("resumed at step") for note in report.notes)
-    for name in ("model.safetensors", "peftc.json", loop.LOG):
+    for name in ("model.safetensors", "peftc.json", journal.LOG):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     again = peftc.distill(student, output_dir=tmp_path / "killed", data=str(images), **SHORT)
     assert any("already done" in note for note in again.notes)
@@ -296,7 +295,7 @@ def test_a_loss_that_diverges_stops_with_the_last_checkpoint(
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     with pytest.raises(DivergenceError, match="the loss became") as refusal:
         peftc.distill(student, output_dir=tmp_path / "out", data=str(images), **SHORT | {"learning_rate": 1e30})
-    checkpoint = tmp_path / "out.partial" / "work" / loop.CHECKPOINT
+    checkpoint = tmp_path / "out.partial" / "work" / journal.CHECKPOINT
     assert str(checkpoint) in str(refusal.value) and checkpoint.is_file()
     assert not (tmp_path / "out").exists()
 
@@ -357,7 +356,7 @@ def test_a_teacher_that_is_kept_gives_the_same_bytes_and_is_asked_once(
     report = peftc.distill(model, output_dir=tmp_path / "kept", data=str(data), cache_teacher=True, **options)
     number = 96 if kind == "images" else 32
     assert sum(asked) <= number + 16 + 1 < 12 * 16
-    one, two = (json.loads((tmp_path / name / loop.LOG).read_text().splitlines()[-1]) for name in ("asked", "kept"))
+    one, two = (json.loads((tmp_path / name / journal.LOG).read_text().splitlines()[-1]) for name in ("asked", "kept"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert report.artifact is not None and not (tmp_path / "kept" / "teacher").exists()
 
@@ -420,7 +419,7 @@ def by_one_and_by_two(folder: Path, *words: Any) -> list[list[dict[str, float]]]
     first, second = launch(*words, folder / "two")
     assert (one[0], first[0], second[0]) == (0, 0, 0), one[2] + first[2] + second[2]
     assert second[1:] == ("", "")
-    logs = [(folder / name / loop.LOG).read_text().splitlines() for name in ("one", "two")]
+    logs = [(folder / name / journal.LOG).read_text().splitlines() for name in ("one", "two")]
     return [[json.loads(line) for line in lines] for lines in logs]
 
 
@@ -489,7 +488,7 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     assert left[0] == 1, left[2]
     assert "error: another process of this launch stopped" in left[2]
     assert "Traceback" not in left[2]
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work" / loop.LOG).is_file()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work" / journal.LOG).is_file()
 
 
 def test_a_tracker_keeps_its_log_beside_the_artifact(student: Path, images: Path, tmp_path: Path) -> None:

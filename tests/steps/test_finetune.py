@@ -20,7 +20,7 @@ from peftc.models import load
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.store import manifest
-from peftc.training import loop
+from peftc.training import journal, loop
 from tests.calibration.test_memory import launch
 from tests.steps.test_distill import images  # noqa: F401
 
@@ -393,11 +393,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
     with interrupted(5), pytest.raises(KeyboardInterrupt):
         tune(base, few, tmp_path / "killed", delta=True, method=method)
-    checkpoint = tmp_path / "killed.partial" / "work" / loop.CHECKPOINT
+    checkpoint = tmp_path / "killed.partial" / "work" / journal.CHECKPOINT
     assert checkpoint.stat().st_size < (base / "model.safetensors").stat().st_size * 2  # what is frozen is not in it
     report = tune(base, few, tmp_path / "killed", delta=True, method=method)
     assert any(note.startswith("resumed at step 4") for note in report.notes)
-    for name in ("model.safetensors", "peftc.json", loop.LOG):
+    for name in ("model.safetensors", "peftc.json", journal.LOG):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftc.errors import PeftcError, UsageError
 from peftc.options import Recipe
-from peftc.training import loop
+from peftc.training import journal, loop
 from peftc.training.loop import fit
 from peftc.training.recipe import Outcome, mixed, rate
 
@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: Any
     assert resumed[0].resumed == 5 and whole[0].resumed == 0
     assert resumed[0].losses == whole[0].losses and resumed[0].scores == whole[0].scores
     assert same(resumed[1], whole[1])
-    logs = [(tmp_path / name / loop.LOG).read_text() for name in ("whole", "killed")]
+    logs = [(tmp_path / name / journal.LOG).read_text() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     lines = [json.loads(line) for line in logs[0].splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
@@ -253,7 +253,7 @@ def test_terms_are_added_up_and_told_apart(tmp_path: Path) -> None:
         return {"task": cross_entropy(module, given), "small": module[0].weight.square().mean()}  # type: ignore[index, union-attr]
 
     outcome = run(network(), loss=loss, folder=tmp_path)
-    line = json.loads((tmp_path / loop.LOG).read_text().splitlines()[0])
+    line = json.loads((tmp_path / journal.LOG).read_text().splitlines()[0])
     assert line["task"] + line["small"] == pytest.approx(line["loss"])
     assert outcome.start == {"task": line["task"], "small": line["small"]}
 
