@@ -6,8 +6,6 @@ the step alone. Adding an option to a group adds it to every command that shows 
 name it once more, for editors and type checkers, and a test compares the two.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -53,7 +51,7 @@ def option(
         metavar: what stands for the value in the help; words with ``|`` between are the only ones allowed.
         rule: what numbers are allowed.
         spelled: the name of the option, where the field has another.
-        reads: the reader of `peftc.cli.options` that takes it as it is typed: ``amount`` as 64k, ``size_text`` as 8GB.
+        reads: the reader of `peftc.cli.texts` that takes it as it is typed: ``amount`` as 64k, ``size_text`` as 8GB.
     """
     words = {"help": help, "metavar": metavar, "rule": rule, "spelled": spelled, "reads": reads}
     return field(default=default, metadata=words)
@@ -74,11 +72,7 @@ class Group:
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UsageError: naming the option.
-        """
+        """Refuse numbers out of range, by a `UsageError` that names the option."""
         for each in fields(self):
             value, rule = getattr(self, each.name), each.metadata.get("rule", FINITE)
             if isinstance(value, int | float) and not rule.fits(value):

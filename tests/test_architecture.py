@@ -87,7 +87,7 @@ def test_names_are_words() -> None:
 def test_every_step_is_a_command_of_its_name() -> None:
     """`push` is what stands behind ``--push-to-hub``."""
     steps = {file.stem: file for file in (PACKAGE / "steps").glob("*.py") if file.stem not in ("__init__", "push")}
-    commands = {file.stem for file in (PACKAGE / "cli").glob("*.py")}
+    commands = {function.name for file in (PACKAGE / "cli").glob("*.py") for function in functions(file)}
     assert steps.keys() <= commands
     assert [step for step, file in steps.items() if step not in {each.name for each in functions(file)}] == []
 

@@ -19,8 +19,7 @@ OF_THE_COMMAND_LINE = ["methods", "run"]  # these print a list, and read the pro
 MODULES = {"report"}  # `peftc.report` is the module of `Report`: the function is in `peftc.steps.report`
 
 
-def command(word: str) -> inspect.Signature:
-    return inspect.signature(getattr(importlib.import_module(f"peftc.cli.{word}"), word))
+COMMANDS = {info.callback.__name__: info.callback for info in app.registered_commands if info.callback}
 
 
 def step(word: str) -> inspect.Signature:
@@ -30,7 +29,7 @@ def step(word: str) -> inspect.Signature:
 @pytest.mark.parametrize("word", STEPS)
 def test_a_command_has_the_parameters_of_its_function(word: str) -> None:
     extra = {"ctx", *SOURCE, *PUSH, *OUTPUT}
-    ours = {name: p.default for name, p in command(word).parameters.items() if name not in extra}
+    ours = {name: p.default for name, p in inspect.signature(COMMANDS[word]).parameters.items() if name not in extra}
     theirs = {name: p.default for name, p in step(word).parameters.items()}
     for named in ("model", "models"):  # the project may stand in for it on the command line
         ours.pop(named, None), theirs.pop(named, None)
@@ -44,8 +43,7 @@ def test_all_but_the_model_are_keywords(word: str) -> None:
 
 
 def test_every_step_is_a_command_and_a_public_name() -> None:
-    names = {info.callback.__name__ for info in app.registered_commands if info.callback}
-    assert names == {*STEPS, *OF_THE_COMMAND_LINE}
+    assert COMMANDS.keys() == {*STEPS, *OF_THE_COMMAND_LINE}
     assert set(STEPS) - MODULES <= set(peftc.__all__)
 
 
@@ -63,7 +61,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 @pytest.mark.parametrize("word", [*STEPS, *OF_THE_COMMAND_LINE])
 def test_help_ends_with_an_example(word: str) -> None:
-    text = inspect.getdoc(getattr(importlib.import_module(f"peftc.cli.{word}"), word)) or ""
+    text = inspect.getdoc(COMMANDS[word]) or ""
     assert text.splitlines()[-1].startswith(f"  peftc {word.replace('_', '-')}")
 
 

@@ -8,8 +8,6 @@
 130  interrupted; run again to resume
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -25,27 +23,10 @@ from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHe
 from typer.core import TyperGroup
 
 from peftc import processes
-from peftc.cli import console
-from peftc.cli.analyze import analyze
-from peftc.cli.bench import bench
-from peftc.cli.calibrate import calibrate
-from peftc.cli.compare import compare
-from peftc.cli.decompose import decompose
-from peftc.cli.demo import demo
-from peftc.cli.distill import distill
-from peftc.cli.evaluate import evaluate
-from peftc.cli.export import export
-from peftc.cli.extract_lora import extract_lora
-from peftc.cli.finetune import finetune
-from peftc.cli.init import init
-from peftc.cli.merge import merge
+from peftc.cli import console, steps
 from peftc.cli.methods import methods
-from peftc.cli.prune_layers import prune_layers
-from peftc.cli.report import report
 from peftc.cli.run import run
-from peftc.cli.show import show
-from peftc.cli.truncate import truncate
-from peftc.errors import LostProcessError, PeftcError, shown
+from peftc.errors import LostProcessError, PeftcError, UsageError, shown
 from peftc.project import config
 from peftc.report import size
 from peftc.version import __version__
@@ -87,8 +68,11 @@ class Boundary(TyperGroup):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Run ``args``; every exception ends here."""
         words = list(sys.argv[1:] if args is None else args)
-        if COMPLETE in os.environ:
-            self._complete()
+        if COMPLETE in os.environ:  # by which the shell asks how a word may go on, as README says
+            from typer._completion_classes import completion_init
+
+            completion_init()
+            self._main_shell_completion({}, "peftc", COMPLETE)
         try:
             with self.make_context("peftc", words) as ctx:
                 self.invoke(ctx)
@@ -99,7 +83,7 @@ class Boundary(TyperGroup):
             problem.show()
             code = 2
         except ClickException as problem:
-            console.error(_usage(problem))
+            console.error(str(_usage(problem)))
             code = 2
         except PeftcError as problem:
             if processes.rank() == 0 or isinstance(problem, LostProcessError):  # the first hears what the others met
@@ -115,65 +99,61 @@ class Boundary(TyperGroup):
         processes.leave()
         sys.exit(code)
 
-    def _complete(self) -> None:
-        """Answer the shell that asks how a word may go on, and end; it asks by a variable, as README says."""
-        from typer._completion_classes import completion_init
 
-        completion_init()
-        self._main_shell_completion({}, "peftc", COMPLETE)
-
-
-def _usage(problem: ClickException) -> str:
+def _usage(problem: ClickException) -> UsageError:
     """Say what is wrong with a command line, where the value came from, and where the options are listed."""
     message = problem.format_message().rstrip(".")
     ctx, param = getattr(problem, "ctx", None), getattr(problem, "param", None)
-    lines = [message[:1].lower() + message[1:]]
     source = ctx.get_parameter_source(param.name) if ctx and param else None
     project: config.Project | None = ctx.obj if ctx else None
+    why = None
     if source is not None and source.name == "DEFAULT_MAP":
         file = (project.file if project else None) or config.FILE
-        lines.append(f"  cause: the value comes from `{file}` or a `PEFTC_` variable")
+        why = f"the value comes from `{file}` or a `PEFTC_` variable"
     hint = f"`{ctx.command_path if ctx else 'peftc'} --help` lists what there is"
     if isinstance(problem, MissingParameter) and project is not None and project.file is None:
         hint += f"; `{config.INIT}` starts a project that knows"
-    lines.append(f"  hint: {hint}")
-    return "\n".join(lines)
+    return UsageError(message[:1].lower() + message[1:], why=why, hint=hint)
 
 
 def _unplanned(problem: BaseException) -> int:
     """Explain what the machine refused; anything else is a bug and keeps its traceback."""
-    text = str(problem)
     if _is_out_of_memory(problem):
         hint = "lower `--batch-size`, use `--device cpu`, or stop what else uses the memory"
-        cause = text.splitlines()[0] if text else "an allocation failed"
+        cause = str(problem).splitlines()[0] if str(problem) else "an allocation failed"
         problem.__traceback__ = None  # lets go of what the calls held
-        console.error(f"out of memory\n  cause: {cause}{_memory_limit()}\n  hint: {hint}")
+        console.error(str(PeftcError("out of memory", why=f"{cause}{_memory_limit()}", hint=hint)))
         raise NoMemoryExit(1)
-    number = getattr(problem, "errno", None) if isinstance(problem, OSError) else None
+    if (refusal := _refusal(problem)) is not None:
+        console.error(str(refusal))
+        return 1
+    import traceback
+
+    console.say("".join(traceback.format_exception(problem)).rstrip())
+    hint = "report it with the lines above and the command you typed"
+    console.error(str(PeftcError(f"this is a bug in peftc {__version__}", hint=hint)))
+    return 70
+
+
+def _refusal(problem: BaseException) -> PeftcError | None:
+    """Return what the machine refused, as people can read it; None for a bug."""
+    text = str(problem)
+    number = problem.errno if isinstance(problem, OSError) else None
     if number is None and "No space left on device" in text:  # from libraries that write without Python
         number = errno.ENOSPC
     if number in REFUSALS:
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else text
         where = shown(getattr(problem, "filename", None) or "the output")
-        console.error(f"cannot read or write `{where}`\n  cause: {reason.lower()}\n  hint: {REFUSALS[number]}")
-        return 1
+        return PeftcError(f"cannot read or write `{where}`", why=reason.lower(), hint=REFUSALS[number])
     if isinstance(problem, UnicodeEncodeError) and shown(problem.object) != problem.object:
-        word = (
-            re.split(r'["\s]', problem.object[: problem.end])[-1] + re.split(r'["\s]', problem.object[problem.end :])[0]
+        before, after = problem.object[: problem.end], problem.object[problem.end :]
+        word = re.split(r'["\s]', before)[-1] + re.split(r'["\s]', after)[0]
+        return PeftcError(
+            f"`{shown(word[:200])}` cannot be written: it is not UTF-8",
+            why="peftc records names in JSON, which holds UTF-8 alone",
+            hint="rename the file or folder that is called so",
         )
-        console.error(
-            f"`{shown(word[:200])}` cannot be written: it is not UTF-8\n"
-            "  cause: peftc records names in JSON, which holds UTF-8 alone\n"
-            "  hint: rename the file or folder that is called so"
-        )
-        return 1
-    import traceback
-
-    console.say("".join(traceback.format_exception(problem)).rstrip())
-    console.error(
-        f"this is a bug in peftc {__version__}\n  hint: report it with the lines above and the command you typed"
-    )
-    return 70
+    return None
 
 
 def _is_out_of_memory(problem: BaseException | None) -> bool:
@@ -181,11 +161,10 @@ def _is_out_of_memory(problem: BaseException | None) -> bool:
     seen: set[int] = set()
     while problem is not None and id(problem) not in seen:
         seen.add(id(problem))
-        if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        says_so = any(word in str(problem) for word in NO_MEMORY)
+        if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or says_so:
             return True
         if isinstance(problem, OSError) and problem.errno == errno.ENOMEM:
-            return True
-        if any(word in str(problem) for word in NO_MEMORY):
             return True
         problem = problem.__cause__ or problem.__context__
     return False
@@ -232,25 +211,12 @@ def peftc(
     """
 
 
-STEPS = (
-    analyze,
-    calibrate,
-    decompose,
-    truncate,
-    prune_layers,
-    distill,
-    finetune,
-    merge,
-    extract_lora,
-    export,
-    evaluate,
-    bench,
-    show,
-    compare,
-    report,
+ORDER = (
+    "analyze calibrate decompose truncate prune_layers distill finetune merge extract_lora export evaluate bench show "
+    "compare report init run demo methods"
 )
-for command in (*STEPS, init, run, demo, methods):
-    app.command(no_args_is_help=False)(command)
+for word in ORDER.split():
+    app.command(no_args_is_help=False)({**vars(steps), "run": run, "methods": methods}[word])
 
 
 def _terminate(*_: Any) -> NoReturn:
@@ -260,10 +226,8 @@ def _terminate(*_: Any) -> NoReturn:
 def main() -> NoReturn:
     """Run the program."""
     signal.signal(signal.SIGTERM, _terminate)  # clean up and say how to resume, as for Ctrl-C
-    if not sys.warnoptions:
-        warnings.simplefilter(
-            "ignore"
-        )  # what other libraries deprecate is not the user's business; `python -W` shows it
+    if not sys.warnoptions:  # what other libraries deprecate is not the user's business; `python -W` shows it
+        warnings.simplefilter("ignore")
     try:
         app()
     except NoMemoryExit:

@@ -1,7 +1,5 @@
 """From parsed options to a step and its report: the same way for every command."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
@@ -15,24 +13,24 @@ from typer import Context, Exit
 
 from peftc import processes
 from peftc.cli import console
-from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group, settings
-from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8, shown
+from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group
+from peftc.cli.texts import settings
+from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8
 from peftc.project import config
 from peftc.report import Report
 from peftc.store.source import MANIFEST, Source
 
-Step = Callable[..., Report]
-KEYWORD = inspect.Parameter.KEYWORD_ONLY
 COLUMNS = ("image_column", "text_column", "label_column")
 SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
 
 
 def command(
-    *, source: bool = True, writes: bool = False, pushes: bool = False
+    example: str, *, source: bool = True, writes: bool = False, pushes: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., Report]]:
     """Make a command of a function that declares its options; it runs the step of that name.
 
     Args:
+        example: what may be typed after the word, for the help.
         source: add the options that describe a model.
         writes: the step writes an artifact, and so has a place in the project's chain.
         pushes: what it writes may be pushed to the hub; an artifact always may.
@@ -40,23 +38,18 @@ def command(
     extra = {**(SOURCE if source else {}), **(PUSH if writes or pushes else {}), **OUTPUT}
 
     def make(declare: Callable[..., None]) -> Callable[..., Report]:
-        own = inspect.signature(declare, eval_str=True)
-
-        def find() -> Step:
-            module = importlib.import_module(f"peftc.steps.{declare.__name__}")
-            return getattr(module, declare.__name__)  # type: ignore[no-any-return]
+        own = inspect.signature(declare)
 
         @functools.wraps(declare)
         def call(ctx: Context, **given: Any) -> Report:
-            given = {name: _at_home(value) for name, value in given.items()}
-            _check_names(given)
+            given = {name: _sound(name, value) for name, value in given.items()}
             shared = {name: given.pop(name) for name in extra}
             placed = ctx.obj.place is not None  # by a recipe, which prints what comes of it
             if not placed:
                 console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
             repo = shared.get("push_to_hub")
             _check_push(repo, shared, given)
-            outcome = _run(ctx, find, _tidy(ctx, given), shared, writes=writes)
+            outcome = _run(ctx, _tidy(ctx, given), shared)
             _push(outcome, repo, private=bool(shared.get("private")))
             if not placed:
                 if processes.rank() == 0:
@@ -65,70 +58,64 @@ def command(
                     raise Exit(3)
             return outcome
 
-        parameters = [inspect.Parameter("ctx", KEYWORD, annotation=Context)]
-        for name, parameter in own.parameters.items():
-            parameters += _parameters(
-                of_group(parameter.annotation) or {name: (parameter.annotation, parameter.default)}
-            )
-        parameters += _parameters(extra)
+        options: dict[str, tuple[Any, Any]] = {"ctx": (Context, inspect.Parameter.empty)}
+        for name, one in own.parameters.items():
+            options |= of_group(one.annotation) or {name: (one.annotation, one.default)}
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in (options | extra).items()
+        ]
         call.__signature__ = own.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+        word = declare.__name__.replace("_", "-")
+        call.__doc__ = f"{inspect.getdoc(declare)}\n\n\b\nExample:\n  peftc {word} {example}".rstrip()
         call.writes = writes  # type: ignore[attr-defined]
         return call
 
     return make
 
 
-def _parameters(options: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
-    return [inspect.Parameter(name, KEYWORD, default=d, annotation=a) for name, (a, d) in options.items()]
+def _step(ctx: Context) -> Callable[..., Report]:
+    """Return the step that a command runs; to import it takes seconds."""
+    word = str(ctx.info_name).replace("-", "_")
+    return getattr(importlib.import_module(f"peftc.steps.{word}"), word)  # type: ignore[no-any-return]
 
 
-def _at_home(value: Any) -> Any:
-    """Expand `~` in a path, typed or from a file: no shell does that for what stands in a file or behind a `=`."""
+def _sound(name: str, value: Any) -> Any:
+    """Return a value with `~` expanded, as no shell does in a file or behind a `=`; refuse what is not UTF-8."""
     if isinstance(value, list | tuple):
-        return type(value)(_at_home(each) for each in value)
+        return tuple(_sound(name, each) for each in value)
+    if isinstance(value, str | Path):
+        option = "MODEL" if name in ("model", "models") else f"`--{name.replace('_', '-')}`"
+        refuse_not_utf8(f"the value of {option},", value)
     if isinstance(value, Path):
         return value.expanduser()
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value  # noqa: PTH111
 
 
-def _check_names(given: dict[str, Any]) -> None:
-    """Refuse names that are not UTF-8 before any work, wherever they came from."""
-    for name, value in given.items():
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, str | Path):
-                option = "MODEL" if name in ("model", "models") else f"`--{name.replace('_', '-')}`"
-                refuse_not_utf8(f"the value of {option},", each)
+def _tidy(ctx: Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options as the step takes them.
 
-
-def _tidy(ctx: Context, given: dict[str, Any]) -> dict[str, Any]:
-    """Return options as the step takes them; a budget that was typed replaces that of the file."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    A budget that was typed replaces that of the file, and columns that `--data` names itself those of the project.
+    """
     if "settings" in options:
         options["settings"] = settings("--set", options["settings"] or ()) or None
     lower = {name: value for name, value in options.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
     typed = {name: value for name, value in options.items() if _came_from(ctx, name) == "COMMANDLINE"}
     dropped = lower.keys() - config.override(str(ctx.info_name), lower, typed).keys()
-    return {name: None if name in dropped else value for name, value in _own_columns(ctx, options).items()}
+    columns = [name for name in COLUMNS if options.get(name) and name not in typed]
+    if columns and options.get("data"):
+        from peftc.data.spec import columns_of, parts_of
 
-
-def _own_columns(ctx: Context, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without the columns of the project that `--data` names itself."""
-    columns = [name for name in COLUMNS if options.get(name) and _came_from(ctx, name) != "COMMANDLINE"]
-    if not columns or not options.get("data"):
-        return options
-    from peftc.data.spec import columns_of, parts_of
-
-    _, own = columns_of(parts_of(options["data"])[0])
-    return {**options, **{name: None for name in columns if getattr(own, name.removesuffix("_column"))}}
+        _, own = columns_of(parts_of(options["data"])[0])
+        dropped |= {name for name in columns if getattr(own, name.removesuffix("_column"))}
+    return options | dict.fromkeys(dropped)
 
 
 def _came_from(ctx: Context, name: str) -> str:
     return str(getattr(ctx.get_parameter_source(name), "name", ""))
 
 
-def _run(
-    ctx: Context, find: Callable[[], Step], options: dict[str, Any], shared: dict[str, Any], *, writes: bool
-) -> Report:
+def _run(ctx: Context, options: dict[str, Any], shared: dict[str, Any]) -> Report:
     """Find the model and the folder, run the step, and note its place in the chain."""
     project: config.Project = ctx.obj
     for text in project.warnings:
@@ -137,35 +124,37 @@ def _run(
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
     if "models" in options:
         named = [_standard_input() if model == "-" else model for model in options.pop("models")]
-        return find()(named or config.artifacts(project, str(ctx.info_name)), **options)
+        return _step(ctx)(named or config.artifacts(project, str(ctx.info_name)), **options)
     if "model" not in options:
-        return find()(**options)
+        return _step(ctx)(**options)
     model = options.pop("model")
+    model = _standard_input() if model == "-" else model
     from_file = {name for name in project.from_file if _came_from(ctx, name) != "COMMANDLINE"}
-    place = config.place(project, str(ctx.info_name), _standard_input() if model == "-" else model, writes=writes)
+    writes = ctx.command.callback.writes  # type: ignore[union-attr]
+    place = config.place(project, str(ctx.info_name), model, writes=writes)
     if place.chain and place.chain.gone:
         console.warn(f"`{place.chain.gone}` is gone: the chain ends before it")
     if model is not None or (place.model == project.model and "model" not in from_file):
         from_file.discard("model")
     else:
         from_file.add("model")  # also what the list of the chain names
-    sources: list[Any] = [place.model]
+    sources: dict[str, Any] = {"model": place.model, "against": options.get("against")}
     if "arch" in shared:
-        specs = {"model": place.model, "against": options.get("against")}
-        sources = _sources(ctx, specs, shared, from_file)
+        sources = _sources(ctx, sources, shared, from_file)
     if "against" in options:
-        options["against"] = sources[1]
+        options["against"] = sources["against"]
     if isinstance(options.get("teacher"), str) and "teacher" in from_file:
         options["teacher"] = Source(options["teacher"], from_file=True, **_trusted(shared))
-    return _in_place(find, sources[0], options, place, str(ctx.info_name))
+    if place.folder is None or place.chain is None:
+        return _step(ctx)(sources["model"], **options)
+    return _in_place(ctx, sources["model"], options, place.chain, place.index, place.folder)
 
 
-def _in_place(find: Callable[[], Step], model: Any, options: dict[str, Any], place: config.Place, word: str) -> Report:
+def _in_place(
+    ctx: Context, model: Any, options: dict[str, Any], chain: config.Chain, index: int, folder: Path
+) -> Report:
     """Run a step where it belongs in the chain, beside the result of another request if one is there."""
-    step = find()
-    folder = place.folder
-    if folder is None or place.chain is None:
-        return step(model, **options)
+    step = _step(ctx)
     free = options.get("output_dir") is None
     options["output_dir"] = options.get("output_dir") or folder
     before = _manifest(options["output_dir"])
@@ -178,8 +167,8 @@ def _in_place(find: Callable[[], Step], model: Any, options: dict[str, Any], pla
         before = _manifest(options["output_dir"])
         outcome = step(model, **options)
     if outcome.artifact is not None and not options.get("dry_run"):
-        link = config.Link(word, Path(outcome.artifact))
-        dropped = place.chain.record(place.index, link, rewritten=before != _manifest(link.folder))
+        link = config.Link(str(ctx.info_name), outcome.artifact)
+        dropped = chain.record(index, link, rewritten=before != _manifest(link.folder))
         if dropped:
             names = ", ".join(f"`{one.folder}`" for one in dropped)
             outcome.notes.append(f"the chain goes on from `{link.folder}`; no longer part of it, and kept: {names}")
@@ -227,10 +216,7 @@ def _push(outcome: Report, repo: str | None, *, private: bool) -> None:
 def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ChainError("standard input names no artifact", why="nothing is piped in", hint="name MODEL by its path")
-    text = os.fsdecode(sys.stdin.buffer.read())
-    if shown(text) != text:
-        raise ChainError("standard input names no artifact", why=f"`{shown(text.strip()[:80])}` is not UTF-8")
-    return config.artifact_from(text)
+    return config.artifact_from(os.fsdecode(sys.stdin.buffer.read()))
 
 
 def _trusted(shared: dict[str, Any]) -> dict[str, Any]:
@@ -238,23 +224,21 @@ def _trusted(shared: dict[str, Any]) -> dict[str, Any]:
     return {name: shared[name] for name in SOURCE if name not in SHAPE and name in shared}
 
 
-def _sources(ctx: Context, named: dict[str, str | None], shared: dict[str, Any], from_file: set[str]) -> list[Any]:
-    """Return a source per model; how to build one applies to those that are no artifacts."""
-    specs = list(named.values())
+def _sources(ctx: Context, specs: dict[str, str | None], shared: dict[str, Any], from_file: set[str]) -> dict[str, Any]:
+    """Return a source for each model; how to build one applies to those that are no artifacts."""
     given = {name: shared[name] for name in SOURCE}
     given["arch_set"] = settings("--arch-set", given["arch_set"] or ())
     given["preprocess"] = settings("--preprocess", given["preprocess"] or (), lists=True)
     trusted = _trusted(given)
-    built = [spec is not None and spec != "base" and not Path(spec, MANIFEST).is_file() for spec in specs]
     asked = [name for name in SHAPE if _came_from(ctx, name) == "COMMANDLINE"]
-    if asked and not any(built):
+    named = {name: spec for name, spec in specs.items() if spec not in (None, "base")}
+    built = [name for name, spec in named.items() if not Path(str(spec), MANIFEST).is_file()]
+    if asked and not built:
         raise UsageError(
-            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs[0]}` is an artifact",
+            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs['model']}` is an artifact",
             hint="leave the option out: an artifact knows how it is built",
         )
-    return [
-        spec
-        if spec is None or spec == "base"
-        else Source(spec, from_file=name in from_file, **(given if new else trusted))
-        for (name, spec), new in zip(named.items(), built, strict=True)
-    ]
+    return specs | {
+        name: Source(str(spec), from_file=name in from_file, **(given if name in built else trusted))
+        for name, spec in named.items()
+    }

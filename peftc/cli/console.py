@@ -1,7 +1,5 @@
 """The only printer: data on stdout, everything for people on stderr."""
 
-from __future__ import annotations
-
 import json as json_module
 import os
 import re
@@ -9,29 +7,15 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftc import progress
 from peftc.errors import shown
+from peftc.report import GUESSED, Cell, Gate, Report, Table
 from peftc.store.documents import escaped
 
-if TYPE_CHECKING:
-    from peftc.report import Cell, Gate, Report, Table
-
 ASCII = str.maketrans(
-    {
-        "…": "...",
-        "–": "-",
-        "—": "--",
-        "×": "x",
-        "±": "+-",
-        "→": "->",
-        "≤": "<=",
-        "≥": ">=",
-        "·": ".",
-        "²": "2",
-        "─": "-",
-    }
+    dict(zip("–×·²─", "-x.2-", strict=True)) | {"…": "...", "—": "--", "±": "+-", "→": "->", "≤": "<=", "≥": ">="}
 )
 BOLD, RED, YELLOW = "1", "31", "33"
 OURS = re.compile(r"\x1b\[(?:0|1|31|33)m")
@@ -136,8 +120,6 @@ def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
 
 def tell(outcome: Report, *, quiet: bool = False) -> None:
     """Print what a report has for people."""
-    from peftc.report import GUESSED
-
     if not quiet:
         for table in outcome.tables:
             say("\n".join([*table_lines(table, width()), ""]))
@@ -175,7 +157,10 @@ def table_lines(table: Table, columns: int | None = None) -> list[str]:
     title = [_styled(table.title, BOLD)] if table.title else []
     widths = [max(map(len, cells)) for cells in zip(table.columns, *rows, strict=True)]
     if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
-        return [*title, *_records(table.columns, rows)]
+        for first, *rest in rows:
+            named = zip(table.columns[1:], rest, strict=True)
+            title += [first, *(f"  {name}: {cell}" for name, cell in named if cell)]
+        return title
     right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(widths))]
 
     def line(cells: Sequence[str]) -> str:
@@ -184,14 +169,6 @@ def table_lines(table: Table, columns: int | None = None) -> list[str]:
 
     head = [line(table.columns), line(["-" * w for w in widths])] if any(table.columns) else []
     return [*title, *head, *map(line, rows)]
-
-
-def _records(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = []
-    for first, *rest in rows:
-        lines.append(first)
-        lines += [f"  {name}: {cell}" for name, cell in zip(names[1:], rest, strict=True) if cell]
-    return lines
 
 
 def _cell(cell: Cell) -> str:
@@ -211,9 +188,15 @@ def _is_number(text: str) -> bool:
 
 def setup(*, quiet: bool = False, verbose: int = 0) -> None:
     """Send progress and logs where the user wants them, and keep other libraries from drawing on stderr."""
+    import logging
+
     bars = _is_terminal() and not quiet
     progress.set_sink(_Bars().track if bars else None)
-    _log(quiet, verbose)
+    root = logging.getLogger()
+    if not root.handlers:  # none of ours yet, and no other program's either
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+    root.setLevel(logging.INFO if verbose > 1 else logging.ERROR if quiet else logging.WARNING)
+    logging.getLogger("peftc").setLevel(logging.DEBUG if verbose > 1 else logging.INFO if verbose else root.level)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if verbose < 2:
         environment |= {
@@ -222,23 +205,10 @@ def setup(*, quiet: bool = False, verbose: int = 0) -> None:
             "DATASETS_VERBOSITY": "error",
         }
     if not bars:
-        environment |= {
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-            "TQDM_DISABLE": "1",
-        }
+        bars_of = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+        environment |= dict.fromkeys(bars_of, "1")
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-
-
-def _log(quiet: bool, verbose: int) -> None:
-    import logging
-
-    root = logging.getLogger()
-    if not root.handlers:  # none of ours yet, and no other program's either
-        logging.basicConfig(format="%(levelname)s: %(message)s")
-    root.setLevel(logging.INFO if verbose > 1 else logging.ERROR if quiet else logging.WARNING)
-    logging.getLogger("peftc").setLevel(logging.DEBUG if verbose > 1 else logging.INFO if verbose else root.level)
 
 
 class _Bars:
@@ -246,7 +216,6 @@ class _Bars:
 
     def __init__(self) -> None:
         self.display: Any = None
-        self.open = 0
 
     @contextmanager
     def track(self, title: str, total: int | None) -> Iterator[progress.Advance]:
@@ -254,19 +223,18 @@ class _Bars:
         if self.display is None:
             self.display = _display()
             self.display.start()
-        self.open += 1
-        task = self.display.add_task(title, total=total, detail="")
+        display = self.display
+        task = display.add_task(title, total=total, detail="")
 
         def advance(detail: str = "") -> None:
-            self.display.update(task, advance=1, detail=detail)
+            display.update(task, advance=1, detail=detail)
 
         try:
             yield advance
         finally:
-            self.display.remove_task(task)
-            self.open -= 1
-            if self.open == 0:
-                self.display.stop()
+            display.remove_task(task)
+            if not display.tasks:
+                display.stop()
                 self.display = None
 
 
@@ -274,8 +242,6 @@ def _display() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    narrow = (width() or 80) < 60
-    middle = [] if narrow else [BarColumn(20), TimeRemainingColumn(compact=True)]
-    text = TextColumn("{task.description}", markup=False)
-    detail = TextColumn("{task.fields[detail]}", markup=False)
+    middle = [] if (width() or 80) < 60 else [BarColumn(20), TimeRemainingColumn(compact=True)]
+    text, detail = (TextColumn(each, markup=False) for each in ("{task.description}", "{task.fields[detail]}"))
     return Progress(text, *middle, MofNCompleteColumn(), detail, console=Console(stderr=True), transient=True)

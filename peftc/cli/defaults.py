@@ -1,7 +1,5 @@
 """The values that a project file and `PEFTC_` variables give to options, as if they had been typed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,9 @@ def configure(ctx: Context, file: Path | None) -> None:
 
 
 def _typed(project: config.Project, param: Any, value: Any) -> Any:
-    """Return a value of a file or a variable as it would be typed: a text, or several for a repeated option.
-
-    Raises:
-        UsageError: nobody could type it for that option.
-    """
+    """Return a value of a file or a variable as it would be typed, several for a repeated option; refuse any other."""
     repeated, pairs = getattr(param, "multiple", False), param.opts[0] in PAIRS
-    found = _texts(value, pairs=pairs) if repeated else None if isinstance(value, dict | list) else _text(value)
+    found = _texts(value, pairs=pairs) if repeated else _text(value)
     if found is None:
         takes = "a list of texts" if repeated else "one value"
         raise UsageError(
@@ -44,23 +38,20 @@ PAIRS = ("--set", "--arch-set", "--preprocess")  # options of KEY=VALUE, which a
 
 
 def known(group: Any) -> dict[str, dict[str, str]]:
-    """Return the options of every command of the program: what a project file may say."""
-    return {word: _spellings(command) for word, command in group.commands.items()}
-
-
-def _spellings(command: Any) -> dict[str, str]:
-    """Map what a file or a variable may call an option to the name of its parameter."""
-    own = (param for param in command.params if param.name not in ("model", "models", "config"))
+    """Return of every command what a project file may call its options, and the parameters that these are."""
     return {
-        opt.lstrip("-").replace("-", "_"): param.name for param in own for opt in param.opts if opt.startswith("--")
+        word: {
+            opt.lstrip("-").replace("-", "_"): param.name
+            for param in command.params
+            for opt in param.opts
+            if opt.startswith("--") and param.name not in ("model", "models", "config")
+        }
+        for word, command in group.commands.items()
     }
 
 
 def _texts(value: Any, *, pairs: bool) -> list[str] | None:
     """Return a repeated option as it would be typed: a list, a table, words in one string; else None."""
-    if isinstance(value, Mapping) and pairs:
-        found = {key: _joined(item) if isinstance(item, list) else _text(item) for key, item in value.items()}
-        return None if None in found.values() else [f"{key}={text}" for key, text in found.items()]
     if isinstance(value, str):
         from shlex import split
 
@@ -68,14 +59,15 @@ def _texts(value: Any, *, pairs: bool) -> list[str] | None:
             return split(value)
         except ValueError:
             return None
-    found_texts = [_text(item) for item in value] if isinstance(value, list) else [None]
-    return None if None in found_texts else [text for text in found_texts if text is not None]
+    if isinstance(value, Mapping) and pairs:
+        found = {key: _text(item, lists=True) for key, item in value.items()}
+        return None if None in found.values() else [f"{key}={text}" for key, text in found.items()]
+    texts = [_text(item) for item in value] if isinstance(value, list) else [None]
+    return [text for text in texts if text is not None] if None not in texts else None
 
 
-def _joined(items: list[Any]) -> str | None:
-    texts = [_text(item) for item in items]
-    return None if None in texts else ",".join(map(str, texts))
-
-
-def _text(value: Any) -> str | None:
+def _text(value: Any, *, lists: bool = False) -> str | None:
+    if lists and isinstance(value, list):
+        texts = [_text(item) for item in value]
+        return None if None in texts else ",".join(map(str, texts))
     return str(value) if isinstance(value, str | int | float) else None

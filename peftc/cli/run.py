@@ -1,7 +1,5 @@
 """peftc run."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,18 +83,17 @@ def run(
     if processes.rank() == 0:
         console.tell(replace(outcome, gates=[]), quiet=quiet)
         console.deliver(outcome, json=json)
+        failed = [stage.name for stage in stages if stage.state == FAILED]
+        left = ", ".join(f"`{stage.name}`" for stage in stages if stage.state == LEFT)
         for gate in (each for each in outcome.gates if not each.passed):
-            console.error(_ending(stages, gate))
+            text = f"`{failed[0]}` ends the chain: {console.gate_text(gate)}"
+            console.error(f"{text}; not run: {left}" if left else text)
     if not processes.agreed(lambda: outcome.passed):
         raise Exit(3)
 
 
 def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project]:
-    """Parse every step before any of them runs.
-
-    Raises:
-        UsageError: there is no recipe, or a step of it is no step of a chain.
-    """
+    """Parse every step before any of them runs; refuse what is no recipe, or no step of a chain."""
     group = parent.command
     known = defaults.known(group)
     file = recipe or Path(config.FILE)
@@ -131,8 +128,9 @@ def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: b
         else:
             if not quiet:
                 console.note(f"step {number} of {len(stages)}, `{stage.name}`: {why}")
-            stage.why = why
-            _carry_out(stage, project, asked, model, index, book, quiet=quiet)
+            stage.why, chain = why, config.read_chain(project.runs)
+            place = config.place_at(chain, index, stage.word, model) if stage.writes else config.Place(model)
+            _carry_out(stage, place, asked, book, quiet=quiet)
         if stage.writes and stage.artifact is not None:
             model = stage.artifact
             if processes.rank() == 0 and why is None:
@@ -148,13 +146,9 @@ def _question(stage: Stage, model: str, book: Ledger) -> tuple[Asked, str | None
     return asked, book.reason(stage.name, asked)
 
 
-def _carry_out(
-    stage: Stage, project: config.Project, asked: Asked, model: str, index: int, book: Ledger, *, quiet: bool
-) -> None:
+def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *, quiet: bool) -> None:
     """Run one step as if it had been typed, and keep what came of it."""
-    context, place = stage.context, config.Place(model)
-    if stage.writes:
-        place = config.place_at(config.read_chain(project.runs), index, stage.word, model)
+    context = stage.context
     context.obj = replace(context.obj, place=place)
     started = time.monotonic()
     try:
@@ -195,27 +189,13 @@ def _foresee(stages: list[Stage], project: config.Project, book: Ledger) -> None
                 model = entry["artifact"]
 
 
-def _ending(stages: list[Stage], gate: Gate) -> str:
-    """Say in one line which step did not meet its gate, and what did not run therefore."""
-    failed = next(stage.name for stage in stages if stage.state == FAILED)
-    left = ", ".join(f"`{stage.name}`" for stage in stages if stage.state == LEFT)
-    return f"`{failed}` ends the chain: {console.gate_text(gate)}" + (f"; not run: {left}" if left else "")
-
-
 def _report(stages: list[Stage], recipe: str, *, dry_run: bool) -> Report:
     written = [stage.artifact for stage in stages if stage.artifact is not None]
     report = Report("run", {"recipe": recipe, "steps": []}, artifact=Path(written[-1]) if written else None)
     rows: list[list[Any]] = []
     for stage in stages:
-        report.data["steps"].append(
-            {
-                "step": stage.name,
-                "state": stage.state,
-                "why": stage.why or None,
-                "seconds": stage.seconds,
-                "report": stage.report,
-            }
-        )
+        entry = {"step": stage.name, "state": stage.state, "why": stage.why or None}
+        report.data["steps"].append(entry | {"seconds": stage.seconds, "report": stage.report})
         took = f"{stage.seconds:.1f} s" if stage.state in (DONE, FAILED) else ""
         rows.append([stage.name, stage.state, stage.why if dry_run else stage.artifact or "", took])
         report.gates += [Gate(**each) for each in (stage.report or {}).get("gates", [])]
