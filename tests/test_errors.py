@@ -135,7 +135,6 @@ def test_a_report_with_such_a_name_is_printed(peftc, stub) -> None:
         ["--ratio", "half"],
         ["--ratio", ""],
         ["--ratio=-0.5"],
-        ["--rank", "0"],
         ["--rank", "1.5"],
         ["--energy", "inf"],
         ["--target-params", "22X"],
@@ -168,6 +167,11 @@ def test_a_wrong_command_line_ends_with_2(peftc, stub, words: list[str]) -> None
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     assert words[0].split("=")[0] in result.stderr
+
+
+def test_a_rank_that_no_model_has_is_refused_before_one_is_looked_for(peftc) -> None:
+    result = peftc("decompose", "m", "--rank", 0)
+    assert result.exit_code == 2 and "`--rank 0` is out of range" in result.stderr
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(peftc) -> None:
