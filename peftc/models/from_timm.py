@@ -9,7 +9,7 @@ from torch import nn
 
 from peftc.errors import SourceError, UsageError, reason_of
 from peftc.models import hub
-from peftc.models.model import Model
+from peftc.models.model import PREPROCESS, Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.store import documents
 from peftc.store.manifest import Manifest
@@ -17,31 +17,22 @@ from peftc.store.source import Located, Source, read_json
 
 
 def from_architecture(source: Source, located: Located, with_weights: bool) -> Model:
-    """Return an architecture of timm's registry, in a folder with the weights of the hub where the user named none.
-
-    Raises:
-        SourceError: timm has no such architecture, or no weights for it.
-    """
+    """Return a timm architecture, with the hub's weights where the user named none (SourceError: there are none)."""
     import timm
 
     name = located.name.removeprefix("timm/")
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:4]
-        raise SourceError(
-            f"timm has no architecture `{name}`", hint=f"did you mean {', '.join(near)}?" if near else None
-        )
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = ", ".join(timm.list_models(f"*{architecture[:8]}*")[:4])
+        raise SourceError(f"timm has no architecture `{name}`", hint=f"did you mean {near}?" if near else None)
     cfg = timm.models.get_pretrained_cfg(name)
     if located.weights is None and with_weights:
         if cfg is None or not cfg.hf_hub_id:
             raise SourceError(f"timm has no trained weights for `{name}`", hint="name a file: `--weights FILE`")
         folder = hub.snapshot(Located("timm", cfg.hf_hub_id), source, with_weights)
         return replace(from_folder(source, folder), name=name)
-    config = {
-        "architecture": name.split(".")[0],
-        "pretrained_cfg": cfg.to_dict() if cfg else {},
-        "model_args": dict(source.arch_set),
-    }
-    return described(*network(config), source, name)
+    config = {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
+    return described(*network(config | {"model_args": dict(source.arch_set)}), source, name)
 
 
 SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
@@ -68,15 +59,7 @@ CONFIG = {
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
-    """Return timm's ``config.json`` in a folder.
-
-    Args:
-        folder: that holds it.
-        ours: peftc wrote the folder, perhaps with another timm, whose settings this one may not know.
-
-    Raises:
-        SourceError: it is none of timm's, or has a setting that this timm does not know.
-    """
+    """Return timm's ``config.json`` (SourceError: it is none, or has settings of another timm and is not ``ours``)."""
     path = folder / "config.json"
     config = read_json(path)
     # as timm wrote it before 0.9: all settings at the top
@@ -109,11 +92,7 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
 def network(
     config: dict[str, Any], folder: Path | None = None, record: Manifest | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network that timm's configuration describes, as timm itself would read it, and how it was read.
-
-    Raises:
-        SourceError, UsageError: timm cannot build it.
-    """
+    """Return the network that timm builds of a config, and how it was read (SourceError, UsageError: it cannot)."""
     import timm
 
     cfg = config.get("pretrained_cfg") or {}
@@ -140,12 +119,8 @@ def described(module: nn.Module, config: dict[str, Any], source: Source, name: s
     from timm.data import resolve_data_config
 
     resolved = resolve_data_config({}, pretrained_cfg=config.get("pretrained_cfg") or {}, model=module)
-    keep = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
-    preprocess = {
-        key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key]
-        for key in keep
-        if key in resolved
-    }
+    said = {key: resolved[key] for key in PREPROCESS if key in resolved}
+    preprocess = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
     size = getattr(getattr(module, "patch_embed", None), "img_size", None)
     if size is not None:
         preprocess["input_size"] = [preprocess["input_size"][0], *([size, size] if isinstance(size, int) else size)]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
 from peftc.models import adapting, build, delta, from_peft, hub, weights
-from peftc.models.model import Model, detached
+from peftc.models.model import PREPROCESS, Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
-from peftc.nn.adapted import TakenIn, take_in, with_ranks
+from peftc.nn.adapted import TakenIn, take_in
 from peftc.store import artifact, manifest, verified
 from peftc.store.header import TensorInfo
 from peftc.store.manifest import Manifest
@@ -37,9 +37,7 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if isinstance(model, Model):
         return model
     if isinstance(model, nn.Module):
-        live = build.from_live(detached(model))
-        live.module.eval()
-        return live
+        return build.from_live(detached(model).eval())
     source = model if isinstance(model, Source) else Source(str(model))
     located = _located(source, weights)
     if located.kind == "artifact":
@@ -47,37 +45,6 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if located.kind == "peft":
         assert located.folder is not None
         return without_updates(from_peft.from_folder(source, located.folder, _whole))[0]
-    return _foreign(source, located, weights)
-
-
-def _located(source: Source, weights: bool) -> Located:
-    """Return what a source is, fetched where it is one of the hub."""
-    located = locate(source)
-    if located.folder is None and located.kind in ("timm", "transformers"):
-        located = hub.fetched(located, source, weights)
-    return located
-
-
-def _whole(source: Source) -> Model:
-    """Return the model beneath an adapter or a delta, which has to hold every tensor: neither stands on another.
-
-    Raises:
-        SourceError: it is an adapter or a delta, perhaps itself.
-    """
-    located = _located(source, True)
-    if located.kind == "peft" or (
-        located.kind == "artifact" and located.folder is not None and manifest.read(located.folder).delta
-    ):
-        raise SourceError(
-            f"`{source.spec}` cannot be the model beneath another",
-            why="it is an adapter or a delta itself",
-            hint="name the whole model: `--base MODEL`",
-        )
-    return load(source)
-
-
-def _foreign(source: Source, located: Located, weights: bool) -> Model:
-    """Return the model in what is neither an artifact nor an adapter."""
     loaded, tensors = build.build(source, located, weights)
     loaded.preprocess = _overridden(loaded.preprocess, source.preprocess)
     if tensors is not None:
@@ -96,13 +63,30 @@ def _foreign(source: Source, located: Located, weights: bool) -> Model:
     return loaded
 
 
-def load_base(model: Model) -> Model:
-    """Return the base that an artifact's manifest records, with the bytes that it had then.
+def _located(source: Source, weights: bool) -> Located:
+    """Return what a source is, fetched where it is one of the hub."""
+    located = locate(source)
+    if located.folder is None and located.kind in ("timm", "transformers"):
+        located = hub.fetched(located, source, weights)
+    return located
 
-    Raises:
-        ArtifactError: the model is no artifact, its base was a live network, or it is not what it was.
-        SourceError: the base is not there, or is code that nobody allowed.
-    """
+
+def _whole(source: Source) -> Model:
+    """Return the model beneath an adapter or a delta, which has to hold every tensor: neither stands on another."""
+    located = _located(source, True)
+    if located.kind == "peft" or (
+        located.kind == "artifact" and located.folder is not None and manifest.read(located.folder).delta
+    ):
+        raise SourceError(
+            f"`{source.spec}` cannot be the model beneath another",
+            why="it is an adapter or a delta itself",
+            hint="name the whole model: `--base MODEL`",
+        )
+    return load(source)
+
+
+def load_base(model: Model) -> Model:
+    """Return the base that an artifact records, as it was then (ArtifactError: it is not; SourceError: not there)."""
     if model.manifest is None:
         raise ArtifactError(
             f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`"
@@ -165,31 +149,27 @@ def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = F
         raise ArtifactError(f"`{folder}` is no delta", hint="load it by itself: `peftc.load`")
     assert tuned.folder is not None
     own, place = artifact.tensor_table(tuned.folder, record), place_of(network)
-
-    def same(one: Tensor, other: Tensor) -> bool:
-        return one.shape == other.shape and torch.equal(one, other.to(one.device, one.dtype))
-
     theirs, mine = surgery.tensors_of(network), surgery.tensors_of(tuned.module)
     for names in surgery.stored_names(tuned.module).values():
         there = record.delta["tensors"].get(names[0], names[0])
+        one, other = mine[names[0]], theirs.get(there)
         if names[0] in own:
-            surgery.assign(tuned.module, names, mine[names[0]].to(place))
-        elif there not in theirs or not same(mine[names[0]], theirs[there]):
+            surgery.assign(tuned.module, names, one.to(place))
+        elif other is None or one.shape != other.shape or not torch.equal(one, other.to(one.device, one.dtype)):
             raise ArtifactError(
                 f"the network is not the base of `{folder}`",
                 why=f"its `{there}` {'has other values' if there in theirs else 'is not there'}",
                 hint=f"load the base first: `peftc.load({record.delta['source']['spec']!r})`",
             )
         else:
-            surgery.assign(tuned.module, names, theirs[there])
+            surgery.assign(tuned.module, names, other)
     return tuned.module
 
 
 def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
     for key in changes:
-        if key not in known:
-            raise UsageError(f"unknown setting `{key}` for `--preprocess`", why=f"it takes {', '.join(known)}")
+        if key not in PREPROCESS:
+            raise UsageError(f"unknown setting `{key}` for `--preprocess`", why=f"it takes {', '.join(PREPROCESS)}")
     merged = {**preprocess, **changes}
     channels = (merged.get("input_size") or [3])[0]
     try:
@@ -253,37 +233,30 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
 def _fill(model: Model, record: Manifest, table: Mapping[str, TensorInfo], source: Source) -> None:
     """Map the tensors of an artifact into its network; of a delta those that it lacks come from the model beneath."""
     assert model.folder is not None
-    own = weights.from_infos(str(model.folder), table)
-    others: dict[str, Tensor] = {}
-    infos = dict(table)
+    own, infos = weights.from_infos(str(model.folder), table), dict(table)
     if record.delta:
         beneath, theirs = delta.beneath(record, model.folder, source, _whole)
         for name in surgery.stored_names(model.module):
             there = record.delta["tensors"].get(name, name)
             if name not in table and there in beneath:
-                others[name] = beneath[there]
+                own.loaded[name] = beneath[there]
                 infos |= {name: theirs[there]} if there in theirs else {}
-
-    def read(name: str) -> Tensor:
-        return others[name] if name in others else own.read(name)
-
-    found = surgery.fill(model.module, [*own.names(), *others], read, where=str(model.folder))
+    found = surgery.fill(model.module, own.names(), own.read, where=own.where)
     model.infos = {name: infos[there] for name, there in found.items() if there in infos}
     model.files = own.files
 
 
 def without_updates(model: Model, *, same_rank: bool = False) -> tuple[Model, dict[str, TakenIn]]:
-    """Return a model whose updates are taken into the weights that they change, and what that did, by module.
-
-    Its module is changed in place; updates that change no weight stay.
-    """
+    """Take a model's updates into the weights that they change, in place; return it and what that did, by module."""
     changed = take_in(model.module, same_rank=same_rank)
     gone = tuple(f"{name}." for name in changed)
     infos = {name: info for name, info in model.infos.items() if not name.startswith(gone)}
     record = model.manifest
     if record is not None:
         left = {name: entry for name, entry in record.adapters.items() if name not in changed}
-        record = replace(record, adapters=left, modules=with_ranks(record.modules, changed), delta={})
+        ranks: dict[str, Any] = {name: {"rank": each.rank} for name, each in changed.items()}
+        modules = {name: {**entry, **ranks.get(name, {})} for name, entry in record.modules.items()}
+        record = replace(record, adapters=left, modules=modules, delta={})
     return replace(model, infos=infos, manifest=record), changed
 
 

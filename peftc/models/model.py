@@ -12,44 +12,28 @@ from peftc.store.header import TensorInfo
 from peftc.store.manifest import Manifest
 from peftc.store.source import Source
 
+PREPROCESS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")  # what may be said of images
+
 
 @dataclass
 class Model:
-    """A network with its weights and all that must travel with it.
+    """A network with its weights and all that must travel with it."""
 
-    Attributes:
-        module: in eval mode; parameters are mapped from the file unless moved.
-        source: what the user named.
-        library: ``timm``, ``transformers`` or ``python``.
-        config: content of ``config.json``; empty for ``python``.
-        base: the manifest's record of the base network.
-        folder: where tokenizer and processor files lie, or None.
-        preprocess: for images: input_size, mean, std, crop_pct, interpolation; empty otherwise.
-        labels: class names in output order, where known.
-        name: a short name for folders and tables.
-        manifest: when the source is an artifact.
-        infos: stored tensor name -> byte range in its file; absent for tensors that only live in memory.
-        files: the weight files.
-        notes: what people should know about how it was loaded.
-        max_memory: bytes that running it may take; None for no limit.
-        hub: where an artifact was fetched, as ``owner/name`` and commit; None for one of yours.
-    """
-
-    module: nn.Module
-    source: Source
-    library: str
-    config: dict[str, Any]
-    base: dict[str, Any]
-    name: str
-    folder: Path | None = None
-    preprocess: dict[str, Any] = field(default_factory=dict)
-    labels: list[str] | None = None
-    manifest: Manifest | None = None
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    max_memory: int | None = None
-    hub: tuple[str, str] | None = None
+    module: nn.Module  # in eval mode; parameters are mapped from the file unless moved
+    source: Source  # what the user named
+    library: str  # ``timm``, ``transformers`` or ``python``
+    config: dict[str, Any]  # content of ``config.json``; empty for ``python``
+    base: dict[str, Any]  # the manifest's record of the base network
+    name: str  # a short name for folders and tables
+    folder: Path | None = None  # where tokenizer and processor files lie, or None
+    preprocess: dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, crop_pct, interpolation
+    labels: list[str] | None = None  # class names in output order, where known
+    manifest: Manifest | None = None  # when the source is an artifact
+    infos: dict[str, TensorInfo] = field(default_factory=dict)  # name -> bytes of a file; without those in memory
+    files: list[Path] = field(default_factory=list)  # the weight files
+    notes: list[str] = field(default_factory=list)  # what people should know about how it was loaded
+    max_memory: int | None = None  # bytes that running it may take; None for no limit
+    hub: tuple[str, str] | None = None  # of a fetched artifact: ``owner/name`` and commit
 
     @property
     def kind(self) -> str:

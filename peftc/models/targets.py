@@ -25,12 +25,8 @@ READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fus
 def targets(
     model: Model, *, conv_method: str, include: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """Return the eligible modules by name, and name -> reason for each other module with a weight of that kind.
-
-    Raises:
-        UsageError: a pattern matches no module, or includes one that cannot be factored.
-    """
-    modules = {name: module for name, module in model.module.named_modules() if _kind(module)}
+    """Return the eligible modules, and name -> reason for each other one of their kinds (UsageError: a bad pattern)."""
+    modules = {name: module for name, module in model.module.named_modules() if forms.kind_of(module)}
     include, skip = patterns_for(modules, include, skip)
     defaults = kept_dense(model, modules, families.skips(model.library, model.architecture))
     for name, module in modules.items():
@@ -56,7 +52,9 @@ def targets(
             reasons[name] = bound
         else:
             same = [n for n, other in modules.items() if n != name and other.weight is module.weight]
-            found[name] = Target(name, _form(module, conv_method), tuple(module.weight.shape), tuple(same))
+            one_matrix = not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1)
+            form = str(forms.kind_of(module)) if one_matrix else conv_method
+            found[name] = Target(name, form, tuple(module.weight.shape), tuple(same))
             taken.add(id(module.weight))
         if included and impossible:
             what = f"cannot factor `{name}`, which `--include` names"
@@ -68,11 +66,7 @@ def targets(
 
 
 def patterns_for(modules: Mapping[str, Any], include: Sequence[str], skip: Sequence[str]) -> list[list[str]]:
-    """Return the patterns of ``--include`` and of ``--skip``, one or several each.
-
-    Raises:
-        UsageError: one matches none of the modules.
-    """
+    """Return the patterns of ``--include`` and ``--skip``, one or several each (UsageError: one matches no module)."""
     found = [[each] if isinstance(each, str) else list(each) for each in (include, skip)]
     for option, patterns in zip(("--include", "--skip"), found, strict=True):
         for pattern in patterns:
@@ -90,22 +84,11 @@ def every_weight(model: Model) -> dict[str, Target]:
     found: dict[str, Target] = {}
     seen: set[int] = set()
     for name, module in model.module.named_modules():
-        if _kind(module) and id(module.weight) not in seen and module.weight.is_floating_point():  # type: ignore[union-attr, operator]
+        form = forms.kind_of(module)
+        if form and id(module.weight) not in seen and module.weight.is_floating_point():  # type: ignore[union-attr, operator]
             seen.add(id(module.weight))
-            found[name] = Target(name, _form(module, "channel"), tuple(module.weight.shape))  # type: ignore[arg-type]
+            found[name] = Target(name, form, tuple(module.weight.shape))  # type: ignore[arg-type]
     return found
-
-
-def _kind(module: nn.Module) -> bool:
-    return forms.is_conv1d(module) or isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
-def _form(module: Any, conv_method: str) -> str:
-    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # for 1 x 1 they are one matrix
-        return conv_method
-    kinds = {nn.Linear: "linear", nn.Embedding: "embedding"}
-    other = "transposed" if forms.is_conv1d(module) else "channel"
-    return next((form for cls, form in kinds.items() if isinstance(module, cls)), other)
 
 
 def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> str | None:
@@ -117,7 +100,7 @@ def _bound(network: nn.Module, name: str, module: Any, skip: Sequence[str]) -> s
             continue
         other = alias.removesuffix(".weight")
         owner = network.get_submodule(alias.rpartition(".")[0])
-        if not (alias.endswith(".weight") and _kind(owner)):
+        if not (alias.endswith(".weight") and forms.kind_of(owner)):
             return f"its weight is also `{alias}`"
         if families.matches(other, *skip):
             return f"it shares its weight with `{other}`, which is skipped as asked"
@@ -148,10 +131,8 @@ def _impossible(network: nn.Module, name: str, module: Any) -> str | None:
         return "its rows are renormalised (max_norm)"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, already quantized"
-    plain = {nn.Linear: nn.Linear.forward, nn.Embedding: nn.Embedding.forward, nn.Conv2d: nn.Conv2d.forward}
-    for base, forward in plain.items():
-        if isinstance(module, base) and type(module).forward is not forward and not forms.pads_itself(module):
-            return f"its class `{type(module).__name__}` changes how the weight is used"
+    if not forms.computes_plainly(module):
+        return f"its class `{type(module).__name__}` changes how the weight is used"
     return None
 
 

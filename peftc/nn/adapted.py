@@ -31,7 +31,6 @@ module on the meta device.
 """
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,40 +100,22 @@ class TakenIn:
 
 @torch.no_grad()
 def take_in(network: nn.Module, *, same_rank: bool = False) -> dict[str, TakenIn]:
-    """Take every update that changes a weight into that weight, in place, summed in float32 and cast once.
+    """Take every update that changes a weight into it, in place, summed in float32 and cast once; say what that did.
 
     Args:
-        network: some of whose modules are adapted.
         same_rank: cut a factored module that was adapted as a whole back to the rank it had; otherwise its rank grows
             by that of the update and nothing is lost.
-
-    Returns:
-        by module; those whose update changes no weight are left as they are.
     """
     found: dict[str, TakenIn] = {}
     for name, module in adapted_modules(network).items():
-        base = module.base
-        if module.mergeable and isinstance(base, LowRankLinear):
-            new, error = merging.merged_factors(base, module.update, base.rank if same_rank else None)
-            found[name] = TakenIn(new.rank, error)
-            surgery.replace(network, module, new)
-        elif module.mergeable:
-            found[name] = TakenIn()
-            surgery.replace(network, module, merged(module))
+        base: Any = module.base
+        if not module.mergeable:
+            continue
+        found[name] = TakenIn()
+        if isinstance(base, LowRankLinear):
+            base, error = merging.merged_factors(base, module.update, base.rank if same_rank else None)
+            found[name] = TakenIn(base.rank, error)
+        else:
+            base.weight = nn.Parameter(module.update.weight(base.weight).to(base.weight.dtype), requires_grad=False)
+        surgery.replace(network, module, base)
     return found
-
-
-@torch.no_grad()
-def merged(module: Adapted) -> nn.Module:
-    """Return ``module.base``, which has one weight, with the update taken into that; it is changed, not copied."""
-    base: Any = module.base
-    base.weight = nn.Parameter(module.update.weight(base.weight).to(base.weight.dtype), requires_grad=False)  # type: ignore[operator]
-    return base
-
-
-def with_ranks(modules: Mapping[str, Mapping[str, Any]], changed: Mapping[str, TakenIn]) -> dict[str, dict[str, Any]]:
-    """Return a manifest's entries of factored modules with the ranks that they have after `take_in`."""
-    return {
-        name: {**entry, "rank": changed[name].rank} if name in changed else dict(entry)
-        for name, entry in modules.items()
-    }

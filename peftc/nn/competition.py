@@ -25,9 +25,7 @@ def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_pe
     settings = next((update.settings for update in kernelized.values()), None)
     if settings is None or not settings.competes:
         return
-    parts = {
-        f"{name}.{place}": part for name, update in kernelized.items() for place, part in enumerate(update.points())
-    }
+    parts = {f"{name}.{place}": part for name, update in kernelized.items() for place, part in enumerate(update.parts)}
     for part in parts.values() if settings.scored else ():
         _learn(part)
     shared = settings.start is not None and budgets.refreshed(step, steps, steps_per_epoch, settings.refresh_every)

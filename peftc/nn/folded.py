@@ -161,12 +161,9 @@ def _operation(base: Any, x: Tensor) -> tuple[Any, Tensor]:
     padding = base.padding
     if forms.pads_itself(base):
         padding, x = (0, 0), forms.padded(base, x)
-    elif base.padding_mode != "zeros":
-        x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-        padding = (0,) * len(base.stride)
-    elif isinstance(padding, str):
-        x = F.pad(x, base._reversed_padding_repeated_twice)
-        padding = (0,) * len(base.stride)
+    elif base.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+        padding, x = (0,) * len(base.stride), F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
     return _Convolution(base.stride, padding, base.dilation, base.groups, unbatched), x
 
 

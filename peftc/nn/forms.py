@@ -1,14 +1,7 @@
 """How a module's weight is seen as one matrix (out, in), which an update changes.
 
-==========  ================================  ================================================================
-form        module                            matrix (out, in)
-==========  ================================  ================================================================
-linear      Linear                            the weight
-transposed  transformers' Conv1D              the weight, transposed
-embedding   Embedding                         the weight: (words, width)
-channel     Conv1d, Conv2d, Conv3d            the weight (out, in / groups, ...), flattened after its first axis
-factored    LowRankLinear                     the product of its factors
-==========  ================================  ================================================================
+``linear``, ``transposed``, ``embedding`` and ``channel`` are as in `lowrank`, the last for Conv1d, Conv2d and Conv3d
+alike; ``factored`` is a LowRankLinear, whose matrix is the product of its factors.
 """
 
 from collections.abc import Callable
@@ -19,13 +12,8 @@ from torch import Tensor, nn
 
 from peftc.nn.lowrank import LowRankLinear
 
-PLAIN: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Linear, "linear"),
-    (nn.Embedding, "embedding"),
-    (nn.Conv1d, "channel"),
-    (nn.Conv2d, "channel"),
-    (nn.Conv3d, "channel"),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = {nn.Linear: "linear", nn.Embedding: "embedding", **dict.fromkeys(CONVOLUTIONS, "channel")}
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -36,12 +24,20 @@ def form_of(module: Any) -> str | None:
     weight = module._parameters.get("weight")  # a parametrized or quantized weight is none of these
     if weight is None or not weight.is_floating_point() or getattr(module, "max_norm", None) is not None:
         return None
+    return kind_of(module) if computes_plainly(module) else None
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Return the form of a module's class, whatever is special about it; None for a class that has none."""
     if is_conv1d(module):
         return "transposed"
-    for kind, form in PLAIN:
-        if isinstance(module, kind) and (type(module).forward is kind.forward or pads_itself(module)):
-            return form
-    return None
+    return next((form for kind, form in PLAIN.items() if isinstance(module, kind)), None)
+
+
+def computes_plainly(module: nn.Module) -> bool:
+    """Return whether a module of a class with a form uses its weight as that class does."""
+    plain = (type(module).forward is kind.forward for kind in PLAIN if isinstance(module, kind))
+    return next(plain, True) or pads_itself(module)
 
 
 def matrix_size(module: Any) -> tuple[int, int]:

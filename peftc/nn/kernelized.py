@@ -16,34 +16,20 @@ from peftc.plans import budgets
 
 @dataclass(frozen=True)
 class Settings:
-    """How a weight is changed.
+    """How a weight is changed."""
 
-    Attributes:
-        rank: coordinates of a point, both halves together.
-        kernel, sparsify: of `kernels`; without sparsity there is no competition, whatever ``sparsify`` says.
-        sparsity: in [0, 1), share of the entries that are zeroed in the end.
-        split: a linear module with this many times as many outputs as inputs is that many matrices one upon the other.
-        threshold_every: steps after which the thresholds follow the values.
-        identity: start at a change of exactly 0.
-        dropout: of what the change sees, while the network trains with dropout.
-        start: sparsity at the start, from which layers compete for what is kept; None keeps the same share in each.
-        allocate: one of `budgets.ALLOCATIONS`: by score, or the same share in each layer.
-        min_keep: floor of `budgets.shares`.
-        refresh_every: of `budgets.refreshed`.
-    """
-
-    rank: int
-    kernel: str
-    sparsify: str
-    sparsity: float
-    split: int
-    threshold_every: int
-    identity: bool
-    dropout: float
-    start: float | None = None
-    allocate: str = "uniform"
-    min_keep: float = 0.0
-    refresh_every: int = 0
+    rank: int  # coordinates of a point, both halves together
+    kernel: str  # of `kernels.KERNELS`
+    sparsify: str  # of `kernels.SPARSIFY`; without sparsity there is no competition
+    sparsity: float  # in [0, 1), share of the entries that are zeroed in the end
+    split: int  # a linear module with so many times as many outputs as inputs is so many matrices
+    threshold_every: int  # steps after which the thresholds follow the values
+    identity: bool  # start at a change of exactly 0
+    dropout: float  # of what the change sees, while the network trains with dropout
+    start: float | None = None  # sparsity at first, from which layers compete; None: the same share in each
+    allocate: str = "uniform"  # one of `budgets.ALLOCATIONS`: by score, or the same share in each layer
+    min_keep: float = 0.0  # floor of `budgets.shares`
+    refresh_every: int = 0  # of `budgets.refreshed`
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range (UsageError: naming the setting)."""
@@ -160,7 +146,7 @@ class Kernelized(nn.Module):
 
     def settle(self) -> None:
         """Let the thresholds follow the points: before they are judged or written, and after others replaced them."""
-        for part in self.points():
+        for part in self.parts:
             part.settle(int(part.kept))
 
     @torch.no_grad()
@@ -171,16 +157,12 @@ class Kernelized(nn.Module):
             "trainables": sum(each.numel() for each in self.parameters()),
             "entries": change.numel(),
             "changed": int(change.count_nonzero()),
-            "asked": sum(int(part.kept) if self.settings.competes else part.entries for part in self.points()),
+            "asked": sum(int(part.kept) if self.settings.competes else part.entries for part in self.parts),
         }
-
-    def points(self) -> list[Points]:
-        """Return the points of each matrix."""
-        return [part for part in self.parts if isinstance(part, Points)]
 
     def tensors(self) -> list[Tensor]:
         """Return what the change is made of."""
-        return [tensor for part in self.points() for tensor in part.tensors()]
+        return [tensor for part in self.parts for tensor in part.tensors()]
 
     def _groups(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         size = len(tensors) // len(self.parts)
@@ -193,9 +175,7 @@ class Kernelized(nn.Module):
 
     def _pull(self, gradient: Tensor, *tensors: Tensor) -> list[Any]:
         matrix = gradient.T if self.transposed else gradient.reshape(self.shape[0], -1)
-        pieces = matrix.chunk(len(self.parts))
-        groups = self._groups(tensors)
-        pairs = zip(pieces, groups, strict=True)
+        pairs = zip(matrix.chunk(len(self.parts)), self._groups(tensors), strict=True)
         return [each for piece, group in pairs for each in self.form.pull(piece, *group)]
 
 

@@ -184,13 +184,7 @@ def build(module: Any, form: str, rank: Any) -> nn.Module:
 
 
 def tensors(factors: Factors, shape: tuple[int, ...], form: str) -> dict[str, Tensor]:
-    """Return the weights of the module that `build` makes, by their names in it.
-
-    Args:
-        factors: in matrix form.
-        shape: of the dense weight.
-        form: one of `FORMS`, but not ``tucker2``.
-    """
+    """Return the weights of what `build` makes in place of a dense weight of ``shape``; ``form`` is not ``tucker2``."""
     up, down = factors.up, factors.down
     if form == "channel":
         _, in_, kh, kw = shape

@@ -12,15 +12,10 @@ from peftc import processes
 
 @dataclass(frozen=True)
 class Peers:
-    """Those who share a step, each with as many of its samples, as `processes.share` deals them out.
+    """Those who share a step, each with as many of its samples, as `processes.share` deals them out."""
 
-    Attributes:
-        number: how many they are; 1 talks to nobody.
-        place: of this one among them, from 0.
-    """
-
-    number: int = 1
-    place: int = 0
+    number: int = 1  # how many they are; 1 talks to nobody
+    place: int = 0  # of this one among them, from 0
 
     def all(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Return the rows (n, ...) of all, (n number, ...), in the order of the step's samples.

@@ -105,14 +105,7 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def share(members: Sequence[Any]) -> SharedDown:
-    """Give low-rank linears of one width and rank the same down factor, on the meta device, and return it.
-
-    Args:
-        members: `LowRankLinear`s, two or more.
-
-    Raises:
-        ValueError: they differ in width or rank, or are fewer.
-    """
+    """Give two or more `LowRankLinear`s of one width and rank one empty down factor (ValueError: they are unlike)."""
     shapes = {(member.in_features, member.rank) for member in members}
     if len(shapes) != 1 or len(members) < 2:
         raise ValueError(f"{len(members)} modules cannot share a down factor of (in, rank) {sorted(shapes)}")

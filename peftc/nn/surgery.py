@@ -11,11 +11,7 @@ from peftc.nn import lowrank, shared, skipped
 
 
 def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the modules named in ``edits`` (name -> form and rank) by low-rank ones on the meta device.
-
-    Raises:
-        ArtifactError: a name is not in the network, or its module does not fit the edit.
-    """
+    """Replace the modules in ``edits`` (name -> form and rank) by empty low-rank ones (ArtifactError: one is unfit)."""
     for name, edit in edits.items():
         try:
             old = network.get_submodule(name)
@@ -30,34 +26,25 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
                 why=f"in its base network that is a {type(old).__name__}: {error}",
             ) from error
         replace(network, old, new)
-    for first, names in sharing(edits).items():
+    groups: dict[str, list[nn.Module]] = {}  # those that share a down factor, by the first of them
+    for name, edit in edits.items():
+        if "shares" in edit:
+            groups.setdefault(edit["shares"], []).append(network.get_submodule(name))
+    for first, members in groups.items():
         try:
-            shared.share([network.get_submodule(name) for name in names])
+            shared.share(members)
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"modules cannot share the down factor of `{first}`", why=str(error)) from error
 
 
 def skip(network: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
-    """Put a module that hands on what it reads in the place of each layer (name -> lengths of the tuples it gave).
-
-    Raises:
-        ArtifactError: the network lacks one of them.
-    """
+    """Let `Skipped` stand in for each layer (name -> lengths of the tuples it gave; ArtifactError: it is absent)."""
     for name, lengths in layers.items():
         try:
             old = network.get_submodule(name)
         except AttributeError:
             raise ArtifactError(f"the artifact skips `{name}`, which its base network does not have") from None
         replace(network, old, skipped.Skipped(lengths))
-
-
-def sharing(edits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return first member -> all members of each group of ``edits`` that shares a down factor."""
-    groups: dict[str, list[str]] = {}
-    for name, edit in edits.items():
-        if "shares" in edit:
-            groups.setdefault(edit["shares"], []).append(name)
-    return groups
 
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -77,11 +64,7 @@ def place(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> N
 
 
 def tie(network: nn.Module, tied: Mapping[str, str]) -> None:
-    """Make each alias in ``tied`` the same parameter as the name that it points to.
-
-    Raises:
-        ArtifactError: the network lacks one of the two.
-    """
+    """Make each alias in ``tied`` the parameter whose name it points to (ArtifactError: the network lacks either)."""
     for alias, name in tied.items():
         try:
             owner, leaf = _owner(network, alias)
@@ -101,10 +84,7 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_names(network: nn.Module) -> dict[str, list[str]]:
-    """Return the tensors a file has to hold: first name -> all names of the same tensor, in the network's order.
-
-    Parameters and persistent buffers; tied or shared ones appear once.
-    """
+    """Return first name -> all names of each tensor that a file has to hold, in the network's order; tied ones once."""
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors_of(network).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -119,20 +99,16 @@ def fill(
     where: str,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, str]:
-    """Give every parameter and persistent buffer of ``network`` its tensor, strictly and without a copy.
+    """Give every parameter and persistent buffer its tensor, strictly, without a copy (WeightError: one is unlike).
 
     Args:
         network: with parameters on the meta device.
-        available: the names that the file or files hold.
-        read: returns the tensor of a name.
+        available: the names that the file or files hold, of which ``read`` returns the tensors.
         where: the file or folder, for messages.
         ignore: whether a name that the network lacks may be left over.
 
     Returns:
         for each first name of `stored_names`, the name under which its tensor was found.
-
-    Raises:
-        WeightError: a tensor is missing, left over, or has the wrong shape or kind of numbers.
     """
     left = set(available)
     found: dict[str, str] = {}
@@ -150,7 +126,16 @@ def fill(
                     f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them",
                     hint="set `tie_word_embeddings` to false in config.json if they were trained apart",
                 )
-        _refuse_unlike(network, first, tensor, where)
+        expected: Tensor = getattr(*_owner(network, first))
+        if expected.shape != tensor.shape:
+            what = f"`{first}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}"
+            hint = "the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)"
+            raise WeightError(what, hint=hint)
+        if expected.dtype != tensor.dtype and not (expected.is_floating_point() and tensor.is_floating_point()):
+            raise WeightError(
+                f"`{first}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
+                why="only floating numbers are read in another precision: it is quantized, or the file is damaged",
+            )
         assign(network, names, tensor)
         found[first] = several[0]
         left.difference_update(names)
@@ -167,23 +152,6 @@ def fill(
     return found
 
 
-def _refuse_unlike(network: nn.Module, name: str, tensor: Tensor, where: str) -> None:
-    owner, leaf = _owner(network, name)
-    expected = owner._parameters.get(leaf)
-    expected = owner._buffers[leaf] if expected is None else expected
-    assert expected is not None
-    if expected.shape != tensor.shape:
-        raise WeightError(
-            f"`{name}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}",
-            hint="the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)",
-        )
-    if expected.dtype != tensor.dtype and not (expected.is_floating_point() and tensor.is_floating_point()):
-        raise WeightError(
-            f"`{name}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
-            why="only floating numbers are read in another precision: it is quantized, or the file is damaged",
-        )
-
-
 def assign(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
     """Put a tensor in the place of the parameter or buffer that has these names."""
     owner, leaf = _owner(network, names[0])
@@ -194,19 +162,6 @@ def assign(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
     for name in names:
         owner, leaf = _owner(network, name)
         (owner._parameters if old is not None else owner._buffers)[leaf] = tensor
-
-
-def _mismatch(where: str, missing: list[str], left: list[str]) -> WeightError:
-    whys = []
-    if missing:
-        whys.append(f"{len(missing)} missing: {named(missing, 4)}")
-    if left:
-        whys.append(f"{len(left)} left over: {named(left, 4)}")
-    return WeightError(
-        f"the tensors of `{where}` do not match the network",
-        why="; ".join(whys),
-        hint="no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file",
-    )
 
 
 def two_halves(network: nn.Module) -> str | None:
