@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc.calibration.hooks import Running, Site, Sums
-from peftc.models.parts import read_note, save_part
-from peftc.models.weights import piece
+from peftc.models.weights import piece, read_note, save_part
 from peftc.plans.plan import Target
 from peftc.store.artifact import Piece
 

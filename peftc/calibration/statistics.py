@@ -21,8 +21,8 @@ from peftc.errors import ArtifactError, DataError, UsageError, WeightError
 from peftc.models import inputs, streaming, write
 from peftc.models.inputs import forward
 from peftc.models.model import Model
-from peftc.models.parts import read_note, save_part
 from peftc.models.place import moved, place_of
+from peftc.models.weights import read_note, save_part
 from peftc.nn import lowrank
 from peftc.plans.plan import Target
 from peftc.report import grouped

@@ -28,9 +28,8 @@ from peftc.models import write
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
 from peftc.models.model import Model
-from peftc.models.parts import read_note, save_part
 from peftc.models.place import HALF, one_dtype
-from peftc.models.weights import pieces_of
+from peftc.models.weights import pieces_of, read_note, save_part
 from peftc.nn import lowrank, surgery
 from peftc.nn.lowrank import Factors
 from peftc.nn.surgery import parameters

@@ -30,8 +30,8 @@ from peftc.factors.ranks import Ranks
 from peftc.measure.intervals import Interval, bootstrap
 from peftc.methods.spectrum import Spectrum
 from peftc.models import inputs
-from peftc.models.parts import save_part
 from peftc.models.place import dtype_of, moved
+from peftc.models.weights import save_part
 from peftc.nn import lowrank
 from peftc.nn.lowrank import Factors
 from peftc.plans import allocate

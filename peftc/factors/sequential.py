@@ -24,11 +24,11 @@ from peftc.calibration.statistics import matrix_of
 from peftc.errors import UsageError
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Ranks
-from peftc.models.dual import has_matching
+from peftc.models.dual import matching
 from peftc.models.inputs import outputs
 from peftc.models.layers import registered
-from peftc.models.parts import read_note, save_part
 from peftc.models.place import dtype_of, moved
+from peftc.models.weights import read_note, save_part
 from peftc.nn import lowrank
 from peftc.tasks.task import batches
 
@@ -145,7 +145,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
     model = prepared.model
     last = (
         []
-        if collector is None or has_matching(model.module)  # its text encoder runs again after the fusion layers
+        if collector is None or matching(model.module)  # its text encoder runs again after the fusion layers
         else [each for site in collector.sites.values() for each in hooks.called(model, site.target)]
     )
     waiting: set[str] = set()

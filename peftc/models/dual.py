@@ -17,26 +17,16 @@ from peftc.models import families
 
 @dataclass(frozen=True)
 class Towers:
-    """What one forward pass of a batch of pairs gave.
+    """What one forward pass of a batch of pairs gave."""
 
-    Attributes:
-        image, text: (batch, width) each, normalised.
-        matching: (batch, 2), scores that each pair does not and does belong together; None without such a head.
-        patches: (batch, patches, width of the image tower), with which other texts can be matched.
-    """
-
-    image: Tensor
+    image: Tensor  # (batch, width), normalised, as is text
     text: Tensor
-    matching: Tensor | None = None
-    patches: Tensor | None = None
+    matching: Tensor | None = None  # (batch, 2): does not, does belong together; None without such a head
+    patches: Tensor | None = None  # (batch, patches, width of the image tower), to match other texts with
 
 
-def has_matching(module: nn.Module) -> bool:
-    """Return whether a network has fusion layers and a matching head that peftc knows."""
-    return _matching(module) is not None
-
-
-def _matching(module: nn.Module) -> families.Matching | None:
+def matching(module: nn.Module) -> families.Matching | None:
+    """Return what a network's fusion layers and matching head are called; None where peftc knows of none."""
     name = type(module).__name__
     return next((row.matching for row in families.of(name) if row.retrieval == name), None)
 
@@ -48,14 +38,9 @@ def reads_image(name: str) -> bool:
 
 
 def towers(module: Any, inputs: Mapping[str, Tensor]) -> Towers | None:
-    """Run each tower once, and the fusion layers once on the pairs; None for what gives no vector of either.
-
-    Args:
-        module: a dual encoder.
-        inputs: ``pixel_values``, ``input_ids`` and, where texts are padded, ``attention_mask``.
-    """
+    """Run each tower once, and the fusion layers once on the pairs; None for what gives no vector of either."""
     value = module(**inputs)
-    return of_pairs(module, inputs, value) if has_matching(module) else of_vectors(value)
+    return of_pairs(module, inputs, value) if matching(module) else of_vectors(value)
 
 
 def of_vectors(value: Any) -> Towers | None:
@@ -67,7 +52,7 @@ def of_vectors(value: Any) -> Towers | None:
 
 def of_pairs(module: Any, inputs: Mapping[str, Tensor], value: Any) -> Towers:
     """Return what a network with a matching head gives, after its forward on the pairs; the text tower runs now."""
-    parts = _matching(module)
+    parts = matching(module)
     assert parts is not None
     patches = value.last_hidden_state
     texts = {key: tensor for key, tensor in inputs.items() if key != "pixel_values"}
@@ -79,7 +64,7 @@ def of_pairs(module: Any, inputs: Mapping[str, Tensor], value: Any) -> Towers:
 
 def matched(module: Any, patches: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
     """Return (batch, 2): the scores of other texts with images whose ``patches`` are known."""
-    parts = _matching(module)
+    parts = matching(module)
     assert parts is not None
     seen = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
     encoder = getattr(module, parts.text_encoder)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import PeftcError, SourceError, reason_of
+from peftc.errors import SourceError, reason_of
 from peftc.models import dual, families, padding
 from peftc.models.model import Batch, Model
 from peftc.models.place import place_of
@@ -24,19 +24,24 @@ def probe(
 
     Args:
         model: loaded; its parameters may be on the meta device, and then so is the batch.
-        batch: samples.
         image_size: side of the images in pixels; the model's own, or 224, when None.
         max_length: tokens; 32 when None.
-        seed: of the random numbers.
     """
     first = next(iter(model.module.parameters()))
     dtype = surgery.uniform_dtype(model.module) or torch.float32
     generator = torch.Generator().manual_seed(seed)
     kind = model.kind
-    length = max_length or min(32, _positions(model))
+    known = [getattr(_config(model, "text_config"), name, None) for name in families.known("positions")]
+    limits = [int(limit) - 2 for limit in known if isinstance(limit, int) and limit > 2]  # RoBERTa's start at 2
+    length = max_length or min([32, *limits])
 
     def images() -> Tensor:
-        shape = _image_shape(model, image_size)
+        size = model.preprocess.get("input_size")
+        if not size:
+            conv = next((m for m in model.module.modules() if isinstance(m, nn.Conv2d)), None)
+            side = getattr(_config(model, "vision_config"), "image_size", 224)
+            size = (3 if conv is None else conv.in_channels, *((side, side) if isinstance(side, int) else side))
+        shape = size[0], int(image_size or size[1]), int(image_size or size[2])
         return torch.randn(batch, *shape, generator=generator).to(first.device, dtype)
 
     def ids() -> Tensor:
@@ -69,26 +74,6 @@ def probe(
     return inputs
 
 
-def _positions(model: Model) -> int:
-    """Return how many tokens the network takes at most, as far as its config says."""
-    config = _config(model, "text_config")
-    known = [getattr(config, name, None) for name in families.known("positions")]
-    limits = [int(limit) - 2 for limit in known if isinstance(limit, int) and limit > 2]  # RoBERTa's start at 2
-    return min(limits, default=32)
-
-
-def _image_shape(model: Model, image_size: int | None) -> tuple[int, int, int]:
-    size = model.preprocess.get("input_size")
-    conv = next((m for m in model.module.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = size[0] if size else conv.in_channels if conv is not None else 3
-    if image_size is not None:
-        return channels, image_size, image_size
-    if not size:
-        side = getattr(_config(model, "vision_config"), "image_size", 224)
-        size = (channels, side, side) if isinstance(side, int) else (channels, *side)
-    return channels, int(size[1]), int(size[2])
-
-
 def vocabulary(model: Model) -> int:
     """Return how many tokens a network of texts knows."""
     if known := getattr(_config(model, "text_config"), "vocab_size", None):
@@ -108,18 +93,13 @@ def taken(model: Model) -> Iterator[None]:
     """Say so where a network does not take an input that was made up for it (SourceError: it did not)."""
     try:
         yield
-    except PeftcError:
-        raise
     except DOES_NOT_RUN as error:
         hint = "look at its config: do its sizes fit one another?"
         raise SourceError(f"`{model.name}` does not run on a random input", why=reason_of(error), hint=hint) from error
 
 
 def outputs(model: Model, batch: Batch) -> Tensor:
-    """Return the network's main output for a batch, as `forward` does; no gradient is kept.
-
-    What a network draws at random, as ViTMAE does its mask, is the same at every call.
-    """
+    """Return the main output for a batch, without gradients; random draws, as of a mask, are the same at every call."""
     place = place_of(model.module)
     with torch.inference_mode(), torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
@@ -147,7 +127,7 @@ def mask_of_outputs(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | None:
 def forward(model: Model, batch: Batch) -> Tensor:
     """Return the network's main output for a batch: logits, the last hidden state, or the rows of `dual.stacked`."""
     value = run(model.module, batch)
-    if isinstance(batch, dict) and dual.has_matching(model.module):
+    if isinstance(batch, dict) and dual.matching(model.module):
         return dual.stacked(dual.of_pairs(model.module, batch, value))
     return main_output(model, value)
 

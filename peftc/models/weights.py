@@ -1,5 +1,6 @@
-"""Weight files: which tensors they hold, and each tensor mapped from the file without a copy."""
+"""Weight files: which tensors they hold, and each tensor mapped from the file without a copy; parts of a job."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from peftc.models.model import Model
 from peftc.nn import surgery
 from peftc.store import artifact, documents
 from peftc.store.artifact import Piece
-from peftc.store.header import TensorInfo, read_header
+from peftc.store.header import TensorInfo, encode_header, read_header
 from peftc.store.source import read_json
 
 PICKLES = (".pth", ".pt", ".th", ".bin", ".ckpt")
@@ -37,19 +38,12 @@ DTYPE_NAMES = {
 
 @dataclass
 class Weights:
-    """The tensors of a model by name.
+    """The tensors of a model by name."""
 
-    Attributes:
-        files: the weight files, for digests and sizes.
-        infos: name -> byte range, for tensors in safetensors files.
-        loaded: name -> tensor, for those that came out of a pickle or live in memory.
-        where: what to call them in messages.
-    """
-
-    where: str
-    files: list[Path] = field(default_factory=list)
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
-    loaded: dict[str, Tensor] = field(default_factory=dict)
+    where: str  # what to call them in messages
+    files: list[Path] = field(default_factory=list)  # the weight files, for digests and sizes
+    infos: dict[str, TensorInfo] = field(default_factory=dict)  # name -> byte range, for tensors in safetensors files
+    loaded: dict[str, Tensor] = field(default_factory=dict)  # those out of a pickle or in memory
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def names(self) -> list[str]:
@@ -170,3 +164,23 @@ def pieces_of(model: Model) -> dict[str, Piece]:
         name: artifact.from_file(model.infos[name]) if name in model.infos else piece(state[name])
         for name in surgery.stored_names(model.module)
     }
+
+
+def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[str, Any]) -> None:
+    """Write one finished part of a job, with a JSON note, so that it is there whole or not at all."""
+    pieces = {name: each if isinstance(each, Piece) else piece(each) for name, each in sorted(tensors.items())}
+    entries = {name: (part.dtype, part.shape) for name, part in pieces.items()}
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        file.write(encode_header(entries, {"note": json.dumps(note)}))
+        for part in pieces.values():
+            for block in part.blocks():
+                file.write(block)
+    unfinished.replace(path)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """Return the note of a finished part, or None where there is none."""
+    if not path.is_file():
+        return None
+    return dict(json.loads(read_header(path)[1]["note"]))

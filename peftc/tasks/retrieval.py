@@ -55,7 +55,7 @@ def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
         raise DataError(f"the tokenizer of `{model.name}` is not the one it was made for", why=why, hint=hint)
     pixels = reader(data, model.preprocess)
     targets = torch.tensor([groups, [known.images[row] for row in data.rows]]).T  # (samples, 2)
-    others = next_other(groups) if dual.has_matching(model.module) and len(number) > 1 else None
+    others = next_other(groups) if dual.matching(model.module) and len(number) > 1 else None
 
     def batch(indices: Sequence[int]) -> Batch:
         rows = list(indices)

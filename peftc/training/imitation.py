@@ -16,8 +16,8 @@ from peftc.errors import DataError, UsageError
 from peftc.models import dual, layers, shorten
 from peftc.models.inputs import main_output, mask_of, mask_of_outputs, run
 from peftc.models.model import Model
-from peftc.models.parts import save_part
 from peftc.models.place import moved, place_of
+from peftc.models.weights import save_part
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
 from peftc.tasks import retrieval
