@@ -98,8 +98,8 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
         raise ExportError(f"`{model.name}` cannot be written as one graph", why=why, hint=instead(model))
     runs = runnable(replace(model, module=detached(model.module)), device="cpu", dtype="float32")
     runs.module.requires_grad_(False)
-    if padding.reads_last_token(runs.module) and padding.padding_id(runs.module) is None:
-        padding.name_in_config(runs.module, padding.id_to_write(model))  # one for all batches: a graph cannot look
+    if padding.reads_last_token(runs.module) and padding.padding_id(runs.module) is None:  # a graph cannot look
+        runs.module.config.get_text_config().pad_token_id = padding.id_to_write(model)
     output = exported.computed(runs, example)[1]
     named = list(example) if model.library == "transformers" else None
     free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}

@@ -19,25 +19,15 @@ SPREAD = 0.02  # standard deviation of new weights, as transformers' classes dra
 
 @dataclass(frozen=True)
 class Headed:
-    """A model with a new head.
+    """A model with a new head."""
 
-    Attributes:
-        model: with the classes as its labels; it shares all other tensors with the one that it was made from.
-        new: names of its new tensors.
-        renamed: name here -> name before, of tensors that are called otherwise now.
-    """
-
-    model: Model
-    new: list[str]
-    renamed: dict[str, str]
+    model: Model  # with the classes as its labels; it shares all other tensors with the one that it was made from
+    new: list[str]  # names of its new tensors
+    renamed: dict[str, str]  # name here -> name before, of tensors that are called otherwise now
 
 
 def with_head(model: Model, classes: Sequence[str]) -> Headed:
-    """Return a model that tells ``classes`` apart; weights of the head are drawn from torch's random state.
-
-    Raises:
-        SourceError: peftc cannot give this model another head.
-    """
+    """Return a model that tells ``classes`` apart, its head drawn from torch's random state (SourceError: none)."""
     if model.library == "timm":
         arguments = {key: each for key, each in (model.config.get("model_args") or {}).items() if key != "num_classes"}
         changed = {"num_classes": len(classes), "label_names": list(classes), "model_args": arguments}
@@ -87,8 +77,8 @@ def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
     network.tie_weights()
     notes = list(model.notes)
     if padding.reads_last_token(network) and padding.padding_id(network) is None:
-        padding.name_in_config(network, found := padding.id_to_write(model))
-        config["pad_token_id"] = found
+        found = padding.id_to_write(model)
+        config["pad_token_id"] = network.config.get_text_config().pad_token_id = found
         notes.append(f"`config.json` names token {found} as padding: transformers needs one to classify several texts")
     prefix = f"{cls.base_model_prefix}."
     has_prefix = any(name.startswith(prefix) for name in surgery.tensors_of(model.module))

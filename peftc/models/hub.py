@@ -18,16 +18,11 @@ OWN = ("arch", "arch_set", "weights")  # of a source: an artifact says these its
 
 
 def fetched(located: Located, source: Source, with_weights: bool) -> Located:
-    """Return what a hub id turned out to be, with its local folder.
+    """Return what a hub id turned out to be, with its local folder (SourceError: no model; UsageError: odd options).
 
     Args:
         located: by `locate`: nothing is known but the id.
-        source: what the user named.
         with_weights: fetch weights too; an artifact is fetched whole all the same, as it is whole or damaged.
-
-    Raises:
-        SourceError: there is no network, no such model, no access to it, or no model in it.
-        UsageError: the options say how to build what says so itself.
     """
     folder = snapshot(located, source, with_weights)
     if not any((folder / name).is_file() for name in (MANIFEST, "config.json", "adapter_config.json")):
@@ -46,31 +41,18 @@ def fetched(located: Located, source: Source, with_weights: bool) -> Located:
 
 
 def snapshot(located: Located, source: Source, with_weights: bool) -> Path:
-    """Return the local folder of a hub model; weights are fetched only when asked for, or with an artifact.
-
-    Raises:
-        SourceError: there is no network, no such model, or no access to it.
-    """
+    """Return the local folder of a hub model; weights come if asked for, or with an artifact (SourceError: refused)."""
     small = [*SMALL, *([CODE] if source.trust_remote_code else [])]
-    folder = _downloaded(located, source, small, "config and weights" if with_weights else "config")
+    folder = downloaded(located, source, small, "config and weights" if with_weights else "config")
     at = replace(located, revision=folder.name)  # the commit that was found: nothing changes in between
     if (folder / MANIFEST).is_file():
         files = [MANIFEST, "result.json", *manifest.read(folder).files]
-        return _downloaded(at, source, files, "the artifact", asked=located.revision)
+        return downloaded(at, source, files, "the artifact", asked=located.revision)
     for weights in WEIGHTS if with_weights else ():
-        folder = _downloaded(at, source, [*small, weights], "config and weights", asked=located.revision)
+        folder = downloaded(at, source, [*small, weights], "config and weights", asked=located.revision)
         if any(folder.glob(weights)):
             break
     return folder
-
-
-def looked_at(located: Located, source: Source) -> Path:
-    """Return a folder with the small files of a hub model alone.
-
-    Raises:
-        SourceError: there is no network, no such model, or no access to it.
-    """
-    return _downloaded(located, source, SMALL, "what describes it")
 
 
 def failures() -> tuple[Any, ...]:
@@ -81,11 +63,7 @@ def failures() -> tuple[Any, ...]:
 
 
 def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, TensorInfo]:
-    """Return the tensors of safetensors files of a repository, of which the headers alone are fetched.
-
-    Raises:
-        SourceError: the hub does not give them.
-    """
+    """Return the tensors of a repository's safetensors files; headers alone are fetched (SourceError: refused)."""
     from huggingface_hub import HfApi
 
     found: dict[str, TensorInfo] = {}
@@ -99,7 +77,8 @@ def tensors(located: Located, commit: str, names: Iterable[str]) -> dict[str, Te
     return found
 
 
-def _downloaded(located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None) -> Path:
+def downloaded(located: Located, source: Source, patterns: list[str], what: str, *, asked: str | None = None) -> Path:
+    """Return a folder with the files of a hub model that match the patterns (SourceError: ``what`` cannot be had)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -123,7 +102,6 @@ def _downloaded(located: Located, source: Source, patterns: list[str], what: str
 
 
 def _refusal(error: Exception, located: Located, source: Source, what: str) -> SourceError:
-    """Say why a model could not be fetched."""
     from huggingface_hub import errors
 
     name = f"{located.name}@{located.revision}" if located.revision else located.name

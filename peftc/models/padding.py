@@ -47,11 +47,7 @@ def padding_id(module: Any) -> int | None:
 
 @contextmanager
 def told(module: Any, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Give a batch as a network takes it; while it runs, the config of a classifier names what pads it.
-
-    Raises:
-        DataError: its texts end in every token that there is, so that none is left to pad with.
-    """
+    """Give a batch as a network takes it, whose config names meanwhile what pads it (DataError: no id is left)."""
     inner = module if hasattr(module, "config") else getattr(module, "module", module)  # in a launch it is wrapped
     if "input_ids" not in batch or not reads_last_token(inner):
         yield dict(batch)
@@ -95,11 +91,5 @@ def id_to_write(model: Model) -> int:
     except DataError:  # a network in memory has none
         pass
     ids = [each[0] if isinstance(each, list) and each else each for each in known]
-    network: Any = model.module
-    tokens = network.config.get_text_config().vocab_size
+    tokens = model.module.config.get_text_config().vocab_size
     return next((each for each in ids if isinstance(each, int) and 0 <= each < tokens), 0)
-
-
-def name_in_config(module: Any, padding: int) -> None:
-    """Let the config of a network in memory name what pads it."""
-    module.config.get_text_config().pad_token_id = padding

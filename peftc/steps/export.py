@@ -224,7 +224,7 @@ def _padding(stored: Model, runs: Model) -> int | None:
         return None
     named = padding.padding_id(runs.module)
     pad = padding.id_to_write(stored) if named is None else named
-    padding.name_in_config(runs.module, pad)
+    runs.module.config.get_text_config().pad_token_id = pad
     return pad
 
 

@@ -35,7 +35,10 @@ def show(model: str | Path | Source, *, commands: bool = False, verify: bool = F
     folder, there = Path(source.spec), None
     if not folder.is_dir():
         there = _of_the_hub(source)
-        folder = hub.snapshot(there, source, True) if verify else hub.looked_at(there, source)
+        if verify:
+            folder = hub.snapshot(there, source, True)
+        else:
+            folder = hub.downloaded(there, source, hub.SMALL, "what describes it")
     name = there.name if there else str(folder)
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
         hint = f"look into it with `peftc analyze {name}`"
