@@ -18,19 +18,12 @@ from peftc.nn.adapted import Adapted, without_scratch
 
 @dataclass
 class Placed:
-    """What learns beside, or in, the modules of a network.
+    """What learns beside, or in, the modules of a network."""
 
-    Attributes:
-        adapters: module -> method and settings, as a manifest says them.
-        own: module -> names of its own parameters that learn.
-        whole: modules of which the method trains the weight, for its update would be no smaller.
-        left: module with a matrix -> why it has no update, for those that could be thought to have one.
-    """
-
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    own: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # module -> method and settings, as in a manifest
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> its own parameters that learn
+    whole: list[str] = field(default_factory=list)  # trained themselves: an update is no smaller
+    left: dict[str, str] = field(default_factory=dict)  # module with a matrix -> why it has none
 
 
 def place(
@@ -42,18 +35,14 @@ def place(
     skip: Sequence[str] = (),
     on_product: bool = False,
 ) -> Placed:
-    """Freeze a network and put updates of a method beside its modules, in place.
+    """Freeze a network and put updates beside its modules (UsageError: a wrong pattern, or a method refuses it).
 
     Args:
         model: in memory; random numbers are drawn from torch's state.
-        method: of the kind `adapter`.
-        settings: of the method, checked.
+        method, settings: of the kind `adapter`, checked.
         include: patterns of modules that have none unless asked: embeddings, the patch embedding, the stem.
         skip: patterns of modules that have none.
         on_product: take a factored linear module as one matrix, not as its two factors.
-
-    Raises:
-        UsageError: a pattern matches nothing, or no module takes an update.
     """
     network = model.module
     network.requires_grad_(False)
@@ -89,11 +78,7 @@ def place(
 
 
 def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the updates that a manifest names beside the modules of its network, on the meta device.
-
-    Raises:
-        ArtifactError: a module is not there, or takes no such update.
-    """
+    """Put the updates of a manifest beside their modules, on the meta device (ArtifactError: one takes none)."""
     for name, entry in adapters.items():
         try:
             module = network.get_submodule(name)

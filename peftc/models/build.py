@@ -19,11 +19,7 @@ from peftc.store.source import Located, Source
 
 
 def build(source: Source, located: Located, with_weights: bool) -> tuple[Model, Weights | None]:
-    """Return the base network of anything but an artifact, unfilled, and the weights that are to fill it.
-
-    Raises:
-        SourceError: it is code that a file names, and nobody allowed it: whoever wrote the file would decide what runs.
-    """
+    """Return the unfilled base network of anything but an artifact, and its weights (SourceError: forbidden code)."""
     if located.kind == "python":
         if source.from_file and not source.allow_code:
             raise SourceError(
@@ -92,25 +88,17 @@ def from_live(module: Any) -> Model:
 
 
 def refuse_unbuildable(model: Model) -> None:
-    """Refuse a live network that its class or config does not build again with the same tensors.
-
-    Raises:
-        SourceError: with what to do instead.
-    """
-
-    def again() -> nn.Module:
-        if model.library == "timm":
-            return from_timm.network(model.config)[0]
-        if model.library == "transformers":
-            return on_meta(lambda: type(model.module)(model.module.config))
-        return _python(model.architecture, {}, model.source, empty=True).module
-
-    def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
+    """Refuse a live network that its class or config does not build again with the same tensors (SourceError)."""
     why = "building it again gives other tensors, so its constructor had arguments that nobody kept"
     try:
-        if shapes(again()) == shapes(model.module):
+        if model.library == "timm":
+            again, _ = from_timm.network(model.config)
+        elif model.library == "transformers":
+            again = on_meta(lambda: type(model.module)(model.module.config))
+        else:
+            again = _python(model.architecture, {}, model.source, empty=True).module
+        new, old = ({n: each.shape for n, each in surgery.tensors_of(made).items()} for made in (again, model.module))
+        if new == old:
             return
     except PeftcError as error:
         why = error.why or error.what

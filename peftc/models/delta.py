@@ -20,12 +20,9 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
     """Return what the manifest of a delta says of the model that it changes; a delta on a delta has the same one.
 
     Args:
-        model: with its files.
+        model: with its files (ArtifactError: it has none on disk).
         base: its record, where it is no artifact.
         tensors: name in the delta's network -> name in the model, of those called otherwise.
-
-    Raises:
-        ArtifactError: the model is nowhere on disk.
     """
     if model.manifest is not None and model.manifest.delta:
         return {**model.manifest.delta, "tensors": dict(tensors)}
@@ -72,12 +69,25 @@ def of_shorter(model: Model, shorter: Shorter) -> tuple[list[str], dict[str, str
 def beneath(
     record: Manifest, folder: Path, source: Source, load: Callable[[Source], Model]
 ) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
-    """Return the tensors of the model beneath a delta, by their names there, and their byte ranges.
-
-    Raises:
-        ArtifactError: it is gone, or is not what it was.
-    """
-    model = load(_source(record, folder, source))
+    """Return the tensors beneath a delta by their names there, and their byte ranges (ArtifactError: not as it was)."""
+    named = record.delta["source"]
+    spec, is_typed = source.base or named["spec"], source.base is not None
+    if not Path(spec).expanduser().exists():  # perhaps it lies beside the delta, under its own name
+        beside = folder.resolve().parent / Path(spec).name
+        looks_like_a_path = spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(".safetensors")
+        is_path = looks_like_a_path and not spec.startswith(("timm:", "hf:", "python:"))
+        # the path of an artifact of this machine may look like a hub id
+        is_artifact = not is_typed and "artifact" in named and not spec.startswith("hf:")
+        if not is_typed and beside.exists():
+            spec = str(beside)
+        elif is_path or is_artifact:
+            raise SourceError(
+                f"`{folder}` is a delta on `{spec}`, which is not there",
+                why=f"neither that path from here exists, nor `{beside}`",
+                hint="put its base beside it, or say where it is: `--base MODEL`",
+            )
+    revision = None if is_typed else named.get("revision")
+    model = load(recorded(named, source, spec, revision=revision, from_file=not is_typed, verify=source.verify))
     if why := difference(record.delta["files"], model.files):
         raise ArtifactError(
             f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was",
@@ -99,33 +109,5 @@ def difference(promised: Mapping[str, str], files: Iterable[Path]) -> str | None
 
 def recorded(record: Mapping[str, Any], source: Source, spec: str, **how: Any) -> Source:
     """Return the source of a model that a record of ``source`` says how to build, by the name ``spec``."""
-    weights = record.get("weights")
-    return source.names(
-        spec,
-        arch=record.get("arch"),
-        arch_set=record.get("arch_set", {}),
-        weights=Path(weights) if weights else None,
-        **how,
-    )
-
-
-def _source(record: Manifest, folder: Path, source: Source) -> Source:
-    """Return where the model beneath a delta is: as it was named, or beside the delta under its own name."""
-    named = record.delta["source"]
-    spec, is_typed = source.base or named["spec"], source.base is not None
-    if not Path(spec).expanduser().exists():
-        beside = folder.resolve().parent / Path(spec).name
-        looks_like_a_path = spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(".safetensors")
-        is_path = looks_like_a_path and not spec.startswith(("timm:", "hf:", "python:"))
-        # the path of an artifact of this machine may look like a hub id
-        is_artifact = not is_typed and "artifact" in named and not spec.startswith("hf:")
-        if not is_typed and beside.exists():
-            spec = str(beside)
-        elif is_path or is_artifact:
-            raise SourceError(
-                f"`{folder}` is a delta on `{spec}`, which is not there",
-                why=f"neither that path from here exists, nor `{beside}`",
-                hint="put its base beside it, or say where it is: `--base MODEL`",
-            )
-    revision = None if is_typed else named.get("revision")
-    return recorded(named, source, spec, revision=revision, from_file=not is_typed, verify=source.verify)
+    weights = Path(record["weights"]) if record.get("weights") else None
+    return source.names(spec, arch=record.get("arch"), arch_set=record.get("arch_set", {}), weights=weights, **how)

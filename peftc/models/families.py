@@ -12,51 +12,31 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Matching:
-    """Names in a network whose text encoder fuses a text with an image, for a head that tells whether they belong.
+    """Names in a network whose text encoder fuses a text with an image, for a head that tells whether they belong."""
 
-    Attributes:
-        text_encoder, image_projection, text_projection, head: modules.
-        scores: the output of the head in what the network returns.
-        fused: how the names of modules of the text encoder end that read image patches.
-    """
-
-    text_encoder: str
+    text_encoder: str  # a module, as the three below
     image_projection: str
     text_projection: str
     head: str
-    scores: str
-    fused: tuple[str, ...]
+    scores: str  # the output of the head in what the network returns
+    fused: tuple[str, ...]  # how the names of modules of the text encoder end that read image patches
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row: which models, and what peftc has to know of them.
+    """A row: which models, and what peftc has to know of them."""
 
-    Attributes:
-        library: ``timm`` or ``transformers``.
-        architecture: pattern over the name of a class or of timm's architecture, in lower case.
-        skip: pattern over the dotted names of modules that stay dense -> reason.
-        counts: config keys that count layers.
-        stages: config keys that list a count for each stage.
-        positions: config keys that say how many tokens there may be.
-        image_parts: how the names of the modules of an image tower start.
-        class_token: whether a token at the start of a text stands for all of it.
-        full_texts: whether texts are padded to the whole length.
-        retrieval: the class that gives a vector per image and per text.
-        matching: what that class has beside its towers.
-    """
-
-    library: str
-    architecture: str
-    skip: Mapping[str, str] = field(default_factory=dict)
-    counts: tuple[str, ...] = ()
-    stages: tuple[str, ...] = ()
-    positions: tuple[str, ...] = ()
-    image_parts: tuple[str, ...] = ()
-    class_token: bool = False
-    full_texts: bool = False
-    retrieval: str = ""
-    matching: Matching | None = None
+    library: str  # ``timm`` or ``transformers``
+    architecture: str  # pattern over the name of a class or of timm's architecture, in lower case
+    skip: Mapping[str, str] = field(default_factory=dict)  # pattern over dotted names -> why those stay dense
+    counts: tuple[str, ...] = ()  # config keys that count layers
+    stages: tuple[str, ...] = ()  # config keys that list a count for each stage
+    positions: tuple[str, ...] = ()  # config keys that say how many tokens there may be
+    image_parts: tuple[str, ...] = ()  # how the names of the modules of an image tower start
+    class_token: bool = False  # whether a token at the start of a text stands for all of it
+    full_texts: bool = False  # whether texts are padded to the whole length
+    retrieval: str = ""  # the class that gives a vector per image and per text
+    matching: Matching | None = None  # what that class has beside its towers
 
 
 INPUTS: Mapping[str, str] = {"input_ids": "text", "pixel_values": "image"}  # the main input of a network -> its kind
@@ -101,10 +81,7 @@ FAMILIES = (
         positions=("max_position_embeddings", "n_positions", "max_target_positions"),
         image_parts=("vision", "visual"),
     ),
-    Family("transformers", "*bert*", class_token=True),
-    Family("transformers", "*electra*", class_token=True),
-    Family("transformers", "*mpnet*", class_token=True),
-    Family("transformers", "*ernie*", class_token=True),
+    *(Family("transformers", f"*{name}*", class_token=True) for name in ("bert", "electra", "mpnet", "ernie")),
     Family(
         "transformers",
         "*t5*",
@@ -143,10 +120,7 @@ def known(what: str, library: str = "transformers") -> tuple[Any, ...]:
 
 def skips(library: str, architecture: str) -> dict[str, str]:
     """Return pattern -> reason for a model: the common rows and those of its families."""
-    found = dict(COMMON)
-    for row in of(architecture, library):
-        found.update(row.skip)
-    return found
+    return dict(COMMON) | {pattern: why for row in of(architecture, library) for pattern, why in row.skip.items()}
 
 
 def matches(name: str, *patterns: str) -> bool:

@@ -24,11 +24,7 @@ TENSORS = "adapter_model.safetensors"
 
 
 def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -> Model:
-    """Return the base of an adapter with its updates beside the modules, not merged.
-
-    Raises:
-        SourceError: the base is not named, or the adapter does not fit it.
-    """
+    """Return the base of an adapter with its updates, not merged (SourceError: none is named, or it does not fit)."""
     config = read_json(folder / ADAPTER)
     if why := documents.misfit(config, {"base_model_name_or_path?": (str, None), "revision?": (str, None)}):
         raise SourceError(f"`{folder / ADAPTER}` is not as peft writes it", why=why)
@@ -44,10 +40,8 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
         raise SourceError(f"`{folder}` lacks `{TENSORS}`", hint="save the adapter with `safe_serialization=True`")
     read_header(path)
     adapters, tensors = interchange.from_peft(config, load_file(path))
-    revision = None if source.base else config.get("revision")
-    base = load(
-        replace(source, spec=str(named), base=None, revision=revision or source.revision, from_file=source.base is None)
-    )
+    revision = source.revision if source.base else config.get("revision") or source.revision
+    base = load(replace(source, spec=str(named), base=None, revision=revision, from_file=source.base is None))
     whole = {name: tensor for name, tensor in tensors.items() if name.endswith(".base.weight")}
     own = {name: tensor for name, tensor in tensors.items() if ".update." not in name and name not in whole}
     base = _with_outputs(base, own)

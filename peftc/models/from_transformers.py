@@ -19,11 +19,7 @@ from peftc.store.source import MANIFEST, Source, read_json
 
 
 def from_folder(source: Source, folder: Path, record: Manifest | None = None) -> Model:
-    """Return the network of a transformers folder, of the class that its config names.
-
-    Raises:
-        SourceError: there is no such class, or it cannot be built.
-    """
+    """Return the network of a folder, of the class that its config names (SourceError: none can be built)."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -82,33 +78,26 @@ MOST_CLASSES = 1_000_000  # a config makes a name for each
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
-    """Return the ``config.json`` of a transformers folder, without the lock that peftc writes into its own.
+    """Return a folder's ``config.json`` without the lock of peftc's own (SourceError: what it asks for is unknown).
 
     Args:
-        folder: that holds it.
         ours: peftc wrote the folder, or the code that it brings reads it.
-
-    Raises:
-        SourceError: it says something of which peftc does not know what it does to the weights.
     """
     path = folder / "config.json"
     config = read_json(path)
     lock = config.pop("transformers_weights", None)
-    why = documents.misfit(config, CONFIG)
-    if why is None and lock is not None and not ours and not (folder / MANIFEST).is_file():
-        why = f"`transformers_weights` names another file of weights, {lock!r}"
-    elif why is None and config.get("quantization_config") is not None:
-        why = "`quantization_config`: its weights are quantized, and peftc reads plain ones"
-    elif (
-        why is None
-        and isinstance(given := config.get("dtype", config.get("torch_dtype")), str)
-        and (given not in DTYPES)
-    ):
-        why = f"`dtype` is {given!r}, which is not one of {', '.join(DTYPES)}"
-    elif why is None and (config.get("num_labels") or 0) > MOST_CLASSES:
-        why = f"`num_labels` is {config['num_labels']:,}; peftc reads up to {MOST_CLASSES:,} classes"
-    if why is None and not all(name.isdecimal() for name in config.get("id2label") or {}):
-        why = "`id2label` is not a map from numbers to names"
+    given = config.get("dtype", config.get("torch_dtype"))
+    if (why := documents.misfit(config, CONFIG)) is None:
+        if lock is not None and not ours and not (folder / MANIFEST).is_file():
+            why = f"`transformers_weights` names another file of weights, {lock!r}"
+        elif config.get("quantization_config") is not None:
+            why = "`quantization_config`: its weights are quantized, and peftc reads plain ones"
+        elif isinstance(given, str) and given not in DTYPES:
+            why = f"`dtype` is {given!r}, which is not one of {', '.join(DTYPES)}"
+        elif (config.get("num_labels") or 0) > MOST_CLASSES:
+            why = f"`num_labels` is {config['num_labels']:,}; peftc reads up to {MOST_CLASSES:,} classes"
+        elif not all(name.isdecimal() for name in config.get("id2label") or {}):
+            why = "`id2label` is not a map from numbers to names"
     if why is not None:
         raise SourceError(f"`{path}` is not read", why=why)
     return config
@@ -129,11 +118,7 @@ MOST_SIDE = 4096  # pixels of an image that a model reads
 
 
 def processor(folder: Path) -> dict[str, Any]:
-    """Return how images become inputs, from ``preprocessor_config.json`` or the record of a processor; else nothing.
-
-    Raises:
-        SourceError: it says so in no way that peftc understands.
-    """
+    """Return how images become inputs, by the record of a processor; else nothing (SourceError: not understood)."""
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
         value = read_json(path)
@@ -199,8 +184,7 @@ def fill(model: Model, tensors: Weights) -> dict[str, str]:
     def ignored(name: str) -> bool:
         return any(re.search(pattern, name) for pattern in patterns)
 
-    read = lambda name: tensors.read(renamed[name])  # noqa: E731
-    found = surgery.fill(module, renamed, read, where=tensors.where, ignore=ignored)
+    found = surgery.fill(module, renamed, lambda name: tensors.read(renamed[name]), where=tensors.where, ignore=ignored)
     return {first: renamed[name] for first, name in found.items()}
 
 

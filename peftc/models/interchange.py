@@ -75,21 +75,14 @@ PATIENCE = 1.0  # seconds that a pattern may take on the names of all modules
 
 @dataclass(frozen=True)
 class Adapter:
-    """How one module is adapted.
+    """How one module is adapted."""
 
-    Attributes:
-        method: one of `METHODS`.
-        rank, alpha, dropout: its settings.
-        form: ``linear`` (which stands for ``transposed`` too when read), ``transposed``, ``embedding`` or ``channel``.
-        window: of a convolution, the sizes of its kernel.
-    """
-
-    method: str
+    method: str  # of `METHODS`
     rank: int
     alpha: float
     dropout: float = 0.0
-    form: str = "linear"
-    window: tuple[int, ...] = ()
+    form: str = "linear"  # or ``embedding``, ``channel``, ``transposed``, which is read as ``linear``
+    window: tuple[int, ...] = ()  # of a convolution, the sizes of its kernel
 
 
 def why_not(module: Any) -> str | None:
@@ -108,22 +101,17 @@ def why_not(module: Any) -> str | None:
 def to_peft(
     adapters: Mapping[str, Adapter], tensors: Mapping[str, Any], base: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return peft's configuration and tensors.
+    """Return peft's configuration and tensors (OutputError: its format has no place for something).
 
     Args:
         adapters: name of each adapted module -> how; none of them refused by `why_not`.
         tensors: of their updates, and of modules that train whole, by the names above.
         base: what peft is told that the adapter belongs to.
-
-    Raises:
-        OutputError: peft's format has no place for something.
     """
     methods = {each.method for each in adapters.values()}
     if len(methods) != 1 or not methods <= set(METHODS):
-        raise _no_place(
-            f"adapters of {', '.join(f'`{name}`' for name in sorted(methods)) or 'no method'}",
-            f"a file is of one method of {', '.join(METHODS)}",
-        )
+        what = f"adapters of {', '.join(f'`{name}`' for name in sorted(methods)) or 'no method'}"
+        raise _no_place(what, f"a file is of one method of {', '.join(METHODS)}")
     (method,) = methods
     made, saved = {}, set()
     for name, tensor in tensors.items():
@@ -164,19 +152,11 @@ def to_peft(
 
 
 def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, Any]]:
-    """Return how each module is adapted, and the tensors by our names.
-
-    Args:
-        config: what `adapter_config.json` holds.
-        tensors: what `adapter_model.safetensors` holds.
-
-    Raises:
-        SourceError: it is another method than `METHODS`, or holds something that this does not read.
-    """
+    """Return how each module is adapted, and tensors by our names, of what peft's two files say (SourceError)."""
     method = _method(config)
     found: dict[str, Any] = {}
-    downs: dict[str, tuple[str, Any]] = {}
-    ups: dict[str, Any] = {}
+    factors: dict[str, dict[str, Any]] = {}  # module -> part -> its tensor as peft has it
+    forms: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         module, lora, rest = name.partition(".lora_")
@@ -190,28 +170,27 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
         if not tensor.is_floating_point() or tensor.ndim < (1 if part == "magnitude" else 2):
             why = f"it holds {tensor.dtype} of shape {list(tensor.shape)}"
             raise SourceError(f"`{key}` of the adapter is not read", why=why)
+        factors.setdefault(module, {})[part] = tensor
         if part == "down":
-            downs[module] = form, tensor
-        elif part == "up":
-            ups[module] = tensor
+            forms[module] = form
         if form == "embedding":
             tensor = tensor.T.contiguous()
         else:
             tensor = tensor.reshape(-1) if part == "magnitude" else tensor.reshape(tensor.shape[0], -1)
         found[f"{module}.update.{part}"] = tensor
     parts = ("up", "down", *(("magnitude",) if method == "dora" else ()))
-    modules = dict.fromkeys(name.rpartition(".update.")[0] for name in found if ".update." in name)
-    lacking = [f"{module}.{part}" for module in modules for part in parts if f"{module}.update.{part}" not in found]
-    if lacking or not downs:
+    lacking = [f"{module}.{part}" for module, there in factors.items() for part in parts if part not in there]
+    if lacking or not factors:
         raise SourceError(
             f"the adapter lacks {', '.join(f'`{name}`' for name in lacking[:3]) or 'all factors'}",
             why=f"each module that {method} adapts has {', '.join(parts)}",
         )
-    for module, (_, down) in downs.items():
-        if ups[module].ndim != down.ndim or any(side != 1 for side in ups[module].shape[2:]):
-            shapes = f"{list(ups[module].shape)} and {list(down.shape)}"
+    for module, there in factors.items():
+        up, down = there["up"].shape, there["down"].shape
+        if len(up) != len(down) or any(side != 1 for side in up[2:]):
+            shapes = f"{list(up)} and {list(down)}"
             raise SourceError(f"the factors of `{module}` are of no one module", why=f"their shapes are {shapes}")
-    adapters = {module: _adapter(config, method, module, *downs[module]) for module in downs}
+    adapters = {name: _adapter(config, method, name, forms[name], each["down"]) for name, each in factors.items()}
     for name in [name for name in found if name.endswith(".base_layer.weight")]:
         owner = name.removesuffix(".base_layer.weight")
         if owner not in adapters:
@@ -235,17 +214,7 @@ def _adapter(config: Mapping[str, Any], method: str, module: str, form: str, dow
 def refuse_other_modules(
     config: Mapping[str, Any], adapters: Iterable[str], own: Iterable[str], names: Sequence[str]
 ) -> None:
-    """Refuse an adapter whose configuration names other modules than its tensors are of.
-
-    Args:
-        config: of the adapter.
-        adapters: the modules that its factors are of.
-        own: the tensors of modules that train whole.
-        names: all modules of the base.
-
-    Raises:
-        SourceError: naming the first of them.
-    """
+    """Refuse an adapter whose configuration names others of a base's modules than its tensors are of (SourceError)."""
     there = set(adapters)
     if foreign := sorted(there - set(names)):
         raise SourceError(
@@ -264,7 +233,7 @@ def refuse_other_modules(
             f"the adapter holds factors for `{others[0]}`",
             why="its `target_modules`, as peft reads them, leave that module alone",
         )
-    own = list(own)
+    own = list(own)  # tensors of modules that train whole
     for name in (name for name in names if any(name.endswith(saved) for saved in config.get("modules_to_save") or [])):
         if not any(tensor.startswith(f"{name}.") for tensor in own):
             raise SourceError(f"the adapter lacks `{name}`", why="its `modules_to_save` name that module")

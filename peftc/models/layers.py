@@ -6,7 +6,7 @@ in a stage of Swin; but not the convolutions in a block of a ResNet, which add t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,20 +24,14 @@ WEIGHTED = ("Addmm", "Mm", "Bmm", "Convolution", "Embedding", "Attention")  # in
 @contextmanager
 def registered(handles: Iterable[Any]) -> Iterator[None]:
     """Register hooks, and remove them again."""
-    kept = list(handles)
-    try:
+    with ExitStack() as kept:
+        for handle in handles:
+            kept.callback(handle.remove)
         yield
-    finally:
-        for handle in kept:
-            handle.remove()
 
 
 def layers(model: Model) -> list[str]:
-    """Return the dotted names of a network's layers, in the order in which they run.
-
-    Args:
-        model: runnable; a random input goes through it once.
-    """
+    """Return the dotted names of the layers of a runnable model, in the order in which a random input meets them."""
     if model.manifest is not None and model.manifest.skipped:  # they have gaps, and keep their names
         return list(model.manifest.kept_layers)
     own, any_parent = (list(_stacks(model.module, strict=strict)) for strict in (True, False))
@@ -103,7 +97,6 @@ class _Flow:
 
 
 def _run(model: Model) -> None:
-    """Send a random input through a network."""
     batch = inputs.probe(model)
     with inputs.taken(model):
         inputs.run(model.module, batch)
@@ -132,10 +125,7 @@ def main(output: Any) -> Tensor | None:
 
 @contextmanager
 def seen(network: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Any], Any]) -> Iterator[None]:
-    """Show name, what is read and the whole output of each layer, in the forward passes made inside, once it has run.
-
-    What ``see`` returns, unless that is None, takes the output's place.
-    """
+    """Show ``see`` name, input and output of each layer that runs inside; what it returns, if any, replaces that."""
 
     def hook(name: str) -> Callable[..., Any]:
         return lambda _module, args, kwargs, output: see(name, first_tensor(args, kwargs), output)
@@ -177,10 +167,7 @@ def bypassed(network: nn.Module, names: Sequence[str]) -> AbstractContextManager
 
 
 def tuples(model: Model, names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the lengths of the tuples that the main output of each layer stands first in, from the outer one.
-
-    The model is runnable; a random input goes through it once.
-    """
+    """Return the lengths of the tuples, from the outer one, that the main output of each layer stands first in."""
     found: dict[str, list[int]] = {}
 
     def saw(name: str, _read: Tensor, output: Any) -> None:

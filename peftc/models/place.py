@@ -26,11 +26,7 @@ DTYPES = {
 
 
 def device_of(device: str) -> torch.device:
-    """Return the device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` names.
-
-    Raises:
-        UsageError: it is none of these, or is not there.
-    """
+    """Return the device of ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` (UsageError, SourceError: it is none)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -39,11 +35,8 @@ def device_of(device: str) -> torch.device:
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None and processes.size() > 1 and torch.cuda.is_available():
         chosen = torch.device("cuda", processes.place() % torch.cuda.device_count())
-    there = {
-        "cpu": True,
-        "mps": torch.backends.mps.is_available(),
-        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
-    }
+    on_cuda = torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
+    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": on_cuda}
     if not there[chosen.type]:
         raise SourceError(f"there is no `{device}` on this machine", hint="run on `--device auto`")
     return chosen

@@ -8,10 +8,12 @@ read in the place of the dropped layers; such a model is loaded by peftc alone.
 import copy
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -34,34 +36,21 @@ class Stack:
 
 @dataclass(frozen=True)
 class Shorter:
-    """A shorter model, and what its manifest says of its modules.
+    """A shorter model, and what its manifest says of its modules."""
 
-    Attributes:
-        model: whose module and config are new; it shares the tensors of the one that it was made from.
-        modules: name -> entry of each factored module that is left.
-        adapters: name -> entry of each update that is left.
-        renamed: old name -> new name of each kept layer.
-        tensors: new name -> old name of each tensor.
-        skipped: layer that is dropped in its place -> lengths of the tuples that its output stood in.
-    """
-
-    model: Model
-    modules: dict[str, dict[str, Any]]
-    adapters: dict[str, dict[str, Any]]
-    renamed: dict[str, str]
-    tensors: dict[str, str]
-    skipped: dict[str, list[int]] = field(default_factory=dict)
+    model: Model  # whose module and config are new; it shares the tensors of the one that it was made from
+    modules: dict[str, dict[str, Any]]  # name -> entry of each factored module that is left
+    adapters: dict[str, dict[str, Any]]  # name -> entry of each update that is left
+    renamed: dict[str, str]  # old name -> new name of each kept layer
+    tensors: dict[str, str]  # new name -> old name of each tensor
+    skipped: dict[str, list[int]] = field(default_factory=dict)  # dropped in place -> lengths of output tuples
 
 
 def renumbered(kept: Sequence[str]) -> dict[str, str]:
     """Return old name -> new name of kept layers, those of one container counted from 0."""
-    counts: dict[str, int] = {}
-    found = {}
-    for name in kept:
-        path = name.rpartition(".")[0]
-        found[name] = f"{path}.{counts.get(path, 0)}" if path else str(counts.get(path, 0))
-        counts[path] = counts.get(path, 0) + 1
-    return found
+    numbers: dict[str, Iterator[int]] = defaultdict(count)
+    parents = ((name, name.removesuffix(name.rpartition(".")[2])) for name in kept)  # with their dot
+    return {name: f"{parent}{next(numbers[parent])}" for name, parent in parents}
 
 
 def in_base(model: Model, names: Sequence[str] = ()) -> dict[str, str]:
@@ -74,16 +63,7 @@ def in_base(model: Model, names: Sequence[str] = ()) -> dict[str, str]:
 
 
 def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
-    """Return the model without those of its layers that are not kept.
-
-    Args:
-        model: with its weights; it is not changed.
-        names: its layers.
-        kept: some of them.
-
-    Raises:
-        PlanError: no config of its library gives the shorter network.
-    """
+    """Return a model, itself unchanged, without the layers that are not kept (PlanError: no config builds that)."""
     stacks = _stacks(model, names, kept)
     new = renumbered(kept)
     dropped = [name for name in names if name not in set(kept)]
@@ -112,13 +92,7 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
 
 
 def skip(model: Model, kept: Sequence[str], dropped: Mapping[str, list[int]]) -> Shorter:
-    """Return the model with its dropped layers handing on what they read; every name stays as it is.
-
-    Args:
-        model: with its weights; it is not changed.
-        kept: layers that stay.
-        dropped: layers that go -> lengths of the tuples that their output stands in.
-    """
+    """Return a model, unchanged itself, whose ``dropped`` layers (-> lengths of tuples) hand on what they read."""
     left, _ = _left(model, list(dropped), {name: name for name in kept})
     module = detached(model.module)
     surgery.skip(module, dropped)
@@ -143,14 +117,11 @@ def _left(model: Model, dropped: Sequence[str], new: Mapping[str, str]) -> tuple
     if record is None:
         return Shorter(model, {}, {}, dict(new), wanted), {}
     adapters = {there: dict(entry) for name, entry in record.adapters.items() if (there := rename(name)) is not None}
-    edits: dict[str, dict[str, Any]] = {}
+    edits = {there: dict(entry) for name, entry in record.modules.items() if (there := rename(name)) is not None}
     leaders: dict[str, str] = {}
-    for name, entry in record.modules.items():
-        there = rename(name)
-        if there is not None:
-            edits[there] = dict(entry)
-            if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
-                edits[there]["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
+    for there, entry in edits.items():
+        if "shares" in entry:  # where the first of a group goes, the next one that stays leads it
+            entry["shares"] = rename(entry["shares"]) or leaders.setdefault(entry["shares"], there)
     groups: dict[str, list[str]] = {}
     for alias, first in record.tied.items():
         groups.setdefault(first, [first]).append(alias)
@@ -162,7 +133,6 @@ def _left(model: Model, dropped: Sequence[str], new: Mapping[str, str]) -> tuple
 
 
 def _stacks(model: Model, names: Sequence[str], kept: Sequence[str]) -> list[Stack]:
-    """Return the containers that lose layers."""
     found = []
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         own = [name for name in names if name.rpartition(".")[0] == path]
@@ -231,6 +201,9 @@ def _fits(before: nn.Module, after: nn.Module, stack: Stack) -> bool:
 
 def _shorter_configs(model: Model, config: dict[str, Any], stack: Stack) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield what comes of each key of a config, wherever it is nested, that may count the layers of a stack."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    cls: Any = type(model.module)
     kind, lists = type(model.module.config), families.known("stages")  # type: ignore[arg-type]
     whole = json.loads(kind.from_dict(copy.deepcopy(config)).to_json_string(use_diff=False))  # type: ignore[attr-defined]
     for place, known in _levels(whole):
@@ -255,9 +228,10 @@ def _shorter_configs(model: Model, config: dict[str, Any], stack: Stack) -> Iter
                 level |= {key: way, **per_layer}
                 for word in dropped:
                     level.pop(word, None)
-                made = _build(model, changed)
-                if made is not None:
-                    yield made, changed
+                with suppress(*UNBUILDABLE, StrictDataclassError):
+                    network: Any = on_meta(partial(cls, kind.from_dict(copy.deepcopy(changed))))
+                    network.tie_weights()
+                    yield network, changed
 
 
 def _levels(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -266,16 +240,3 @@ def _levels(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from _levels(value, (*place, key))
-
-
-def _build(model: Model, config: dict[str, Any]) -> nn.Module | None:
-    from huggingface_hub.errors import StrictDataclassError
-
-    cls: Any = type(model.module)
-    try:
-        made = type(model.module.config).from_dict(copy.deepcopy(config))  # type: ignore[union-attr, attr-defined]
-        network = on_meta(lambda: cls(made))
-    except (*UNBUILDABLE, StrictDataclassError):
-        return None
-    network.tie_weights()  # type: ignore[operator]
-    return network

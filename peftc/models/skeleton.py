@@ -25,16 +25,11 @@ class Limits:
     """What a config may ask for: a network that is some times as large as the weights beside it.
 
     A config that says ten million layers would otherwise be built until the memory is full.
-
-    Attributes:
-        stored: bytes of the weight files.
-        entries: of the parameters that were built so far.
-        parameters: number of them.
     """
 
-    stored: int
-    entries: int = 0
-    parameters: int = 0
+    stored: int  # bytes of the weight files
+    entries: int = 0  # of the parameters that were built so far
+    parameters: int = 0  # number of them
 
     @property
     def most_bytes(self) -> int:
@@ -54,11 +49,7 @@ class Limits:
             raise self.refusal(f"{self.parameters:,} parameters of {self.entries:,} entries and more")
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Look at what a config says of layers: some constructors make long lists of them before the first parameter.
-
-        Raises:
-            SourceError: it says more than there can be parameters.
-        """
+        """Refuse more layers than there can be parameters, as constructors may list them all first (SourceError)."""
         for name, value in config.items():
             if isinstance(value, dict):
                 self.check(value)
@@ -132,17 +123,13 @@ def parameters_on_meta(limits: Limits | None = None, *, meta: bool = True) -> It
 def on_meta(
     make: Callable[[], nn.Module], stored: int | None = None, config: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Return the network that ``make`` builds, its parameters on the meta device.
+    """Return the network that ``make`` builds, its parameters on the meta device (SourceError: it is far too large).
 
     A constructor that looks into its own parameters cannot run there: it runs for real, and the parameters are let go.
 
     Args:
-        make: builds it.
         stored: bytes of the weights that are to fill it, where a file says what to build: `Limits` follow from them.
         config: what that file says.
-
-    Raises:
-        SourceError: it is far larger than those.
     """
     if stored is not None:
         Limits(stored).check(config or {})
@@ -169,7 +156,6 @@ def stored_in(folder: Path, record: Manifest | None = None) -> int | None:
     """Return the bytes of the weights that a folder's config is about; None where they are elsewhere, as on a hub.
 
     Args:
-        folder: that holds them.
         record: of an artifact: its base may have had many times as many, and a delta leaves most of them elsewhere.
     """
     if record is not None:

@@ -17,16 +17,11 @@ WHOLE = (nn.MultiheadAttention,)  # modules that read the parameters of their ch
 
 @dataclass
 class Stream:
-    """The copies that are in place now.
+    """The copies that are in place now."""
 
-    Attributes:
-        device, dtype: of the computation; integers keep their dtype.
-        origin: address of a copy's memory -> what it is a copy of.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    origin: dict[int, Tensor] = field(default_factory=dict)
+    device: torch.device  # of the computation
+    dtype: torch.dtype  # of the computation; integers keep theirs
+    origin: dict[int, Tensor] = field(default_factory=dict)  # address of a copy's memory -> what it is a copy of
 
     def copied(self, tensor: Tensor) -> Tensor:
         """Return a tensor as it is computed with: itself where it already is so."""
@@ -48,12 +43,7 @@ class Stream:
 
 
 def install(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Let a network compute on a device in a dtype while its parameters stay where they are.
-
-    Args:
-        network: its buffers are moved, they are small; its parameters need no gradient.
-        device, dtype: of the computation.
-    """
+    """Let a network compute on a device in a dtype; its parameters, which need no gradient, stay where they are."""
     stream = Stream(device, dtype)
     network.requires_grad_(False)
     for module in network.modules():

@@ -26,11 +26,7 @@ def tokenizer_of(model: Model) -> Any:
 
 @contextmanager
 def refusing(model: Model) -> Iterator[None]:
-    """Turn what a tokenizer raises on its own files into a refusal: they are somebody's, and anything may stand there.
-
-    Raises:
-        DataError: it raised, or its Rust code panicked, which is no Exception.
-    """
+    """Refuse files, by whoever they are, on which a tokenizer raises or its Rust code panics (DataError)."""
     try:
         yield
     except (PeftcError, MemoryError):

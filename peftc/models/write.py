@@ -27,7 +27,7 @@ from peftc.store.artifact import Piece
 from peftc.store.exports import EXPORT
 from peftc.store.job import Job, execution
 from peftc.store.manifest import Manifest
-from peftc.store.source import CODE, COMPANIONS, MANIFEST, Source
+from peftc.store.source import CODE, COMPANIONS, MANIFEST
 from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
@@ -37,11 +37,7 @@ CLOSE = 1e-4  # of the largest output: two builds of one network may pick other 
 
 
 def base_record(model: Model) -> dict[str, Any]:
-    """Return the manifest's record of the base, with the sha256 of each of its files.
-
-    Raises:
-        ArtifactError: the model is an artifact whose files are no longer those that its manifest promises.
-    """
+    """Return the manifest's record of the base, with its files' sha256 (ArtifactError: an artifact was changed)."""
     if model.manifest is not None:
         assert model.folder is not None
         verified.check(model.folder, model.manifest.files)  # again: it may have changed since it was loaded
@@ -124,10 +120,8 @@ def write_artifact(
     """Write weights, config and companions of an edited model into the job's folder, and return the manifest to be.
 
     Args:
-        job, model, base, request: what is written, from what, and why.
         pieces: the weights by name; of a delta those that the model beneath does not have.
         modules: entries of the factored modules.
-        max_shard_bytes: of a file.
         factors: those that lie beside the weights.
         new_head: the model was given other outputs than it had.
         changed: fields of the manifest: ``ordered`` and ``delta``; ``kept_layers``, ``adapters`` and ``skipped`` where
@@ -159,34 +153,15 @@ def write_artifact(
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
         files[name] = artifact.write_bytes(job.folder / name, content)
-    job.places = _places(model)
+    if known is not None and model.folder is not None:  # where the artifacts of the chain were read, by id
+        job.places = {**artifact.read_result(model.folder).get("places", {}), known.id: model.place}
     record.write(job.folder)
     return record
 
 
-def _places(model: Model) -> dict[str, dict[str, str]]:
-    """Return where the artifacts of a chain were read, by id: those that an artifact knows of, and itself."""
-    if model.manifest is None or model.folder is None:
-        return {}
-    return {**artifact.read_result(model.folder).get("places", {}), model.manifest.id: model.place}
-
-
 def verify(folder: Path, expected: Model) -> list[str]:
-    """Load a written folder in a fresh build and compare it with the network that it was written from.
-
-    Returns:
-        warnings, where something could not be compared.
-
-    Raises:
-        ArtifactError: a tensor or an output differs.
-    """
-    source = Source(
-        str(folder),
-        allow_code=True,
-        trust_remote_code=expected.source.trust_remote_code,
-        base=expected.source.base,
-        verify=False,
-    )
+    """Compare a written folder, built afresh, with its model; return what could not be (ArtifactError: it differs)."""
+    source = expected.source.names(str(folder), allow_code=True, base=expected.source.base, verify=False)
     written = replace(models.load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
@@ -233,17 +208,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     import timm
     import transformers
 
+    versions = {each.__name__: each.__version__ for each in (torch, timm, transformers)}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "versions": {
-            "peftc": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"peftc": __version__, "python": platform.python_version(), **versions},
     }
 
 
@@ -259,12 +229,8 @@ def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> 
 def keep_measured(report: Report, model: Model, question: Any) -> None:
     """Keep the figures of a report in ``result.json`` beside the artifact that they are of, where `compare` finds them.
 
-    Another model, or one of the hub's cache, has no place for them.
-
-    Args:
-        report: of `evaluate` or `bench`.
-        model: what was measured.
-        question: on what, where and against what: the same question again replaces the answer.
+    Another model, or one of the hub's cache, has no place for them. The same question (on what, where and against what)
+    again replaces the answer.
     """
     if model.manifest is None or model.folder is None or model.hub is not None or processes.rank():
         return
@@ -292,11 +258,7 @@ def already(job: Job, command: str) -> Report:
 
 
 def output_folder(asked: str | Path | None, model: Model, command: str) -> Path:
-    """Return the folder that was asked for, or ``<model>-<step>`` in the working folder.
-
-    Raises:
-        UsageError: it names no folder of its own.
-    """
+    """Return the folder that was asked for, or ``<model>-<step>`` (UsageError: it is no folder of its own)."""
     folder = Path(asked).expanduser() if asked is not None else Path(f"{model.name}-{command}")
     if not folder.name or folder.name == "..":
         raise UsageError(f"`-o {asked}` is no folder to be made", hint="name a new one: `-o small`")
