@@ -97,13 +97,7 @@ class Statistics:
 
 
 def source(
-    model: Model,
-    needs: Sequence[str],
-    asked: Request | None,
-    folder: str | Path | None,
-    device: str,
-    *,
-    tries: bool,
+    model: Model, needs: Sequence[str], asked: Request | None, folder: str | Path | None, device: str, *, tries: bool
 ) -> Prepared | Statistics | None:
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
 

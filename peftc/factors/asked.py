@@ -35,9 +35,7 @@ def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_r
         )
     if other:
         raise UsageError(
-            f"`--plan` and {other} contradict each other",
-            why="a plan already says the ranks",
-            hint="give one of them",
+            f"`--plan` and {other} contradict each other", why="a plan already says the ranks", hint="give one of them"
         )
     return None
 

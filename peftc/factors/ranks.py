@@ -117,8 +117,7 @@ def uniform_within(
     low, high = 1, 1_000_000
     if cost(low) > limit:
         raise PlanError(
-            f"the budget leaves {limit:,} for the eligible modules",
-            why=f"rank {multiple} in each takes {cost(low):,}",
+            f"the budget leaves {limit:,} for the eligible modules", why=f"rank {multiple} in each takes {cost(low):,}"
         )
     if cost(high) <= limit:
         return at(high)

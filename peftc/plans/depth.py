@@ -39,16 +39,12 @@ def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, with
     given = [f"`{option}`" for option, value in ways.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are both given", hint="leave one of them out")
-    if keep is not None:
-        if keep < 1:
-            raise UsageError(f"`--keep` is {keep}", why="one layer at least has to stay")
-        return Asked(keep=keep)
-    if within_drop is not None:
-        if not 0 <= within_drop < float("inf"):
-            raise UsageError(f"`--within-drop` is {within_drop:g}", why="it is how much worse the quality may get")
-        return Asked(within_drop=within_drop)
+    if keep is not None and keep < 1:
+        raise UsageError(f"`--keep` is {keep}", why="one layer at least has to stay")
+    if within_drop is not None and not 0 <= within_drop < float("inf"):
+        raise UsageError(f"`--within-drop` is {within_drop:g}", why="it is how much worse the quality may get")
     if drop is None:
-        return Asked(alpha=alpha)
+        return Asked(None if given else alpha, keep, within_drop=within_drop)
     try:
         numbers = tuple(sorted({int(part) for part in (drop.split(",") if isinstance(drop, str) else drop)}))
     except ValueError:
@@ -129,11 +125,6 @@ def worst_first(scores: Sequence[float], fixed: Collection[int], *, of_depth: bo
     """
     free = [at for at in range(len(scores)) if at not in fixed]
     return free[::-1] if of_depth else sorted(free, key=lambda at: (scores[at], -at))
-
-
-def first(number: int) -> Decision:
-    """Keep the first layers."""
-    return Decision(tuple(range(number)))
 
 
 def without(dropped: Collection[int], number: int) -> Decision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peftc.errors import ClassesError, DataError, PlanError, UsageError
@@ -19,6 +20,37 @@ from peftc.training.objectives import OBJECTIVES
 from peftc.training.samples import Samples
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
+
+
+@dataclass
+class Work:
+    """What there is to decide on.
+
+    Attributes:
+        stored: the model as it is stored.
+        runs: the same, ready to run.
+        names: its layers.
+        score, given: what to score them by, and on what.
+        asked: how many, or which.
+        batch_size: samples at once; that of the task when None.
+        stability: repeat the score.
+        seed: of repeats.
+    """
+
+    stored: Model
+    runs: Model
+    names: list[str]
+    score: Score | None
+    given: Samples | None
+    asked: Asked
+    batch_size: int | None = None
+    stability: bool = False
+    seed: int = 0
+
+    @property
+    def samples_at_once(self) -> int:
+        """The batch size."""
+        return self.batch_size or (self.given.task.batch_size if self.given and self.given.task else 16)
 
 
 def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
@@ -44,13 +76,7 @@ def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
 
 
 def samples_of(
-    model: Model,
-    data: str | None,
-    reading: Reading,
-    wanted: Score | None,
-    asked: Asked,
-    *,
-    trains: bool,
+    model: Model, data: str | None, reading: Reading, wanted: Score | None, asked: Asked, *, trains: bool
 ) -> Samples | None:
     """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from peftc.errors import PlanError
@@ -12,69 +11,14 @@ from peftc.models import layers
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.plans import depth
-from peftc.plans.depth import Asked, Decision
-from peftc.pruning import evidence as layer_evidence
-from peftc.pruning import losses
+from peftc.plans.depth import Decision
+from peftc.pruning import evidence, losses
 from peftc.pruning import scores as layer_scores
-from peftc.pruning.evidence import Decided, Evidence
+from peftc.pruning.asked import Work
+from peftc.pruning.evidence import Choice
 from peftc.pruning.losses import Removal, Trial
 from peftc.pruning.scores import Score, Seen
 from peftc.report import Cell, Report, Table
-from peftc.training.samples import Samples
-
-
-@dataclass
-class Work:
-    """What there is to decide on.
-
-    Attributes:
-        stored: the model as it is stored.
-        runs: the same, ready to run.
-        names: its layers.
-        score, given: what to score them by, and on what.
-        asked: how many, or which.
-        batch_size: samples at once; that of the task when None.
-        stability: repeat the score.
-        seed: of repeats.
-    """
-
-    stored: Model
-    runs: Model
-    names: list[str]
-    score: Score | None
-    given: Samples | None
-    asked: Asked
-    batch_size: int | None = None
-    stability: bool = False
-    seed: int = 0
-
-    @property
-    def samples_at_once(self) -> int:
-        """The batch size."""
-        return self.batch_size or (self.given.task.batch_size if self.given and self.given.task else 16)
-
-
-@dataclass
-class Choice:
-    """Which layers stay, and why.
-
-    Attributes:
-        decision: which.
-        fixed: layers that stay whatever their score.
-        scores: one per layer; empty without a score.
-        seen: of the forward pass; None where there was none.
-        gone: layers in the order in which they were left out, where that was measured.
-        measured: what quality was measured, and on what.
-        evidence: what speaks for and against.
-    """
-
-    decision: Decision
-    fixed: list[int]
-    scores: list[float] = field(default_factory=list)
-    seen: Seen | None = None
-    gone: list[Removal] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
-    evidence: Evidence = field(default_factory=Evidence)
 
 
 def choose(work: Work, report: Report) -> Choice:
@@ -107,9 +51,8 @@ def choose(work: Work, report: Report) -> Choice:
     def decide(scores: Sequence[float], score: Score) -> Decision:
         return _decision(work, scores, score, fixed, gone).with_(fixed)
 
-    case = Decided(work.runs, work.names, fixed, work.score, found, seen, decision, decide)
     if not asked.drop:
-        choice.evidence = layer_evidence.gather(case, stability=work.stability, seed=work.seed)
+        evidence.gather(work, choice, work.score, decide)
     return choice
 
 
@@ -167,7 +110,7 @@ def _decision(
     if gone or asked.within_drop is not None:
         return Decision(tuple(at for at in range(number) if at not in {each.layer for each in gone}))
     if score.is_of_depth:
-        return depth.first(asked.keep or number)
+        return Decision(tuple(range(asked.keep or number)))
     return depth.best(found, asked.keep or number, fixed)
 
 
@@ -212,7 +155,7 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
     for at, name in enumerate(work.names):
         score = scores[at] if scores and math.isfinite(scores[at]) else None
         margin = scores[at] - threshold if scores and threshold is not None else None
-        kept, close = at in decision.kept, at in choice.evidence.unsure
+        kept, close = at in decision.kept, at in choice.unsure
         rows.append({"number": at, "name": name, "score": score, "margin": margin, "kept": kept, "close": close})
         fate = "kept" if kept else f"dropped as number {went[at]}" if at in went else "dropped"
         distance = "" if margin is None else f"{margin:+.3f}" + (" close" if close else "")
@@ -222,13 +165,13 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
         "alpha": work.asked.alpha,
         "threshold": threshold,
         "layers": rows,
-        "agreement": choice.evidence.agreement,
-        "stability": choice.evidence.repeats,
+        "agreement": choice.agreement,
+        "stability": choice.repeats,
     }
     report.data |= {"measured": choice.measured} if choice.measured else {}
     columns = ["", "layer", work.score.word if work.score else "", "to threshold" if threshold is not None else "", ""]
     report.tables.append(Table("layers", columns, shown))
-    report.tables += layer_evidence.tables(choice.evidence, decision, number)
+    report.tables += evidence.tables(choice, number)
     report.notes.append(f"{len(decision.kept)} of {number} layers kept")
     if threshold is not None:
         report.notes.append(
@@ -240,5 +183,5 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
             f"{known['metric']} without any training: {known['before']:.4g} before, {known['after']:.4g} after, on the "
             f"{known['samples']} samples that decided"
         )
-    doubt = layer_evidence.doubt(choice.evidence, work.names)
+    doubt = evidence.doubt(choice, work.names)
     report.warnings += [doubt] if doubt else []

@@ -26,7 +26,7 @@ from peftc.models.model import Model, detached
 from peftc.models.place import moved, place_of, runnable, solver_device
 from peftc.models.shorten import Shorter
 from peftc.nn import surgery
-from peftc.pruning.choice import Work
+from peftc.pruning.asked import Work
 from peftc.pruning.scores import is_channels_last, tokens_of
 from peftc.report import Report, Table
 
@@ -49,19 +49,6 @@ class Gap:
     before: str | None
     last: str
     number: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a map is folded in.
-
-    Attributes:
-        name: of the linear module, in the shorter network.
-        scale: (width,), what the layer multiplies its output by before it adds it.
-    """
-
-    name: str
-    scale: Tensor
 
 
 class Moments:
@@ -134,14 +121,15 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
         if found is None:
             row["why"] = f"what `{now}` gives is no sum that a linear module of it adds to"
             continue
-        fitted, checked = _collect(work, runs, now, gap.last, found)
-        change = _fit(fitted, checked, shift=runs.module.get_submodule(found.name).bias is not None)
-        row |= {"into": gap.before + found.name[len(now) :], "left": 1.0}  # as the whole network calls it
+        name, scale = found
+        fitted, checked = _collect(work, runs, (now, gap.last), name, scale)
+        change = _fit(fitted, checked, shift=runs.module.get_submodule(name).bias is not None)
+        row |= {"into": gap.before + name[len(now) :], "left": 1.0}  # as the whole network calls it
         if change is None:
             row["why"] = "no map is better than none on samples that it was not fitted on"
         else:
             row["left"], weight, bias = change
-            _fold(shorter.model, runs, found.name, weight, bias)
+            _fold((shorter.model, runs), name, weight, bias)
     report.data["repair"] = rows
     if gaps and all(row["into"] is None for row in rows):
         raise PlanError(
@@ -185,10 +173,13 @@ def _shapes(work: Work) -> dict[str, Any]:
     return shapes
 
 
-def _site(runs: Model, layer: str, work: Work) -> Site | None:
+def _site(runs: Model, layer: str, work: Work) -> tuple[str, Tensor] | None:
     """Return the last linear module of a layer whose output goes straight into what the layer gives, or None.
 
     It is found by what it does: nudge its output, and the layer's output moves by that, or by a fixed multiple.
+
+    Returns:
+        its name in the shorter network, and (width,) what the layer multiplies its output by before it adds it.
     """
     assert work.given is not None
     batch = moved(runs, work.given.train.batch(range(min(2, len(work.given.train)))).inputs)
@@ -198,7 +189,7 @@ def _site(runs: Model, layer: str, work: Work) -> Site | None:
         if type(linear) is nn.Linear and owners[id(linear.weight)] == 1:
             scale = _answer(runs, layer, linear, batch)
             if scale is not None:
-                return Site(f"{layer}.{leaf}" if leaf else layer, scale)
+                return f"{layer}.{leaf}" if leaf else layer, scale
     return None
 
 
@@ -231,11 +222,12 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
     return scale if largest > FAINT and apart <= CLOSE * largest else None
 
 
-def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tuple[Moments, Moments]:
+def _collect(work: Work, runs: Model, around: tuple[str, str], name: str, scale: Tensor) -> tuple[Moments, Moments]:
     """Run the samples through both networks; return the sums over those to fit and those to check."""
+    before, last = around
     given = work.given
     assert given is not None
-    linear: Any = runs.module.get_submodule(site.name)
+    linear: Any = runs.module.get_submodule(name)
     place = place_of(runs.module)
     fitted, checked = (Moments(linear.in_features, linear.out_features, solver_device(place)) for _ in range(2))
     hidden: list[Tensor] = []
@@ -245,7 +237,7 @@ def _collect(work: Work, runs: Model, before: str, last: str, site: Site) -> tup
         return lambda _name, _before, after: wanted.update({key: tokens_of(after, is_channels_last(runs))})
 
     counts = _tokens_that_count(work, runs, before)
-    scale = torch.where(site.scale.abs() > 1e-6, site.scale, torch.full_like(site.scale, torch.inf)).to(place)
+    scale = torch.where(scale.abs() > 1e-6, scale, torch.full_like(scale, torch.inf)).to(place)
     number = len(given.train)
     with (
         layers.tapped(work.runs.module, [last], saw("whole")),
@@ -304,9 +296,9 @@ def _fit(fitted: Moments, checked: Moments, *, shift: bool) -> tuple[float, Tens
     return errors[ridge], *fitted.with_(checked).solve(ridge, shift=shift)
 
 
-def _fold(stored: Model, runs: Model, name: str, weight: Tensor, bias: Tensor) -> None:
+def _fold(models: Sequence[Model], name: str, weight: Tensor, bias: Tensor) -> None:
     """Add a map to a linear module of both networks, as new tensors: the old ones belong to the whole network too."""
-    for model in (stored, runs):
+    for model in models:
         linear: Any = model.module.get_submodule(name)
         changes = {"weight": weight, **({} if linear.bias is None else {"bias": bias})}
         for leaf, change in changes.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from peftc.errors import DataError, UsageError
-from peftc.models.model import Model
 from peftc.plans import depth
 from peftc.plans.depth import NOISE, Decision
 from peftc.pruning import scores as layer_scores
+from peftc.pruning.asked import Work
+from peftc.pruning.losses import Removal
 from peftc.pruning.scores import Score, Seen
 from peftc.report import Table
 from peftc.tasks.sentences import spearman
@@ -31,10 +32,16 @@ Decide = Callable[[Sequence[float], Score], Decision]
 
 
 @dataclass
-class Evidence:
-    """What was found beside the scores.
+class Choice:
+    """Which layers stay, why, and what was found beside the scores.
 
     Attributes:
+        decision: which.
+        fixed: layers that stay whatever their score.
+        scores: one per layer; empty without a score.
+        seen: of the forward pass; None where there was none.
+        gone: layers in the order in which they were left out, where that was measured.
+        measured: what quality was measured, and on what.
         agreement: per other score: rank correlation over layers, share of the dropped layers that it would drop, and
             how many layers it would keep by the same rule.
         repeats: per repeat: what it is, scores, margins to its threshold, and how many layers stay; or why there is
@@ -42,6 +49,12 @@ class Evidence:
         unsure: layers whose side of the threshold is within the noise, or differs between repeats.
     """
 
+    decision: Decision
+    fixed: list[int]
+    scores: list[float] = field(default_factory=list)
+    seen: Seen | None = None
+    gone: list[Removal] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     repeats: list[dict[str, Any]] = field(default_factory=list)
     unsure: list[int] = field(default_factory=list)
@@ -60,66 +73,43 @@ def refuse_unrepeatable(score: Score | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Decided:
-    """A decision, and what it was made on.
-
-    Attributes:
-        model: runnable.
-        names: its layers.
-        fixed: those that stay whatever their score.
-        score, scores: which, and one per layer.
-        seen: of the forward pass; None where no sample was looked at.
-        decision: what came of them.
-        decide: (scores, score) -> what would come of others.
-    """
-
-    model: Model
-    names: Sequence[str]
-    fixed: Sequence[int]
-    score: Score
-    scores: Sequence[float]
-    seen: Seen | None
-    decision: Decision
-    decide: Decide
-
-
-def gather(case: Decided, *, stability: bool, seed: int) -> Evidence:
-    """Compare a decision with what other scores would decide, and repeat it where that was asked for.
+def gather(work: Work, choice: Choice, score: Score, decide: Decide) -> None:
+    """Compare a choice with what other scores would decide, and repeat it where that was asked for.
 
     Args:
-        case: the decision.
-        stability: repeat the score with other seeds and on halves of the samples.
-        seed: of the halves.
+        work: the layers, and whether to repeat the score with other seeds and on halves of the samples.
+        choice: gets what was found.
+        score: that it was made by.
+        decide: (scores, score) -> what would come of others.
     """
-    found = Evidence(unsure=case.decision.close(case.scores), agreement=list(_agreement(case)))
-    if stability and case.seen is not None:
-        found.repeats = list(_repeats(case, case.seen, seed))
-        found.unsure = sorted({*found.unsure, *_flipping(case, found.repeats)})
-    return found
+    choice.agreement = list(_agreement(work, choice, score, decide))
+    choice.unsure = choice.decision.close(choice.scores)
+    if work.stability and choice.seen is not None:
+        choice.repeats = list(_repeats(work, choice.seen, score, decide))
+        choice.unsure = sorted({*choice.unsure, *_flipping(choice)})
 
 
-def _agreement(case: Decided) -> Iterator[dict[str, Any]]:
+def _agreement(work: Work, choice: Choice, score: Score, decide: Decide) -> Iterator[dict[str, Any]]:
     """Yield how other scores order the layers, and which they would drop at the same number."""
-    dropped = set(range(len(case.names))) - set(case.decision.kept)
+    dropped = set(range(len(work.names))) - set(choice.decision.kept)
     for name in CHEAP:
         other = layer_scores.named(name, {})
-        lacking = other.reads_data and (case.seen is None or ("labels" in other.needs and not case.seen.labels))
-        if name == case.score.name or lacking:
+        lacking = other.reads_data and (choice.seen is None or ("labels" in other.needs and not choice.seen.labels))
+        if name == score.name or lacking:
             continue
         try:
-            theirs = layer_scores.scores(case.model, case.names, other, case.seen)
+            theirs = layer_scores.scores(work.runs, work.names, other, choice.seen)
         except DataError:
             continue
-        order = depth.worst_first(theirs, case.fixed, of_depth=other.is_of_depth)
+        order = depth.worst_first(theirs, choice.fixed, of_depth=other.is_of_depth)
         same = dropped & set(order[: len(dropped)])
         kept = None
-        if case.decision.threshold is not None and other.is_of_depth:  # by the same share of its last
+        if choice.decision.threshold is not None and other.is_of_depth:  # by the same share of its last
             with contextlib.suppress(DataError):
-                kept = len(case.decide(theirs, other).kept)
+                kept = len(decide(theirs, other).kept)
         yield {
             "score": other.word,
-            "spearman": _spearman(case.scores, theirs),
+            "spearman": _spearman(choice.scores, theirs),
             "same": len(same) / len(dropped) if dropped else None,
             "kept": kept,
             "scores": [_number(each) for each in theirs],
@@ -139,25 +129,23 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _repeats(case: Decided, seen: Seen, seed: int) -> Iterator[dict[str, Any]]:
+def _repeats(work: Work, seen: Seen, score: Score, decide: Decide) -> Iterator[dict[str, Any]]:
     """Yield what other seeds and halves of the samples decide."""
-    parts = halves(seen, seed)
-    if case.score.has_map:
-        everything = torch.cat(parts).sort().values  # seen apart, so that the maps of the first stay
-        for other in SEEDS:
-            yield _repeat(f"seed {other}", case, case.score.seeded(other), seen.part(everything))
-    for number, rows in enumerate(parts, start=1):
-        yield _repeat(f"half {number} of the samples", case, case.score, seen.part(rows))
-
-
-def _repeat(what: str, case: Decided, score: Score, seen: Seen) -> dict[str, Any]:
-    try:
-        scores = layer_scores.scores(case.model, case.names, score, seen)
-        decision = case.decide(scores, score)
-    except DataError as error:
-        return {"what": what, "kept": None, "why": error.what}
-    margins = None if decision.threshold is None else [each - decision.threshold for each in scores]
-    return {"what": what, "kept": list(decision.kept), "scores": [_number(each) for each in scores], "margins": margins}
+    parts = halves(seen, work.seed)
+    everything = torch.cat(parts).sort().values  # seen apart, so that the maps of the first stay
+    seeded = {seed: replace(score, settings={**score.settings, "seed": seed}) for seed in SEEDS if score.has_map}
+    tries = [(f"seed {seed}", by, everything) for seed, by in seeded.items()]
+    tries += [(f"half {number} of the samples", score, rows) for number, rows in enumerate(parts, start=1)]
+    for what, by, rows in tries:
+        try:
+            scores = layer_scores.scores(work.runs, work.names, by, seen.part(rows))
+            decision = decide(scores, by)
+        except DataError as error:
+            yield {"what": what, "kept": None, "why": error.what}
+            continue
+        margins = None if decision.threshold is None else [each - decision.threshold for each in scores]
+        kept, found = list(decision.kept), [_number(each) for each in scores]
+        yield {"what": what, "kept": kept, "scores": found, "margins": margins}
 
 
 def halves(seen: Seen, seed: int) -> tuple[Tensor, Tensor]:
@@ -169,44 +157,44 @@ def halves(seen: Seen, seed: int) -> tuple[Tensor, Tensor]:
     return order[::2].sort().values, order[1::2].sort().values
 
 
-def _flipping(case: Decided, repeats: Sequence[dict[str, Any]]) -> set[int]:
+def _flipping(choice: Choice) -> set[int]:
     """Return the layers, but the last, that some repeat puts on the other side of its threshold."""
-    threshold = case.decision.threshold
+    threshold = choice.decision.threshold
     if threshold is None:
         return set()
     return {
         at
-        for repeat in repeats
+        for repeat in choice.repeats
         for at, margin in enumerate((repeat.get("margins") or [])[:-1])
-        if (margin >= 0) != (case.scores[at] >= threshold)
+        if (margin >= 0) != (choice.scores[at] >= threshold)
     }
 
 
-def tables(evidence: Evidence, decision: Decision, number: int) -> list[Table]:
+def tables(choice: Choice, number: int) -> list[Table]:
     """Return what people see of it."""
     found, others, repeats = [], [], []
-    for row in evidence.agreement:
+    for row in choice.agreement:
         correlation = "" if row["spearman"] is None else f"{row['spearman']:+.2f}"
         overlap = "" if row["same"] is None else f"{row['same']:.0%}"
         others.append([row["score"], correlation, overlap, "" if row["kept"] is None else row["kept"]])
     if others:
         found.append(Table("other scores", ["", "Spearman", "of the dropped", "would keep"], others))
-    for row in evidence.repeats:
+    for row in choice.repeats:
         if row["kept"] is None:
             repeats.append([row["what"], row["why"], ""])
         else:
-            same = list(row["kept"]) == list(decision.kept)
+            same = row["kept"] == list(choice.decision.kept)
             repeats.append([row["what"], len(row["kept"]), "the same" if same else "others"])
     if repeats:
-        title = f"repeats, where {len(decision.kept)} of {number} layers stay"
+        title = f"repeats, where {len(choice.decision.kept)} of {number} layers stay"
         found.append(Table(title, ["", "kept", ""], repeats))
     return found
 
 
-def doubt(evidence: Evidence, names: Sequence[str]) -> str | None:
+def doubt(choice: Choice, names: Sequence[str]) -> str | None:
     """Return a warning that names the layers on which another seed may decide otherwise; None where all are clear."""
-    if not evidence.unsure:
+    if not choice.unsure:
         return None
-    which = ", ".join(f"`{names[at]}`" for at in evidence.unsure)
-    how = "or on its other side in a repeat" if evidence.repeats else "where another seed may decide otherwise"
+    which = ", ".join(f"`{names[at]}`" for at in choice.unsure)
+    how = "or on its other side in a repeat" if choice.repeats else "where another seed may decide otherwise"
     return f"within {NOISE} of the threshold, {how}: {which}"

@@ -6,6 +6,7 @@ divergence from that in nats per sample.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,6 @@ class Trial:
     held: Held
     batch_size: int
     tried: int = 0
-    _batches: list[Batch] = field(default_factory=list)
     _whole: list[Tensor] = field(default_factory=list)
 
     def loss(self, dropped: Sequence[str] = ()) -> float:
@@ -56,7 +56,7 @@ class Trial:
         objective = objective_of(self.given)
         total = 0.0
         with layers.bypassed(self.model.module, dropped):
-            for at, batch in enumerate(self._read()):
+            for at, batch in enumerate(self._batches):
                 outputs = inputs.outputs(self.model, moved(self.model, batch.inputs))
                 if objective is not None:
                     total += float(objective(outputs, batch)) * len(batch.targets)
@@ -78,13 +78,11 @@ class Trial:
         with layers.bypassed(self.model.module, dropped):
             return samples.figures(self.model, self.given, self.held, self.batch_size)
 
-    def _read(self) -> list[Batch]:
-        if not self._batches:
-            lengths = self.held.encoded.lengths
-            own = None if lengths is None else [lengths[row] for row in self.held.rows]
-            runs = batches(own, len(self.held), self.batch_size)
-            self._batches = [self.given.mapped(self.held.batch(run)) for run in runs]
-        return self._batches
+    @functools.cached_property
+    def _batches(self) -> list[Batch]:
+        lengths = self.held.encoded.lengths
+        own = None if lengths is None else [lengths[row] for row in self.held.rows]
+        return [self.given.mapped(self.held.batch(run)) for run in batches(own, len(self.held), self.batch_size)]
 
 
 def objective_of(given: Samples) -> Callable[[Tensor, Batch], Tensor] | None:

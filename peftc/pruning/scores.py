@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -94,16 +94,6 @@ class Score:
         """Whether it is taken of a map of the features."""
         return self.name == "tsne_silhouette"
 
-    def seeded(self, seed: int) -> Score:
-        """Return the same score with another seed."""
-        return replace(self, settings={**self.settings, "seed": seed})
-
-    def of(self, statistics: Mapping[str, Any]) -> tuple[float, np.ndarray | None]:
-        """Return the score of one layer, and the map that it is taken of."""
-        if self.has_map:
-            return tsne_silhouette.with_map(**statistics, **self.settings)
-        return self.function(**statistics, **self.settings), None
-
 
 def named(name: str, settings: Mapping[str, Any]) -> Score:
     """Return the score of a name, as typed or as in the table.
@@ -130,16 +120,19 @@ def scores(model: Model, names: Sequence[str], score: Score, seen: Seen | None) 
         DataError, WeightError: as the score says.
     """
 
-    def statistics(name: str) -> dict[str, Any]:
+    def scored(name: str) -> tuple[float, np.ndarray | None]:
         if "weights" in score.needs:
             tensors = surgery.tensors_of(model.module.get_submodule(name)).values()
-            return {"weights": [each for each in tensors if each.ndim > 1]}
+            return score.function(weights=[each for each in tensors if each.ndim > 1], **score.settings), None
         assert seen is not None
-        return seen.of(name, score.needs)
+        statistics = seen.of(name, score.needs)
+        if score.has_map:
+            return tsne_silhouette.with_map(**statistics, **score.settings)
+        return score.function(**statistics, **score.settings), None
 
     with processes.together():
         mine = processes.share(names)
-        found = list(zip(mine, _at_once(lambda name: score.of(statistics(name)), mine, score.word), strict=True))
+        found = list(zip(mine, _at_once(scored, mine, score.word), strict=True))
     everything = dict(processes.gathered(found))
     if seen is not None and score.has_map:
         seen.maps = {name: everything[name][1] for name in names if everything[name][1] is not None}

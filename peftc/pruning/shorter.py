@@ -10,7 +10,7 @@ from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.models.shorten import Shorter
-from peftc.pruning.choice import Work
+from peftc.pruning.asked import Work
 from peftc.report import Report
 
 

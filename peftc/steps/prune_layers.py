@@ -32,8 +32,8 @@ from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import depth
 from peftc.pruning import choice as layer_choice
 from peftc.pruning import closing, evidence, scores
-from peftc.pruning.asked import layers_of, samples_of, score_of
-from peftc.pruning.choice import Choice, Work
+from peftc.pruning.asked import Work, layers_of, samples_of, score_of
+from peftc.pruning.evidence import Choice
 from peftc.pruning.scores import Seen
 from peftc.pruning.shorter import shorter_of
 from peftc.report import Report, gate_size, size_table

@@ -39,8 +39,9 @@ from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading, Recipe
 from peftc.plans import depth
 from peftc.plans.depth import Asked
-from peftc.pruning import choice, closing, losses
+from peftc.pruning import closing, evidence, losses
 from peftc.pruning import scores as layer_scores
+from peftc.pruning.asked import Work
 from peftc.pruning.losses import Trial
 from peftc.report import Report
 from peftc.training import imitation, samples
@@ -175,7 +176,7 @@ def again(
     """Close the gaps of each choice, and train each again for a quarter of the epochs, at the same number of layers."""
     for word in ("top", "bottom") if asked.brief else left:
         kept = left[word][number]
-        work = choice.Work(stored, runs, names, None, given, Asked(drop=(0,)), 50)
+        work = Work(stored, runs, names, None, given, Asked(drop=(0,)), 50)
         shorter = shorten.shorten(stored, names, [names[at] for at in kept])
         figures = {"open": accuracy(shorter.model)}
         learnt = train(shorter.model, given, asked.train, asked.seed, asked.epochs / 4)
@@ -288,6 +289,7 @@ def cost(asked: argparse.Namespace) -> None:
     score = layer_scores.named("tsne-silhouette", {})
     seen = layer_scores.see(runs, given, names, 32)
     features = [seen.of(name, ("features",))["features"].numpy() for name in names]
+    work = Work(runs, runs, names, score, given, Asked(alpha=0.3), 32)
 
     def forward() -> None:
         for at in range(0, IMAGES, 32):
@@ -302,10 +304,8 @@ def cost(asked: argparse.Namespace) -> None:
         again = layer_scores.see(runs, given, names, 32)
         found = layer_scores.scores(runs, names, score, again)
         decision = depth.above_threshold(found, 0.3) if found[-1] > 0 else depth.Decision(())
-        case = choice.Decided(
-            runs, names, [], score, found, again, decision, lambda scores, _: depth.above_threshold(scores, 0.3)
-        )
-        choice.layer_evidence.gather(case, stability=False, seed=0)
+        choice = evidence.Choice(decision, [], found, again)
+        evidence.gather(work, choice, score, lambda scores, _: depth.above_threshold(scores, 0.3))
 
     calls = {"bare": bare, "ours": ours, "bare again": bare}
     for number in range(asked.rounds):

@@ -39,7 +39,7 @@ def test_scores_that_say_nothing_are_refused(last: float) -> None:
 def test_layers_within_the_noise_of_the_threshold_are_named() -> None:
     found = depth.above_threshold([0.1, 0.28, 0.34, 0.6, 1.0], 0.3)
     assert found.close([0.1, 0.28, 0.34, 0.6, 1.0]) == [1]
-    assert depth.first(2).close([0.1, 0.1]) == []
+    assert depth.Decision((0, 1)).close([0.1, 0.1]) == []
 
 
 def test_the_best_stay_in_their_order_the_earlier_of_equals_and_fixed_ones_first() -> None:

@@ -18,10 +18,12 @@ from peftc.methods.importance.tsne_silhouette import tsne_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
 from peftc.options import Reading
-from peftc.plans.depth import NOISE, Decision
+from peftc.plans.depth import NOISE, Asked, Decision
 from peftc.pruning import evidence
 from peftc.pruning import losses as layer_losses
 from peftc.pruning import scores as layer_scores
+from peftc.pruning.asked import Work
+from peftc.pruning.evidence import Choice
 from peftc.pruning.losses import Trial
 from peftc.store import maps
 from peftc.tasks.unlabelled import divergence
@@ -266,15 +268,13 @@ def test_halves_are_all_samples_once_and_have_every_class() -> None:
 
 def test_layers_near_the_threshold_or_beyond_it_in_a_repeat_are_named(vit: Path) -> None:
     scores = [0.1, 0.3 + NOISE / 2, 0.6, 1.0]
-    case = evidence.Decided(
-        load.load(vit), NAMES, [], layer_scores.named("silhouette", {}), scores, None, Decision((0, 1), 0.3),
-        lambda *_: Decision((0,), 0.3),
-    )  # fmt: skip
-    found = evidence.gather(case, stability=False, seed=0)
-    assert found.unsure == [1]
-    assert "`blocks.1`" in str(evidence.doubt(found, NAMES))
-    repeats = [{"margins": [-0.1, 0.1, -0.01, 0.7]}, {"margins": None}, {}]
-    assert evidence._flipping(case, repeats) == {2}
+    stored, score = load.load(vit), layer_scores.named("silhouette", {})
+    work, choice = Work(stored, stored, NAMES, score, None, Asked()), Choice(Decision((0, 1), 0.3), [], scores)
+    evidence.gather(work, choice, score, lambda *_: Decision((0,), 0.3))
+    assert choice.unsure == [1]
+    assert "`blocks.1`" in str(evidence.doubt(choice, NAMES))
+    choice.repeats = [{"margins": [-0.1, 0.1, -0.01, 0.7]}, {"margins": None}, {}]
+    assert evidence._flipping(choice) == {2}
 
 
 def test_rank_correlation_and_overlap_are_those_of_their_definition(vit: Path, images: str) -> None:

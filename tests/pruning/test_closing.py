@@ -17,7 +17,8 @@ from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import surgery
 from peftc.options import Reading
 from peftc.plans.depth import Asked
-from peftc.pruning import choice, closing
+from peftc.pruning import closing
+from peftc.pruning.asked import Work
 from peftc.pruning.closing import Gap, Moments
 from peftc.report import Report
 from peftc.training import samples
@@ -40,10 +41,10 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(model: Path, data: Path, **settings: Any) -> choice.Work:
+def work(model: Path, data: Path, **settings: Any) -> Work:
     stored, runs = load.load(model), load.load(model)
     given = samples.read(runs, str(data), Reading(**settings), labels=True, held_out=0)
-    return choice.Work(stored, runs, layers.layers(runs), None, given, Asked(drop=(1,)), 16)
+    return Work(stored, runs, layers.layers(runs), None, given, Asked(drop=(1,)), 16)
 
 
 def changed(before: Path, after: Path, renamed: dict[str, str]) -> set[str]:
@@ -159,8 +160,8 @@ def test_the_place_to_fold_is_found_by_what_it_does(tmp_path: Path, images: str)
     base = save_timm(tmp_path / "scaled", "vit_tiny_patch16_224", arguments, INPUT)
     done = work(base, images)
     found = closing._site(done.runs, "blocks.1", done)
-    assert found is not None and found.name == "blocks.1.mlp.fc2"
-    torch.testing.assert_close(found.scale, torch.full((32,), 0.5), atol=1e-3, rtol=0)
+    assert found is not None and found[0] == "blocks.1.mlp.fc2"
+    torch.testing.assert_close(found[1], torch.full((32,), 0.5), atol=1e-3, rtol=0)
     (tmp_path / "conv").mkdir()
     shape = {"dims": (8, 16, 24, 32), "num_classes": 5}
     done = work(save_timm(tmp_path / "conv", "convnext_atto", shape, INPUT), images)
@@ -271,7 +272,7 @@ def test_a_stack_is_not_closed_from_another(tmp_path: Path) -> None:
     save_transformers(tmp_path / "base", "T5ForConditionalGeneration", decoder_start_token_id=0, **sizes)
     stored = load.load(tmp_path / "base")
     names = layers.layers(stored)
-    done = choice.Work(stored, stored, names, None, None, Asked(drop=(2,)), 4)
+    done = Work(stored, stored, names, None, None, Asked(drop=(2,)), 4)
     (gap,) = closing._gaps(names, [name for name in names if name != "decoder.block.0"], closing._shapes(done))
     assert gap == Gap("encoder.block.1", "decoder.block.0", 1)
     shapes = closing._shapes(done)
