@@ -57,10 +57,9 @@ class Lanes:
     def running(self, name: str, *, scatter: bool) -> Running:
         """Return a running sum over all lanes."""
         found: Running | None = None
-        for number, note in enumerate(self.notes):
+        for file, note in zip(self.files, self.notes, strict=True):  # tensors are windows on a file
             if name not in note["counts"]:
                 continue
-            file = self.files[number]  # tensors are windows on it
             kept = file.get_tensor(f"scatter:{name}").to(self.device, torch.float64) if scatter else None
             mean = file.get_tensor(f"mean:{name}").to(self.device)
             one = Running(len(mean), kept, mean, note["counts"][name])

@@ -10,7 +10,7 @@ import ctypes
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftc.calibration import hooks
-from peftc.calibration.hooks import Collector, Site
+from peftc.calibration.hooks import Collector
 from peftc.errors import PlanError, UsageError
 from peftc.models.model import Model
 from peftc.models.place import place_of
@@ -33,41 +33,18 @@ PROCESS = 500_000_000  # bytes that Python and its libraries hold, at most as a 
 SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 SMALL = 1 << 16  # bytes; what is larger goes back to the system when it is freed
-Run = Callable[[Collector, list[int]], None]
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How a calibration goes through its set.
-
-    Attributes:
-        batch_size: samples at once.
-        groups: names of the modules whose sums are collected in each pass.
-    """
-
-    batch_size: int
-    groups: list[list[str]]
-
-
-def limit(text: str | float | None) -> int | None:
-    """Read ``--max-memory``: bytes, or a number with a unit.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    try:
-        return None if text is None else scaled(str(text), SIZES)
-    except ValueError as error:
-        raise UsageError(f"`--max-memory {text}` {error}", hint="write it as `--max-memory 8GB`") from None
 
 
 def bounded(model: Model, max_memory: str | float | None) -> Model:
     """Return a model that remembers what running it may take; what is freed goes back to the system from now on.
 
     Raises:
-        UsageError: it is no number of bytes.
+        UsageError: that is no number of bytes, with a unit or without.
     """
-    found = replace(model, max_memory=limit(max_memory))
+    try:
+        found = replace(model, max_memory=None if max_memory is None else scaled(str(max_memory), SIZES))
+    except ValueError as error:
+        raise UsageError(f"`--max-memory {max_memory}` {error}", hint="write it as `--max-memory 8GB`") from None
     return_freed(found)
     return found
 
@@ -90,45 +67,48 @@ def return_freed(model: Model) -> None:
 
 
 def planned(
-    model: Model,
-    sites: Mapping[str, Site],
-    needs: Sequence[str],
-    order: Sequence[int],
-    batch_size: int,
-    run: Run,
-    folder: Path,
-) -> Passes:
-    """Return how to calibrate within the memory of a model; what was decided before in ``folder`` stays.
+    collector: Collector, order: Sequence[int], batch_size: int, run: Callable[[list[int]], None], folder: Path
+) -> tuple[int, list[list[str]]]:
+    """Return how many samples to calibrate on at once, and the names of the modules that each pass is over.
+
+    All of it fits into the memory of the model; what was decided before in ``folder`` stays.
 
     Args:
-        model: runnable.
-        sites: what is collected.
-        needs: statistics to collect.
+        collector: of what is asked for; it keeps nothing.
         order: of the samples, longest last.
         batch_size: samples at once, at most.
-        run: a pass over some samples as one batch, watched by a collector.
+        run: a pass over some samples as one batch, watched by the collector.
         folder: of the job.
 
     Raises:
         PlanError: one sample at a time and one module per pass take more.
     """
+    model = collector.model
     if model.max_memory is None:
-        return Passes(batch_size, [list(sites)])
+        return batch_size, [list(collector.sites)]
     path = folder / FILE
     if path.is_file():
-        return Passes(**json.loads(path.read_text(encoding="utf-8")))
-    collector = Collector(model, sites, needs, keep=False)
-    one, two = (_footprint(model, lambda n=n: run(collector, list(order[-n:]))) for n in (1, 2))  # type: ignore[misc]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["batch_size"], found["groups"]
+    highest = []
+    for samples in (1, 2):
+        with _Held(model.module) as held:
+            run(list(order[-samples:]))
+        return_freed(model)
+        highest.append(held.highest)
+    one, two = highest
     each = max(two - one, one // 8, 1)
-    found = _fitted(model, _units(sites, needs), max(one - each, 0), each, batch_size)
-    artifact.write_json(path, asdict(found))
-    return found
+    batch_size, groups = _fitted(model, _units(collector), max(one - each, 0), each, batch_size)
+    artifact.write_json(path, {"batch_size": batch_size, "groups": groups})
+    return batch_size, groups
 
 
-def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int, each: int, batch_size: int) -> Passes:
+def _fitted(
+    model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int, each: int, batch_size: int
+) -> tuple[int, list[list[str]]]:
     """Choose the batch size, then fill one pass after another."""
     assert model.max_memory is not None
-    own = _held(place_of(model.module))
+    own = held_before(place_of(model.module))
     free = int((model.max_memory - own) * SPARE)
     total, largest = (function(size for _, size in units.values()) for function in (sum, max))
     if fixed + each + largest > free:
@@ -141,7 +121,7 @@ def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int
             hint=f"ask for `--max-memory {-(-needed // 10**6)}MB`, or take shorter samples",
         )
     if fixed + batch_size * each + total <= free:
-        return Passes(batch_size, [[name for names, _ in units.values() for name in names]])
+        return batch_size, [[name for names, _ in units.values() for name in names]]
     room = min(free - largest, max(free // 2, fixed + each))
     batch_size = max(1, min(batch_size, (room - fixed) // each))
     left = free - fixed - batch_size * each
@@ -153,37 +133,14 @@ def _fitted(model: Model, units: Mapping[str, tuple[list[str], int]], fixed: int
             taken = 0
         groups[-1] += names
         taken += size
-    return Passes(batch_size, groups)
+    return batch_size, groups
 
 
-def refuse_unsolvable(model: Model, device: torch.device, needed: Mapping[str, int]) -> None:
-    """Refuse a memory in which a module cannot be factored, even alone.
-
-    Args:
-        model: with the limit.
-        device: where the modules are factored.
-        needed: bytes that the solver takes for each.
-
-    Raises:
-        PlanError: with the memory that is needed.
-    """
-    if model.max_memory is None or not needed:
-        return
-    name = max(needed, key=lambda each: needed[each])
-    own, solver = _taken(device), int(needed[name] / SPARE)
-    if own + solver > model.max_memory:
-        enough = -(-(_held(device) + solver) // 10**7) * 10
-        raise PlanError(
-            f"`--max-memory` {bytes_text(model.max_memory)} is too little to factor `{name}`",
-            why=f"solving it takes {bytes_text(needed[name])}, and {bytes_text(own)} is held before",
-            hint=f"ask for `--max-memory {enough}MB`, or leave it dense: `--skip {name}`",
-        )
-
-
-def _units(sites: Mapping[str, Site], needs: Sequence[str]) -> dict[str, tuple[list[str], int]]:
+def _units(collector: Collector) -> dict[str, tuple[list[str], int]]:
     """Return, by leader, the modules that are collected together and the bytes of their sums."""
     units: dict[str, tuple[list[str], int]] = {}
-    for name, site in sites.items():
+    needs = collector.needs
+    for name, site in collector.sites.items():
         out, in_ = hooks.matrix_shape(site.target)
         names, size = units.get(site.leader, ([], 0))
         width = {"input": in_ if name == site.leader else 0, "output": out}[site.side]
@@ -194,13 +151,12 @@ def _units(sites: Mapping[str, Site], needs: Sequence[str]) -> dict[str, tuple[l
     return units
 
 
-def _held(device: torch.device) -> int:
+def held_before(device: torch.device) -> int:
     """Return the bytes that are taken before anything is collected, in coarse steps, to decide the same again."""
-    taken = _taken(device)
-    return taken if device.type == "cuda" else -(-taken // 100_000_000) * 100_000_000
+    return taken(device) if device.type == "cuda" else -(-taken(device) // 100_000_000) * 100_000_000
 
 
-def _taken(device: torch.device) -> int:
+def taken(device: torch.device) -> int:
     """Return the bytes that are taken now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -212,16 +168,8 @@ def _taken(device: torch.device) -> int:
     return max(PROCESS, anonymous)
 
 
-def _footprint(model: Model, call: Callable[[], None]) -> int:
-    """Return the most bytes of tensors that a call makes and holds at once, the network's own apart."""
-    with _Held(model.module) as held:
-        call()
-    return_freed(model)
-    return held.highest
-
-
 class _Held(TorchDispatchMode):
-    """Counts the memory of the tensors that operations return, until it is given back."""
+    """Counts the memory of the tensors that operations return, the network's own apart, until it is given back."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

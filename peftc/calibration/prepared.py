@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peftc.calibration.memory import limit
 from peftc.data import Dataset, open_data
 from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
@@ -33,7 +32,6 @@ class Request:
         batch_size: samples at once.
         image_size, max_length: as for an evaluation.
         seed: of the choice of samples and of drawn predictions.
-        max_memory: bytes of anonymous memory, those of Python and its libraries included, or of the device.
     """
 
     data: str
@@ -44,19 +42,11 @@ class Request:
     image_size: int | None = None
     max_length: int | None = None
     seed: int = 0
-    max_memory: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UsageError: naming the option.
-        """
-        for option in ("samples", "tokens", "batch_size"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                name = option if option == "batch_size" else f"calibration_{option}"
-                raise UsageError(f"`--{name.replace('_', '-')}` is {value}", why="at least one is needed")
+        """Refuse a number out of range, of those that no group of options checks."""
+        if self.batch_size < 1:
+            raise UsageError(f"`--batch-size` is {self.batch_size}", why="at least one is needed")
 
     @classmethod
     def of(cls, data: str, reading: Reading, calibration: Calibration, batch_size: int = 8) -> Request:
@@ -70,12 +60,7 @@ class Request:
             reading.image_size,
             reading.max_length,
             reading.seed,
-            limit(calibration.max_memory),
         )
-
-    def asked(self) -> dict[str, Any]:
-        """Return what makes two calibrations the same question."""
-        return {key: value for key, value in asdict(self).items() if key != "max_memory" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,11 @@ class Prepared:
     labelled: bool
     notes: list[str]
 
+    def asked(self) -> dict[str, Any]:
+        """Return what makes two calibrations the same question."""
+        limit = self.model.max_memory
+        return {**asdict(self.request), **({} if limit is None else {"max_memory": limit})}
+
 
 def prepare(model: Model, request: Request, device: str, *, apart: bool = False) -> Prepared:
     """Open the calibration set, so that data that does not fit is refused before any work.
@@ -116,8 +106,7 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     Raises:
         DataError: the data cannot be read, or the model cannot read it.
     """
-    bounded = replace(model, module=detached(model.module), max_memory=request.max_memory)
-    subject = runnable(bounded, device=device)
+    subject = runnable(replace(model, module=detached(model.module)), device=device)
     subject.module.requires_grad_(False)  # of weights none is needed
     task = task_of(subject, request.task)
     encoded, dataset, labelled = _encode(subject, task, request, TRIED if apart else 0)

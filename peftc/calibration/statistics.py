@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftc import processes, progress
 from peftc.calibration import hooks, lanes
-from peftc.calibration.hooks import Collector, Found, Site, Sums
+from peftc.calibration.hooks import Collector, Found, Site
 from peftc.calibration.lanes import LANES, Lanes
 from peftc.calibration.memory import planned
 from peftc.calibration.prepared import Prepared, Request, prepare
@@ -146,7 +146,7 @@ def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequent
     if isinstance(source, Statistics):
         return {"statistics": {"collected": source.note["collected"]}}
     extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
-    return {"statistics": {"data": source.data, "request": source.request.asked()}, **extra}
+    return {"statistics": {"data": source.data, "request": source.asked()}, **extra}
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
@@ -191,17 +191,15 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     if note is None:
         order = [index for run in batches(encoded.lengths, encoded.size, 1) for index in run]
         sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1])))
+        collector, request = Collector(subject, sites, needs, keep=False), prepared.request
+        whole = replace(prepared, request=replace(request, tokens=None))
 
-        def run(collector: Collector, indices: list[int]) -> None:
-            _run_lane(prepared, [indices], collector, lambda _: False, lambda _: None)
+        def run(indices: list[int]) -> None:
+            _run_lane(whole, [indices], collector)
 
-        size = prepared.request.batch_size
-        chosen = processes.agreed(lambda: planned(subject, sites, needs, order, size, run, folder))
-        prepared = replace(prepared, request=replace(prepared.request, batch_size=chosen.batch_size))
-        if len(chosen.groups) == 1:
-            note = _pass(prepared, sites, needs, path, 0, None)
-        else:
-            note = _passes(prepared, sites, needs, path, chosen.groups)
+        size, groups = processes.agreed(lambda: planned(collector, order, request.batch_size, run, folder))
+        prepared = replace(prepared, request=replace(request, batch_size=size))
+        note = _passes(prepared, sites, needs, path, groups)
     return Statistics(path, note, list(note["notes"]), too_few(note))
 
 
@@ -209,6 +207,8 @@ def _passes(
     prepared: Prepared, sites: Mapping[str, Site], needs: Sequence[str], path: Path, groups: list[list[str]]
 ) -> dict[str, Any]:
     """Go through the calibration set once per group of sites, each into a file of its own; return the whole note."""
+    if len(groups) == 1:
+        return _pass(prepared, sites, needs, path, 0, None)
     notes: list[dict[str, Any]] = []
     modules: dict[str, dict[str, Any]] = {}
     for number, names in enumerate(groups):
@@ -228,12 +228,7 @@ def _pass(
 ) -> dict[str, Any]:
     """Sum over the calibration set, lane by lane, and write the statistics of some sites; return their note.
 
-    Args:
-        prepared, needs: as for `collect`.
-        sites: of this pass.
-        path: of the file.
-        number: of the pass, from 0.
-        first: note of the first pass, whose lanes this one's equal; None for the first itself.
+    The lanes of a pass see as many samples as those of the ``first``, whose note is given where it is another.
     """
     request, encoded = prepared.request, prepared.encoded
     runs = batches(encoded.lengths, encoded.size, request.batch_size)
@@ -243,8 +238,7 @@ def _pass(
         for lane in mine:
             if read_note(parts[lane]) is None:
                 collector = Collector(prepared.model, sites, needs)
-                enough = _enough(request.tokens, first["lanes"][lane] if first else None)
-                _run_lane(prepared, runs[lane::LANES], collector, enough, advance)
+                _run_lane(prepared, runs[lane::LANES], collector, first["lanes"][lane] if first else None, advance)
                 lanes.save(parts[lane], collector.sums)
             else:
                 for _ in runs[lane::LANES]:
@@ -263,29 +257,20 @@ def _pass(
     return processes.agreed(merge)
 
 
-def _enough(tokens: int | None, samples: int | None) -> Callable[[Sums], bool]:
-    """Return whether a lane has seen its share of the tokens, or as many samples as it had in an earlier pass."""
-
-    def enough(sums: Sums) -> bool:
-        if samples is not None or tokens is None:
-            return samples is not None and sums.samples >= samples
-        seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
-        return seen >= -(-tokens // LANES)
-
-    return enough
-
-
 def _run_lane(
     prepared: Prepared,
     runs: list[list[int]],
     collector: Collector,
-    enough: Callable[[Sums], bool],
-    advance: Callable[[str], None],
+    samples: int | None = None,
+    advance: Callable[[str], None] = lambda _: None,
 ) -> None:
-    model = prepared.model
+    """Run batches until so many samples are seen, as in an earlier pass, or else the lane's share of the tokens."""
+    model, tokens = prepared.model, prepared.request.tokens
     with collector.watching() as sums:
         for indices in runs:
-            if not enough(sums):
+            seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
+            enough = tokens is not None and seen >= -(-tokens // LANES)
+            if not (enough if samples is None else sums.samples >= samples):
                 batch = prepared.encoded.batch(indices)
                 collector.see(batch.inputs)
                 if collector.gradients:
@@ -360,7 +345,7 @@ def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepare
         "lanes": added.samples,
         "rows": rows,
         "data": prepared.data,
-        "request": prepared.request.asked(),
+        "request": prepared.asked(),
         "modules": modules,
         "notes": prepared.notes,
     }

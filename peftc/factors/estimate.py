@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.calibration import hooks
-from peftc.calibration.memory import refuse_unsolvable as refuse_memory
+from peftc.calibration import hooks, memory
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import DRAWS, Statistics
+from peftc.errors import PlanError
 from peftc.factors.factoring import Factoring
 from peftc.measure import costs
 from peftc.models.inputs import run
@@ -69,30 +69,42 @@ def solving(target: Target, needs: tuple[str, ...]) -> int:
 
 
 def refuse_unsolvable(work: Factoring) -> None:
-    """Refuse a `--max-memory` in which a module cannot be factored under statistics; plain methods take far less.
+    """Refuse a `--max-memory` in which a module cannot be factored under statistics, even alone.
+
+    Plain methods take far less.
 
     Raises:
         PlanError: with the memory that is needed.
     """
-    needs = work.factorize.needs
+    limit, needs = work.model.max_memory, work.factorize.needs
     needed = {name: solving(target, needs) for name, target in work.targets.items() if needs}
-    refuse_memory(work.model, work.device, needed)
+    if limit is None or not needed:
+        return
+    name = max(needed, key=lambda each: needed[each])
+    own, solver = memory.taken(work.device), int(needed[name] / memory.SPARE)
+    if own + solver > limit:
+        enough = -(-(memory.held_before(work.device) + solver) // 10**7) * 10
+        raise PlanError(
+            f"`--max-memory` {size(limit)} is too little to factor `{name}`",
+            why=f"solving it takes {size(needed[name])}, and {size(own)} is held before",
+            hint=f"ask for `--max-memory {enough}MB`, or leave it dense: `--skip {name}`",
+        )
 
 
 def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:
     """Add estimates of peak memory and seconds to the report of a dry run."""
     eigen, product, single = _rates(work.device)
-    needs, seconds, memory = work.factorize.needs, 0.0, 0
+    needs, seconds, peak = work.factorize.needs, 0.0, 0
     for target in work.targets.values():
         out, in_ = hooks.matrix_shape(target)
         seconds += sum(side**3 for side in eigenproblems(target, needs)) * eigen
         seconds += PRODUCTS * out * in_ * min(out, in_) * product
-        memory = max(memory, solving(target, needs))
+        peak = max(peak, solving(target, needs))
     if isinstance(source, Prepared):
         held, multiplied = _calibration(work, source)
-        memory = max(memory, held)
+        peak = max(peak, held)
         seconds += multiplied * single
-    found = {"peak_memory_bytes": int(float(f"{memory:.2g}")), "seconds": float(f"{seconds:.2g}")}
+    found = {"peak_memory_bytes": int(float(f"{peak:.2g}")), "seconds": float(f"{seconds:.2g}")}
     report.data["estimate"] = found
     report.notes.append(
         f"estimated for the real run, beside what its imports take: about {size(found['peak_memory_bytes'])} of memory "

@@ -81,8 +81,10 @@ def half_llama(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def collected(model: Path, text: str, folder: Path, needs: Any = NEEDS, **asked: Any) -> Statistics:
-    loaded = load.load(model)
+def collected(
+    model: Path, text: str, folder: Path, needs: Any = NEEDS, max_memory: int | None = None, **asked: Any
+) -> Statistics:
+    loaded = memory.bounded(load.load(model), max_memory)
     targets, _ = find_targets(loaded, conv_method="spatial", include=(), skip=())
     request = Request(text, samples=12, max_length=16, **asked)
     folder.mkdir(exist_ok=True)
@@ -122,7 +124,7 @@ def least_memory(model: Path, text: str, folder: Path, **asked: Any) -> int:
     assert "one sample takes" in str(refusal.value)
     words = str(refusal.value.hint).split("`")[1].split()
     assert words[0] == "--max-memory"
-    limit = memory.limit(words[1])
+    limit = memory.bounded(load.load(model), words[1]).max_memory
     assert limit is not None
     return limit
 
@@ -407,7 +409,7 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
 ) -> None:
     least = least_memory(tiny_llama, text, tmp_path / "none")
     model = load.load(tiny_llama)
-    prepared = prepare(model, Request(text, samples=12, max_length=16, max_memory=least), "cpu")
+    prepared = prepare(memory.bounded(model, least), Request(text, samples=12, max_length=16), "cpu")
     work = Factoring(model, find_targets(model, conv_method="spatial")[0], factorizer("kfac", "spatial", None,
                      with_data=True), torch.device("cpu"))  # fmt: skip
     (tmp_path / "tight").mkdir()
