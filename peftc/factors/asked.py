@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,23 @@ from peftc.options import Budgets
 from peftc.plans import plan as plans
 from peftc.plans.plan import Budget, Plan, Target
 from peftc.report import grouped
+
+APART = {  # options that cannot be combined, and why
+    ("joint", "keep_all_ranks"): "the ordered factors of a module are kept apart, so that each can be cut",
+    ("joint", "plan"): "a plan says itself which modules share a factor, under `joint`",
+    ("joint", "speedup"): "modules are timed one by one, and a shared factor is not the time of any one of them",
+    ("sequential", "keep_all_ranks"): "each module is fitted to the ranks of those before it",
+    ("sequential", "joint"): "the statistics of a group's members are not collected again",
+}
+
+
+def refuse_together(given: Mapping[str, Any]) -> None:
+    """Refuse two options that cannot be combined, among the parameters of a step; a UsageError names both."""
+    there = {name for name, value in given.items() if value is not None and value is not False}
+    for (one, other), why in APART.items():
+        if there >= {one, other}:
+            what = f"`--{one}` and `--{other.replace('_', '-')}` cannot be combined"
+            raise UsageError(what, why=why, hint="leave one of them out")
 
 
 def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_ranks: bool = False) -> Budget | None:

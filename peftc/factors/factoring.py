@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import processes, progress
-from peftc.calibration import hooks, memory
+from peftc.calibration import hooks, memory, statistics
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.errors import ArtifactError, MethodError, PeftcError
@@ -90,9 +90,10 @@ class Factoring:
         return Whole(total, work.macs)
 
     def calibrate(self, source: Prepared | Statistics, folder: Path, *, planned: bool = False) -> None:
-        """Take statistics, collected in ``folder`` where they are not there yet; see `joint.calibrated`."""
-        needs = self.factorize.needs
-        self.use(joint.calibrated(self.model, self.targets, source, needs, folder, planned=planned))
+        """Take statistics, of a group's members one by one, collected in ``folder`` where they are not there yet."""
+        known = statistics.obtain(source, joint.one_by_one(self.model, self.targets), self.factorize.needs, folder)
+        joint.take_apart(self.model, self.targets, known, planned=planned)
+        self.use(known)
         memory.return_freed(self.model)
 
     def use(self, known: Statistics) -> None:

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftc.calibration import statistics
 from peftc.calibration.hooks import Found
-from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
-from peftc.errors import PeftcError, PlanError, UsageError, named
+from peftc.errors import PeftcError, PlanError, named
 from peftc.factors.ranks import Ranks
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe
 from peftc.models.layers import registered
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.nn import lowrank, shared, surgery
-from peftc.plans.plan import Budget, Plan, Target
+from peftc.plans.plan import Plan, Target
 from peftc.report import grouped
 from peftc.store.artifact import Piece
 
@@ -34,25 +31,6 @@ FORMS = ("linear", "transposed")
 
 
 # -- which modules ----------------------------------------------------------------------------------------------------
-
-
-def refuse_with(asked: bool, *, keep_all_ranks: bool, plan: object, budget: Budget | None) -> None:
-    """Refuse what cannot go with ``--joint``.
-
-    Raises:
-        UsageError: naming the other option.
-    """
-    if not asked:
-        return
-    if keep_all_ranks:
-        other, why = "--keep-all-ranks", "the ordered factors of a module are kept apart, so that each can be cut"
-    elif plan is not None:
-        other, why = "--plan", "a plan says itself which modules share a factor, under `joint`"
-    elif budget is not None and budget.kind == "speedup":
-        other, why = "--speedup", "modules are timed one by one, and a shared factor is not the time of any one of them"
-    else:
-        return
-    raise UsageError(f"`--joint` and `{other}` cannot be combined", why=why, hint="leave one of them out")
 
 
 def arrange(model: Model, targets: dict[str, Target], plan: Plan | None, asked: bool) -> None:
@@ -162,16 +140,8 @@ def form_of(module: nn.Module) -> str:
 # -- their statistics and weights -------------------------------------------------------------------------------------
 
 
-def calibrated(
-    model: Model,
-    targets: dict[str, Target],
-    source: Prepared | Statistics,
-    needs: Sequence[str],
-    folder: Path,
-    *,
-    planned: bool = False,
-) -> Statistics:
-    """Return the statistics of all targets, of a group's members one by one; take apart groups that have none as one.
+def take_apart(model: Model, targets: dict[str, Target], known: Statistics, *, planned: bool) -> None:
+    """Put the members in the place of the groups of which there are no statistics as one.
 
     These are groups of few outputs, of which only the second moments of each member's outputs are kept, and members
     that read different tensors on the calibration set.
@@ -179,7 +149,6 @@ def calibrated(
     Raises:
         PlanError: such a group is ``planned``, with one rank for all.
     """
-    known = statistics.obtain(source, one_by_one(model, targets), needs, folder)
     apart = []
     arranged: dict[str, Target] = {}
     for name, target in targets.items():
@@ -197,7 +166,6 @@ def calibrated(
     if apart:
         listed = named(apart[:4]) + (" and others" if len(apart) > 4 else "")
         known.notes.append(f"factored apart, for want of statistics of the group's common input: the group of {listed}")
-    return known
 
 
 def statistics_of(known: Statistics, target: Target, device: torch.device) -> Found:

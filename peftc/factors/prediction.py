@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +34,9 @@ DIGITS = 4  # of a figure; the last ones of a loss depend on how its module was 
 MORE = "together they have lost 2 to 9 times that on trained models"
 
 Point = dict[str, Any]  # of the curve, JSON-ready
+Anchors = list[
+    tuple[float, float]
+]  # of plans that were tried: sum over modules and measured loss, both rising, above 0
 
 
 def unit_of(work: Factoring) -> str:
@@ -103,39 +105,28 @@ def _said(value: float, unit: str) -> str:
     return f"{value:g} relative squared error, the mean over the eligible modules"
 
 
-@dataclass(frozen=True)
-class Anchors:
-    """What plans lose as a whole against the sum of what their modules lose.
+def anchors_of(tried: Sequence[tuple[float, float]]) -> Anchors:
+    """Return the anchors of trials; one that lost less than a milder plan counts as much as that."""
+    kept: Anchors = []
+    for apart, measured in sorted(each for each in tried if min(each) > 0):
+        kept.append((apart, max(measured, kept[-1][1] if kept else 0.0)))
+    return kept
 
-    Attributes:
-        tried: (sum over modules, measured), both rising and above 0; empty where nothing was tried.
+
+def predicted(anchors: Anchors, apart: float) -> float:
+    """Return the expected loss of a plan, given the sum over its modules.
+
+    Between the trials it lies along lines in logarithms, beyond them in proportion; without any it is the sum itself.
     """
-
-    tried: Sequence[tuple[float, float]] = ()
-
-    @classmethod
-    def of(cls, tried: Sequence[tuple[float, float]]) -> Anchors:
-        """Return the anchors of trials; one that lost less than a milder plan counts as much as that."""
-        kept: list[tuple[float, float]] = []
-        for apart, measured in sorted(each for each in tried if min(each) > 0):
-            kept.append((apart, max(measured, kept[-1][1] if kept else 0.0)))
-        return cls(kept)
-
-    def predicted(self, apart: float) -> float:
-        """Return the expected loss of a plan: between the trials along lines in logarithms, beyond them in proportion.
-
-        Args:
-            apart: the sum over modules.
-        """
-        if not self.tried or not apart:
-            return apart
-        (low, first), (high, last) = self.tried[0], self.tried[-1]
-        if apart <= low:
-            return apart * first / low
-        if apart >= high:
-            return apart * last / high
-        sums, losses = np.log(self.tried).T
-        return float(np.exp(np.interp(math.log(apart), sums, losses)))
+    if not anchors or not apart:
+        return apart
+    (low, first), (high, last) = anchors[0], anchors[-1]
+    if apart <= low:
+        return apart * first / low
+    if apart >= high:
+        return apart * last / high
+    sums, losses = np.log(anchors).T
+    return float(np.exp(np.interp(math.log(apart), sums, losses)))
 
 
 def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None = None) -> tuple[Anchors, list[Point]]:
@@ -175,8 +166,8 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
             lost = processes.agreed(lambda trial=trial, ranks=ranks: trial.lost(ranks)).value  # type: ignore[misc]
             tried.append((apart, lost))
             points[-1]["measured"] = _rounded(lost)
-    anchors = Anchors.of(tried)
-    return anchors, [{**point, "predicted": _rounded(anchors.predicted(point["apart"]))} for point in points]
+    anchors = anchors_of(tried)
+    return anchors, [{**point, "predicted": _rounded(predicted(anchors, point["apart"]))} for point in points]
 
 
 def _rounded(value: float) -> float:
@@ -184,12 +175,7 @@ def _rounded(value: float) -> float:
 
 
 def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, trial: Trial | None) -> Anchors:
-    """Add the curve to a report, as figures and as a table; return how it was measured.
-
-    Args:
-        report: of `analyze`.
-        work, allocation, multiple, trial: as for `curve`.
-    """
+    """Add the curve to the report of `analyze`, as figures and as a table; return how it was measured."""
     anchors, points = curve(work, allocation, multiple, trial)
     unit, name, number = unit_of(work), work.factorize.name, len(work.targets)
     found = report.data["curve"] = {"unit": unit, "method": name, "allocation": allocation, "points": points}
@@ -199,7 +185,7 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
         rows.append([f"{one['ratio']:g}", f"{one['predicted']:.3g}", f"{one['factored']} of {number}", *sizes])
     title = f"predicted loss ({unit}) against ratio, {name}, {allocation}"
     report.tables.append(Table(title, ["ratio", "predicted", "factored", "parameters", "multiply-adds"], rows))
-    if anchors.tried and trial is not None:
+    if anchors and trial is not None:
         found["samples"] = trial.samples
         ratios = ", ".join(f"{one['ratio']:g}" for one in points if "measured" in one)
         report.notes.append(f"predicted losses: measured on {trial.samples} samples kept apart, at ratio {ratios}")
@@ -212,7 +198,7 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
 
 def add_read_off(report: Report, work: Factoring, ranks: Ranks, anchors: Anchors) -> float:
     """Say what a plan is predicted to lose, as the curve has it, and return it."""
-    value, unit = anchors.predicted(loss(work, ranks)), unit_of(work)
-    about = f"{_rounded(value):g} {unit}, read off the curve" if anchors.tried else _said(value, unit)
+    value, unit = predicted(anchors, loss(work, ranks)), unit_of(work)
+    about = f"{_rounded(value):g} {unit}, read off the curve" if anchors else _said(value, unit)
     report.notes.append(f"predicted loss of the plan: {about}")
     return _rounded(value)

@@ -39,24 +39,8 @@ class _Reached(Exception):
     """All modules of a stage have been called: the rest of the pass is of no use."""
 
 
-def refuse(source: object, needs: Sequence[str], *, keep_all_ranks: bool, joint: bool) -> None:
-    """Refuse a sequential fit that cannot be done.
-
-    Raises:
-        UsageError: there is no calibration set, the method looks at no inputs, or every rank would be wanted.
-    """
-    if keep_all_ranks:
-        raise UsageError(
-            "`--sequential` and `--keep-all-ranks` contradict each other",
-            why="each module is fitted to the ranks of those before it",
-            hint="leave one of them out",
-        )
-    if joint:
-        raise UsageError(
-            "`--sequential` and `--joint` cannot be combined yet",
-            why="the statistics of a group's members are not collected again",
-            hint="leave one of them out",
-        )
+def refuse(source: object, needs: Sequence[str]) -> None:
+    """Refuse, as UsageError, a sequential fit without a calibration set, or by a method that looks at no inputs."""
     if not isinstance(source, Prepared) or not set(needs) & set(NEEDS):
         raise UsageError(
             "`--sequential` needs a calibration set to run, and a method with statistics of inputs",

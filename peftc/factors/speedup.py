@@ -169,8 +169,15 @@ def search(
             break
         cost = sum(paces[name].cost(rank) for name, rank in ranks.items())
         tries.append(Try(ranks, cost, measured(ranks)))
-        value = tries[-1].measured.value
-        _refuse_noise(asked, tries[-1].measured)
+        last = tries[-1].measured
+        value = last.value
+        if last.noise_high >= asked:
+            raise PlanError(
+                f"a speed-up of {asked:g}x cannot be told from noise here: {value:.2f}x was measured",
+                why=f"the model against itself shows {last.noise_low:.2f}x to {last.noise_high:.2f}x "
+                f"in {last.rounds} rounds",
+                hint=QUIET,
+            )
         if abs(value / asked - 1) <= allowed / 2:
             return tries
         if cost <= floor and value < asked * (1 - allowed):
@@ -178,7 +185,13 @@ def search(
         limit = _next_limit(asked, dense, tries)
     best = min(tries, key=lambda each: abs(math.log(each.measured.value / asked)))
     if abs(best.measured.value / asked - 1) > allowed:
-        raise _missed(asked, tries)
+        found = sorted(each.measured.value for each in tries)
+        noise = max(each.measured.noise_high for each in tries)
+        raise PlanError(
+            f"`--speedup {asked:g}` was not met: {', '.join(f'{value:.2f}x' for value in found)} were measured",
+            why=f"the best that was measured is {found[-1]:.2f}x; the model against itself shows up to {noise:.2f}x",
+            hint="end other programs and run again, or time larger batches with `--batch-size`",
+        )
     return [each for each in tries if each is not best] + [best]
 
 
@@ -198,16 +211,6 @@ def _next_limit(asked: float, dense: int, tries: Sequence[Try]) -> float:
     return faster[0] + (slower[0] - faster[0]) * (wanted - faster[1]) / (slower[1] - faster[1])
 
 
-def _refuse_noise(asked: float, measured: Measured) -> None:
-    if measured.noise_high >= asked:
-        raise PlanError(
-            f"a speed-up of {asked:g}x cannot be told from noise here: {measured.value:.2f}x was measured",
-            why=f"the model against itself shows {measured.noise_low:.2f}x to {measured.noise_high:.2f}x "
-            f"in {measured.rounds} rounds",
-            hint=QUIET,
-        )
-
-
 def _unreachable(asked: float, best: float, why: str) -> PlanError:
     within = math.floor(100 * best * (1 - MISSED / 2)) / 100
     return PlanError(
@@ -216,16 +219,6 @@ def _unreachable(asked: float, best: float, why: str) -> PlanError:
         hint=f"ask for at most `--speedup {within:g}`, or make more modules eligible with `--include`"
         if within > 1.02
         else "make more modules eligible with `--include`, or time larger batches with `--batch-size`",
-    )
-
-
-def _missed(asked: float, tries: Sequence[Try]) -> PlanError:
-    measured = sorted(each.measured.value for each in tries)
-    noise = max(each.measured.noise_high for each in tries)
-    return PlanError(
-        f"`--speedup {asked:g}` was not met: {', '.join(f'{value:.2f}x' for value in measured)} were measured",
-        why=f"the best that was measured is {measured[-1]:.2f}x; the model against itself shows up to {noise:.2f}x",
-        hint="end other programs and run again, or time larger batches with `--batch-size`",
     )
 
 

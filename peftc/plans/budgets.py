@@ -52,7 +52,12 @@ def shares(scores: Mapping[str, float], sizes: Mapping[str, int], budget: int, f
         floor: in [0, 1], what a layer keeps whatever its score, as a share of what it would keep by its size alone;
             1 shares out by size.
     """
-    weights = _weights(scores)
+    finite = [score for score in scores.values() if math.isfinite(score) and score > 0]
+    largest = max(finite, default=1.0)
+    weights = {  # in [0, 1], so that their sum is finite
+        name: 0.0 if math.isnan(score) or score <= 0 else min(score, largest) / largest
+        for name, score in scores.items()
+    }
     everything = sum(sizes.values())
     kept = {name: int(floor * budget * size / everything) for name, size in sizes.items()}
     while (left := budget - sum(kept.values())) > 0:
@@ -67,13 +72,3 @@ def shares(scores: Mapping[str, float], sizes: Mapping[str, int], budget: int, f
         for name, count in given.items():
             kept[name] += count
     return kept
-
-
-def _weights(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return scores in [0, 1], so that their sum is finite."""
-    finite = [score for score in scores.values() if math.isfinite(score) and score > 0]
-    largest = max(finite, default=1.0)
-    return {
-        name: 0.0 if math.isnan(score) or score <= 0 else min(score, largest) / largest
-        for name, score in scores.items()
-    }

@@ -53,16 +53,6 @@ def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction
     return share
 
 
-def _speedup(asked: Any) -> Fraction:
-    value = _fraction(asked)
-    if value <= 1:
-        raise UsageError(
-            f"`--speedup {asked}` is out of range",
-            why="it is how many times faster the model is to be: above 1, as 1.5",
-        )
-    return value
-
-
 def _fraction(asked: Any) -> Fraction:
     """Return a number as people write it, or 0 where it is none."""
     try:
@@ -162,7 +152,11 @@ def budget(**asked: str | float | Fraction | None) -> Budget:
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))
     if kind == "speedup":
-        return Budget(kind, _speedup(amount))
+        value = _fraction(amount)
+        if value > 1:
+            return Budget(kind, value)
+        why = "it is how many times faster the model is to be: above 1, as 1.5"
+        raise UsageError(f"`--speedup {amount}` is out of range", why=why)
     return Budget(kind, _positive(f"--{kind}", amount))
 
 

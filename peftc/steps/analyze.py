@@ -20,7 +20,7 @@ from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import joint as joining
 from peftc.factors import prediction, spectra
-from peftc.factors.asked import eligible
+from peftc.factors.asked import eligible, refuse_together
 from peftc.factors.decide import ranked
 from peftc.factors.factoring import Factoring
 from peftc.factors.prediction import Anchors
@@ -109,7 +109,7 @@ def analyze(
         budgets = Budgets(ratio="0.5")
         notes.append("no budget was given: planned for `--ratio 0.5`")
     budget = None if budgets == Budgets() else plans.budget(**vars(budgets))
-    joining.refuse_with(joint, keep_all_ranks=False, plan=None, budget=budget)
+    refuse_together({"joint": joint, "speedup": speedup})
     for option, path in (("--plan", plan), ("--plot", plot)):
         refuse_unwritable(option, path)
     with_data, place = data is not None or statistics is not None, solver_device(device_of(device))
@@ -143,7 +143,7 @@ def analyze(
             alone = [n for n, each in targets.items() if not each.members]
             work.losses |= {name: tail_energies(found[name]) for name in alone}
         trial = _trial(work, source, Path(folder))
-        anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else Anchors()
+        anchors = prediction.add_curve(report, work, allocation, multiple, trial) if work.targets else []
         if budget is not None:
             _plan(report, work, Aim(budget, allocation, multiple, sample), anchors, plan)
     if plot is not None:

@@ -19,9 +19,8 @@ from peftc.data.spec import named
 from peftc.data.tokens import GENERATED
 from peftc.errors import ClassesError, UsageError
 from peftc.factors import estimate, ordered, spectra
-from peftc.factors import joint as joining
 from peftc.factors import sequential as in_order
-from peftc.factors.asked import asked_budget, asked_plan, eligible, request_of, words
+from peftc.factors.asked import asked_budget, asked_plan, eligible, refuse_together, request_of, words
 from peftc.factors.decide import Question, carry_out, rehearse
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
@@ -138,7 +137,7 @@ def decompose(
     if data is None and gates:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = asked_budget(plan, Budgets.of(asked), keep_all_ranks=keep_all_ranks)
-    joining.refuse_with(joint, keep_all_ranks=keep_all_ranks, plan=plan, budget=budget)
+    refuse_together(asked)
     with_data, place = data is not None or statistics is not None, solver_device(device_of(device))
     factorize = spectra.factorizer(method, conv_method, settings, with_data=with_data, correct_bias=bias_correction)
     allocation = allocation_of(allocation, factorize.needs)
@@ -158,7 +157,7 @@ def decompose(
     tries = sensitivity > 0 and not keep_all_ranks
     source = calibrating.source(loaded, factorize.needs, set_, statistics, device, tries=tries)
     if sequential:
-        in_order.refuse(source, factorize.needs, keep_all_ranks=keep_all_ranks, joint=joint)
+        in_order.refuse(source, factorize.needs)
     exam = None if data is None else Exam(data, reading, gates, batch_size, device)
     measured = not dry_run and _is_measured(loaded, source, exam)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftc
 from peftc.calibration import prepared
 from peftc.calibration.prepared import Request, prepare
-from peftc.factors.prediction import Anchors
+from peftc.factors.prediction import anchors_of, predicted
 from peftc.factors.spectra import Factorizer
 from peftc.models import load as models
 from peftc.steps.analyze import analyze
@@ -113,13 +113,13 @@ def test_the_curve_goes_through_what_was_measured(tiny_vit: Path, images: str) -
 
 
 def test_between_trials_and_beyond_them() -> None:
-    anchors = Anchors.of([(1.0, 4.0), (0.01, 0.02), (0.1, 0.3), (0.0, 0.0), (0.2, 0.2)])
-    assert anchors.tried == [(0.01, 0.02), (0.1, 0.3), (0.2, 0.3), (1.0, 4.0)]
-    assert anchors.predicted(0) == 0
-    assert anchors.predicted(0.001) == pytest.approx(0.002)  # in proportion
-    assert anchors.predicted(2.0) == pytest.approx(8.0)
-    assert anchors.predicted(0.01 * 10**0.5) == pytest.approx((0.02 * 0.3) ** 0.5)
-    assert Anchors().predicted(0.5) == 0.5
+    anchors = anchors_of([(1.0, 4.0), (0.01, 0.02), (0.1, 0.3), (0.0, 0.0), (0.2, 0.2)])
+    assert anchors == [(0.01, 0.02), (0.1, 0.3), (0.2, 0.3), (1.0, 4.0)]
+    assert predicted(anchors, 0) == 0
+    assert predicted(anchors, 0.001) == pytest.approx(0.002)  # in proportion
+    assert predicted(anchors, 2.0) == pytest.approx(8.0)
+    assert predicted(anchors, 0.01 * 10**0.5) == pytest.approx((0.02 * 0.3) ** 0.5)
+    assert predicted([], 0.5) == 0.5
 
 
 @pytest.mark.parametrize(("samples", "calibrated", "tried"), [(24, 24, 6), (512, 24, 6), (4, 4, 26), (30, 24, 6)])
