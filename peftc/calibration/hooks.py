@@ -144,13 +144,7 @@ class Sums:
 
 
 def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]) -> dict[str, Site]:
-    """Return where each target's statistics come from, in the order in which the modules run.
-
-    Args:
-        model: whose modules are watched.
-        targets: by name.
-        run: a forward pass on a batch, however small.
-    """
+    """Return where each target's statistics come from, in the order in which modules run in a forward pass, ``run``."""
     reads: dict[str, list[Tensor]] = {}  # keeps the tensors alive, so that identity means what it says
 
     def watch(name: str) -> Callable[..., None]:

@@ -89,10 +89,7 @@ class Lanes:
 def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Piece]:
     """Return the statistics of some sites by name, each computed when it is written; float32 but for the means.
 
-    Args:
-        lanes: of these sites.
-        sites: as collected.
-        weight_of: the weight of a target as a matrix, to take the bias out of the mean of its outputs.
+    ``weight_of`` gives the weight of a target as a matrix, to take the bias out of the mean of its outputs.
     """
     means = {name: lanes.running(name, scatter=False).mean for name in lanes.names()}
     found = {f"{name}.mean": piece(mean) for name, mean in means.items()}

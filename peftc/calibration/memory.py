@@ -71,7 +71,7 @@ def planned(
 ) -> tuple[int, list[list[str]]]:
     """Return how many samples to calibrate on at once, and the names of the modules that each pass is over.
 
-    All of it fits into the memory of the model; what was decided before in ``folder`` stays.
+    All of it fits into the model's memory, or is refused as PlanError; what was decided before in ``folder`` stays.
 
     Args:
         collector: of what is asked for; it keeps nothing.
@@ -79,9 +79,6 @@ def planned(
         batch_size: samples at once, at most.
         run: a pass over some samples as one batch, watched by the collector.
         folder: of the job.
-
-    Raises:
-        PlanError: one sample at a time and one module per pass take more.
     """
     model = collector.model
     if model.max_memory is None:

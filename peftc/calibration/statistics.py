@@ -102,9 +102,7 @@ def source(
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
 
     With ``tries`` a calibration set keeps some samples apart that plans are tried on, where losses are divergences.
-
-    Raises:
-        UsageError: both were named for it, or statistics for a method that needs none.
+    UsageError where a folder is given to a method that needs none.
     """
     if folder is not None:
         if not needs:
@@ -117,11 +115,7 @@ def source(
 def obtain(
     source: Prepared | Statistics, targets: Mapping[str, Target], needs: Sequence[str], folder: Path
 ) -> Statistics:
-    """Return the statistics, collected now where they are not there yet.
-
-    Raises:
-        ArtifactError: those that are there are of none of the modules, or of another form.
-    """
+    """Return the statistics, collected now where there are none; ArtifactError where those are of other modules."""
     if not isinstance(source, Statistics):
         return collect(source, targets, needs, folder)
     there = {name: source.note["modules"][name]["form"] for name in targets if name in source}
@@ -150,11 +144,7 @@ def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequent
 
 
 def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
-    """Return the statistics that `calibrate` wrote.
-
-    Raises:
-        ArtifactError: the folder holds none, or those of another model, or lacks what the method needs.
-    """
+    """Return the statistics that `calibrate` wrote; ArtifactError where none are, or not for this model or method."""
     record = manifest.read(folder)
     artifact.tensor_table(folder, record)
     verified.check(folder, record.files)
@@ -180,10 +170,7 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
 def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[str], folder: Path) -> Statistics:
     """Run the calibration set through the model once and return the statistics of every target that it reaches.
 
-    Finished lanes lie in ``folder`` and are not run again.
-
-    Raises:
-        WeightError: the model gives NaN or infinite outputs.
+    Finished lanes lie in ``folder`` and are not run again. NaN or infinite outputs of the model are a WeightError.
     """
     path, subject, encoded = folder / FILE, prepared.model, prepared.encoded
     note = read_note(path)

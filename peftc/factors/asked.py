@@ -34,11 +34,7 @@ def refuse_together(given: Mapping[str, Any]) -> None:
 
 
 def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_ranks: bool = False) -> Budget | None:
-    """Return the budget, or None where a plan says the ranks or all of them are kept; refuse two of these at once.
-
-    Raises:
-        UsageError: there is none, or more than one.
-    """
+    """Return the budget, None with a plan or where all ranks are kept; UsageError unless it is one of these."""
     asked = vars(budgets)
     if plan is None and not keep_all_ranks:
         return plans.budget(**asked)
@@ -103,11 +99,7 @@ def words(budget: Budget | None, allocation: str, plan: object) -> tuple[str, st
 def eligible(
     model: Model, *, conv_method: str, include: Sequence[str], skip: Sequence[str]
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """Return the modules to factor and the reasons why others stay dense; refuse a model without any.
-
-    Raises:
-        PlanError: no module is eligible.
-    """
+    """Return the modules to factor and the reasons why others stay dense; PlanError where there are none to factor."""
     targets, reasons = find_targets(model, conv_method=conv_method, include=include, skip=skip)
     if not targets:
         groups = grouped(reasons)

@@ -50,11 +50,7 @@ class Question:
 
 
 def decide(work: Factoring, asked: Question, folder: Path) -> Decision:
-    """Collect statistics where they are needed, in ``folder``, and decide the ranks.
-
-    Raises:
-        PlanError: the budget is out of reach, or the model cannot be timed.
-    """
+    """Collect statistics in ``folder``, where they are needed, and decide the ranks; PlanError where none would do."""
     if asked.source is not None:
         work.calibrate(asked.source, folder, planned=asked.plan is not None)
     if asked.aim is not None and asked.aim.needs_spectra:
@@ -89,11 +85,7 @@ def _tried(found: Decision, trial: Trial | None) -> Decision:
 
 
 def ranked(work: Factoring, aim: Aim) -> Decision:
-    """Return the ranks under a budget; those for a speed-up are kept with the job, so that a resume measures nothing.
-
-    Raises:
-        PlanError: the budget is out of reach, or the model cannot be timed.
-    """
+    """Return the ranks under a budget, those for a speed-up kept for a resume; PlanError where it is out of reach."""
     if aim.budget.kind != "speedup":
         return Decision(work.decide(aim))
     kept = None if work.job is None else work.job.work / KEPT
@@ -108,13 +100,7 @@ def ranked(work: Factoring, aim: Aim) -> Decision:
 
 
 def carry_out(work: Factoring, asked: Question, base: dict[str, Any], request: dict[str, Any]) -> Report:
-    """Decide, factor, write and verify.
-
-    Args:
-        work: with a job.
-        asked: how far, and how that is found out.
-        base, request: what the manifest records.
-    """
+    """Decide, factor with the job of ``work``, write and verify; the manifest records ``base`` and ``request``."""
     job = work.job
     assert job is not None
     found = decide(work, asked, job.work)

@@ -69,13 +69,7 @@ def solving(target: Target, needs: tuple[str, ...]) -> int:
 
 
 def refuse_unsolvable(work: Factoring) -> None:
-    """Refuse a `--max-memory` in which a module cannot be factored under statistics, even alone.
-
-    Plain methods take far less.
-
-    Raises:
-        PlanError: with the memory that is needed.
-    """
+    """Refuse, as PlanError, a `--max-memory` in which a module cannot be factored under statistics, even alone."""
     limit, needs = work.model.max_memory, work.factorize.needs
     needed = {name: solving(target, needs) for name, target in work.targets.items() if needs}
     if limit is None or not needed:

@@ -220,13 +220,7 @@ class Factoring:
         return {} if processes.rank() else {name: dict(read_note(part) or {}) for name, part in parts.items()}
 
     def factor_one(self, target: Target, rank: int, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
-        """Compute the factors of one module and keep them in ``part``; return what `factor` says of it.
-
-        Args:
-            target, rank: of the module.
-            part: where the factors go.
-            factorize: other statistics than those that the kept spectra stand on.
-        """
+        """Compute one module's factors, by ``factorize`` where statistics changed, and keep them; return figures."""
         by = factorize or self.factorize
         solved = factorize is None and self.part(target, "spectrum").is_file()
         found = self.spectrum(target) if solved else self._fresh(target, by)
@@ -299,11 +293,10 @@ class Factoring:
         return load_file(part), {key: from_file(info) for key, info in read_header(part)[0].items()}
 
     def write(self, report: Report, ranks: Ranks, base: dict[str, Any], request: dict[str, Any]) -> None:
-        """Put factors into the network, write it, reload it, and complete the report: the first process does.
+        """Put factors into the network, write it, reload it, and complete the plan's report: the first process does.
 
         Args:
-            report: of the plan.
-            ranks: module -> rank, None to leave it as it is.
+            report, ranks: of the plan.
             base, request: what the manifest records.
         """
         if processes.rank():

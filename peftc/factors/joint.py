@@ -218,12 +218,7 @@ def edit(
 ) -> dict[str, dict[str, Any]]:
     """Put a group's factors into the network and their pieces beside the others; return its manifest entries.
 
-    Args:
-        network: edited in place.
-        target: a group.
-        rank: of the shared factor.
-        tensors, parts: ``down.weight``, and for each place in the group ``<place>.up.weight`` and maybe ``.up.bias``.
-        pieces: all that is to be stored.
+    ``tensors`` and ``parts`` hold ``down.weight``, and ``<place>.up.weight`` and maybe ``.up.bias`` of each member.
     """
     members: list[Any] = []
     entries = {}

@@ -35,11 +35,7 @@ AGAIN = "build it again: `peftc show --commands` prints how"
 
 
 def refuse_ordered(model: Model) -> None:
-    """Refuse to decompose what already holds the factors of every rank.
-
-    Raises:
-        ArtifactError: with the command that cuts it.
-    """
+    """Refuse, as ArtifactError, to decompose what already holds the factors of every rank."""
     if model.manifest is not None and model.manifest.ordered:
         raise ArtifactError(
             f"`{model.folder}` already holds the factors of every rank",
@@ -57,11 +53,7 @@ def every_rank(targets: Mapping[str, Target]) -> dict[str, int]:
 
 
 def keep_all(work: Factoring, base: dict[str, Any], request: dict[str, Any]) -> Report:
-    """Write a model with the factors of every rank beside its weights, which stay as they are.
-
-    Raises:
-        PeftcError: a module cannot be decomposed, or the folder does not reload as it was written.
-    """
+    """Write a model with the factors of every rank beside its weights, which stay as they are."""
     job, model = work.job, work.model
     assert job is not None
     job.require(4 * tensor_bytes(model.module))
@@ -184,11 +176,7 @@ class Ordered:
 
 
 def refuse_unordered(model: Model) -> Manifest:
-    """Return the manifest of an artifact with ordered factors; refuse anything else.
-
-    Raises:
-        ArtifactError: it holds none.
-    """
+    """Return the manifest of an artifact with ordered factors; ArtifactError where there is none of them."""
     if model.manifest is None:
         raise ArtifactError(f"`{model.name}` is a model, not an artifact with factors of every rank", hint=MAKE)
     if not model.manifest.ordered:
@@ -206,11 +194,7 @@ def request_of(record: Manifest) -> dict[str, Any]:
 
 
 def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], dict[str, str]]:
-    """Return the modules whose factors are stored, in the network's order, and why the others stay dense.
-
-    Raises:
-        ArtifactError: a module is not there, or not of the form that is stored.
-    """
+    """Return the modules with stored factors, in order, and why others stay dense; ArtifactError where one differs."""
     asked = {"conv_method": "spatial", **request_of(record)}
     patterns = {name: asked.get(name, ()) for name in ("include", "skip")}
     found, reasons = find_targets(model, conv_method=asked["conv_method"], **patterns)
@@ -228,11 +212,7 @@ def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], 
 
 
 def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dict[str, Ordered]:
-    """Return the ordered factors of each module, mapped from their files.
-
-    Raises:
-        ArtifactError: a tensor is missing, left over, or of another shape than the network needs.
-    """
+    """Return the ordered factors of each module, mapped from their files; ArtifactError where they do not fit it."""
     assert model.folder is not None
     table = artifact.tensor_table(model.folder, record, factors=True)
     needed = {

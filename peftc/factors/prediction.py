@@ -69,13 +69,9 @@ def loss(work: Factoring, ranks: Ranks, cuts: Mapping[str, Mapping[str, Any]] | 
 
 
 def add(report: Report, work: Factoring, found: Decision, cuts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the predicted loss of ranks to a report; where no weight was read there is none.
+    """Add the predicted loss of ranks to a report of `decompose`; where no weight was read there is none.
 
-    Args:
-        report: of `decompose`.
-        work: the eligible modules.
-        found: their ranks, and what was measured of them.
-        cuts: what `Factoring.factor` found of each; empty in a dry run, and where all losses are known.
+    ``cuts`` is what `Factoring.factor` found of each; empty in a dry run, and where all losses are known.
     """
     if not cuts and next(work.model.module.parameters()).is_meta:
         report.data["predicted"] = None

@@ -40,16 +40,11 @@ class Whole:
 def decide(
     targets: Mapping[str, Target], aim: Aim, losses: Callable[[str], Tensor], whole: Whole
 ) -> dict[str, int | None]:
-    """Return the rank of each eligible module under a budget; None leaves it dense.
+    """Return the rank of each eligible module under a budget, None for dense; PlanError where it is out of reach.
 
     Args:
-        targets: the modules.
-        aim: the budget.
+        targets, aim, whole: the modules, the budget, and the size of the model.
         losses: module -> (k + 1,) squared errors at ranks 0 to k.
-        whole: size of the model.
-
-    Raises:
-        PlanError: the budget is out of reach.
     """
     budget, multiple = aim.budget, aim.multiple
     if budget.kind == "rank":
@@ -102,11 +97,7 @@ def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whol
 def uniform_within(
     targets: Mapping[str, Target], limit: int, price: Callable[[Target, int | None], int], multiple: int
 ) -> dict[str, int | None]:
-    """Return uniform ranks at the largest ratio, in steps of 1e-6, whose prices sum to at most ``limit``.
-
-    Raises:
-        PlanError: even the smallest rank everywhere costs more.
-    """
+    """Return uniform ranks at the largest ratio, in steps of 1e-6, that cost at most ``limit``, or a PlanError."""
 
     def at(share: int) -> dict[str, int | None]:
         return _uniform(targets, Fraction(share, 1_000_000), multiple)

@@ -67,10 +67,7 @@ class _Now:
 def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Compute and keep the factors of every module with a rank, in order; return what `Factoring.factor` does.
 
-    Args:
-        work: with statistics of the dense model and a job.
-        prepared: the calibration set, and a copy of the model that takes the factors as they come.
-        ranks: by module.
+    The copy of the model in ``prepared`` takes the factors as they come.
     """
     known = work.factorize.statistics
     assert known is not None

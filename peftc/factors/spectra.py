@@ -86,7 +86,7 @@ def factorizer(
     with_data: bool = False,
     correct_bias: bool = True,
 ) -> Factorizer:
-    """Find the methods by name and check the settings.
+    """Find the methods by name and check the settings; UsageError where they or the data do not fit.
 
     Args:
         method: ``auto`` is `kfac` where there are statistics, and `svd` where there are none.
@@ -94,9 +94,6 @@ def factorizer(
         settings: of the method.
         with_data: whether a calibration set or its statistics were given.
         correct_bias: as for `Factorizer`.
-
-    Raises:
-        UsageError: a name or setting is unknown, or the method needs data and there are none.
     """
     chosen = method if method != "auto" else "kfac" if with_data else "svd"
     function = methods.find("decompose", chosen, "--method")

@@ -45,11 +45,7 @@ def unusual(aim: Aim | None) -> dict[str, Any]:
 
 
 def timed(work: Factoring, aim: Aim) -> Decision:
-    """Return the ranks at which the model is as fast as was asked, as it was timed here.
-
-    Raises:
-        PlanError: that is out of reach, or the machine is too busy to tell.
-    """
+    """Return the ranks at which the model is as fast as asked, as timed here; PlanError where that cannot be had."""
     given, asked = aim.timed, float(aim.budget.amount)
     model = runnable(replace(work.model, module=detached(work.model.module)), device=given.device)
     size = given.batch_size or BATCH_SIZE
@@ -146,7 +142,7 @@ def search(
     solve: Callable[[int], Ranks],
     measured: Callable[[Ranks], Measured],
 ) -> list[Try]:
-    """Return the plans that were measured, the chosen one last.
+    """Return the plans that were measured, the chosen one last; PlanError where none comes close enough.
 
     Args:
         asked: above 1.
@@ -154,9 +150,6 @@ def search(
         whole: nanoseconds of the dense model.
         solve: the ranks for so many nanoseconds in these modules.
         measured: speed-up of the whole model at some ranks.
-
-    Raises:
-        PlanError: no plan comes close enough; the message says what was measured.
     """
     dense = sum(pace.dense for pace in paces.values())
     floor = sum(min(pace.costs.values()) for pace in paces.values())

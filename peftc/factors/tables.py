@@ -22,8 +22,7 @@ def report_on(
 
     Args:
         command: the step.
-        work, ranks: the eligible modules.
-        cuts: module -> figures of its factors.
+        work, ranks, cuts: the eligible modules, their ranks, and figures of their factors.
         words: what was asked, and why a module stays dense under it.
     """
     targets, (asked, why_dense) = work.targets, words
@@ -66,8 +65,7 @@ def base_report(
 
     Args:
         command: the step.
-        work, rows: the eligible modules, and their figures.
-        shown: tables of them.
+        work, rows, shown: the eligible modules, their figures, and tables of them.
         change: of parameters, multiply-adds and bytes.
         ratio: what was asked, and the share of the eligible weights that is kept.
     """

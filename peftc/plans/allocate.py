@@ -156,15 +156,12 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
     """Return the rank of each module that minimises the summed loss within ``budget``, None meaning dense.
 
     One greedy pass over the steps of all modules, steepest fall of loss per cost first; along convex hulls every stop
-    of such a pass is optimal for its own cost (Everett, 1963, generalized Lagrange multipliers).
+    of such a pass is optimal for its own cost (Everett, 1963, generalized Lagrange multipliers). PlanError where even
+    the smallest rank everywhere costs more.
 
     Args:
-        curves: by module.
-        budget: in the curves' unit of cost.
+        curves: by module; their unit of cost is that of the budget.
         foresee_dense: as for `steps`.
-
-    Raises:
-        PlanError: even the smallest rank everywhere costs more.
     """
     ways = {name: steps(curve, foresee_dense=foresee_dense) for name, curve in curves.items()}
     ranks: dict[str, int | None] = {name: next(iter(curve.ranks), None) for name, curve in curves.items()}
@@ -191,12 +188,9 @@ def spend(curves: Mapping[str, Curve], budget: int, *, foresee_dense: bool) -> d
 
 
 def fill(curves: Mapping[str, Curve], ranks: Mapping[str, int | None], budget: int) -> dict[str, int | None]:
-    """Spend what `spend` left over: where a step between two corners of a hull did not fit, a part of it may.
+    """Spend what `spend` left of the budget: where a step between two corners of a hull did not fit, a part of it may.
 
-    Args:
-        curves: by module, their costs rising.
-        ranks: as `spend` returned them.
-        budget: the same.
+    The costs of the curves are rising; ``ranks`` are as `spend` returned them.
     """
     filled = dict(ranks)
     places = {name: {rank: place for place, rank in enumerate(curve.ranks)} for name, curve in curves.items()}

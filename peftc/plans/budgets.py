@@ -27,13 +27,9 @@ def total(step: int, steps: int, first: int, last: int) -> int:
 
 
 def refreshed(step: int, steps: int, steps_per_epoch: float, every: int) -> bool:
-    """Return whether the entries are shared out anew after ``step``, the last one included.
+    """Return whether the entries are shared out anew after ``step``, from 1, of ``steps``, the last one included.
 
-    Args:
-        step: from 1.
-        steps: of the training.
-        steps_per_epoch: of it.
-        every: steps; 0 is each epoch, or each twentieth of the training where that is shorter.
+    They are after every ``every`` steps; where that is 0 each epoch, or each twentieth of a training that is shorter.
     """
     period = every or max(1, round(min(steps_per_epoch, steps / 20)))
     return step >= steps or step % period == 0

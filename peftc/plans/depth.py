@@ -28,11 +28,7 @@ class Asked:
 
 
 def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None) -> Asked:
-    """Return what was asked; alpha where nothing else was.
-
-    Raises:
-        UsageError: two things were, or one that makes no sense.
-    """
+    """Return what was asked, alpha where nothing else was; UsageError where two things were, or what makes no sense."""
     if not 0 < alpha <= 1:
         raise UsageError(f"`--alpha` is {alpha:g}", why="it is a share of the last layer's score, in (0, 1]")
     ways = {"--keep": keep, "--drop": drop, "--within-drop": within_drop}
@@ -81,14 +77,12 @@ def above_threshold(scores: Sequence[float], alpha: float) -> Decision:
     """Keep the first layers, by the rule of SLS (arXiv 2407.14330; 2.2 of the papers notes).
 
     The threshold is ``alpha`` times the last score. From the top, the scores at or above it are an unbroken run; the
-    layer that begins it is the last that is kept. A larger ``alpha`` never keeps fewer.
+    layer that begins it is the last that is kept. A larger ``alpha`` never keeps fewer. DataError where the last score
+    is 0 or less, so that the scores tell nothing about the task.
 
     Args:
         scores: one per layer, in running order: how good the features after it are.
         alpha: in (0, 1].
-
-    Raises:
-        DataError: the last score is 0 or less, so the scores tell nothing about the task.
     """
     if not scores[-1] > 0:
         raise DataError(
@@ -104,35 +98,22 @@ def above_threshold(scores: Sequence[float], alpha: float) -> Decision:
 
 
 def best(scores: Sequence[float], number: int, fixed: Collection[int] = ()) -> Decision:
-    """Keep the layers with the largest scores; of equals the earlier.
-
-    Args:
-        scores: one per layer; NaN only for fixed ones.
-        number: how many to keep.
-        fixed: layers that stay whatever their score.
-    """
+    """Keep the ``number`` layers with the largest scores, of equals the earlier; fixed ones stay whatever theirs."""
     order = sorted(range(len(scores)), key=lambda at: (at not in fixed, -scores[at] if at not in fixed else 0.0, at))
     return Decision(tuple(sorted(order[:number])))
 
 
 def worst_first(scores: Sequence[float], fixed: Collection[int], *, of_depth: bool) -> list[int]:
-    """Return the layers that may go, those that should go first in front.
+    """Return the layers that may go, those that should go first in front; fixed ones stay, whatever their score.
 
-    Args:
-        scores: one per layer; NaN only for fixed ones.
-        fixed: layers that stay whatever their score.
-        of_depth: the scores say how good the features are up to a layer, so that layers go from the end.
+    Scores ``of_depth`` say how good the features are up to a layer, so that layers go from the end.
     """
     free = [at for at in range(len(scores)) if at not in fixed]
     return free[::-1] if of_depth else sorted(free, key=lambda at: (scores[at], -at))
 
 
 def without(dropped: Collection[int], number: int) -> Decision:
-    """Keep all of ``number`` layers but some.
-
-    Raises:
-        PlanError: one of them is not there, or none would be left.
-    """
+    """Keep all of ``number`` layers but some; PlanError where one of them is not there, or none would be left."""
     unknown = sorted(at for at in dropped if not 0 <= at < number)
     if unknown:
         raise PlanError(

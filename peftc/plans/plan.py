@@ -40,11 +40,7 @@ class Budget:
 
 
 def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction:
-    """Return a share in (0, 1]; ``2/3``, ``0.667`` and 2 / 3 all serve, the latter as exactly two thirds.
-
-    Raises:
-        UsageError: it is no number, or outside the range.
-    """
+    """Return a share in (0, 1], as ``2/3``, ``0.667`` or 2 / 3, which is exactly two thirds; UsageError for others."""
     share = _fraction(value)
     if not 0 < share <= 1:
         raise UsageError(
@@ -114,11 +110,7 @@ class Aim:
 
 
 def multiple_of(asked: Any, *, planned: bool = False) -> int:
-    """Return the number that ranks are to be multiples of.
-
-    Raises:
-        UsageError: it is no whole number from 1, or the ranks are already ``planned``.
-    """
+    """Return what ranks are to be multiples of; UsageError where it is no number from 1, or they are ``planned``."""
     multiple = _positive("--rank-multiple", asked)
     if planned and multiple > 1:
         raise UsageError(
@@ -133,13 +125,10 @@ KINDS = ("ratio", "rank", "energy", "target-params", "target-macs", "speedup")
 
 
 def budget(**asked: str | float | Fraction | None) -> Budget:
-    """Return the one budget that was asked for.
+    """Return the one budget that was asked for; UsageError where none or several were, or its amount is out of range.
 
     Args:
         asked: by kind, as ``target_params``; None where it was not.
-
-    Raises:
-        UsageError: none or several were, or its amount is out of range.
     """
     given = {kind.replace("_", "-"): amount for kind, amount in asked.items() if amount is not None}
     if len(given) != 1:
@@ -226,11 +215,7 @@ class Plan:
 
 
 def read(path: Path) -> Plan:
-    """Return the plan in a JSON file.
-
-    Raises:
-        PlanError: it is unreadable, or no plan.
-    """
+    """Return the plan in a JSON file; PlanError where it is unreadable, or no plan."""
     try:
         value = documents.read_json(path)
     except (OSError, ValueError) as error:
@@ -281,11 +266,7 @@ def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, int | 
 
 
 def check(plan: Plan, targets: Mapping[str, Target]) -> None:
-    """Refuse a plan that does not fit the eligible modules of a model.
-
-    Raises:
-        PlanError: it names an unknown module, another form, or a rank at which a module would not become smaller.
-    """
+    """Refuse, as PlanError, a plan of modules that are not eligible, in another form, or at ranks that save nothing."""
     for name, rank in plan.ranks.items():
         if rank is None:
             continue

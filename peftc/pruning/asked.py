@@ -54,11 +54,7 @@ class Work:
 
 
 def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
-    """Return the names of the layers.
-
-    Raises:
-        PlanError: there are none, or several stacks of them that no score compares.
-    """
+    """Return the names of the layers; PlanError where there are none, or several stacks that no score compares."""
     names = layers.layers(runs)
     if len(names) < 2:
         raise PlanError(
@@ -80,10 +76,7 @@ def samples_of(
 ) -> Samples | None:
     """Open the samples, with labels where a loss is taken, or the model's task is to tell classes apart or tokens.
 
-    Samples of other classes than the model's do without, where no label is needed.
-
-    Raises:
-        DataError: they do not fit.
+    Samples of other classes than the model's do without, where no label is needed; DataError where they do not fit.
     """
     if data is None:
         return None
@@ -115,11 +108,7 @@ def samples_of(
 def score_of(
     wanted: Score | None, settings: Mapping[str, Any], given: Samples | None, asked: Asked, data: str | None
 ) -> Score | None:
-    """Return the score to take, and refuse one that cannot say what was asked; None where no score is needed.
-
-    Raises:
-        UsageError, DataError: with what to add.
-    """
+    """Return the score to take, or None where none is needed; UsageError or DataError where it cannot be taken."""
     has_classes = given is not None and bool(given.outputs)
     if wanted is None:
         if given is None and asked.drop:

@@ -115,11 +115,7 @@ def _decision(
 
 
 def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Report) -> Decision:
-    """Let layers stay that cannot go.
-
-    Raises:
-        PlanError: one of them was named to go.
-    """
+    """Let layers stay that cannot go; PlanError where one of them was named to go."""
     lost = [work.names[at] for at in fixed if at not in decision.kept]
     if lost and work.asked.drop:
         raise PlanError(

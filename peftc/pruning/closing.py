@@ -94,13 +94,7 @@ class Moments:
 def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
     """Change the weights of a shorter network so that it gives what the whole one does, gap by gap.
 
-    Args:
-        work: the whole network, and the samples.
-        shorter: changed in place; the whole one, whose tensors it shares, is not.
-        report: gets what came of it.
-
-    Raises:
-        PlanError: no gap can be closed like that.
+    The whole one, whose tensors it shares, is not changed. PlanError where no gap can be closed like that.
     """
     shapes = _shapes(work)
     gaps = _gaps(work.names, list(shorter.renamed), shapes)

@@ -61,11 +61,7 @@ class Choice:
 
 
 def refuse_unrepeatable(score: Score | None) -> None:
-    """Refuse repeats of a score that is the same each time, or takes too long.
-
-    Raises:
-        UsageError: with what to do.
-    """
+    """Refuse, as UsageError, repeats of a score that is the same each time, or takes too long."""
     if score is None or not set(score.needs) <= set(layer_scores.OF_FEATURES):
         raise UsageError(
             "`--stability` repeats scores of features" + ("" if score is None else f", and `{score.word}` is none"),
@@ -74,13 +70,9 @@ def refuse_unrepeatable(score: Score | None) -> None:
 
 
 def gather(work: Work, choice: Choice, score: Score, decide: Decide) -> None:
-    """Compare a choice with what other scores would decide, and repeat it where that was asked for.
+    """Add to a choice what other scores would decide, and repeat it where that was asked for.
 
-    Args:
-        work: the layers, and whether to repeat the score with other seeds and on halves of the samples.
-        choice: gets what was found.
-        score: that it was made by.
-        decide: (scores, score) -> what would come of others.
+    ``score`` is that it was made by, and ``decide`` says what would come of other scores, by a score.
     """
     choice.agreement = list(_agreement(work, choice, score, decide))
     choice.unsure = choice.decision.close(choice.scores)

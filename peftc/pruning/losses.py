@@ -48,11 +48,7 @@ class Trial:
     _whole: list[Tensor] = field(default_factory=list)
 
     def loss(self, dropped: Sequence[str] = ()) -> float:
-        """Return the loss without some layers, mean over samples.
-
-        Raises:
-            WeightError: it is not finite.
-        """
+        """Return the loss without some layers, mean over samples; WeightError where it is not finite."""
         objective = objective_of(self.given)
         total = 0.0
         with layers.bypassed(self.model.module, dropped):
@@ -125,14 +121,9 @@ class Removal:
 def greedy(
     trial: Trial, names: Sequence[str], fixed: Sequence[int], *, keep: int, floor: float | None
 ) -> tuple[list[float], list[Removal]]:
-    """Leave out the layer that is missed least, measure all others again, and so on.
+    """Leave out the layer that is missed least, measure all others again, and so on, until ``keep`` layers are left.
 
-    Args:
-        trial: the samples.
-        names: the layers.
-        fixed: layers that stay.
-        keep: stop at so many.
-        floor: stop where the quality would fall below; None asks for no quality.
+    Fixed layers stay. With a floor it stops where the quality would fall below.
 
     Returns:
         how much the loss rises without each layer alone, NaN for fixed ones; and the removals, in order.
@@ -180,14 +171,7 @@ def in_order(trial: Trial, names: Sequence[str], order: Sequence[int], floor: fl
 def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> dict[str, Tensor]:
     """Return layer -> (n,): of each sample, what the gradient says of taking away what the layer adds.
 
-    Args:
-        model: runnable, in eval mode; no gradient is left in it.
-        given: the samples; its train part is read.
-        names: the layers.
-        batch_size: samples at once.
-
-    Raises:
-        DataError: there are no labels to take a loss of.
+    The train part is read, and no gradient is left in the model. DataError where there are no labels to take a loss of.
     """
     objective = objective_of(given)
     if objective is None:

@@ -96,11 +96,7 @@ class Score:
 
 
 def named(name: str, settings: Mapping[str, Any]) -> Score:
-    """Return the score of a name, as typed or as in the table.
-
-    Raises:
-        UsageError: there is none, or a setting is not one of its own.
-    """
+    """Return the score of a name, as typed or as in the table; UsageError where it or a setting is unknown."""
     name = name.replace("-", "_")
     function = methods.find("importance", name, "--score")
     chosen = methods.with_settings(function, name, settings)
@@ -108,16 +104,9 @@ def named(name: str, settings: Mapping[str, Any]) -> Score:
 
 
 def scores(model: Model, names: Sequence[str], score: Score, seen: Seen | None) -> list[float]:
-    """Return one score per layer, several layers and processes at once.
+    """Return one score per layer, none of them measured, several layers and processes at once.
 
-    Args:
-        model: for scores of weights.
-        names: the layers.
-        score: which; none that is measured.
-        seen: of the forward pass, which keeps the maps; None for scores of weights.
-
-    Raises:
-        DataError, WeightError: as the score says.
+    ``seen`` keeps the maps; None for scores of weights. DataError and WeightError are as the score says.
     """
 
     def scored(name: str) -> tuple[float, np.ndarray | None]:
@@ -162,16 +151,9 @@ def _at_once(work: Callable[[str], Any], names: Sequence[str], word: str) -> Ite
 
 
 def see(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> Seen:
-    """Run all samples through the model once and keep what scores ask for: pooled features and means over tokens.
+    """Run the train part through the model once and keep what scores ask for: pooled features and means over tokens.
 
-    Args:
-        model: runnable, in eval mode.
-        given: the samples; its train part is read.
-        names: the layers.
-        batch_size: samples at once.
-
-    Raises:
-        WeightError: a layer gives NaN or infinite features.
+    WeightError where a layer gives NaN or infinite features.
     """
     class_token = has_class_token(model) and (given.task is None or given.task.name != MEANS)
     last = is_channels_last(model)

@@ -15,11 +15,7 @@ from peftc.report import Report
 
 
 def shorter_of(work: Work, kept: Sequence[str], report: Report) -> Shorter:
-    """Build the model without some of its layers: by its own config, or else with them passed over in their places.
-
-    Raises:
-        PlanError: neither computes what the whole one does without them.
-    """
+    """Build the model without some layers: by its own config, else with them passed over; PlanError where both fail."""
     stored, dropped = work.stored, [name for name in work.names if name not in set(kept)]
     if stored.manifest is None or not stored.manifest.skipped:
         try:
@@ -39,11 +35,7 @@ def shorter_of(work: Work, kept: Sequence[str], report: Report) -> Shorter:
 
 
 def _compare(stored: Model, shorter: Shorter, dropped: Sequence[str]) -> None:
-    """Refuse a shorter network that is not the whole one with the dropped layers left out.
-
-    Raises:
-        PlanError: what a layer computes depends on its place, as the shifted windows of Swin do.
-    """
+    """Refuse a network that is not the whole one less its layers: shifted windows, as of Swin, hang on their places."""
     batch = probe(stored)
     whole = one_dtype(stored)
     with layers.bypassed(whole.module, dropped):

@@ -254,9 +254,9 @@ def test_a_streamed_calibration_leaves_nothing_in_memory(
 ) -> None:
     made: list[weakref.ref[hooks.Collector]] = []
 
-    def collector(*given: Any) -> hooks.Collector:
-        found = hooks.Collector(*given)
-        made.append(weakref.ref(found))
+    def collector(*given: Any, keep: bool = True) -> hooks.Collector:
+        found = hooks.Collector(*given, keep=keep)
+        made.extend([weakref.ref(found)] if keep else [])
         return found
 
     monkeypatch.setattr(statistics, "Collector", collector)
