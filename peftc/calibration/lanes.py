@@ -1,7 +1,5 @@
 """Sums of parts of a calibration set: kept as files, and added in one order, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ What a forward (and backward) pass holds is measured on one and on two samples, 
 depend on the moment. The sums of all modules may be larger than the memory; then each pass collects those of some.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import weakref

@@ -1,7 +1,5 @@
 """Collect statistics over a calibration set, keep them as parts of a job, and hand them to methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

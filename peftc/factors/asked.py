@@ -1,7 +1,5 @@
 """What was asked of a decomposition: the budget, the plan, and which modules may be factored."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

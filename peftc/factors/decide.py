@@ -1,7 +1,5 @@
 """From a question to ranks, predicted, corrected by what was measured, or timed; and from ranks to what is written."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What was decided, and what was measured of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

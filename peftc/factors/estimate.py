@@ -4,8 +4,6 @@ Counted are eigenproblems and products of the factors, and the passes of a calib
 take a second or so that nothing here knows of.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any

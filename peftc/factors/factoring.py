@@ -1,7 +1,5 @@
 """Carry out a plan on a loaded model: spectra, ranks, factors, surgery; finished parts are kept for a resume."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ the method's own objective for all members together; up is cut into the members'
 costs r (in + sum of outs) entries and, since the product with down is computed once, as many multiply-adds an input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any

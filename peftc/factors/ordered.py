@@ -4,8 +4,6 @@ The factors of rank r are the first r columns of ``up`` and rows of ``down`` of 
 stored up to the break-even rank, above which a module is smaller dense, with the squared errors of all ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

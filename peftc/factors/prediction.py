@@ -8,8 +8,6 @@ little: the error of one layer is carried through all others, and factors fit th
 what is said. The losses of other methods are in units of their own; they are only compared with the whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Ranks within a budget: from the losses of each module at each rank to one rank for each."""
 
-from __future__ import annotations
-
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,6 @@ What a module loses alone and a little says too little of deep cuts in some netw
 the correction kept 0.39 top-1 where the prediction kept 0.76. So both plans, and one between, are tried as a whole.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -5,8 +5,6 @@ that share an input, one pass over the calibration set, ended as soon as they ha
 moments that they see now; they are factored under those and put into the network, and the walk goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby

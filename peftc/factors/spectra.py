@@ -1,7 +1,5 @@
 """From eligible modules to their spectra, and from spectra and a budget to ranks: shared by analyze and decompose."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ The times of modules by themselves do not add up to the time of the model, so th
 is the ratio measured on the whole model. The outcome is a plan, and a plan no longer depends on the clock.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

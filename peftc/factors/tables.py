@@ -1,7 +1,5 @@
 """What a step that factors modules says: shared by decompose and truncate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Nothing here knows a tensor: a module is its shape and, for the greedy pass, a curve of loss against rank.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from bisect import bisect_right

@@ -4,8 +4,6 @@ After section A.1.4 of the papers notes, from the authors' code; floors, and wha
 numbers, are additions: without a floor some layers end up whole and others empty.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

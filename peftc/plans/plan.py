@@ -1,7 +1,5 @@
 """A budget, and the plan that it leads to: the rank of every module, printable and editable JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What was asked of a pruning: layers, samples and score, and what does not fit."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass

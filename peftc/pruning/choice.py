@@ -1,7 +1,5 @@
 """Samples > a score per layer > Decision, and the evidence beside it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 The cheap scores come from the forward pass that was made anyway. Repeats cost further t-SNE maps: they are asked for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence

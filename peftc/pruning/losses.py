@@ -4,8 +4,6 @@ With labels it is the task's own loss. Without, the reference is what the whole 
 divergence from that in nats per sample.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The network without some of its layers, and whether it still computes what they leave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peftc.errors import PlanError, reason_of
