@@ -30,12 +30,7 @@ def save(path: Path, sums: Sums) -> None:
 
 
 class Lanes:
-    """The lanes of one pass.
-
-    Args:
-        paths: in the order in which they are added.
-        device: where to add.
-    """
+    """The lanes of one pass, added on a device in the order of their paths."""
 
     def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
         self.device = device
@@ -47,10 +42,6 @@ class Lanes:
     def count(self, name: str) -> int:
         """Return how many rows were seen."""
         return sum(note["counts"].get(name, 0) for note in self.notes)
-
-    def names(self) -> list[str]:
-        """Return what there are running sums of."""
-        return sorted({name for note in self.notes for name in note["counts"]})
 
     def running(self, name: str, *, scatter: bool) -> Running:
         """Return a running sum over all lanes."""
@@ -89,7 +80,8 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
 
     ``weight_of`` gives the weight of a target as a matrix, to take the bias out of the mean of its outputs.
     """
-    means = {name: lanes.running(name, scatter=False).mean for name in lanes.names()}
+    names = sorted({name for note in lanes.notes for name in note["counts"]})
+    means = {name: lanes.running(name, scatter=False).mean for name in names}
     found = {f"{name}.mean": piece(mean) for name, mean in means.items()}
     for name in means:
         if f"scatter:{name}" in lanes.keys:

@@ -22,16 +22,9 @@ FEWEST = 5  # samples of which a part is kept apart
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked of the calibration.
+    """What the user asked of the calibration: a `--data` spec or ``generated:N``, and what `Reading` calls it.
 
-    Attributes:
-        data: a `--data` spec, or ``generated:N``.
-        task: a name of the task table; guessed from the model when None.
-        samples: at most.
-        tokens: at most, padding apart; image patches count as tokens of the first module that is watched.
-        batch_size: samples at once.
-        image_size, max_length: as for an evaluation.
-        seed: of the choice of samples and of drawn predictions.
+    ``samples`` and ``tokens`` are at most, padding apart; patches count as tokens of the first module that is watched.
     """
 
     data: str
@@ -107,17 +100,12 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     data = seen.kept(request.data, task, dataset, encoded)
     tried, others = encoded, ""
     if apart and encoded.size >= FEWEST:
-        encoded, tried = _apart(encoded, request.samples)
+        at = encoded.spread(min(TRIED, max(encoded.size - request.samples, encoded.size // 5)))  # beyond, or a fifth
+        encoded, tried = encoded.some(sorted(set(range(encoded.size)) - set(at))), encoded.some(at)
         others = f"; plans are tried on {tried.size} others"
     data |= {"samples": encoded.size, **({"tried": tried.size} if others else {})}
     note = f"calibration: {encoded.size} samples of split `{data['split']}` of `{request.data}`{others}"
     return Prepared(subject, task, request, encoded, tried, data, labelled, [note, *guesses])
-
-
-def _apart(encoded: Encoded, samples: int) -> tuple[Encoded, Encoded]:
-    """Return samples to calibrate on, and others to try plans on: what is there beyond ``samples``, or a fifth."""
-    tried = encoded.spread(min(TRIED, max(encoded.size - samples, encoded.size // 5)))
-    return encoded.some(sorted(set(range(encoded.size)) - set(tried))), encoded.some(tried)
 
 
 def _encode(model: Model, task: Task | None, request: Request, more: int) -> tuple[Encoded, Dataset, bool]:

@@ -11,10 +11,10 @@ from peftc import processes
 from peftc.calibration.prepared import Prepared
 from peftc.calibration.statistics import Statistics
 from peftc.factors import estimate, joint, ordered, prediction, sensitivity, sequential, tables
-from peftc.factors.decision import Decision
 from peftc.factors.factoring import Factoring
+from peftc.factors.ranks import Decision
 from peftc.factors.sensitivity import SHARES, Trial
-from peftc.factors.speedup import timed
+from peftc.factors.speedup import tell_timed, timed
 from peftc.models import write
 from peftc.plans.plan import Aim, Plan
 from peftc.report import Report
@@ -136,5 +136,5 @@ def _report(work: Factoring, asked: Question, found: Decision, cuts: Mapping[str
         return ordered.report_on(work, cuts)
     report = tables.report_on("decompose", work, found.ranks, cuts, asked.words)
     prediction.add(report, work, found, {} if work.losses else cuts)
-    found.say(report)
+    tell_timed(report, found)
     return report

@@ -18,9 +18,8 @@ import numpy as np
 from peftc import processes
 from peftc.errors import PlanError
 from peftc.factors import sensitivity
-from peftc.factors.decision import Decision
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import Ranks
+from peftc.factors.ranks import Decision, Ranks
 from peftc.factors.sensitivity import Trial
 from peftc.plans.plan import Aim, Budget
 from peftc.report import Report, Table, short

@@ -3,12 +3,14 @@
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from torch import Tensor
 
 from peftc.errors import PlanError, one_of
+from peftc.measure.intervals import Interval
 from peftc.plans import allocate
 from peftc.plans.allocate import Curve
 from peftc.plans.plan import Aim, Budget, Target
@@ -33,6 +35,26 @@ class Whole:
 
     parameters: int
     macs: int | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The rank of every eligible module, and what was measured of them.
+
+    Attributes:
+        ranks: None is dense.
+        slow: module -> why it stays dense, for those whose factors are not faster.
+        figures: for a speed-up what was measured, JSON-ready; empty where nothing was.
+        lost: divergence from the dense model in nats, with all modules at these ranks; None where it was
+            not measured.
+        samples: kept apart from calibration, on which it was.
+    """
+
+    ranks: dict[str, int | None]
+    slow: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    lost: Interval | None = None
+    samples: int = 0
 
 
 def decide(

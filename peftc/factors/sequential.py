@@ -6,12 +6,12 @@ moments that they see now; they are factored under those and put into the networ
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from peftc import progress
@@ -46,22 +46,6 @@ def refuse(source: object, needs: Sequence[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Now:
-    """Statistics of the modules of one stage as they are now, in place of `Statistics` while these are factored."""
-
-    found: Mapping[str, Found]
-    lookups: frozenset[str]
-
-    def is_lookup(self, name: str) -> bool:
-        """Return whether a module only looks rows up."""
-        return name in self.lookups
-
-    def of(self, name: str, device: torch.device) -> Found:
-        """Return the statistics of one module; they are on the device where they were collected."""
-        return self.found[name].to(device)
-
-
 def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Compute and keep the factors of every module with a rank, in order; return what `Factoring.factor` does.
 
@@ -90,7 +74,7 @@ def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[
 
 
 def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], runs: list[list[int]]) -> Any:
-    """Return the statistics of one stage, with the dense model's gradients, from one pass over the calibration set."""
+    """Return what stands for `Statistics` of a stage as it is now, with the dense model's gradients, from one pass."""
     known = work.factorize.statistics
     assert known is not None
     collector = Collector(prepared.model, stage, [need for need in NEEDS if need in work.factorize.needs])
@@ -116,7 +100,7 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
             rows=before.rows,
             patch=None if patch is None else patch.mean,
         )
-    return _Now(found, frozenset(name for name in stage if known.is_lookup(name)))
+    return SimpleNamespace(is_lookup=known.is_lookup, of=lambda name, device: found[name].to(device))
 
 
 def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None) -> None:

@@ -13,9 +13,8 @@ import torch
 
 from peftc import progress
 from peftc.errors import PlanError
-from peftc.factors.decision import Decision
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import Ranks, uniform_within, weighed
+from peftc.factors.ranks import Decision, Ranks, uniform_within, weighed
 from peftc.measure import latency
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
 from peftc.models.inputs import probe
@@ -23,11 +22,12 @@ from peftc.models.model import detached
 from peftc.models.place import runnable
 from peftc.plans import allocate
 from peftc.plans.plan import Aim
-from peftc.report import grouped
+from peftc.report import Report, Table, grouped
 
 BATCH_SIZE = 16
 MISSED = 0.05  # a measured speed-up that is further from what was asked is refused
 TRIES = 6
+NOISY = 1.05  # a noise band that reaches further leaves the last digits open
 BUSY = 1.2  # what modules may show against themselves at most, in the least of their times
 QUIET = "end other programs and run again, or leave them a core: `OMP_NUM_THREADS=1`"
 
@@ -56,7 +56,15 @@ def timed(work: Factoring, aim: Aim) -> Decision:
         site: latency.time_site(modules[site.module], site, some, f"timing shape {number} of {len(chosen)}")
         for number, (site, some) in enumerate(chosen.items(), 1)
     }
-    _refuse_busy(asked, [times[site] for each in sites.values() for site in each if site in times])
+    called = [times[site] for each in sites.values() for site in each if site in times]
+    total = sum(each.dense for each in called)
+    noise = sum(each.dense * each.noise for each in called) / total if called else 1.0
+    if noise > BUSY:
+        raise PlanError(
+            f"a speed-up of {asked:g}x cannot be told from noise here",
+            why=f"the time of a module was measured to be {noise:.2f}x its own, in the mean over all modules",
+            hint=QUIET,
+        )
     paces = {name: latency.pace(ranks[name], [times[site] for site in sites[name] if site in times]) for name in sites}
     fast = {name: each for name, each in paces.items() if each.costs}
     if not fast:
@@ -84,18 +92,6 @@ def timed(work: Factoring, aim: Aim) -> Decision:
             why = "its factors are not measurably faster here" if sites[name] else "not called on a random input"
             slow[name] = why if each else "its factors would not be smaller"
     return Decision({name: best.ranks.get(name) for name in work.targets}, slow, figures)
-
-
-def _refuse_busy(asked: float, called: Sequence[SiteTimes]) -> None:
-    """Refuse where modules take such different times from themselves that those of their factors would mean nothing."""
-    total = sum(each.dense for each in called)
-    noise = sum(each.dense * each.noise for each in called) / total if called else 1.0
-    if noise > BUSY:
-        raise PlanError(
-            f"a speed-up of {asked:g}x cannot be told from noise here",
-            why=f"the time of a module was measured to be {noise:.2f}x its own, in the mean over all modules",
-            hint=QUIET,
-        )
 
 
 def _solver(work: Factoring, aim: Aim, paces: Mapping[str, Pace]) -> Callable[[int], Ranks]:
@@ -234,3 +230,33 @@ def _shapes(
             }
         )
     return rows
+
+
+def tell_timed(report: Report, decided: Decision) -> None:
+    """Add what was timed to a report, where anything was."""
+    if not decided.figures:
+        return
+    found = report.data["speedup"] = decided.figures
+    for row in report.data["modules"]:
+        row["reason"] = decided.slow.get(row["name"], row["reason"])
+    report.tables.insert(0, _table(found["shapes"]))
+    noise = f"noise {found['noise_low']:.3f} to {found['noise_high']:.3f}"
+    report.notes.append(
+        f"measured {found['value']:.3f}x ({found['low']:.3f} to {found['high']:.3f}; {noise}) where "
+        f"{found['asked']:g}x was asked: batches of {found['batch_size']}, {found['rounds']} rounds on "
+        f"{found['device']}, threads: {found['threads']}; {found['tries']} plans were measured"
+    )
+    if found["noise_high"] > NOISY:
+        report.warnings.append(f"this machine is busy ({noise}): measure again with `peftc bench`")
+
+
+def _table(shapes: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for row in shapes:
+        kinds, some = row["modules"], list(zip(row["ranks"], row["seconds"], strict=True))
+        others = f" and {len(kinds) - 1} like it" if len(kinds) > 1 else ""
+        times = ", ".join(f"{1000 * seconds:.3g} at {rank}" for rank, seconds in some[:: len(some) // 4 or 1])
+        dense, largest = f"{1000 * row['dense_seconds']:.3g}", row["faster_to_rank"]
+        last = "none" if largest is None else str(largest)
+        lines.append([kinds[0] + others, row["count"], "x".join(map(str, row["input"])), dense, times, last])
+    return Table("timed shapes", ["module", "calls", "input", "dense, ms", "ms at rank", "faster to rank"], lines)

@@ -73,11 +73,6 @@ def break_even_rank(shape: Shape, form: str) -> int:
     return min((math.prod(shape) - 1) // entries_per_rank(shape, form), max_rank(shape, form))
 
 
-def in_multiples(rank: int, multiple: int) -> int:
-    """Return the largest multiple that is at most ``rank``, but at least one multiple."""
-    return max(rank // multiple, 1) * multiple
-
-
 def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) -> int | None:
     """Return the rank that keeps at most ``ratio`` of one module's entries, or None where it stays dense.
 
@@ -91,8 +86,8 @@ def uniform_rank(shape: Shape, form: str, ratio: Fraction, multiple: int = 1) ->
 
 
 def fitting(shape: Shape, form: str, rank: int, multiple: int = 1) -> int | None:
-    """Return ``rank``, cut where it is exact and to a multiple, or None where its factors would not be smaller."""
-    rank = in_multiples(min(rank, max_rank(shape, form)), multiple)
+    """Return ``rank``, cut where it is exact and to one multiple or more, or None where factors are not smaller."""
+    rank = max(min(rank, max_rank(shape, form)) // multiple, 1) * multiple
     return rank if rank * entries_per_rank(shape, form) < math.prod(shape) else None
 
 

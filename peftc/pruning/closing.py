@@ -115,8 +115,8 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
         if found is None:
             row["why"] = f"what `{now}` gives is no sum that a linear module of it adds to"
             continue
-        name, scale = found
-        fitted, checked = _collect(work, runs, (now, gap.last), name, scale)
+        name = found[0]
+        fitted, checked = _collect(work, runs, now, gap.last, found)
         change = _fit(fitted, checked, shift=runs.module.get_submodule(name).bias is not None)
         row |= {"into": gap.before + name[len(now) :], "left": 1.0}  # as the whole network calls it
         if change is None:
@@ -216,9 +216,9 @@ def _answer(runs: Model, layer: str, linear: nn.Linear, batch: Any) -> Tensor | 
     return scale if largest > FAINT and apart <= CLOSE * largest else None
 
 
-def _collect(work: Work, runs: Model, around: tuple[str, str], name: str, scale: Tensor) -> tuple[Moments, Moments]:
+def _collect(work: Work, runs: Model, before: str, last: str, site: tuple[str, Tensor]) -> tuple[Moments, Moments]:
     """Run the samples through both networks; return the sums over those to fit and those to check."""
-    before, last = around
+    name, scale = site
     given = work.given
     assert given is not None
     linear: Any = runs.module.get_submodule(name)

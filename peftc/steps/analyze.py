@@ -27,6 +27,7 @@ from peftc.factors.prediction import Anchors
 from peftc.factors.ranks import allocation_of
 from peftc.factors.sensitivity import Trial, trial_of
 from peftc.factors.spectra import Factorizer
+from peftc.factors.speedup import tell_timed
 from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
@@ -158,7 +159,7 @@ def _plan(report: Report, work: Factoring, aim: Aim, anchors: Anchors, file: str
     decided = ranked(work, aim)
     _say_plan(report, work.targets, decided.ranks, str(aim.budget), aim.allocation)
     report.data["plan"]["predicted"] = prediction.add_read_off(report, work, decided.ranks, anchors)
-    decided.say(report)
+    tell_timed(report, decided)
     if file is not None:
         work.plan(decided.ranks, f"{aim.budget} {aim.allocation}").write(Path(file))
         report.artifact = Path(file)

@@ -18,7 +18,6 @@ from peftc.plans.allocate import (
     entries,
     fill,
     fitting,
-    in_multiples,
     max_rank,
     spend,
     uniform_rank,
@@ -223,7 +222,7 @@ def test_a_part_of_a_step_that_does_not_fit_is_taken() -> None:
 
 
 def test_multiples_are_rounded_down_but_are_one_at_least() -> None:
-    assert [in_multiples(rank, 8) for rank in (1, 7, 8, 15, 16)] == [8, 8, 8, 8, 16]
+    assert [fitting((64, 48), "linear", rank, 8) for rank in (1, 7, 8, 15, 16)] == [8, 8, 8, 8, 16]
     assert uniform_rank((64, 48), "linear", HALF, 8) == 8 and uniform_rank((64, 48), "linear", HALF) == 13
     assert uniform_rank((64, 48), "linear", Fraction(1, 100), 16) == 16
     assert uniform_rank((64, 48), "linear", HALF, 32) is None, "at rank 32 it would grow"
