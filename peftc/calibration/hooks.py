@@ -121,13 +121,7 @@ def _row_blocks(size: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Site:
-    """What is collected for one target.
-
-    Attributes:
-        target: the module.
-        leader: the target whose inputs it shares; itself where it shares none.
-        side: of its second moment.
-    """
+    """What is collected for a target: whose inputs it shares, by the ``leader``, and the side of its second moment."""
 
     target: Target
     leader: str

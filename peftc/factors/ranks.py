@@ -39,14 +39,12 @@ class Whole:
 
 @dataclass(frozen=True)
 class Decision:
-    """The rank of every eligible module, and what was measured of them.
+    """The rank of every eligible module, None for dense, and what was measured of them.
 
     Attributes:
-        ranks: None is dense.
         slow: module -> why it stays dense, for those whose factors are not faster.
         figures: for a speed-up what was measured, JSON-ready; empty where nothing was.
-        lost: divergence from the dense model in nats, with all modules at these ranks; None where it was
-            not measured.
+        lost: divergence from the dense model in nats, with all modules at these ranks; None where it was not measured.
         samples: kept apart from calibration, on which it was.
     """
 

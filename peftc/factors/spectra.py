@@ -24,10 +24,7 @@ class Factorizer:
     """The chosen methods with their settings, applied to one weight after another.
 
     Attributes:
-        name: of the matrix method.
-        decompose: the matrix method.
-        settings: of it.
-        needs: statistics that it asks for.
+        name, decompose, settings, needs: of the matrix method.
         statistics: where they are; None before the calibration, and for a method without needs.
         correct_bias: let the bias of a module make up for the mean of its inputs, where it has one.
     """

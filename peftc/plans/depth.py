@@ -52,12 +52,7 @@ def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, with
 
 @dataclass(frozen=True)
 class Decision:
-    """Which layers stay.
-
-    Attributes:
-        kept: their numbers, from 0, in running order.
-        threshold: that the scores were held against; None where they were ranked, or not asked.
-    """
+    """Which layers stay, by number in running order, and the threshold of their scores; None where they were ranked."""
 
     kept: tuple[int, ...]
     threshold: float | None = None

@@ -67,14 +67,7 @@ def _positive(option: str, asked: Any) -> int:
 
 @dataclass(frozen=True)
 class Input:
-    """What a model is timed on.
-
-    Attributes:
-        batch_size: samples at once; 16 when None.
-        image_size, max_length: of a sample, in pixels and tokens; the model's own when None.
-        device: where, as `--device` says it.
-        seed: of the random sample.
-    """
+    """What a model is timed on: 16 samples at once, of the model's own size in pixels or tokens, where None says so."""
 
     batch_size: int | None
     image_size: int | None
@@ -85,11 +78,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Aim:
-    """How far to factor: a budget, how modules share it, and what every rank is a multiple of.
-
-    Attributes:
-        timed: what a speed-up is timed on.
-    """
+    """How far to factor: a budget, its allocation, what ranks are multiples of, and what a speed-up is timed on."""
 
     budget: Budget
     allocation: str

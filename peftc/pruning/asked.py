@@ -22,17 +22,9 @@ HELD_OUT = 0.2  # of the train split, to measure quality on where there is no va
 
 @dataclass
 class Work:
-    """What there is to decide on.
+    """What there is to decide on: a model as stored and ready to run, its layers, and what to score them by, on what.
 
-    Attributes:
-        stored: the model as it is stored.
-        runs: the same, ready to run.
-        names: its layers.
-        score, given: what to score them by, and on what.
-        asked: how many, or which.
-        batch_size: samples at once; that of the task when None.
-        stability: repeat the score.
-        seed: of repeats.
+    The batch size is that of the task when None; ``stability`` repeats the score, with ``seed``.
     """
 
     stored: Model

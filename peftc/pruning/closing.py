@@ -38,13 +38,7 @@ CLOSE = 1e-3  # relative, for a layer's answer to a nudge to be the nudge
 
 @dataclass(frozen=True)
 class Gap:
-    """Neighbours that went.
-
-    Attributes:
-        before: the layer before them; None at the start of the stack.
-        last: the last of them.
-        number: how many.
-    """
+    """Neighbours that went: the layer before them, None at the start of the stack, the last of them, and how many."""
 
     before: str | None
     last: str

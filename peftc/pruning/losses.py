@@ -28,15 +28,7 @@ MEASURED = 500  # samples at most: each layer tried costs a forward pass over th
 
 @dataclass
 class Trial:
-    """Samples to measure a network on with some layers left out.
-
-    Attributes:
-        model: runnable, in eval mode.
-        given: the task, and what its classes are.
-        held: the samples.
-        batch_size: samples at once.
-        tried: forward passes over the samples so far, of all processes.
-    """
+    """Samples to measure a runnable network on without some layers, and how many passes were made over them so far."""
 
     model: Model
     given: Samples
@@ -103,13 +95,7 @@ def measured_on(given: Samples, *, scored_on_the_rest: bool) -> tuple[Held, str]
 
 @dataclass(frozen=True)
 class Removal:
-    """A layer that went.
-
-    Attributes:
-        layer: its number.
-        rise: of the loss, with it and those before it gone; None where it was not measured.
-        quality: the first metric then, larger is better; None where it was not measured.
-    """
+    """A layer that went; the rise of the loss with those before it, and the first metric, larger is better, or None."""
 
     layer: int
     rise: float | None = None
