@@ -44,16 +44,10 @@ class Request:
     @classmethod
     def of(cls, data: str, reading: Reading, calibration: Calibration, batch_size: int = 8) -> Request:
         """Return the request that groups of options make."""
-        return cls(
-            data,
-            reading.task,
-            calibration.calibration_samples,
-            None if calibration.calibration_tokens is None else int(calibration.calibration_tokens),
-            batch_size,
-            reading.image_size,
-            reading.max_length,
-            reading.seed,
-        )
+        samples, tokens = calibration.calibration_samples, calibration.calibration_tokens
+        tokens = None if tokens is None else int(tokens)
+        size, length, seed = reading.image_size, reading.max_length, reading.seed
+        return cls(data, reading.task, samples, tokens, batch_size, size, length, seed)
 
 
 @dataclass(frozen=True)
