@@ -69,8 +69,8 @@ def solving(target: Target, needs: tuple[str, ...]) -> int:
 def refuse_unsolvable(work: Factoring) -> None:
     """Refuse, as PlanError, a `--max-memory` in which a module cannot be factored under statistics, even alone."""
     limit, needs = work.model.max_memory, work.factorize.needs
-    needed = {name: solving(target, needs) for name, target in work.targets.items() if needs}
-    if limit is None or not needed:
+    needed = {name: solving(target, needs) for name, target in work.targets.items()}
+    if limit is None or not needed or not needs:  # plain methods take far less
         return
     name = max(needed, key=lambda each: needed[each])
     own, solver = memory.taken(work.device), int(needed[name] / memory.SPARE)

@@ -218,7 +218,7 @@ class Factoring:
         return {} if processes.rank() else {name: dict(read_note(part) or {}) for name, part in parts.items()}
 
     def factor_one(self, target: Target, rank: int, part: Path, factorize: Factorizer | None = None) -> dict[str, Any]:
-        """Compute one module's factors, by ``factorize`` where statistics changed, and keep them; return figures."""
+        """Keep the factors of one module in ``part``, and return their figures; ``factorize`` has newer statistics."""
         by = factorize or self.factorize
         solved = factorize is None and self.part(target, "spectrum").is_file()
         found = self.spectrum(target) if solved else self._fresh(target, by)

@@ -59,7 +59,7 @@ def timed(work: Factoring, aim: Aim) -> Decision:
     called = [times[site] for each in sites.values() for site in each if site in times]
     total = sum(each.dense for each in called)
     noise = sum(each.dense * each.noise for each in called) / total if called else 1.0
-    if noise > BUSY:
+    if noise > BUSY:  # then the times of their factors would mean nothing either
         raise PlanError(
             f"a speed-up of {asked:g}x cannot be told from noise here",
             why=f"the time of a module was measured to be {noise:.2f}x its own, in the mean over all modules",

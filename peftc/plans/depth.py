@@ -93,13 +93,13 @@ def above_threshold(scores: Sequence[float], alpha: float) -> Decision:
 
 
 def best(scores: Sequence[float], number: int, fixed: Collection[int] = ()) -> Decision:
-    """Keep the ``number`` layers with the largest scores, of equals the earlier; fixed ones stay whatever theirs."""
+    """Keep the layers with the largest scores, of equals the earlier; fixed ones, whose scores may be NaN, stay."""
     order = sorted(range(len(scores)), key=lambda at: (at not in fixed, -scores[at] if at not in fixed else 0.0, at))
     return Decision(tuple(sorted(order[:number])))
 
 
 def worst_first(scores: Sequence[float], fixed: Collection[int], *, of_depth: bool) -> list[int]:
-    """Return the layers that may go, those that should go first in front; fixed ones stay, whatever their score.
+    """Return the layers that may go, those that should go first in front; fixed ones stay, and may have NaN.
 
     Scores ``of_depth`` say how good the features are up to a layer, so that layers go from the end.
     """
