@@ -1,7 +1,5 @@
 """`--data` specs to samples."""
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples in arrays: .npz and .safetensors files, IDX files (the MNIST family), scikit-learn's digits."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import re

@@ -3,8 +3,6 @@
 All of it is drawn from torch's random state, so that a step that is made again draws the same.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Match the classes of a data set with the outputs of a model."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

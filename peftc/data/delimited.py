@@ -1,7 +1,5 @@
 """Rows of .csv and .tsv files: what separates cells, whether a header stands above them, and what quotes mean."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter

@@ -1,7 +1,5 @@
 """Folders and zips of class folders, and the path from an image to what a model reads."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile

@@ -3,8 +3,6 @@
 They are read here, and not by pyarrow as `datasets` does it: its reader ends the process on some damaged files.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

@@ -4,8 +4,6 @@ No limit is one that honest data meets; each refusal names the one that was pass
 itself in memory, never on what it openly is: an array of ten gigabytes that lies there as such is read.
 """
 
-from __future__ import annotations
-
 import lzma
 import os
 import stat

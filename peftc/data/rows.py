@@ -1,7 +1,5 @@
 """A table with named columns: which of them hold what, as the user says or by usual names, and what is in them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@
 one of these characters is taken as it is, and in the name of a column ``%40`` stands for ``@``, ``%26`` for ``&``.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

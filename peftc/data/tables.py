@@ -1,7 +1,5 @@
 """Rows with named columns: .csv .tsv .jsonl .parquet .txt files and hub data sets, read by the `datasets` library."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

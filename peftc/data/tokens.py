@@ -1,7 +1,5 @@
 """Texts to tokens: the tokenizer beside a model, what the model takes, and texts drawn from a model."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import sys

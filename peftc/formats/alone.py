@@ -5,8 +5,6 @@ shapes of its parameters, ``run`` computes a batch and writes what comes of it, 
 more, for those who time it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

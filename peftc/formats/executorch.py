@@ -1,7 +1,5 @@
 """A program of ExecuTorch for phones and small boards, its products computed by XNNPACK where that can."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path

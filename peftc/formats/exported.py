@@ -1,7 +1,5 @@
 """What a format hands back: how to run what it wrote in its own runtime, and what it computes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

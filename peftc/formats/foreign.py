@@ -1,7 +1,5 @@
 """What other programs do not know of a network: refused with the options of `peftc export` that do write it."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from peftc.errors import ExportError

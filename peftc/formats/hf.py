@@ -1,7 +1,5 @@
 """A folder that transformers loads with ``from_pretrained``, without peftc."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

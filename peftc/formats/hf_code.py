@@ -4,8 +4,6 @@ The file subclasses the network's class of transformers and puts peftc's low-ran
 copied out of peftc, so the folder loads where peftc is not installed. `config.json` says which modules, at which rank.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Factors multiplied out: the plain network of its own library that computes what a factored one does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor

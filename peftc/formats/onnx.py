@@ -5,8 +5,6 @@ less time for MiniLM and 5 % less for ViT-Ti (batch 16, `tests/benchmarks/RESULT
 and norms into one node, SkipLayerNormalization, that is slower than both.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An export beside the artifact it was made from: the same inputs, what both give, and how long both take."""
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Sequence

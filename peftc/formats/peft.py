@@ -1,7 +1,5 @@
 """An adapter in the format of Hugging Face peft: ``PeftModel.from_pretrained`` puts it on the base."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from pathlib import Path

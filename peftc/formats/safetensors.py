@@ -1,7 +1,5 @@
 """One file of plain weights; how modules compute with them stands in ``export.json`` beside it."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """A folder in the format of timm's hub, which ``timm.create_model("local-dir:...", pretrained=True)`` loads."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A program of torch.export: ``torch.export.load("model.pt2").module()`` runs it, without peftc."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

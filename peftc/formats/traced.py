@@ -1,7 +1,5 @@
 """Model > a graph of its operations with a free batch, and for texts a free length: what .pt2 and ONNX are made of."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Written from manifest and results alone, without torch. Nothing in it is guessed
 said to be unknown.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

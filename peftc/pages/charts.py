@@ -1,7 +1,5 @@
 """Charts: what is painted, in pixels, as SVG inside a page or, several together, as the picture of a file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A page of HTML out of parts that are escaped where they are put together: no template, nothing to load."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """What reports hold, as charts: of the page that `report` writes and of the pictures that `--plot` draws."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

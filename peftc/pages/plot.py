@@ -1,7 +1,5 @@
 """Charts as the picture of a file: written as SVG, or painted by matplotlib, which the extra ``report`` installs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec

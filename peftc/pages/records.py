@@ -1,7 +1,5 @@
 """Artifacts > what their manifests and results say, side by side: for `compare` and `report`, without torch."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The parts of the page that `report` writes, from records alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
