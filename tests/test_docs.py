@@ -228,13 +228,13 @@ def test_the_forms_of_a_model_are_those_of_the_program(tmp_path: Path) -> None:
 
 def test_the_forms_of_data_are_those_of_the_program() -> None:
     from peftc import data
-    from peftc.data import tables, tokens
+    from peftc.data import spec, tables
 
     told = " ".join(form for form, _ in table("What --data takes", "form | is"))
     assert set(tables.ENDINGS) <= set(re.findall(r"`(\.\w+)`", told))
     for form in re.findall(r"`([^`]+)`|(\.\w+)", data.FORMS):
         assert (form[0] or form[1]) in told, form
-    assert f"`{tokens.GENERATED}N`" in told
+    assert f"`{spec.GENERATED}N`" in told
 
 
 def test_the_lists_of_choices_are_those_of_the_program() -> None:

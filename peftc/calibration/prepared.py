@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftc.data import Dataset, open_data
-from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
+from peftc.data.spec import GENERATED
+from peftc.data.tokens import length_to_draw, number_to_draw, sample
 from peftc.errors import UsageError
 from peftc.models.model import Model, detached
 from peftc.models.place import runnable

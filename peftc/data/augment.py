@@ -29,9 +29,7 @@ class Augmented:
         preprocess: of the model that reads them.
         size: side in pixels instead of the model's.
         augment: what happens.
-
-    Raises:
-        UsageError: there is no such policy, or tensors cannot be changed by it.
+        plain: reads samples as they are.
     """
 
     def __init__(
@@ -46,8 +44,17 @@ class Augmented:
             raise UsageError("`--augment` changes images of a known size", hint="leave it out, or use `--mixup`")
         self.mode = MODES[sides[0]]
         self.normalise = normalised(preprocess, sides[0])
-        pixels = (size, size) if size else tuple(sides[1:])
-        self.transform = _transform(augment.policy, pixels, preprocess)
+        from timm.data import create_transform
+
+        policy, pixels = augment.policy, (size, size) if size else tuple(sides[1:])
+        how = {"auto_augment": None if policy == "crop" else policy, "hflip": 0.5, "scale": (SMALLEST_CROP, 1.0)}
+        how |= {"color_jitter": None, "interpolation": preprocess.get("interpolation") or "bilinear"}
+        try:
+            self.transform = create_transform(pixels, is_training=True, normalize=False, **how)
+        except (AssertionError, ValueError, KeyError) as error:
+            why = str(error) or "it is no policy of timm's"
+            hint = "as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`"
+            raise UsageError(f"unknown value `{policy}` for `--augment`", why=why, hint=hint) from None
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return (batch, channels, height, width) of some samples."""
@@ -71,19 +78,6 @@ class Augmented:
         mix = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=classes)
         with _drawn(), torch.device("cpu"):
             return mix(inputs.clone(), targets)  # type: ignore[no-any-return]
-
-
-def _transform(policy: str, pixels: Any, preprocess: Mapping[str, Any]) -> Any:
-    from timm.data import create_transform
-
-    how = {"auto_augment": None if policy == "crop" else policy, "hflip": 0.5, "scale": (SMALLEST_CROP, 1.0)}
-    how |= {"color_jitter": None, "interpolation": preprocess.get("interpolation") or "bilinear"}
-    try:
-        return create_transform(pixels, is_training=True, normalize=False, **how)
-    except (AssertionError, ValueError, KeyError) as error:
-        why = str(error) or "it is no policy of timm's"
-        hint = "as `crop`, `rand-m9-mstd0.5-inc1`, `augmix-m5-w3` or `original`"
-        raise UsageError(f"unknown value `{policy}` for `--augment`", why=why, hint=hint) from None
 
 
 @contextmanager

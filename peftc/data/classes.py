@@ -10,22 +10,21 @@ from peftc.errors import ClassesError, DataError, named
 def match(classes: Sequence[str], labels: Sequence[str] | None, outputs: int) -> tuple[list[int], str]:
     """Return the output index of each class, and a sentence that says how they were matched.
 
-    Tried in this order: WordNet ids, the model's class names (or ImageNet's), class indices, and, for a model that
-    knows no names, sorted order. A class matches wholly or not at all.
-
-    Args:
-        classes: names of class folders, or label values.
-        labels: the model's class names in output order, if it knows them.
-        outputs: how many classes the model tells apart.
+    Tried in this order: WordNet ids, the model's class names (``labels``, or ImageNet's), class indices, and, for a
+    model that knows no names, sorted order. A class matches wholly or not at all.
 
     Raises:
         ClassesError: no class has a counterpart.
         DataError: some have none, or two.
     """
-    ids, of_imagenet = _imagenet(outputs)
-    if ids and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        index = {name: number for number, name in enumerate(ids)}
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": outputs})  # the ImageNet with so many classes
+    imagenet = ImageNetInfo(subset) if subset else None
+    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        index = {name: number for number, name in enumerate(imagenet.label_names())}
         return _all(classes, index, outputs, "WordNet ids"), "classes: folders matched by WordNet id"
+    of_imagenet = imagenet.label_descriptions() if imagenet else None
     for names, whose in ((labels, "the model's class names"), (of_imagenet, "ImageNet's class names")):
         if names:
             found = _by_name(classes, names)
@@ -86,12 +85,3 @@ def _by_name(classes: Sequence[str], names: Sequence[str]) -> dict[str, int]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
-
-
-def _imagenet(outputs: int) -> tuple[list[str], list[str]]:
-    """Return WordNet ids and names of the ImageNet with so many classes; none where there is no such."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset({"num_classes": outputs})
-    info = ImageNetInfo(subset) if subset else None
-    return (info.label_names(), info.label_descriptions()) if info else ([], [])

@@ -23,12 +23,7 @@ SKETCH, HASH = 128, 10  # hashes in a sketch, and digits in each
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of pairs of an image and a text before any image is read.
-
-    Attributes:
-        captions: the text of each row.
-        images: for each row the first row with the same image.
-    """
+    """The caption of each row, and the first row with the same image, known before any image is read."""
 
     captions: Sequence[str]
     images: Sequence[int]
@@ -131,12 +126,7 @@ PREFERRED = {"evaluation": ("test", "validation"), "calibration": ("train", "val
 def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "evaluation") -> tuple[str, str]:
     """Return the split to use, and a sentence that says so: the one asked for, else the role's first, or the only one.
 
-    Args:
-        name: of the data.
-        splits: there are.
-        asked: by the user.
-        role: ``evaluation`` prefers test, then validation; ``calibration`` train, then validation; ``training``
-            train.
+    Which is first stands in `PREFERRED`.
     """
     names = list(splits)
     there = {"why": f"it has {_listed(names)}", "hint": f"name one: `--data {name}@{names[0]}`" if names else None}

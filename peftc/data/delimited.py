@@ -16,21 +16,15 @@ SAMPLE = 1000  # rows of a file that tell whether the first is a header
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        DataError: it is empty, or no text in UTF-8.
-    """
+    """Return the text of a file, which has to hold some, in UTF-8."""
     with limits.opened(path) as file:
         content = file.read()
-    why = None
+    why = "it holds zero bytes, so it is no text"
     try:
         text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
-        text, why = "", str(error)
+        text, why = "\0", str(error)
     if "\0" in text:
-        why = "it holds zero bytes, so it is no text"
-    if why:
         raise DataError(f"cannot read `{path}`", why=why, hint="peftc reads UTF-8 text")
     if not text.strip():
         raise DataError(f"`{path}` is empty")
@@ -38,15 +32,14 @@ def text_of(path: Path) -> str:
 
 
 def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]:
-    """Return how pandas is to read a file, and notes on what was guessed.
-
-    Raises:
-        DataError: it has no rows, or they are no table.
-    """
-    text, notes = text_of(path), []
-    sep, sample = _first_rows(path, text[:100_000])
-    if sep == ";":
-        notes.append(f"data: the cells of `{path.name}` are separated by `;`")
+    """Return how pandas is to read a file, and notes on what was guessed."""
+    text, notes, sep = text_of(path), [], "\t" if path.suffix.lower() == ".tsv" else ","
+    sample = _sample(path, text, sep)
+    if sep == "," and len(sample[0]) == 1:
+        other = _sample(path, text, ";")
+        if len({len(row) for row in other}) == 1 and len(other[0]) > 1:  # that alone makes a table
+            sep, sample = ";", other
+            notes.append(f"data: the cells of `{path.name}` are separated by `;`")
     header = _header(path, sample, columns)
     if header is not None:
         notes.append(
@@ -62,21 +55,10 @@ def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]
     return {"sep": sep, "column_names": header, **cells}, notes
 
 
-def _first_rows(path: Path, start: str) -> tuple[str, list[list[str]]]:
-    """Return what separates cells, and the first rows: a comma, or a semicolon where that alone makes a table."""
-    sep = "\t" if path.suffix.lower() == ".tsv" else ","
-    sample = _sample(path, start, sep)
-    if sep == "," and len(sample[0]) == 1:
-        other = _sample(path, start, ";")
-        if len({len(row) for row in other}) == 1 and len(other[0]) > 1:
-            return ";", other
-    return sep, sample
-
-
-def _sample(path: Path, start: str, sep: str) -> list[list[str]]:
+def _sample(path: Path, text: str, sep: str) -> list[list[str]]:
     """Return the first rows of a file, the last of which may be cut."""
     with limits.refused(path, "", csv.Error):
-        sample = [row for row in csv.reader(io.StringIO(start), delimiter=sep) if row][:SAMPLE]
+        sample = [row for row in csv.reader(io.StringIO(text[:100_000]), delimiter=sep) if row][:SAMPLE]
     if not sample:
         raise DataError(f"`{path}` has no rows")
     limits.refuse_columns(path, len(sample[0]))

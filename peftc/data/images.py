@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,11 +42,7 @@ class Tree:
 
 
 def folder_tree(path: Path) -> Tree:
-    """List a folder; hidden files are left out, and links are followed.
-
-    Raises:
-        DataError: a folder cannot be read, or links lead round in a circle, or to one folder again and again.
-    """
+    """List a folder; hidden files are left out, and links are followed, but not round in a circle."""
     files, folders = [], []
     seen: Counter[tuple[int, int]] = Counter()
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
@@ -55,21 +51,18 @@ def folder_tree(path: Path) -> Tree:
         with limits.refused(path / here):
             there = (path / here).stat()
             entries = sorted(os.scandir(path / here), key=lambda entry: entry.name)
-            below = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+            inside = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
         at = (there.st_dev, there.st_ino)
         seen[at] += 1
         if at in above or seen[at] > SAME_FOLDER:
-            why = (
-                "it is a link to a folder above it"
-                if at in above
-                else f"links lead to it more than {SAME_FOLDER} times"
-            )
+            often = f"links lead to it more than {SAME_FOLDER} times"
+            why = "it is a link to a folder above it" if at in above else often
             raise DataError(f"`{shown(path)}` has no end: see `{shown(path / here)}`", why=why, hint="remove the link")
         prefix = f"{here}/" if here else ""
-        folders += [prefix + name for name in below]
-        others = {entry.name for entry in entries if not entry.name.startswith(".")} - {*below}
-        files += [prefix + name for name in sorted(others)]
-        waiting += [(prefix + name, (*above, at)) for name in reversed(below)]
+        below = [prefix + name for name, is_folder in inside.items() if is_folder]
+        folders += below
+        files += [prefix + name for name, is_folder in inside.items() if not is_folder]
+        waiting += [(name, (*above, at)) for name in reversed(below)]
 
     def read(name: str) -> bytes:
         with limits.opened(path / name) as file:
@@ -97,11 +90,7 @@ def zip_tree(path: Path) -> Tree:
 
 
 def class_folders(tree: Tree) -> Splits:
-    """Return the splits of a tree of class folders; images without any folder are one split without labels.
-
-    Raises:
-        DataError: it holds no images, images beside class folders, or an empty class folder.
-    """
+    """Return the splits of a tree of class folders; images without any folder are one split without labels."""
     images = [name for name in tree.files if name.lower().endswith(ENDINGS)]
     if not images:
         raise DataError(f"`{tree.name}` holds no images", why=f"{len(tree.files)} other files lie in it", hint=LAYOUT)
@@ -169,24 +158,15 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
     )
 
 
-@lru_cache
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
 def decode(content: bytes, name: str) -> Image.Image:
-    """Return the image in ``content``; a large one is read when `with_mode` asks for its pixels.
-
-    Raises:
-        DataError: it is no image, or a damaged one, or too large.
-    """
+    """Return the image in ``content``; a large one is read when `with_mode` asks for its pixels."""
     name = shown(name)
+    Image.init()  # which finds what this Pillow can open
     try:
-        image = Image.open(io.BytesIO(content), formats=_formats())
+        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"`{name}` has too many pixels", why=str(error), hint="shrink or remove it") from None
-    except (UnidentifiedImageError, *DAMAGED) as error:
+    except DAMAGED as error:
         raise _no_image(name, error) from None
     limits.refuse_sides(name, image.width, image.height)
     return image if _is_large(image) else _loaded(image, name)

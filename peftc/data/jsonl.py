@@ -7,6 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,7 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # a string, which may hold b
 
 
 def table(path: Path) -> Any:
-    """Return the rows of a file as a table of the `datasets` library.
-
-    Raises:
-        DataError: a row is no object of JSON, or the rows make no table, or one out of all proportion.
-    """
+    """Return the rows of a file, each an object of JSON, as a table of the `datasets` library."""
     import datasets
     from pyarrow import ArrowException
 
@@ -61,13 +58,10 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(text: bytes, path: Path, number: int) -> Any:
     """Return what a text of JSON holds, which starts in some row."""
-    depth = 0
-    if text.count(b"[") + text.count(b"{") > limits.NESTING:
-        for token in TOKEN.finditer(text):
-            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-            if depth > limits.NESTING:
-                why = f"in row {number} JSON lies in JSON more than {limits.NESTING} times"
-                raise DataError(f"cannot read `{path}`", why=why)
+    steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in TOKEN.finditer(text))
+    if text.count(b"[") + text.count(b"{") > limits.NESTING and max(accumulate(steps)) > limits.NESTING:
+        why = f"in row {number} JSON lies in JSON more than {limits.NESTING} times"
+        raise DataError(f"cannot read `{path}`", why=why)
 
     def no_number(word: str) -> float:
         raise ValueError(f"`{word}` is no number")
@@ -83,9 +77,8 @@ def _typed(values: list[Any]) -> list[Any]:
     try:
         array(values)
     except (ArrowException, *limits.DAMAGED):
-        if all(
-            value is None or (isinstance(value, str | int | float) and shown(value) == str(value)) for value in values
-        ):
+        cells = [value for value in values if value is not None]
+        if all(isinstance(cell, str | int | float) and shown(cell) == str(cell) for cell in cells):
             return [value if value is None else str(value) for value in values]
         return [["of several types, or not UTF-8", json.dumps(value)] for value in values]
     return values

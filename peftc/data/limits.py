@@ -42,16 +42,7 @@ DAMAGED = (
 
 @contextmanager
 def refused(name: str | Path, why: str = "", *more: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises about a damaged file into a refusal.
-
-    Args:
-        name: of the file, or of a part of it.
-        why: what comes before what the library says.
-        more: exceptions beside the usual ones.
-
-    Raises:
-        DataError: with the first line of what it says.
-    """
+    """Turn what a library raises about a damaged file, ``more`` beside the usual, into a refusal that says why."""
     try:
         yield
     except MemoryError:  # says nothing of the file
@@ -62,11 +53,7 @@ def refused(name: str | Path, why: str = "", *more: type[Exception]) -> Iterator
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file: reading a pipe or a device would wait, or never end.
-
-    Raises:
-        DataError: it is something else, or cannot be opened.
-    """
+    """Open a regular file, and nothing else: reading a pipe or a device would wait, or never end."""
     with refused(path):
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     with file:
@@ -76,24 +63,16 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def whole(file: IO[bytes], most: int, name: str) -> bytes:
-    """Return what is in a file.
-
-    Raises:
-        DataError: it is more than ``most`` bytes.
-    """
+    """Return what is in a file of at most ``most`` bytes."""
     content = file.read(most + 1)
     if len(content) > most:
-        why = f"it has more than {size(most)}"
-        raise DataError(f"`{shown(name)}` is too large for an image", why=why, hint="shrink it, or remove it")
+        what, why = f"`{shown(name)}` is too large for an image", f"it has more than {size(most)}"
+        raise DataError(what, why=why, hint="shrink it, or remove it")
     return content
 
 
 def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
-    """Refuse a packed file that claims, or is about, to unpack to more than data would.
-
-    Raises:
-        DataError: with both sizes and the limit.
-    """
+    """Refuse a packed file that claims, or is about, to unpack to more bytes than data would."""
     most = max(UNPACKED, EXPANSION * packed)
     if unpacked > most:
         why = f"it has {size(packed)}, and peftc unpacks at most {EXPANSION} times that, or {size(UNPACKED)}"
@@ -102,21 +81,13 @@ def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
 
 
 def refuse_columns(path: Path, number: int) -> None:
-    """Refuse a table of more columns than data have.
-
-    Raises:
-        DataError: with the limit.
-    """
+    """Refuse a table of more columns than data have."""
     if number > COLUMNS:
         raise DataError(f"cannot read `{path}`", why=f"it has more than {COLUMNS:,} columns")
 
 
 def refuse_sides(name: str, width: int, height: int) -> None:
-    """Refuse an image that is too large, or that would become so when its shorter side is brought to a model's size.
-
-    Raises:
-        DataError: with the limits.
-    """
+    """Refuse an image that is too large, or that would become so when its shorter side is brought to a model's size."""
     short, long = sorted((width, height))
     if short * long > IMAGE_PIXELS or long > SIDES * short:
         why = f"peftc reads images of at most {IMAGE_PIXELS:,} pixels, with one side at most {SIDES} times the other"

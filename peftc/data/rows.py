@@ -34,7 +34,6 @@ class Rows:
 
     Attributes:
         table: of the `datasets` library.
-        name, split: of the data.
         columns: that the user named.
         task: that the samples are for; None where nothing tells it.
         notes: what people should know about how it was read.
@@ -60,11 +59,7 @@ class Rows:
         return typed[0] if typed else self.usual(IMAGE)
 
     def need(self, column: str | None, what: str, kind: str, more: str = "") -> str:
-        """Return a column that has to be there.
-
-        Raises:
-            DataError: there is none; with how to name it.
-        """
+        """Return a column that has to be there, or say how to name it."""
         if column is not None:
             return column
         why = f"its columns are {named(self.table.column_names, 20)}"
@@ -74,11 +69,7 @@ class Rows:
     def values(
         self, column: str, what: str = "", fits: Callable[[Any], bool] = lambda value: True, hint: str | None = None
     ) -> list[Any]:
-        """Return the values of a column.
-
-        Raises:
-            DataError: they are damaged, or one of them is not what it has to be.
-        """
+        """Return the values of a column, each of which has to be what ``fits`` says."""
         from pyarrow import ArrowException
 
         with limits.refused(self.name, f"column `{column}`: ", ArrowException):
@@ -90,11 +81,7 @@ class Rows:
         return found
 
     def images(self, column: str) -> Cells:
-        """Return the readers of a column of images: of paths, or of what the `datasets` library calls images.
-
-        Raises:
-            DataError: a file is not there.
-        """
+        """Return the readers of a column of images: of paths, or of what the `datasets` library calls images."""
         import datasets
         from pyarrow import ArrowException
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from peftc.data.tokens import GENERATED
 from peftc.errors import UsageError, one_of
 from peftc.options import Reading
 
 COLUMNS = ("image", "text", "label")
+GENERATED = "generated:"  # a spec of texts that are drawn from a model
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,7 @@ def parts_of(spec: str | Path) -> tuple[str, str]:
 
 
 def columns_of(name: str) -> tuple[str, Columns]:
-    """Return what a spec without its split names, and the columns that it names.
-
-    Raises:
-        UsageError: it names a column of no kind that there is, or none.
-    """
+    """Return what a spec without its split names, and its columns; one of no kind or no name is refused."""
     bare, mark, query = name.partition("?")
     if not mark or "=" not in query or _exists(name):
         return name, Columns()
@@ -66,11 +62,7 @@ def columns_of(name: str) -> tuple[str, Columns]:
 
 
 def named(spec: str | Path, reading: Reading) -> str:
-    """Return a spec with the columns that options name.
-
-    Raises:
-        UsageError: spec and options name different ones of a kind.
-    """
+    """Return a spec with the columns that options name; both may not name different ones of a kind."""
     options: dict[str, str | None] = {kind: getattr(reading, f"{kind}_column") for kind in COLUMNS}
     if not any(options.values()) or str(spec).startswith(GENERATED):  # what is drawn has no columns
         return str(spec)

@@ -1,5 +1,6 @@
 """Rows with named columns: .csv .tsv .jsonl .parquet .txt files and hub data sets, read by the `datasets` library."""
 
+import glob
 import json
 import logging
 import re
@@ -27,9 +28,8 @@ def in_folder(folder: Path, columns: Columns, task: str | None) -> list[Path]:
     """Return the tables that are named by the split in them, else the one beside images by its usual names."""
     there = [path for path in sorted(folder.iterdir()) if path.suffix in ENDINGS]
     named_by_split = [path for path in there if split_word(path.stem)]
-    if named_by_split or not _is_captioned(columns, task):
-        return named_by_split
-    return [path for path in there if path.stem.lower() in STEMS]
+    beside_images = [path for path in there if path.stem.lower() in STEMS and _is_captioned(columns, task)]
+    return named_by_split or beside_images
 
 
 def _is_captioned(columns: Columns, task: str | None) -> bool:
@@ -72,7 +72,7 @@ def _load(builder: str, path: Path, **options: Any) -> Any:
     with limits.opened(path) as file:
         if not file.read(1):
             raise DataError(f"`{path}` is empty")
-    pattern = re.sub(r"([*?\[])", r"[\1]", str(path))  # in which the library sees no pattern
+    pattern = glob.escape(str(path))
     damaged = (datasets.exceptions.DatasetsError, ArrowException)
     with limits.refused(path, "", *damaged), tempfile.TemporaryDirectory() as cache, _silent(datasets):
         where = {"data_files": pattern, "split": "train", "cache_dir": cache, "keep_in_memory": True}
@@ -139,11 +139,7 @@ def hub(spec: str, columns: Columns, task: str | None) -> Splits:
 
 
 def dataset(rows: Rows) -> Dataset:
-    """Find the input and label columns of a table.
-
-    Raises:
-        DataError: it has no rows, no column to read, or lacks a column that was named.
-    """
+    """Find the input and label columns of a table."""
     name, columns = rows.name, rows.columns
     if not len(rows.table):
         raise DataError(f"`{name}` has no rows")

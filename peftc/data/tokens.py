@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftc import progress
 from peftc.data.dataset import Dataset
+from peftc.data.spec import GENERATED
 from peftc.errors import DataError, UsageError, WeightError
 from peftc.models.inputs import vocabulary
 from peftc.models.model import Model
@@ -21,22 +22,17 @@ from peftc.models.tokenizer import refusing, tokenizer_of
 
 IGNORED = -100  # a target that is not predicted
 LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
-GENERATED, GENERATED_LENGTH = "generated:", 128  # a `--data` spec; tokens, where `--max-length` is not given
+GENERATED_LENGTH = 128  # tokens of a text that is drawn, where `--max-length` is not given
 
 
 def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2) -> int:
-    """Return how many tokens a sample may have: as asked, else what the model takes, at most 512.
-
-    Raises:
-        UsageError, DataError: it is asked for fewer than ``least``, or more than the model takes.
-    """
+    """Return how many tokens a sample may have: as asked, at least ``least``; else what the model takes, up to 512."""
     config = model.config.get("text_config") or model.config
     known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
     inner = getattr(getattr(model.module, "config", None), "text_config", None)  # a file may leave out what is usual
     most = getattr(tokenizer, "model_max_length", None)
     if not isinstance(most, int | float | None):
-        why = f"`model_max_length` is {most!r}"
-        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=why)
+        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=f"`model_max_length` is {most!r}")
     known += [getattr(inner, "max_position_embeddings", None), most]
     limit = min((int(value) for value in known if value), default=sys.maxsize)
     if max_length is None:
@@ -69,7 +65,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     """Tokenise texts, or pairs of texts that one input joins, keeping what the model's forward takes.
 
     Args:
-        model: its tokenizer and its forward.
+        model: its tokenizer and its forward are asked.
         texts: str each, or two of them.
         max_length: tokens, where longer texts are cut; what the model takes when None.
         full: pad every text to that length, for a model that was trained so.
@@ -97,11 +93,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
 
 
 def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Return the tokens of one long text, all of which the model knows.
-
-    Raises:
-        DataError: the tokenizer is damaged, or that of another model.
-    """
+    """Return the tokens of one long text, all of which the model has to know."""
     with refusing(model):
         ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
     _refuse_unknown(model, [ids])
@@ -128,12 +120,7 @@ def start_of(model: Model, tokenizer: Any) -> list[int]:
 
 
 def number_to_draw(spec: str, model: Model, task: str | None) -> int:
-    """Return the N of ``generated:N``.
-
-    Raises:
-        UsageError: it is no number.
-        DataError: the task of the model is not to write text.
-    """
+    """Return the N of ``generated:N``, for a model whose task is to write text."""
     number = spec.removeprefix(GENERATED)
     if not number.isdecimal() or int(number) < 1:
         raise UsageError(f"`--data {spec}` asks for no number of sequences", hint="write it as `--data generated:64`")
@@ -155,7 +142,7 @@ def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
 
     Args:
         model: runnable.
-        number: sequences, >= 1.
+        number: of sequences, >= 1.
         length: tokens, the given first one included.
         seed: of the draw.
     """
@@ -173,14 +160,11 @@ def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
             for _ in parts[-1]:
                 advance("")
     tokens = torch.cat(parts)
-    return Dataset(
-        kind="tensor",
-        name=f"generated:{number}",
-        split="generated",
-        rows=range(number),
-        read=lambda row: tokens[row],
-        content=lambda row: tokens[row].numpy().tobytes(),
-    )
+
+    def content(row: int) -> bytes:
+        return tokens[row].numpy().tobytes()
+
+    return Dataset("tensor", f"{GENERATED}{number}", "generated", tokens.__getitem__, content, range(number))
 
 
 def _draw(model: Model, start: int, number: int, length: int, generator: torch.Generator) -> Tensor:

@@ -15,8 +15,7 @@ from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared, Request
 from peftc.calibration.statistics import Statistics
 from peftc.data import open_data
-from peftc.data.spec import named
-from peftc.data.tokens import GENERATED
+from peftc.data.spec import GENERATED, named
 from peftc.errors import ClassesError, UsageError
 from peftc.factors import estimate, ordered, spectra
 from peftc.factors import sequential as in_order

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftc.data import open_data
-from peftc.data.tokens import GENERATED, length_to_draw, number_to_draw, sample
+from peftc.data.spec import GENERATED
+from peftc.data.tokens import length_to_draw, number_to_draw, sample
 from peftc.errors import DataError
 from peftc.models import write
 from peftc.models.load import load_base
