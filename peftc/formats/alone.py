@@ -24,16 +24,9 @@ def picked(value: Any) -> Any:
 
 
 def load(folder: str, library: str, architecture: str, trusted: bool) -> Any:
-    """Return the network of a folder, as those load it who know nothing of peftc.
+    """Return the network of a folder, as those load it who know nothing of peftc, with no tensor lacking or left over.
 
-    Args:
-        folder: of a model.
-        library: timm or transformers.
-        architecture: class of transformers.
-        trusted: the folder brings its own class, and `AutoModel` finds it.
-
-    Raises:
-        SystemExit: a tensor was not found in the folder, or was left over.
+    A trusted folder brings its own class, and `AutoModel` finds it.
     """
     if library == "timm":
         import timm

@@ -33,41 +33,20 @@ def executorch(
         model: of any kind but image and text together.
         example: two samples.
         folder: to write to.
-        largest_batch, largest_length: what memory is planned for, at least 2; a length also fits the positions of the
-            network.
-
-    Raises:
-        UsageError: a limit is too small.
-        ExportError: ExecuTorch is not installed, or cannot hold what the network does.
+        largest_batch, largest_length: what memory is planned for, >= 2; a length also fits the network's positions.
     """
     for name, limit in (("largest_batch", largest_batch), ("largest_length", largest_length)):
         if limit < 2:
             raise UsageError(f"`--set {name}={limit}` is too small", why="it is 2 at least")
     exported.require("executorch", NEEDS)
+    from executorch.runtime import Runtime
+
     positions = getattr(getattr(model.module, "config", None), "max_position_embeddings", None) or largest_length
     limits = {"batch": largest_batch, "sequence": min(largest_length, positions)}
     graph = traced.trace(model, example, limits=limits)
     products = traced.products(graph.program)
     path = folder / "model.pte"
     path.write_bytes(_lowered(graph.program, model.name))
-    return _opened(path, graph, limits, products)
-
-
-def _lowered(program: Any, name: str) -> bytes:
-    """Translate a graph to what ExecuTorch runs."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.exir.error import ExportError as Refusal
-    from executorch.exir.error import InternalError
-
-    with traced.refusing(f"`{name}` cannot be written for ExecuTorch", *traced.UNTRACEABLE, Refusal, InternalError):
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        return bytes(lowered.to_executorch().buffer)
-
-
-def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: list[tuple[int, ...]]) -> Exported:
-    from executorch.runtime import Runtime
-
     method = Runtime.get().load_program(path).load_method("forward")
     if method is None:
         hint = traced.ELSE
@@ -89,3 +68,15 @@ def _opened(path: Path, graph: traced.Traced, limits: dict[str, int], products: 
     about = {**graph.about, "largest": {word: limits[word] for word in sorted(axes)}}
     runtime = f"ExecuTorch {version('executorch')}"
     return Exported(runtime, run, prepare, products=products, expected=graph.expected, about=about)
+
+
+def _lowered(program: Any, name: str) -> bytes:
+    """Translate a graph to what ExecuTorch runs."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.error import ExportError as Refusal
+    from executorch.exir.error import InternalError
+
+    with traced.refusing(f"`{name}` cannot be written for ExecuTorch", *traced.UNTRACEABLE, Refusal, InternalError):
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return bytes(lowered.to_executorch().buffer)

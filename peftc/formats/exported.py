@@ -55,11 +55,7 @@ class Exported:
 
 
 def require(word: str, packages: Sequence[str]) -> None:
-    """Import what a format needs, which an extra of its name installs.
-
-    Raises:
-        ExportError: a package is not installed, or does not load.
-    """
+    """Import what a format needs, which an extra of its name installs."""
     for package in packages:
         try:
             import_module(package)
@@ -76,11 +72,7 @@ def named(model: Model, batch: Tensor | Mapping[str, Tensor]) -> Inputs:
 
 
 def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
-    """Return the main output of a network in memory, float32, and its name.
-
-    Raises:
-        SourceError: it does not take the inputs.
-    """
+    """Return the main output of a network in memory, float32, and its name."""
     dtype = dtype_of(model.module)
     with torch.inference_mode(), taken(model):
         moved = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
@@ -92,13 +84,7 @@ def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
 def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
     """Load a folder of timm or transformers in a fresh process that knows nothing of peftc.
 
-    Args:
-        model: what was written.
-        folder: where.
-        trusted: the folder holds code of its own, which transformers is to run.
-
-    Raises:
-        ExportError: the library does not load it.
+    A trusted folder holds code of its own, which transformers is to run.
     """
     child = _Child(model)
     about = {"folder": str(folder), "library": model.library, "architecture": model.architecture, "trusted": trusted}
@@ -108,8 +94,13 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
     answer = child.ask("load", **about, threads=torch.get_num_threads(), padding=padded)
 
     def prepare(inputs: Inputs) -> Callable[[], object]:
+        def again() -> None:
+            if child.last is not inputs:
+                child.run(inputs)
+            child.ask("again")
+
         child.run(inputs)
-        return lambda: child.again(inputs)
+        return again
 
     how = f"transformers.{model.architecture}.from_pretrained"
     if model.library == "timm":
@@ -163,12 +154,6 @@ class _Child:
         self.ask("run", inputs=str(there), outputs=str(back))
         self.last = inputs
         return load_file(back)["output"]
-
-    def again(self, inputs: Inputs) -> None:
-        """Compute a batch that was sent before."""
-        if self.last is not inputs:
-            self.run(inputs)
-        self.ask("again")
 
     def close(self) -> None:
         """End the process."""

@@ -11,11 +11,8 @@ PLAIN = {"timm": "timm", "transformers": "hf"}  # library -> the format of its o
 
 def foreign(network: nn.Module) -> list[str]:
     """Return the modules whose class is one of peftc's, by name; without those of which they are made."""
-    found: list[str] = []
-    for name, module in network.named_modules():
-        if type(module).__module__.startswith("peftc.") and not any(name.startswith(f"{one}.") for one in found):
-            found.append(name)
-    return found
+    ours = [name for name, module in network.named_modules() if type(module).__module__.startswith("peftc.")]
+    return [name for name in ours if not any(name.startswith(f"{one}.") for one in ours)]
 
 
 def bound(model: Model) -> dict[str, str]:
@@ -38,12 +35,7 @@ def is_one_graph(model: Model) -> bool:
 
 
 def instead(model: Model, *, graph: bool = True) -> str:
-    """Return a hint: the options that write a model as it is.
-
-    Args:
-        model: with the updates that can be merged in its weights.
-        graph: whether formats that hold a graph may be named.
-    """
+    """Return a hint: the options that write a model as it is; ``graph`` says whether formats of graphs may be named."""
     graph = graph and is_one_graph(model)
     plain = PLAIN.get(model.library) if _is_of_its_library(model) and not bound(model) else None
     if plain is None:
@@ -55,11 +47,7 @@ def instead(model: Model, *, graph: bool = True) -> str:
 
 
 def refuse_bound(model: Model, what: str, hint: str) -> None:
-    """Refuse a model that nothing but peftc can build.
-
-    Raises:
-        ExportError: it has updates that cannot be merged, or dropped layers.
-    """
+    """Refuse a model that nothing but peftc can build: it has updates that cannot be merged, or dropped layers."""
     names = bound(model)
     if names:
         more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
@@ -67,35 +55,19 @@ def refuse_bound(model: Model, what: str, hint: str) -> None:
 
 
 def refuse_other_library(model: Model, library: str, word: str) -> None:
-    """Refuse a model that is not of a library, or that the library cannot build.
-
-    Args:
-        model: to export.
-        library: timm or transformers.
-        word: the format.
-
-    Raises:
-        ExportError: with what to do instead.
-    """
+    """Refuse a model that is not of a library, or that the library cannot build; ``word`` is that of the format."""
     what = f"`{model.name}` cannot be exported as `{word}`"
     if model.library != library:
         why = f"its network is one of {model.library}" if model.library in PLAIN else "its network is your own code"
         raise ExportError(what, why=why, hint=instead(model))
     if not _is_of_its_library(model):
-        raise ExportError(
-            what,
-            why=f"{library} itself has no class `{model.architecture}`: it came with the checkpoint",
-            hint=instead(model),
-        )
+        why = f"{library} itself has no class `{model.architecture}`: it came with the checkpoint"
+        raise ExportError(what, why=why, hint=instead(model))
     refuse_bound(model, what, instead(model))
 
 
 def refuse_foreign(model: Model, library: str, word: str) -> None:
-    """Refuse what `refuse_other_library` does, and a model with factors, which no library loads by itself.
-
-    Raises:
-        ExportError: with what to do instead.
-    """
+    """Refuse what `refuse_other_library` does, and a model with factors, which no library loads by itself."""
     refuse_other_library(model, library, word)
     names = foreign(model.module)
     if names:
@@ -110,9 +82,4 @@ def _is_of_its_library(model: Model) -> bool:
         return model.library in PLAIN
     import transformers
 
-    return all(hasattr(transformers, name) for name in (model.architecture, config_class(model)))
-
-
-def config_class(model: Model) -> str:
-    """Return the name of the class of a transformers network's configuration."""
-    return type(model.module.config).__name__
+    return all(hasattr(transformers, name) for name in (model.architecture, type(model.module.config).__name__))

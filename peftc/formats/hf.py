@@ -25,12 +25,9 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
     """Write ``config.json`` and weights as transformers does.
 
     Args:
-        model: as stored, its modules all of its own library.
+        model: as stored, its modules all of transformers and torch.
         example: not looked at.
         folder: to write to.
-
-    Raises:
-        ExportError: the model is not of transformers, or has modules of peftc.
     """
     refuse_foreign(model, "transformers", "hf")
     config = {name: value for name, value in model.config.items() if name != "transformers_weights"}
@@ -44,8 +41,7 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
     else:
         state = surgery.tensors_of(model.module)
         there = {name: state[name] for name in surgery.stored_names(model.module)}
-        named = revert_weight_conversion(model.module, there)
-        pieces = {name: piece(tensor) for name, tensor in named.items()}
+        pieces = {name: piece(each) for name, each in revert_weight_conversion(model.module, there).items()}
     artifact.write_weights(folder, pieces, None, SHARD)
     written = exported.plain(model, folder)
     written.notes += read_otherwise(config)

@@ -13,7 +13,7 @@ from torch import nn
 from peftc.errors import ExportError
 from peftc.formats import exported
 from peftc.formats.exported import Exported, Inputs
-from peftc.formats.foreign import config_class, refuse_other_library
+from peftc.formats.foreign import refuse_other_library
 from peftc.formats.hf import SHARD, read_otherwise
 from peftc.models.model import Model
 from peftc.models.weights import pieces_of
@@ -137,9 +137,6 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
         model: as stored, its modules those of transformers and factors.
         example: not looked at.
         folder: to write to.
-
-    Raises:
-        ExportError: the model is not of transformers, or has modules of peftc that are no factors, or no factors.
     """
     refuse_other_library(model, "transformers", "hf-code")
     edits = dict(model.manifest.modules) if model.manifest else {}
@@ -164,12 +161,10 @@ def auto_classes(architecture: str) -> list[str]:
     from transformers.models.auto import modeling_auto
 
     found = ["AutoModel"]
-    for name in sorted(vars(modeling_auto)):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
-        if not name.startswith("AutoModelFor") or mapping is None:
-            continue
-        classes = [each if isinstance(each, tuple) else (each,) for each in mapping._model_mapping.values()]
-        if any(architecture in each for each in classes):
+    for name, auto in sorted(vars(modeling_auto).items()):
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModelFor") else None
+        classes = mapping._model_mapping.values() if mapping is not None else ()
+        if any(architecture in (each if isinstance(each, tuple) else (each,)) for each in classes):
             found.append(name)
     return found
 
@@ -192,19 +187,13 @@ def code(model: Model, edits: dict[str, Any]) -> str:
         "auto": auto_classes(model.architecture)[-1],
         "lock": LOCK,
         "imports": "\n".join(["from __future__ import annotations", "", *imports]),
-        "base_config": config_class(model),
-        "model_type": _model_type(model),
+        "base_config": type(model.module.config).__name__,
+        "model_type": f"factored_{model.module.config.model_type}",
     }
     table = f"KINDS = {{{', '.join(f'{form!r}: {kind.__name__}' for form, kind in kinds.items())}}}\n"
     sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
-    return "\n\n".join(
-        [HEAD.format(**names), *sources, table, inspect.getsource(surgery.replace), factor, CLASSES.format(**names)]
-    )
-
-
-def _model_type(model: Model) -> str:
-    network: Any = model.module
-    return f"factored_{network.config.model_type}"
+    head, replace, classes = HEAD.format(**names), inspect.getsource(surgery.replace), CLASSES.format(**names)
+    return "\n\n".join([head, *sources, table, replace, factor, classes])
 
 
 def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
@@ -216,9 +205,9 @@ def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
     classes = {each: f"{stem}.{name}" for each in auto_classes(model.architecture)}
     return {
         **model.config,
-        "model_type": _model_type(model),
+        "model_type": f"factored_{model.module.config.model_type}",
         "architectures": [name],
         "transformers_weights": LOCK,
         "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
-        "auto_map": {"AutoConfig": f"{stem}.Factored{config_class(model)}", **classes},
+        "auto_map": {"AutoConfig": f"{stem}.Factored{type(model.module.config).__name__}", **classes},
     }

@@ -16,9 +16,6 @@ def multiplied(model: Model) -> Model:
     """Return a model with every pair of factors as the one weight of its original module; one without any as it is.
 
     The products are computed in float64 and stored in the dtype of their factors.
-
-    Raises:
-        ExportError: the network has modules of peftc that are no factors, or no manifest says what they stand for.
     """
     record = model.manifest
     edits = record.modules if record else {}

@@ -45,10 +45,6 @@ def onnx(
         opset: version of the operators, 18 to 23; 20 is the first with GELU.
         dtype: fp32 or fp16; inputs and outputs stay float32.
         quantize: no or int8: weights of matrix products in 8 bits, their inputs rounded as they come.
-
-    Raises:
-        UsageError: a setting has another value.
-        ExportError: a package is missing, or the network cannot be written so.
     """
     one_of("--set dtype", dtype, list(TOLERANCES))
     one_of("--set quantize", quantize, ["no", "int8"])
@@ -61,11 +57,9 @@ def onnx(
     path = folder / "model.onnx"
     is_large = 4 * sum(tensor.numel() for tensor in model.module.state_dict().values()) > LARGEST
     _write(graph, example, path, opset, is_large, model.name)
-    notes = []
     if dtype == "fp16":
         _to_half(path, is_large)
-    if quantize == "int8":
-        notes.append(_quantise(path, is_large))
+    notes = [_quantise(path, is_large)] if quantize == "int8" else []
     return _opened(path, graph, TOLERANCES[dtype] if quantize == "no" else None, notes)
 
 
@@ -88,12 +82,10 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
     for value in model.graph.outputs:
         value.shape = Shape([words.get(str(side), side) for side in value.shape])
     for node in model.graph:
-        node.metadata_props.clear()
         node.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
+    values = (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())
+    for each in (*model.graph, *values, model.graph, model):
+        each.metadata_props.clear()
     save(model, path, external_data=f"{path.name}.data" if is_large else None)
     _forget_shapes(path)
 
@@ -124,9 +116,8 @@ def _quantise(path: Path, is_large: bool) -> str:
     import onnx as library
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole = path.with_name("whole.onnx")
     before = _products(path)
-    path.rename(whole)
+    whole = path.rename(path.with_name("whole.onnx"))
     logging.disable(logging.WARNING)  # it advises a step that is for static quantization
     try:
         how = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True, "weight_type": QuantType.QInt8}

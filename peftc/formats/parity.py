@@ -50,16 +50,11 @@ def probes(model: Model, *, image_size: int | None, max_length: int | None) -> l
 
 
 def real_inputs(model: Model, data: str, reading: Reading, batch_size: int) -> list[Inputs]:
-    """Return samples of the user's data in batches.
-
-    Raises:
-        DataError: the data cannot be read, or does not fit the model.
-    """
+    """Return samples of the user's data in batches."""
     row = task_of(model, reading.task)
     dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None)
     encoded = unlabelled.encode(model, dataset, row, reading)
-    starts = range(0, encoded.size, batch_size)
-    indices = [range(start, min(start + batch_size, encoded.size)) for start in starts]
+    indices = [range(encoded.size)[start : start + batch_size] for start in range(0, encoded.size, batch_size)]
     return [exports.named(model, encoded.batch(each).inputs) for each in indices]
 
 
@@ -81,11 +76,7 @@ class Parity:
 
 
 def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parity:
-    """Compute batches in memory and in the runtime of an export; padding is left out.
-
-    Raises:
-        ExportError: the outputs have other shapes, or are not finite.
-    """
+    """Compute batches in memory and in the runtime of an export; padding is left out."""
     row = guess(model)
     is_share = row is not None and (row.has_classes or row.is_language)
     deviation, spread, agreed, count = 0.0, 0.0, 0.0, 0
@@ -107,11 +98,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
 
 
 def refuse_unsteady(model: Model, batches: Sequence[Inputs]) -> None:
-    """Refuse a model that no export can be compared with: it gives other outputs for the same inputs, or no numbers.
-
-    Raises:
-        ExportError: with what to do instead.
-    """
+    """Refuse a model that no export can be compared with: it gives other outputs for the same inputs, or no numbers."""
     for inputs in batches:
         once, again = (_without_padding(exports.computed(model, inputs)[0], inputs) for _ in range(2))
         if not torch.isfinite(once).all():
@@ -132,11 +119,7 @@ def _without_padding(output: Tensor, inputs: Inputs) -> Tensor:
 
 
 def refuse_other(name: str, parity: Parity, written: Exported) -> None:
-    """Refuse an export that computes something else.
-
-    Raises:
-        ExportError: it deviates by more than its format promises.
-    """
+    """Refuse an export that deviates by more than its format promises."""
     if written.tolerance is not None and not parity.deviation <= written.tolerance:
         far = f"{parity.deviation:.2g} of the largest, over {written.tolerance:g}"
         why, hint = f"in {written.runtime} its outputs deviate by {far}", "this is a bug in peftc, or in that runtime"
@@ -144,11 +127,7 @@ def refuse_other(name: str, parity: Parity, written: Exported) -> None:
 
 
 def refuse_merged(name: str, written: Exported) -> None:
-    """Refuse a graph in which factors were multiplied out.
-
-    Raises:
-        ExportError: a factor is the weight of no product.
-    """
+    """Refuse a graph in which factors were multiplied out: one is the weight of no product."""
     if written.products is None:
         return
     there = Counter(tuple(sorted(shape)) for shape in written.products)

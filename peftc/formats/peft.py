@@ -40,10 +40,6 @@ def peft(model: Model, example: Inputs, folder: Path) -> Exported:
         model: a delta of `lora`, `rslora` or `dora`, not merged.
         example: not looked at.
         folder: to write to.
-
-    Raises:
-        ExportError: the model has no updates, or peft is not installed.
-        OutputError: peft has no such update.
     """
     modules = adapted_modules(model.module)
     if not modules or model.manifest is None:
@@ -71,9 +67,8 @@ def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
     function = methods.find("adapter", entry["method"], "method")
     settings = methods.settings_of(function) | entry["settings"]
     window = tuple(getattr(base, "kernel_size", ()))
-    form = form_of(base) or ""
     rank, alpha = settings.get("rank", 0), float(settings.get("alpha", 0.0))
-    return Adapter(entry["method"], rank, alpha, float(settings.get("dropout", 0.0)), form, window)
+    return Adapter(entry["method"], rank, alpha, float(settings.get("dropout", 0.0)), form_of(base) or "", window)
 
 
 def _loaded(model: Model, folder: Path, config: dict[str, Any]) -> Exported:

@@ -61,9 +61,7 @@ def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
     forms = {edit["form"] for edit in edits.values()}
     tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
     about = {"modules": edits, "forms": {form: FORMS[form] for form in sorted(forms)}, "tied": tied}
-    if record is not None and record.adapters:
-        about["updates"] = record.adapters
-    if record is not None and record.skipped:
-        about["skipped"] = record.skipped
+    more = {"updates": record.adapters, "skipped": record.skipped} if record else {}
+    about |= {word: value for word, value in more.items() if value}
     runtime = f"safetensors {version('safetensors')}, torch {torch.__version__}"
     return Exported(runtime, run, lambda inputs: lambda: run(inputs), about=about)

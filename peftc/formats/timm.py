@@ -26,9 +26,6 @@ def timm(model: Model, example: Inputs, folder: Path) -> Exported:
         model: as stored, its modules all of timm and torch.
         example: not looked at.
         folder: to write to.
-
-    Raises:
-        ExportError: the model is not of timm, or has modules of peftc.
     """
     refuse_foreign(model, "timm", "timm")
     was = model.config.get("pretrained_cfg") or {}

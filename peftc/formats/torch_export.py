@@ -27,9 +27,6 @@ def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
         model: of any kind but image and text together.
         example: two samples.
         folder: to write to.
-
-    Raises:
-        ExportError: no graph can hold what the network does.
     """
     graph = traced.trace(model, example)
     path = folder / "model.pt2"

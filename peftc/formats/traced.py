@@ -87,9 +87,6 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
         model: as stored; it is not changed.
         example: two samples or more.
         limits: largest ``batch`` and ``sequence``, for a runtime that plans its memory; None for no limit.
-
-    Raises:
-        ExportError: it reads images and texts at once, or no graph can hold what it does.
     """
     if not is_one_graph(model):
         why = "it has two networks that are used apart, and a graph holds one"
@@ -115,17 +112,12 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
 
 @contextmanager
 def refusing(what: str, *errors: type[Exception], hint: str = ELSE) -> Iterator[None]:
-    """Turn what a library raises about a graph into a refusal that says its kind and its first line.
-
-    Raises:
-        ExportError: it is one of ``errors``.
-    """
+    """Turn ``errors`` that a library raises about a graph into a refusal that says their kind and their first line."""
     try:
         yield
     except errors as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        raise ExportError(what, why=why, hint=hint) from error
+        first = next((f": {line.strip()[:300]}" for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(what, why=type(error).__name__ + first, hint=hint) from error
 
 
 def _parameters(program: Any, whole: nn.Module) -> dict[str, Tensor]:
