@@ -32,7 +32,6 @@ def open_data(
     Args:
         spec: what the user typed; `?text=NAME` names a column of a table, and `@SPLIT` at its end picks a split.
         num_samples: keep so many, seeded, the classes as even as they allow; None keeps all.
-        seed: of the subset.
         task: for `sentence-similarity` labels are scores; for language models rows are never dropped; for
             `image-text-retrieval` a table holds pairs of an image and a text.
         role: ``evaluation`` or ``calibration``, which prefer different splits.
@@ -88,7 +87,7 @@ def _file(path: Path, name: str) -> Splits:
     """Return the splits of a file that is no table."""
     ending = path.suffix.lower()
     if "-ubyte" in path.name:
-        return arrays.idx(arrays.idx_pair(path), name)
+        return arrays.idx(arrays.idx_files(path), name)
     if ending in READERS:
         return READERS[ending](path)
     if ending == ".zip" or zipfile.is_zipfile(path):

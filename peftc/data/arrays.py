@@ -22,6 +22,7 @@ from peftc.store.header import read_header
 INPUTS = {"x", "images", "image", "data", "inputs", "input", "features"}
 LABELS = {"y", "labels", "label", "targets", "target"}
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+# as `t10k-images-idx3-ubyte`, with or without .gz
 IDX_NAME = re.compile(r"(?P<split>.*?)[-_.]?(?P<role>images|labels)[-.]idx\d-ubyte(\.gz)?")
 
 Arrays = dict[str, np.ndarray]
@@ -179,32 +180,30 @@ def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
     raise DataError(f"`{name}` holds uint8 values of shape {list(x.shape)}", why=why)
 
 
-def idx_files(folder: Path) -> list[Path]:
-    """Return the IDX files of a folder, by their usual names (`t10k-images-idx3-ubyte`, with or without .gz)."""
-    return [path for path in sorted(folder.iterdir()) if IDX_NAME.fullmatch(path.name)]
+IdxFiles = list[tuple[Path, re.Match[str]]]  # with the parts of their names
 
 
-def idx(files: list[Path], name: str) -> Splits:
+def idx_files(path: Path) -> IdxFiles:
+    """Return the IDX files of a folder, by their usual names, or a file of images and that of the labels beside it."""
+    if path.is_dir():
+        return [(each, match) for each in sorted(path.iterdir()) if (match := IDX_NAME.fullmatch(each.name))]
+    own = IDX_NAME.fullmatch(path.name)
+    if not own or own["role"] != "images":
+        hint = "name the file of images, or the folder that holds both files"
+        raise DataError(f"`{path}` is not named like a file of IDX images", hint=hint)
+    return [(each, match) for each, match in idx_files(path.parent) if match["split"] == own["split"]]
+
+
+def idx(files: IdxFiles, name: str) -> Splits:
     """Read pairs of images and labels, for each split that the names tell."""
     found: dict[str, Arrays] = {}
-    for path in files:
-        match = IDX_NAME.fullmatch(path.name)
-        if match:
-            role = "x" if match["role"] == "images" else "y"
-            found.setdefault(split_word(match["split"]) or match["split"] or "all", {})[role] = _read_idx(path)
+    for path, match in files:
+        role = "x" if match["role"] == "images" else "y"
+        found.setdefault(split_word(match["split"]) or match["split"] or "all", {})[role] = _read_idx(path)
     for split, pair in found.items():
         if "x" not in pair:
             raise DataError(f"`{name}` has labels but no images for split `{split}`")
     return _splits(name, found, [])
-
-
-def idx_pair(path: Path) -> list[Path]:
-    """Return an IDX file of images and the labels beside it."""
-    match = IDX_NAME.fullmatch(path.name)
-    if not match or match["role"] != "images":
-        hint = "name the file of images, or the folder that holds both files"
-        raise DataError(f"`{path}` is not named like a file of IDX images", hint=hint)
-    return [other for other in idx_files(path.parent) if IDX_NAME.fullmatch(other.name)["split"] == match["split"]]  # type: ignore[index]
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -22,14 +22,9 @@ SMALLEST_CROP = 0.35  # of the area; timm's 0.08 is for training from scratch
 
 
 class Augmented:
-    """Images of a data set, changed at random each time they are read.
+    """Images of a data set, changed at random each time they are read; mixing alone takes tensors as well.
 
-    Args:
-        data: of images; mixing alone takes tensors as well.
-        preprocess: of the model that reads them.
-        size: side in pixels instead of the model's.
-        augment: what happens.
-        plain: reads samples as they are.
+    ``size`` is a side in pixels instead of the model's; ``plain`` reads what is mixed and not changed otherwise.
     """
 
     def __init__(

@@ -245,9 +245,7 @@ def reader(
 ) -> Callable[[Sequence[int]], Tensor]:
     """Return the function from samples to the images of a batch (batch, channels, height, width).
 
-    Args:
-        data: images, pairs of an image and a text, or tensors, which are fed as they are.
-        preprocess, image_size: as for `transform`.
+    Tensors are fed as they are; ``preprocess`` and ``image_size`` are as for `transform`.
     """
     to_tensor = transform(preprocess, image_size)
 

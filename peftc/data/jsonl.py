@@ -59,7 +59,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 def _parsed(text: bytes, path: Path, number: int) -> Any:
     """Return what a text of JSON holds, which starts in some row."""
     steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in TOKEN.finditer(text))
-    if text.count(b"[") + text.count(b"{") > limits.NESTING and max(accumulate(steps)) > limits.NESTING:
+    if text.count(b"[") + text.count(b"{") > limits.NESTING and max(accumulate(steps), default=0) > limits.NESTING:
         why = f"in row {number} JSON lies in JSON more than {limits.NESTING} times"
         raise DataError(f"cannot read `{path}`", why=why)
 

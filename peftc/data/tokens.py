@@ -65,7 +65,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     """Tokenise texts, or pairs of texts that one input joins, keeping what the model's forward takes.
 
     Args:
-        model: its tokenizer and its forward are asked.
+        model: with the files of its tokenizer.
         texts: str each, or two of them.
         max_length: tokens, where longer texts are cut; what the model takes when None.
         full: pad every text to that length, for a model that was trained so.
@@ -137,14 +137,8 @@ def length_to_draw(model: Model, max_length: int | None) -> int:
 def sample(model: Model, number: int, length: int, *, seed: int) -> Dataset:
     """Draw sequences from a causal language model: ancestral sampling at temperature 1, from its first token on.
 
-    Every sequence has ``length`` tokens, whatever they are: the expected excess nll of another model on them is then
-    exactly its divergence from this one.
-
-    Args:
-        model: runnable.
-        number: of sequences, >= 1.
-        length: tokens, the given first one included.
-        seed: of the draw.
+    Every sequence has ``length`` tokens, the first included, whatever they are: the expected excess nll of another
+    model on them is then exactly its divergence from this one.
     """
     config = model.config.get("text_config") or model.config
     start = next((config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None), None)

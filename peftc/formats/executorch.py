@@ -30,9 +30,7 @@ def executorch(
     """Write ``model.pte``, in float32, with a free batch and for texts a free length up to a limit.
 
     Args:
-        model: of any kind but image and text together.
-        example: two samples.
-        folder: to write to.
+        model, example, folder: as for every format.
         largest_batch, largest_length: what memory is planned for, >= 2; a length also fits the network's positions.
     """
     for name, limit in (("largest_batch", largest_batch), ("largest_length", largest_length)):

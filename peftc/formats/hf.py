@@ -22,13 +22,7 @@ network = transformers.{architecture}.from_pretrained("{repo}")
 
 
 def hf(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``config.json`` and weights as transformers does.
-
-    Args:
-        model: as stored, its modules all of transformers and torch.
-        example: not looked at.
-        folder: to write to.
-    """
+    """Write ``config.json`` and weights as transformers does, of a model whose modules are all of its library."""
     refuse_foreign(model, "transformers", "hf")
     config = {name: value for name, value in model.config.items() if name != "transformers_weights"}
     config.setdefault("architectures", [model.architecture])

@@ -131,19 +131,26 @@ network = transformers.AutoModel.from_pretrained("{repo}", trust_remote_code=Tru
 
 
 def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``config.json``, weights as they are, and the modelling file.
-
-    Args:
-        model: as stored, its modules those of transformers and factors.
-        example: not looked at.
-        folder: to write to.
-    """
+    """Write ``config.json``, weights as they are, and the modelling file, of a model of transformers with factors."""
     refuse_other_library(model, "transformers", "hf-code")
+    import transformers
+
     edits = dict(model.manifest.modules) if model.manifest else {}
     if not edits:
         raise ExportError(f"`{model.name}` has no factors", why="it needs no code of its own", hint="use `--format hf`")
     (folder / CODE).write_text(code(model, edits), encoding="utf-8")
-    artifact.write_json(folder / "config.json", _config(model, edits))
+    name, stem, config_class = f"Factored{model.architecture}", Path(CODE).stem, type(model.module.config).__name__
+    tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
+    classes = {each: f"{stem}.{name}" for each in auto_classes(model.architecture)}
+    config = {
+        **model.config,
+        "model_type": f"factored_{model.module.config.model_type}",
+        "architectures": [name],
+        "transformers_weights": LOCK,
+        "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
+        "auto_map": {"AutoConfig": f"{stem}.Factored{config_class}", **classes},
+    }
+    artifact.write_json(folder / "config.json", config)
     artifact.write_weights(folder, pieces_of(model), None, SHARD)
     written = exported.plain(model, folder, trusted=True)
     kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
@@ -194,20 +201,3 @@ def code(model: Model, edits: dict[str, Any]) -> str:
     sources = [inspect.getsource(part) for part in (*parts, *dict.fromkeys(kinds.values()))]
     head, replace, classes = HEAD.format(**names), inspect.getsource(surgery.replace), CLASSES.format(**names)
     return "\n\n".join([head, *sources, table, replace, factor, classes])
-
-
-def _config(model: Model, edits: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration: the dense one, the factors, and where the code is."""
-    import transformers
-
-    name, stem = f"Factored{model.architecture}", Path(CODE).stem
-    tied = {alias: names[0] for names in surgery.stored_names(model.module).values() for alias in names[1:]}
-    classes = {each: f"{stem}.{name}" for each in auto_classes(model.architecture)}
-    return {
-        **model.config,
-        "model_type": f"factored_{model.module.config.model_type}",
-        "architectures": [name],
-        "transformers_weights": LOCK,
-        "factored": {"modules": edits, "tied": tied, "transformers": transformers.__version__},
-        "auto_map": {"AutoConfig": f"{stem}.Factored{type(model.module.config).__name__}", **classes},
-    }

@@ -39,9 +39,7 @@ def onnx(
     """Write ``model.onnx`` with a free batch and for texts a free length; weights above 1.8 GB lie beside it.
 
     Args:
-        model: of any kind but image and text together.
-        example: two samples.
-        folder: to write to.
+        model, example, folder: as for every format.
         opset: version of the operators, 18 to 23; 20 is the first with GELU.
         dtype: fp32 or fp16; inputs and outputs stay float32.
         quantize: no or int8: weights of matrix products in 8 bits, their inputs rounded as they come.
@@ -53,6 +51,8 @@ def onnx(
     if dtype == "fp16" and quantize == "int8":
         raise UsageError("`dtype=fp16` and `quantize=int8` are both given", hint="leave one of them out")
     exported.require("onnx", ("onnx", "onnxscript", "onnxruntime"))
+    import onnxruntime
+
     graph = traced.trace(model, example)
     path = folder / "model.onnx"
     is_large = 4 * sum(tensor.numel() for tensor in model.module.state_dict().values()) > LARGEST
@@ -60,7 +60,23 @@ def onnx(
     if dtype == "fp16":
         _to_half(path, is_large)
     notes = [_quantise(path, is_large)] if quantize == "int8" else []
-    return _opened(path, graph, TOLERANCES[dtype] if quantize == "no" else None, notes)
+    tolerance = TOLERANCES[dtype] if quantize == "no" else None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with traced.refusing("ONNX Runtime does not load what was written", *_refusals()):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def prepare(inputs: Inputs) -> Callable[[], Any]:
+        given = {name: tensor.numpy() for name, tensor in graph.fed(inputs).items()}
+        return lambda: session.run(None, given)
+
+    def run(inputs: Inputs) -> Tensor:
+        with traced.refusing("ONNX Runtime does not run what was written", *_refusals()):
+            return torch.from_numpy(prepare(inputs)()[0]).float()
+
+    runtime = f"ONNX Runtime {onnxruntime.__version__}"
+    return Exported(runtime, run, prepare, tolerance, _products(path), graph.expected, graph.about, notes)
 
 
 def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: bool, name: str) -> None:
@@ -68,7 +84,7 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
     from onnx_ir import Shape, save
 
     plain = {torch.ops.aten.scaled_dot_product_attention.default: traced.attention}
-    names = {"input_names": graph.inputs, "output_names": [graph.output]}
+    names = {"input_names": list(graph.axes), "output_names": [graph.output]}
     about: Any = {"dynamo": True, "verbose": False, "opset_version": opset, **names}
     with traced.refusing(f"`{name}` cannot be written as ONNX", *traced.UNTRACEABLE):
         program = torch.onnx.export(graph.program.run_decompositions(plain), tuple(example.values()), **about)
@@ -139,27 +155,6 @@ def _products(path: Path) -> list[tuple[int, ...]]:
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     nodes = [node for node in graph.node if node.op_type in PRODUCTS]
     return [weights[name] for node in nodes for name in node.input[:2] if len(weights.get(name, ())) > 1]
-
-
-def _opened(path: Path, graph: Traced, tolerance: float | None, notes: list[str]) -> Exported:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    with traced.refusing("ONNX Runtime does not load what was written", *_refusals()):
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def prepare(inputs: Inputs) -> Callable[[], Any]:
-        given = {name: tensor.numpy() for name, tensor in graph.fed(inputs).items()}
-        return lambda: session.run(None, given)
-
-    def run(inputs: Inputs) -> Tensor:
-        with traced.refusing("ONNX Runtime does not run what was written", *_refusals()):
-            return torch.from_numpy(prepare(inputs)()[0]).float()
-
-    runtime = f"ONNX Runtime {onnxruntime.__version__}"
-    return Exported(runtime, run, prepare, tolerance, _products(path), graph.expected, graph.about, notes)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

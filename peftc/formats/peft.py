@@ -1,6 +1,5 @@
 """An adapter in the format of Hugging Face peft: ``PeftModel.from_pretrained`` puts it on the base."""
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from peftc.formats.exported import Exported, Inputs
 from peftc.models import delta, interchange
 from peftc.models.from_peft import TENSORS
 from peftc.models.interchange import Adapter
-from peftc.models.model import Model
+from peftc.models.model import Model, detached
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.forms import form_of
@@ -34,13 +33,7 @@ network = peft.PeftModel.from_pretrained(base, "{repo}")
 
 
 def peft(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Args:
-        model: a delta of `lora`, `rslora` or `dora`, not merged.
-        example: not looked at.
-        folder: to write to.
-    """
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` of a delta of `lora`, `rslora` or `dora`."""
     modules = adapted_modules(model.module)
     if not modules or model.manifest is None:
         why = "nothing of it lies beside its weights"
@@ -77,8 +70,7 @@ def _loaded(model: Model, folder: Path, config: dict[str, Any]) -> Exported:
         import peft as library
     except ImportError:
         raise ExportError("peft is not installed", why="it loads what is exported", hint="pip install peft") from None
-    memo: dict[int, Any] = {id(each): each for each in (*model.module.parameters(), *model.module.buffers())}
-    base = copy.deepcopy(model.module, memo)
+    base = detached(model.module)
     for module in adapted_modules(base).values():
         surgery.replace(base, module, module.base)
     with warnings.catch_warnings():

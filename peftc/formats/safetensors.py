@@ -35,13 +35,7 @@ weights = safetensors.torch.load_file(file)  # export.json says how the modules 
 
 
 def safetensors(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``model.safetensors``; ``export.json`` says how each module that is not plain computes with it.
-
-    Args:
-        model: as stored.
-        example: not looked at.
-        folder: to write to.
-    """
+    """Write ``model.safetensors``; ``export.json`` says how each module that is not plain computes with it."""
     from safetensors import safe_open
 
     artifact.write_weights(folder, pieces_of(model), None, sys.maxsize)

@@ -22,10 +22,7 @@ network = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 def timm(model: Model, example: Inputs, folder: Path) -> Exported:
     """Write ``config.json`` (architecture, arguments, preprocessing, classes) and ``model.safetensors``.
 
-    Args:
-        model: as stored, its modules all of timm and torch.
-        example: not looked at.
-        folder: to write to.
+    The modules of the model are all of timm and torch.
     """
     refuse_foreign(model, "timm", "timm")
     was = model.config.get("pretrained_cfg") or {}

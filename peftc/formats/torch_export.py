@@ -21,13 +21,7 @@ network = torch.export.load(file).module()
 
 
 def torch_export(model: Model, example: Inputs, folder: Path) -> Exported:
-    """Write ``model.pt2``, in float32, with a free batch and for texts a free length.
-
-    Args:
-        model: of any kind but image and text together.
-        example: two samples.
-        folder: to write to.
-    """
+    """Write ``model.pt2``, in float32, with a free batch and for texts a free length."""
     graph = traced.trace(model, example)
     path = folder / "model.pt2"
     torch.export.save(graph.program, path)

@@ -41,14 +41,12 @@ class Traced:
 
     Attributes:
         program: the graph.
-        inputs: names, in order.
         output: name.
         expected: shapes of the factors that are multiplied with, once per product.
-        axes: name of an input -> its free axes, by place.
+        axes: name of each input, in order -> its free axes, by place.
     """
 
     program: Any
-    inputs: list[str]
     output: str
     expected: list[tuple[int, ...]]
     axes: dict[str, dict[int, str]]
@@ -61,7 +59,7 @@ class Traced:
     def fed(self, inputs: Inputs) -> Inputs:
         """Return what it takes, in order: what is not there is zero."""
         first = next(iter(inputs.values()))
-        return {name: inputs[name] if name in inputs else torch.zeros_like(first) for name in self.inputs}
+        return {name: inputs[name] if name in inputs else torch.zeros_like(first) for name in self.axes}
 
 
 class _Whole(nn.Module):
@@ -81,11 +79,10 @@ class _Whole(nn.Module):
 
 
 def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = None) -> Traced:
-    """Return the graph of a model in float32 with its batch free, and the length of texts.
+    """Return the graph of a model, which stays as it is, in float32 with its batch free, and the length of texts.
 
     Args:
-        model: as stored; it is not changed.
-        example: two samples or more.
+        model, example: as for every format; a model of two networks is refused.
         limits: largest ``batch`` and ``sequence``, for a runtime that plans its memory; None for no limit.
     """
     if not is_one_graph(model):
@@ -107,7 +104,7 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     with refusing(what, *UNTRACEABLE, hint=instead(model, graph=False)), torch.no_grad(), without_fused_layers():
         program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
     _merge_shared(program, whole)
-    return Traced(program, list(example), output, _factors_in_use(program, whole), axes)
+    return Traced(program, output, _factors_in_use(program, whole), axes)
 
 
 @contextmanager
@@ -171,24 +168,16 @@ def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
             in_product.setdefault(id(tensor), []).append(tuple(tensor.shape))
     found: dict[int, list[tuple[int, ...]]] = {}
     for name, module in whole.named_modules():
-        for factor in _factors(module):
+        parts = module.children() if isinstance(module, LowRankLinear | LowRankConv2d) else ()
+        if isinstance(module, LowRankEmbedding):
+            parts = (module.down,)  # rows of the other one are looked up
+        for factor in (part.weight for part in parts):
             if id(factor) in used and id(factor) not in in_product:
                 what = f"the factors of `{name.removeprefix('network.')}` are no two products in the graph"
                 hint = "multiply the factors out with `--dense`, or keep them with `--format safetensors`"
                 raise ExportError(what, why="the network reads its weight instead of calling it", hint=hint)
             found[id(factor)] = in_product.get(id(factor), [])
     return [shape for shapes in found.values() for shape in shapes]
-
-
-def _factors(module: nn.Module) -> list[Tensor]:
-    """Return the weights that a low-rank module multiplies with."""
-    if isinstance(module, LowRankLinear):
-        return [module.down.weight, module.up.weight]
-    if isinstance(module, LowRankEmbedding):
-        return [module.down.weight]  # rows of the other one are looked up
-    if isinstance(module, LowRankConv2d):
-        return [part.weight for part in (module.down, getattr(module, "core", None), module.up) if part is not None]
-    return []
 
 
 def attention(
@@ -203,15 +192,8 @@ def attention(
 ) -> Tensor:
     """Return attention as two products and a softmax, for runtimes without a kernel for the whole.
 
-    Rows that may attend to nothing attend to everything: their outputs mean nothing, but they are numbers.
-
-    Args:
-        query, key, value: (batch, heads, tokens, width).
-        attn_mask: broadcast to (batch, heads, tokens, tokens); what is False is left out, numbers are added.
-        dropout_p: ignored, as for inference.
-        is_causal: whether tokens see none after them.
-        scale: of the scores; 1 / sqrt(width) when None.
-        enable_gqa: whether several heads of queries share one of keys and values.
+    Arguments are those of `torch.nn.functional.scaled_dot_product_attention`; nothing is dropped out. Rows that may
+    attend to nothing attend to everything: their outputs mean nothing, but they are numbers.
     """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
