@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     return groups
+
+
+def by_kind(title: str, modules: Mapping[str, Any], columns: Mapping[str, Callable[[list[Any]], Cell]]) -> Table:
+    """Set modules of one kind in a line: the kind, how many there are, and what each column says of their figures."""
+    lines = []
+    for kind, names in grouped(modules).items():
+        some = [modules[name] for name in names]
+        lines.append([kind, len(some), *(say(some) for say in columns.values())])
+    return Table(title, ["module", "count", *columns], lines)
 
 
 def span(texts: Sequence[str]) -> str:

@@ -41,8 +41,6 @@ DONE = {
     "export": "written for another program, and checked there against the model",
 }
 TAGS = {"prune-layers": "layer-pruning", "distill": "distillation", "finetune": "fine-tuned"}
-
-
 TOLD = {  # what of a request is told, in this order
     "method": "method `{}`",
     "format": "format `{}`",
@@ -55,11 +53,7 @@ TOLD = {  # what of a request is told, in this order
 
 
 def subject(folder: Path) -> Record:
-    """Return what a finished folder is.
-
-    Raises:
-        ArtifactError: it is neither an artifact nor an export, or is damaged.
-    """
+    """Return what a finished folder is: an artifact or an export, and whole."""
     if not (folder / MANIFEST).is_file() and not (folder / EXPORT).is_file():
         hint = "name what a step of peftc wrote"
         raise ArtifactError(f"`{folder}` is neither an artifact nor an export of peftc", hint=hint)
@@ -117,7 +111,7 @@ def _without_markup(value: Any) -> Any:
 def _front_matter(subject: Record, repo: str, licence: Mapping[str, str]) -> str:
     from huggingface_hub import ModelCardData
 
-    results = [result for entry in _evaluations(subject) for result in _results(entry)]
+    results = _results(subject)
     own, pipeline = subject.manifest, None
     if own.base["library"] == "timm":
         classes = subject.config.get("num_classes", len(own.labels or []) or None)
@@ -141,35 +135,28 @@ def _front_matter(subject: Record, repo: str, licence: Mapping[str, str]) -> str
     return str(data.to_yaml())
 
 
-def _evaluations(subject: Record) -> list[Mapping[str, Any]]:
-    """Return what was measured of quality, the newest on each split of each data set."""
-    found = list((subject.result.get("measured") or {}).get("evaluate", []))
-    if subject.format != "artifact":
-        quality = subject.data.get("quality")
-        found = [quality] if quality else []
-    newest = {(each["task"], _plain(each["data"]["spec"]), each["data"]["split"]): each for each in found}
-    return list(newest.values())
-
-
 def _plain(spec: str) -> str:
     """Return a data set without its split, and one on somebody's disk without its place."""
     spec = re.split("[?@]", spec, maxsplit=1)[0]
     return spec if spec.startswith(("hf:", "sklearn:")) else Path(spec).name
 
 
-def _results(entry: Mapping[str, Any]) -> list[Any]:
-    """Return the metrics of one evaluation as the hub lists them; what is compared with another model is none."""
+def _results(subject: Record) -> list[Any]:
+    """Return metrics as the hub lists them, the newest on each split of each data set."""
     from huggingface_hub import EvalResult
 
-    name, split = _plain(entry["data"]["spec"]).removeprefix("hf:"), entry["data"]["split"]
-    known = " (the model has learnt from it)" if entry.get("seen") else ""
-    task = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(entry["task"], entry["task"])
-    about = {"task_type": task, "dataset_type": name, "dataset_name": name + known, "dataset_split": split}
-    return [
-        EvalResult(**about, metric_type=METRICS.get(metric, metric), metric_name=metric, metric_value=figure["value"])
-        for metric, figure in entry["metrics"].items()
-        if figure["value"] is not None
-    ]
+    found = subject.measured("evaluate")
+    newest = {(each["task"], _plain(each["data"]["spec"]), each["data"]["split"]): each for each in found}
+    results = []
+    for (task, spec, split), entry in newest.items():
+        name, known = spec.removeprefix("hf:"), " (the model has learnt from it)" if entry.get("seen") else ""
+        kind = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(task, task)
+        about = {"task_type": kind, "dataset_type": name, "dataset_name": name + known, "dataset_split": split}
+        for metric, figure in entry["metrics"].items():
+            about |= {"metric_type": METRICS.get(metric, metric), "metric_name": metric}
+            if figure["value"] is not None:  # as it is of what is compared with another model
+                results.append(EvalResult(**about, metric_value=figure["value"]))
+    return results
 
 
 def _summary(subject: Record) -> str:
@@ -177,10 +164,8 @@ def _summary(subject: Record) -> str:
     base = f"`{subject.name}`" if subject.spec else "a network that was in memory"
     weights = sum(entry["bytes"] for name, entry in record.files.items() if not name.endswith(".json"))
     kind = "The updates of" if record.delta or subject.format == "peft" else "A smaller model made from"
-    lines = [
-        f"{kind} {base} (`{record.base['architecture']}` of {record.base['library']}) with peftc: "
-        f"{count(record.parameters)} parameters, {size(weights)} on disk."
-    ]
+    what = f"{kind} {base} (`{record.base['architecture']}` of {record.base['library']}) with peftc"
+    lines = [f"{what}: {count(record.parameters)} parameters, {size(weights)} on disk."]
     if record.modules:
         told = "These modules are products of thin matrices in the place of one each:"
         lines += [told, markdown(modules_table("factored", record.modules))]
@@ -259,14 +244,12 @@ def _rebuild(subject: Record) -> str:
 
 def _licence(subject: Record, licence: Mapping[str, str]) -> str:
     base = f"`{subject.name}`" if subject.spec else "the base"
-    if licence:
-        name = licence.get("license_name") or licence["license"]
-        link = f", see {licence['license_link']}" if "license_link" in licence else ""
-        return f"The licence of {base} is `{name}`{link}. Its terms hold for what is made from it."
-    return (
-        f"peftc does not know the licence of {base}: look it up before you use this. "
-        "What is made from a model stays under its terms."
-    )
+    if not licence:
+        asked = f"peftc does not know the licence of {base}: look it up before you use this."
+        return f"{asked} What is made from a model stays under its terms."
+    name = licence.get("license_name") or licence["license"]
+    link = f", see {licence['license_link']}" if "license_link" in licence else ""
+    return f"The licence of {base} is `{name}`{link}. Its terms hold for what is made from it."
 
 
 def markdown(table: Table) -> str:

@@ -16,6 +16,8 @@ SHAPES = {"round": "h0", "filled": "m-6 5h12l-6-11z", "square": "h0", "cross": "
 
 Text = Callable[[float], str]
 Place = tuple[float, float]
+Limit = tuple[str, float]  # its name, and where it is
+Bar = tuple[str, float, str]  # its name, its height, and its class
 
 
 @dataclass(frozen=True)
@@ -201,15 +203,9 @@ def pareto(points: Sequence[Point], *, less_is_better: bool, higher_is_better: b
 
 
 def bars(
-    title: str,
-    values: Sequence[tuple[str, float, str]],
-    y_label: str,
-    *,
-    text: str,
-    limit: tuple[str, float] | None = None,
-    top: float | None = None,
+    title: str, values: Sequence[Bar], y_label: str, *, text: str, limit: Limit | None = None, top: float | None = None
 ) -> Chart:
-    """Draw a bar for each (name, value, class), and a line with its name at a limit; names are said on hovering."""
+    """Draw bars, and a line with its name at a limit; names are said on hovering."""
     height = 170
     numbers = [value for _, value, _ in values] + ([limit[1]] if limit else [])
     y = Scale(min(0.0, *numbers), top or max(*numbers, 1e-12), height - BOTTOM, TOP + 8)
@@ -242,12 +238,11 @@ def lines(
     frame: tuple[Place, Place] | None = None,
     x_text: Text = "{:g}".format,
     dots: Sequence[tuple[str, str, Place]] = (),
-    limit: tuple[str, float] | None = None,
+    limit: Limit | None = None,
 ) -> Chart:
     """Draw curves over a common axis, the later the fainter.
 
     Args:
-        title, x_label, y_label, text: words.
         curves: (x, y) from left to right; on a logarithmic scale what is not above 0 is left out.
         log: of y.
         frame: the least and the largest place that are shown; None shows all.

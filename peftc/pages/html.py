@@ -111,14 +111,7 @@ def details(summary: str, *inside: object) -> Html:
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, names: int = 1) -> Html:
-    """Return a table that scrolls sideways where it is too wide.
-
-    Args:
-        caption: for those who do not see it.
-        columns: their headings.
-        rows: as many cells each.
-        names: so many columns from the left hold names, the others figures.
-    """
+    """Return a table that scrolls sideways where it is too wide; ``names`` columns from the left hold no figures."""
     kinds = ["name" if at < names else "number" for at in range(len(columns))]
     heads = (tag("th", text, role="columnheader", class_=kind) for text, kind in zip(columns, kinds, strict=True))
     body = []

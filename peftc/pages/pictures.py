@@ -51,12 +51,7 @@ def spectra(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[flo
 
 
 def losses(curve: Mapping[str, Any], plan: Mapping[str, Any] | None) -> list[Chart]:
-    """Draw predicted loss, on a logarithmic scale, against both sizes; what loses nothing is left out.
-
-    Args:
-        curve: as `analyze` reports it.
-        plan: to be marked, if any.
-    """
+    """Draw predicted loss, on a logarithmic scale, against both sizes, and a plan; what loses nothing is left out."""
     points = [one for one in curve["points"] if one["predicted"] > 0]
     found = []
     for key, label in (("parameters", "parameters of the model"), ("macs", "multiply-adds of one sample")):

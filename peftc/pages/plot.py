@@ -25,11 +25,7 @@ Placed = tuple[Chart, float, float, float]  # a chart, its left and its top, and
 
 
 def refuse_unwritable(option: str, path: str | Path | None) -> None:
-    """Refuse a file that cannot be written, before any work.
-
-    Raises:
-        UsageError: its folder is not there, no picture ends like it, or matplotlib is not installed.
-    """
+    """Refuse a file that cannot be written, before any work."""
     if path is not None and not Path(path).parent.is_dir():
         raise UsageError(f"`{option} {path}` cannot be written", why=f"there is no folder `{Path(path).parent}`")
     if option != "--plot" or path is None:

@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, UsageError
-from peftc.report import Cell, Table, count, grouped, rank_span, span
+from peftc.report import Table, by_kind, count, rank_span, short, size, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
@@ -18,17 +18,8 @@ from peftc.store.source import MANIFEST, read_json
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
     "modules": [
-        {
-            "name": str,
-            "shape": [int],
-            "max_rank": int,
-            "break_even_rank": int,
-            "rank_90": int,
-            "rank_95": int,
-            "rank_99": int,
-            "spectrum": [[float]],
-            "reason?": (str, None),
-        }
+        {"name": str, "shape": [int], "spectrum": [[float]], "reason?": (str, None)}
+        | dict.fromkeys(("max_rank", "break_even_rank", "rank_90", "rank_95", "rank_99"), int)
     ],
     "plan?": ({"budget": str, "allocation": str, "parameters": int, "predicted?": float}, None),
 }
@@ -142,11 +133,7 @@ class Record:
 
 
 def read_analysis(file: Path) -> dict[str, Any]:
-    """Return what `analyze` printed: its ``modules`` with their spectra, under a budget a ``plan``, and the ``file``.
-
-    Raises:
-        UsageError: the file holds no report of `analyze`.
-    """
+    """Return what `analyze` printed: ``modules`` with their spectra, under a budget a ``plan``, and the ``file``."""
     found = read_json(file)
     if found.get("command") != "analyze" or documents.misfit(found, ANALYSIS):
         hint = "`peftc analyze MODEL --json >analysis.json` writes one"
@@ -155,11 +142,7 @@ def read_analysis(file: Path) -> dict[str, Any]:
 
 
 def of(folder: Path) -> Record:
-    """Return the record of an artifact, or of an export.
-
-    Raises:
-        ArtifactError: it is damaged, or an export that does not say what it was made from.
-    """
+    """Return the record of an artifact, or of an export, which has to say what it was made from."""
     if (folder / MANIFEST).is_file():
         return Record(folder, manifest.read(folder), artifact.read_result(folder))
     export = read_export(folder)
@@ -180,12 +163,7 @@ def of(folder: Path) -> Record:
 
 
 def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]:
-    """Return a record of each artifact, and with ``exports`` of each export.
-
-    Raises:
-        UsageError: none is named, or one of them twice.
-        ArtifactError: one is no artifact, or holds statistics.
-    """
+    """Return a record of each artifact, and with ``exports`` of each export; one of statistics is refused."""
     folders = [Path(getattr(model, "spec", model)) for model in models]
     if not folders:
         raise UsageError("there is nothing to compare", hint="name artifacts: `peftc compare small healed`")
@@ -200,8 +178,8 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
     found = [of(folder) for folder in folders]
     for record in found:
         if record.manifest.holds_statistics:
-            hint = f"`peftc show {record.folder}`"
-            raise ArtifactError(f"`{record.folder}` holds statistics, not a model", hint=hint)
+            what = f"`{record.folder}` holds statistics, not a model"
+            raise ArtifactError(what, hint=f"`peftc show {record.folder}`")
     return found
 
 
@@ -287,25 +265,36 @@ def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
 
 def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:
     """Group factored modules of one kind and form, with the span of their ranks."""
-    rows = []
-    for kind, names in grouped(modules).items():
-        edits = [modules[name] for name in names]
-        rows.append([kind, len(names), edits[0]["form"], rank_span(edit["rank"] for edit in edits)])
-    return Table(title, ["module", "count", "form", "rank"], rows)
+    columns = {"form": lambda some: some[0]["form"], "rank": lambda some: rank_span(edit["rank"] for edit in some)}
+    return by_kind(title, modules, columns)
 
 
 def statistics_table(modules: Mapping[str, Mapping[str, Any]]) -> Table:
     """Group modules of one kind: whose second moment is kept, of how many features, over how many rows."""
-    lines: list[list[Cell]] = []
-    for kind, names in grouped(modules).items():
-        some = [modules[name] for name in names]
-        widths, rows = ([count(n) for n in sorted({each[key] for each in some})] for key in ("width", "rows"))
-        sides = " and ".join(sorted({f"{each['side']}s" for each in some}))
-        lines.append([kind, len(some), sides, span(widths), span(rows)])
-    return Table("statistics", ["module", "count", "of its", "features", "rows"], lines)
+
+    def counts(key: str) -> Callable[[list[Any]], str]:
+        return lambda some: span([count(n) for n in sorted({each[key] for each in some})])
+
+    sides = {"of its": lambda some: " and ".join(sorted({f"{each['side']}s" for each in some}))}
+    return by_kind("statistics", modules, {**sides, "features": counts("width"), "rows": counts("rows")})
 
 
-def quality_text(row: Row) -> str:
+def table_of(rows: Sequence[Row]) -> Table:
+    """Set models side by side: what made them, what they cost, and what was measured of any of them."""
+    metric = next((row.quality["metric"] for row in rows if row.quality), None)
+    batch = next((row.speed["model"]["saturating"]["batch"] for row in rows if row.speed), None)
+    columns = ["artifact", "stages", "parameters", "bytes", "MACs", *([metric] if metric else [])]
+    columns += ["latency", f"throughput, batch {batch}", "speed-up"] if batch else []
+    lines = []
+    for row in rows:
+        parameters = "-" if row.parameters is None else count(row.parameters)
+        stored, macs = "-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)
+        measured = [*([_quality(row)] if metric else []), *(_speed(row) if batch else [])]
+        lines.append([row.name, " > ".join(row.stages) or "base", parameters, stored, macs, *measured])
+    return Table("artifacts", columns, lines)
+
+
+def _quality(row: Row) -> str:
     """Write the first metric with its interval: ``0.9778 [0.9568, 0.9887]``."""
     if row.quality is None:
         return "-"
@@ -314,7 +303,7 @@ def quality_text(row: Row) -> str:
     return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]{known}"
 
 
-def speed_texts(row: Row) -> list[str]:
+def _speed(row: Row) -> list[str]:
     """Write median latency at batch 1, throughput, and what that is to the baseline, as `bench` claims it."""
     if row.speed is None:
         return ["-", "-", "-"]

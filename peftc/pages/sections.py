@@ -7,8 +7,8 @@ from typing import Any
 from peftc.pages import charts, html, pictures
 from peftc.pages.charts import Point
 from peftc.pages.html import Html, details, facts, joined, prose, tag
-from peftc.pages.records import Record, Row, quality_text, speed_texts
-from peftc.report import count, grouped, percent, rank_text, short, size, span
+from peftc.pages.records import Record, Row, table_of
+from peftc.report import grouped, percent, rank_text, short, size, span
 from peftc.store import maps
 from peftc.store.commands import command_lines
 from peftc.version import __version__
@@ -46,19 +46,14 @@ def _each(found: Sequence[Record], show: Any) -> Html | None:
 
 
 def _stages(rows: Sequence[Row], notes: Sequence[str]) -> Html:
-    metric = next((row.quality["metric"] for row in rows if row.quality), None)
-    timed = next((row.speed for row in rows if row.speed), None)
-    columns = ["artifact", "stages", "parameters", "bytes", "MACs", *([metric] if metric else [])]
-    columns += ["latency", f"batch {timed['model']['saturating']['batch']}", "speed-up"] if timed else []
+    table = table_of(rows)
+    columns = [name.removeprefix("throughput, ") for name in table.columns]
     whole = {row.name: row.parameters for row in rows if not row.stages}
     base = next(iter(whole.values())) if len(whole) == 1 else None
     cells = []
-    for at, row in enumerate(rows, 1):
+    for at, (row, line) in enumerate(zip(rows, table.rows, strict=True), 1):
         kept = f" ({percent(row.parameters / base)})" if row.stages and base and row.parameters else ""
-        line = [f"{at}. {row.name}", " > ".join(row.stages) or "as it was"]
-        line += ["-" if row.parameters is None else count(row.parameters) + kept]
-        line += ["-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)]
-        cells.append([*line, *([quality_text(row)] if metric else []), *(speed_texts(row) if timed else [])])
+        cells.append([f"{at}. {row.name}", " > ".join(row.stages) or "as it was", f"{line[2]}{kept}", *line[3:]])
     said = tag("ul", *(tag("li", prose(note)) for note in notes), class_="soft")
     return joined([html.table("stages", columns, cells, names=2), said])
 
@@ -140,10 +135,10 @@ def _layers(record: Record) -> Html | None:
         cells.append([row["name"], score, "kept" if row["kept"] else "dropped"])
     whole = html.table("layers", ["layer", "score", ""], cells)
     drawn = pictures.scores(record.data)
-    if drawn is None:
-        return joined([tag("p", pictures.dropped(record.data)), whole, _maps(record, rows)])
-    chart = tag("div", drawn.figure(), class_="charts")
-    return joined([chart, details(f"all {len(rows)} layers", whole), _maps(record, rows)])
+    parts = [tag("p", pictures.dropped(record.data)), whole]
+    if drawn is not None:
+        parts = [tag("div", drawn.figure(), class_="charts"), details(f"all {len(rows)} layers", whole)]
+    return joined([*parts, _maps(record, rows)])
 
 
 def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -162,11 +157,10 @@ def _maps(record: Record, rows: Sequence[Mapping[str, Any]]) -> Html:
         drawn.append(tag("figure", said, picture.svg(), class_=None if row["kept"] else "gone"))
     classes = len(kept.classes)
     told = f"t-SNE maps of {pictures.samples_of(kept)} after each layer, marked by class; above each its score, "
-    told += "which all samples count for." + (
-        f" With {classes} classes several share a mark." * (classes > charts.MARKS)
-    )
-    key = charts.legend(kept.classes) if classes <= charts.MARKS else None
-    return joined([tag("p", told), key, tag("div", *drawn, class_="maps")])
+    told += "which all samples count for."
+    shared = f" With {classes} classes several share a mark." if classes > charts.MARKS else ""
+    key = None if shared else charts.legend(kept.classes)
+    return joined([tag("p", told + shared), key, tag("div", *drawn, class_="maps")])
 
 
 def _training(record: Record) -> Html | None:
@@ -190,8 +184,7 @@ def _training(record: Record) -> Html | None:
 
 def _provenance(record: Record) -> Html:
     """List where an artifact comes from, what made it, on what machine, and what was said of it."""
-    own, result = record.manifest, record.result
-    base = own.base
+    own, base, result = record.manifest, record.manifest.base, record.result
     versions = ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items())
     pairs: list[tuple[str, object]] = [
         ("id", own.id),
@@ -210,14 +203,5 @@ def _provenance(record: Record) -> Html:
     notes = tag("ul", *(tag("li", prose(text)) for text in last.get("notes", []))) if last.get("notes") else None
     requests = [json.dumps(step["request"], indent=2, sort_keys=True, ensure_ascii=False) for step in own.steps]
     asked = details("what each step was asked", *(tag("pre", text) for text in requests))
-    return joined(
-        [
-            tag("h3", str(record.folder)),
-            facts(pairs),
-            *said,
-            notes,
-            tag("p", "The commands that rebuild it:"),
-            tag("pre", "\n".join(command_lines(record.manifest))),
-            asked,
-        ]
-    )
+    rebuilt = [tag("p", "The commands that rebuild it:"), tag("pre", "\n".join(command_lines(own)))]
+    return joined([tag("h3", str(record.folder)), facts(pairs), *said, notes, *rebuilt, asked])

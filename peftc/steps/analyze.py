@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import allocate
 from peftc.plans import plan as plans
 from peftc.plans.plan import Aim, Input, Target
-from peftc.report import Report, Table, count, grouped, percent
+from peftc.report import Report, Table, by_kind, count, percent
 from peftc.store.source import Source
 
 ENERGIES = (90, 95, 99)
@@ -221,44 +221,25 @@ def _spectrum(values: Tensor) -> list[list[float]]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Group modules of one kind: medians of their figures, in shares of the full rank where ranks differ by shape."""
-    by_name = {row["name"]: row for row in rows}
-    lines = []
-    for kind, names in grouped(by_name).items():
-        some = [by_name[name] for name in names]
 
-        def middle(key: str, some: list[Mapping[str, Any]] = some) -> str:
-            ordered = sorted(row[key] for row in some)
-            return f"{ordered[len(ordered) // 2]:.0f}"
-
+    def shape(some: list[Any]) -> str:
         shapes = {"x".join(map(str, row["shape"])) for row in some}
-        why = some[0]["reason"] or ""
-        lines.append(
-            [
-                kind,
-                len(some),
-                shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes",
-                percent(sum(row["share"] for row in some)),
-                middle("max_rank"),
-                middle("break_even_rank"),
-                middle("effective_rank"),
-                middle("stable_rank"),
-                *(middle(f"rank_{level}") for level in ENERGIES),
-                why,
-            ]
-        )
-    columns = [
-        "module",
-        "count",
-        "shape",
-        "share",
-        "full",
-        "break-even",
-        "effective",
-        "stable",
-        *(f"{level} %" for level in ENERGIES),
-        "stays dense",
-    ]
-    return Table("rank spectra (medians per kind)", columns, lines)
+        return shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+    def middle(key: str) -> Callable[[list[Any]], str]:
+        return lambda some: f"{sorted(row[key] for row in some)[len(some) // 2]:.0f}"
+
+    columns = {
+        "shape": shape,
+        "share": lambda some: percent(sum(row["share"] for row in some)),
+        "full": middle("max_rank"),
+        "break-even": middle("break_even_rank"),
+        "effective": middle("effective_rank"),
+        "stable": middle("stable_rank"),
+        **{f"{level} %": middle(f"rank_{level}") for level in ENERGIES},
+        "stays dense": lambda some: some[0]["reason"] or "",
+    }
+    return by_kind("rank spectra (medians per kind)", {row["name"]: row for row in rows}, columns)
 
 
 def _say_plan(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftc.pages import records
-from peftc.pages.records import Record, Row, quality_text, speed_texts
-from peftc.report import Cell, Report, Table, count, short, size
+from peftc.pages.records import Record, Row
+from peftc.report import Report, Table, count
 from peftc.store import artifact
 from peftc.store.commands import command_lines
 from peftc.store.source import Source
@@ -34,7 +34,7 @@ def compare(
     found = records.read(models, exports=True)  # type: ignore[arg-type]
     analyzed = None if analysis is None else records.read_analysis(Path(analysis))
     rows = records.rows(found, analyzed)
-    report = Report("compare", {"models": [_figures(row) for row in rows]})
+    report = Report("compare", {"models": [{"artifact": None, **vars(row)} for row in rows]})
     for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
         figures |= {
             "artifact": figures["name"],
@@ -43,7 +43,7 @@ def compare(
             "commands": command_lines(record.manifest),
         }
     report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
-    report.tables.append(_table(rows))
+    report.tables.append(records.table_of(rows))
     _say_what_was_measured(report, rows, found)
     if analyzed:
         report.notes.append(_of_analysis(analyzed))
@@ -54,38 +54,6 @@ def compare(
                 Table(f"rebuilds {record.folder}", [""], [[line] for line in command_lines(record.manifest)])
             )
     return report
-
-
-def _figures(row: Row) -> dict[str, Any]:
-    return {
-        "artifact": None,
-        "name": row.name,
-        "stages": row.stages,
-        "parameters": row.parameters,
-        "bytes": row.bytes,
-        "macs": row.macs,
-        "quality": row.quality,
-        "speed": row.speed,
-    }
-
-
-def _table(rows: Sequence[Row]) -> Table:
-    metric = next((row.quality["metric"] for row in rows if row.quality), None)
-    timed = next((row.speed for row in rows if row.speed), None)
-    columns = ["artifact", "stages", "parameters", "bytes", "MACs"]
-    columns += [metric] if metric else []
-    columns += ["latency", f"throughput, batch {_batch(timed)}", "speed-up"] if timed else []
-    lines: list[list[Cell]] = []
-    for row in rows:
-        line: list[Cell] = [row.name, " > ".join(row.stages) or "base"]
-        line += ["-" if row.parameters is None else count(row.parameters)]
-        line += ["-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)]
-        if metric:
-            line.append(quality_text(row))
-        if timed:
-            line += speed_texts(row)
-        lines.append(line)
-    return Table("artifacts", columns, lines)
 
 
 def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[Record]) -> None:
@@ -105,7 +73,8 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
             f"speed: {where['device_name']}, {where['threads']} threads, {speed['model']['dtype']}; each speed-up is "
             "against the baseline in the same run of `peftc bench`"
         )
-    options = {"evaluate": "--data DATA ", "bench": f"--batch-size {_batch(speed)} " if speed else ""}
+    batch = f"--batch-size {speed['model']['saturating']['batch']} " if speed else ""
+    options = {"evaluate": "--data DATA ", "bench": batch}
     for word, kind in (("evaluate", "quality"), ("bench", "speed")):
         own = [row for row, record in zip(rows[-len(found) :], found, strict=True) if not record.about]
         names = [row.name for row in own if getattr(row, kind) is None]
@@ -135,7 +104,3 @@ def _of_export(record: Record) -> str:
         f"`{record.folder}` in {data['runtime']}: {timed['speedup']['verdict']} beside PyTorch at batch {batch}, and "
         f"within {data['deviation']:.1e} of the largest output"
     )
-
-
-def _batch(speed: Mapping[str, Any]) -> int:
-    return int(speed["model"]["saturating"]["batch"])
