@@ -49,7 +49,8 @@ def timed(work: Factoring, aim: Aim) -> Decision:
     size = given.batch_size or BATCH_SIZE
     batch = probe(model, batch=size, image_size=given.image_size, max_length=given.max_length, seed=given.seed)
     sites = latency.sites_of(model, work.targets, batch, work.form_of)
-    ranks = {name: latency.candidates(target, aim.multiple) for name, target in work.targets.items()}
+    most = {name: allocate.break_even_rank(target.shape, target.form) for name, target in work.targets.items()}
+    ranks = {name: range(aim.multiple, most[name] + 1, aim.multiple) for name in work.targets}
     chosen = {site: latency.grid(ranks[name]) for name, each in sites.items() for site in each if ranks[name]}
     modules = {repr(module): module for module in model.module.modules()}
     times = {

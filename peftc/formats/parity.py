@@ -145,8 +145,8 @@ def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: in
         size, in_torch = len(next(iter(inputs.values()))), partial(exports.computed, model, inputs)
         calls: dict[str, Any] = {"torch": in_torch, "control": in_torch, "export": written.prepare(inputs)}
         run = costs.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
-        seconds = {"torch_seconds": run["torch"].median, "export_seconds": run["export"].median}
-        change = costs.speedup(run["torch"].seconds, run["control"].seconds, run["export"].seconds)
+        seconds = {f"{label}_seconds": costs.quantile(run[label], 0.5) for label in ("torch", "export")}
+        change = costs.speedup(run["torch"], run["control"], run["export"])
         found[str(size)] = {**seconds, "speedup": asdict(change)}
     return found
 

@@ -4,11 +4,10 @@ A time is a measurement, so it never comes alone: `latency` interleaves all cand
 (the A/A control), and `speedup` says nothing that the control does not allow.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from peftc.models.layers import registered
 from peftc.models.model import Model
 
 Call = Callable[[], object]
+Seconds = dict[str, list[float]]  # of each candidate, one call's in every round
 
 SHORT = 0.005  # seconds; calls below it are repeated until a block lasts BLOCK
 BLOCK = 0.010
@@ -69,50 +69,35 @@ def work(model: Model, batch: Any = None) -> Work:
         batch: one sample, as `probe` makes it; None takes `probe`'s own.
     """
     batch = probe(model) if batch is None else batch
-    with (
-        _positions(model.module) as (positions, between),
-        without_fused_layers(),
-        sdpa_kernel(SDPBackend.MATH),  # as two products: no counter knows every fused kernel of every torch
-        _without_gradients(model.module),
-        FlopCounterMode(display=False) as counter,
-    ):
-        outputs(model, batch)
-    by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
-    return Work(by_name.get("Global", 0), by_module, positions, between)
-
-
-@contextmanager
-def _positions(module: nn.Module) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    counts: dict[str, int] = {}
-    between: dict[str, int] = {}
-    hooks = []
-    for name, child in module.named_modules():
+    positions, between, hooks = dict[str, int](), dict[str, int](), []
+    for name, child in model.module.named_modules():
         weight = child._parameters.get("weight")
         if weight is None or weight.ndim < 2:
             continue
-        counts[name] = 0
+        positions[name] = 0
         axis = 1 if isinstance(child, nn.modules.conv._ConvNd) else -1
 
         def add(child: nn.Module, inputs: Any, output: Any, name: str = name, axis: int = axis) -> None:
             if isinstance(output, Tensor):
-                counts[name] += output.numel() // output.shape[axis]
+                positions[name] += output.numel() // output.shape[axis]
             if isinstance(child, nn.Conv2d) and inputs:
                 between[name] = between.get(name, 0) + output.shape[-2] * inputs[0].shape[-1]
 
         hooks.append(child.register_forward_hook(add))
-    with registered(hooks):
-        yield counts, between
-
-
-@contextmanager
-def _without_gradients(module: nn.Module) -> Iterator[None]:
-    """Freeze parameters: the counter puts gradient hooks on any that is handed to a module, and inference has none."""
-    with ExitStack() as after:
-        for parameter in module.parameters():
+    with (
+        registered(hooks),
+        without_fused_layers(),
+        sdpa_kernel(SDPBackend.MATH),  # as two products: no counter knows every fused kernel of every torch
+        ExitStack() as after,
+        FlopCounterMode(display=False) as counter,
+    ):
+        for parameter in model.module.parameters():  # the counter puts gradient hooks on any that has a gradient
             after.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
-        yield
+        outputs(model, batch)
+    by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    by_module = {name.partition(".")[2]: macs for name, macs in by_name.items() if "." in name}
+    return Work(by_name.get("Global", 0), by_module, positions, between)
 
 
 @contextmanager
@@ -127,32 +112,18 @@ def without_fused_layers() -> Iterator[None]:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds per call of one candidate, one entry per round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Seconds that half of the rounds stay under."""
-        return _quantile(self.seconds, 0.5)
-
-    @property
-    def p90(self) -> float:
-        """Seconds that nine rounds of ten stay under."""
-        return _quantile(self.seconds, 0.9)
-
-
-def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, title: str = "timing") -> dict[str, Times]:
-    """Time all candidates in one interleaved run.
+def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, title: str = "timing") -> Seconds:
+    """Time all candidates in one interleaved run: seconds per call of each, one entry per round.
 
     Each round times every candidate once, in an order that makes each follow each other one equally often. Calls under
     5 ms are repeated to a block of at least 10 ms. An untimed call (unless calls last over 0.1 s) goes first, so that
     each candidate finds its own weights in the caches, not those of the one before.
     """
-    seconds: dict[str, list[float]] = {label: [] for label in calls}
-    with _without_collections(), progress.track(title, rounds) as advance:
+    seconds: Seconds = {label: [] for label in calls}
+    gc.collect()
+    with ExitStack() as after, progress.track(title, rounds) as advance:
+        after.callback(gc.enable if gc.isenabled() else gc.disable)
+        gc.disable()
         typical = {label: _warm_up(call, device) for label, call in calls.items()}
         orders = list(islice(permutations(calls), 24))
         for index in range(rounds):
@@ -161,7 +132,7 @@ def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, tit
                     calls[label]()
                 seconds[label].append(_time_block(calls[label], device, typical[label]))
             advance("")
-    return {label: Times(tuple(values)) for label, values in seconds.items()}
+    return seconds
 
 
 def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> int:
@@ -194,9 +165,9 @@ def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> in
     return best
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Return whether torch says, in one of its ways, that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 def _time_block(call: Call, device: torch.device, typical: float) -> float:
@@ -226,15 +197,6 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    gc.collect()
-    with ExitStack() as after:
-        after.callback(gc.enable if gc.isenabled() else gc.disable)
-        gc.disable()
-        yield
 
 
 # -- what may be claimed ----------------------------------------------------------------------------------------------
@@ -272,8 +234,7 @@ def noise_band(baseline: Sequence[float], control: Sequence[float]) -> tuple[flo
     """
     ratios = _ratios(baseline, control)
     low, high = _median_interval(ratios)
-    offset = abs(math.log(_quantile(ratios, 0.5)))
-    width = max(abs(math.log(low)), abs(math.log(high))) + offset
+    width = max(abs(math.log(low)), abs(math.log(high))) + abs(math.log(quantile(ratios, 0.5)))
     width = max(width, math.log1p(FLOOR))
     return math.exp(-width), math.exp(width)
 
@@ -284,7 +245,7 @@ def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequ
     A change is claimed only where the median ratio lies outside `noise_band` and its own 95 % interval excludes 1.
     """
     ratios = _ratios(baseline, candidate)
-    value = _quantile(ratios, 0.5)
+    value = quantile(ratios, 0.5)
     low, high = _median_interval(ratios)
     noise_low, noise_high = noise_band(baseline, control)
     verdict = "no measurable change"
@@ -306,7 +267,8 @@ def _median_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(medians.quantile(0.025)), float(medians.quantile(0.975))
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that a share of all stay under; between two of them it rises evenly."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
@@ -327,18 +289,14 @@ def working_memory(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    resting = _reset_high_water_mark()
-    call()
-    return None if resting is None else max(0, _resident("VmHWM") - resting)
-
-
-def _reset_high_water_mark() -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
+        resting = _resident("VmRSS")
     except (OSError, AttributeError, TypeError):  # not Linux, not glibc, or a sandbox that hides /proc
         return None
+    call()
+    return max(0, _resident("VmHWM") - resting)
 
 
 def _resident(field: str) -> int:
@@ -351,6 +309,5 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
-    import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

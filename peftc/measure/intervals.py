@@ -1,13 +1,10 @@
 """95 % intervals, so that no figure stands alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on each side
 ROUNDS = 1000
@@ -62,8 +59,6 @@ def bootstrap(statistic: Callable[[np.ndarray], float], samples: int, *, seed: i
         samples: >= 1.
         seed: of the resampling.
     """
-    import numpy as np
-
     value = float(statistic(np.arange(samples)))
     generator = np.random.default_rng(seed)
     draws = np.array([statistic(generator.integers(0, samples, samples)) for _ in range(ROUNDS)])

@@ -3,8 +3,6 @@
 The time of a product does not depend on the numbers in it, so no weight is factored to be timed: random factors serve.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +19,9 @@ from peftc.measure.costs import Speedup
 from peftc.models.inputs import DOES_NOT_RUN, outputs
 from peftc.models.layers import registered
 from peftc.models.model import Model, detached
+from peftc.models.place import place_of
 from peftc.nn import lowrank, surgery
 from peftc.nn.skipped import first_tensor
-from peftc.plans import allocate
 from peftc.plans.allocate import Curve
 from peftc.plans.plan import Target
 
@@ -72,20 +70,14 @@ class SiteTimes:
 
 
 def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: FormOf) -> dict[str, list[Site]]:
-    """Return what is called for each target in one forward pass, once per call; a target that is not called has none.
-
-    Raises:
-        PlanError: the model does not run on the batch.
-    """
+    """Return what is called for each target in one forward pass, once per call (PlanError: it does not run)."""
     found: dict[str, list[Site]] = {name: [] for name in targets}
     handles = []
     for name, target in targets.items():
         for each in (name, *target.aliases):
             module, form = model.module.get_submodule(each), form_of(each, name)
 
-            def add(
-                module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], name: str = name, form: str = form
-            ) -> None:
+            def add(module: nn.Module, given: Any, named: Any, name: str = name, form: str = form) -> None:
                 read = first_tensor(given, named)
                 if read is not None:
                     found[name].append(Site(form, repr(module), tuple(read.shape)))
@@ -95,19 +87,12 @@ def sites_of(model: Model, targets: Mapping[str, Target], batch: Any, form_of: F
         with registered(handles):
             outputs(model, batch)
     except DOES_NOT_RUN as error:
-        if isinstance(error, RuntimeError) and costs.out_of_memory(error):
+        if costs.out_of_memory(error):
             raise
-        raise PlanError(
-            f"`{model.name}` cannot be timed",
-            why=f"it does not run on a random input: {reason_of(error)}",
-            hint="give another budget, as `--target-macs` or `--ratio`",
-        ) from error
+        why = f"it does not run on a random input: {reason_of(error)}"
+        hint = "give another budget, as `--target-macs` or `--ratio`"
+        raise PlanError(f"`{model.name}` cannot be timed", why=why, hint=hint) from error
     return found
-
-
-def candidates(target: Target, multiple: int) -> list[int]:
-    """Return the ranks, in multiples, at which a module has fewer entries, smallest first."""
-    return list(range(multiple, allocate.break_even_rank(target.shape, target.form) + 1, multiple))
 
 
 def grid(ranks: Sequence[int]) -> list[int]:
@@ -129,7 +114,7 @@ def time_site(module: nn.Module, site: Site, ranks: Sequence[int], title: str) -
     least = dict.fromkeys(calls, math.inf)
     for _ in range(RUNS):
         times = costs.latency(calls, rounds=SHAPE_ROUNDS, device=weight.device, title=title)
-        least = {label: min(*times[label].seconds, seconds) for label, seconds in least.items()}
+        least = {label: min(*times[label], seconds) for label, seconds in least.items()}
         dense, control = sorted((least["dense"], least["control"]))
         if control / dense <= STEADY:
             break
@@ -221,9 +206,9 @@ def factored(model: Model, targets: Mapping[str, Target], ranks: Mapping[str, in
 
 def model_seconds(model: Model, batch: Any) -> tuple[float, int]:
     """Return the seconds of one forward pass, the median of three, and how many rounds `compare` is to take."""
-    place = next(model.module.parameters()).device
-    calls = {"dense": lambda: outputs(model, batch)}
-    seconds = costs.latency(calls, rounds=3, device=place, title="timing the model")["dense"].median
+    calls, place = {"dense": lambda: outputs(model, batch)}, place_of(model.module)
+    times = costs.latency(calls, rounds=3, device=place, title="timing the model")
+    seconds = costs.quantile(times["dense"], 0.5)
     fewest, most = MODEL_ROUNDS
     return seconds, max(fewest, min(most, round(MODEL_SECONDS / (3 * max(seconds, 1e-6)))))
 
@@ -243,16 +228,12 @@ def compare(dense: Model, candidate: Model, batch: Any, rounds: int) -> Measured
         batch: their input.
         rounds: of one run; there are up to three.
     """
-    place = next(dense.module.parameters()).device
-    calls = {
-        "dense": lambda: outputs(dense, batch),
-        "control": lambda: outputs(dense, batch),
-        "factored": lambda: outputs(candidate, batch),
-    }
-    seconds: dict[str, tuple[float, ...]] = dict.fromkeys(calls, ())
+    models = {"dense": dense, "control": dense, "factored": candidate}
+    calls = {label: functools.partial(outputs, model, batch) for label, model in models.items()}
+    seconds: costs.Seconds = {label: [] for label in calls}
     for _ in range(RUNS):
-        times = costs.latency(calls, rounds=rounds, device=place, title="timing the factored model")
-        seconds = {label: before + times[label].seconds for label, before in seconds.items()}
+        times = costs.latency(calls, rounds=rounds, device=place_of(dense.module), title="timing the factored model")
+        seconds = {label: before + times[label] for label, before in seconds.items()}
         found = costs.speedup(seconds["dense"], seconds["control"], seconds["factored"])
         if found.high / found.low <= STEADY:
             break

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftc.errors import SourceError, UsageError
 from peftc.measure import costs
-from peftc.measure.costs import Call, Speedup, Times
+from peftc.measure.costs import Call, Seconds, Speedup, quantile
 from peftc.models import load, write
 from peftc.models.inputs import outputs, probe
 from peftc.models.load import load_base
@@ -146,8 +146,8 @@ def _shapes(samples: dict[str, Any], pair: dict[str, Model]) -> dict[str, dict[s
 
 def _time(
     forwards: dict[str, Callable[[int], Call]], largest: int, rounds: int, device: torch.device
-) -> dict[str, dict[str, Times]]:
-    times: dict[str, dict[str, Times]] = {}
+) -> dict[str, Seconds]:
+    times: dict[str, Seconds] = {}
     for case, batch in zip(CASES, (1, largest), strict=True):
         if case == "saturating" and largest == 1:
             times[case] = times["batch_1"]
@@ -157,12 +157,12 @@ def _time(
     return times
 
 
-def _compare(run: dict[str, Times]) -> Speedup:
-    return costs.speedup(run["against"].seconds, run["control"].seconds, run["model"].seconds)
+def _compare(run: Seconds) -> Speedup:
+    return costs.speedup(run["against"], run["control"], run["model"])
 
 
-def _noise(run: dict[str, Times]) -> dict[str, float]:
-    low, high = costs.noise_band(run.get("against", run["model"]).seconds, run["control"].seconds)
+def _noise(run: Seconds) -> dict[str, float]:
+    low, high = costs.noise_band(run.get("against", run["model"]), run["control"])
     return {"low": low, "high": high}
 
 
@@ -178,13 +178,13 @@ def _sizes(model: Model, sample: Tensor | dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _speeds(times: dict[str, dict[str, Times]], label: str, largest: int) -> dict[str, Any]:
+def _speeds(times: dict[str, Seconds], label: str, largest: int) -> dict[str, Any]:
     return {
         case: {
             "batch": batch,
-            "median_seconds": times[case][label].median,
-            "p90_seconds": times[case][label].p90,
-            "samples_per_second": batch / times[case][label].median,
+            "median_seconds": quantile(times[case][label], 0.5),
+            "p90_seconds": quantile(times[case][label], 0.9),
+            "samples_per_second": batch / quantile(times[case][label], 0.5),
         }
         for case, batch in zip(CASES, (1, largest), strict=True)
     }

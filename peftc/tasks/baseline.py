@@ -1,7 +1,5 @@
 """The model that quality is compared with: the earliest of a chain that has the same head and the same task."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,8 @@ NAME_ONE = "name one: `peftc evaluate ... --against MODEL`"
 def before(model: Model) -> Model:
     """Return the earliest model that an artifact was made from and that answers the same question.
 
-    That is the base which its manifest records or, where a step gave it another head, what that step wrote.
-
-    Raises:
-        ArtifactError: there is none, it is not there any more, or it is not what it was.
+    That is the base which its manifest records or, where a step gave it another head, what that step wrote
+    (ArtifactError: there is none, it is not there any more, or it is not what it was).
     """
     found = _earliest(model)
     if found is None:
@@ -32,11 +28,7 @@ def before(model: Model) -> Model:
 
 
 def of_gate(model: Model) -> Model:
-    """Return the model that a drop of what is made from ``model`` is judged against; that may be ``model`` itself.
-
-    Raises:
-        ArtifactError: it is not there any more, or it is not what it was.
-    """
+    """Return the model that a drop of what is made from ``model`` is judged against; that may be ``model`` itself."""
     return (None if model.manifest is None else _earliest(model)) or model
 
 
@@ -62,9 +54,9 @@ def _there(model: Model, step: int) -> Model:
     except PeftcError as error:
         if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
             raise
-        why = f"{error.what}"
+        what = f"the model to compare `{model.name}` with cannot be loaded"
         hint = f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE
-        raise ArtifactError(f"the model to compare `{model.name}` with cannot be loaded", why=why, hint=hint) from error
+        raise ArtifactError(what, why=error.what, hint=hint) from error
 
 
 def _written(model: Model, step: int) -> Model:

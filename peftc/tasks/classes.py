@@ -1,7 +1,5 @@
 """Classes: samples with one label each, what a model says of them, and how often it is right."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,30 +9,24 @@ from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded, columns_of, differ
+from peftc.tasks.task import LABELS, Batch, Columns, Encoded, differ
 
 
 def need_classes(data: Dataset, task: str) -> None:
-    """Refuse samples without a class each.
-
-    Raises:
-        DataError: with why there is none.
-    """
+    """Refuse samples without a class each (DataError: with why there is none)."""
     if data.labels is None or data.classes is None:
         column = "no label column of a usual name"
         none = f"it has no class folders and {column}" if data.kind == "image" else f"it has {column}"
         why = none if data.labels is None else "its labels are scores"
-        hint = LABELS.format(data.name)
-        raise DataError(f"`{task}` needs a class for each sample of `{data.name}`", why=why, hint=hint)
+        what = f"`{task}` needs a class for each sample of `{data.name}`"
+        raise DataError(what, why=why, hint=LABELS.format(data.name))
 
 
 def encode_classified(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return texts, or pairs that one input joins, with their classes."""
     need_classes(data, "text-classification")
-    samples = [data[index] for index in range(len(data))]
-    return encode_texts(
-        model, data, settings, [[text] for text, _ in samples], torch.tensor([label for _, label in samples])
-    )
+    texts, labels = zip(*(data[index] for index in range(len(data))), strict=True)
+    return encode_texts(model, settings, [[text] for text in texts], torch.tensor(labels))
 
 
 def observe_classes(logits: Tensor, batch: Batch) -> Columns:
@@ -48,10 +40,8 @@ def observe_classes(logits: Tensor, batch: Batch) -> Columns:
 
 def compare_classes(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
     """Return divergence and agreement of each sample."""
-    return columns_of(
-        ("kl", "same", "count"),
-        [(*pair, 1) for pair in zip(*(t.tolist() for t in differ(reference, logits)), strict=True)],
-    )
+    divergences, same = (each.double().cpu().numpy() for each in differ(reference, logits))
+    return {"kl": divergences, "same": same, "count": np.ones_like(same)}
 
 
 def is_hit(columns: Columns) -> np.ndarray:

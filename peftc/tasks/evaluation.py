@@ -1,7 +1,5 @@
 """Figures of a model on data, beside those of another: what `evaluate` measures, and each step of what it wrote."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from peftc.data import open_data
@@ -49,26 +47,22 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         subject: what is measured; moved to the device.
         reference: what it is compared with; None measures it alone.
         exam: on what.
-
-    Raises:
-        DataError, WeightError: as `evaluate` does.
     """
     data, reading = exam.data, exam.reading
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
     row = task_of(subject, reading.task)
+    name = row.name if row else None
     for each in (subject, reference):
         if each is not None:
             runnable(each, device=exam.device, dtype=exam.dtype)
     if data.startswith(GENERATED):
-        number = number_to_draw(data, subject, row.name if row else None)
+        number = number_to_draw(data, subject, name)
         author = _author(subject, reference, report, device=exam.device, dtype=exam.dtype)
         length = length_to_draw(author, reading.max_length)
-        report.notes.append(
-            f"data: {number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}"
-        )
+        drawn = f"{number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}"
+        report.notes.append(f"data: {drawn}")
         dataset = sample(author, number, length, seed=reading.seed).take(reading.num_samples, seed=reading.seed)
     else:
-        name = row.name if row else None
         dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=name)
     if row is None and subject.library == "python" and dataset.kind in ("image", "tensor"):
         row = TASKS["image-classification"]

@@ -1,7 +1,5 @@
 """Figures of a task with their intervals, as numbers, as a table and as gates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

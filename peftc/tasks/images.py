@@ -1,7 +1,5 @@
 """Images with classes, as a model reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
 from peftc.errors import DataError, UsageError, reason_of
+from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved, place_of
 from peftc.options import Reading
@@ -36,8 +35,6 @@ def encode_images(model: Model, data: Dataset, settings: Reading) -> Encoded:
 
 def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
     """Refuse inputs that are not as the model itself asks for, where it does not run on the first of them."""
-    from peftc.models import inputs
-
     if model.module.training or place_of(model.module).type == "meta":
         return
     try:
@@ -51,11 +48,7 @@ def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
 
 
 def refuse_size(model: Model, image_size: int | None, *, is_fixed: bool) -> None:
-    """Refuse a size of images that a model does not read.
-
-    Raises:
-        UsageError, DataError: with the size that it reads.
-    """
+    """Refuse a size of images that a model does not read (UsageError, DataError: with the size that it reads)."""
     if image_size is None:
         return
     if image_size < 1:

@@ -1,11 +1,10 @@
 """Language: windows of text, and how well a model foretells what stands in them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading
-from peftc.tasks.task import Batch, Columns, Encoded, Task, columns_of, differ
+from peftc.tasks.task import Batch, Columns, Encoded, Task, differ
 
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 
@@ -31,22 +30,13 @@ def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
         windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
         begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
 
-    def batch(indices: Sequence[int]) -> Batch:
-        tokens = windows[list(indices)]
-        targets = tokens.roll(-1, 1)
-        targets[:, -1] = IGNORED
-        return Batch({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, targets)
-
-    note = f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given"
-    return Encoded(len(windows), batch, key=_key(windows), notes=[note])
+    targets = windows.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    return _encoded(windows, targets, f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given")
 
 
 def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
-    """Return windows of text, each between its start and end token and with 15 % of its tokens masked.
-
-    Raises:
-        DataError: the tokenizer lacks one of these tokens.
-    """
+    """Return windows of text, each between its start and end token and with 15 % of its tokens masked."""
     inner, tokenizer = _windows(model, data, settings, taken=2, least=3), tokenizer_of(model)
     start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     if None in (start, end, mask):
@@ -57,27 +47,28 @@ def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
     number = max(1, round(MASKED * inner.shape[1]))
     chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, order[:, :number] + 1, True)
     tokens, targets = whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
+    return _encoded(tokens, targets, f"data: windows of {tokens.shape[1]} tokens, {number} of them masked in each")
+
+
+def _encoded(tokens: Tensor, targets: Tensor, note: str) -> Encoded:
+    """Return windows (samples, tokens) and what is to be foretold of each token."""
 
     def batch(indices: Sequence[int]) -> Batch:
-        rows = list(indices)
-        return Batch({"input_ids": tokens[rows], "attention_mask": torch.ones_like(tokens[rows])}, targets[rows])
+        given = tokens[list(indices)]
+        return Batch({"input_ids": given, "attention_mask": torch.ones_like(given)}, targets[list(indices)])
 
-    note = f"data: windows of {tokens.shape[1]} tokens, {number} of them masked in each"
-    return Encoded(len(tokens), batch, key=_key(tokens), notes=[note])
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Encoded(len(tokens), batch, key=digest, notes=[note])
 
 
 def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
     """Cut the text of a data set into windows without overlap, dropping the short rest; (windows, length).
 
     Args:
-        model: its tokenizer and its vocabulary.
         data: whose texts are joined, each ended by a new line.
         settings: how long a window is, what it begins or ends with included, and how many are kept, seeded.
         taken: tokens that it begins or ends with.
         least: tokens of a window, those included.
-
-    Raises:
-        DataError: the tokenizer is damaged, or the text too short.
     """
     tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=least) - taken
@@ -96,10 +87,6 @@ def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, leas
     return windows[order[:number].sort().values]
 
 
-def _key(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-
-
 def observe_tokens(logits: Tensor, batch: Batch) -> Columns:
     """Return the summed negative log-likelihood of each sample, and how many tokens it is of."""
     sums = []
@@ -107,7 +94,7 @@ def observe_tokens(logits: Tensor, batch: Batch) -> Columns:
         kept = targets != IGNORED
         nll = torch.nn.functional.cross_entropy(row[kept].float(), targets[kept], reduction="none")
         sums.append((nll.double().sum().item(), int(kept.sum())))
-    return columns_of(("nll", "tokens"), sums)
+    return dict(zip(("nll", "tokens"), np.array(sums, np.float64).T, strict=True))
 
 
 def compare_tokens(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
@@ -117,7 +104,7 @@ def compare_tokens(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
         kept = targets != IGNORED
         divergence, same = differ(one[kept], other[kept])
         sums.append((divergence.sum().item(), same.sum().item(), int(kept.sum())))
-    return columns_of(("kl", "same", "count"), sums)
+    return dict(zip(("kl", "same", "count"), np.array(sums, np.float64).T, strict=True))
 
 
 def nll(columns: Columns) -> float:

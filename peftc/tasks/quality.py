@@ -1,7 +1,5 @@
 """Artifact > evaluate on held-out data > report: what a writing step adds where it has data."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import nn
@@ -46,21 +44,16 @@ def measure_on_test(
     Args:
         report: to add to.
         model: that was read.
-        exam: the data that it learnt from, and how to measure; all samples of the split are taken.
+        exam: the data that it learnt from, and how to measure; all samples of the split are taken (DataError: a gate
+            asks for a measurement, and there is no such split).
         learnt: the split that was learnt from.
         labelled: whether its labels mean something to the model.
         against: another model to measure beside it.
-
-    Raises:
-        DataError: a gate asks for a measurement, and there is no such split.
     """
     test = [name for name in split_names(exam.data) if split_word(name) == "test" and name != learnt]
     if len(test) == 1 and labelled:
         whole = replace(exam.reading, num_samples=None)
         add(report, model, replace(exam, data=f"{parts_of(exam.data)[0]}@{test[0]}", reading=whole), against=against)
     elif exam.gates:
-        raise DataError(
-            "`--max-drop` and `--min-quality` need a test split with labels",
-            why=f"`{exam.data}` has none",
-            hint="measure apart: `peftc evaluate`",
-        )
+        what, why = "`--max-drop` and `--min-quality` need a test split with labels", f"`{exam.data}` has none"
+        raise DataError(what, why=why, hint="measure apart: `peftc evaluate`")

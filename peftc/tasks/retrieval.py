@@ -1,7 +1,5 @@
 """Retrieval between images and texts: samples, recall over a whole set, and the losses of dual encoders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 

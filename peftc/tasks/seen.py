@@ -1,7 +1,5 @@
 """Whether samples already calibrated or taught the model that is measured on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,17 +49,11 @@ def among(about: Mapping[str, Any], spec: str, dataset: Dataset) -> bool:
 
 
 def refuse_gate(command: str, dataset: Dataset) -> None:
-    """Refuse to judge a model by samples that it knows.
-
-    Raises:
-        DataError: always.
-    """
-    raise DataError(
-        f"no gate is judged on samples that the model knows: `{command}` has read split `{dataset.split}` of "
-        f"`{dataset.name}`",
-        why="what a model gives for samples that calibrated or taught it says nothing about others",
-        hint="measure on other samples: `--data NAME@SPLIT`, or without a gate",
-    )
+    """Refuse to judge a model by samples that it knows (DataError, always)."""
+    read = f"`{command}` has read split `{dataset.split}` of `{dataset.name}`"
+    why = "what a model gives for samples that calibrated or taught it says nothing about others"
+    hint = "measure on other samples: `--data NAME@SPLIT`, or without a gate"
+    raise DataError(f"no gate is judged on samples that the model knows: {read}", why=why, hint=hint)
 
 
 def _read(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,7 +1,5 @@
 """Texts one by one and in pairs: how they are read, and how near two sentences are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +16,7 @@ from peftc.options import Reading
 from peftc.tasks.task import LABELS, Batch, Columns, Encoded
 
 
-def encode_texts(model: Model, data: Dataset, settings: Reading, texts: list[list[Any]], labels: Tensor) -> Encoded:
+def encode_texts(model: Model, settings: Reading, texts: list[list[Any]], labels: Tensor) -> Encoded:
     """Tokenise texts: ``texts[i]`` holds the rows of the batch that sample i makes."""
     width = len(texts[0])
     tokens = tokenise(model, [text for rows in texts for text in rows], settings.max_length)
@@ -34,11 +32,7 @@ def encode_texts(model: Model, data: Dataset, settings: Reading, texts: list[lis
 
 
 def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
-    """Return pairs of sentences with the score of each.
-
-    Raises:
-        DataError: there are no scores, or too few to rank.
-    """
+    """Return pairs of sentences with the score of each (DataError: there are none, or too few to rank)."""
     if data.labels is None or data.classes is not None:
         hint = LABELS.format(data.name)
         raise DataError(f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=hint)
@@ -47,7 +41,7 @@ def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
     if len(samples) < 3 or len(scores.unique()) < 2:
         why = f"{len(samples)} pairs with {len(scores.unique())} different scores"
         raise DataError(f"`{data.name}` has too few scores to rank", why=why)
-    return encode_texts(model, data, settings, [list(pair) for pair, _ in samples], scores)
+    return encode_texts(model, settings, [list(pair) for pair, _ in samples], scores)
 
 
 def observe_pairs(hidden: Tensor, batch: Batch) -> Columns:

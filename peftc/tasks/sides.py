@@ -1,7 +1,5 @@
 """The models that are compared, how each reads the data, and what each gives."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,10 +26,9 @@ class Side:
 
 
 def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading, report: Report) -> list[Side]:
-    """Encode the data for each model, and refuse two whose figures could not be compared.
+    """Encode the data for each model, and refuse two that read other tokens, or whose classes do not match.
 
-    Raises:
-        DataError: they read other tokens, or classes do not match.
+    The output of each class is found by running one sample, so that a mismatch is refused before the rest.
     """
     sides = [Side(model, row.encode(model, dataset, settings)) for model in models]
     report.notes += sides[0].encoded.notes
@@ -39,22 +36,16 @@ def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading
         what = f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens"
         why = "perplexities over different tokens cannot be compared"
         raise DataError(what, why=why, hint="compare with a model of the same tokenizer")
-    if row.has_classes:
-        for side in sides:
-            _match_classes(row, side, dataset, report)
+    for side in sides if row.has_classes else ():
+        logits = _forward(side.model, side.encoded.batch([0]), row)
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            why = f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class"
+            hint = "choose another `--task`, or a model with a classifier"
+            raise DataError(f"`{side.model.name}` does not classify", why=why, hint=hint)
+        side.outputs, note = match(dataset.classes or [], side.model.labels, logits.shape[1])
+        if note not in report.notes:
+            report.notes.append(note)
     return sides
-
-
-def _match_classes(row: Task, side: Side, dataset: Dataset, report: Report) -> None:
-    """Find the output of each class by running one sample, so that a mismatch is refused before the rest."""
-    logits = _forward(side.model, side.encoded.batch([0]), row)
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        why = f"for one sample it gives outputs of shape {list(logits.shape)}, not one score per class"
-        hint = "choose another `--task`, or a model with a classifier"
-        raise DataError(f"`{side.model.name}` does not classify", why=why, hint=hint)
-    side.outputs, note = match(dataset.classes or [], side.model.labels, logits.shape[1])
-    if note not in report.notes:
-        report.notes.append(note)
 
 
 def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report: Report) -> Columns | None:
@@ -76,8 +67,14 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
                 given.append((_forward(side.model, batch, row), batch))
                 known = replace(batch, targets=torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
                 columns.append(row.observe(given[-1][0], known))
-            if compared is not None and row.compare is not None and _comparable(given, report):
-                compared.append(row.compare(given[1][0], given[0][0], given[0][1]))
+            if compared is not None and row.compare is not None:
+                one, other = (list(logits.shape) for logits, _ in given)
+                if one == other:
+                    compared.append(row.compare(given[1][0], *given[0]))
+                else:
+                    compared = None
+                    why = "neither agreement nor divergence is measured"
+                    report.notes.append(f"outputs of shapes {one} and {other}: {why}")
             for _ in indices:
                 advance("")
     for side, columns in zip(sides, seen, strict=True):
@@ -85,16 +82,8 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
     return concatenated(compared) if compared else None
 
 
-def _comparable(given: list[tuple[Tensor, Batch]], report: Report) -> bool:
-    shapes = [list(logits.shape) for logits, _ in given]
-    note = f"outputs of shapes {shapes[0]} and {shapes[1]}: neither agreement nor divergence is measured"
-    if shapes[0] != shapes[1] and not any(known.startswith("outputs of shapes") for known in report.notes):
-        report.notes.append(note)
-    return shapes[0] == shapes[1]
-
-
 def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
-    """Return the outputs for a batch, moved to the model's device and dtype first."""
+    """Return the outputs for a batch (WeightError: they are not finite)."""
     logits = row.outputs(model, batch)
     if not torch.isfinite(logits).all():
         dtype = str(logits.dtype).removeprefix("torch.")

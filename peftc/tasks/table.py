@@ -1,10 +1,8 @@
 """What a model is for: one row per task, from samples to inputs, to figures per sample, to metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
+from functools import partial
 from operator import itemgetter
-from typing import Any
 
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, one_of
@@ -16,36 +14,19 @@ from peftc.tasks.language import compare_tokens, encode_causal, encode_masked, n
 from peftc.tasks.sentences import encode_pairs, observe_pairs, spearman
 from peftc.tasks.task import Metric, Task
 
-_CLASSES: dict[str, Any] = {"observe": observe_classes, "compare": compare_classes, "batch_size": 32}
-_WINDOWS: dict[str, Any] = {
-    "observe": observe_tokens,
-    "compare": compare_tokens,
-    "batch_size": 8,
-    "metrics": (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False)),
-    "is_language": True,
-}
+_FEWER = (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False))
 _TOP = (Metric("top1", is_hit, True), Metric("top5", itemgetter("in_five"), True, column="in_five"))
 _ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1))
 _SPEARMAN = (Metric("spearman", spearman),)
+_classes = partial(Task, observe=observe_classes, compare=compare_classes, batch_size=32)
+_windows = partial(Task, observe=observe_tokens, compare=compare_tokens, batch_size=8, metrics=_FEWER, is_language=True)
 _ROWS = (
-    Task(
-        "image-classification",
-        ("image", "tensor"),
-        ("ForImageClassification",),
-        encode_images,
-        metrics=_TOP,
-        **_CLASSES,
+    _classes("image-classification", ("image", "tensor"), ("ForImageClassification",), encode_images, metrics=_TOP),
+    _classes(
+        "text-classification", ("text", "pairs"), ("ForSequenceClassification",), encode_classified, metrics=_ACCURACY
     ),
-    Task(
-        "text-classification",
-        ("text", "pairs"),
-        ("ForSequenceClassification",),
-        encode_classified,
-        metrics=_ACCURACY,
-        **_CLASSES,
-    ),
-    Task("masked-lm", ("text",), ("ForMaskedLM",), encode_masked, **_WINDOWS),
-    Task("causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal, **_WINDOWS),
+    _windows("masked-lm", ("text",), ("ForMaskedLM",), encode_masked),
+    _windows("causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal),
     retrieval.TASK,  # before the next, whose ending is that of every bare model
     Task("sentence-similarity", ("pairs",), ("Model",), encode_pairs, observe_pairs, _SPEARMAN, 32),
 )
@@ -84,11 +65,7 @@ def task_of(model: Model, name: str | None) -> Task | None:
 
 
 def fitting(task: Task, data: Dataset) -> Task:
-    """Return the task where it can read the data.
-
-    Raises:
-        DataError: it reads another kind.
-    """
+    """Return the task where it can read the data (DataError: it reads another kind)."""
     if data.kind in task.reads:
         return task
     why = f"it reads {' or '.join(HOLDS[kind] for kind in task.reads)}, and the data holds {HOLDS[data.kind]}"

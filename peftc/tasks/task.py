@@ -108,7 +108,6 @@ class Task:
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:
         """Return what an evaluation looks at: outputs of the model, to which the batch is moved."""
-
         return self.run(model, batch) if self.run else inputs.outputs(model, moved(model, batch.inputs))
 
     def over(self, parts: Sequence[Columns]) -> Columns:
@@ -131,13 +130,6 @@ def differ(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL(reference || model) in nats and whether the first choice agrees; (rows, classes) to (rows,) each."""
     p, q = (tensor.float().log_softmax(1).double() for tensor in (reference.to(logits.device), logits))
     return (p.exp() * (p - q)).sum(1).clamp_min(0), reference.to(logits.device).argmax(1) == logits.argmax(1)
-
-
-def columns_of(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Columns:
-    """Return figures of each sample, row by row, as one column for each name."""
-    return {
-        name: np.array(values, dtype=np.float64) for name, values in zip(names, zip(*rows, strict=True), strict=True)
-    }
 
 
 LABELS = "name the column of labels: `--data '{}?label=NAME'`"

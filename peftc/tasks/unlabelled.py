@@ -1,7 +1,5 @@
 """Samples without labels as a model reads them, and a loss towards what the model itself would predict of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
-from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models.inputs import mask_of_outputs
 from peftc.models.model import Model
 from peftc.options import Reading
-from peftc.tasks.sentences import sentence_vectors
+from peftc.tasks.sentences import encode_texts, sentence_vectors
 from peftc.tasks.table import TASKS
-from peftc.tasks.task import Batch, Encoded, Task
+from peftc.tasks.task import Encoded, Task
 
 BLOCK = 1 << 22  # scores that are worked on at once
 
@@ -27,41 +24,26 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Reading) ->
     """Return samples as inputs of the model; labels, where there are any, are not looked at.
 
     Args:
-        model: that will read them.
+        model: that will read them (DataError: it cannot).
         data: images, tensors, texts, pairs of texts, or images with captions; for a language model the texts are
-            joined and cut into windows.
+            joined and cut into windows. Of a pair of texts, a classifier reads both at once and any other model one
+            after the other.
         task: of the model; None where nothing tells it.
         settings: size, length, number and seed.
-
-    Raises:
-        DataError: the model cannot read such data.
     """
-    if task is not None and task.is_language:
-        return task.encode(model, data, settings)
-    if data.kind == "image-text" and task is not None and data.kind in task.reads:
+    if task is not None and (task.is_language or (data.kind == "image-text" and data.kind in task.reads)):
         return task.encode(model, data, settings)
     if data.kind in ("image", "tensor") and model.kind in ("image", "other"):
         blank = replace(data, labels=dict.fromkeys(data.rows, 0), classes=[""])  # type: ignore[arg-type]
         return TASKS["image-classification"].encode(model, blank, settings)
     if data.kind in ("text", "pairs") and model.kind == "text":
-        return _texts(model, data, task, settings)
+        samples: list[Any] = [data[index][0] for index in range(len(data))]
+        joined = data.kind == "text" or (task is not None and task.name == "text-classification")
+        texts = (samples if joined else [text for pair in samples for text in pair])[: settings.num_samples]
+        encoded = encode_texts(model, settings, [[text] for text in texts], torch.zeros(len(texts)))
+        return replace(encoded, notes=[])
     why = f"it reads {model.kind} inputs, and the data holds {data.kind}"
     raise DataError(f"`{model.name}` cannot read `{data.name}`", why=why)
-
-
-def _texts(model: Model, data: Dataset, task: Task | None, settings: Reading) -> Encoded:
-    """Tokenise texts one by one; of a pair, a classifier reads both at once and any other model one after the other."""
-    samples: list[Any] = [data[index][0] for index in range(len(data))]
-    joined = task is not None and task.name == "text-classification"
-    texts = samples if joined or data.kind == "text" else [text for pair in samples for text in pair]
-    if settings.num_samples is not None:
-        texts = texts[: settings.num_samples]
-    tokens = tokenise(model, texts, settings.max_length)
-
-    def batch(indices: Any) -> Batch:
-        return Batch(tokens.pad(list(indices)), torch.zeros(len(indices)))
-
-    return Encoded(len(texts), batch, key=tokens.digest, lengths=tokens.lengths)
 
 
 def loss_of_own_prediction(
@@ -125,6 +107,4 @@ def _has_classes(task: Task | None) -> bool:
 
 def _vectors(outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return what of the outputs matters: of tokens their normalised mean (batch, width)."""
-    if outputs.ndim != 3 or mask is None:
-        return outputs
-    return sentence_vectors(outputs, mask)
+    return outputs if outputs.ndim != 3 or mask is None else sentence_vectors(outputs, mask)

@@ -19,7 +19,7 @@ from peftc.errors import ArtifactError, PlanError, UsageError
 from peftc.factors import factoring, speedup
 from peftc.factors.speedup import search
 from peftc.measure import costs, latency
-from peftc.measure.costs import Times
+from peftc.measure.costs import Seconds
 from peftc.measure.latency import Measured, Pace, SiteTimes, isotonic, pace
 from peftc.models import load as models
 from peftc.models import write
@@ -71,11 +71,11 @@ class Clock:
     def __init__(self, slack: float = 1.0) -> None:
         self.slack, self.titles = slack, list[str]()
 
-    def __call__(self, calls: Mapping[str, Any], *, rounds: int, title: str = "", **_: Any) -> dict[str, Times]:
+    def __call__(self, calls: Mapping[str, Any], *, rounds: int, title: str = "", **_: Any) -> Seconds:
         self.titles.append(title)
         found = {}
         for label, call in calls.items():
-            found[label] = Times((counted(call) * (self.slack if label == "factored" else 1),) * rounds)
+            found[label] = [counted(call) * (self.slack if label == "factored" else 1)] * rounds
         return found
 
 
@@ -188,8 +188,8 @@ def test_no_gain_is_not_close_to_a_small_one() -> None:
 
 
 def test_a_machine_too_busy_to_time_a_module_is_refused(wide: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(calls: Mapping[str, Any], *, rounds: int, **_: Any) -> dict[str, Times]:
-        return {label: Times((2.0 if label == "control" else 1.0,) * rounds) for label in calls}
+    def busy(calls: Mapping[str, Any], *, rounds: int, **_: Any) -> Seconds:
+        return {label: [2.0 if label == "control" else 1.0] * rounds for label in calls}
 
     monkeypatch.setattr(costs, "latency", busy)
     with pytest.raises(

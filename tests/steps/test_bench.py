@@ -10,7 +10,7 @@ from torch import nn
 
 from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.measure import costs
-from peftc.measure.costs import Call, Times
+from peftc.measure.costs import Call, Seconds
 from peftc.nn import lowrank, surgery
 from peftc.steps.bench import bench
 from tests.networks import Perceptron
@@ -34,9 +34,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Make every block take a made-up time by its label, and 4 the saturating batch."""
     seconds = {"model": 0.010, "against": 0.020, "control": 0.020}
 
-    def latency(calls: dict[str, Call], *, rounds: int, **_: Any) -> dict[str, Times]:
+    def latency(calls: dict[str, Call], *, rounds: int, **_: Any) -> Seconds:
         wobble = [1 + 0.001 * (index % 5) for index in range(rounds)]
-        return {label: Times(tuple(seconds[label] * each for each in wobble)) for label in calls}
+        return {label: [seconds[label] * each for each in wobble] for label in calls}
 
     monkeypatch.setattr(costs, "latency", latency)
     monkeypatch.setattr(costs, "saturating_batch", lambda forward, device: 4)

@@ -9,10 +9,10 @@ as many numbers as the weight, it trains itself, as with LoRA, and is in no comp
 
 from torch import nn
 
-from peftc.nn.competition import after_step
+from peftc.nn import competition
 from peftc.nn.kernelized import Settings, update_of
 
-__all__ = ["after_step", "snell"]
+after_step = competition.after_step  # what a training does after each step
 
 
 def snell(

@@ -9,10 +9,10 @@ step, which makes the sparsity exactly the one asked for.
 
 from torch import nn
 
-from peftc.nn.competition import after_step
+from peftc.nn import competition
 from peftc.nn.kernelized import Settings, update_of
 
-__all__ = ["after_step", "snella"]
+after_step = competition.after_step  # what a training does after each step
 KEEPS_LAST = True  # weights before the last step are not as sparse as asked
 
 

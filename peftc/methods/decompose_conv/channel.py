@@ -4,8 +4,6 @@ Zhang et al., "Accelerating Very Deep Convolutional Networks for Classification 
 section 2.1, with plain SVD: the weight is seen as (out, in kh kw).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

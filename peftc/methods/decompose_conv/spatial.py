@@ -4,8 +4,6 @@ Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expan
 solved in closed form (Tai et al., 2016, arXiv 1511.06067, section 3): the weight is seen as (out kw, in kh).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor
