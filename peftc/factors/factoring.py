@@ -21,7 +21,7 @@ from peftc.factors import joint, ranks, spectra
 from peftc.factors.ranks import Ranks, Whole
 from peftc.factors.spectra import Factorizer
 from peftc.measure import costs
-from peftc.methods.spectrum import Solution, Spectrum
+from peftc.methods.spectrum import Rungs, Solution, Spectrum
 from peftc.models import write
 from peftc.models.families import matches
 from peftc.models.inputs import DOES_NOT_RUN
@@ -159,9 +159,8 @@ class Factoring:
         basis = {name: tensor.clone() for name, tensor in load_file(part).items()}
         solution = Solution(basis["values"], basis.get("up"), basis.get("down"), note["rung"], note["exact"])
         weight = lowrank.matrix(spectra.weight_of(self.model, target, self.device), target.form).contiguous()
-        found = Spectrum(weight, {rung: functools.partial(again, rung=rung) for rung in note["rungs"]})
-        found.resume(solution, note["climbed"])
-        return found
+        rungs: Rungs = {rung: functools.partial(again, rung=rung) for rung in note["rungs"]}
+        return Spectrum(weight, rungs, solution, note["climbed"])
 
     def _fresh(self, target: Target, factorize: Factorizer | None = None) -> Spectrum:
         """Return a module's decomposition from its statistics, where nothing is solved yet."""

@@ -62,12 +62,7 @@ class Work:
 
 
 def work(model: Model, batch: Any = None) -> Work:
-    """Count the work of one forward pass; modules on the meta device serve too.
-
-    Args:
-        model: in eval mode.
-        batch: one sample, as `probe` makes it; None takes `probe`'s own.
-    """
+    """Count the work of one forward pass over one sample, `probe`'s own if none is given; meta tensors serve too."""
     batch = probe(model) if batch is None else batch
     positions, between, hooks = dict[str, int](), dict[str, int](), []
     for name, child in model.module.named_modules():
@@ -136,13 +131,9 @@ def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, tit
 
 
 def saturating_batch(forward: Callable[[int], Call], device: torch.device) -> int:
-    """Double the batch until throughput gains less than 5 %.
+    """Double the batch until throughput gains less than 5 %; ``forward`` makes a call of a batch's size.
 
     Also ends at 256 samples, before a call would last over 2 s, and where memory runs out.
-
-    Args:
-        forward: returns a call that computes a batch of the given size.
-        device: where it computes.
     """
     best, best_rate, batch = 1, 0.0, 1
     with progress.track("finding the saturating batch") as advance:

@@ -22,12 +22,7 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: int, total: int) -> Interval:
-    """Return the share ``hits / total`` with Wilson's score interval (Wilson, 1927), which stays inside [0, 1].
-
-    Args:
-        hits: 0 <= hits <= total.
-        total: >= 1.
-    """
+    """Return the share ``hits / total`` with Wilson's score interval (Wilson, 1927), which stays inside [0, 1]."""
     share, weight = hits / total, Z * Z / total
     centre = (share + weight / 2) / (1 + weight)
     half = Z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
@@ -35,12 +30,9 @@ def wilson(hits: int, total: int) -> Interval:
 
 
 def paired_shares(one: Sequence[bool], other: Sequence[bool]) -> Interval:
-    """Return share(one) - share(other) over the same samples, with the interval of Agresti and Min (2005).
+    """Return share(one) - share(other) over the hits of the same samples, with the interval of Agresti and Min (2005).
 
     It adds half a sample to each cell of the 2 x 2 table: where no sample differs, a bootstrap would claim certainty.
-
-    Args:
-        one, other: hits, (samples,) each.
     """
     total = len(one)
     gained = sum(bool(a) and not b for a, b in zip(one, other, strict=True))

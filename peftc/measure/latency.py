@@ -161,13 +161,9 @@ class Pace:
 
 
 def pace(ranks: Sequence[int], calls: Sequence[SiteTimes]) -> Pace:
-    """Return the time of a target at each of ``ranks``, from the few that were timed.
+    """Return the time of a target at each of ``ranks``, smallest first, from the few at which each call was timed.
 
     Times are made to rise with rank, and between two timed ranks time is taken to rise evenly.
-
-    Args:
-        ranks: candidates, smallest first.
-        calls: times of every call in one forward pass, all at the same ranks.
     """
     dense = sum(each.dense for each in calls)
     if not ranks or not calls:
@@ -221,13 +217,7 @@ class Measured(Speedup):
 
 
 def compare(dense: Model, candidate: Model, batch: Any, rounds: int) -> Measured:
-    """Time a model, the same once more, and its factored copy, interleaved, until the interval is narrow.
-
-    Args:
-        dense, candidate: the two models.
-        batch: their input.
-        rounds: of one run; there are up to three.
-    """
+    """Time a model, the same once more, and its factored copy, interleaved, in up to three runs of so many rounds."""
     models = {"dense": dense, "control": dense, "factored": candidate}
     calls = {label: functools.partial(outputs, model, batch) for label, model in models.items()}
     seconds: costs.Seconds = {label: [] for label in calls}

@@ -40,12 +40,7 @@ def outsiders(kind: str) -> dict[str, Any]:
 
 
 def find(kind: str, name: str, option: str) -> Callable[..., Any]:
-    """Return the function of a method, built in or an entry point.
-
-    Raises:
-        UsageError: there is none of that name.
-        MethodError: another package's entry point cannot be imported.
-    """
+    """Return the function of a method, built in or an entry point (UsageError: there is none of that name)."""
     if name in METHODS[kind]:
         return getattr(importlib.import_module(home(kind, name)), name)
     others = outsiders(kind)
@@ -81,8 +76,7 @@ def recipe_of(method: Callable[..., Any]) -> dict[str, float]:
 def described(kind: str, name: str) -> dict[str, Any]:
     """Return what a built-in method is, read from its file without importing it.
 
-    Returns:
-        ``source``, the first sentence of its module; ``settings`` with their defaults; ``recipe`` of a finetuning.
+    ``source`` is the first line of its module; ``settings`` have their defaults; ``recipe`` is of a finetuning.
     """
     spec = importlib.util.find_spec(home(kind, name))
     assert spec is not None and spec.origin is not None
@@ -90,37 +84,24 @@ def described(kind: str, name: str) -> dict[str, Any]:
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     values = {node.arg: default.value for node, default in pairs if isinstance(default, ast.Constant)}
-    recipes = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RECIPE"
-    ]
-    first = (ast.get_docstring(tree) or "").split("\n\n")[0].split("\n")[0]
-    return {
-        "source": first,
-        "settings": values,
-        "recipe": (USUAL | (recipes[0] if recipes else {})) if kind == "adapter" else {},
-    }
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    recipe = ast.literal_eval(assigned["RECIPE"]) if "RECIPE" in assigned else {}
+    source = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return {"source": source, "settings": values, "recipe": USUAL | recipe if kind == "adapter" else {}}
 
 
 def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings to call ``method`` with, each of its default's type.
-
-    Raises:
-        UsageError: a setting is unknown, or its value has the wrong type or is no finite number.
-    """
+    """Return the settings to call ``method`` with, each of its default's type (UsageError: it cannot be)."""
     known = settings_of(method)
     chosen = {}
     for key, value in asked.items():
         if key not in known:
             listed = ", ".join(f"`{k}` ({v})" for k, v in known.items()) or "none"
             raise UsageError(f"`{name}` has no setting `{key}`", why=f"its settings are: {listed}")
-        kind = type(known[key])
+        kind, what = type(known[key]), f"setting `{key}` of `{name}` is {value!r}"
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
-            raise UsageError(
-                f"setting `{key}` of `{name}` is {value!r}", why=f"it takes a {kind.__name__}, as {known[key]!r}"
-            )
+            raise UsageError(what, why=f"it takes a {kind.__name__}, as {known[key]!r}")
         if kind is float and not math.isfinite(value):
-            raise UsageError(f"setting `{key}` of `{name}` is {value}", why=f"it takes a number, as {known[key]!r}")
+            raise UsageError(what, why=f"it takes a number, as {known[key]!r}")
         chosen[key] = kind(value)
     return chosen

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class Solution:
     down: Tensor | None
     rung: str = ""
     exact: bool = False
+
+
+Rungs: TypeAlias = dict[str, Callable[[Tensor, bool], Solution | None]]
 
 
 @dataclass(frozen=True)
@@ -68,28 +72,26 @@ class Spectrum:
         weight: (out, in), float32 or float64, finite.
         rungs: name -> solver, cheapest first; a solver takes (weight, vectors) and returns a `Solution`, or None
             where it cannot vouch for the singular values, or raises ``torch.linalg.LinAlgError``.
+        solution, climbed: what was solved before, and the rungs that failed before it, each with the reason.
     """
 
-    def __init__(self, weight: Tensor, rungs: dict[str, Callable[[Tensor, bool], Solution | None]]) -> None:
-        self.weight, self.rungs = weight, rungs
-        self.climbed: list[str] = []
-        self._left = list(rungs)
+    def __init__(
+        self, weight: Tensor, rungs: Rungs, solution: Solution | None = None, climbed: Sequence[str] = ()
+    ) -> None:
+        self.weight, self.rungs, self.climbed = weight, rungs, list(climbed)
         self._values: Solution | None = None
-        self._vectors: Solution | None = None
+        self._vectors = solution
 
     @classmethod
     def of(cls, weight: Tensor, values: Tensor, up: Tensor, down: Tensor) -> Spectrum:
         """Return a spectrum from ready factors: up (out, k), down (k, in), most important component first.
 
-        Raises:
-            MethodError: k is less than min(out, in): a budget may ask for any rank.
+        A k below min(out, in) is refused (MethodError).
         """
         full = min(weight.shape)
         if not len(values) == up.shape[1] == down.shape[0] == full:
-            raise MethodError(
-                f"a method gave {up.shape[1]} of {full} components",
-                why="a budget may ask for any rank up to the full one",
-            )
+            why = "a budget may ask for any rank up to the full one"
+            raise MethodError(f"a method gave {up.shape[1]} of {full} components", why=why)
         return cls(weight, {"given": lambda _weight, _vectors: Solution(values.double(), up, down)})
 
     @property
@@ -107,27 +109,17 @@ class Spectrum:
             self._vectors = self._climb(vectors=True)
         return self._vectors
 
-    def resume(self, solution: Solution, climbed: list[str]) -> None:
-        """Go on from a solution that was computed before, and from the rungs that failed before it."""
-        self.climbed = list(climbed)
-        failed = {text.partition(": ")[0] for text in climbed}
-        self._left = [name for name in self.rungs if name not in failed]
-        self._vectors = solution
-
     def truncate(self, rank: int) -> Truncation:
         """Return the factors of ``rank`` components, 1 <= rank <= min(out, in), climbing the ladder until certified.
 
-        Raises:
-            torch.linalg.LinAlgError: no rung is left.
+        Without a rung left it raises ``torch.linalg.LinAlgError``.
         """
         while True:
-            solution = self.solution
-            cut = cut_at(self.weight, solution, rank, tuple(self.climbed))
+            cut = cut_at(self.weight, self.solution, rank, tuple(self.climbed))
             if cut.excess is None or cut.excess <= TOLERANCE:
                 return cut
-            self._fail(
-                solution.rung, f"error within {cut.excess:.0e} of the optimum at rank {rank}, not {TOLERANCE:.0e}"
-            )
+            why = f"error within {cut.excess:.0e} of the optimum at rank {rank}, not {TOLERANCE:.0e}"
+            self.climbed.append(f"{cut.rung}: {why}")
             self._vectors = None
 
     def losses(self) -> Tensor:
@@ -135,22 +127,18 @@ class Spectrum:
         return tail_energies(self.values)
 
     def _climb(self, vectors: bool) -> Solution:
-        while self._left:
-            rung = self._left[0]
+        failed = {text.partition(": ")[0] for text in self.climbed}
+        for rung in [name for name in self.rungs if name not in failed]:
+            why = "its precision does not resolve the small singular values"
             try:
                 solution = self.rungs[rung](self.weight, vectors)
             except torch.linalg.LinAlgError as error:
-                self._fail(rung, (str(error) or "it did not converge").splitlines()[0])
-                continue
+                solution, why = None, (str(error) or "it did not converge").splitlines()[0]
             if solution is not None and torch.isfinite(solution.values).all():
                 up, down = (None if part is None else part.contiguous() for part in (solution.up, solution.down))
                 return replace(solution, rung=rung, up=up, down=down)  # one layout, also when read back from disk
-            self._fail(rung, "its precision does not resolve the small singular values")
+            self.climbed.append(f"{rung}: {why}")
         raise torch.linalg.LinAlgError("; ".join(self.climbed))
-
-    def _fail(self, rung: str, why: str) -> None:
-        self.climbed.append(f"{rung}: {why}")
-        self._left = [name for name in self._left if name != rung]
 
 
 def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...] = ()) -> Truncation:
@@ -166,8 +154,10 @@ def cut_at(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ..
     sigma2 = torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).square()
     total = energy(weight)
     root = sigma2.sqrt().sqrt()
-    scale = torch.where(root > 0, 1 / root, 0.0) * _signs(kept)
-    thin, wide = image * scale.to(image.dtype), kept * (root * _signs(kept)).to(kept.dtype)[:, None]
+    largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))[:, 0]  # of each basis vector: to be positive
+    signs = torch.where(largest < 0, -1.0, 1.0).double()  # (rank,)
+    scale = torch.where(root > 0, 1 / root, 0.0) * signs
+    thin, wide = image * scale.to(image.dtype), kept * (root * signs).to(kept.dtype)[:, None]
     factors = Factors(thin.to(dtype), wide.to(dtype)) if tall else Factors(wide.T.to(dtype), thin.T.to(dtype))
     tail = max(total - float(sigma2.sum()), 0.0)
     if tail < CANCELS * total:  # the difference of two nearly equal sums: look at the factors themselves
@@ -204,12 +194,6 @@ def _residual(weight: Tensor, factors: Factors) -> float:
     rows, down = max(1, (1 << 22) // weight.shape[1]), factors.down.double()
     pairs = zip(weight.split(rows), factors.up.split(rows), strict=True)
     return sum(energy(part.double() - up.double() @ down) for part, up in pairs)
-
-
-def _signs(kept: Tensor) -> Tensor:
-    """Return (rank,) signs that make the largest entry of each basis vector positive."""
-    largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))[:, 0]
-    return torch.where(largest < 0, -1.0, 1.0).double()
 
 
 def _cut_ready(weight: Tensor, solution: Solution, rank: int, climbed: tuple[str, ...]) -> Truncation:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from peftc.methods.spectrum import Solution, Spectrum, gram_matrix
+from peftc.methods.spectrum import Rungs, Solution, Spectrum, gram_matrix
 
 RESIDUAL = 1e-9  # accepted |S - U diag(e) U^T| relative to |S|, and |I - U U^T| to |I|, Frobenius norms
 PROBES = 16  # Gaussian vectors that they are estimated with
@@ -56,7 +56,7 @@ def weighted(weight: Tensor, moment: Moment, gram: Gram | None = None, *, dampin
         damping: >= 0, share of the gram matrix's, or each block's, mean eigenvalue that is added to all of them.
     """
     solve = partial(_solve, moment=moment, gram=gram, damping=damping)
-    rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
+    rungs: Rungs = {
         "cholesky64": lambda weight, _vectors: solve(weight, torch.linalg.eigh, _by_cholesky),
         "eigh64": lambda weight, _vectors: solve(weight, torch.linalg.eigh, _by_reflections),
         "svd64": lambda weight, _vectors: solve(weight, _by_svd, _by_reflections),
@@ -73,9 +73,7 @@ Lift = Callable[[Tensor], Tensor]  # (in, k) -> (out, k), by a matrix with ortho
 Split = Callable[[Tensor], tuple[Lift, Tensor]]
 
 
-def _solve(
-    weight: Tensor, solver: Solver, split: Split, *, moment: Moment, gram: Gram | None, damping: float
-) -> Solution:
+def _solve(weight: Tensor, solver: Solver, split: Split, moment: Moment, gram: Gram | None, damping: float) -> Solution:
     """Return values (k,), up (out, k) = L^-1 U and down (k, in) = U^T L W for k = min(out, in)."""
     wide = weight.double()
     scale, root, inverse = _roots(gram, damping, solver)
@@ -114,11 +112,7 @@ def _ordered(outer: Tensor, matrix: Tensor, solver: Solver) -> tuple[Tensor, Ten
 
 
 def _by_cholesky(matrix: Tensor) -> tuple[Lift, Tensor]:
-    """Split a tall matrix (out, in) into one with orthonormal columns, as a function, and an upper triangle.
-
-    Raises:
-        torch.linalg.LinAlgError: the columns are too near to depending on each other.
-    """
+    """Split a tall matrix (out, in) into one with orthonormal columns, as a function, and an upper triangle."""
     lower, failed = torch.linalg.cholesky_ex(gram_matrix(matrix))
 
     def lift(inner: Tensor) -> Tensor:
@@ -160,20 +154,14 @@ def _block_roots(block: Tensor, damping: float, least: float, solver: Solver) ->
 
 
 def _descending(matrix: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, descending and >= 0, and eigenvectors of a symmetric, positive semidefinite matrix.
-
-    Raises:
-        torch.linalg.LinAlgError: what the solver found does not multiply back to the matrix.
-    """
+    """Return eigenvalues, descending and >= 0, and eigenvectors of a symmetric, positive semidefinite matrix."""
     energies, basis = solver(matrix)
     energies, basis = energies.flip(0), basis.flip(1)
     probes = _probes(matrix)
     seen = basis.T @ probes
     size = torch.linalg.vector_norm(matrix) * PROBES**0.5
-    if not (
-        _near(basis @ (energies[:, None] * seen), matrix @ probes, size)
-        and _near(basis @ seen, probes, torch.linalg.vector_norm(probes))
-    ):
+    multiplies_back = _near(basis @ (energies[:, None] * seen), matrix @ probes, size)
+    if not (multiplies_back and _near(basis @ seen, probes, torch.linalg.vector_norm(probes))):
         raise torch.linalg.LinAlgError("its eigenvectors do not multiply back to the matrix")
     return energies.clamp_min(0), basis
 

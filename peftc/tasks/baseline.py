@@ -38,7 +38,14 @@ def _earliest(model: Model) -> Model | None:
     first = max((number for number, step in enumerate(steps, 1) if step.get("new_head")), default=0)
     if steps and first == len(steps):
         return None
-    found = _there(model, first)
+    try:
+        found = load_base(model) if first == 0 else _written(model, first)
+    except PeftcError as error:
+        if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
+            raise
+        what = f"the model to compare `{model.name}` with cannot be loaded"
+        hint = f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE
+        raise ArtifactError(what, why=error.what, hint=hint) from error
     if _head(found) != _head(model):
         what = f"`{found.source.spec}` has another head than `{model.name}`, so their quality cannot be compared"
         why = "it is the earliest model of the chain, and no step says that it gave another head"
@@ -47,20 +54,8 @@ def _earliest(model: Model) -> Model | None:
     return replace(found, notes=[*found.notes, note])
 
 
-def _there(model: Model, step: int) -> Model:
-    """Return what a step wrote, counted from 1, or the recorded base for 0."""
-    try:
-        return load_base(model) if step == 0 else _written(model, step)
-    except PeftcError as error:
-        if isinstance(error, ArtifactError) and error.hint and "--against MODEL" in error.hint:
-            raise
-        what = f"the model to compare `{model.name}` with cannot be loaded"
-        hint = f"{NAME_ONE}; or: {error.hint}" if error.hint else NAME_ONE
-        raise ArtifactError(what, why=error.what, hint=hint) from error
-
-
 def _written(model: Model, step: int) -> Model:
-    """Return what a step wrote: where it was read then, or beside the artifact under the same name."""
+    """Return what a step, counted from 1, wrote: where it was read then, or beside the artifact under the same name."""
     assert model.manifest is not None and model.folder is not None
     made = model.manifest.steps[step - 1]["id"]
     named = artifact.read_result(model.folder).get("places", {}).get(made)

@@ -41,13 +41,7 @@ class Exam:
 
 
 def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
-    """Return figures with their intervals, and those of another model with the paired difference.
-
-    Args:
-        subject: what is measured; moved to the device.
-        reference: what it is compared with; None measures it alone.
-        exam: on what.
-    """
+    """Return figures with their intervals, those of a reference and the paired difference; both move to the device."""
     data, reading = exam.data, exam.reading
     report = Report("evaluate", notes=[*subject.notes, *(reference.notes if reference else [])])
     row = task_of(subject, reading.task)

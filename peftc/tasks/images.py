@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
@@ -28,23 +27,18 @@ def encode_images(model: Model, data: Dataset, settings: Reading) -> Encoded:
     def batch(indices: Sequence[int]) -> Batch:
         return Batch(pixels(indices), torch.tensor([labels[data.rows[index]] for index in indices]))
 
-    if data.kind == "tensor" or settings.image_size is not None:
-        _refuse_shape(model, pixels([0]), data.name)
+    runs = not model.module.training and place_of(model.module).type != "meta"
+    if runs and (data.kind == "tensor" or settings.image_size is not None):  # not as the model itself asks for
+        sample = pixels([0])
+        try:
+            with torch.no_grad():
+                inputs.forward(model, moved(model, sample))
+        except inputs.DOES_NOT_RUN as error:
+            if "memory" in str(error):
+                raise
+            why = f"it does not run on one of shape {list(sample.shape[1:])}: {reason_of(error)}"
+            raise DataError(f"`{model.name}` does not take the samples of `{data.name}`", why=why) from error
     return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
-
-
-def _refuse_shape(model: Model, sample: Tensor, name: str) -> None:
-    """Refuse inputs that are not as the model itself asks for, where it does not run on the first of them."""
-    if model.module.training or place_of(model.module).type == "meta":
-        return
-    try:
-        with torch.no_grad():
-            inputs.forward(model, moved(model, sample))
-    except inputs.DOES_NOT_RUN as error:
-        if "memory" in str(error):
-            raise
-        why = f"it does not run on one of shape {list(sample.shape[1:])}: {reason_of(error)}"
-        raise DataError(f"`{model.name}` does not take the samples of `{name}`", why=why) from error
 
 
 def refuse_size(model: Model, image_size: int | None, *, is_fixed: bool) -> None:

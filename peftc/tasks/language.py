@@ -62,13 +62,10 @@ def _encoded(tokens: Tensor, targets: Tensor, note: str) -> Encoded:
 
 
 def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
-    """Cut the text of a data set into windows without overlap, dropping the short rest; (windows, length).
+    """Join texts, each ended by a new line, and cut them into windows, dropping the short rest; (windows, length).
 
-    Args:
-        data: whose texts are joined, each ended by a new line.
-        settings: how long a window is, what it begins or ends with included, and how many are kept, seeded.
-        taken: tokens that it begins or ends with.
-        least: tokens of a window, those included.
+    A window is as long as the settings say less the tokens ``taken`` for what it begins and ends with, which ``least``
+    includes as they do; so many are kept as they say, seeded.
     """
     tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=least) - taken

@@ -16,6 +16,7 @@ from peftc.models.place import moved
 from peftc.options import Reading
 
 Columns = dict[str, np.ndarray]  # one figure per sample each
+LABELS = "name the column of labels: `--data '{}?label=NAME'`"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Encoded:
     def some(self, rows: Sequence[int]) -> Encoded:
         """Return the samples of some rows, counted among them."""
         lengths = None if self.lengths is None else [self.lengths[row] for row in rows]
-        batch = self.batch
-        return replace(self, size=len(rows), lengths=lengths, batch=lambda some: batch([rows[at] for at in some]))
+        return replace(self, size=len(rows), lengths=lengths, batch=lambda some: self.batch([rows[at] for at in some]))
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,7 @@ def differ(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return (p.exp() * (p - q)).sum(1).clamp_min(0), reference.to(logits.device).argmax(1) == logits.argmax(1)
 
 
-LABELS = "name the column of labels: `--data '{}?label=NAME'`"
-
-
 def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:
     """Return the samples of each batch: in order, or shortest texts first, so that padding stays small."""
-    order = list(range(size))
-    if lengths is not None:
-        order.sort(key=lambda index: lengths[index])
+    order = list(range(size)) if lengths is None else sorted(range(size), key=lengths.__getitem__)
     return [order[start : start + batch_size] for start in range(0, size, batch_size)]

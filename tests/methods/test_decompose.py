@@ -331,8 +331,7 @@ def test_a_rung_that_failed_is_not_tried_again() -> None:
 def test_a_resumed_spectrum_goes_on_with_the_same_bits() -> None:
     weight = power_law(-1)(48, 32).float()
     whole = svd(weight)
-    resumed = svd(weight)
-    resumed.resume(whole.solution, whole.climbed)
+    resumed = Spectrum(weight, svd(weight).rungs, whole.solution, whole.climbed)
     for rank in (3, 30):
         one, other = whole.truncate(rank), resumed.truncate(rank)
         assert torch.equal(one.factors.up, other.factors.up)

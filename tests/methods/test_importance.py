@@ -14,7 +14,7 @@ from peftc.methods.importance.block_influence import block_influence
 from peftc.methods.importance.cka import cka
 from peftc.methods.importance.magnitude import magnitude
 from peftc.methods.importance.silhouette import silhouette
-from peftc.methods.importance.tsne_silhouette import tsne_map, tsne_silhouette
+from peftc.methods.importance.tsne_silhouette import tsne_silhouette, with_map
 from peftc.pruning.scores import OF_DATA
 
 
@@ -62,9 +62,10 @@ def test_clusters_score_higher_than_noise() -> None:
 
 
 def test_each_axis_of_a_map_goes_from_0_to_1_and_equal_points_have_one() -> None:
-    found = tsne_map(random(40, 5), perplexity=5.0)
+    labels = torch.arange(40) % 2
+    _, found = with_map(features=random(40, 5), labels=labels, perplexity=5.0)
     assert (found.min(0), found.max(0)) == (pytest.approx([0, 0]), pytest.approx([1, 1]))
-    assert not tsne_map(torch.ones(40, 5), perplexity=5.0).any()
+    assert not with_map(features=torch.ones(40, 5), labels=labels, perplexity=5.0)[1].any()
 
 
 def test_what_no_silhouette_is_defined_for_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import peftc
 from peftc.errors import DataError, PeftcError, UsageError
-from peftc.methods.importance.tsne_silhouette import tsne_map
+from peftc.methods.importance.tsne_silhouette import with_map
 from peftc.models import layers, load
 from peftc.models.inputs import outputs
 from peftc.options import Reading
@@ -335,7 +335,7 @@ def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: str) -> 
     found = layer_scores.scores(runs, NAMES, score, seen)
     for name, value in zip(NAMES, found, strict=True):
         known = seen.of(name, score.needs)
-        assert (tsne_map(known["features"], perplexity=5.0) == seen.maps[name]).all()
+        assert (with_map(**known, perplexity=5.0)[1] == seen.maps[name]).all()
         assert score.function(**known, perplexity=5.0) == value
 
 

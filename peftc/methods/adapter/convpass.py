@@ -77,9 +77,8 @@ class Bypass(nn.Module):
         side = isqrt(x.shape[1]) if x.ndim == 3 else 0
         before = x.shape[1] - side**2
         if side < 2 or before > TOKENS:
-            raise PlanError(
-                "`convpass` needs a square of patches", why=f"here are {list(x.shape[1:-1])} tokens", hint=ELSE
-            )
+            why = f"here are {list(x.shape[1:-1])} tokens"
+            raise PlanError("`convpass` needs a square of patches", why=why, hint=ELSE)
         narrow = F.gelu(self.down(x.to(self.down.weight.dtype)))  # (b, n, r)
         patches = narrow[:, before:].transpose(1, 2).unflatten(2, (side, side))  # (b, r, side, side)
         seen = self.conv(patches).flatten(2).transpose(1, 2)  # (b, side * side, r)

@@ -43,21 +43,19 @@ def sara(
         penalty: of the nuclear norm, in the loss; >= 0. It takes a singular value decomposition a step.
     """
     if not 0 <= share <= 1 or threshold <= 0:
-        raise UsageError(
-            f"no weights are smaller than threshold {threshold:g} and in the share {share:g}",
-            why="a threshold is above 0, a share within 0 and 1",
-            hint="as in `--set share=0.05`",
-        )
+        what = f"no weights are smaller than threshold {threshold:g} and in the share {share:g}"
+        raise UsageError(what, why="a threshold is above 0, a share within 0 and 1", hint="as in `--set share=0.05`")
     if penalty < 0:
         raise UsageError(f"setting `penalty` is {penalty:g}", why="a penalty is at least 0")
     if forms.form_of(module) not in ("linear", "transposed", "channel"):
         return None
     magnitudes = module.weight.detach().float().abs().flatten()  # type: ignore[operator]
+    number = max(1, round(share * len(magnitudes)))
     if magnitudes.is_meta:  # to be filled with the places that were chosen
-        places = torch.empty(_count(share, len(magnitudes)), dtype=torch.int32, device="meta")
+        places = torch.empty(number, dtype=torch.int32, device="meta")
         return Sara(module, places, threshold, reselect, penalty)
     if share:
-        places = magnitudes.topk(_count(share, len(magnitudes)), largest=False).indices.sort().values
+        places = magnitudes.topk(number, largest=False).indices.sort().values
         threshold = float(magnitudes[places].max())
     else:
         places = (magnitudes < threshold).nonzero().flatten()
@@ -81,20 +79,12 @@ def after_step(updates: Mapping[str, nn.Module], step: int, steps: int, steps_pe
 
 
 def penalty(adapted: Mapping[str, Adapted]) -> Tensor | None:
-    """Return what the loss of a step has more: of a linear module drawn from torch's random state; None without any.
-
-    Args:
-        adapted: the modules that have an update, by name.
-    """
+    """Return what the loss of a step has more: of a linear module drawn from torch's random state; None without any."""
     matrices = [each for each in adapted.values() if isinstance(each.update, Sara) and each.update.is_penalized]
     if not matrices:
         return None
     drawn = matrices[int(torch.randint(len(matrices), ()))]
     return drawn.update.penalty * torch.linalg.matrix_norm(drawn.update.learning(drawn.base.weight), "nuc")  # type: ignore[operator]
-
-
-def _count(share: float, number: int) -> int:
-    return max(1, round(share * number))
 
 
 class Sara(Change):

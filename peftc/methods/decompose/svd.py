@@ -5,14 +5,13 @@ for its use and the balanced square-root split. Solved as an eigenproblem of the
 W^T W = V diag(s^2) V^T, the factors are W V_r and V_r^T, and nothing is inverted but kept singular values.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from peftc.methods.spectrum import Solution, Spectrum, gram_matrix
+from peftc.methods.spectrum import Rungs, Solution, Spectrum, gram_matrix
 
 UNRESOLVED_ENERGY = 1e-4  # accepted share of the energy below the resolution, for factors, which are certified apart
 UNRESOLVED_VALUES = 5e-5  # accepted share of the summed singular values below it, where the values are the answer
@@ -27,7 +26,7 @@ def svd(weight: Tensor) -> Spectrum:
     Returns:
         the spectrum; its truncations are within 1e-6 of the optimal squared error.
     """
-    rungs: dict[str, Callable[[Tensor, bool], Solution | None]] = {
+    rungs: Rungs = {
         "gram32": partial(_gram, dtype=torch.float32),
         "gram64": partial(_gram, dtype=torch.float64),
         "svd64": _direct,

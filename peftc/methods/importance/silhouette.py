@@ -33,19 +33,14 @@ def checked(features: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return features and labels as arrays, and refuse what no silhouette is defined for."""
     points, classes = features.double().cpu().numpy(), labels.cpu().numpy()
     if not np.isfinite(points).all():
-        raise WeightError(
-            "the features are not finite",
-            why=f"{int((~np.isfinite(points)).any(1).sum())} samples have NaN or infinity",
-        )
+        why = f"{int((~np.isfinite(points)).any(1).sum())} samples have NaN or infinity"
+        raise WeightError("the features are not finite", why=why)
     values, counts = np.unique(classes, return_counts=True)
     if len(values) < 2:
-        raise DataError(
-            "the samples are all of one class", why="a silhouette compares classes", hint="use more classes"
-        )
+        why = "a silhouette compares classes"
+        raise DataError("the samples are all of one class", why=why, hint="use more classes")
     if counts.min() < 2:
-        raise DataError(
-            f"{int((counts < 2).sum())} of {len(values)} classes have one sample only",
-            why="a silhouette compares a sample with others of its class",
-            hint="use more samples, or leave those classes out",
-        )
+        what = f"{int((counts < 2).sum())} of {len(values)} classes have one sample only"
+        why = "a silhouette compares a sample with others of its class"
+        raise DataError(what, why=why, hint="use more samples, or leave those classes out")
     return points, classes

@@ -28,31 +28,19 @@ def tsne_silhouette(*, features: Tensor, labels: Tensor, perplexity: float = 30.
 
 
 def with_map(*, features: Tensor, labels: Tensor, perplexity: float = 30.0, seed: int = 0) -> tuple[float, np.ndarray]:
-    """Return the score, and the map (n, 2) that it is taken of."""
+    """Return the score, and the map (n, 2) that it is taken of, each axis scaled to [0, 1]."""
+    from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
 
     _, classes = checked(features, labels)
-    points = tsne_map(features, perplexity=perplexity, seed=seed)
-    return float(silhouette_score(points, classes)), points
-
-
-def tsne_map(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
-    """Return (n, 2): the t-SNE map of features (n, width), each axis scaled to [0, 1].
-
-    Raises:
-        DataError: the samples are too few for the perplexity.
-    """
-    from sklearn.manifold import TSNE
-
     if len(features) <= perplexity:
-        raise DataError(
-            f"{len(features)} samples are too few for t-SNE at perplexity {perplexity:g}",
-            why="it needs more samples than that; the paper takes 1,000",
-            hint="use more samples, or `--score silhouette`",
-        )
+        what = f"{len(features)} samples are too few for t-SNE at perplexity {perplexity:g}"
+        why = "it needs more samples than that; the paper takes 1,000"
+        raise DataError(what, why=why, hint="use more samples, or `--score silhouette`")
     points = features.float().cpu().numpy()
-    if not points.std(0).any():
-        return np.zeros((len(points), 2))  # all in one place; t-SNE would divide by 0
-    found = TSNE(n_components=2, init="pca", random_state=seed, perplexity=perplexity).fit_transform(points)
+    found = np.zeros((len(points), 2))
+    if points.std(0).any():  # else all are in one place, and t-SNE would divide by 0
+        found = TSNE(n_components=2, init="pca", random_state=seed, perplexity=perplexity).fit_transform(points)
     low, high = found.min(0), found.max(0)
-    return np.asarray((found - low) / np.where(high > low, high - low, 1.0))
+    scaled = np.asarray((found - low) / np.where(high > low, high - low, 1.0))
+    return float(silhouette_score(scaled, classes)), scaled

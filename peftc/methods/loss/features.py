@@ -38,20 +38,18 @@ def features(
 
 def per_sample(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return (batch,): the mean of (batch, tokens, ...) over what the mask keeps of each sample."""
-    if not _applies(values, mask):
+    if mask is None or not _applies(mask, values):
         return values.flatten(1).mean(1)
-    assert mask is not None
     weights = mask.to(values.dtype)
     return (values.flatten(2).mean(2) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over samples and tokens, in the shape of one token."""
-    if not _applies(values, mask):
+    if mask is None or not _applies(mask, values):
         return values.mean(tuple(range(values.ndim - 1)))
-    assert mask is not None
     return values[mask.bool()].mean(0)
 
 
-def _applies(values: Tensor, mask: Tensor | None) -> bool:
-    return mask is not None and values.ndim >= 3 and values.shape[:2] == mask.shape
+def _applies(mask: Tensor, values: Tensor) -> bool:
+    return values.ndim >= 3 and values.shape[:2] == mask.shape
