@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftc import progress
+from peftc.measure.intervals import Interval
 from peftc.models.inputs import outputs, probe
 from peftc.models.layers import registered
 from peftc.models.model import Model
@@ -171,16 +172,14 @@ def _time_block(call: Call, device: torch.device, typical: float) -> float:
 
 def _warm_up(call: Call, device: torch.device) -> float:
     """Call until two calls in a row bring no new best time, and return the best."""
-    begin = _now(device)
+    begin = end = _now(device)
     best, stale = math.inf, 0
-    while stale < 2:
+    while stale < 2 and end - begin <= WARM_UP:
         start = _now(device)
         call()
         end = _now(device)
         stale = stale + 1 if end - start > SETTLED * best else 0
         best = min(best, end - start)
-        if end - begin > WARM_UP:
-            break
     return best
 
 
@@ -223,9 +222,8 @@ def noise_band(baseline: Sequence[float], control: Sequence[float]) -> tuple[flo
     With m the median over rounds of baseline time / control time and [a, b] its 95 % bootstrap interval, the band is
     exp(-w) to exp(w) for w = max(|log a|, |log b|) + |log m|, and at least 1 % wide on each side.
     """
-    ratios = _ratios(baseline, control)
-    low, high = _median_interval(ratios)
-    width = max(abs(math.log(low)), abs(math.log(high))) + abs(math.log(quantile(ratios, 0.5)))
+    middle, low, high = _median_ratio(baseline, control)
+    width = max(abs(math.log(low)), abs(math.log(high))) + abs(math.log(middle))
     width = max(width, math.log1p(FLOOR))
     return math.exp(-width), math.exp(width)
 
@@ -235,9 +233,7 @@ def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequ
 
     A change is claimed only where the median ratio lies outside `noise_band` and its own 95 % interval excludes 1.
     """
-    ratios = _ratios(baseline, candidate)
-    value = quantile(ratios, 0.5)
-    low, high = _median_interval(ratios)
+    value, low, high = _median_ratio(baseline, candidate)
     noise_low, noise_high = noise_band(baseline, control)
     verdict = "no measurable change"
     if value > noise_high and low > 1:
@@ -247,15 +243,11 @@ def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequ
     return Speedup(value, low, high, noise_low, noise_high, verdict)
 
 
-def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def _median_interval(values: Sequence[float]) -> tuple[float, float]:
-    sample = torch.tensor(values, dtype=torch.float64)
-    chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    medians = sample[chosen].quantile(0.5, dim=1)  # (RESAMPLES,)
-    return float(medians.quantile(0.025)), float(medians.quantile(0.975))
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+    ratios = torch.tensor([a / b for a, b in zip(above, below, strict=True)], dtype=torch.float64)  # (rounds,)
+    chosen = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=torch.Generator().manual_seed(0))
+    medians = ratios[chosen].quantile(0.5, dim=1)  # (RESAMPLES,)
+    return Interval(float(ratios.quantile(0.5)), float(medians.quantile(0.025)), float(medians.quantile(0.975)))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

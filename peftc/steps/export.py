@@ -34,7 +34,7 @@ from peftc.store.source import Source
 from peftc.tasks import baseline, seen
 from peftc.tasks.evaluation import Exam, evaluated
 from peftc.tasks.figures import add_gates
-from peftc.tasks.table import named_task
+from peftc.tasks.table import TASKS
 
 
 def export(
@@ -133,7 +133,7 @@ def export(
             _finish(job, report, work, exported, word, request, base)
     if gates:
         found = report.data["quality"]
-        add_gates(report, found, named_task(found["task"]).metrics[0], gates)
+        add_gates(report, found, TASKS[found["task"]].metrics[0], gates)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
     return report
 

@@ -51,7 +51,12 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
             runnable(each, device=exam.device, dtype=exam.dtype)
     if data.startswith(GENERATED):
         number = number_to_draw(data, subject, name)
-        author = _author(subject, reference, report, device=exam.device, dtype=exam.dtype)
+        author = reference or subject
+        if reference is None and subject.manifest is not None:
+            author = runnable(load_base(subject), device=exam.device, dtype=exam.dtype)
+        elif reference is None:
+            why = "so its perplexity says how varied it is, not how good; add `--against`"
+            report.warnings.append(f"the text is drawn from `{subject.name}` itself, {why}")
         length = length_to_draw(author, reading.max_length)
         drawn = f"{number} sequences of {length} tokens drawn from `{author.name}`, seed {reading.seed}"
         report.notes.append(f"data: {drawn}")
@@ -98,16 +103,3 @@ def keep(report: Report, model: Model) -> None:
     data = report.data
     against = data["against"]["name"] if "against" in data else None
     write.keep_measured(report, model, [data["task"], data["data"]["digest"], data["data"]["samples"], against])
-
-
-def _author(subject: Model, reference: Model | None, report: Report, **place: str) -> Model:
-    """Return the model that the evaluation text is drawn from: that which the other is measured against."""
-    if reference is not None:
-        return reference
-    if subject.manifest is not None:
-        return runnable(load_base(subject), **place)
-    report.warnings.append(
-        f"the text is drawn from `{subject.name}` itself, so its perplexity says how varied it is, not how good; "
-        "add `--against`"
-    )
-    return subject

@@ -87,8 +87,7 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
 def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: Gates) -> None:
     """Judge what was found of a metric: a drop is how much worse it is, whichever direction is worse."""
     judge = report.at_least if metric.higher_is_better else report.at_most
-    if gates.min_quality is not None:
-        judge("--min-quality", gates.min_quality, found["metrics"][metric.name]["value"])
+    judge("--min-quality", gates.min_quality, found["metrics"][metric.name]["value"])
     if gates.max_drop is not None:
         difference = found["against"]["difference"][metric.name]["value"]
         report.at_most("--max-drop", gates.max_drop, 0.0 - difference if metric.higher_is_better else difference)

@@ -17,11 +17,9 @@ def add(report: Report, model: Model, exam: Exam, *, against: nn.Module | Model 
     """Evaluate what was written, against another model where there is one, and add what came of it."""
     if report.artifact is None:  # the first process has it
         return
-    written = load(replace(model.source, spec=str(report.artifact), allow_code=True))
-    reference = None if against is None else load(against)
-    if model.max_memory is not None:
-        written = replace(written, max_memory=model.max_memory)
-        reference = None if reference is None else replace(reference, max_memory=model.max_memory)
+    source = replace(model.source, spec=str(report.artifact), allow_code=True)
+    written = replace(load(source), max_memory=model.max_memory)
+    reference = None if against is None else replace(load(against), max_memory=model.max_memory)
     quality = evaluated(written, reference, sparing(model, exam))
     keep(quality, written)
     report.data["quality"] = quality.data
@@ -41,12 +39,11 @@ def measure_on_test(
 ) -> None:
     """Evaluate what was written on the test split of what it learnt from, where there is one and it has labels.
 
+    All samples of the split are taken. A gate without such a split is refused (DataError).
+
     Args:
-        report: to add to.
-        model: that was read.
-        exam: the data that it learnt from, and how to measure; all samples of the split are taken (DataError: a gate
-            asks for a measurement, and there is no such split).
-        learnt: the split that was learnt from.
+        report, model: to add to, and the model that was read.
+        exam: the data that it learnt from, of the split ``learnt``, and how to measure.
         labelled: whether its labels mean something to the model.
         against: another model to measure beside it.
     """

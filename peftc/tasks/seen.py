@@ -22,10 +22,7 @@ def kept(spec: str, task: Task | None, dataset: Dataset, encoded: Encoded) -> di
 def by(record: Manifest | None, spec: str, dataset: Dataset) -> str | None:
     """Return the command of the first step of an artifact that read these samples; None where none did.
 
-    Args:
-        record: of the artifact; None for another model, of which nothing is known.
-        spec: `--data` as it was typed.
-        dataset: what is measured on.
+    Of another model, without a ``record``, nothing is known. The spec is `--data` as it was typed.
     """
     steps = record.steps if record is not None else []
     known = (step for step in steps if any(among(about, spec, dataset) for about in _read(step)))

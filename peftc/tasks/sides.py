@@ -14,6 +14,8 @@ from peftc.options import Reading
 from peftc.report import Report
 from peftc.tasks.task import Batch, Columns, Encoded, Task, batches, concatenated
 
+NOT_COMPARED = "neither agreement nor divergence is measured"
+
 
 @dataclass
 class Side:
@@ -52,12 +54,10 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
     """Run every sample through both models, batch by batch, and keep figures per sample; return how they compare."""
     encoded = sides[0].encoded
     seen: list[list[Columns]] = [[] for _ in sides]
-    compared: list[Columns] | None = [] if row.compare and len(sides) == 2 else None
-    if compared is not None and sides[0].outputs != sides[1].outputs:
-        compared = None
-        report.notes.append(
-            "the two models order their classes differently, so neither agreement nor divergence is measured"
-        )
+    compare, compared = row.compare if len(sides) == 2 else None, list[Columns]()
+    if compare is not None and sides[0].outputs != sides[1].outputs:
+        compare = None
+        report.notes.append(f"the two models order their classes differently, so {NOT_COMPARED}")
     same = all(side.encoded.key == encoded.key for side in sides)
     with progress.track(f"evaluating on {dataset.name}", encoded.size) as advance:
         for indices in batches(encoded.lengths, encoded.size, batch_size):
@@ -67,14 +67,13 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
                 given.append((_forward(side.model, batch, row), batch))
                 known = replace(batch, targets=torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
                 columns.append(row.observe(given[-1][0], known))
-            if compared is not None and row.compare is not None:
+            if compare is not None:
                 one, other = (list(logits.shape) for logits, _ in given)
                 if one == other:
-                    compared.append(row.compare(given[1][0], *given[0]))
+                    compared.append(compare(given[1][0], *given[0]))
                 else:
-                    compared = None
-                    why = "neither agreement nor divergence is measured"
-                    report.notes.append(f"outputs of shapes {one} and {other}: {why}")
+                    compare, compared = None, []
+                    report.notes.append(f"outputs of shapes {one} and {other}: {NOT_COMPARED}")
             for _ in indices:
                 advance("")
     for side, columns in zip(sides, seen, strict=True):

@@ -40,12 +40,6 @@ HOLDS = {
 }
 
 
-def named_task(name: str) -> Task:
-    """Return the row that `--task` names."""
-    one_of("--task", name, list(TASKS))
-    return TASKS[name]
-
-
 def guess(model: Model) -> Task | None:
     """Return the task that a model was made for, as its library and class tell; None where they say nothing."""
     if model.library == "timm" or (model.library == "python" and model.kind == "image"):
@@ -60,8 +54,11 @@ def guess(model: Model) -> Task | None:
 
 
 def task_of(model: Model, name: str | None) -> Task | None:
-    """Return the task that was named, else the one that the model tells; None where nothing does."""
-    return named_task(name) if name else guess(model)
+    """Return the task that `--task` names, else the one that the model tells; None where nothing does."""
+    if not name:
+        return guess(model)
+    one_of("--task", name, list(TASKS))
+    return TASKS[name]
 
 
 def fitting(task: Task, data: Dataset) -> Task:

@@ -36,11 +36,9 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A data set as one model reads it.
+    """A data set of ``size`` samples as one model reads it; ``batch`` gives the batch of some of them.
 
     Attributes:
-        size: how many samples.
-        batch: gives the batch of some samples.
         key: two models with equal keys read the same batches.
         lengths: tokens per sample, so that a batch can hold equals.
         notes: what people should know about how samples are read.

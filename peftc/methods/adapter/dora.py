@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from peftc.methods.adapter.lora import Lora, check_rank
 from peftc.nn import forms
-from peftc.nn.forms import wide
 
 
 def dora(
@@ -39,7 +38,7 @@ class Dora(Lora):
     def __init__(self, module: nn.Module, form: str, rank: int, scale: float, dropout: float) -> None:
         super().__init__(form, *forms.matrix_size(module), rank, scale, dropout)
         self.last = form in ("embedding", "transposed")  # where the axis of the outputs is
-        self.magnitude = nn.Parameter(self._norm(wide(module.weight.detach())))  # type: ignore[operator]
+        self.magnitude = nn.Parameter(self._norm(forms.wide(module.weight.detach())))  # type: ignore[operator]
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """Map what ``base`` takes to what it gives."""
@@ -56,8 +55,8 @@ class Dora(Lora):
     def ratio(self, weight: Tensor) -> Tensor:
         """Return what each output of weight plus change is multiplied by."""
         # detached: under `no_grad`, autocast of torch 2.8 would keep casts that the gradient cannot go through
-        norm = self._norm(wide(weight) + super().change(weight, self.up.detach(), self.down.detach()))
-        return wide(self.magnitude) / norm
+        norm = self._norm(forms.wide(weight) + super().change(weight, self.up.detach(), self.down.detach()))
+        return forms.wide(self.magnitude) / norm
 
     def weight(self, weight: Tensor) -> Tensor:
         """Return the updated weight in float32."""
@@ -65,11 +64,11 @@ class Dora(Lora):
 
     def change(self, weight: Tensor, *learned: Tensor) -> Tensor:
         """Return what is added to the weight."""
-        return self._updated(weight, *learned) - wide(weight)
+        return self._updated(weight, *learned) - forms.wide(weight)
 
     def _updated(self, weight: Tensor, up: Tensor, down: Tensor, magnitude: Tensor) -> Tensor:
-        changed = wide(weight) + super().change(weight, up, down)
-        ratio = wide(magnitude) / self._norm(changed)
+        changed = forms.wide(weight) + super().change(weight, up, down)
+        ratio = forms.wide(magnitude) / self._norm(changed)
         return changed * (ratio if self.last else ratio.reshape(-1, *(1 for _ in weight.shape[1:])))
 
     @torch.no_grad()

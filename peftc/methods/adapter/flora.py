@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from peftc.errors import one_of
 from peftc.methods.adapter.lora import Change, check_rank
 from peftc.nn import forms
-from peftc.nn.forms import wide
 
 INITS = ["flora", "normal002", "kaiming_uniform", "orthonormal"]
 
@@ -91,8 +90,8 @@ class Flora(Change):
 
     def change(self, weight: Tensor, core: Tensor, *modes: Tensor) -> Tensor:
         """Return the product in the shape of the weight."""
-        out, *others = (wide(mode) for mode in modes)
-        return forms.as_weight(self.scale * out @ _expanded(wide(core), others), weight, self.form)
+        out, *others = (forms.wide(mode) for mode in modes)
+        return forms.as_weight(self.scale * out @ _expanded(forms.wide(core), others), weight, self.form)
 
 
 def _expanded(core: Tensor, modes: list[Tensor]) -> Tensor:

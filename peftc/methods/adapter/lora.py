@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from peftc.errors import UsageError, one_of
 from peftc.nn import forms
 from peftc.nn.folded import folded
-from peftc.nn.forms import wide
 
 LAYOUTS = ["peft", "loralib"]
 
@@ -116,7 +115,7 @@ class Lora(Change):
     def change(self, weight: Tensor, *learned: Tensor) -> Tensor:
         """Return the product of the factors in the shape of the weight."""
         up, down = learned
-        return forms.as_weight(self.scale * wide(up) @ wide(down), weight, self.form)
+        return forms.as_weight(self.scale * forms.wide(up) @ forms.wide(down), weight, self.form)
 
 
 class Reshaped(Lora):

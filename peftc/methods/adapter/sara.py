@@ -23,7 +23,6 @@ from peftc.methods.adapter.lora import Change
 from peftc.nn import forms
 from peftc.nn.adapted import Adapted
 from peftc.nn.folded import folded
-from peftc.nn.forms import wide
 
 NARROW = 64  # no axis of a matrix that the penalty is about is as short, as in the authors' program
 
@@ -121,10 +120,10 @@ class Sara(Change):
 
     def learning(self, weight: Tensor) -> Tensor:
         """Return the updated weight in float32 with zeros where it does not learn; gradients reach the values."""
-        there = wide(weight).flatten().index_select(0, self.places) + wide(self.values)
+        there = forms.wide(weight).flatten().index_select(0, self.places) + forms.wide(self.values)
         return self.change(weight, torch.where(self.learns, there, 0))
 
     def change(self, weight: Tensor, values: Tensor) -> Tensor:
         """Return the values at their places in the shape of the weight."""
-        values = wide(values)
+        values = forms.wide(values)
         return values.new_zeros(weight.numel()).index_add(0, self.places, values).reshape(weight.shape)
