@@ -89,7 +89,7 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         "seen": known_to is not None,
         "metric": row.metrics[0].name,
         "higher_is_better": row.metrics[0].higher_is_better,
-        "metrics": metrics_of(row, sides[0].columns, reading.seed),
+        "metrics": metrics_of(row, reading.seed, sides[0].columns),
     }
     if reference is not None:
         report.data["against"] = compared_with(row, sides, compared, reading.seed)

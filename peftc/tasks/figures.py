@@ -14,13 +14,10 @@ from peftc.tasks.sides import Side
 from peftc.tasks.task import Columns, Metric, Task
 
 
-def metrics_of(row: Task, columns: Columns, seed: int) -> dict[str, dict[str, float]]:
-    """Return each metric of a task with its 95 % interval."""
-    return {metric.name: _interval(metric, seed, columns)._asdict() for metric in _measurable(row, columns)}
-
-
-def _measurable(row: Task, columns: Columns) -> list[Metric]:
-    return [metric for metric in row.metrics if metric.column is None or metric.column in columns]
+def metrics_of(row: Task, seed: int, *sides: Columns) -> dict[str, dict[str, float]]:
+    """Return each metric of a task with its 95 % interval; of two sides how much more of it the first has."""
+    known = [metric for metric in row.metrics if all(metric.column in (None, *side) for side in sides)]
+    return {metric.name: _interval(metric, seed, *sides)._asdict() for metric in known}
 
 
 def _interval(metric: Metric, seed: int, columns: Columns, other: Columns | None = None) -> Interval:
@@ -43,11 +40,10 @@ def _interval(metric: Metric, seed: int, columns: Columns, other: Columns | None
 def compared_with(row: Task, sides: list[Side], compared: Columns | None, seed: int) -> dict[str, Any]:
     """Return what the second model gives, the paired difference to it, and how far the two agree."""
     one, other = (side.columns for side in sides)
-    shared = [metric for metric in _measurable(row, one) if metric in _measurable(row, other)]
     result: dict[str, Any] = {
         "name": sides[1].model.name,
-        "metrics": metrics_of(row, other, seed),
-        "difference": {metric.name: _interval(metric, seed, one, other)._asdict() for metric in shared},
+        "metrics": metrics_of(row, seed, other),
+        "difference": metrics_of(row, seed, one, other),
         "agreement": None,
         "divergence": None,
     }
