@@ -136,18 +136,12 @@ def _splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
                 raise DataError(f"sample {row} of `{name}` contains NaN or infinite values")
             return torch.from_numpy(sample)
 
-        as_they_are = f"data: `{name}` holds {x.dtype} values, which the model reads as they are"
-        return Dataset(
-            kind="image" if is_image else "tensor",
-            name=name,
-            split=split,
-            rows=range(len(x)),
-            labels=[classes[value] for value in known] if known is not None and is_class else known,
-            classes=[str(value) for value in values] if is_class else None,
-            read=read,
-            content=lambda row: x[row].tobytes(),
-            notes=notes if is_image else [*notes, as_they_are],
-        )
+        kind = "image" if is_image else "tensor"
+        told = [] if is_image else [f"data: `{name}` holds {x.dtype} values, which the model reads as they are"]
+        own = [classes[value] for value in known] if known is not None and is_class else known
+        words = [str(value) for value in values] if is_class else None
+        every = range(len(x))
+        return Dataset(kind, name, split, read, lambda row: x[row].tobytes(), every, own, words, notes=[*notes, *told])
 
     return {split: partial(dataset, split) for split in found}
 

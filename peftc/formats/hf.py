@@ -45,6 +45,5 @@ def hf(model: Model, example: Inputs, folder: Path) -> Exported:
 def read_otherwise(config: Mapping[str, Any]) -> list[str]:
     """Return a note where earlier versions of transformers read a config otherwise, and do not say so."""
     parts = (config, *(each for each in config.values() if isinstance(each, Mapping)))
-    if not any("rope_parameters" in each for each in parts):
-        return []
-    return ["transformers before 5.0 does not read `rope_parameters` of `config.json`, and computes something else"]
+    note = "transformers before 5.0 does not read `rope_parameters` of `config.json`, and computes something else"
+    return [note] if any("rope_parameters" in each for each in parts) else []

@@ -103,8 +103,10 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     what = f"`{model.name}` cannot be written as a graph with a free batch{' and length' if len(free) > 1 else ''}"
     with refusing(what, *UNTRACEABLE, hint=instead(model, graph=False)), torch.no_grad(), without_fused_layers():
         program = torch.export.export(whole, tuple(example.values()), dynamic_shapes=(dynamic,))
-    _merge_shared(program, whole)
-    return Traced(program, output, _factors_in_use(program, whole), axes)
+    names = program.graph_signature.inputs_to_parameters
+    known = {node: whole.get_parameter(name) for node, name in names.items()}
+    _merge_shared(program, whole, known)
+    return Traced(program, output, _factors_in_use(program, whole, known), axes)
 
 
 @contextmanager
@@ -117,18 +119,11 @@ def refusing(what: str, *errors: type[Exception], hint: str = ELSE) -> Iterator[
         raise ExportError(what, why=type(error).__name__ + first, hint=hint) from error
 
 
-def _parameters(program: Any, whole: nn.Module) -> dict[str, Tensor]:
-    """Return node name -> parameter."""
-    names = program.graph_signature.inputs_to_parameters
-    return {node: whole.get_parameter(name) for node, name in names.items()}
-
-
-def _merge_shared(program: Any, whole: nn.Module) -> None:
+def _merge_shared(program: Any, whole: nn.Module, known: Mapping[str, Tensor]) -> None:
     """Multiply once with a down factor that several modules share: traced, each of them has a product of its own."""
     shared = {id(module.weight) for module in whole.modules() if isinstance(module, SharedDown)}
     if not shared:
         return
-    known = _parameters(program, whole)
     first: dict[Any, Any] = {}
     graph = program.graph_module.graph
     for node in list(graph.nodes):
@@ -157,9 +152,8 @@ def _factors_of(program: Any) -> Iterator[Any]:
                 yield operand
 
 
-def _factors_in_use(program: Any, whole: nn.Module) -> list[tuple[int, ...]]:
+def _factors_in_use(program: Any, whole: nn.Module, known: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     """Return the shapes of all factors that the output hangs on, once per product; each has to be in one of its own."""
-    known = _parameters(program, whole)
     used = {id(known[node.name]) for node in program.graph_module.graph.nodes if node.name in known and node.users}
     in_product: dict[int, list[tuple[int, ...]]] = {}
     for weight in _factors_of(program):
