@@ -31,7 +31,8 @@ def executorch(
 
     Args:
         model, example, folder: as for every format.
-        largest_batch, largest_length: what memory is planned for, >= 2; a length also fits the network's positions.
+        largest_batch, largest_length: what memory is planned for, at least 2; a length also fits the positions of the
+            network.
     """
     for name, limit in (("largest_batch", largest_batch), ("largest_length", largest_length)):
         if limit < 2:
