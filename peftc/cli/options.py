@@ -13,6 +13,7 @@ from typer import Argument, Option
 from peftc.cli.defaults import configure
 from peftc.cli.texts import READERS, amount, choice, numeric, size
 from peftc.options import NOT_NEGATIVE, POSITIVE, Group, Reading, Rule, spelling
+from peftc.plans.allocate import ALLOCATIONS
 
 SHARE = numeric(float, Rule("in (0, 1]", lambda value: 0 < value <= 1))
 
@@ -51,8 +52,8 @@ Allocation = Annotated[
     str,
     value(
         "NAME",
-        "how modules share the budget: uniform, global, energy or convex",
-        parser=choice("auto", "uniform", "global", "energy", "convex"),
+        f"how modules share the budget: {', '.join(ALLOCATIONS[:-1])} or {ALLOCATIONS[-1]}",
+        parser=choice("auto", *ALLOCATIONS),
     ),
 ]
 RankMultiple = Annotated[int, value("N", "every rank is a multiple of N", min=1)]

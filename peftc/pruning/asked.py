@@ -14,7 +14,6 @@ from peftc.pruning import scores
 from peftc.pruning.scores import Score
 from peftc.tasks.table import task_of
 from peftc.training import samples
-from peftc.training.objectives import OBJECTIVES
 from peftc.training.samples import Samples
 
 HELD_OUT = 0.2  # of the train split, to measure quality on where there is no validation split
@@ -73,7 +72,7 @@ def samples_of(
     row = task_of(model, reading.task)
     is_measured = asked.within_drop is not None or (wanted is not None and wanted.is_measured)
     of_loss = is_measured or (wanted is not None and "gradient_products" in wanted.needs)
-    labels = row is not None and (row.has_classes or row.is_language or (of_loss and row.name in OBJECTIVES))
+    labels = row is not None and (row.has_classes or row.is_language or (of_loss and row.objective is not None))
     read = functools.partial(
         samples.read,
         model,

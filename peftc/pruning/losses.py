@@ -20,7 +20,6 @@ from peftc.models.place import moved
 from peftc.tasks.task import Batch, batches
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
-from peftc.training.objectives import OBJECTIVES
 from peftc.training.samples import Held, Samples
 
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
@@ -73,7 +72,7 @@ class Trial:
 
 def objective_of(given: Samples) -> Callable[[Tensor, Batch], Tensor] | None:
     """Return the task's loss; None where there are no labels for it."""
-    return OBJECTIVES.get(given.task.name) if given.labelled and given.task is not None else None
+    return given.task.objective if given.labelled and given.task is not None else None
 
 
 def measured_on(given: Samples, *, scored_on_the_rest: bool) -> tuple[Held, str]:

@@ -7,7 +7,7 @@ from operator import itemgetter
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, one_of
 from peftc.models.model import Model
-from peftc.tasks import retrieval
+from peftc.tasks import objectives, retrieval
 from peftc.tasks.classes import compare_classes, encode_classified, is_hit, macro_f1, observe_classes
 from peftc.tasks.images import encode_images
 from peftc.tasks.language import compare_tokens, encode_causal, encode_masked, nll, observe_tokens, perplexity
@@ -18,8 +18,9 @@ _FEWER = (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll"
 _TOP = (Metric("top1", is_hit, True), Metric("top5", itemgetter("in_five"), True, column="in_five"))
 _ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1))
 _SPEARMAN = (Metric("spearman", spearman),)
-_classes = partial(Task, observe=observe_classes, compare=compare_classes, batch_size=32)
-_windows = partial(Task, observe=observe_tokens, compare=compare_tokens, batch_size=8, metrics=_FEWER, is_language=True)
+_classes = partial(Task, observe=observe_classes, compare=compare_classes, batch_size=32, objective=objectives.classes)
+_of_tokens = partial(Task, observe=observe_tokens, compare=compare_tokens, objective=objectives.tokens)
+_windows = partial(_of_tokens, batch_size=8, metrics=_FEWER, is_language=True)
 _ROWS = (
     _classes("image-classification", ("image", "tensor"), ("ForImageClassification",), encode_images, metrics=_TOP),
     _classes(
@@ -28,7 +29,16 @@ _ROWS = (
     _windows("masked-lm", ("text",), ("ForMaskedLM",), encode_masked),
     _windows("causal-lm", ("text", "tensor"), ("ForCausalLM", "LMHeadModel"), encode_causal),
     retrieval.TASK,  # before the next, whose ending is that of every bare model
-    Task("sentence-similarity", ("pairs",), ("Model",), encode_pairs, observe_pairs, _SPEARMAN, 32),
+    Task(
+        "sentence-similarity",
+        ("pairs",),
+        ("Model",),
+        encode_pairs,
+        observe_pairs,
+        _SPEARMAN,
+        32,
+        objective=objectives.pairs,
+    ),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _ROWS}
 HOLDS = {

@@ -89,6 +89,7 @@ class Task:
         compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
         run: (model, batch) -> outputs, where an evaluation needs more than the model's main output.
         over_all: figures of all samples -> what metrics read, where samples are compared with each other.
+        objective: (outputs, batch, peers) -> what a training minimises, a mean over samples; None for none.
         is_language: its samples are windows of text, and their tokens the answers.
     """
 
@@ -102,6 +103,7 @@ class Task:
     compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
     run: Callable[[Model, Batch], Tensor] | None = None
     over_all: Callable[[Columns], Columns] | None = None
+    objective: Callable[..., Tensor] | None = None
     is_language: bool = False
 
     def outputs(self, model: Model, batch: Batch) -> Tensor:

@@ -23,7 +23,6 @@ from peftc.nn.peers import ALONE, Peers, here
 from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
-from peftc.training.objectives import OBJECTIVES
 from peftc.training.samples import Held, Samples, figures
 
 TASK = "task"
@@ -135,8 +134,8 @@ class Imitation:
             if towers is not None:
                 found[TASK] = self.task * sum(retrieval.losses(module, towers, inputs, peers).values())
             else:
-                objective = OBJECTIVES[self.samples.task.name]
-                found[TASK] = self.task * objective(outputs, self.samples.mapped(batch), peers)
+                assert self.samples.task.objective is not None
+                found[TASK] = self.task * self.samples.task.objective(outputs, self.samples.mapped(batch), peers)
         for name, term in self.terms.items():
             with torch.autocast(outputs.device.type, enabled=False):
                 found[name] = term.weight * term.function(**{need: known[need] for need in term.needs})

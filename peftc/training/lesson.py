@@ -11,6 +11,7 @@ from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.options import Augment, Reading, Recipe
 from peftc.store.source import Source
+from peftc.tasks import retrieval
 from peftc.tasks.table import task_of
 from peftc.training import imitation, samples
 from peftc.training.imitation import TASK, Imitation
@@ -109,6 +110,9 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
             why=f"`{lesson.data}` has none that the task reads",
             hint="leave `task` out of `--loss`",
         )
+    if weight and given.task is not retrieval.TASK and getattr(given.task, "objective", None) is None:
+        why, hint = "its row in the table names no objective", "imitate a teacher: `--loss features=1 --teacher MODEL`"
+        raise UsageError("the task cannot be learnt from its labels", why=why, hint=hint)
     if not terms and not weight:
         raise DataError(
             "there is nothing to learn",

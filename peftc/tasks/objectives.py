@@ -3,8 +3,6 @@
 One that looks at the batch as a whole asks the peers of a launch for their part of it.
 """
 
-from collections.abc import Callable, Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +11,6 @@ from peftc.data.tokens import IGNORED
 from peftc.nn.peers import ALONE, Peers
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
-
-Objective = Callable[..., Tensor]  # (outputs, batch, peers), the last of which may be left out
 
 
 def classes(logits: Tensor, batch: Batch, _peers: Peers = ALONE) -> Tensor:
@@ -37,12 +33,3 @@ def pairs(hidden: Tensor, batch: Batch, peers: Peers = ALONE) -> Tensor:
     one, other = vectors.view(len(batch.targets), 2, -1).unbind(1)
     cosines, scores = peers.all((one * other).sum(1)), peers.all(batch.targets.to(hidden.device, torch.float32))
     return 1 - F.cosine_similarity(cosines - cosines.mean(), scores - scores.mean(), dim=0)
-
-
-OBJECTIVES: Mapping[str, Objective] = {
-    "image-classification": classes,
-    "text-classification": classes,
-    "masked-lm": tokens,
-    "causal-lm": tokens,
-    "sentence-similarity": pairs,
-}
