@@ -224,7 +224,7 @@ def test_a_card_takes_no_markup_from_a_manifest(small: Path) -> None:
     rewritten(
         small / "peftc.json", lambda value: value["steps"][0]["request"].update(method="svd`<img src=x>", seed=evil)
     )
-    text = card.text_of(card.subject(small), "me/small", {}, package.compare([small]))
+    text = card.text_of(card.subject_of(small), "me/small", {}, package.compare([small]))
     page, _, commands = text.partition("## Rebuild")
     assert "<script" not in page and "<img" not in page and "\n# Buy" not in text.split("\n````sh")[0]
     assert "````sh" in commands, "the fence is longer than what stands in it"

@@ -94,7 +94,7 @@ class Statistics:
             )
 
 
-def source(
+def source_of(
     model: Model, needs: Sequence[str], asked: Request | None, folder: str | Path | None, device: str, *, tries: bool
 ) -> Prepared | Statistics | None:
     """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
@@ -131,7 +131,7 @@ def obtain(
     return source
 
 
-def identity(source: Prepared | Statistics | None, sensitivity: int = 0, sequential: bool = False) -> dict[str, Any]:
+def identity_of(source: Prepared | Statistics | None, sensitivity: int = 0, sequential: bool = False) -> dict[str, Any]:
     """Return what of the statistics makes two requests the same question."""
     if source is None:
         return {}

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import PlanError, UsageError
-from peftc.factors import joint as joining
+from peftc.factors.joint import arrange, gathered
 from peftc.models.model import Model
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import find_targets
 from peftc.options import Budgets
-from peftc.plans import plan as plans
-from peftc.plans.plan import Budget, Plan, Target
+from peftc.plans.plan import Budget, Plan, Target, budget_of, check_plan, read_plan
 from peftc.report import grouped
 
 APART = {  # options that cannot be combined, and why
@@ -35,7 +34,7 @@ def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_r
     """Return the budget, None with a plan or where all ranks are kept; UsageError unless it is one of these."""
     asked = vars(budgets)
     if plan is None and not keep_all_ranks:
-        return plans.budget(**asked)
+        return budget_of(**asked)
     other = next((f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None), None)
     if keep_all_ranks and (other or plan is not None):
         other = other or "`--plan`"
@@ -62,16 +61,16 @@ def asked_plan(
         model: whose they are; None where factors cannot be shared.
         joint: whether modules that read one input are to share a down factor.
     """
-    given = plans.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    given = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan
     if model is not None:
-        joining.arrange(model, targets, given, joint)
+        arrange(model, targets, given, joint)
     elif given is not None and given.joint:
         raise PlanError(
             "the plan lets modules share a down factor, and ordered factors are kept apart",
             hint="decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`",
         )
     if given is not None:
-        plans.check(joining.gathered(given), targets)
+        check_plan(gathered(given), targets)
     return given
 
 

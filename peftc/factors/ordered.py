@@ -17,7 +17,7 @@ from peftc.factors import spectra, tables
 from peftc.factors.factoring import Factoring, Kept
 from peftc.models import weights, write
 from peftc.models.model import Model
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import find_targets
 from peftc.models.weights import piece, pieces_of
 from peftc.nn import lowrank
 from peftc.nn.surgery import tensor_bytes

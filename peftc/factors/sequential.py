@@ -37,7 +37,7 @@ class _Reached(Exception):
     """All modules of a stage have been called: the rest of the pass is of no use."""
 
 
-def refuse(source: object, needs: Sequence[str]) -> None:
+def refuse_unfit(source: object, needs: Sequence[str]) -> None:
     """Refuse, as UsageError, a sequential fit without a calibration set, or by a method that looks at no inputs."""
     if not isinstance(source, Prepared) or not set(needs) & set(NEEDS):
         raise UsageError(

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from peftc.data import open_data
 from peftc.errors import ExportError
-from peftc.formats import exported as exports
-from peftc.formats.exported import Exported, Inputs
+from peftc.formats.exported import Exported, Inputs, computed, named
 from peftc.measure import costs
 from peftc.models.inputs import probe
 from peftc.models.model import Model
@@ -29,7 +28,7 @@ NOTHING = 1e-6  # of the largest output: samples that differ by less do not diff
 
 def example(model: Model, batch: int, *, image_size: int | None, max_length: int | None, seed: int = 0) -> Inputs:
     """Return random inputs with all that the network's tokenizer would give it."""
-    inputs = exports.named(model, probe(model, batch=batch, image_size=image_size, max_length=max_length, seed=seed))
+    inputs = named(model, probe(model, batch=batch, image_size=image_size, max_length=max_length, seed=seed))
     takes = inspect.signature(model.module.forward).parameters
     types = getattr(getattr(model.module, "config", None), "type_vocab_size", 0) or 0
     if model.kind == "text" and "token_type_ids" in takes and types > 1:
@@ -55,7 +54,7 @@ def real_inputs(model: Model, data: str, reading: Reading, batch_size: int) -> l
     dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None)
     encoded = unlabelled.encode(model, dataset, row, reading)
     indices = [range(encoded.size)[start : start + batch_size] for start in range(0, encoded.size, batch_size)]
-    return [exports.named(model, encoded.batch(each).inputs) for each in indices]
+    return [named(model, encoded.batch(each).inputs) for each in indices]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
     is_share = row is not None and (row.has_classes or row.is_language)
     deviation, spread, agreed, count = 0.0, 0.0, 0.0, 0
     for inputs in batches:
-        before, after = exports.computed(model, inputs)[0], written.run(inputs)
+        before, after = computed(model, inputs)[0], written.run(inputs)
         if before.shape != after.shape:
             what = f"the export gives outputs of shape {list(after.shape)}, the model {list(before.shape)}"
             raise ExportError(what, why=f"for inputs of shape {[list(each.shape) for each in inputs.values()]}")
@@ -100,7 +99,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
 def refuse_unsteady(model: Model, batches: Sequence[Inputs]) -> None:
     """Refuse a model that no export can be compared with: it gives other outputs for the same inputs, or no numbers."""
     for inputs in batches:
-        once, again = (_without_padding(exports.computed(model, inputs)[0], inputs) for _ in range(2))
+        once, again = (_without_padding(computed(model, inputs)[0], inputs) for _ in range(2))
         if not torch.isfinite(once).all():
             what = f"`{model.name}` cannot be exported: it gives NaN or infinite outputs itself"
             raise ExportError(what, why=UNSURE, hint="no format takes it: export what it was made from")
@@ -142,7 +141,7 @@ def times(model: Model, written: Exported, batches: Sequence[Inputs], rounds: in
     """Time the model in torch, the same once more, and the export in its runtime, interleaved; by batch size."""
     found: dict[str, Any] = {}
     for inputs in batches:
-        size, in_torch = len(next(iter(inputs.values()))), partial(exports.computed, model, inputs)
+        size, in_torch = len(next(iter(inputs.values()))), partial(computed, model, inputs)
         calls: dict[str, Any] = {"torch": in_torch, "control": in_torch, "export": written.prepare(inputs)}
         run = costs.latency(calls, rounds=rounds, device=torch.device("cpu"), title=f"timing batches of {size}")
         seconds = {f"{label}_seconds": costs.quantile(run[label], 0.5) for label in ("torch", "export")}
@@ -155,7 +154,7 @@ def in_runtime(model: Model, written: Exported) -> Model:
     """Return a model that computes in the runtime of its export, for whoever evaluates networks."""
 
     def forward(*inputs: Tensor, **by_name: Tensor) -> Tensor:
-        return written.run(by_name or exports.named(model, inputs[0]))
+        return written.run(by_name or named(model, inputs[0]))
 
     module: Any = nn.Module()
     module.config = getattr(model.module, "config", None)

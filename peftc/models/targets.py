@@ -22,7 +22,7 @@ LOW_RANK = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fused paths bypass the module's forward
 
 
-def targets(
+def find_targets(
     model: Model, *, conv_method: str, include: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """Return the eligible modules, and name -> reason for each other one of their kinds (UsageError: a bad pattern)."""

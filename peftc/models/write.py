@@ -14,8 +14,8 @@ from torch import Tensor
 from peftc import processes
 from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
 from peftc.models import inputs
-from peftc.models import load as models
 from peftc.models.inputs import outputs, probe
+from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import one_dtype
 from peftc.models.weights import piece
@@ -162,7 +162,7 @@ def write_artifact(
 def verify(folder: Path, expected: Model) -> list[str]:
     """Compare a written folder, built afresh, with its model; return what could not be (ArtifactError: it differs)."""
     source = expected.source.names(str(folder), allow_code=True, base=expected.source.base, verify=False)
-    written = replace(models.load(source), max_memory=expected.max_memory)
+    written = replace(load(source), max_memory=expected.max_memory)
     theirs = surgery.tensors_of(written.module)
     for name, tensor in surgery.tensors_of(expected.module).items():
         if not torch.equal(tensor.cpu(), theirs[name]):

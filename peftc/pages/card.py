@@ -52,7 +52,7 @@ TOLD = {  # what of a request is told, in this order
 }
 
 
-def subject(folder: Path) -> Record:
+def subject_of(folder: Path) -> Record:
     """Return what a finished folder is: an artifact or an export, and whole."""
     if not (folder / MANIFEST).is_file() and not (folder / EXPORT).is_file():
         hint = "name what a step of peftc wrote"

@@ -111,7 +111,7 @@ def multiple_of(asked: Any, *, planned: bool = False) -> int:
 KINDS = ("ratio", "rank", "energy", "target-params", "target-macs", "speedup")
 
 
-def budget(**asked: str | float | Fraction | None) -> Budget:
+def budget_of(**asked: str | float | Fraction | None) -> Budget:
     """Return the one budget that was asked for; UsageError where none or several were, or its amount is out of range.
 
     Args:
@@ -201,7 +201,7 @@ class Plan:
         documents.write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
 
 
-def read(path: Path) -> Plan:
+def read_plan(path: Path) -> Plan:
     """Return the plan in a JSON file; PlanError where it is unreadable, or no plan."""
     try:
         value = documents.read_json(path)
@@ -252,7 +252,7 @@ def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, int | 
             )
 
 
-def check(plan: Plan, targets: Mapping[str, Target]) -> None:
+def check_plan(plan: Plan, targets: Mapping[str, Target]) -> None:
     """Refuse, as PlanError, a plan of modules that are not eligible, in another form, or at ranks that save nothing."""
     for name, rank in plan.ranks.items():
         if rank is None:

@@ -11,11 +11,10 @@ from peftc.models.model import Model
 from peftc.plans import depth
 from peftc.plans.depth import Decision
 from peftc.pruning import evidence, losses
-from peftc.pruning import scores as layer_scores
 from peftc.pruning.asked import Work
 from peftc.pruning.evidence import Choice
 from peftc.pruning.losses import Removal, Trial
-from peftc.pruning.scores import Score, Seen
+from peftc.pruning.scores import Score, Seen, scored, see
 from peftc.report import Cell, Report, Table
 
 
@@ -37,7 +36,7 @@ def choose(work: Work, report: Report) -> Choice:
         keep = 1 if floor is not None else asked.keep or number
         found, gone = losses.greedy(trial, work.names, fixed, keep=keep, floor=floor)
     else:
-        found = layer_scores.scores(work.runs, work.names, work.score, seen)
+        found = scored(work.runs, work.names, work.score, seen)
         if floor is not None and trial is not None:
             order = depth.worst_first(found, fixed, of_depth=work.score.is_of_depth)
             gone = losses.in_order(trial, work.names, order, floor)
@@ -59,7 +58,7 @@ def _seen(work: Work, report: Report) -> Seen | None:
     if work.given is None or work.score is None or not work.score.reads_data:
         return None
     number, size = len(work.given.train), work.samples_at_once
-    seen = layer_scores.see(work.runs, work.given, work.names, size)
+    seen = see(work.runs, work.given, work.names, size)
     report.data |= {"samples": number, "pooling": seen.pooling}
     if not work.score.is_measured:
         report.notes.append(f"scored by {work.score.word} on {number} samples, {seen.pooling}")

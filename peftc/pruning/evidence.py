@@ -16,10 +16,9 @@ from torch import Tensor
 from peftc.errors import DataError, UsageError
 from peftc.plans import depth
 from peftc.plans.depth import NOISE, Decision
-from peftc.pruning import scores as layer_scores
 from peftc.pruning.asked import Work
 from peftc.pruning.losses import Removal
-from peftc.pruning.scores import Score, Seen
+from peftc.pruning.scores import OF_FEATURES, Score, Seen, named, scored
 from peftc.report import Table
 from peftc.tasks.sentences import spearman
 
@@ -60,7 +59,7 @@ class Choice:
 
 def refuse_unrepeatable(score: Score | None) -> None:
     """Refuse, as UsageError, repeats of a score that is the same each time, or takes too long."""
-    if score is None or not set(score.needs) <= set(layer_scores.OF_FEATURES):
+    if score is None or not set(score.needs) <= set(OF_FEATURES):
         raise UsageError(
             "`--stability` repeats scores of features" + ("" if score is None else f", and `{score.word}` is none"),
             hint="leave it out, or take another `--score`, as block-influence",
@@ -83,12 +82,12 @@ def _agreement(work: Work, choice: Choice, score: Score, decide: Decide) -> Iter
     """Yield how other scores order the layers, and which they would drop at the same number."""
     dropped = set(range(len(work.names))) - set(choice.decision.kept)
     for name in CHEAP:
-        other = layer_scores.named(name, {})
+        other = named(name, {})
         lacking = other.reads_data and (choice.seen is None or ("labels" in other.needs and not choice.seen.labels))
         if name == score.name or lacking:
             continue
         try:
-            theirs = layer_scores.scores(work.runs, work.names, other, choice.seen)
+            theirs = scored(work.runs, work.names, other, choice.seen)
         except DataError:
             continue
         order = depth.worst_first(theirs, choice.fixed, of_depth=other.is_of_depth)
@@ -128,7 +127,7 @@ def _repeats(work: Work, seen: Seen, score: Score, decide: Decide) -> Iterator[d
     tries += [(f"half {number} of the samples", score, rows) for number, rows in enumerate(parts, start=1)]
     for what, by, rows in tries:
         try:
-            scores = layer_scores.scores(work.runs, work.names, by, seen.part(rows))
+            scores = scored(work.runs, work.names, by, seen.part(rows))
             decision = decide(scores, by)
         except DataError as error:
             yield {"what": what, "kept": None, "why": error.what}

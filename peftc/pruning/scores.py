@@ -103,7 +103,7 @@ def named(name: str, settings: Mapping[str, Any]) -> Score:
     return Score(name, function, chosen, tuple(methods.needs_of(function)))
 
 
-def scores(model: Model, names: Sequence[str], score: Score, seen: Seen | None) -> list[float]:
+def scored(model: Model, names: Sequence[str], score: Score, seen: Seen | None) -> list[float]:
     """Return one score per layer, none of them measured, several layers and processes at once.
 
     ``seen`` keeps the maps; None for scores of weights. DataError and WeightError are as the score says.

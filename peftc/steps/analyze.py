@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from peftc import progress
-from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared, Request
-from peftc.calibration.statistics import Statistics
+from peftc.calibration.statistics import Statistics, source_of
 from peftc.data.spec import named
 from peftc.errors import UsageError
-from peftc.factors import joint as joining
 from peftc.factors import prediction, spectra
 from peftc.factors.asked import eligible, refuse_together
 from peftc.factors.decide import ranked
 from peftc.factors.factoring import Factoring
+from peftc.factors.joint import arrange, said
 from peftc.factors.prediction import Anchors
 from peftc.factors.ranks import allocation_of
 from peftc.factors.sensitivity import Trial, trial_of
@@ -32,15 +31,13 @@ from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
-from peftc.models.targets import every_weight
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import every_weight, find_targets
 from peftc.nn.surgery import parameters
 from peftc.options import Budgets, Calibration, Reading
 from peftc.pages import pictures
 from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import allocate
-from peftc.plans import plan as plans
-from peftc.plans.plan import Aim, Input, Target
+from peftc.plans.plan import Aim, Input, Target, budget_of, multiple_of
 from peftc.report import Report, Table, by_kind, count, percent
 from peftc.store.source import Source
 
@@ -109,7 +106,7 @@ def analyze(
     if plan is not None and budgets == Budgets():
         budgets = Budgets(ratio="0.5")
         notes.append("no budget was given: planned for `--ratio 0.5`")
-    budget = None if budgets == Budgets() else plans.budget(**vars(budgets))
+    budget = None if budgets == Budgets() else budget_of(**vars(budgets))
     refuse_together({"joint": joint, "speedup": speedup})
     for option, path in (("--plan", plan), ("--plot", plot)):
         refuse_unwritable(option, path)
@@ -118,21 +115,21 @@ def analyze(
     if data is not None and not factorize.needs:
         raise UsageError("`--data` is of no use here", why=f"`--method {factorize.name}` takes the weights alone")
     sample = Input(batch_size, image_size, max_length, device, seed)
-    allocation, multiple = allocation_of(allocation, factorize.needs), plans.multiple_of(rank_multiple)
+    allocation, multiple = allocation_of(allocation, factorize.needs), multiple_of(rank_multiple)
 
     loaded = load(model)
     refuse_non_finite(loaded)
     find = find_targets if budget is None else eligible
     targets, reasons = find(loaded, conv_method=conv_method, include=include, skip=skip)
     asked = None if data is None else Request.of(data, reading, calibration)
-    source = calibrating.source(loaded, factorize.needs, asked, statistics, device, tries=True)
+    source = source_of(loaded, factorize.needs, asked, statistics, device, tries=True)
     weights = {**every_weight(loaded), **targets}
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
     total = parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
     report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)])
     report.notes += notes + loaded.notes
-    joining.arrange(loaded, targets, None, joint)
+    arrange(loaded, targets, None, joint)
     work = Factoring(loaded, targets, factorize, place, reasons)
     work.leave_uncalled(include)
     with tempfile.TemporaryDirectory() as folder:
@@ -254,7 +251,7 @@ def _say_plan(
             row["planned_rank"] = by_module[row["name"]]
     after, share = total - dense + kept, kept / dense if dense else 1.0
     report.data["plan"] = {"budget": budget, "allocation": allocation, "parameters": after, "eligible": share}
-    report.notes += joining.said(targets, ranks)
+    report.notes += said(targets, ranks)
     factored = sum(rank is not None for rank in ranks.values())
     report.notes.append(
         f"planned {budget}, {allocation}: {factored} of {len(ranks)} eligible modules factored, "

@@ -10,10 +10,9 @@ from torch import nn
 
 from peftc import processes
 from peftc.calibration import hooks, memory
-from peftc.calibration import statistics as calibrating
 from peftc.calibration.lanes import LANES
 from peftc.calibration.prepared import Request, prepare
-from peftc.calibration.statistics import Statistics
+from peftc.calibration.statistics import Statistics, collect, identity_of
 from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered, spectra, tables
@@ -117,14 +116,14 @@ def calibrate(
         "skip": list(skip),
         "device": device_of(device).type,
         "seed": seed,
-        **calibrating.identity(prepared),
+        **identity_of(prepared),
     }
     output = write.output_folder(output_dir, loaded, "calibrate")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
             return write.already(job, "calibrate")
         job.require(_least_bytes(work.targets, factorize.needs))
-        found = calibrating.collect(prepared, work.targets, factorize.needs, job.work)
+        found = collect(prepared, work.targets, factorize.needs, job.work)
         found.note |= {"method": factorize.name, "eligible": list(work.targets), "collected": request}
         report = _report(found, work.targets, reasons)
         if processes.rank() == 0:

@@ -11,18 +11,17 @@ from typing import Any
 from torch import nn
 
 from peftc.calibration import memory
-from peftc.calibration import statistics as calibrating
 from peftc.calibration.prepared import Prepared, Request
-from peftc.calibration.statistics import Statistics
+from peftc.calibration.statistics import Statistics, identity_of, source_of
 from peftc.data import open_data
 from peftc.data.spec import GENERATED, named
 from peftc.errors import ClassesError, UsageError
 from peftc.factors import estimate, ordered, spectra
-from peftc.factors import sequential as in_order
 from peftc.factors.asked import asked_budget, asked_plan, eligible, refuse_together, request_of, words
 from peftc.factors.decide import Question, carry_out, rehearse
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
+from peftc.factors.sequential import refuse_unfit
 from peftc.factors.speedup import unusual
 from peftc.models import write
 from peftc.models.build import refuse_unbuildable
@@ -31,8 +30,7 @@ from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import Budgets, Calibration, Gates, Reading
-from peftc.plans import plan as plans
-from peftc.plans.plan import Aim, Input, Plan
+from peftc.plans.plan import Aim, Input, Plan, multiple_of
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
@@ -140,7 +138,7 @@ def decompose(
     with_data, place = data is not None or statistics is not None, solver_device(device_of(device))
     factorize = spectra.factorizer(method, conv_method, settings, with_data=with_data, correct_bias=bias_correction)
     allocation = allocation_of(allocation, factorize.needs)
-    multiple = plans.multiple_of(rank_multiple, planned=plan is not None)
+    multiple = multiple_of(rank_multiple, planned=plan is not None)
     sample = Input(batch_size, image_size, max_length, device, seed)
     aim = None if budget is None else Aim(budget, allocation, multiple, sample)
 
@@ -154,9 +152,9 @@ def decompose(
     estimate.refuse_unsolvable(work)
     set_ = None if data is None else Request.of(data, reading, calibration)
     tries = sensitivity > 0 and not keep_all_ranks
-    source = calibrating.source(loaded, factorize.needs, set_, statistics, device, tries=tries)
+    source = source_of(loaded, factorize.needs, set_, statistics, device, tries=tries)
     if sequential:
-        in_order.refuse(source, factorize.needs)
+        refuse_unfit(source, factorize.needs)
     exam = None if data is None else Exam(data, reading, gates, batch_size, device)
     measured = not dry_run and _is_measured(loaded, source, exam)
 
@@ -175,7 +173,7 @@ def decompose(
         "seed": seed,
         **({"keep_all_ranks": True} if keep_all_ranks else {}),
         **({"joint": True} if joint else {}),
-        **calibrating.identity(source, sensitivity, sequential),
+        **identity_of(source, sensitivity, sequential),
         **unusual(aim),
     }
     against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)

@@ -15,9 +15,9 @@ from peftc.data.spec import named
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import ordered
 from peftc.measure import costs
-from peftc.models import delta as deltas
 from peftc.models import write
 from peftc.models.build import refuse_unbuildable
+from peftc.models.delta import is_delta, reference
 from peftc.models.heads import Headed
 from peftc.models.load import load
 from peftc.models.model import Model
@@ -33,8 +33,7 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
-from peftc.training import imitation, journal, loop
-from peftc.training import student as students
+from peftc.training import imitation, journal, loop, student
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.lesson import Lesson, prepared, weights_of
 from peftc.training.recipe import Outcome
@@ -151,10 +150,10 @@ def finetune(
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
         refuse_unbuildable(stored)
-    fitted = students.headed(stored, data, task, head, seed)
+    fitted = student.headed(stored, data, task, head, seed)
     stored = fitted.model
     places: Any = {"include": include, "skip": skip, "on_product": on_product}
-    pupil = students.build(fitted, method, own, **places, task=task, device=device, seed=seed)
+    pupil = student.build(fitted, method, own, **places, task=task, device=device, seed=seed)
     of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
     asked = weights_of(of_task if loss is None else loss, pupil.model, task)
     lesson = Lesson(data, reading, recipe, changes, loss, of_terms, teacher, device)
@@ -173,7 +172,7 @@ def finetune(
         "on_product": on_product,
         "same_rank": same_rank,
         "head": head,
-        "delta": deltas.is_delta(stored) if delta is None else delta,
+        "delta": is_delta(stored) if delta is None else delta,
         "max_shard_bytes": shard_bytes,
         **lesson.request(work),
     }
@@ -218,12 +217,12 @@ def _carry_out(
 ) -> Report:
     """Train, write and verify."""
     report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes])
-    students.tell(report, pupil)
+    student.tell(report, pupil)
     outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)
     if lesson.recipe.minutes is not None:
         request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.steps})
     tell(report, work, outcome, {})
-    students.tell_sparsity(report, pupil)
+    student.tell_sparsity(report, pupil)
     place = place_of(pupil.model.module)
     memory = {"optimizer_bytes": outcome.optimizer_bytes, "peak_bytes": costs.peak_bytes(place)}
     report.data["memory"] = memory
@@ -256,7 +255,7 @@ def _fit(
         """Return how good the pupil is on the held-out samples, with weights that may just have been averaged."""
         assert held is not None
         for each in adapted.values():
-            students.settle(each.update)
+            student.settle(each.update)
         return work.score(held, size)
 
     def after_step(step: int, steps: int) -> None:
@@ -284,11 +283,11 @@ def _write(
 ) -> tuple[Any, Model]:
     """Write what was learnt, as a delta or whole, and return the manifest and the network that is to reload from it."""
     stored, adapters, learned = pupil.stored, pupil.placed.adapters, pupil.learned
-    module = students.as_stored(pupil.model.module, stored.module, adapters)
+    module = student.as_stored(pupil.model.module, stored.module, adapters)
     tuned = replace(stored, module=module, infos={}, files=[])
     options: dict[str, Any] = {"max_shard_bytes": request["max_shard_bytes"], "new_head": bool(pupil.head.new)}
     if request["delta"]:
-        names, there = students.beneath(pupil, learned)
+        names, there = student.beneath(pupil, learned)
         tensors = surgery.tensors_of(module)
         pieces = {name: piece(tensors[name]) for name in names}
         record = write.write_artifact(
@@ -299,7 +298,7 @@ def _write(
             pieces,
             imitation.factored(stored),
             adapters=adapters,
-            delta=deltas.reference(stored, base, there),
+            delta=reference(stored, base, there),
             **options,
         )
         merged, _ = taken_in(tuned, adapters, report)

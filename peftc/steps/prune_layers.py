@@ -16,11 +16,10 @@ from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.measure import costs
-from peftc.models import delta as deltas
-from peftc.models import load as models
 from peftc.models import shorten, write
 from peftc.models.build import refuse_unbuildable
-from peftc.models.load import load
+from peftc.models.delta import is_delta, of_shorter, reference
+from peftc.models.load import load, without_updates
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
 from peftc.models.shorten import Shorter
@@ -30,15 +29,15 @@ from peftc.options import Gates, Reading
 from peftc.pages import pictures
 from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import depth
-from peftc.pruning import choice as layer_choice
 from peftc.pruning import closing, evidence, scores
 from peftc.pruning.asked import Work, layers_of, samples_of, score_of
+from peftc.pruning.choice import choose, tell
 from peftc.pruning.evidence import Choice
 from peftc.pruning.scores import Seen
 from peftc.pruning.shorter import shorter_of
 from peftc.report import Report, gate_size, size_table
 from peftc.steps.finetune import finetune
-from peftc.store import maps as layer_maps
+from peftc.store import maps
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
@@ -188,9 +187,9 @@ def _loaded(model: Any, delta: bool | None, data: str | None, *, repair: bool) -
     if repair and data is None:
         raise UsageError("`--repair` fits what closes the gap to samples", hint="name some: `--data DATA`")
     stored = load(model, merge=False)
-    as_delta = deltas.is_delta(stored) if delta is None else delta
+    as_delta = is_delta(stored) if delta is None else delta
     if not as_delta:
-        stored, _ = models.without_updates(stored)
+        stored, _ = without_updates(stored)
     elif repair:
         raise UsageError("`--repair` changes weights of the base, which a delta leaves alone", hint="add `--full`")
     ordered.refuse_ordered(stored)
@@ -214,10 +213,10 @@ def _prune(
 
 def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     """Decide which layers stay, build the shorter model, and say so."""
-    choice = layer_choice.choose(work, report)
+    choice = choose(work, report)
     kept = [work.names[at] for at in choice.decision.kept]
     shorter = shorter_of(work, kept, report)
-    layer_choice.tell(report, work, choice)
+    tell(report, work, choice)
     report.data["size"] = _sizes(work.stored, shorter.model)
     report.tables.append(size_table(report.data["size"]))
     if len(work.given.train if work.given else ()) == POINTS:
@@ -258,9 +257,9 @@ def _carry_out(
     pieces = pieces_of(shorter.model)
     beneath = None
     if request["delta"]:
-        names, there = deltas.of_shorter(work.stored, shorter)
+        names, there = of_shorter(work.stored, shorter)
         pieces = {name: pieces[name] for name in names}
-        beneath = deltas.reference(work.stored, base, there)
+        beneath = reference(work.stored, base, there)
     record = write.write_artifact(
         job,
         shorter.model,
@@ -274,12 +273,12 @@ def _carry_out(
         delta=beneath,
         skipped=shorter.skipped,
     )
-    expected, _ = models.without_updates(replace(shorter.model, manifest=None))
+    expected, _ = without_updates(replace(shorter.model, manifest=None))
     report.warnings += write.verify(job.folder, expected)
     report.data["size"]["after"]["bytes"] = record.weight_bytes
     report.tables[-1] = size_table(report.data["size"])
     if seen and seen.maps:
-        layer_maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
+        maps.write(job.folder, seen.maps, torch.cat(seen.labels).tolist(), work.stored.labels)
     write.finish(job, record, report, place_of(work.runs.module))
 
 
@@ -301,13 +300,13 @@ def _complete(
 def _draw(report: Report, stored: Model, path: Path, choice: Choice | None) -> None:
     """Draw the scores and the maps that they are taken of; of an artifact that was there, those that it keeps."""
     seen = choice.seen if choice else None
-    shown = layer_maps.read(report.artifact) if choice is None and report.artifact is not None else None
+    shown = maps.read(report.artifact) if choice is None and report.artifact is not None else None
     if seen and seen.maps:
         labels = torch.cat(seen.labels).tolist()
         there, names = sorted({*labels}), dict(enumerate(stored.labels or []))
         points = {name: each.tolist() for name, each in seen.maps.items()}
         places = [there.index(label) for label in labels]
-        shown = layer_maps.Maps(len(labels), [str(names.get(at, at)) for at in there], places, points)
+        shown = maps.Maps(len(labels), [str(names.get(at, at)) for at in there], places, points)
     if shown is not None and not shown.points.keys() >= {row["name"] for row in report.data["layers"]}:
         shown = None
     draw(path, pictures.of_layers(stored.name, report.data, shown))

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftc.errors import OutputError, UsageError, reason_of
 from peftc.models.hub import answer_of, failures
-from peftc.pages import card as cards
+from peftc.pages.card import subject_of, text_of
 from peftc.pages.records import Record
 from peftc.report import Report, count, size
 from peftc.steps.compare import compare
@@ -36,10 +36,10 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> Repo
         ArtifactError: the folder is neither an artifact nor an export, or is damaged.
     """
     check(repo)
-    subject = cards.subject(Path(folder))
+    subject = subject_of(Path(folder))
     licence = licence_of(subject)
     compared = compare([subject.folder]) if subject.format == "artifact" else None
-    text = cards.text_of(subject, repo, licence, compared)
+    text = text_of(subject, repo, licence, compared)
     names = sorted(path.relative_to(folder).as_posix() for path in subject.folder.rglob("*") if path.is_file())
     url, commit = _pushed(subject.folder, names, text, repo, private)
     total = sum((subject.folder / name).stat().st_size for name in names)

@@ -12,9 +12,8 @@ from typing import Any
 
 from peftc.errors import ArtifactError, reason_of
 from peftc.store import documents, results, verified
-from peftc.store import manifest as manifests
 from peftc.store.header import DTYPE_BITS, TensorInfo, encode_header, read_header
-from peftc.store.manifest import Manifest
+from peftc.store.manifest import STATISTICS, Manifest, digest
 
 MODEL, FACTORS, RESULT = "model", "factors", "result.json"  # the first two are stems of safetensors files
 BLOCK = 1 << 20
@@ -164,11 +163,11 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
 
 def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return what is known of the statistics in a folder; an `ArtifactError` where it holds none, or damaged ones."""
-    name = f"{manifests.STATISTICS}.json"
+    name = f"{STATISTICS}.json"
     if not manifest.holds_statistics or name not in manifest.files:
         raise ArtifactError(
             f"`{folder}` holds no statistics",
-            why=f"its manifest lists no `{manifests.STATISTICS}.safetensors`",
+            why=f"its manifest lists no `{STATISTICS}.safetensors`",
             hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
         )
     return dict(documents.read_shaped(folder / name, NOTE, ArtifactError, "collect them again"))
@@ -210,7 +209,7 @@ def add_measured(folder: Path, kind: str, question: Any, figures: dict[str, Any]
         OSError: the file cannot be written.
     """
     result = read_result(folder)
-    asked = manifests.digest(question)
+    asked = digest(question)
     measured = result.setdefault("measured", {})
     others = [entry for entry in measured.get(kind, []) if entry["question"] != asked]
     measured[kind] = [*others, {"question": asked, "at": round(time.time()), **figures}]

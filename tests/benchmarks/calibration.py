@@ -24,7 +24,7 @@ from peftc.calibration.prepared import Request, prepare
 from peftc.methods.decompose.whitened import whitened
 from peftc.models.inputs import outputs
 from peftc.models.load import load
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import find_targets
 from peftc.nn import lowrank
 from peftc.tasks.task import batches
 

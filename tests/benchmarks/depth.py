@@ -198,7 +198,7 @@ def scored(runs: Model, given: samples.Samples, names: list[str]) -> dict[str, l
     """Return the scores of each kind, from one forward pass."""
     seen = layer_scores.see(runs, given, names, 50)
     words = ("tsne-silhouette", "silhouette", "block-influence")
-    return {word: layer_scores.scores(runs, names, layer_scores.named(word, {}), seen) for word in words}
+    return {word: layer_scores.scored(runs, names, layer_scores.named(word, {}), seen) for word in words}
 
 
 def rule(scores: Sequence[float], alpha: float) -> int | None:
@@ -302,7 +302,7 @@ def cost(asked: argparse.Namespace) -> None:
 
     def ours() -> None:
         again = layer_scores.see(runs, given, names, 32)
-        found = layer_scores.scores(runs, names, score, again)
+        found = layer_scores.scored(runs, names, score, again)
         decision = depth.above_threshold(found, 0.3) if found[-1] > 0 else depth.Decision(())
         choice = evidence.Choice(decision, [], found, again)
         evidence.gather(work, choice, score, lambda scores, _: depth.above_threshold(scores, 0.3))

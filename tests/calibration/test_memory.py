@@ -28,7 +28,7 @@ from peftc.models import inputs, load, write
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.models.place import dtype_of, one_dtype, runnable
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import find_targets
 from peftc.models.weights import save_part
 from peftc.plans.plan import Target
 from peftc.steps.decompose import decompose

@@ -75,10 +75,9 @@ def named(name: str, folder: Path) -> Source:
 
 
 def groups(source: Source, *, weights: bool = True) -> list[list[str]]:
-    from peftc.models.targets import targets
 
     model = models.load(source, weights=weights)
-    return joining.of_one_input(model, targets(model, conv_method="spatial")[0])
+    return joining.of_one_input(model, find_targets(model, conv_method="spatial")[0])
 
 
 def stack(source: Source, names: list[str]) -> Tensor:

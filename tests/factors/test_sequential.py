@@ -18,7 +18,7 @@ from peftc.factors.spectra import factorizer
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models.load import load
-from peftc.models.targets import targets as find_targets
+from peftc.models.targets import find_targets
 
 DATA = "sklearn:digits"
 

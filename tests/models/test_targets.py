@@ -8,7 +8,7 @@ from peftc.errors import UsageError
 from peftc.models.families import matches
 from peftc.models.load import load
 from peftc.models.model import Model
-from peftc.models.targets import every_weight, targets
+from peftc.models.targets import every_weight
 from peftc.store.source import Source
 
 
@@ -17,7 +17,7 @@ def wrapped(module: nn.Module) -> Model:
 
 
 def split(module: nn.Module, **options: object) -> tuple[set[str], dict[str, str]]:
-    found, reasons = targets(wrapped(module), conv_method="channel", **options)  # type: ignore[arg-type]
+    found, reasons = find_targets(wrapped(module), conv_method="channel", **options)  # type: ignore[arg-type]
     return set(found), reasons
 
 
@@ -112,7 +112,7 @@ def test_shared_and_tied_weights_are_one_target() -> None:
     tied = nn.Linear(16, 16)
     tied.weight = shared.weight
     network = nn.Sequential(shared, shared, tied, nn.Linear(16, 16))
-    found, reasons = targets(wrapped(network), conv_method="channel")
+    found, reasons = find_targets(wrapped(network), conv_method="channel")
     assert list(found) == ["0"] and found["0"].aliases == ("2",)
     assert set(reasons) == {"3"}
     assert list(every_weight(wrapped(network))) == ["0", "3"]
@@ -144,5 +144,5 @@ def test_the_heads_of_both_libraries_stay_dense(tiny_vit, tiny_bert, tiny_llama,
         tiny_llama: {"lm_head", "model.embed_tokens"},
     }
     for folder, dense in expected.items():
-        _, reasons = targets(load(folder, weights=False), conv_method="channel")
+        _, reasons = find_targets(load(folder, weights=False), conv_method="channel")
         assert {name for name, why in reasons.items() if why != "embedding"} | (dense & reasons.keys()) == dense

@@ -41,10 +41,10 @@ def exported(small_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_card_of_another_packages_format_says_whose_it_is(exported: Path) -> None:
-    text = card.text_of(card.subject(exported), "me/theirs", {}, None)
+    text = card.text_of(card.subject_of(exported), "me/theirs", {}, None)
     assert "`theirs`, is that of another package, which theirs 1.0 ran" in text
     (exported / "result.json").rename(exported / "gone")
-    assert "is that of another package." in card.text_of(card.subject(exported), "me/theirs", {}, None)
+    assert "is that of another package." in card.text_of(card.subject_of(exported), "me/theirs", {}, None)
     (exported / "gone").rename(exported / "result.json")
 
 

@@ -332,7 +332,7 @@ def test_maps_are_those_that_the_scores_are_taken_of(vit: Path, images: str) -> 
     runs, given = read(vit, images, held_out=0)
     seen = layer_scores.see(runs, given, NAMES, 16)
     score = layer_scores.named("tsne-silhouette", {"perplexity": 5.0})
-    found = layer_scores.scores(runs, NAMES, score, seen)
+    found = layer_scores.scored(runs, NAMES, score, seen)
     for name, value in zip(NAMES, found, strict=True):
         known = seen.of(name, score.needs)
         assert (with_map(**known, perplexity=5.0)[1] == seen.maps[name]).all()

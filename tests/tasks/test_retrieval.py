@@ -21,7 +21,6 @@ from peftc.measure.costs import work
 from peftc.models import dual, load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model
-from peftc.models.targets import targets
 from peftc.options import Reading
 from peftc.tasks import retrieval
 from peftc.tasks.table import TASKS, fitting, guess
@@ -235,7 +234,7 @@ def test_a_model_of_texts_alone_is_refused(tiny_bert: Path, captioned: Path) -> 
 
 
 def eligible(model: Model) -> Any:
-    return targets(model, conv_method="spatial")
+    return find_targets(model, conv_method="spatial")
 
 
 def test_the_outputs_of_clip_are_its_two_vectors(tiny_clip: Path) -> None:
