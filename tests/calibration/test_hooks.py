@@ -25,7 +25,7 @@ from peftc.models import load as models
 from peftc.models.inputs import probe
 from peftc.models.model import Model
 from peftc.models.place import runnable
-from peftc.models.targets import targets as eligible
+from peftc.models.targets import find_targets as eligible
 from peftc.models.weights import save_part
 from peftc.nn import forms, lowrank
 from peftc.plans.plan import Target

@@ -16,6 +16,7 @@ from peftc.methods.decompose.kfac import kfac
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models import load as models
+from peftc.models.targets import find_targets
 from peftc.nn.surgery import parameters
 from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose

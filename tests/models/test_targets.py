@@ -8,7 +8,7 @@ from peftc.errors import UsageError
 from peftc.models.families import matches
 from peftc.models.load import load
 from peftc.models.model import Model
-from peftc.models.targets import every_weight
+from peftc.models.targets import every_weight, find_targets
 from peftc.store.source import Source
 
 

@@ -10,7 +10,7 @@ import pytest
 from peftc.errors import PlanError, UsageError
 from peftc.plans import plan as plans
 from peftc.plans.allocate import Use
-from peftc.plans.plan import Budget, Plan, Target, budget, check, ratio_of, read
+from peftc.plans.plan import Budget, Plan, Target, budget_of, check_plan, ratio_of, read_plan
 
 TARGETS = {
     "fc": Target("fc", "linear", (20, 30)),
@@ -35,7 +35,7 @@ def test_all_of_it_is_a_ratio(value: Any) -> None:
 )
 def test_a_ratio_out_of_range_is_refused(value: Any) -> None:
     with pytest.raises(UsageError, match="`--ratio .*` is out of range") as refusal:
-        budget(ratio=value)
+        budget_of(ratio=value)
     assert refusal.match("above 0, at most 1")
 
 
@@ -50,36 +50,36 @@ def test_a_ratio_out_of_range_is_refused(value: Any) -> None:
     ],
 )
 def test_one_budget_is_one_budget(asked: dict[str, Any], found: Budget) -> None:
-    assert budget(**asked) == found
+    assert budget_of(**asked) == found
     assert str(found) == f"--{found.kind} {found.amount}"
 
 
 def test_no_budget_and_two_budgets_are_refused() -> None:
     with pytest.raises(UsageError, match="there is none: `--ratio`, `--rank`, `--energy`, `--target-params`"):
-        budget()
+        budget_of()
     with pytest.raises(UsageError, match="contradict each other: `--ratio`, `--rank`"):
-        budget(ratio=0.5, rank=3)
+        budget_of(ratio=0.5, rank=3)
 
 
 @pytest.mark.parametrize("option", ["rank", "target_params", "target_macs"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, float("inf"), float("nan")])
 def test_an_amount_is_a_whole_number_from_one(option: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"`--{option.replace('_', '-')} .*` is out of range"):
-        budget(**{option: value})
+        budget_of(**{option: value})
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     plan = Plan({"fc": 3, "core": 4, "conv": None}, {"fc": "linear", "core": "spatial"}, {"conv": "skipped"}, "svd")
     plan.write(tmp_path / "plan.json")
-    assert read(tmp_path / "plan.json") == plan
-    check(plan, TARGETS)
+    assert read_plan(tmp_path / "plan.json") == plan
+    check_plan(plan, TARGETS)
 
 
 def test_a_plan_may_be_written_by_hand(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"schema_version": 1, "ranks": {"fc": 3}, "note": "mine"}')
-    plan = read(tmp_path / "plan.json")
+    plan = read_plan(tmp_path / "plan.json")
     assert plan == Plan({"fc": 3}, {})
-    check(plan, TARGETS)
+    check_plan(plan, TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_a_plan_may_be_written_by_hand(tmp_path: Path) -> None:
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "plan.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(PlanError, match=message):
-        read(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
 def test_a_plan_that_cannot_be_opened_is_refused_with_how_to_write_one(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="cannot read the plan") as refusal:
-        read(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")
     assert refusal.match("--plan plan.json")
 
 
@@ -127,13 +127,13 @@ def test_a_plan_that_cannot_be_opened_is_refused_with_how_to_write_one(tmp_path:
 )
 def test_a_plan_for_another_model_is_refused(ranks: Any, forms: dict[str, str], message: str) -> None:
     with pytest.raises(PlanError) as refusal:
-        check(Plan(ranks, forms), TARGETS)
+        check_plan(Plan(ranks, forms), TARGETS)
     assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("ranks", [{"gone": None}, {"fc": 11}, {"core": 4}, {}])
 def test_a_plan_that_fits_is_accepted(ranks: Any) -> None:
-    check(Plan(ranks, {}), TARGETS)
+    check_plan(Plan(ranks, {}), TARGETS)
 
 
 def test_a_plan_is_readable_json(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from peftc.methods.decompose.kfac import kfac
 from peftc.models import load as models
 from peftc.models.inputs import outputs
 from peftc.models.place import moved, runnable
-from peftc.models.targets import targets as eligible
+from peftc.models.targets import find_targets as eligible
 from peftc.steps.decompose import decompose
 
 HERE = "python:tests.steps.test_calibrated"

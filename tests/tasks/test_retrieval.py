@@ -21,6 +21,7 @@ from peftc.measure.costs import work
 from peftc.models import dual, load
 from peftc.models.inputs import forward, outputs, probe
 from peftc.models.model import Model
+from peftc.models.targets import find_targets
 from peftc.options import Reading
 from peftc.tasks import retrieval
 from peftc.tasks.table import TASKS, fitting, guess
