@@ -130,11 +130,9 @@ def refuse_not_utf8(what: str, name: object, kind: type[PeftcError] = UsageError
         PeftcError: of the kind, with the bytes escaped.
     """
     if shown(name) != str(name):
-        raise kind(
-            f"{what} `{shown(name)}` is not UTF-8",
-            why="peftc records names in JSON, which holds UTF-8 alone",
-            hint="rename it, or reach it through a link with another name",
-        )
+        why = "peftc records names in JSON, which holds UTF-8 alone"
+        hint = "rename it, or reach it through a link with another name"
+        raise kind(f"{what} `{shown(name)}` is not UTF-8", why=why, hint=hint)
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
@@ -148,11 +146,9 @@ def one_of(option: str, value: str, known: Collection[str]) -> None:
     """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
     if value not in known:
         near = nearest(value, known)
-        raise UsageError(
-            f"unknown value `{value}` for `{option}`",
-            why=f"it is one of {', '.join(f'`{name}`' for name in known)}",
-            hint=f"did you mean `{option} {near}`?" if near else None,
-        )
+        why = f"it is one of {', '.join(f'`{name}`' for name in known)}"
+        hint = f"did you mean `{option} {near}`?" if near else None
+        raise UsageError(f"unknown value `{value}` for `{option}`", why=why, hint=hint)
 
 
 def named(names: list[str], most: int = 5) -> str:

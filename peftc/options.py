@@ -127,11 +127,9 @@ class Recipe(Group):
         super().__post_init__()
         parts = processes.size() * self.accumulate
         if self.batch_size % parts:
-            raise UsageError(
-                f"a step of {self.batch_size} samples cannot be cut into {parts} equal parts",
-                why=f"{processes.size()} processes with `--accumulate {self.accumulate}` share it",
-                hint=f"choose a `--batch-size` that {parts} divides",
-            )
+            what = f"a step of {self.batch_size} samples cannot be cut into {parts} equal parts"
+            why = f"{processes.size()} processes with `--accumulate {self.accumulate}` share it"
+            raise UsageError(what, why=why, hint=f"choose a `--batch-size` that {parts} divides")
 
 
 def length(given: Mapping[str, Any], usual: float) -> dict[str, Any]:

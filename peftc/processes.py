@@ -128,8 +128,5 @@ def watched(words: Sequence[str] = NETWORK) -> Iterator[None]:
     except RuntimeError as error:
         if size() == 1 or not any(word in str(error).lower() for word in words):
             raise
-        raise LostProcessError(
-            "another process of this launch stopped",
-            why=reason_of(error),
-            hint="see what it said, and run the same command again to resume",
-        ) from error
+        hint = "see what it said, and run the same command again to resume"
+        raise LostProcessError("another process of this launch stopped", why=reason_of(error), hint=hint) from error

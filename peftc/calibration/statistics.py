@@ -118,10 +118,8 @@ def obtain(
         return collect(source, targets, needs, folder)
     there = {name: source.note["modules"][name]["form"] for name in targets if name in source}
     if not there:
-        raise ArtifactError(
-            f"`{source.path.parent}` holds statistics of none of the modules that are to be factored",
-            hint="collect them again, with the same `--include` and `--skip`",
-        )
+        what = f"`{source.path.parent}` holds statistics of none of the modules that are to be factored"
+        raise ArtifactError(what, hint="collect them again, with the same `--include` and `--skip`")
     other = next((name for name, form in there.items() if form != targets[name].form), None)
     if other is not None:
         raise ArtifactError(
@@ -150,18 +148,14 @@ def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
     theirs = record.base.get("files"), [step["id"] for step in record.steps[:-1]]
     earlier = model.manifest.steps if model.manifest else []
     if theirs != (write.base_record(model).get("files"), [step["id"] for step in earlier]):
-        raise ArtifactError(
-            f"the statistics in `{folder}` were collected on another model",
-            why="its weights have other digests",
-            hint="collect them again: `peftc calibrate MODEL --data DATA -o stats`",
-        )
+        why = "its weights have other digests"
+        hint = "collect them again: `peftc calibrate MODEL --data DATA -o stats`"
+        raise ArtifactError(f"the statistics in `{folder}` were collected on another model", why=why, hint=hint)
     lacking = [need for need in needs if need not in note["needs"]]
     if lacking:
-        raise ArtifactError(
-            f"`{folder}` lacks {', '.join(f'`{need}`' for need in lacking)}",
-            why=f"it was collected for `--method {note['method']}`",
-            hint="collect them again: `peftc calibrate MODEL --data DATA --method METHOD -o stats`",
-        )
+        why = f"it was collected for `--method {note['method']}`"
+        hint = "collect them again: `peftc calibrate MODEL --data DATA --method METHOD -o stats`"
+        raise ArtifactError(f"`{folder}` lacks {', '.join(f'`{need}`' for need in lacking)}", why=why, hint=hint)
     return Statistics(folder / FILE, note, [f"statistics: `{folder}`", *note["notes"]], too_few(note))
 
 
@@ -289,11 +283,9 @@ def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int
 
 def _refuse_non_finite(model: Model, outputs: Tensor) -> None:
     if not torch.isfinite(outputs).all():
-        raise WeightError(
-            f"`{model.name}` gives NaN or infinite outputs on the calibration set",
-            why="no statistic over them would mean anything",
-            hint="look for NaN in its weights with `peftc analyze`, or calibrate in float32",
-        )
+        why = "no statistic over them would mean anything"
+        hint = "look for NaN in its weights with `peftc analyze`, or calibrate in float32"
+        raise WeightError(f"`{model.name}` gives NaN or infinite outputs on the calibration set", why=why, hint=hint)
 
 
 def matrix_of(model: Model, target: Target) -> Tensor:

@@ -234,10 +234,8 @@ def _sources(ctx: Context, specs: dict[str, str | None], shared: dict[str, Any],
     named = {name: spec for name, spec in specs.items() if spec not in (None, "base")}
     built = [name for name, spec in named.items() if not Path(str(spec), MANIFEST).is_file()]
     if asked and not built:
-        raise UsageError(
-            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs['model']}` is an artifact",
-            hint="leave the option out: an artifact knows how it is built",
-        )
+        what = f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{specs['model']}` is an artifact"
+        raise UsageError(what, hint="leave the option out: an artifact knows how it is built")
     return specs | {
         name: Source(str(spec), from_file=name in from_file, **(given if name in built else trusted))
         for name, spec in named.items()

@@ -27,10 +27,8 @@ def _typed(project: config.Project, param: Any, value: Any) -> Any:
     found = _texts(value, pairs=pairs) if repeated else _text(value)
     if found is None:
         takes = "a list of texts" if repeated else "one value"
-        raise UsageError(
-            f"`{param.opts[0].lstrip('-')}` in `{project.file or config.FILE}` is {str(value)[:60]}",
-            why=f"the option takes {takes}" + (", or a table of its settings" if pairs else ""),
-        )
+        what = f"`{param.opts[0].lstrip('-')}` in `{project.file or config.FILE}` is {str(value)[:60]}"
+        raise UsageError(what, why=f"the option takes {takes}" + (", or a table of its settings" if pairs else ""))
     return value if isinstance(value, bool) and param.is_flag else found
 
 

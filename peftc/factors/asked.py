@@ -38,15 +38,12 @@ def asked_budget(plan: str | Path | Plan | None, budgets: Budgets, *, keep_all_r
     other = next((f"`--{name.replace('_', '-')}`" for name, value in asked.items() if value is not None), None)
     if keep_all_ranks and (other or plan is not None):
         other = other or "`--plan`"
-        raise UsageError(
-            f"`--keep-all-ranks` takes no budget, but {other} is given",
-            why="every rank is kept; the budget comes when they are cut",
-            hint=f"leave {other} out here, and give it to `peftc truncate`",
-        )
+        why = "every rank is kept; the budget comes when they are cut"
+        hint = f"leave {other} out here, and give it to `peftc truncate`"
+        raise UsageError(f"`--keep-all-ranks` takes no budget, but {other} is given", why=why, hint=hint)
     if other:
-        raise UsageError(
-            f"`--plan` and {other} contradict each other", why="a plan already says the ranks", hint="give one of them"
-        )
+        why = "a plan already says the ranks"
+        raise UsageError(f"`--plan` and {other} contradict each other", why=why, hint="give one of them")
     return None
 
 
@@ -65,10 +62,8 @@ def asked_plan(
     if model is not None:
         arrange(model, targets, given, joint)
     elif given is not None and given.joint:
-        raise PlanError(
-            "the plan lets modules share a down factor, and ordered factors are kept apart",
-            hint="decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`",
-        )
+        hint = "decompose the dense model by this plan: `peftc decompose MODEL --plan FILE`"
+        raise PlanError("the plan lets modules share a down factor, and ordered factors are kept apart", hint=hint)
     if given is not None:
         check_plan(gathered(given), targets)
     return given

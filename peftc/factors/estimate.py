@@ -76,11 +76,9 @@ def refuse_unsolvable(work: Factoring) -> None:
     own, solver = memory.taken(work.device), int(needed[name] / memory.SPARE)
     if own + solver > limit:
         enough = -(-(memory.held_before(work.device) + solver) // 10**7) * 10
-        raise PlanError(
-            f"`--max-memory` {size(limit)} is too little to factor `{name}`",
-            why=f"solving it takes {size(needed[name])}, and {size(own)} is held before",
-            hint=f"ask for `--max-memory {enough}MB`, or leave it dense: `--skip {name}`",
-        )
+        why = f"solving it takes {size(needed[name])}, and {size(own)} is held before"
+        hint = f"ask for `--max-memory {enough}MB`, or leave it dense: `--skip {name}`"
+        raise PlanError(f"`--max-memory` {size(limit)} is too little to factor `{name}`", why=why, hint=hint)
 
 
 def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:

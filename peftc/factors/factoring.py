@@ -305,10 +305,8 @@ class Factoring:
         report.warnings += write.verify(self.job.folder, self.model)
         after = report.data["size"]["after"]
         if record.parameters != after["parameters"]:
-            raise ArtifactError(
-                f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}",
-                hint="this is a bug in peftc: please report it",
-            )
+            what = f"the artifact holds {record.parameters:,} parameters, the plan said {after['parameters']:,}"
+            raise ArtifactError(what, hint="this is a bug in peftc: please report it")
         if after["macs"] is not None:
             after["macs"] = costs.work(one_dtype(self.model)).macs
             asked = int((request["budget"] or {}).get("target-macs", after["macs"]))
@@ -360,6 +358,5 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError as error:
-        raise MethodError(
-            f"cannot decompose `{name}`", why=str(error), hint=f"leave it dense: `--skip {name}`"
-        ) from error
+        why = str(error)
+        raise MethodError(f"cannot decompose `{name}`", why=why, hint=f"leave it dense: `--skip {name}`") from error

@@ -91,15 +91,12 @@ def _check_planned(targets: Mapping[str, Target], groups: Sequence[Sequence[str]
     for names in groups:
         unknown = [name for name in names if name not in targets]
         if unknown:
-            raise PlanError(
-                f"the plan lets `{unknown[0]}` share a down factor, but it is not among the eligible modules",
-                hint=f"include it: `--include {unknown[0]}`, or take the group out of `joint`",
-            )
+            what = f"the plan lets `{unknown[0]}` share a down factor, but it is not among the eligible modules"
+            raise PlanError(what, hint=f"include it: `--include {unknown[0]}`, or take the group out of `joint`")
         some = [targets[name] for name in names]
         if any(each.form not in FORMS or each.aliases for each in some) or len({_in(each) for each in some}) > 1:
-            raise _unplannable(
-                names, "only linear modules of one input width that share their weight with no other can"
-            )
+            what = names
+            raise _unplannable(what, "only linear modules of one input width that share their weight with no other can")
 
 
 def _unplannable(names: Sequence[str], why: str, otherwise: str = "") -> PlanError:

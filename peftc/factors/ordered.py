@@ -35,11 +35,9 @@ AGAIN = "build it again: `peftc show --commands` prints how"
 def refuse_ordered(model: Model) -> None:
     """Refuse, as ArtifactError, to decompose what already holds the factors of every rank."""
     if model.manifest is not None and model.manifest.ordered:
-        raise ArtifactError(
-            f"`{model.folder}` already holds the factors of every rank",
-            why="it was written with `--keep-all-ranks`, so no budget needs another decomposition",
-            hint=f"cut it: `peftc truncate {model.folder} --ratio 0.5 -o small`",
-        )
+        why = "it was written with `--keep-all-ranks`, so no budget needs another decomposition"
+        hint = f"cut it: `peftc truncate {model.folder} --ratio 0.5 -o small`"
+        raise ArtifactError(f"`{model.folder}` already holds the factors of every rank", why=why, hint=hint)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -178,11 +176,8 @@ def refuse_unordered(model: Model) -> Manifest:
     if model.manifest is None:
         raise ArtifactError(f"`{model.name}` is a model, not an artifact with factors of every rank", hint=MAKE)
     if not model.manifest.ordered:
-        raise ArtifactError(
-            f"`{model.folder}` holds no factors of every rank",
-            why="it was not written with `--keep-all-ranks`",
-            hint=MAKE,
-        )
+        why = "it was not written with `--keep-all-ranks`"
+        raise ArtifactError(f"`{model.folder}` holds no factors of every rank", why=why, hint=MAKE)
     return model.manifest
 
 
@@ -200,11 +195,9 @@ def ordered_targets(model: Model, record: Manifest) -> tuple[dict[str, Target], 
         target = found.get(name)
         there = target and (target.form, allocate.break_even_rank(target.shape, target.form))
         if there != (entry["form"], entry["rank"]):
-            raise ArtifactError(
-                f"`{model.folder}` holds factors of `{name}` as `{entry['form']}` up to rank {entry['rank']}",
-                why=f"in its network that is `{there[0]}` up to rank {there[1]}" if there else "it may not be factored",
-                hint=AGAIN,
-            )
+            what = f"`{model.folder}` holds factors of `{name}` as `{entry['form']}` up to rank {entry['rank']}"
+            why = f"in its network that is `{there[0]}` up to rank {there[1]}" if there else "it may not be factored"
+            raise ArtifactError(what, why=why, hint=AGAIN)
     reasons |= dict.fromkeys(found.keys() - record.ordered.keys(), "no factors of it are stored")
     return {name: target for name, target in found.items() if name in record.ordered}, reasons
 
@@ -221,10 +214,8 @@ def stored(model: Model, record: Manifest, targets: Mapping[str, Target]) -> dic
     for key in sorted(expected.keys() | table.keys()):
         there = table[key].shape if key in table else None
         if there != expected.get(key):
-            raise ArtifactError(
-                f"`{key}` among the factors of `{model.folder}` is {_text(there)}, not {_text(expected.get(key))}",
-                hint=AGAIN,
-            )
+            what = f"`{key}` among the factors of `{model.folder}` is {_text(there)}, not {_text(expected.get(key))}"
+            raise ArtifactError(what, hint=AGAIN)
     files = weights.from_infos(str(model.folder), table)
     found = {}
     for name, shapes in needed.items():

@@ -104,11 +104,9 @@ def _limit(targets: Mapping[str, Target], budget: Budget, unit: str, whole: Whol
         raise PlanError("cannot keep `--target-macs`", why="the multiply-adds of this model could not be measured")
     limit = int(budget.amount) - (size - dense)
     if limit <= 0:
-        raise PlanError(
-            f"`{budget}` is out of reach",
-            why=f"the model takes {size:,}; all but {dense:,} of it is not eligible and stays",
-            hint=f"ask for more than {size - dense:,}, or make more modules eligible with `--include`",
-        )
+        why = f"the model takes {size:,}; all but {dense:,} of it is not eligible and stays"
+        hint = f"ask for more than {size - dense:,}, or make more modules eligible with `--include`"
+        raise PlanError(f"`{budget}` is out of reach", why=why, hint=hint)
     return limit
 
 
@@ -125,9 +123,8 @@ def uniform_within(
 
     low, high = 1, 1_000_000
     if cost(low) > limit:
-        raise PlanError(
-            f"the budget leaves {limit:,} for the eligible modules", why=f"rank {multiple} in each takes {cost(low):,}"
-        )
+        why = f"rank {multiple} in each takes {cost(low):,}"
+        raise PlanError(f"the budget leaves {limit:,} for the eligible modules", why=why)
     if cost(high) <= limit:
         return at(high)
     while high - low > 1:

@@ -40,10 +40,8 @@ class _Reached(Exception):
 def refuse_unfit(source: object, needs: Sequence[str]) -> None:
     """Refuse, as UsageError, a sequential fit without a calibration set, or by a method that looks at no inputs."""
     if not isinstance(source, Prepared) or not set(needs) & set(NEEDS):
-        raise UsageError(
-            "`--sequential` needs a calibration set to run, and a method with statistics of inputs",
-            hint="name it: `--data DATA`, with `--method kfac`, `whitened` or `asvd`",
-        )
+        what = "`--sequential` needs a calibration set to run, and a method with statistics of inputs"
+        raise UsageError(what, hint="name it: `--data DATA`, with `--method kfac`, `whitened` or `asvd`")
 
 
 def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[str, Any]]:

@@ -96,14 +96,11 @@ def factorizer(
     needs = tuple(methods.needs_of(function))
     unknown = [name for name in needs if name not in hooks.STATISTICS]
     if unknown:
-        raise MethodError(
-            f"`{chosen}` asks for `{unknown[0]}`", why=f"calibration collects {', '.join(hooks.STATISTICS)}"
-        )
+        why = f"calibration collects {', '.join(hooks.STATISTICS)}"
+        raise MethodError(f"`{chosen}` asks for `{unknown[0]}`", why=why)
     if needs and not with_data:
-        raise UsageError(
-            f"`--method {chosen}` needs {', '.join(needs)} of a calibration set",
-            hint="name one: `--data DATA`, or collected statistics: `--statistics DIR`",
-        )
+        hint = "name one: `--data DATA`, or collected statistics: `--statistics DIR`"
+        raise UsageError(f"`--method {chosen}` needs {', '.join(needs)} of a calibration set", hint=hint)
     return Factorizer(
         chosen, function, methods.with_settings(function, chosen, settings or {}), needs, correct_bias=correct_bias
     )

@@ -175,11 +175,10 @@ def search(
     if abs(best.measured.value / asked - 1) > allowed:
         found = sorted(each.measured.value for each in tries)
         noise = max(each.measured.noise_high for each in tries)
-        raise PlanError(
-            f"`--speedup {asked:g}` was not met: {', '.join(f'{value:.2f}x' for value in found)} were measured",
-            why=f"the best that was measured is {found[-1]:.2f}x; the model against itself shows up to {noise:.2f}x",
-            hint="end other programs and run again, or time larger batches with `--batch-size`",
-        )
+        what = f"`--speedup {asked:g}` was not met: {', '.join(f'{value:.2f}x' for value in found)} were measured"
+        why = f"the best that was measured is {found[-1]:.2f}x; the model against itself shows up to {noise:.2f}x"
+        hint = "end other programs and run again, or time larger batches with `--batch-size`"
+        raise PlanError(what, why=why, hint=hint)
     return [each for each in tries if each is not best] + [best]
 
 

@@ -86,13 +86,11 @@ def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> No
             with torch.device("meta"):
                 update = function(module, **methods.with_settings(function, entry["method"], entry["settings"]))
         except (AttributeError, TypeError, ValueError, UsageError) as error:
-            raise ArtifactError(
-                f"the artifact adapts `{name}` by `{entry['method']}`, which cannot be built", why=str(error)
-            ) from error
+            what = f"the artifact adapts `{name}` by `{entry['method']}`, which cannot be built"
+            raise ArtifactError(what, why=str(error)) from error
         if not isinstance(update, nn.Module):
-            raise ArtifactError(
-                f"the artifact adapts `{name}` by `{entry['method']}`", why="that method has no update of such a module"
-            )
+            why = "that method has no update of such a module"
+            raise ArtifactError(f"the artifact adapts `{name}` by `{entry['method']}`", why=why)
         surgery.replace(network, module, Adapted(module, without_scratch(update)))
 
 

@@ -22,11 +22,10 @@ def build(source: Source, located: Located, with_weights: bool) -> tuple[Model, 
     """Return the unfilled base network of anything but an artifact, and its weights (SourceError: forbidden code)."""
     if located.kind == "python":
         if source.from_file and not source.allow_code:
-            raise SourceError(
-                f"`{source.spec}` is code that a file names, and peftc would have to import and run it",
-                why="it was not typed: it stands in a manifest, an adapter, a chain or a project file",
-                hint="add `--allow-code` (in Python: `allow_code=True`) if you trust that file and that code",
-            )
+            what = f"`{source.spec}` is code that a file names, and peftc would have to import and run it"
+            why = "it was not typed: it stands in a manifest, an adapter, a chain or a project file"
+            hint = "add `--allow-code` (in Python: `allow_code=True`) if you trust that file and that code"
+            raise SourceError(what, why=why, hint=hint)
         model = _python(located.name, dict(source.arch_set), source, empty=bool(located.weights) or not with_weights)
     elif located.kind == "timm-arch":
         model = from_timm.from_architecture(source, located, with_weights)
@@ -102,11 +101,8 @@ def refuse_unbuildable(model: Model) -> None:
             return
     except PeftcError as error:
         why = error.why or error.what
-    raise SourceError(
-        f"a live `{type(model.module).__name__}` cannot be stored so that it reloads",
-        why=why,
-        hint="write a factory function that builds it, and name it: `python:module:factory` with `--weights FILE`",
-    )
+    hint = "write a factory function that builds it, and name it: `python:module:factory` with `--weights FILE`"
+    raise SourceError(f"a live `{type(model.module).__name__}` cannot be stored so that it reloads", why=why, hint=hint)
 
 
 def _python(factory: str, arguments: dict[str, Any], source: Source, *, empty: bool) -> Model:
@@ -119,11 +115,8 @@ def _python(factory: str, arguments: dict[str, Any], source: Source, *, empty: b
         for part in attribute.split("."):
             make = getattr(make, part)
     except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"cannot import `python:{factory}`",
-            why=str(error),
-            hint="run peftc in the folder that holds the module, or add it to PYTHONPATH",
-        ) from error
+        hint = "run peftc in the folder that holds the module, or add it to PYTHONPATH"
+        raise SourceError(f"cannot import `python:{factory}`", why=str(error), hint=hint) from error
     try:
         network: Any = on_meta(lambda: make(**arguments)) if empty else make(**arguments)
     except TypeError as error:

@@ -32,10 +32,8 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
     else:
         files, record = dict(base["files"]), dict(base.get("source") or {})
     if not record or "memory" in files:
-        raise ArtifactError(
-            f"a delta needs a base on disk; `{model.name}` is a live network",
-            hint="save it first, or write a full artifact: leave `--delta` out",
-        )
+        hint = "save it first, or write a full artifact: leave `--delta` out"
+        raise ArtifactError(f"a delta needs a base on disk; `{model.name}` is a live network", hint=hint)
     return {"source": record, "files": files, "tensors": dict(tensors)}
 
 
@@ -81,19 +79,14 @@ def beneath(
         if not is_typed and beside.exists():
             spec = str(beside)
         elif is_path or is_artifact:
-            raise SourceError(
-                f"`{folder}` is a delta on `{spec}`, which is not there",
-                why=f"neither that path from here exists, nor `{beside}`",
-                hint="put its base beside it, or say where it is: `--base MODEL`",
-            )
+            what = f"`{folder}` is a delta on `{spec}`, which is not there"
+            hint = "put its base beside it, or say where it is: `--base MODEL`"
+            raise SourceError(what, why=f"neither that path from here exists, nor `{beside}`", hint=hint)
     revision = None if is_typed else named.get("revision")
     model = load(recorded(named, source, spec, revision=revision, from_file=not is_typed, verify=source.verify))
     if why := difference(record.delta["files"], model.files):
-        raise ArtifactError(
-            f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was",
-            why=why,
-            hint="put the model back that it was made from, or make the delta again",
-        )
+        what = f"`{folder}` is a delta on `{model.source.spec}`, which is not what it was"
+        raise ArtifactError(what, why=why, hint="put the model back that it was made from, or make the delta again")
     return surgery.tensors_of(model.module), model.infos
 
 

@@ -30,11 +30,9 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
         raise SourceError(f"`{folder / ADAPTER}` is not as peft writes it", why=why)
     named = source.base or config.get("base_model_name_or_path")
     if not named:
-        raise SourceError(
-            f"`{folder}` is an adapter that does not say of which model",
-            why=f"`base_model_name_or_path` in `{ADAPTER}` is empty",
-            hint="name it: `--base MODEL`",
-        )
+        what = f"`{folder}` is an adapter that does not say of which model"
+        hint = "name it: `--base MODEL`"
+        raise SourceError(what, why=f"`base_model_name_or_path` in `{ADAPTER}` is empty", hint=hint)
     path = folder / TENSORS
     if not path.is_file():
         raise SourceError(f"`{folder}` lacks `{TENSORS}`", hint="save the adapter with `safe_serialization=True`")
@@ -58,11 +56,9 @@ def from_folder(source: Source, folder: Path, load: Callable[[Source], Model]) -
     for name, tensor in tensors.items():
         if name not in known or known[name].shape != tensor.shape:
             there = list(known[name].shape) if name in known else "nothing of that name"
-            raise SourceError(
-                f"the adapter in `{folder}` does not fit `{base.name}`",
-                why=f"its `{name}` has shape {list(tensor.shape)}, and there is {there}",
-                hint="name the model that it was made for: `--base MODEL`",
-            )
+            what = f"the adapter in `{folder}` does not fit `{base.name}`"
+            hint = "name the model that it was made for: `--base MODEL`"
+            raise SourceError(what, why=f"its `{name}` has shape {list(tensor.shape)}, and there is {there}", hint=hint)
         if name not in whole or not torch.equal(known[name], tensor.to(known[name].dtype)):
             surgery.assign(base.module, groups[name], tensor)  # what is tied stays tied, as in peft
     base.module.requires_grad_(False)
@@ -90,8 +86,6 @@ def _place(network: nn.Module, name: str, adapter: Adapter, folder: Path) -> Non
         refused = f"its factors are made for a window of {list(adapter.window)}"
     update = None if refused else function(module, rank=adapter.rank, alpha=adapter.alpha)
     if not isinstance(update, nn.Module):
-        raise SourceError(
-            f"the adapter in `{folder}` adapts `{name}`, a {type(module).__name__}, as peftc does not",
-            why=refused or "its update is as large as its weight",
-        )
+        what = f"the adapter in `{folder}` adapts `{name}`, a {type(module).__name__}, as peftc does not"
+        raise SourceError(what, why=refused or "its update is as large as its weight")
     surgery.replace(network, module, Adapted(module, update))

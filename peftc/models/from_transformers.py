@@ -30,11 +30,9 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
         raise SourceError(f"`{names[0]}`, which `{folder / 'config.json'}` asks for, is no model of transformers")
     remote = cls is None
     if remote and not source.trust_remote_code:
-        raise SourceError(
-            f"transformers has no class `{names[0]}`, which `{folder}` asks for",
-            why="the checkpoint brings code of its own, or needs another version of transformers",
-            hint="add `--trust-remote-code` if you trust that code, or upgrade transformers",
-        )
+        why = "the checkpoint brings code of its own, or needs another version of transformers"
+        hint = "add `--trust-remote-code` if you trust that code, or upgrade transformers"
+        raise SourceError(f"transformers has no class `{names[0]}`, which `{folder}` asks for", why=why, hint=hint)
     try:
         made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
         if hasattr(made, "transformers_weights"):

@@ -36,11 +36,9 @@ def with_head(model: Model, classes: Sequence[str]) -> Headed:
         return _filled(model, empty, "")
     if model.library == "transformers":
         return _filled(model, *_of_transformers(model, classes))
-    raise SourceError(
-        f"`{model.name}` cannot be given a head for {len(classes)} classes",
-        why="peftc does not know which of the modules of your own class is the head",
-        hint="let the factory build it with as many outputs: `--arch-set`",
-    )
+    why = "peftc does not know which of the modules of your own class is the head"
+    hint = "let the factory build it with as many outputs: `--arch-set`"
+    raise SourceError(f"`{model.name}` cannot be given a head for {len(classes)} classes", why=why, hint=hint)
 
 
 def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
@@ -54,10 +52,8 @@ def _of_transformers(model: Model, classes: Sequence[str]) -> tuple[Model, str]:
     }
     architecture = tables.get(model.kind, {}).get(model.config.get("model_type"))
     if architecture is None:
-        raise SourceError(
-            f"`{model.name}` cannot be given a head for {len(classes)} classes",
-            why=f"transformers has no class for that with a `{model.architecture}`",
-        )
+        why = f"transformers has no class for that with a `{model.architecture}`"
+        raise SourceError(f"`{model.name}` cannot be given a head for {len(classes)} classes", why=why)
     cls: Any = getattr(transformers, architecture)
     before: Any = model.module.config
     config = {

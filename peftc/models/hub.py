@@ -26,17 +26,13 @@ def fetched(located: Located, source: Source, with_weights: bool) -> Located:
     """
     folder = snapshot(located, source, with_weights)
     if not any((folder / name).is_file() for name in (MANIFEST, "config.json", "adapter_config.json")):
-        raise SourceError(
-            f"`{located.name}` is a repository of the hub, but holds no model",
-            why=f"it has neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)",
-        )
+        why = f"it has neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)"
+        raise SourceError(f"`{located.name}` is a repository of the hub, but holds no model", why=why)
     found = replace(in_folder(folder, source), name=located.name, revision=located.revision)
     asked = [name for name in OWN if getattr(source, name)]
     if found.kind == "artifact" and asked:
-        raise UsageError(
-            f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{located.name}` is an artifact",
-            hint="leave the option out: an artifact knows how it is built",
-        )
+        what = f"`--{asked[0].replace('_', '-')}` says how to build a model, but `{located.name}` is an artifact"
+        raise UsageError(what, hint="leave the option out: an artifact knows how it is built")
     return found
 
 
@@ -94,11 +90,8 @@ def downloaded(located: Located, source: Source, patterns: list[str], what: str,
         if re.fullmatch(r"[0-9a-f]{40}", Path(folder).name):
             return Path(folder)
         why = f"it calls a commit `{Path(folder).name}`, not by 40 hexadecimal digits"
-    raise SourceError(
-        f"the answer of the hub about `{located.name}` ({what}) is not understood",
-        why=why,
-        hint="check `HF_ENDPOINT` and what stands between here and the hub, or try again later",
-    )
+    hint = "check `HF_ENDPOINT` and what stands between here and the hub, or try again later"
+    raise SourceError(f"the answer of the hub about `{located.name}` ({what}) is not understood", why=why, hint=hint)
 
 
 def _refusal(error: Exception, located: Located, source: Source, what: str) -> SourceError:

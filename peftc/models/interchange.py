@@ -181,10 +181,8 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[di
     parts = ("up", "down", *(("magnitude",) if method == "dora" else ()))
     lacking = [f"{module}.{part}" for module, there in factors.items() for part in parts if part not in there]
     if lacking or not factors:
-        raise SourceError(
-            f"the adapter lacks {', '.join(f'`{name}`' for name in lacking[:3]) or 'all factors'}",
-            why=f"each module that {method} adapts has {', '.join(parts)}",
-        )
+        what = f"the adapter lacks {', '.join(f'`{name}`' for name in lacking[:3]) or 'all factors'}"
+        raise SourceError(what, why=f"each module that {method} adapts has {', '.join(parts)}")
     for module, there in factors.items():
         up, down = there["up"].shape, there["down"].shape
         if len(up) != len(down) or any(side != 1 for side in up[2:]):
@@ -217,22 +215,16 @@ def refuse_other_modules(
     """Refuse an adapter whose configuration names others of a base's modules than its tensors are of (SourceError)."""
     there = set(adapters)
     if foreign := sorted(there - set(names)):
-        raise SourceError(
-            f"the adapter adapts `{foreign[0]}`, which the model does not have",
-            hint="name the model that it was made for: `--base MODEL`",
-        )
+        hint = "name the model that it was made for: `--base MODEL`"
+        raise SourceError(f"the adapter adapts `{foreign[0]}`, which the model does not have", hint=hint)
     meant = {name for name in names if _is_meant(config, name)}
     if without := sorted(meant - there):
-        raise SourceError(
-            f"the adapter holds no factors for `{without[0]}`",
-            why=f"its `target_modules` name {len(meant)} modules of the base, and it has factors for {len(there)}",
-            hint="name the model that it was made for: `--base MODEL`",
-        )
+        why = f"its `target_modules` name {len(meant)} modules of the base, and it has factors for {len(there)}"
+        hint = "name the model that it was made for: `--base MODEL`"
+        raise SourceError(f"the adapter holds no factors for `{without[0]}`", why=why, hint=hint)
     if others := sorted(there - meant):
-        raise SourceError(
-            f"the adapter holds factors for `{others[0]}`",
-            why="its `target_modules`, as peft reads them, leave that module alone",
-        )
+        why = "its `target_modules`, as peft reads them, leave that module alone"
+        raise SourceError(f"the adapter holds factors for `{others[0]}`", why=why)
     own = list(own)  # tensors of modules that train whole
     for name in (name for name in names if any(name.endswith(saved) for saved in config.get("modules_to_save") or [])):
         if not any(tensor.startswith(f"{name}.") for tensor in own):

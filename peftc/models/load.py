@@ -54,11 +54,9 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
         loaded.notes += [said] if (said := surgery.two_halves(loaded.module)) else []
     lazy = [name for name, parameter in loaded.module.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:
-        raise SourceError(
-            f"`{lazy[0]}` of `{loaded.name}` has no shape yet",
-            why="a lazy module takes its shape from the first input, and has seen none",
-            hint="let the factory run the network once before it returns it",
-        )
+        why = "a lazy module takes its shape from the first input, and has seen none"
+        hint = "let the factory run the network once before it returns it"
+        raise SourceError(f"`{lazy[0]}` of `{loaded.name}` has no shape yet", why=why, hint=hint)
     loaded.module.eval()
     return loaded
 
@@ -77,34 +75,27 @@ def _whole(source: Source) -> Model:
     if located.kind == "peft" or (
         located.kind == "artifact" and located.folder is not None and manifest.read(located.folder).delta
     ):
-        raise SourceError(
-            f"`{source.spec}` cannot be the model beneath another",
-            why="it is an adapter or a delta itself",
-            hint="name the whole model: `--base MODEL`",
-        )
+        what = f"`{source.spec}` cannot be the model beneath another"
+        raise SourceError(what, why="it is an adapter or a delta itself", hint="name the whole model: `--base MODEL`")
     return load(source)
 
 
 def load_base(model: Model) -> Model:
     """Return the base that an artifact records, as it was then (ArtifactError: it is not; SourceError: not there)."""
     if model.manifest is None:
-        raise ArtifactError(
-            f"`{model.source.spec}` is no artifact, so it records no base", hint="name one: `--against MODEL`"
-        )
+        hint = "name one: `--against MODEL`"
+        raise ArtifactError(f"`{model.source.spec}` is no artifact, so it records no base", hint=hint)
     record = model.manifest.base.get("source")
     if record is None:
-        raise ArtifactError(
-            f"the base of `{model.source.spec}` was a live network", hint="name one that is stored: `--against MODEL`"
-        )
+        hint = "name one that is stored: `--against MODEL`"
+        raise ArtifactError(f"the base of `{model.source.spec}` was a live network", hint=hint)
     preprocess = model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})}
     revision = record.get("revision")
     base = load(delta.recorded(record, model.source, record["spec"], revision=revision, preprocess=preprocess))
     if why := delta.difference(model.manifest.base.get("files", {}), base.files):
-        raise ArtifactError(
-            f"`{base.source.spec}` is not the base that `{model.source.spec}` was made from",
-            why=why,
-            hint="put the model back that it was made from, or name another one: `--against MODEL`, `--teacher MODEL`",
-        )
+        what = f"`{base.source.spec}` is not the base that `{model.source.spec}` was made from"
+        hint = "put the model back that it was made from, or name another one: `--against MODEL`, `--teacher MODEL`"
+        raise ArtifactError(what, why=why, hint=hint)
     return base
 
 
@@ -156,11 +147,9 @@ def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = F
         if names[0] in own:
             surgery.assign(tuned.module, names, one.to(place))
         elif other is None or one.shape != other.shape or not torch.equal(one, other.to(one.device, one.dtype)):
-            raise ArtifactError(
-                f"the network is not the base of `{folder}`",
-                why=f"its `{there}` {'has other values' if there in theirs else 'is not there'}",
-                hint=f"load the base first: `peftc.load({record.delta['source']['spec']!r})`",
-            )
+            why = f"its `{there}` {'has other values' if there in theirs else 'is not there'}"
+            hint = f"load the base first: `peftc.load({record.delta['source']['spec']!r})`"
+            raise ArtifactError(f"the network is not the base of `{folder}`", why=why, hint=hint)
         else:
             surgery.assign(tuned.module, names, other)
     return tuned.module
@@ -181,9 +170,8 @@ def _overridden(preprocess: dict[str, Any], changes: Mapping[str, Any]) -> dict[
         if "input_size" in merged:
             merged["input_size"] = [int(side) for side in merged["input_size"]]
     except (TypeError, ValueError):
-        raise UsageError(
-            f"`{key}` of `--preprocess` is {merged[key]!r}", why="it takes numbers, as `mean=0.5`"
-        ) from None
+        why = "it takes numbers, as `mean=0.5`"
+        raise UsageError(f"`{key}` of `--preprocess` is {merged[key]!r}", why=why) from None
     return merged
 
 
@@ -192,17 +180,13 @@ def _artifact(source: Source, located: Located, with_weights: bool, merge: bool)
     assert folder is not None
     record = manifest.read(folder)
     if record.holds_statistics:
-        raise ArtifactError(
-            f"`{folder}` holds statistics of a model, not a model",
-            why="`peftc calibrate` wrote it",
-            hint=f"decompose the model with it: `peftc decompose MODEL --statistics {folder} --ratio 0.5 -o small`",
-        )
+        why = "`peftc calibrate` wrote it"
+        hint = f"decompose the model with it: `peftc decompose MODEL --statistics {folder} --ratio 0.5 -o small`"
+        raise ArtifactError(f"`{folder}` holds statistics of a model, not a model", why=why, hint=hint)
     if record.base["library"] == "python" and not source.allow_code:
-        raise ArtifactError(
-            f"`{folder}` needs code of yours to be loaded",
-            why=f"its base network is `python:{record.base['architecture']}`, which peftc would have to import and run",
-            hint="add `--allow-code` (in Python: `peftc.load(path, allow_code=True)`) if you trust that code",
-        )
+        why = f"its base network is `python:{record.base['architecture']}`, which peftc would have to import and run"
+        hint = "add `--allow-code` (in Python: `peftc.load(path, allow_code=True)`) if you trust that code"
+        raise ArtifactError(f"`{folder}` needs code of yours to be loaded", why=why, hint=hint)
     table = artifact.tensor_table(folder, record)
     if source.verify:
         verified.check(folder, record.files)
@@ -269,8 +253,6 @@ def refuse_non_finite(model: Model) -> None:
         and not all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(1 << 22))
     ]
     if bad:
-        raise WeightError(
-            f"`{model.name}` holds NaN or infinite numbers in {named(bad, 4)}",
-            why="training diverged, or the file is damaged",
-            hint="use an earlier checkpoint; peftc does not repair weights",
-        )
+        why = "training diverged, or the file is damaged"
+        hint = "use an earlier checkpoint; peftc does not repair weights"
+        raise WeightError(f"`{model.name}` holds NaN or infinite numbers in {named(bad, 4)}", why=why, hint=hint)

@@ -84,11 +84,8 @@ def shorten(model: Model, names: Sequence[str], kept: Sequence[str]) -> Shorter:
             continue
         infos = {name: model.infos[wanted[there]] for name, there in first.items() if wanted[there] in model.infos}
         return replace(left, model=replace(model, module=network.eval(), config=config, infos=infos, files=[]))
-    raise PlanError(
-        f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}",
-        why=why,
-        hint="choose other layers with `--drop`: some of its layers are not like the others",
-    )
+    what = f"`{model.name}` cannot be built without {', '.join(f'`{name}`' for name in dropped[:4])}"
+    raise PlanError(what, why=why, hint="choose other layers with `--drop`: some of its layers are not like the others")
 
 
 def skip(model: Model, kept: Sequence[str], dropped: Mapping[str, list[int]]) -> Shorter:

@@ -71,11 +71,9 @@ def patterns_for(modules: Mapping[str, Any], include: Sequence[str], skip: Seque
     for option, patterns in zip(("--include", "--skip"), found, strict=True):
         for pattern in patterns:
             if not any(families.matches(name, pattern) for name in modules):
-                raise UsageError(
-                    f"`{option} {pattern}` matches no module",
-                    why="patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`",
-                    hint=f"names look like `{next(filter(None, modules), 'nothing: no module has a weight')}`",
-                )
+                why = "patterns match whole parts of dotted names, as `head`, `blocks.0`, `*.fc1`"
+                hint = f"names look like `{next(filter(None, modules), 'nothing: no module has a weight')}`"
+                raise UsageError(f"`{option} {pattern}` matches no module", why=why, hint=hint)
     return found
 
 

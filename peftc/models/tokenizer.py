@@ -13,11 +13,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.jso
 def tokenizer_of(model: Model) -> Any:
     """Return the tokenizer that lies beside a model (DataError: there is none)."""
     if model.folder is None or not any(next(model.folder.glob(name), None) for name in TOKENIZERS):
-        raise DataError(
-            f"`{model.name}` has no tokenizer",
-            why=f"none of {', '.join(TOKENIZERS)} lies beside its weights",
-            hint="copy the tokenizer files of the original into its folder",
-        )
+        why = f"none of {', '.join(TOKENIZERS)} lies beside its weights"
+        hint = "copy the tokenizer files of the original into its folder"
+        raise DataError(f"`{model.name}` has no tokenizer", why=why, hint=hint)
     from transformers import AutoTokenizer
 
     with refusing(model):

@@ -73,9 +73,8 @@ def from_file(path: Path) -> Weights:
         tensors, _ = read_header(path)
         return Weights(str(path), [path], tensors)
     if path.suffix not in PICKLES:
-        raise SourceError(
-            f"`{path}` is no weight file", why=f"it ends neither in `.safetensors` nor in {', '.join(PICKLES)}"
-        )
+        why = f"it ends neither in `.safetensors` nor in {', '.join(PICKLES)}"
+        raise SourceError(f"`{path}` is no weight file", why=why)
     return Weights(str(path), [path], loaded=_unpickle(path))
 
 
@@ -86,11 +85,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise WeightError(
-            f"`{path}` holds more than tensors",
-            why=f"it asks for `{found[1]}`" if found else "it is a pickle of objects",
-            hint="peftc runs no pickled code: save the plain `state_dict()` and name that file",
-        ) from None
+        why = f"it asks for `{found[1]}`" if found else "it is a pickle of objects"
+        hint = "peftc runs no pickled code: save the plain `state_dict()` and name that file"
+        raise WeightError(f"`{path}` holds more than tensors", why=why, hint=hint) from None
     except (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError) as error:
         why = f"it is no checkpoint of torch, or damaged ({type(error).__name__})"
         raise WeightError(f"cannot read `{path}`", why=why) from None
@@ -113,11 +110,8 @@ def from_folder(folder: Path) -> Weights:
         index = folder / f"{stem}.index.json"
         if index.is_file():
             return _from_shards(folder, index)
-    raise SourceError(
-        f"`{folder}` holds no weights",
-        why="it has neither `model.safetensors` nor `pytorch_model.bin`, whole or sharded",
-        hint="name the file with `--weights FILE`",
-    )
+    why = "it has neither `model.safetensors` nor `pytorch_model.bin`, whole or sharded"
+    raise SourceError(f"`{folder}` holds no weights", why=why, hint="name the file with `--weights FILE`")
 
 
 def _from_shards(folder: Path, index: Path) -> Weights:

@@ -240,6 +240,13 @@ def keep_measured(report: Report, model: Model, question: Any) -> None:
         report.notes.append(f"not kept in `{model.folder / artifact.RESULT}`: {str(error.strerror).lower()}")
 
 
+def close(job: Job, record: Manifest, report: Report, expected: Model, device: torch.device) -> None:
+    """Say how large the result is, compare it with the network that it was written from, and let it appear."""
+    report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
+    report.warnings += verify(job.folder, expected)
+    finish(job, record, report, device)
+
+
 def already(job: Job, command: str) -> Report:
     """Return the report of a finished folder again."""
     known = job.result().get("report", {})

@@ -50,11 +50,9 @@ class Settings:
             if not fits:
                 raise UsageError(f"setting `{name}` is {value}", why=f"it has to be {rule}")
         if self.identity and self.competes and self.sparsify != "hard":
-            raise UsageError(
-                f"`identity` and `sparsify={self.sparsify}` exclude each other",
-                why="that form multiplies a change by its own size, so one that starts at 0 never learns",
-                hint="`--set sparsify=hard`, or `--set sparsity=0`",
-            )
+            why = "that form multiplies a change by its own size, so one that starts at 0 never learns"
+            hint = "`--set sparsify=hard`, or `--set sparsity=0`"
+            raise UsageError(f"`identity` and `sparsify={self.sparsify}` exclude each other", why=why, hint=hint)
 
     @property
     def competes(self) -> bool:

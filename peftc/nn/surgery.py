@@ -21,10 +21,8 @@ def apply_edits(network: nn.Module, edits: Mapping[str, Mapping[str, Any]]) -> N
             rank = edit["rank"]  # a list for `tucker2`, which artifacts of earlier versions hold
             new = lowrank.build(old, edit["form"], tuple(rank) if isinstance(rank, list | tuple) else rank)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"the artifact factors `{name}` as `{edit['form']}` at rank {edit['rank']}",
-                why=f"in its base network that is a {type(old).__name__}: {error}",
-            ) from error
+            what = f"the artifact factors `{name}` as `{edit['form']}` at rank {edit['rank']}"
+            raise ArtifactError(what, why=f"in its base network that is a {type(old).__name__}: {error}") from error
         replace(network, old, new)
     groups: dict[str, list[nn.Module]] = {}  # those that share a down factor, by the first of them
     for name, edit in edits.items():
@@ -122,20 +120,18 @@ def fill(
         tensor = read(several[0])
         for name in several[1:]:
             if not torch.equal(tensor, read(name)):
-                raise WeightError(
-                    f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them",
-                    hint="set `tie_word_embeddings` to false in config.json if they were trained apart",
-                )
+                what = f"`{several[0]}` and `{name}` in `{where}` differ, but the network ties them"
+                hint = "set `tie_word_embeddings` to false in config.json if they were trained apart"
+                raise WeightError(what, hint=hint)
         expected: Tensor = getattr(*_owner(network, first))
         if expected.shape != tensor.shape:
             what = f"`{first}` in `{where}` has shape {list(tensor.shape)}; the network needs {list(expected.shape)}"
             hint = "the weights belong to another architecture or other constructor arguments (`--arch`, `--arch-set`)"
             raise WeightError(what, hint=hint)
         if expected.dtype != tensor.dtype and not (expected.is_floating_point() and tensor.is_floating_point()):
-            raise WeightError(
-                f"`{first}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}",
-                why="only floating numbers are read in another precision: it is quantized, or the file is damaged",
-            )
+            what = f"`{first}` in `{where}` holds {tensor.dtype}; the network needs {expected.dtype}"
+            why = "only floating numbers are read in another precision: it is quantized, or the file is damaged"
+            raise WeightError(what, why=why)
         assign(network, names, tensor)
         found[first] = several[0]
         left.difference_update(names)
@@ -144,11 +140,8 @@ def fill(
     whys = [f"{len(missing)} missing: {named(missing, 4)}"] if missing else []
     whys += [f"{len(left)} left over: {named(sorted(left), 4)}"] if left else []
     if whys:
-        raise WeightError(
-            f"the tensors of `{where}` do not match the network",
-            why="; ".join(whys),
-            hint="no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file",
-        )
+        hint = "no gap is filled with random numbers: check the architecture (`--arch`, `--arch-set`) and the file"
+        raise WeightError(f"the tensors of `{where}` do not match the network", why="; ".join(whys), hint=hint)
     return found
 
 

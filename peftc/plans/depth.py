@@ -80,11 +80,10 @@ def above_threshold(scores: Sequence[float], alpha: float) -> Decision:
         alpha: in (0, 1].
     """
     if not scores[-1] > 0:
-        raise DataError(
-            "the scores do not say which layers are needed, so nothing is dropped and nothing is written",
-            why=f"even after the last layer the features do not cluster by class: the score is {scores[-1]:.3f}",
-            hint="fine-tune the model on the task first, use more samples per class, or say it: `--keep N`",
-        )
+        what = "the scores do not say which layers are needed, so nothing is dropped and nothing is written"
+        why = f"even after the last layer the features do not cluster by class: the score is {scores[-1]:.3f}"
+        hint = "fine-tune the model on the task first, use more samples per class, or say it: `--keep N`"
+        raise DataError(what, why=why, hint=hint)
     threshold = alpha * scores[-1]
     number = len(scores)
     while number > 1 and scores[number - 2] >= threshold:
@@ -111,11 +110,9 @@ def without(dropped: Collection[int], number: int) -> Decision:
     """Keep all of ``number`` layers but some; PlanError where one of them is not there, or none would be left."""
     unknown = sorted(at for at in dropped if not 0 <= at < number)
     if unknown:
-        raise PlanError(
-            f"`--drop` names layer {unknown[0]}",
-            why=f"the model has {number} layers, 0 to {number - 1}",
-            hint="`peftc prune-layers MODEL --score magnitude --keep 1 --dry-run` lists them",
-        )
+        why = f"the model has {number} layers, 0 to {number - 1}"
+        hint = "`peftc prune-layers MODEL --score magnitude --keep 1 --dry-run` lists them"
+        raise PlanError(f"`--drop` names layer {unknown[0]}", why=why, hint=hint)
     if len(set(dropped)) == number:
         raise PlanError(f"`--drop` names all {number} layers", hint="leave one at least")
     return Decision(tuple(at for at in range(number) if at not in set(dropped)))

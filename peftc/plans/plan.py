@@ -41,9 +41,8 @@ def ratio_of(value: str | float | Fraction, option: str = "--ratio") -> Fraction
     """Return a share in (0, 1], as ``2/3``, ``0.667`` or 2 / 3, which is exactly two thirds; UsageError for others."""
     share = _fraction(value)
     if not 0 < share <= 1:
-        raise UsageError(
-            f"`{option} {value}` is out of range", why="it is a share kept: above 0, at most 1, as `0.5` or `2/3`"
-        )
+        why = "it is a share kept: above 0, at most 1, as `0.5` or `2/3`"
+        raise UsageError(f"`{option} {value}` is out of range", why=why)
     return share
 
 
@@ -100,11 +99,9 @@ def multiple_of(asked: Any, *, planned: bool = False) -> int:
     """Return what ranks are to be multiples of; UsageError where it is no number from 1, or they are ``planned``."""
     multiple = _positive("--rank-multiple", asked)
     if planned and multiple > 1:
-        raise UsageError(
-            "`--plan` and `--rank-multiple` contradict each other",
-            why="a plan already says the ranks",
-            hint="give `--rank-multiple` where the plan is made: `peftc analyze MODEL --plan FILE --rank-multiple N`",
-        )
+        why = "a plan already says the ranks"
+        hint = "give `--rank-multiple` where the plan is made: `peftc analyze MODEL --plan FILE --rank-multiple N`"
+        raise UsageError("`--plan` and `--rank-multiple` contradict each other", why=why, hint=hint)
     return multiple
 
 
@@ -120,10 +117,8 @@ def budget_of(**asked: str | float | Fraction | None) -> Budget:
     given = {kind.replace("_", "-"): amount for kind, amount in asked.items() if amount is not None}
     if len(given) != 1:
         options = ", ".join(f"`--{kind}`" for kind in given or KINDS)
-        raise UsageError(
-            f"give exactly one budget; {'these contradict each other' if given else 'there is none'}: {options}",
-            hint="for half the weights of the eligible modules: `--ratio 0.5`",
-        )
+        what = f"give exactly one budget; {'these contradict each other' if given else 'there is none'}: {options}"
+        raise UsageError(what, hint="for half the weights of the eligible modules: `--ratio 0.5`")
     ((kind, amount),) = given.items()
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))
@@ -206,17 +201,13 @@ def read_plan(path: Path) -> Plan:
     try:
         value = documents.read_json(path)
     except (OSError, ValueError) as error:
-        raise PlanError(
-            f"cannot read the plan `{path}`",
-            why=str(error),
-            hint="`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one",
-        ) from None
+        hint = "`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one"
+        raise PlanError(f"cannot read the plan `{path}`", why=str(error), hint=hint) from None
     if not isinstance(value, dict) or not isinstance(value.get("ranks"), dict):
         raise PlanError(f"`{path}` is no plan", why="it has no map `ranks` from module to rank")
     if value.get("schema_version") != SCHEMA_VERSION:
-        raise PlanError(
-            f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
-        )
+        what = f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
+        raise PlanError(what)
     unknown = sorted(value.keys() - OTHERS.keys() - {"schema_version", "ranks"})
     if unknown:
         known = ", ".join(f"`{name}`" for name in ("ranks", *OTHERS))
@@ -228,10 +219,8 @@ def read_plan(path: Path) -> Plan:
         (name for name, rank in ranks.items() if rank is not None and (type(rank) is not int or rank < 1)), None
     )
     if wrong is not None:
-        raise PlanError(
-            f"`{path}` gives `{wrong}` the rank {ranks[wrong]!r}",
-            why="a rank is a whole number from 1, or null for dense",
-        )
+        what = f"`{path}` gives `{wrong}` the rank {ranks[wrong]!r}"
+        raise PlanError(what, why="a rank is a whole number from 1, or null for dense")
     _check_joint(path, value.get("joint", []), ranks)
     return Plan(ranks, **{"forms": {}, **{name: value[name] for name in OTHERS if name in value and name != "note"}})
 
@@ -245,11 +234,9 @@ def _check_joint(path: Path, groups: list[list[str]], ranks: Mapping[str, int | 
     for names in groups:
         if len({ranks.get(name) for name in names}) > 1:
             listed = ", ".join(f"`{name}` {ranks.get(name) or 'dense'}" for name in names)
-            raise PlanError(
-                f"`{path}` gives different ranks to modules that share a down factor: {listed}",
-                why="one factor has one rank",
-                hint="give them one rank, or take the group out of `joint`",
-            )
+            what = f"`{path}` gives different ranks to modules that share a down factor: {listed}"
+            why = "one factor has one rank"
+            raise PlanError(what, why=why, hint="give them one rank, or take the group out of `joint`")
 
 
 def check_plan(plan: Plan, targets: Mapping[str, Target]) -> None:
@@ -258,17 +245,13 @@ def check_plan(plan: Plan, targets: Mapping[str, Target]) -> None:
         if rank is None:
             continue
         if name not in targets:
-            raise PlanError(
-                f"the plan gives `{name}` the rank {rank}, but it is not among the eligible modules",
-                why="the plan was made for another model, or with other `--include` and `--skip`",
-                hint=f"include it: `--include {name}`, or remove it from the plan",
-            )
+            what = f"the plan gives `{name}` the rank {rank}, but it is not among the eligible modules"
+            why = "the plan was made for another model, or with other `--include` and `--skip`"
+            raise PlanError(what, why=why, hint=f"include it: `--include {name}`, or remove it from the plan")
         target = targets[name]
         if plan.forms.get(name, target.form) != target.form:
-            raise PlanError(
-                f"the plan factors `{name}` as `{plan.forms[name]}`; now it would be `{target.form}`",
-                hint=f"use the plan's form: `--conv-method {plan.forms[name]}`",
-            )
+            what = f"the plan factors `{name}` as `{plan.forms[name]}`; now it would be `{target.form}`"
+            raise PlanError(what, hint=f"use the plan's form: `--conv-method {plan.forms[name]}`")
         limit = allocate.break_even_rank(target.shape, target.form)
         if rank > limit:
             raise PlanError(

@@ -141,11 +141,9 @@ def _read(path: Path, options: Options) -> dict[str, dict[str, Any]]:
             tables[""][name] = value
     for step in tables:
         if "." in step and step not in tables[""].get(RECIPE, ()):
-            raise UsageError(
-                f"`{path}` has an unknown name `{step.partition('.')[2]}` in `[{word_of(step)}]`",
-                why=f"it is no option, and no step `{step}` stands in `{RECIPE}`",
-                hint="remove it, or add the step",
-            )
+            what = f"`{path}` has an unknown name `{step.partition('.')[2]}` in `[{word_of(step)}]`"
+            why = f"it is no option, and no step `{step}` stands in `{RECIPE}`"
+            raise UsageError(what, why=why, hint="remove it, or add the step")
     return tables
 
 
@@ -182,19 +180,15 @@ def _known(path: Path, key: str, known: Iterable[str], where: str = "") -> str:
     """Return a key as options are called; refuse one that is not known, or not taken from a file."""
     name, word = key.replace("-", "_"), key.replace("_", "-")
     if name in TRUST:
-        raise UsageError(
-            f"`{key}` in `{path}` is not taken from a file",
-            why="whoever wrote the file would decide that code runs on this machine",
-            hint=f"type `--{word}`, or set `{PREFIX}{name.upper()}=1`",
-        )
+        why = "whoever wrote the file would decide that code runs on this machine"
+        hint = f"type `--{word}`, or set `{PREFIX}{name.upper()}=1`"
+        raise UsageError(f"`{key}` in `{path}` is not taken from a file", why=why, hint=hint)
     words = list(dict.fromkeys(each.replace("_", "-") for each in known))
     if word not in words:
         near = nearest(word, words)
-        raise UsageError(
-            f"`{path}` has an unknown name `{key}`{where}",
-            why=f"the names are {', '.join(f'`{each}`' for each in words)}",
-            hint=f"did you mean `{near}`?" if near else "remove it",
-        )
+        why = f"the names are {', '.join(f'`{each}`' for each in words)}"
+        hint = f"did you mean `{near}`?" if near else "remove it"
+        raise UsageError(f"`{path}` has an unknown name `{key}`{where}", why=why, hint=hint)
     return name
 
 

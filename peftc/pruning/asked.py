@@ -46,17 +46,13 @@ def layers_of(stored: Model, runs: Model, asked: Asked) -> list[str]:
     """Return the names of the layers; PlanError where there are none, or several stacks that no score compares."""
     names = layers.layers(runs)
     if len(names) < 2:
-        raise PlanError(
-            f"`{stored.name}` has no stack of layers to prune",
-            why="no two of its modules run one after the other, each reading what the one before it gave",
-        )
+        why = "no two of its modules run one after the other, each reading what the one before it gave"
+        raise PlanError(f"`{stored.name}` has no stack of layers to prune", why=why)
     several = runs.kind == "image-text" or getattr(getattr(runs.module, "config", None), "is_encoder_decoder", False)
     if several and not asked.drop:
-        raise PlanError(
-            f"`{stored.name}` has more than one stack of layers",
-            why="a score of one says nothing about the other",
-            hint="name the layers to drop by number: `--drop 2,5`",
-        )
+        why = "a score of one says nothing about the other"
+        hint = "name the layers to drop by number: `--drop 2,5`"
+        raise PlanError(f"`{stored.name}` has more than one stack of layers", why=why, hint=hint)
     return names
 
 
@@ -105,21 +101,16 @@ def score_of(
         usual = "tsne_silhouette" if has_classes or given is None else "block_influence"
         wanted = scores.named("drop" if asked.within_drop is not None else usual, settings)
     if wanted.reads_data and given is None:
-        raise UsageError(
-            f"`--score {wanted.word}` looks at what layers do with samples", hint="name some of the task: `--data DATA`"
-        )
+        hint = "name some of the task: `--data DATA`"
+        raise UsageError(f"`--score {wanted.word}` looks at what layers do with samples", hint=hint)
     if wanted.is_of_depth and not has_classes:
-        raise DataError(
-            f"`--score {wanted.word}` needs classes",
-            why=f"`{data}` has none that the model tells apart",
-            hint="score layers without labels: `--score block-influence --keep N`",
-        )
+        why = f"`{data}` has none that the model tells apart"
+        hint = "score layers without labels: `--score block-influence --keep N`"
+        raise DataError(f"`--score {wanted.word}` needs classes", why=why, hint=hint)
     if asked.within_drop is not None and (given is None or not given.labelled):
-        raise UsageError(
-            "`--within-drop` measures quality, which needs samples with labels",
-            why="no samples are named" if given is None else f"`{data}` has none for this model's task",
-            hint="name some with `--data DATA`, or say how many layers stay: `--keep N`",
-        )
+        why = "no samples are named" if given is None else f"`{data}` has none for this model's task"
+        hint = "name some with `--data DATA`, or say how many layers stay: `--keep N`"
+        raise UsageError("`--within-drop` measures quality, which needs samples with labels", why=why, hint=hint)
     if asked.alpha is not None and not wanted.is_of_depth:
         raise UsageError(
             f"`{wanted.word}` ranks layers, but does not say how many to keep",

@@ -115,11 +115,8 @@ def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Re
     """Let layers stay that cannot go; PlanError where one of them was named to go."""
     lost = [work.names[at] for at in fixed if at not in decision.kept]
     if lost and work.asked.drop:
-        raise PlanError(
-            f"`{lost[0]}` cannot be dropped",
-            why="what it gives has another shape than what it reads",
-            hint="drop other layers, which keep the shape",
-        )
+        why = "what it gives has another shape than what it reads"
+        raise PlanError(f"`{lost[0]}` cannot be dropped", why=why, hint="drop other layers, which keep the shape")
     if lost:
         report.notes.append(f"stays, as it changes the shape: {', '.join(f'`{name}`' for name in lost)}")
     return decision.with_(fixed)

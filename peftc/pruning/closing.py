@@ -120,11 +120,8 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
             _fold((shorter.model, runs), name, weight, bias)
     report.data["repair"] = rows
     if gaps and all(row["into"] is None for row in rows):
-        raise PlanError(
-            f"`--repair` cannot close a gap of `{work.stored.name}`",
-            why=str(rows[0]["why"]),
-            hint="leave it out, and train what was pruned",
-        )
+        hint = "leave it out, and train what was pruned"
+        raise PlanError(f"`--repair` cannot close a gap of `{work.stored.name}`", why=str(rows[0]["why"]), hint=hint)
     shown = []
     for row in rows:
         left = "" if row["left"] is None else f"{row['left']:.0%}"

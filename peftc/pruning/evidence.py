@@ -60,10 +60,8 @@ class Choice:
 def refuse_unrepeatable(score: Score | None) -> None:
     """Refuse, as UsageError, repeats of a score that is the same each time, or takes too long."""
     if score is None or not set(score.needs) <= set(OF_FEATURES):
-        raise UsageError(
-            "`--stability` repeats scores of features" + ("" if score is None else f", and `{score.word}` is none"),
-            hint="leave it out, or take another `--score`, as block-influence",
-        )
+        what = "`--stability` repeats scores of features" + ("" if score is None else f", and `{score.word}` is none")
+        raise UsageError(what, hint="leave it out, or take another `--score`, as block-influence")
 
 
 def gather(work: Work, choice: Choice, score: Score, decide: Decide) -> None:

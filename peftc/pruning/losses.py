@@ -158,10 +158,8 @@ def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_
     """
     objective = objective_of(given)
     if objective is None:
-        raise DataError(
-            "`--score taylor` needs labels or text to take a loss of",
-            hint="score layers without labels: `--score block-influence --keep N`",
-        )
+        hint = "score layers without labels: `--score block-influence --keep N`"
+        raise DataError("`--score taylor` needs labels or text to take a loss of", hint=hint)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     flow: dict[str, tuple[Tensor, Tensor]] = {}
     frozen = [each for each in model.module.parameters() if each.is_floating_point() and not each.requires_grad]

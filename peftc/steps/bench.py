@@ -119,10 +119,8 @@ def _check(rounds: int, batch_size: int | None, min_speedup: float | None, again
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"`--batch-size {batch_size}` holds no sample", hint="take at least 1")
     if min_speedup is not None and against is None:
-        raise UsageError(
-            "`--min-speedup` has nothing to compare with",
-            hint="name a baseline: `--against MODEL`, or `--against base` for the one an artifact records",
-        )
+        hint = "name a baseline: `--against MODEL`, or `--against base` for the one an artifact records"
+        raise UsageError("`--min-speedup` has nothing to compare with", hint=hint)
 
 
 def _shapes(samples: dict[str, Any], pair: dict[str, Model]) -> dict[str, dict[str, list[int]]]:
@@ -136,11 +134,9 @@ def _shapes(samples: dict[str, Any], pair: dict[str, Model]) -> dict[str, dict[s
         named = sample if isinstance(sample, dict) else {"input": sample}
         shapes[label] = {name: list(tensor.shape[1:]) for name, tensor in named.items()}
     if "against" in shapes and shapes["model"] != shapes["against"]:
-        raise SourceError(
-            f"`{pair['model'].name}` and `{pair['against'].name}` read inputs of different shapes",
-            why=f"{shapes['model']} and {shapes['against']} per sample",
-            hint="give both the same: `--image-size N`, or `--max-length N` for text",
-        )
+        what = f"`{pair['model'].name}` and `{pair['against'].name}` read inputs of different shapes"
+        why = f"{shapes['model']} and {shapes['against']} per sample"
+        raise SourceError(what, why=why, hint="give both the same: `--image-size N`, or `--max-length N` for text")
     return shapes
 
 

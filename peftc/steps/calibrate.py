@@ -86,11 +86,9 @@ def calibrate(
     reading, calibration = Reading.of(given), Calibration.of(given)
     factorize = spectra.factorizer(method, conv_method, None, with_data=True)
     if not factorize.needs:
-        raise UsageError(
-            f"`--method {factorize.name}` needs no statistics",
-            why="it takes the weights alone",
-            hint=f"decompose at once: `peftc decompose MODEL --method {factorize.name}`",
-        )
+        why = "it takes the weights alone"
+        hint = f"decompose at once: `peftc decompose MODEL --method {factorize.name}`"
+        raise UsageError(f"`--method {factorize.name}` needs no statistics", why=why, hint=hint)
     asked = Request.of(named(data, reading), reading, calibration, batch_size)
     loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)

@@ -27,9 +27,9 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
-from peftc.training import imitation, journal, loop
+from peftc.training import imitation, journal
 from peftc.training.imitation import Imitation
-from peftc.training.lesson import Lesson, prepared, weights_of
+from peftc.training.lesson import Lesson, learn, prepared, weights_of
 from peftc.training.student import as_stored
 from peftc.training.teacher import standing, taught_by, tell
 
@@ -117,11 +117,9 @@ def distill(
     recipe, reading = Recipe.of(given, **length(given, EPOCHS)), Reading.of(given)
     gates, changes = Gates.of(given), Augment.of(given)
     if cache_teacher and changes:
-        raise UsageError(
-            "`--cache-teacher` keeps one answer for each sample",
-            why="augmented samples differ each time",
-            hint="leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`",
-        )
+        why = "augmented samples differ each time"
+        hint = "leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`"
+        raise UsageError("`--cache-teacher` keeps one answer for each sample", why=why, hint=hint)
     data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
 
     stored = load(model)
@@ -164,20 +162,8 @@ def _carry_out(
 ) -> Report:
     """Train, write and verify."""
     report = Report("distill", notes=[*stored.notes, *work.samples.notes])
-    held, size = work.samples.held, lesson.recipe.batch_size
-    taught = taught_by(work, size)
-    outcome = loop.fit(
-        work.student.module,
-        len(work.samples.train),
-        work.batch,
-        work.loss,
-        lesson.recipe,
-        device=lesson.device,
-        score=None if held is None else lambda: work.score(held, size),
-        folder=job.work,
-        log_with=log_with,
-        log_folder=job.output.with_name(f"{job.output.name}-logs"),
-    )
+    taught = taught_by(work, lesson.recipe.batch_size)
+    outcome = learn(job, lesson, work, log_with)
     if lesson.recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
     tell(report, work, outcome, standing(work, outcome, taught, report))
@@ -188,8 +174,6 @@ def _carry_out(
     record = write.write_artifact(
         job, edited, base, request, pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
     )
-    report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
-    report.warnings += write.verify(job.folder, edited)
     shutil.copyfile(job.work / journal.LOG, job.folder / journal.LOG)
-    write.finish(job, record, report, place_of(work.student.module))
+    write.close(job, record, report, edited, place_of(work.student.module))
     return report

@@ -60,9 +60,8 @@ def evaluate(
     """
     reading, gates = Reading.of(locals()), Gates.of(locals())
     if max_drop is not None and against is None:
-        raise UsageError(
-            "`--max-drop` needs something to compare with", hint="add `--against base` or `--against MODEL`"
-        )
+        hint = "add `--against base` or `--against MODEL`"
+        raise UsageError("`--max-drop` needs something to compare with", hint=hint)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"`--batch-size` is {batch_size}", why="a batch has at least one sample")
     subject = load.load(model)

@@ -153,15 +153,11 @@ def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense
     if rounds < 5 or batch_size < 1:
         raise UsageError(f"`--rounds {rounds} --batch-size {batch_size}` is too few", hint="take 5 and 1 at least")
     if without_data:
-        raise DataError(
-            "`--max-drop` and `--min-quality` need samples to measure on", hint="name some with labels: `--data DATA`"
-        )
+        hint = "name some with labels: `--data DATA`"
+        raise DataError("`--max-drop` and `--min-quality` need samples to measure on", hint=hint)
     if dense_updates:
-        raise UsageError(
-            f"`--dense` does not go with `--format {word}`",
-            why="it writes updates, and no weights",
-            hint="leave one of them out",
-        )
+        why = "it writes updates, and no weights"
+        raise UsageError(f"`--dense` does not go with `--format {word}`", why=why, hint="leave one of them out")
 
 
 def _compared(

@@ -101,9 +101,8 @@ def extract_lora(
             adapters=placed.adapters,
             delta=delta.reference(base, record, there),
         )
-        report.data["size"] = {"after": {"parameters": written.parameters, "bytes": written.weight_bytes}}
-        report.warnings += write.verify(job.folder, load(Source(str(job.folder), allow_code=True)))
-        write.finish(job, written, report, place_of(network))
+        expected = load(Source(str(job.folder), allow_code=True))
+        write.close(job, written, report, expected, place_of(network))
     return report
 
 

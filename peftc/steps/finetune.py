@@ -33,9 +33,9 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
-from peftc.training import imitation, journal, loop, student
+from peftc.training import imitation, journal, student
 from peftc.training.imitation import TASK, Imitation
-from peftc.training.lesson import Lesson, prepared, weights_of
+from peftc.training.lesson import Lesson, learn, prepared, weights_of
 from peftc.training.recipe import Outcome
 from peftc.training.student import Student
 from peftc.training.teacher import tell
@@ -198,11 +198,9 @@ def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Mod
     if not fitted.new:
         return fitted.model if max_drop is None else baseline.of_gate(fitted.model)
     if max_drop is not None:
-        raise UsageError(
-            "`--max-drop` needs something to compare with",
-            why="the head is new, so there is no quality before",
-            hint="gate on the result: `--min-quality`, or name a `--teacher` with these classes",
-        )
+        why = "the head is new, so there is no quality before"
+        hint = "gate on the result: `--min-quality`, or name a `--teacher` with these classes"
+        raise UsageError("`--max-drop` needs something to compare with", why=why, hint=hint)
     return None
 
 
@@ -233,9 +231,9 @@ def _carry_out(
     if processes.rank():
         return report
     record, written = _write(job, base, request, pupil, report)
-    report.warnings += write.verify(job.folder, written)
+    report.tables.append(Table("written", ["", "bytes"], [["weights", f"{record.weight_bytes:,}"]]))
     shutil.copyfile(job.work / journal.LOG, job.folder / journal.LOG)
-    write.finish(job, record, report, place)
+    write.close(job, record, report, written, place)
     return report
 
 
@@ -243,8 +241,7 @@ def _fit(
     job: Job, work: Imitation, pupil: Student, adapter: Callable[..., Any], lesson: Lesson, log_with: str | None
 ) -> Outcome:
     """Let the pupil learn, with what its method adds to the loss and does after each step."""
-    adapted, train, held = adapted_modules(pupil.model.module), work.samples.train, work.samples.held
-    size = lesson.recipe.batch_size
+    adapted, held, size = adapted_modules(pupil.model.module), work.samples.held, lesson.recipe.batch_size
     penalty, after = methods.trait(adapter, "penalty", None), methods.trait(adapter, "after_step", None)
 
     def loss(module: nn.Module, given: Any) -> Mapping[str, Any]:
@@ -260,22 +257,10 @@ def _fit(
 
     def after_step(step: int, steps: int) -> None:
         updates = {name: each.update for name, each in adapted.items()}
-        after(updates, step, steps, len(train) / size)
+        after(updates, step, steps, len(work.samples.train) / size)
 
-    return loop.fit(
-        pupil.model.module,
-        len(train),
-        work.batch,
-        loss,
-        lesson.recipe,
-        device=lesson.device,
-        score=None if held is None else score,
-        folder=job.work,
-        log_with=log_with,
-        log_folder=job.output.with_name(f"{job.output.name}-logs"),
-        after_step=None if after is None else after_step,
-        keep_last=methods.trait(adapter, "KEEPS_LAST", False),
-    )
+    own = {"loss": loss, "score": None if held is None else score, "after_step": None if after is None else after_step}
+    return learn(job, lesson, work, log_with, **own, keep_last=methods.trait(adapter, "KEEPS_LAST", False))
 
 
 def _write(
@@ -307,6 +292,4 @@ def _write(
         record = write.write_artifact(
             job, merged, base, request, pieces_of(merged), imitation.factored(merged), adapters=left, **options
         )
-    report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
-    report.tables.append(Table("written", ["", "bytes"], [["weights", f"{record.weight_bytes:,}"]]))
     return record, merged

@@ -85,11 +85,8 @@ def init(
     source = model if isinstance(model, Source) else Source(str(model))
     file = Path(config.FILE)
     if file.exists() and not overwrite:
-        raise OutputError(
-            f"`{file}` is there already",
-            why="it may hold settings of yours",
-            hint="edit it, run it with `peftc run`, or replace it with `--overwrite`",
-        )
+        hint = "edit it, run it with `peftc run`, or replace it with `--overwrite`"
+        raise OutputError(f"`{file}` is there already", why="it may hold settings of yours", hint=hint)
     found = load(source, weights=False)
     splits = split_names(data) if data is not None else []
     if processes.rank() == 0:

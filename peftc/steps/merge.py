@@ -45,11 +45,8 @@ def merge(
     shard_bytes = write.shard_bytes(max_shard_size)
     stored = load(model, merge=False)
     if not adapted_modules(stored.module) and not (stored.manifest and stored.manifest.delta):
-        raise PlanError(
-            f"`{stored.name}` has nothing to merge",
-            why="it is a whole model without updates",
-            hint="`peftc finetune --delta` writes what can be merged",
-        )
+        hint = "`peftc finetune --delta` writes what can be merged"
+        raise PlanError(f"`{stored.name}` has nothing to merge", why="it is a whole model without updates", hint=hint)
     request = {"command": "merge", "same_rank": same_rank, "max_shard_bytes": shard_bytes}
     output = write.output_folder(output_dir, stored, "merge")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
@@ -71,9 +68,7 @@ def merge(
                 max_shard_bytes=shard_bytes,
                 adapters=adapters,
             )
-            report.warnings += write.verify(job.folder, whole)
-            report.data["size"] = {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}}
-            write.finish(job, record, report, place_of(whole.module))
+            write.close(job, record, report, whole, place_of(whole.module))
     gate_size(report, max_params, max_bytes)
     return report
 

@@ -76,9 +76,8 @@ def check(repo: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise OutputError(f"cannot push to `{repo}`", why="`HF_HUB_OFFLINE` is set", hint="`unset HF_HUB_OFFLINE`")
     if get_token() is None:
-        raise OutputError(
-            f"cannot push to `{repo}`", why="no token says who you are", hint="`hf auth login`, or set `HF_TOKEN`"
-        )
+        why = "no token says who you are"
+        raise OutputError(f"cannot push to `{repo}`", why=why, hint="`hf auth login`, or set `HF_TOKEN`")
 
 
 def licence_of(subject: Record) -> dict[str, str]:
@@ -164,11 +163,8 @@ def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> li
     left = set(there) - set(names)
     foreign = sorted(name for name in left - known if name.endswith(WEIGHTS))
     if foreign:
-        raise OutputError(
-            f"`{repo}` holds another model",
-            why=f"peftc did not push its `{foreign[0]}`, and does not delete it",
-            hint="push to another repository",
-        )
+        why = f"peftc did not push its `{foreign[0]}`, and does not delete it"
+        raise OutputError(f"`{repo}` holds another model", why=why, hint="push to another repository")
     return sorted(left & known)
 
 

@@ -136,18 +136,15 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if not path.is_file():
             raise ArtifactError(f"`{folder}` lacks the file `{name}`", why="its manifest lists it")
         if path.stat().st_size != entry["bytes"]:
-            raise ArtifactError(
-                f"`{path}` has {path.stat().st_size:,} bytes", why=f"its manifest says {entry['bytes']:,}"
-            )
+            why = f"its manifest says {entry['bytes']:,}"
+            raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes", why=why)
         if not name.endswith(".safetensors"):
             small[name] = entry
             continue
         tensors, metadata = read_header(path)
         if metadata.get("peftc") != manifest.id:
-            raise ArtifactError(
-                f"`{path}` belongs to another artifact",
-                why=f"it was written for `{metadata.get('peftc', 'none')}`, the manifest is `{manifest.id}`",
-            )
+            why = f"it was written for `{metadata.get('peftc', 'none')}`, the manifest is `{manifest.id}`"
+            raise ArtifactError(f"`{path}` belongs to another artifact", why=why)
         if name.startswith(FACTORS) != factors:
             continue
         twice = sorted(table.keys() & tensors.keys())
@@ -165,11 +162,9 @@ def statistics_note(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return what is known of the statistics in a folder; an `ArtifactError` where it holds none, or damaged ones."""
     name = f"{STATISTICS}.json"
     if not manifest.holds_statistics or name not in manifest.files:
-        raise ArtifactError(
-            f"`{folder}` holds no statistics",
-            why=f"its manifest lists no `{STATISTICS}.safetensors`",
-            hint="`peftc calibrate MODEL --data DATA -o stats` writes them",
-        )
+        why = f"its manifest lists no `{STATISTICS}.safetensors`"
+        hint = "`peftc calibrate MODEL --data DATA -o stats` writes them"
+        raise ArtifactError(f"`{folder}` holds no statistics", why=why, hint=hint)
     return dict(documents.read_shaped(folder / name, NOTE, ArtifactError, "collect them again"))
 
 

@@ -26,11 +26,9 @@ def command_lines(record: Manifest) -> list[str]:
     for number, step in enumerate(record.steps, 1):
         request = step["request"]
         if request["command"] not in WRITING:
-            raise ArtifactError(
-                f"the manifest names the command `{request['command']}`",
-                why="it is no command of peftc that writes",
-                hint="build the artifact again with this version of peftc, or look at its files by hand",
-            )
+            why = "it is no command of peftc that writes"
+            hint = "build the artifact again with this version of peftc, or look at its files by hand"
+            raise ArtifactError(f"the manifest names the command `{request['command']}`", why=why, hint=hint)
         name = f"{number:02d}-{request['command']}"
         if request.get("plan"):
             lines.append(f"cat >{name}.json <<'PLAN'\n{json.dumps(request['plan'])}\nPLAN")

@@ -60,9 +60,6 @@ def read_export(folder: Path) -> ExportRecord:
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
     ]
     if changed:
-        raise ArtifactError(
-            f"`{folder}` is not as it was exported",
-            why=f"`{changed[0]}` is missing or of another length",
-            hint=AGAIN,
-        )
+        why = f"`{changed[0]}` is missing or of another length"
+        raise ArtifactError(f"`{folder}` is not as it was exported", why=why, hint=AGAIN)
     return record

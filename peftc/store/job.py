@@ -96,11 +96,8 @@ class Job:
         """Refuse at once, by an `OutputError`, when the disk cannot hold what is to be written."""
         free = shutil.disk_usage(self.partial).free
         if free < number_of_bytes:
-            raise OutputError(
-                f"cannot write `{self.output}`",
-                why=f"the disk has {free:,} bytes free; the artifact and its parts need about {number_of_bytes:,}",
-                hint="free space, or write elsewhere with `-o`",
-            )
+            why = f"the disk has {free:,} bytes free; the artifact and its parts need about {number_of_bytes:,}"
+            raise OutputError(f"cannot write `{self.output}`", why=why, hint="free space, or write elsewhere with `-o`")
 
     def settle(self, identity: str) -> None:
         """Take the id of what the request resolved to; its folder and unfinished work stay those of the request."""
@@ -121,11 +118,9 @@ class Job:
             if error.errno not in IN_THE_WAY:
                 raise
             stays = f"; what was computed stays in `{self.partial}`" if any(self.work.iterdir()) else ""
-            raise TakenError(
-                f"`{self.output}` is in the way",
-                why="it was not there when this run began, so peftc neither writes into it nor deletes it",
-                hint=f"move it, and run the same command again{stays}",
-            ) from None
+            why = "it was not there when this run began, so peftc neither writes into it nor deletes it"
+            hint = f"move it, and run the same command again{stays}"
+            raise TakenError(f"`{self.output}` is in the way", why=why, hint=hint) from None
         documents.sync(self.output.parent)
 
     def restore(self) -> None:
@@ -234,11 +229,8 @@ def _refuse_foreign(job: Job) -> None:
         return
     there = {path.name for path in job.partial.iterdir() if not path.name.startswith("job.json.")}
     if there - {"lock", "job.json", *(("work", "artifact", "replaced") if "lock" in there else ())}:
-        raise ArtifactError(
-            f"`{job.partial}` is in the way",
-            why="it is no unfinished work of peftc, so peftc neither writes into it nor deletes it",
-            hint="write elsewhere with `-o`",
-        )
+        why = "it is no unfinished work of peftc, so peftc neither writes into it nor deletes it"
+        raise ArtifactError(f"`{job.partial}` is in the way", why=why, hint="write elsewhere with `-o`")
 
 
 def _is_done(job: Job, overwrite: bool) -> bool:
@@ -264,20 +256,14 @@ def _is_done(job: Job, overwrite: bool) -> bool:
                 raise
         if overwrite:
             return False
-        raise ArtifactError(
-            f"`{output}` holds the {word} of another request",
-            why=_difference(asked.get("request") or there, job.request),
-            hint="write elsewhere with `-o`, or replace it with `--overwrite`",
-            request=job.id,
-        )
+        why = _difference(asked.get("request") or there, job.request)
+        hint = "write elsewhere with `-o`, or replace it with `--overwrite`"
+        raise ArtifactError(f"`{output}` holds the {word} of another request", why=why, hint=hint, request=job.id)
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
         return False
-    raise ArtifactError(
-        f"`{output}` is in the way",
-        why=f"it is no {word} of peftc, so peftc neither writes into it nor deletes it",
-        hint="write elsewhere with `-o`",
-    )
+    why = f"it is no {word} of peftc, so peftc neither writes into it nor deletes it"
+    raise ArtifactError(f"`{output}` is in the way", why=why, hint="write elsewhere with `-o`")
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -299,11 +285,9 @@ def _locked(job: Job) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"another run is writing `{job.output}`",
-                why=f"it holds `{job.partial / 'lock'}`",
-                hint="wait for it, or write elsewhere with `-o`",
-            ) from None
+            why = f"it holds `{job.partial / 'lock'}`"
+            hint = "wait for it, or write elsewhere with `-o`"
+            raise OutputError(f"another run is writing `{job.output}`", why=why, hint=hint) from None
         yield
 
 
@@ -311,12 +295,10 @@ def _claim(job: Job, overwrite: bool) -> bool:
     """Make the partial folder this request's own; return whether it starts from nothing."""
     owner = _owner(job)
     if owner not in (None, job.id) and not overwrite:
-        raise ArtifactError(
-            f"`{job.partial}` holds unfinished work of another request",
-            why=f"its id is {owner[:12]}, this request's is {job.id[:12]}",
-            hint=f"finish that request, or drop its work with `--overwrite` (or `rm -r {job.partial}`)",
-            request=job.id,
-        )
+        what = f"`{job.partial}` holds unfinished work of another request"
+        why = f"its id is {owner[:12]}, this request's is {job.id[:12]}"
+        hint = f"finish that request, or drop its work with `--overwrite` (or `rm -r {job.partial}`)"
+        raise ArtifactError(what, why=why, hint=hint, request=job.id)
     if owner != job.id:
         shutil.rmtree(job.work, ignore_errors=True)
         documents.write_whole(job.partial / "job.json", json.dumps({"id": job.id}) + "\n")

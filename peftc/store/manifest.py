@@ -156,10 +156,8 @@ def read(folder: Path) -> Manifest:
     if not isinstance(value, dict):
         raise _damaged(path, "it does not hold a JSON object")
     if value.get("schema_version") is True or value.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}",
-            hint="open it with the version of peftc that wrote it: `pip install -U peftc`",
-        )
+        what = f"`{path}` has schema version {value.get('schema_version')!r}; this peftc reads {SCHEMA_VERSION}"
+        raise ArtifactError(what, hint="open it with the version of peftc that wrote it: `pip install -U peftc`")
     if documents.is_sealed(value) is False:
         raise edited(path)
     if why := _misfit(value):

@@ -138,22 +138,17 @@ def in_folder(path: Path, source: Source) -> Located:
         refuse_not_utf8(f"in `{path}` the name", each.name, SourceError)
         small = each.name in (MANIFEST, ADAPTER, "config.json") or any(map(each.match, (*COMPANIONS, CODE)))
         if small and each.is_symlink() and not any(map(each.resolve().is_relative_to, own)):
-            raise SourceError(
-                f"`{each}` is a link that leaves its folder",
-                why=f"it points to `{each.resolve()}`",
-                hint="put a copy of the file in its place, if it belongs to the model",
-            )
+            why = f"it points to `{each.resolve()}`"
+            hint = "put a copy of the file in its place, if it belongs to the model"
+            raise SourceError(f"`{each}` is a link that leaves its folder", why=why, hint=hint)
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
     if (path / ADAPTER).is_file():
         return Located("peft", folder=path)
     config = path / "config.json"
     if not config.is_file():
-        raise SourceError(
-            f"`{path}` is a folder, but no model",
-            why=f"it holds neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)",
-            hint=f"MODEL is {FORMS}",
-        )
+        why = f"it holds neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)"
+        raise SourceError(f"`{path}` is a folder, but no model", why=why, hint=f"MODEL is {FORMS}")
     if "architecture" in read_json(config):
         return Located("timm", folder=path, weights=source.weights)
     return Located("transformers", folder=path, weights=source.weights)
@@ -161,10 +156,8 @@ def in_folder(path: Path, source: Source) -> Located:
 
 def _file(path: Path, source: Source) -> Located:
     if source.arch is None:
-        raise UsageError(
-            f"`{path}` holds bare weights of an unknown architecture",
-            hint=f"name it: `{path} --arch timm:NAME`, or `python:package.module:factory --weights {path}`",
-        )
+        hint = f"name it: `{path} --arch timm:NAME`, or `python:package.module:factory --weights {path}`"
+        raise UsageError(f"`{path}` holds bare weights of an unknown architecture", hint=hint)
     if not source.arch.startswith("timm:"):
         raise UsageError(f"`--arch {source.arch}` is not understood", hint="write it as `--arch timm:NAME`")
     return Located("timm-arch", source.arch.removeprefix("timm:"), weights=path)

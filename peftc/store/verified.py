@@ -32,11 +32,9 @@ def check(folder: Path, files: Mapping[str, Mapping[str, Any]], *, remembered: b
     """
     if changed := differing({folder / name: entry["sha256"] for name, entry in files.items()}, remembered=remembered):
         names = ", ".join(f"`{path.relative_to(folder)}`" for path in changed)
-        raise ArtifactError(
-            f"`{folder}` was changed after it was written",
-            why=f"its manifest promises other bytes in {names}",
-            hint="build it again: `peftc show --commands` prints how, or fetch it again",
-        )
+        why = f"its manifest promises other bytes in {names}"
+        hint = "build it again: `peftc show --commands` prints how, or fetch it again"
+        raise ArtifactError(f"`{folder}` was changed after it was written", why=why, hint=hint)
 
 
 def differing(files: Mapping[Path, str], *, remembered: bool = True) -> list[Path]:

@@ -51,11 +51,9 @@ def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, 
     known = methods.METHODS["loss"]
     for key in settings:
         if key.partition(".")[0] not in known:
-            raise UsageError(
-                f"`--set {key}` names no term",
-                why=f"the terms with settings are {', '.join(f'`{n}`' for n in known)}",
-                hint="write it as `--set features.scale_free=true`",
-            )
+            why = f"the terms with settings are {', '.join(f'`{n}`' for n in known)}"
+            hint = "write it as `--set features.scale_free=true`"
+            raise UsageError(f"`--set {key}` names no term", why=why, hint=hint)
     found = {}
     for name, weight in asked.items():
         if not weight >= 0:
@@ -298,11 +296,9 @@ def pair(student: Model, teacher: Model) -> list[tuple[str, str]]:
         if len(pairs) == len(of_base):
             return pairs
     if not mine or len(mine) != len(theirs):
-        raise DataError(
-            "the layers of student and teacher cannot be paired",
-            why=f"`{student.name}` has {len(mine)}, `{teacher.name}` has {len(theirs)}",
-            hint="choose the teacher that the student was made from, or leave features out: `--loss logits=1,task=1`",
-        )
+        why = f"`{student.name}` has {len(mine)}, `{teacher.name}` has {len(theirs)}"
+        hint = "choose the teacher that the student was made from, or leave features out: `--loss logits=1,task=1`"
+        raise DataError("the layers of student and teacher cannot be paired", why=why, hint=hint)
     return list(zip(mine, theirs, strict=True))
 
 

@@ -10,11 +10,13 @@ from torch import nn
 from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.options import Augment, Reading, Recipe
+from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import retrieval
 from peftc.tasks.table import task_of
-from peftc.training import imitation, samples
+from peftc.training import imitation, loop, samples
 from peftc.training.imitation import TASK, Imitation
+from peftc.training.recipe import Outcome
 from peftc.training.teacher import identity_of, teacher_of
 
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes
@@ -74,9 +76,8 @@ def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str
         try:
             found[name] = float(value) if equals else 1.0
         except ValueError:
-            raise UsageError(
-                f"`--loss {part}` has no weight", hint="write it as `--loss features=1,task=0.5`"
-            ) from None
+            hint = "write it as `--loss features=1,task=0.5`"
+            raise UsageError(f"`--loss {part}` has no weight", hint=hint) from None
     return found
 
 
@@ -105,11 +106,8 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
     )
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
     if lesson.loss is not None and asked.get(TASK) and not given.labelled:
-        raise DataError(
-            "the task's loss needs labels",
-            why=f"`{lesson.data}` has none that the task reads",
-            hint="leave `task` out of `--loss`",
-        )
+        what = "the task's loss needs labels"
+        raise DataError(what, why=f"`{lesson.data}` has none that the task reads", hint="leave `task` out of `--loss`")
     if weight and given.task is not retrieval.TASK and getattr(given.task, "objective", None) is None:
         why, hint = "its row in the table names no objective", "imitate a teacher: `--loss features=1 --teacher MODEL`"
         raise UsageError("the task cannot be learnt from its labels", why=why, hint=hint)
@@ -124,3 +122,12 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
     work = Imitation(student, guide, given, terms, weight, pairs)
     work.check()
     return work
+
+
+def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own: Any) -> Outcome:
+    """Let the student learn within a job; ``own`` is what its method has of its own, as for `loop.fit`."""
+    held, size = work.samples.held, lesson.recipe.batch_size
+    usual = {"loss": work.loss, "score": None if held is None else lambda: work.score(held, size)}
+    logs = {"log_with": log_with, "log_folder": job.output.with_name(f"{job.output.name}-logs")}
+    how: dict[str, Any] = {"recipe": lesson.recipe, "device": lesson.device, "folder": job.work, **logs, **usual, **own}
+    return loop.fit(work.student.module, len(work.samples.train), work.batch, **how)

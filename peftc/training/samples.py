@@ -165,31 +165,24 @@ def _encode(
 def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:
     """Refuse samples with labels that are all the same: a `DataError`."""
     if dataset.labels is not None and len({dataset.labels[index] for index in dataset.rows}) < 2:
-        raise DataError(
-            f"the samples of `{dataset.name}` are all of one class",
-            why="nothing can be learnt from telling one class apart",
-            hint=f"use data with two classes or more, or {otherwise}",
-        )
+        why = "nothing can be learnt from telling one class apart"
+        hint = f"use data with two classes or more, or {otherwise}"
+        raise DataError(f"the samples of `{dataset.name}` are all of one class", why=why, hint=hint)
 
 
 def _outputs(model: Model, dataset: Dataset, encoded: Encoded, otherwise: str) -> tuple[list[int], str]:
     logits = inputs.outputs(model, moved(model, encoded.batch([0]).inputs))
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise DataError(
-            f"`{model.name}` does not classify",
-            why=f"for one sample it gives outputs of shape {list(logits.shape)}",
-            hint=f"choose another `--task`, or {otherwise}",
-        )
+        why = f"for one sample it gives outputs of shape {list(logits.shape)}"
+        raise DataError(f"`{model.name}` does not classify", why=why, hint=f"choose another `--task`, or {otherwise}")
     return match(dataset.classes or [], model.labels, logits.shape[1])
 
 
 def _cut(encoded: Encoded, share: float, seed: int) -> tuple[Held, Held]:
     """Hold out a seeded share of the samples, at least one and at most `HELD_OUT`."""
     if encoded.size < 2:
-        raise DataError(
-            "one sample is too few to learn from and to hold out",
-            hint="use more samples, or hold none out: `--held-out 0`",
-        )
+        hint = "use more samples, or hold none out: `--held-out 0`"
+        raise DataError("one sample is too few to learn from and to hold out", hint=hint)
     number = min(HELD_OUT, max(1, round(encoded.size * share)))
     held = set(random.Random(seed).sample(range(encoded.size), number))
     return Held(encoded, [row for row in range(encoded.size) if row not in held]), Held(encoded, sorted(held))

@@ -143,11 +143,9 @@ def build(
                 parameter.data = parameter.detach().clone()  # it may be a window on a file
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in copied.module.parameters()):
-        raise PlanError(
-            f"nothing of `{model.name}` would learn by `{method}`",
-            why="no module takes an update of that method",
-            hint="see `peftc methods adapter`, or name modules: `--include`",
-        )
+        why = "no module takes an update of that method"
+        hint = "see `peftc methods adapter`, or name modules: `--include`"
+        raise PlanError(f"nothing of `{model.name}` would learn by `{method}`", why=why, hint=hint)
     return Student(copied, head, placed)
 
 
@@ -155,10 +153,8 @@ def refuse_others(model: Model, method: str) -> None:
     """Refuse to train a model by one method that has updates of another: a `UsageError`."""
     entries = model.manifest.adapters.values() if model.manifest else ()
     for other in sorted({entry["method"] for entry in entries} - {method}):
-        raise UsageError(
-            f"`{model.name}` has updates of `{other}`, and `--method` is `{method}`",
-            hint=f"go on with `--method {other}`, or take them in first: `peftc merge {model.source.spec}`",
-        )
+        hint = f"go on with `--method {other}`, or take them in first: `peftc merge {model.source.spec}`"
+        raise UsageError(f"`{model.name}` has updates of `{other}`, and `--method` is `{method}`", hint=hint)
 
 
 def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: str) -> Placed:

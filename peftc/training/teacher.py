@@ -28,9 +28,8 @@ def teacher_of(
     if not any(set(term.needs) & set(imitation.OF_TEACHER) for term in terms.values()):
         return None
     if teacher is None and student.manifest is None:
-        raise UsageError(
-            f"`{student.name}` records no base that could teach it", hint="name a teacher: `--teacher MODEL`"
-        )
+        hint = "name a teacher: `--teacher MODEL`"
+        raise UsageError(f"`{student.name}` records no base that could teach it", hint=hint)
     guide = runnable(load_base(student) if teacher is None else load(teacher), device=device)
     guide.module.requires_grad_(False)
     return guide
