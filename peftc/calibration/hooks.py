@@ -42,19 +42,12 @@ LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradi
 
 @dataclass
 class Running:
-    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64.
+    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64."""
 
-    Attributes:
-        size: d.
-        scatter: its lower triangle, one block of rows after another; see `_blocks`.
-        mean: of all rows.
-        count: of rows.
-    """
-
-    size: int
-    scatter: Tensor | None
-    mean: Tensor
-    count: int = 0
+    size: int  # d
+    scatter: Tensor | None  # its lower triangle, one block of rows after another; see `_blocks`
+    mean: Tensor  # of all rows
+    count: int = 0  # of rows
 
     @classmethod
     def empty(cls, size: int, device: torch.device, *, scatter: bool) -> Running:
@@ -339,25 +332,15 @@ def _padded(x: Tensor, conv: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """The statistics of one target.
+    """The statistics of one target."""
 
-    Attributes:
-        side: of the second moment.
-        mean: (in,) of its inputs; None for a look-up.
-        covariance: (in, in) or (out, out), around the mean; None where it was not asked for.
-        output_mean: (out,) before the bias, where ``side`` is ``output``.
-        others: the remaining statistics by name.
-        rows: how many inputs were seen.
-        patch: (in kh kw,) mean of whole patches, of a spatial convolution, whose inputs are columns.
-    """
-
-    side: str
-    mean: Tensor | None
-    covariance: Tensor | None
-    output_mean: Tensor | None
-    others: dict[str, Tensor]
-    rows: int
-    patch: Tensor | None = None
+    side: str  # of the second moment
+    mean: Tensor | None  # (in,) of its inputs; None for a look-up
+    covariance: Tensor | None  # (in, in) or (out, out), around the mean; None where it was not asked for
+    output_mean: Tensor | None  # (out,) before the bias, where ``side`` is ``output``
+    others: dict[str, Tensor]  # the remaining statistics by name
+    rows: int  # how many inputs were seen
+    patch: Tensor | None = None  # (in kh kw,) mean of whole patches, of a spatial convolution, whose inputs are columns
 
     def to(self, device: torch.device) -> Found:
         """Return the same on a device."""

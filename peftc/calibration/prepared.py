@@ -53,27 +53,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A calibration set as a runnable copy of the model reads it.
+    """A calibration set as a runnable copy of the model reads it."""
 
-    Attributes:
-        model: on its device.
-        task: of the model; None where nothing tells it.
-        request: what was asked.
-        encoded: the samples.
-        tried: samples that plans are tried on; others than those, where they were asked for.
-        data: what identifies them.
-        labelled: whether they could measure quality as well.
-        notes: what people should know about them.
-    """
-
-    model: Model
-    task: Task | None
-    request: Request
-    encoded: Encoded
-    tried: Encoded
-    data: dict[str, Any]
-    labelled: bool
-    notes: list[str]
+    model: Model  # on its device
+    task: Task | None  # of the model; None where nothing tells it
+    request: Request  # what was asked
+    encoded: Encoded  # the samples
+    tried: Encoded  # samples that plans are tried on; others than those, where they were asked for
+    data: dict[str, Any]  # what identifies them
+    labelled: bool  # whether they could measure quality as well
+    notes: list[str]  # what people should know about them
 
     def asked(self) -> dict[str, Any]:
         """Return what makes two calibrations the same question."""

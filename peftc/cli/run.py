@@ -24,23 +24,14 @@ DONE, STANDS, FAILED, LEFT, WILL, MAY = "done", "up to date", "gate not met", "n
 
 @dataclass
 class Stage:
-    """One step of a recipe, with its options parsed.
+    """One step of a recipe, with its options parsed."""
 
-    Attributes:
-        name: as in the chain, `finetune.again`.
-        context: of its command.
-        state: what became of it.
-        why: why it runs, or does not.
-        report: what came of it, JSON-ready.
-        seconds: that it took.
-    """
-
-    name: str
-    context: Any
-    state: str = LEFT
-    why: str = ""
-    report: dict[str, Any] | None = None
-    seconds: float = 0.0
+    name: str  # as in the chain, `finetune.again`
+    context: Any  # of its command
+    state: str = LEFT  # what became of it
+    why: str = ""  # why it runs, or does not
+    report: dict[str, Any] | None = None  # what came of it, JSON-ready
+    seconds: float = 0.0  # that it took
 
     @property
     def word(self) -> str:

@@ -30,23 +30,15 @@ USUAL = {*IMAGE, *FILE, *CAPTION, *TEXT, *LABEL, *(name for pair in PAIRS for na
 
 @dataclass(frozen=True)
 class Rows:
-    """A table, and what is asked of it.
+    """A table, and what is asked of it."""
 
-    Attributes:
-        table: of the `datasets` library.
-        columns: that the user named.
-        task: that the samples are for; None where nothing tells it.
-        notes: what people should know about how it was read.
-        folder: from which relative paths start; None where the library knows.
-    """
-
-    table: Any
+    table: Any  # of the `datasets` library
     name: str
     split: str
-    columns: Columns
-    task: str | None
-    notes: list[str]
-    folder: Path | None = None
+    columns: Columns  # that the user named
+    task: str | None  # that the samples are for; None where nothing tells it
+    notes: list[str]  # what people should know about how it was read
+    folder: Path | None = None  # from which relative paths start; None where the library knows
 
     def usual(self, names: Sequence[str], but: str | None = None) -> str | None:
         """Return the first column of a usual name, other than ``but``."""

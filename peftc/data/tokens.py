@@ -46,19 +46,12 @@ def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised texts.
+    """Tokenised texts."""
 
-    Attributes:
-        pad: gives rows as one padded batch.
-        lengths: tokens of each text.
-        limit: where longer texts were cut.
-        digest: the sha256 over all tokens.
-    """
-
-    pad: Callable[[Sequence[int]], dict[str, Tensor]]
-    lengths: list[int]
-    limit: int
-    digest: str
+    pad: Callable[[Sequence[int]], dict[str, Tensor]]  # gives rows as one padded batch
+    lengths: list[int]  # tokens of each text
+    limit: int  # where longer texts were cut
+    digest: str  # the sha256 over all tokens
 
 
 def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full: bool = False) -> Tokens:

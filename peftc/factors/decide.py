@@ -26,25 +26,15 @@ CLOCK = ("timed", "rank_multiple")  # of a request, what only says how its ranks
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked of a decomposition.
+    """What was asked of a decomposition."""
 
-    Attributes:
-        aim: the budget; None where a plan says the ranks, or all are kept.
-        plan: ranks decided before.
-        source: of statistics.
-        words: what was asked, and why a module stays dense under it.
-        sensitivity: samples for each measurement of what modules lose; 0 trusts the prediction.
-        is_sequential: fit each module on what those before it, already factored, produce.
-        keeps_all: store the factors of every rank.
-    """
-
-    aim: Aim | None
-    plan: Plan | None
-    source: Prepared | Statistics | None
-    words: tuple[str, str]
-    sensitivity: int = 0
-    is_sequential: bool = False
-    keeps_all: bool = False
+    aim: Aim | None  # the budget; None where a plan says the ranks, or all are kept
+    plan: Plan | None  # ranks decided before
+    source: Prepared | Statistics | None  # of statistics
+    words: tuple[str, str]  # what was asked, and why a module stays dense under it
+    sensitivity: int = 0  # samples for each measurement of what modules lose; 0 trusts the prediction
+    is_sequential: bool = False  # fit each module on what those before it, already factored, produce
+    keeps_all: bool = False  # store the factors of every rank
 
 
 def decide(work: Factoring, asked: Question, folder: Path) -> Decision:

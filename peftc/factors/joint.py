@@ -95,8 +95,8 @@ def _check_planned(targets: Mapping[str, Target], groups: Sequence[Sequence[str]
             raise PlanError(what, hint=f"include it: `--include {unknown[0]}`, or take the group out of `joint`")
         some = [targets[name] for name in names]
         if any(each.form not in FORMS or each.aliases for each in some) or len({_in(each) for each in some}) > 1:
-            what = names
-            raise _unplannable(what, "only linear modules of one input width that share their weight with no other can")
+            why = "only linear modules of one input width that share their weight with no other can"
+            raise _unplannable(names, why)
 
 
 def _unplannable(names: Sequence[str], why: str, otherwise: str = "") -> PlanError:

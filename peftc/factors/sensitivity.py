@@ -51,19 +51,12 @@ LARGEST = 1e3  # the measured loss may differ from the predicted one by so much,
 
 @dataclass(frozen=True)
 class Trial:
-    """Samples that nothing is calibrated on, and what the network loses on them with factors in it.
+    """Samples that nothing is calibrated on, and what the network loses on them with factors in it."""
 
-    Attributes:
-        work: with statistics; its network is not changed.
-        prepared: the calibration set, and a runnable copy of the model.
-        sensitivity: samples for the measurement of one module, at most; whole plans are tried on four times as many.
-        folder: where measurements are kept for a resume.
-    """
-
-    work: Factoring
-    prepared: Prepared
-    sensitivity: int
-    folder: Path
+    work: Factoring  # with statistics; its network is not changed
+    prepared: Prepared  # the calibration set, and a runnable copy of the model
+    sensitivity: int  # samples for the measurement of one module, at most; whole plans are tried on four times as many
+    folder: Path  # where measurements are kept for a resume
 
     @property
     def samples(self) -> int:

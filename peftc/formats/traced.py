@@ -37,19 +37,12 @@ UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError,
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced network.
+    """A traced network."""
 
-    Attributes:
-        program: the graph.
-        output: name.
-        expected: shapes of the factors that are multiplied with, once per product.
-        axes: name of each input, in order -> its free axes, by place.
-    """
-
-    program: Any
-    output: str
-    expected: list[tuple[int, ...]]
-    axes: dict[str, dict[int, str]]
+    program: Any  # the graph
+    output: str  # name
+    expected: list[tuple[int, ...]]  # shapes of the factors that are multiplied with, once per product
+    axes: dict[str, dict[int, str]]  # name of each input, in order -> its free axes, by place
 
     @property
     def about(self) -> dict[str, Any]:

@@ -40,17 +40,11 @@ FormOf = Callable[[str, str], str]  # name of a module, name of the target whose
 
 @dataclass(frozen=True)
 class Site:
-    """All that decides how long one call of a module takes.
+    """All that decides how long one call of a module takes."""
 
-    Attributes:
-        form: as what its factors would be built.
-        module: the module in words: class, sizes, stride, padding, bias.
-        given: shape of the input.
-    """
-
-    form: str
-    module: str
-    given: tuple[int, ...]
+    form: str  # as what its factors would be built
+    module: str  # the module in words: class, sizes, stride, padding, bias
+    given: tuple[int, ...]  # shape of the input
 
 
 @dataclass(frozen=True)
@@ -139,15 +133,10 @@ def stand_in(module: nn.Module, form: str, rank: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Pace:
-    """Nanoseconds that a target takes in one forward pass, by rank.
+    """Nanoseconds that a target takes in one forward pass, by rank."""
 
-    Attributes:
-        costs: of each rank at which it is measurably faster than dense, rising; empty where none is.
-        dense: of the dense module.
-    """
-
-    costs: Mapping[int, int]
-    dense: int
+    costs: Mapping[int, int]  # of each rank at which it is measurably faster than dense, rising; empty where none is
+    dense: int  # of the dense module
 
     def cost(self, rank: int | None) -> int:
         """Return the nanoseconds at a rank; where that is not measurably faster, the module is to stay dense."""

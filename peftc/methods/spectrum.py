@@ -42,21 +42,13 @@ Rungs: TypeAlias = dict[str, Callable[[Tensor, bool], Solution | None]]
 
 @dataclass(frozen=True)
 class Truncation:
-    """Factors of one rank and how good they are.
+    """Factors of one rank and how good they are."""
 
-    Attributes:
-        factors: balanced, of the weight's dtype.
-        error: Frobenius norm of (weight - up @ down), relative to the weight's.
-        excess: bound on (squared error - optimum) / optimum; None where the method gives no bound.
-        rung: how the factors were computed.
-        climbed: rungs that were tried and failed, with the reason.
-    """
-
-    factors: Factors
-    error: float
-    excess: float | None
-    rung: str
-    climbed: tuple[str, ...] = ()
+    factors: Factors  # balanced, of the weight's dtype
+    error: float  # Frobenius norm of (weight - up @ down), relative to the weight's
+    excess: float | None  # bound on (squared error - optimum) / optimum; None where the method gives no bound
+    rung: str  # how the factors were computed
+    climbed: tuple[str, ...] = ()  # rungs that were tried and failed, with the reason
 
 
 def tail_energies(values: Tensor) -> Tensor:

@@ -30,15 +30,10 @@ Gram: TypeAlias = Tensor | tuple[Tensor, ...]  # several are the blocks of a blo
 
 @dataclass(frozen=True)
 class Moment:
-    """A second moment, float64, symmetric: of the inputs, or of the outputs before the bias.
+    """A second moment, float64, symmetric: of the inputs, or of the outputs before the bias."""
 
-    Attributes:
-        matrix: (in, in) = E[x x^T] for side ``input``; (out, out) = E[W x x^T W^T] for side ``output``.
-        side: ``input`` or ``output``.
-    """
-
-    matrix: Tensor
-    side: str = "input"
+    matrix: Tensor  # (in, in) = E[x x^T] for side ``input``; (out, out) = E[W x x^T W^T] for side ``output``
+    side: str = "input"  # ``input`` or ``output``
 
     def of_outputs(self, weight: Tensor) -> Tensor:
         """Return (out, out) = E[W x x^T W^T]."""

@@ -49,19 +49,12 @@ class Row:
 
 @dataclass
 class Record:
-    """An artifact or an export, as its files tell of it.
+    """An artifact or an export, as its files tell of it."""
 
-    Attributes:
-        folder: where it lies.
-        manifest: what it is made of; of an export what it kept of the artifact's that it was made from.
-        result: what was measured, and the report of its last step; empty where it is gone.
-        about: how to use an export; empty for an artifact.
-    """
-
-    folder: Path
-    manifest: Manifest
-    result: Mapping[str, Any]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path  # where it lies
+    manifest: Manifest  # what it is made of; of an export what it kept of the artifact's that it was made from
+    result: Mapping[str, Any]  # what was measured, and the report of its last step; empty where it is gone
+    about: Mapping[str, Any] = field(default_factory=dict)  # how to use an export; empty for an artifact
 
     @property
     def format(self) -> str:

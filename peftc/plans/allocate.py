@@ -44,17 +44,11 @@ def entries(shape: Shape, form: str, rank: int | None) -> int:
 
 @dataclass(frozen=True)
 class Use:
-    """How one sample runs through a weight.
+    """How one sample runs through a weight."""
 
-    Attributes:
-        form: as which module: a tied weight may be an embedding here and an output head there.
-        positions: how often it is applied: tokens, or output pixels.
-        between: output rows times input columns, on which the first part of a spatial form runs.
-    """
-
-    form: str
-    positions: int
-    between: int = 0
+    form: str  # as which module: a tied weight may be an embedding here and an output head there
+    positions: int  # how often it is applied: tokens, or output pixels
+    between: int = 0  # output rows times input columns, on which the first part of a spatial form runs
 
 
 def macs(shape: Shape, use: Use, rank: int | None) -> int:
@@ -93,21 +87,13 @@ def fitting(shape: Shape, form: str, rank: int, multiple: int = 1) -> int | None
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against rank of one module.
+    """Loss against rank of one module."""
 
-    Attributes:
-        ranks: candidates, cheapest first, all cheaper than the dense weight.
-        costs: of each candidate, in entries or multiply-adds.
-        losses: of each candidate, squared error; the dense weight has none.
-        dense: cost of the dense weight.
-        next_loss: squared error one rank further, at which the module would be as large as its dense weight.
-    """
-
-    ranks: Sequence[int]
-    costs: Sequence[int]
-    losses: Sequence[float]
-    dense: int
-    next_loss: float = 0.0
+    ranks: Sequence[int]  # candidates, cheapest first, all cheaper than the dense weight
+    costs: Sequence[int]  # of each candidate, in entries or multiply-adds
+    losses: Sequence[float]  # of each candidate, squared error; the dense weight has none
+    dense: int  # cost of the dense weight
+    next_loss: float = 0.0  # squared error one rank further, at which the module would be as large as its dense weight
 
 
 Point = tuple[int, float, int | None]  # cost, loss, rank

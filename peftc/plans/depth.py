@@ -12,19 +12,12 @@ NOISE = 0.03  # a silhouette so near to the threshold may fall on its other side
 
 @dataclass(frozen=True)
 class Asked:
-    """How many or which layers: by a threshold, a number, a list, or what their loss costs; one of them is set.
+    """How many or which layers: by a threshold, a number, a list, or what their loss costs; one of them is set."""
 
-    Attributes:
-        alpha: share of the last score, in (0, 1].
-        keep: how many.
-        drop: which go, by number.
-        within_drop: what quality may cost, in the unit of the task's first metric.
-    """
-
-    alpha: float | None = None
-    keep: int | None = None
-    drop: tuple[int, ...] = ()
-    within_drop: float | None = None
+    alpha: float | None = None  # share of the last score, in (0, 1]
+    keep: int | None = None  # how many
+    drop: tuple[int, ...] = ()  # which go, by number
+    within_drop: float | None = None  # what quality may cost, in the unit of the task's first metric
 
 
 def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None) -> Asked:

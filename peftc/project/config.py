@@ -47,27 +47,16 @@ Options = Mapping[str, Mapping[str, str]]  # command -> spelling -> parameter
 
 @dataclass(frozen=True)
 class Project:
-    """What the working folder says about a run.
+    """What the working folder says about a run."""
 
-    Attributes:
-        file: the project file, None where there is none.
-        model: the model that the chain starts from.
-        runs: the folder of the chain.
-        defaults: parameter -> value, for the command that runs.
-        from_file: parameters, and ``model``, whose value the file gave.
-        chain: the names of the steps of `peftc run`, in order.
-        place: where a recipe has put this step; None where it was typed.
-        warnings: variables that name no option.
-    """
-
-    file: Path | None = None
-    model: str | None = None
-    runs: Path = Path("runs")
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    from_file: frozenset[str] = frozenset()
-    chain: tuple[str, ...] = ()
-    place: "Place | None" = None
-    warnings: tuple[str, ...] = ()
+    file: Path | None = None  # the project file, None where there is none
+    model: str | None = None  # the model that the chain starts from
+    runs: Path = Path("runs")  # the folder of the chain
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # parameter -> value, for the command that runs
+    from_file: frozenset[str] = frozenset()  # parameters, and ``model``, whose value the file gave
+    chain: tuple[str, ...] = ()  # the names of the steps of `peftc run`, in order
+    place: "Place | None" = None  # where a recipe has put this step; None where it was typed
+    warnings: tuple[str, ...] = ()  # variables that name no option
 
 
 def load(step: str, options: Options, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Project:
@@ -225,17 +214,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """The artifacts of a project, oldest first.
+    """The artifacts of a project, oldest first."""
 
-    Attributes:
-        runs: the folder in which the list lies.
-        links: the steps whose folders are there, up to the first that is not.
-        gone: the first folder of the list that is no longer an artifact.
-    """
-
-    runs: Path
-    links: tuple[Link, ...] = ()
-    gone: Path | None = None
+    runs: Path  # the folder in which the list lies
+    links: tuple[Link, ...] = ()  # the steps whose folders are there, up to the first that is not
+    gone: Path | None = None  # the first folder of the list that is no longer an artifact
 
     @property
     def last(self) -> Path | None:

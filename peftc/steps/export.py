@@ -242,23 +242,14 @@ def _padded(exported: Exported, stored: Model, pad: int | None) -> Exported:
 
 @dataclass
 class _Work:
-    """What there is to compare.
+    """What there is to compare."""
 
-    Attributes:
-        stored: the model as it is stored.
-        leaves: as it is written.
-        runs: the stored one, ready to run.
-        batches: inputs to compare on.
-        timed: inputs to time.
-        rounds: of timing.
-    """
-
-    stored: Model
-    leaves: Model
-    runs: Model
-    batches: list[Inputs]
-    timed: list[Inputs]
-    rounds: int
+    stored: Model  # the model as it is stored
+    leaves: Model  # as it is written
+    runs: Model  # the stored one, ready to run
+    batches: list[Inputs]  # inputs to compare on
+    timed: list[Inputs]  # inputs to time
+    rounds: int  # of timing
 
     def check(self, exported: Exported, word: str, data: str | None) -> Report:
         """Compare what was written with the model, look for its factors, and time both.

@@ -20,19 +20,12 @@ GRID = 999  # steps along each axis
 
 @dataclass(frozen=True)
 class Maps:
-    """What is kept of the maps of all layers.
+    """What is kept of the maps of all layers."""
 
-    Attributes:
-        samples: so many were scored.
-        classes: the names of those that the kept samples are of.
-        labels: of each kept sample, the place of its class in ``classes``.
-        points: layer -> (x, y) of each kept sample, in [0, 1].
-    """
-
-    samples: int
-    classes: list[str]
-    labels: list[int]
-    points: dict[str, list[tuple[float, float]]]
+    samples: int  # so many were scored
+    classes: list[str]  # the names of those that the kept samples are of
+    labels: list[int]  # of each kept sample, the place of its class in ``classes``
+    points: dict[str, list[tuple[float, float]]]  # layer -> (x, y) of each kept sample, in [0, 1]
 
 
 def write(folder: Path, maps: Mapping[str, Any], labels: Sequence[int], classes: Sequence[str] | None) -> None:

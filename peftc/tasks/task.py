@@ -36,19 +36,13 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A data set of ``size`` samples as one model reads it; ``batch`` gives the batch of some of them.
-
-    Attributes:
-        key: two models with equal keys read the same batches.
-        lengths: tokens per sample, so that a batch can hold equals.
-        notes: what people should know about how samples are read.
-    """
+    """A data set of ``size`` samples as one model reads it; ``batch`` gives the batch of some of them."""
 
     size: int
     batch: Callable[[Sequence[int]], Batch]
-    key: str
-    lengths: Sequence[int] | None = None
-    notes: list[str] = field(default_factory=list)
+    key: str  # two models with equal keys read the same batches
+    lengths: Sequence[int] | None = None  # tokens per sample, so that a batch can hold equals
+    notes: list[str] = field(default_factory=list)  # what people should know about how samples are read
 
     def spread(self, number: int) -> list[int]:
         """Return so many rows, at most ``size``, spread over all."""

@@ -77,25 +77,15 @@ class Given:
 
 @dataclass
 class Imitation:
-    """What a student is trained on.
+    """What a student is trained on."""
 
-    Attributes:
-        student: whose module learns.
-        teacher: who is imitated; None where no term asks for it.
-        samples: the data.
-        terms: weighted, the task's own apart.
-        task: weight of the task's loss; 0 leaves the labels alone.
-        pairs: (student layer, teacher layer), those whose features are compared.
-        kept: folder in which to keep what the teacher gives of each sample; None asks it each time.
-    """
-
-    student: Model
-    teacher: Model | None
-    samples: Samples
-    terms: Mapping[str, Term]
-    task: float
-    pairs: list[tuple[str, str]]
-    kept: Path | None = None
+    student: Model  # whose module learns
+    teacher: Model | None  # who is imitated; None where no term asks for it
+    samples: Samples  # the data
+    terms: Mapping[str, Term]  # weighted, the task's own apart
+    task: float  # weight of the task's loss; 0 leaves the labels alone
+    pairs: list[tuple[str, str]]  # (student layer, teacher layer), those whose features are compared
+    kept: Path | None = None  # folder in which to keep what the teacher gives of each sample; None asks it each time
 
     @property
     def needs(self) -> set[str]:

@@ -29,17 +29,11 @@ HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 
 @dataclass
 class Student:
-    """A model that learns a task.
+    """A model that learns a task."""
 
-    Attributes:
-        model: whose module learns, with its updates beside it.
-        head: the same before, as it is stored, with the head that the data needs.
-        placed: what learns, module by module.
-    """
-
-    model: Model
-    head: Headed
-    placed: Placed
+    model: Model  # whose module learns, with its updates beside it
+    head: Headed  # the same before, as it is stored, with the head that the data needs
+    placed: Placed  # what learns, module by module
 
     @property
     def stored(self) -> Model:
