@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftc.calibration.hooks import Running, Site, Sums
+from peftc.calibration.statistics import Running, Site, Sums
 from peftc.models.weights import piece, read_note, save_part
 from peftc.plans.plan import Target
 from peftc.store.artifact import Piece

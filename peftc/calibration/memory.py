@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftc.calibration import hooks
-from peftc.calibration.hooks import Collector
+from peftc.calibration import statistics
+from peftc.calibration.statistics import Collector
 from peftc.errors import PlanError, UsageError
 from peftc.models.model import Model
 from peftc.models.place import place_of
@@ -136,12 +136,12 @@ def _units(collector: Collector) -> dict[str, tuple[list[str], int]]:
     units: dict[str, tuple[list[str], int]] = {}
     needs = collector.needs
     for name, site in collector.sites.items():
-        out, in_ = hooks.matrix_shape(site.target)
+        out, in_ = statistics.matrix_shape(site.target)
         names, size = units.get(site.leader, ([], 0))
         width = {"input": in_ if name == site.leader else 0, "output": out}[site.side]
         size += 8 * (in_ + width * (width + 1) * ("second_moment" in needs))
         if "output_gradient_gram" in needs:
-            size += 8 * (out**2 if out <= hooks.LARGEST_GRAM else 1)
+            size += 8 * (out**2 if out <= statistics.LARGEST_GRAM else 1)
         units[site.leader] = ([*names, name], size + 16 * in_)
     return units
 

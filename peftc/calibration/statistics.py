@@ -1,342 +1,368 @@
-"""Collect statistics over a calibration set, keep them as parts of a job, and hand them to methods."""
+"""Statistics over a calibration set, for methods that ask for them by name.
 
-from collections.abc import Callable, Mapping, Sequence
+Activations are never kept: each batch goes into running sums and is gone. Scatter matrices are accumulated around
+their mean in float64, batch by batch (Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm"), so
+that features with a mean far from zero lose nothing. Modules that read the same tensor share one moment; where its
+outputs are fewer than its inputs a module's own second moment is taken of the outputs, before the bias.
+
+=====================  ==============================  ===================================================
+statistic              shape                           is
+=====================  ==============================  ===================================================
+second_moment          (in, in) or (out, out)          E[x x^T], or E[W x x^T W^T]
+input_magnitude        (in,)                           E|x|
+output_gradient_gram   (out, out), or () where large   gradients of the loss, summed over a sample's positions
+weight_fisher          (in,)                           squared gradients of a sample, summed over outputs
+=====================  ==============================  ===================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftc import processes, progress
-from peftc.calibration import hooks, lanes
-from peftc.calibration.hooks import Collector, Found, Site
-from peftc.calibration.lanes import LANES, Lanes
-from peftc.calibration.memory import planned
-from peftc.calibration.prepared import Prepared, Request, prepare
-from peftc.errors import ArtifactError, DataError, UsageError, WeightError
-from peftc.models import inputs, streaming, write
-from peftc.models.inputs import forward
+from peftc.methods.weighted import Moment
+from peftc.models.dual import reads_image
+from peftc.models.inputs import mask_of
+from peftc.models.layers import registered
 from peftc.models.model import Model
-from peftc.models.place import moved, place_of
-from peftc.models.weights import read_note, save_part
-from peftc.nn import lowrank
+from peftc.models.place import place_of
+from peftc.nn import forms
+from peftc.plans.allocate import sides
 from peftc.plans.plan import Target
-from peftc.report import grouped
-from peftc.store import artifact, manifest, verified
-from peftc.tasks import unlabelled
-from peftc.tasks.task import Batch, Task, batches
 
-FILE = "statistics.safetensors"
-DRAWS = 2  # of the model's own predictions, for every sample
-ENOUGH = 4  # rows per feature, below which a moment is a poor estimate
+STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
+OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")
+LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradients is kept
 
 
 @dataclass
-class Statistics:
-    """Collected statistics, read one module at a time.
+class Running:
+    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64."""
 
-    Attributes:
-        path: the safetensors file.
-        note: ``needs``, ``samples``, ``rows``, ``data``, ``modules`` (name -> leader, side, form, lookup, rows);
-            of those that `calibrate` wrote also ``method``, ``eligible`` (names) and ``collected`` (its request).
-        notes, warnings: what people should know about them.
-    """
+    size: int  # d
+    scatter: Tensor | None  # its lower triangle, one block of rows after another; see `_blocks`
+    mean: Tensor  # of all rows
+    count: int = 0  # of rows
 
-    path: Path
-    note: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    @classmethod
+    def empty(cls, size: int, device: torch.device, *, scatter: bool) -> Running:
+        """Return one that has seen nothing."""
+        entries = sum((some.stop - some.start) * some.stop for some in _row_blocks(size))
+        triangle = torch.zeros(entries, dtype=torch.float64, device=device) if scatter else None
+        return cls(size, triangle, torch.zeros(size, dtype=torch.float64, device=device))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.note["modules"]
-
-    @property
-    def batch_size(self) -> int:
-        """How many samples ran at once, as memory allowed."""
-        return int(self.note["request"]["batch_size"])
-
-    def why_not(self, name: str) -> str:
-        """Return why there are no statistics of a module."""
-        if name not in self.note.get("eligible", (name,)):
-            return "it was left out when statistics were collected"
-        return "the calibration set never reaches it"
-
-    def is_lookup(self, name: str) -> bool:
-        """Return whether a module only looks rows up: its matrix is then (width, words)."""
-        return bool(self.note["modules"][name]["lookup"])
-
-    def of(self, name: str, device: torch.device) -> Found:
-        """Return the statistics of one module on a device."""
-        about = self.note["modules"][name]
-        leader = about["leader"]
-        with safe_open(self.path.with_name(about.get("file", self.path.name)), "pt") as file:
-            there = set(file.keys())
-
-            def read(key: str) -> Tensor | None:
-                return file.get_tensor(key).to(device) if key in there else None
-
-            covariance = f"{leader}.input.covariance" if about["side"] == "input" else f"{name}.output.covariance"
-            others = {
-                "output_gradient_gram": read(f"{name}.gradient"),
-                "weight_fisher": read(f"{name}.fisher"),
-                "input_magnitude": read(f"{leader}.magnitude"),
-            }
-            return Found(
-                about["side"],
-                read(f"{leader}.input.mean"),
-                read(covariance),
-                read(f"{name}.output.mean"),
-                {key: value for key, value in others.items() if value is not None},
-                about["rows"],
-                read(f"{leader}.patch.mean"),
-            )
-
-
-def source_of(
-    model: Model, needs: Sequence[str], asked: Request | None, folder: str | Path | None, device: str, *, tries: bool
-) -> Prepared | Statistics | None:
-    """Return what a method's statistics will come from: the folder of `calibrate`, a calibration set, or nothing.
-
-    With ``tries`` a calibration set keeps some samples apart that plans are tried on, where losses are divergences.
-    UsageError where a folder is given to a method that needs none.
-    """
-    if folder is not None:
-        if not needs:
-            raise UsageError("`--statistics` is of no use here", why="the method takes the weights alone")
-        return read(Path(folder), model, needs)
-    apart = tries and "output_gradient_gram" in needs
-    return prepare(model, asked, device, apart=apart) if needs and asked is not None else None
-
-
-def obtain(
-    source: Prepared | Statistics, targets: Mapping[str, Target], needs: Sequence[str], folder: Path
-) -> Statistics:
-    """Return the statistics, collected now where there are none; ArtifactError where those are of other modules."""
-    if not isinstance(source, Statistics):
-        return collect(source, targets, needs, folder)
-    there = {name: source.note["modules"][name]["form"] for name in targets if name in source}
-    if not there:
-        what = f"`{source.path.parent}` holds statistics of none of the modules that are to be factored"
-        raise ArtifactError(what, hint="collect them again, with the same `--include` and `--skip`")
-    other = next((name for name, form in there.items() if form != targets[name].form), None)
-    if other is not None:
-        raise ArtifactError(
-            f"`{source.path.parent}` holds statistics of `{other}` as `{there[other]}`, not as `{targets[other].form}`",
-            hint=f"add `--conv-method {there[other]}`, or collect them again",
-        )
-    return source
-
-
-def identity_of(source: Prepared | Statistics | None, sensitivity: int = 0, sequential: bool = False) -> dict[str, Any]:
-    """Return what of the statistics makes two requests the same question."""
-    if source is None:
-        return {}
-    if isinstance(source, Statistics):
-        return {"statistics": {"collected": source.note["collected"]}}
-    extra: dict[str, Any] = {"sensitivity": sensitivity, **({"sequential": True} if sequential else {})}
-    return {"statistics": {"data": source.data, "request": source.asked()}, **extra}
-
-
-def read(folder: Path, model: Model, needs: Sequence[str]) -> Statistics:
-    """Return the statistics that `calibrate` wrote; ArtifactError where none are, or not for this model or method."""
-    record = manifest.read(folder)
-    artifact.tensor_table(folder, record)
-    verified.check(folder, record.files)
-    note = artifact.statistics_note(folder, record)
-    theirs = record.base.get("files"), [step["id"] for step in record.steps[:-1]]
-    earlier = model.manifest.steps if model.manifest else []
-    if theirs != (write.base_record(model).get("files"), [step["id"] for step in earlier]):
-        why = "its weights have other digests"
-        hint = "collect them again: `peftc calibrate MODEL --data DATA -o stats`"
-        raise ArtifactError(f"the statistics in `{folder}` were collected on another model", why=why, hint=hint)
-    lacking = [need for need in needs if need not in note["needs"]]
-    if lacking:
-        why = f"it was collected for `--method {note['method']}`"
-        hint = "collect them again: `peftc calibrate MODEL --data DATA --method METHOD -o stats`"
-        raise ArtifactError(f"`{folder}` lacks {', '.join(f'`{need}`' for need in lacking)}", why=why, hint=hint)
-    return Statistics(folder / FILE, note, [f"statistics: `{folder}`", *note["notes"]], too_few(note))
-
-
-def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[str], folder: Path) -> Statistics:
-    """Run the calibration set through the model once and return the statistics of every target that it reaches.
-
-    Finished lanes lie in ``folder`` and are not run again. NaN or infinite outputs of the model are a WeightError.
-    """
-    path, subject, encoded = folder / FILE, prepared.model, prepared.encoded
-    note = read_note(path)
-    processes.wait()  # none writes before all have looked
-    if note is None:
-        order = [index for run in batches(encoded.lengths, encoded.size, 1) for index in run]
-        sites = hooks.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1])))
-        collector, request = Collector(subject, sites, needs, keep=False), prepared.request
-        whole = replace(prepared, request=replace(request, tokens=None))
-
-        def run(indices: list[int]) -> None:
-            _run_lane(whole, [indices], collector)
-
-        size, groups = processes.agreed(lambda: planned(collector, order, request.batch_size, run, folder))
-        prepared = replace(prepared, request=replace(request, batch_size=size))
-        note = _passes(prepared, sites, needs, path, groups)
-    return Statistics(path, note, list(note["notes"]), too_few(note))
-
-
-def _passes(
-    prepared: Prepared, sites: Mapping[str, Site], needs: Sequence[str], path: Path, groups: list[list[str]]
-) -> dict[str, Any]:
-    """Go through the calibration set once per group of sites, each into a file of its own; return the whole note."""
-    if len(groups) == 1:
-        return _pass(prepared, sites, needs, path, 0, None)
-    notes: list[dict[str, Any]] = []
-    modules: dict[str, dict[str, Any]] = {}
-    for number, names in enumerate(groups):
-        file = path.with_name(f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}{path.suffix}")
-        some = {name: sites[name] for name in names}
-        note = read_note(file) or _pass(prepared, some, needs, file, number, notes[0] if notes else None)
-        notes.append(note)
-        modules |= {name: {**about, "file": file.name} for name, about in note["modules"].items()}
-    whole = {**notes[0], "modules": modules, "rows": max(note["rows"] for note in notes)}
-    if processes.rank() == 0:
-        save_part(path, {}, whole)
-    return whole
-
-
-def _pass(
-    prepared: Prepared, sites: Mapping[str, Site], needs: Sequence[str], path: Path, number: int, first: Any
-) -> dict[str, Any]:
-    """Sum over the calibration set, lane by lane, and write the statistics of some sites; return their note.
-
-    The lanes of a pass see as many samples as those of the ``first``, whose note is given where it is another.
-    """
-    request, encoded = prepared.request, prepared.encoded
-    runs = batches(encoded.lengths, encoded.size, request.batch_size)
-    parts = [path.with_name(f"lane-{number}-{lane}.safetensors") for lane in range(LANES)]
-    mine = processes.share(range(LANES))
-    with processes.together(), progress.track("calibrating", sum(len(runs[lane::LANES]) for lane in mine)) as advance:
-        for lane in mine:
-            if read_note(parts[lane]) is None:
-                collector = Collector(prepared.model, sites, needs)
-                _run_lane(prepared, runs[lane::LANES], collector, first["lanes"][lane] if first else None, advance)
-                lanes.save(parts[lane], collector.sums)
-            else:
-                for _ in runs[lane::LANES]:
-                    advance("")
-
-    def merge() -> dict[str, Any]:
-        added = Lanes(parts, place_of(prepared.model.module))
-        if not sum(added.samples):
-            raise DataError(f"`{request.data}` holds no sample to calibrate on")
-        note = _note(added, sites, needs, prepared)
-        save_part(path, lanes.stored(added, sites, lambda target: matrix_of(prepared.model, target)), note)
-        for part in parts:
-            part.unlink()
-        return note
-
-    return processes.agreed(merge)
-
-
-def _run_lane(
-    prepared: Prepared,
-    runs: list[list[int]],
-    collector: Collector,
-    samples: int | None = None,
-    advance: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Run batches until so many samples are seen, as in an earlier pass, or else the lane's share of the tokens."""
-    model, tokens = prepared.model, prepared.request.tokens
-    with collector.watching() as sums:
-        for indices in runs:
-            seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
-            enough = tokens is not None and seen >= -(-tokens // LANES)
-            if not (enough if samples is None else sums.samples >= samples):
-                batch = prepared.encoded.batch(indices)
-                collector.see(batch.inputs)
-                if collector.gradients:
-                    seeds = [prepared.request.seed * 1_000_003 + index for index in indices]
-                    _backward(model, prepared.task, batch, seeds)
-                else:
-                    _forward(model, batch)
-                sums.samples += len(indices)
-            advance("")
-
-
-def _forward(model: Model, batch: Batch) -> Tensor:
-    outputs = inputs.outputs(model, moved(model, batch.inputs))
-    _refuse_non_finite(model, outputs)
-    return outputs
-
-
-def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int]) -> None:
-    """Run forward once, and backward from each of two draws of the model's own prediction."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    inputs = moved(model, batch.inputs)
-    with torch.enable_grad(), streaming.recomputing(model.module):
-        outputs = forward(model, inputs)
-        _refuse_non_finite(model, outputs)
-        if not outputs.requires_grad:
+    def add(self, rows: Tensor) -> None:
+        """Add rows (n, d), float32 or float64."""
+        if not len(rows):
             return
-        for draw in range(DRAWS):
-            loss = unlabelled.loss_of_own_prediction(task, outputs, inputs, generators)
-            (loss / DRAWS**0.5).backward(retain_graph=draw + 1 < DRAWS)
+        centre = rows.mean(0)
+        if self.scatter is None:
+            self._moved(centre.double(), len(rows))
+            return
+        centred = rows - centre
+        missed = centred.mean(0).double()  # rounding left the centre that far from the mean
+        gap, share = self._moved(centre.double() + missed, len(rows))
+        for block, some, upto in self._blocks():
+            block += centred[:, some].T @ centred[:, upto]
+            block.addr_(missed[some], missed[upto], alpha=-len(rows)).addr_(gap[some], gap[upto], alpha=share)
+
+    def merge(self, other: Running) -> None:
+        """Add what another one has seen."""
+        if not other.count:
+            return
+        gap, share = self._moved(other.mean, other.count)
+        if self.scatter is not None and other.scatter is not None:
+            self.scatter += other.scatter
+        for block, some, upto in self._blocks():
+            block.addr_(gap[some], gap[upto], alpha=share)
+
+    def covariance(self) -> Tensor:
+        """Return (d, d), float64."""
+        whole = self.mean.new_empty(self.size, self.size)
+        for block, some, upto in self._blocks():
+            whole[upto, some] = block.T / max(self.count, 1)
+            whole[some, upto] = block / max(self.count, 1)
+        return whole
+
+    def _moved(self, mean: Tensor, count: int) -> tuple[Tensor, float]:
+        """Count further rows; return how far their mean is off, and how often its outer product joins the scatter."""
+        total = self.count + count
+        gap, share = mean - self.mean, self.count * count / total
+        self.mean += gap * (count / total)
+        self.count = total
+        return gap, share
+
+    def _blocks(self) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Yield the scatter's blocks (rows, columns up to the diagonal), and which rows and columns they are."""
+        start = 0
+        for some in _row_blocks(self.size) if self.scatter is not None else ():
+            entries = (some.stop - some.start) * some.stop
+            yield self.scatter[start : start + entries].view(-1, some.stop), some, slice(some.stop)  # type: ignore[index]
+            start += entries
 
 
-def _refuse_non_finite(model: Model, outputs: Tensor) -> None:
-    if not torch.isfinite(outputs).all():
-        why = "no statistic over them would mean anything"
-        hint = "look for NaN in its weights with `peftc analyze`, or calibrate in float32"
-        raise WeightError(f"`{model.name}` gives NaN or infinite outputs on the calibration set", why=why, hint=hint)
+def _row_blocks(size: int) -> list[slice]:
+    """Return blocks of rows: small enough to leave most of the upper triangle out, large enough to multiply fast."""
+    step = max(128, size // 8)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def matrix_of(model: Model, target: Target) -> Tensor:
-    """Return a module's weight as the matrix that calibration counts rows and columns of."""
-    weight: Any = model.module.get_submodule(target.name).weight
-    return lowrank.matrix(weight.detach(), target.form)
+@dataclass(frozen=True)
+class Site:
+    """What is collected for a target: whose inputs it shares, by the ``leader``, and the side of its second moment."""
+
+    target: Target
+    leader: str
+    side: str
 
 
-def _note(added: Lanes, sites: Mapping[str, Site], needs: Sequence[str], prepared: Prepared) -> dict[str, Any]:
-    modules: dict[str, dict[str, Any]] = {}
-    for name, site in sites.items():
-        rows = added.count(f"{site.leader}.input") or added.count(f"{name}.output")
-        sums_of = {
-            "output_gradient_gram": f"{name}.gradient",
-            "weight_fisher": f"{name}.fisher",
-            "input_magnitude": f"{site.leader}.magnitude",
-        }
-        lacking = [need for need in needs if need in sums_of and f"total:{sums_of[need]}" not in added.keys]
-        if not rows or lacking:
-            continue
-        seen_at = f"{name}.output" if added.count(f"{name}.output") else f"{site.leader}.input"
-        modules[name] = {
-            "leader": site.leader,
-            "side": site.side,
-            "form": site.target.form,
-            "lookup": hooks.is_lookup(prepared.model, site.target),
-            "rows": rows,
-            "width": added.shape(f"mean:{seen_at}")[0],
-        }
-    rows = max((about["rows"] for about in modules.values()), default=0)
-    return {
-        "needs": sorted(needs),
-        "samples": sum(added.samples),
-        "lanes": added.samples,
-        "rows": rows,
-        "data": prepared.data,
-        "request": prepared.asked(),
-        "modules": modules,
-        "notes": prepared.notes,
+@dataclass
+class Sums:
+    """Running sums by ``<module>.<statistic>``, and how many samples went into them."""
+
+    running: dict[str, Running] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+
+def sites(model: Model, targets: Mapping[str, Target], run: Callable[[], object]) -> dict[str, Site]:
+    """Return where each target's statistics come from, in the order in which modules run in a forward pass, ``run``."""
+    reads: dict[str, list[Tensor]] = {}  # keeps the tensors alive, so that identity means what it says
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, inputs: reads.setdefault(name, []).append(inputs[0])
+
+    with registered(
+        model.module.get_submodule(each).register_forward_pre_hook(watch(name))
+        for name, target in targets.items()
+        for each in called(model, target)
+    ):
+        run()
+    leaders: dict[tuple[object, ...], str] = {}
+    leader_of = {
+        name: leaders.setdefault((tuple(map(id, tensors)), *_reading(model, targets[name])), name)
+        for name, tensors in reads.items()
     }
+    found = {}
+    for name, leader in leader_of.items():
+        members = [targets[each] for each, first in leader_of.items() if first == leader]
+        outs, in_ = sum(matrix_shape(each)[0] ** 2 for each in members), matrix_shape(targets[name])[1] ** 2
+        looks_up = is_lookup(model, targets[name])
+        of_input = not looks_up and (targets[name].form == "spatial" or in_ <= outs)
+        found[name] = Site(targets[name], leader, "input" if of_input else "output")
+    return found
 
 
-def too_few(note: Mapping[str, Any]) -> list[str]:
-    """Return a warning per pair of too few rows and a width, with the kinds of modules whose moments stand on them."""
-    every = sorted(note["modules"].items())  # as in a note that was read back
-    poor = {name: about for name, about in every if about["rows"] < ENOUGH * about["width"]}
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for kind, names in grouped(poor).items():
-        kinds.setdefault((poor[names[0]]["rows"], poor[names[0]]["width"]), []).append(f"`{kind}`")
-    return [
-        f"{', '.join(some)}: {rows:,} calibration rows for {width:,} features are few; "
-        f"about {ENOUGH * width:,} are needed, here {-(-ENOUGH * width * note['samples'] // rows):,} samples"
-        for (rows, width), some in kinds.items()
-    ]
+def called(model: Model, target: Target) -> list[str]:
+    """Return the modules through which a target's matrix is read: of tied ones, those that multiply, if any does."""
+    every = [target.name, *target.aliases]
+    products = [each for each in every if not isinstance(model.module.get_submodule(each), nn.Embedding)]
+    return products or every
+
+
+def is_lookup(model: Model, target: Target) -> bool:
+    """Return whether a target is only ever looked up, so that its matrix maps words (in) to features (out)."""
+    return isinstance(model.module.get_submodule(called(model, target)[0]), nn.Embedding)
+
+
+def matrix_shape(target: Target) -> tuple[int, int]:
+    """Return (out, in) of the matrix that a method sees; of an embedding (words, width)."""
+    first, second = sides(target.shape, target.form)
+    return (second, first) if target.form == "transposed" else (first, second)
+
+
+def _reading(model: Model, target: Target) -> tuple[object, ...]:
+    """Return what two modules must have in common, beside their input, to share its moment."""
+    module: Any = model.module.get_submodule(called(model, target)[0])
+    if not isinstance(module, nn.Conv2d):
+        return ("rows",)
+    grid = ("kernel_size", "stride", "dilation", "padding", "padding_mode")
+    return target.form, type(module), *(getattr(module, name) for name in grid)
+
+
+class Collector:
+    """Hooks on the modules of some sites; each forward pass, and the backward passes after it, add to ``sums``.
+
+    Args:
+        model: in eval mode; the hooks are on while the collector is used as a context.
+        sites: what to watch.
+        needs: statistics to collect.
+        keep: add to the sums; without, everything is computed and nothing kept, to see what that takes.
+    """
+
+    def __init__(self, model: Model, sites: Mapping[str, Site], needs: Collection[str], *, keep: bool = True) -> None:
+        self.model, self.sites, self.needs, self.keep = model, sites, needs, keep
+        self.sums = Sums()
+        self.mask: Tensor | None = None  # (batch, tokens), False at padding, of the batch that runs next
+        self.gradients = any(need in OF_GRADIENTS for need in needs)
+
+    def see(self, inputs: Tensor | Mapping[str, Tensor]) -> None:
+        """Look at the next batch: which of its tokens are padding."""
+        mask = mask_of(inputs)
+        self.mask = None if mask is None or bool(mask.all()) else mask.bool().to(place_of(self.model.module))
+
+    @contextmanager
+    def watching(self) -> Iterator[Sums]:
+        """Keep the hooks on."""
+        with registered(
+            self.model.module.get_submodule(each).register_forward_hook(self._hook(site))
+            for site in self.sites.values()
+            for each in called(self.model, site.target)
+        ):
+            yield self.sums
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        leads = site.leader == site.target.name
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            x = inputs[0].detach()
+            keep = None if reads_image(site.target.name) else self._kept(x)
+            if leads and not isinstance(module, nn.Embedding):
+                self._inputs(site, module, x, keep)
+            if site.side == "output" and "second_moment" in self.needs:
+                rows = _rows(output.detach(), module)
+                self._add(f"{site.target.name}.output", rows if keep is None else rows[keep], scatter=True)
+            if not self.gradients:
+                return None
+            if not output.requires_grad:  # a copy, so that an activation may change it in place
+                output = output.detach().requires_grad_(True).clone()
+            seen = x if "weight_fisher" in self.needs else None
+            output.register_hook(lambda gradient: self._gradient(site, module, seen, keep, gradient))
+            return output
+
+        return hook
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """Return which rows are no padding (n,), or None for all of them."""
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape
+        fits = self.mask is not None and leading.numel() == self.mask.numel()
+        return self.mask.flatten() if self.mask is not None and fits else None
+
+    def _inputs(self, site: Site, module: Any, x: Tensor, keep: Tensor | None) -> None:
+        scatter = "second_moment" in self.needs and site.side == "input"
+        only_mean = not scatter and "input_magnitude" not in self.needs
+        if only_mean and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            self._mean_patch(f"{site.leader}.input", x, module)
+            return
+        rows = _patches(x, module, site.target.form)
+        rows = rows if keep is None else rows[keep]
+        self._add(f"{site.leader}.input", rows, scatter=scatter)
+        if site.target.form == "spatial":
+            self._mean_patch(f"{site.leader}.patch", x, module)
+        if "input_magnitude" in self.needs:
+            self._total(f"{site.leader}.magnitude", rows.abs().double().sum(0))
+
+    def _mean_patch(self, name: str, x: Tensor, module: Any) -> None:
+        """Add the mean of the whole patches (in kh kw,), which is linear and so needs those of the mean image only."""
+        rows = _patches(x.mean(0, keepdim=True), module, "channel")
+        seen = Running(rows.shape[1], None, rows.mean(0, dtype=torch.float64), len(rows) * len(x))
+        self.sums.running.setdefault(name, Running.empty(seen.size, x.device, scatter=False)).merge(seen)
+
+    def _gradient(self, site: Site, module: nn.Module, x: Tensor | None, keep: Any, gradient: Tensor) -> None:
+        name, rows = site.target.name, _rows(gradient, module)
+        if "output_gradient_gram" in self.needs:
+            rows = rows if keep is None else rows[keep]
+            rows = rows * 2.0**12  # far from the subnormal numbers of half precision
+            gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
+            self._total(f"{name}.gradient", gram.double() / 2.0**24)
+        if x is not None and not isinstance(module, nn.Embedding):
+            squares: Any = 0.0
+            for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
+                by_sample = _rows(other, module).T @ _patches(one, module, "channel")  # (out, in)
+                squares = squares + by_sample.double().square().sum(0)
+            if site.target.form == "spatial":  # (in kh kw,) to (in kh,): the columns of the kernel are outputs
+                squares = squares.view(-1, site.target.shape[3]).sum(1)
+            self._total(f"{name}.fisher", squares)
+
+    def _add(self, name: str, rows: Tensor, *, scatter: bool) -> None:
+        seen = self.sums.running.get(name) or Running.empty(rows.shape[1], rows.device, scatter=scatter)
+        seen.add(_wide(rows))
+        if self.keep:
+            self.sums.running[name] = seen
+
+    def _total(self, name: str, value: Any) -> None:
+        if name in self.sums.totals:
+            self.sums.totals[name] += value
+        elif self.keep:
+            self.sums.totals[name] = value
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(output: Tensor, module: nn.Module) -> Tensor:
+    """Return outputs or their gradients as rows (n, out), float32 at least."""
+    output = _wide(output)
+    return output.movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else output.flatten(0, -2)
+
+
+def _patches(x: Tensor, module: Any, form: str) -> Tensor:
+    """Return what a module multiplies its matrix with, as rows (n, in), float32 at least."""
+    x = _wide(x)
+    if not isinstance(module, nn.Conv2d):
+        return x.flatten(0, -2)
+    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    x = _padded(x, module)
+    if (kh, kw) == (1, 1):
+        return x[:, :, ::sh, ::sw].movedim(1, -1).flatten(0, -2)
+    if form == "spatial":  # columns of kernel height
+        kw, sw, dw = 1, 1, 1
+    columns = nn.functional.unfold(x, (kh, kw), (dh, dw), 0, (sh, sw))  # (batch, in kh kw, positions)
+    return columns.movedim(1, -1).flatten(0, -2)
+
+
+def _padded(x: Tensor, conv: Any) -> Tensor:
+    """Pad an input (batch, in, h, w) as its convolution does."""
+    if forms.pads_itself(conv):
+        return forms.padded(conv, x)
+    if conv.padding == "valid":
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+
+
+# -- what comes of the sums -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """The statistics of one target."""
+
+    side: str  # of the second moment
+    mean: Tensor | None  # (in,) of its inputs; None for a look-up
+    covariance: Tensor | None  # (in, in) or (out, out), around the mean; None where it was not asked for
+    output_mean: Tensor | None  # (out,) before the bias, where ``side`` is ``output``
+    others: dict[str, Tensor]  # the remaining statistics by name
+    rows: int  # how many inputs were seen
+    patch: Tensor | None = None  # (in kh kw,) mean of whole patches, of a spatial convolution, whose inputs are columns
+
+    def to(self, device: torch.device) -> Found:
+        """Return the same on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, others={name: value.to(device) for name, value in self.others.items()})
+
+    def seen_as(self, form: str) -> tuple[str, Any]:
+        """Return the form in which a weight meets whole inputs, and their mean: a spatial one meets whole patches."""
+        return ("channel", self.patch) if form == "spatial" else (form, self.mean)
+
+    def of(self, needs: Sequence[str]) -> dict[str, Any]:
+        """Return what a method asks for.
+
+        The second moment is that around 0 even where the bias makes up for the mean of what is lost: factors that leave
+        the mean to the bias altogether fit the calibration set better and other samples worse.
+        """
+        values: dict[str, Any] = {name: self.others[name] for name in needs if name in self.others}
+        if "second_moment" in needs:
+            assert self.covariance is not None
+            mean = self.mean if self.side == "input" else self.output_mean
+            moment = self.covariance.double()
+            if mean is not None:
+                moment = moment + torch.outer(mean.double(), mean.double())
+            values["second_moment"] = Moment(moment, self.side)
+        return values

@@ -52,7 +52,7 @@ Allocation = Annotated[
     str,
     value(
         "NAME",
-        f"how modules share the budget: {', '.join(ALLOCATIONS[:-1])} or {ALLOCATIONS[-1]}",
+        f"how modules share the budget: {', '.join(ALLOCATIONS)}",
         parser=choice("auto", *ALLOCATIONS),
     ),
 ]

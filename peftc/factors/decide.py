@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peftc import processes
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
-from peftc.calibration.statistics import Statistics
 from peftc.factors import estimate, joint, ordered, prediction, sensitivity, sequential, tables
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Decision

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.calibration import hooks, memory
+from peftc.calibration import memory, statistics
+from peftc.calibration.collection import DRAWS, Statistics
 from peftc.calibration.prepared import Prepared
-from peftc.calibration.statistics import DRAWS, Statistics
 from peftc.errors import PlanError
 from peftc.factors.factoring import Factoring
 from peftc.measure import costs
@@ -53,16 +53,16 @@ def _rates(device: torch.device) -> tuple[float, float, float]:
 
 def eigenproblems(target: Target, needs: tuple[str, ...]) -> list[int]:
     """Return the sides of the eigenproblems of one module."""
-    out, in_ = hooks.matrix_shape(target)
+    out, in_ = statistics.matrix_shape(target)
     if "second_moment" not in needs:
         return [min(out, in_)]
-    has_gram = "output_gradient_gram" in needs and max(target.outs or (out,)) <= hooks.LARGEST_GRAM
+    has_gram = "output_gradient_gram" in needs and max(target.outs or (out,)) <= statistics.LARGEST_GRAM
     return [*([out] if has_gram else []), *([out] if out <= in_ else [in_, in_])]
 
 
 def solving(target: Target, needs: tuple[str, ...]) -> int:
     """Return the bytes that solving one module takes."""
-    out, in_ = hooks.matrix_shape(target)
+    out, in_ = statistics.matrix_shape(target)
     return COPIES * DOUBLE * (out * in_ + sum(side**2 for side in set(eigenproblems(target, needs))))
 
 
@@ -86,7 +86,7 @@ def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -
     eigen, product, single = _rates(work.device)
     needs, seconds, peak = work.factorize.needs, 0.0, 0
     for target in work.targets.values():
-        out, in_ = hooks.matrix_shape(target)
+        out, in_ = statistics.matrix_shape(target)
         seconds += sum(side**3 for side in eigenproblems(target, needs)) * eigen
         seconds += PRODUCTS * out * in_ * min(out, in_) * product
         peak = max(peak, solving(target, needs))
@@ -115,13 +115,13 @@ def _calibration(work: Factoring, source: Prepared) -> tuple[int, float]:
     subject = replace(source.model, module=detached(source.model.module).to("meta"))
     there = max(lengths[each] for each in longest) * len(longest) if lengths else len(longest)
     share = (sum(lengths) if lengths else encoded.size) / there
-    gradients = any(need in hooks.OF_GRADIENTS for need in needs)
+    gradients = any(need in statistics.OF_GRADIENTS for need in needs)
     counted = costs.work(subject, meta)
     outer, sums = 0, 0
     for name, target in work.targets.items():
-        out, in_ = hooks.matrix_shape(target)
+        out, in_ = statistics.matrix_shape(target)
         side = min(out, in_) if "second_moment" in needs else 0
-        gram = out if "output_gradient_gram" in needs and out <= hooks.LARGEST_GRAM else 0
+        gram = out if "output_gradient_gram" in needs and out <= statistics.LARGEST_GRAM else 0
         outer += counted.positions.get(name, 0) * (side**2 + DRAWS * gram**2)
         sums += DOUBLE * (side**2 + gram**2)
     multiplied = counted.macs * (1 + 2 * DRAWS if gradients else 1) + outer

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import processes, progress
-from peftc.calibration import hooks, memory, statistics
+from peftc.calibration import collection, memory, statistics
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
-from peftc.calibration.statistics import Statistics
 from peftc.errors import ArtifactError, MethodError, PeftcError
 from peftc.factors import joint, ranks, spectra
 from peftc.factors.ranks import Ranks, Whole
@@ -89,7 +89,7 @@ class Factoring:
 
     def calibrate(self, source: Prepared | Statistics, folder: Path, *, planned: bool = False) -> None:
         """Take statistics, of a group's members one by one, collected in ``folder`` where they are not there yet."""
-        known = statistics.obtain(source, joint.one_by_one(self.model, self.targets), self.factorize.needs, folder)
+        known = collection.obtain(source, joint.one_by_one(self.model, self.targets), self.factorize.needs, folder)
         joint.take_apart(self.model, self.targets, known, planned=planned)
         self.use(known)
         memory.return_freed(self.model)
@@ -170,7 +170,7 @@ class Factoring:
 
     def keep_bases(self, folder: Path) -> None:
         """Keep the basis of every module in a folder from now on, where the disk has room for all of them."""
-        sides = [hooks.matrix_shape(target) for target in self.targets.values()]
+        sides = [statistics.matrix_shape(target) for target in self.targets.values()]
         if sum(BASIS * min(side) * sum(side) for side in sides) < shutil.disk_usage(folder).free // 2:
             self.scratch = folder
 

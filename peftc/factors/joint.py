@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.calibration.hooks import Found
-from peftc.calibration.statistics import Statistics
+from peftc.calibration.collection import Statistics
+from peftc.calibration.statistics import Found
 from peftc.errors import PeftcError, PlanError, named
 from peftc.factors.ranks import Ranks
 from peftc.models.inputs import DOES_NOT_RUN, forward, probe

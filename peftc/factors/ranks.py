@@ -77,10 +77,9 @@ def decide(
     limit = _limit(targets, budget, unit, whole)
     if aim.allocation == "uniform":
         return uniform_within(targets, limit, lambda target, rank: target.cost(rank, unit), multiple)
-    curves = {
-        name: _curve(target, weighed(losses(name), aim.allocation), unit, multiple) for name, target in targets.items()
-    }
-    return allocate.spend(curves, limit, foresee_dense=aim.allocation == "convex")
+    rule = allocate.ALLOCATIONS[aim.allocation]
+    curves = {name: _curve(target, rule.weigh(losses(name)), unit, multiple) for name, target in targets.items()}
+    return allocate.spend(curves, limit, foresee_dense=rule.foresee_dense)
 
 
 def _at_energy(target: Target, losses: Tensor, share: float, multiple: int) -> int | None:
@@ -131,13 +130,6 @@ def uniform_within(
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= limit else (low, middle)
     return at(low)
-
-
-def weighed(losses: Tensor, allocation: str) -> Tensor:
-    """Return losses as an allocation adds them up: under ``energy`` as shares of the module's own."""
-    if allocation != "energy":
-        return losses
-    return losses * (1 / float(losses[0]) if losses[0] else 0.0)
 
 
 def _curve(target: Target, losses: Tensor, unit: str, multiple: int) -> Curve:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peftc import progress
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
-from peftc.calibration.statistics import Statistics
 from peftc.factors import joint
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Ranks

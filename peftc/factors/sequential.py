@@ -15,10 +15,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from peftc import progress
-from peftc.calibration import hooks
-from peftc.calibration.hooks import Collector, Found, Site
+from peftc.calibration import statistics
+from peftc.calibration.collection import matrix_of
 from peftc.calibration.prepared import Prepared
-from peftc.calibration.statistics import matrix_of
+from peftc.calibration.statistics import Collector, Found, Site
 from peftc.errors import UsageError
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Ranks
@@ -52,7 +52,7 @@ def factor(work: Factoring, prepared: Prepared, ranks: Ranks) -> dict[str, dict[
     known = work.factorize.statistics
     assert known is not None
     runs = batches(prepared.encoded.lengths, prepared.encoded.size, known.batch_size)
-    sites = hooks.sites(prepared.model, work.targets, lambda: _pass(prepared, runs[:1], None))
+    sites = statistics.sites(prepared.model, work.targets, lambda: _pass(prepared, runs[:1], None))
     cuts: dict[str, dict[str, Any]] = {}
     with progress.track("factors, in order", sum(ranks.get(name) is not None for name in sites)) as advance:
         for _, group in groupby(sites.values(), key=lambda site: site.leader):
@@ -107,7 +107,7 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
     last = (
         []
         if collector is None or matching(model.module)  # its text encoder runs again after the fusion layers
-        else [each for site in collector.sites.values() for each in hooks.called(model, site.target)]
+        else [each for site in collector.sites.values() for each in statistics.called(model, site.target)]
     )
     waiting: set[str] = set()
 

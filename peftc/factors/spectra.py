@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from peftc import methods
-from peftc.calibration import hooks
-from peftc.calibration.statistics import Statistics
+from peftc.calibration import statistics
+from peftc.calibration.collection import Statistics
 from peftc.errors import MethodError, UsageError, one_of
 from peftc.factors import joint
 from peftc.methods.spectrum import Solution, Spectrum
@@ -94,9 +94,9 @@ def factorizer(
     function = methods.find("decompose", chosen, "--method")
     one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
     needs = tuple(methods.needs_of(function))
-    unknown = [name for name in needs if name not in hooks.STATISTICS]
+    unknown = [name for name in needs if name not in statistics.STATISTICS]
     if unknown:
-        why = f"calibration collects {', '.join(hooks.STATISTICS)}"
+        why = f"calibration collects {', '.join(statistics.STATISTICS)}"
         raise MethodError(f"`{chosen}` asks for `{unknown[0]}`", why=why)
     if needs and not with_data:
         hint = "name one: `--data DATA`, or collected statistics: `--statistics DIR`"

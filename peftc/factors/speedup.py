@@ -14,7 +14,7 @@ import torch
 from peftc import progress
 from peftc.errors import PlanError
 from peftc.factors.factoring import Factoring
-from peftc.factors.ranks import Decision, Ranks, uniform_within, weighed
+from peftc.factors.ranks import Decision, Ranks, uniform_within
 from peftc.measure import latency
 from peftc.measure.latency import Measured, Pace, Site, SiteTimes
 from peftc.models.inputs import probe
@@ -105,14 +105,14 @@ def _solver(work: Factoring, aim: Aim, paces: Mapping[str, Pace]) -> Callable[[i
             return {name: rank if rank in paces[name].costs else None for name, rank in ranks.items()}
 
         return uniform
-    curves = {}
+    rule, curves = allocate.ALLOCATIONS[aim.allocation], {}
     with progress.track("spectra", len(targets)) as advance:
         for name in targets:
-            curves[name] = paces[name].curve(weighed(work.losses_of(name), aim.allocation))
+            curves[name] = paces[name].curve(rule.weigh(work.losses_of(name)))
             advance(name)
 
     def greedy(limit: int) -> Ranks:
-        ranks = allocate.spend(curves, limit, foresee_dense=aim.allocation == "convex")
+        ranks = allocate.spend(curves, limit, foresee_dense=rule.foresee_dense)
         return allocate.fill(curves, ranks, limit)
 
     return greedy

@@ -6,15 +6,31 @@ Nothing here knows a tensor: a module is its shape and, for the greedy pass, a c
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 from peftc.errors import PlanError
 
 Shape = tuple[int, ...]
-ALLOCATIONS = ("uniform", "global", "energy", "convex")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How one greedy pass weighs the losses of a module, (k + 1,) at ranks 0 to k, against those of others."""
+
+    weigh: Callable[[Any], Any] = lambda losses: losses
+    foresee_dense: bool = False  # as for `steps`
+
+
+ALLOCATIONS: Mapping[str, Allocation] = {
+    "uniform": Allocation(),  # PELA's formula, which looks at no losses
+    "global": Allocation(),
+    "energy": Allocation(lambda losses: losses * (1 / float(losses[0]) if losses[0] else 0.0)),  # in shares of its own
+    "convex": Allocation(foresee_dense=True),
+}
 
 
 def sides(shape: Shape, form: str) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""One forward pass over the samples > what every layer reads and gives, pooled > one score per layer."""
+"""One forward pass over the samples > what every layer reads and gives, pooled > one score per layer.
+
+The scores themselves are in `peftc/methods/importance/`; here is what they may ask for by name.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc import progress
+from peftc.calibration.collection import Statistics, source_of
 from peftc.calibration.prepared import Prepared, Request
-from peftc.calibration.statistics import Statistics, source_of
 from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import prediction, spectra

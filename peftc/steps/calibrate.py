@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from peftc import processes
-from peftc.calibration import hooks, memory
+from peftc.calibration import memory, statistics
+from peftc.calibration.collection import Statistics, collect, identity_of
 from peftc.calibration.lanes import LANES
 from peftc.calibration.prepared import Request, prepare
-from peftc.calibration.statistics import Statistics, collect, identity_of
 from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered, spectra, tables
@@ -131,8 +131,8 @@ def calibrate(
 
 def _least_bytes(targets: Mapping[str, Target], needs: Sequence[str]) -> int:
     """Return what the gradients of the outputs alone take, in every part, their sum and the folder."""
-    outs = [hooks.matrix_shape(target)[0] for target in targets.values()]
-    grams = sum(out**2 for out in outs if out <= hooks.LARGEST_GRAM)
+    outs = [statistics.matrix_shape(target)[0] for target in targets.values()]
+    grams = sum(out**2 for out in outs if out <= statistics.LARGEST_GRAM)
     return 8 * (LANES + 2) * grams if "output_gradient_gram" in needs else 0
 
 

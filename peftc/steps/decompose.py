@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from peftc.calibration import memory
+from peftc.calibration.collection import Statistics, identity_of, source_of
 from peftc.calibration.prepared import Prepared, Request
-from peftc.calibration.statistics import Statistics, identity_of, source_of
 from peftc.data import open_data
 from peftc.data.spec import GENERATED, named
 from peftc.errors import ClassesError, UsageError
@@ -150,9 +150,9 @@ def decompose(
     work = Factoring(loaded, targets, factorize, place, reasons)
     work.leave_uncalled(include)
     estimate.refuse_unsolvable(work)
-    set_ = None if data is None else Request.of(data, reading, calibration)
+    some = None if data is None else Request.of(data, reading, calibration)
     tries = sensitivity > 0 and not keep_all_ranks
-    source = source_of(loaded, factorize.needs, set_, statistics, device, tries=tries)
+    source = source_of(loaded, factorize.needs, some, statistics, device, tries=tries)
     if sequential:
         refuse_unfit(source, factorize.needs)
     exam = None if data is None else Exam(data, reading, gates, batch_size, device)

@@ -19,7 +19,7 @@ import numpy as np
 import timm
 import torch
 
-from peftc.calibration import hooks, statistics
+from peftc.calibration import collection, statistics
 from peftc.calibration.prepared import Request, prepare
 from peftc.methods.decompose.whitened import whitened
 from peftc.models.inputs import outputs
@@ -57,11 +57,11 @@ def main() -> None:
 
         def collects() -> None:
             with tempfile.TemporaryDirectory() as work:
-                found.append(statistics.collect(prepared, targets, ("second_moment",), Path(work)))
+                found.append(collection.collect(prepared, targets, ("second_moment",), Path(work)))
                 known.update({name: found[-1].of(name, torch.device("cpu")) for name in targets})
 
         found: list[object] = []
-        known: dict[str, hooks.Found] = {}
+        known: dict[str, statistics.Found] = {}
         forwards()
         times: dict[str, list[float]] = {"alone": [], "again": [], "collecting": []}
         for _ in range(asked.rounds):

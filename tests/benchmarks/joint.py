@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peftc.calibration import statistics
+from peftc.calibration import collection
 from peftc.steps import decompose as step
 from peftc.steps.evaluate import evaluate
 
@@ -24,12 +24,12 @@ NEEDS = ("second_moment", "output_gradient_gram")
 def keep_statistics(folder: Path) -> None:
     """Let every run read what the first one collected, and leave the measuring to this script."""
     step._is_measured = lambda *_: False  # type: ignore[assignment]
-    collect = statistics.collect
+    collect = collection.collect
 
     def kept(prepared: Any, targets: Any, _needs: Any, _folder: Path) -> Any:
         return collect(prepared, targets, NEEDS, folder)
 
-    statistics.collect = kept  # type: ignore[assignment]
+    collection.collect = kept  # type: ignore[assignment]
 
 
 def quality(folder: Path, model: str, data: str) -> dict[str, Any]:

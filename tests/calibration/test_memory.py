@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from peftc import processes
-from peftc.calibration import hooks, lanes, memory, statistics
+from peftc.calibration import collection, lanes, memory, statistics
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Request, prepare
-from peftc.calibration.statistics import Statistics
 from peftc.errors import PeftcError, PlanError, UsageError
 from peftc.factors import estimate, sensitivity, sequential
 from peftc.factors.factoring import Factoring
@@ -88,7 +88,7 @@ def collected(
     targets, _ = find_targets(loaded, conv_method="spatial", include=(), skip=())
     request = Request(text, samples=12, max_length=16, **asked)
     folder.mkdir(exist_ok=True)
-    return statistics.collect(prepare(loaded, request, "cpu"), targets, needs, folder)
+    return collection.collect(prepare(loaded, request, "cpu"), targets, needs, folder)
 
 
 def tensors(known: Statistics) -> dict[str, dict[str, Any]]:
@@ -136,7 +136,7 @@ def test_passes_collect_what_one_pass_collects(tiny_llama: Path, text: str, tmp_
     assert len(groups_of(tmp_path / "several")) > 1
     assert {path.name for path in (tmp_path / "several").glob("lane-*")} == set()
     once = collected(tiny_llama, text, tmp_path / "once", batch_size=1)
-    assert [path.name for path in (tmp_path / "once").iterdir()] == [statistics.FILE]
+    assert [path.name for path in (tmp_path / "once").iterdir()] == [collection.FILE]
     assert_same(several, once)
     assert several.note["rows"] == once.note["rows"]
 
@@ -252,14 +252,14 @@ def test_a_backward_pass_keeps_no_copy_of_a_weight(half_llama: Path, monkeypatch
 def test_a_streamed_calibration_leaves_nothing_in_memory(
     half_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Any
 ) -> None:
-    made: list[weakref.ref[hooks.Collector]] = []
+    made: list[weakref.ref[statistics.Collector]] = []
 
-    def collector(*given: Any, keep: bool = True) -> hooks.Collector:
-        found = hooks.Collector(*given, keep=keep)
+    def collector(*given: Any, keep: bool = True) -> statistics.Collector:
+        found = statistics.Collector(*given, keep=keep)
         made.extend([weakref.ref(found)] if keep else [])
         return found
 
-    monkeypatch.setattr(statistics, "Collector", collector)
+    monkeypatch.setattr(collection, "Collector", collector)
     collected(half_llama, text, tmp_path / "streamed", needs, max_memory=2 << 30)
     gc.collect()
     assert len(made) == lanes.LANES
@@ -314,7 +314,7 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Moment]]:
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(hooks, "Moment", moment)
+    monkeypatch.setattr(statistics, "Moment", moment)
     return made
 
 
@@ -413,7 +413,7 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
     work = Factoring(model, find_targets(model, conv_method="spatial")[0], factorizer("kfac", "spatial", None,
                      with_data=True), torch.device("cpu"))  # fmt: skip
     (tmp_path / "tight").mkdir()
-    work.use(statistics.collect(prepared, work.targets, NEEDS, tmp_path / "tight"))
+    work.use(collection.collect(prepared, work.targets, NEEDS, tmp_path / "tight"))
     run, sizes = sensitivity.outputs, set()
 
     def running(prepared: Any, batch: Any) -> Any:

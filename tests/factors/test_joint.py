@@ -293,7 +293,7 @@ def test_joint_whitened_and_kfac_factors_beat_every_perturbed_competitor() -> No
 
 
 def test_a_stack_has_one_input_side_blocks_of_gradients_and_a_summed_fisher() -> None:
-    from peftc.calibration.hooks import Found
+    from peftc.calibration.statistics import Found
     from peftc.plans.plan import Target
 
     class Known:
@@ -322,7 +322,7 @@ def test_biases_are_corrected_member_by_member(tmp_path: Path) -> None:
 
     class Known:
         def of(self, _name: str, _device: torch.device) -> Any:
-            from peftc.calibration.hooks import Found
+            from peftc.calibration.statistics import Found
 
             return Found("input", mean, torch.eye(32), None, {}, 99)
 

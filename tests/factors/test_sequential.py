@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftc
-from peftc.calibration import statistics
+from peftc.calibration import collection
 from peftc.calibration.prepared import Request, prepare
 from peftc.errors import UsageError
 from peftc.factors import sensitivity
@@ -130,7 +130,7 @@ def calibrated(model: Path, images: Path, folder: Path, samples: int = 8) -> Tri
     by = factorizer("kfac", "spatial", None, with_data=True)
     work = Factoring(loaded, targets, by, torch.device("cpu"), reasons)
     prepared = prepare(loaded, Request(str(images), samples=64), "cpu")
-    work.use(statistics.collect(prepared, targets, work.factorize.needs, folder))
+    work.use(collection.collect(prepared, targets, work.factorize.needs, folder))
     return Trial(work, prepared, samples, folder)
 
 

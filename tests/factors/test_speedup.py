@@ -321,7 +321,7 @@ def test_analyze_plans_what_decompose_carries_out(
 ) -> None:
     report = analyze(wide, speedup=1.5, plan=tmp_path / "plan.json")
     assert report.data["speedup"]["value"] == pytest.approx(1.5, rel=0.05)
-    made = plan.read(tmp_path / "plan.json")
+    made = plan.read_plan(tmp_path / "plan.json")
     assert made.ranks["narrow"] is None and "not measurably faster" in made.reasons["narrow"]
     decompose(wide, output_dir=tmp_path / "other", speedup=1.5)
     stopped()

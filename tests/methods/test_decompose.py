@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftc import methods
-from peftc.calibration import hooks
+from peftc.calibration import statistics
 from peftc.errors import MethodError, UsageError
 from peftc.methods import METHODS, find
 from peftc.methods.decompose.svd import svd
@@ -103,7 +103,7 @@ def decompose(name: str, weight: Tensor) -> Spectrum:
 
 
 def test_there_is_a_made_up_statistic_for_everything_that_calibration_collects() -> None:
-    assert tuple(STATISTICS) == hooks.STATISTICS
+    assert tuple(STATISTICS) == statistics.STATISTICS
 
 
 @every_method

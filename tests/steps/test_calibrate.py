@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc as public
-from peftc.calibration import statistics
+from peftc.calibration import collection
 from peftc.calibration.lanes import LANES
 from peftc.errors import ArtifactError, DataError, PlanError, UsageError, WeightError
 from peftc.methods.weighted import Moment, weighted
@@ -409,8 +409,8 @@ def test_a_kill_loses_no_finished_part_and_changes_no_byte(
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == [
         "lane-0-0.safetensors", "lane-0-1.safetensors",
     ]  # fmt: skip
-    lanes, collector = [], statistics.Collector
-    monkeypatch.setattr(statistics, "Collector", lambda *given, **keep: lanes.append(keep) or collector(*given, **keep))
+    lanes, collector = [], collection.Collector
+    monkeypatch.setattr(collection, "Collector", lambda *given, **keep: lanes.append(keep) or collector(*given, **keep))
     calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
     assert lanes.count({}) == LANES - 2
     assert promised(tmp_path / "out") == promised(stats)
@@ -427,7 +427,7 @@ def test_a_kill_after_the_last_part_needs_no_forward_pass(
         patch.setattr(write, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
-    monkeypatch.setattr(statistics, "Collector", interrupted)
+    monkeypatch.setattr(collection, "Collector", interrupted)
     calibrate(tiny_vit, output_dir=tmp_path / "out", **DIGITS)
     assert promised(tmp_path / "out") == promised(stats)
 

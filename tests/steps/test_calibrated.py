@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc import Source
-from peftc.calibration import statistics
+from peftc.calibration import collection
 from peftc.calibration.prepared import Request, prepare
 from peftc.methods.decompose.kfac import kfac
 from peftc.models import load as models
@@ -266,7 +266,7 @@ def test_half_of_the_loss_of_kfac_predicts_the_divergence_that_is_measured(data_
     every, _ = eligible(prepared.model, conv_method="channel")
     targets = {name: target for name, target in every.items() if name.split(".")[1] in ("1", "7")}
     needs = ("second_moment", "output_gradient_gram")
-    known = statistics.collect(prepared, targets, needs, tmp_path)
+    known = collection.collect(prepared, targets, needs, tmp_path)
     batch = prepared.encoded.batch(range(prepared.encoded.size)).inputs
     with torch.no_grad():
         dense = outputs(prepared.model, batch).double().log_softmax(-1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftc.calibration.hooks import Collector, Sums
+from peftc.calibration.statistics import Collector, Sums
 from peftc.data import open_data
 from peftc.errors import DataError
 from peftc.factors import sequential

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from peftc.calibration import hooks
+from peftc.calibration import statistics
 from peftc.data import Dataset, open_data
 from peftc.errors import DataError
 from peftc.measure.costs import work
@@ -314,8 +314,8 @@ def test_only_towers_and_fusion_layers_are_eligible(tiny_clip: Path, tiny_blip: 
 def test_padding_of_words_hides_no_image_patches(kind: str, name: str, request: pytest.FixtureRequest) -> None:
     """Where a text has as many words as an image has patches, its mask is not taken for one of the patches."""
     model = load.load(request.getfixturevalue(kind))
-    collector = hooks.Collector(
-        model, {name: hooks.Site(eligible(model)[0][name], name, "input")}, ["second_moment"]
+    collector = statistics.Collector(
+        model, {name: statistics.Site(eligible(model)[0][name], name, "input")}, ["second_moment"]
     )  # fmt: skip
     collector.see({"attention_mask": (torch.arange(14) < torch.tensor([[14], [5]])).long()})
     with collector.watching() as sums, torch.no_grad():

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftc.calibration import hooks, lanes, statistics
-from peftc.calibration.hooks import Collector, Running, Site
+from peftc.calibration import collection, lanes, statistics
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Request, prepare
-from peftc.calibration.statistics import Statistics
+from peftc.calibration.statistics import Collector, Running, Site
 from peftc.errors import WeightError
 from peftc.models import inputs
 from peftc.models import load as models
@@ -91,7 +91,7 @@ def test_lanes_of_features_with_a_mean_far_from_zero_lose_nothing(tmp_path: Path
         seen = Running.empty(7, CPU, scatter=True)
         seen.add(part)
         paths.append(tmp_path / f"{number}.safetensors")
-        lanes.save(paths[-1], hooks.Sums({"one.input": seen}, samples=len(part)))
+        lanes.save(paths[-1], statistics.Sums({"one.input": seen}, samples=len(part)))
     whole = lanes.Lanes(paths, CPU).running("one.input", scatter=True)
     expected = np.cov(rows.numpy().T, bias=True)
     np.testing.assert_allclose(whole.covariance(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
@@ -127,7 +127,7 @@ def found_by(
     """Collect statistics of every weight of a network over some batches, with a loss of its outputs if any."""
     model: Model = models.load(network.eval())
     every = calibrate_targets(model, form)
-    sites = hooks.sites(model, every, lambda: model.module(runs[0]))
+    sites = statistics.sites(model, every, lambda: model.module(runs[0]))
     collector = Collector(model, sites, needs)
     with collector.watching() as sums:
         for batch in runs:
@@ -236,7 +236,7 @@ def test_a_gram_too_large_keeps_its_mean_eigenvalue(monkeypatch: pytest.MonkeyPa
     network, runs = Wide(), [random(3, 4, 6)]
     needs = ["output_gradient_gram"]
     full = found_by(network, runs, needs, loss=lambda outputs: outputs.square().sum())[1]["other.gradient"]
-    monkeypatch.setattr(hooks, "LARGEST_GRAM", 23)
+    monkeypatch.setattr(statistics, "LARGEST_GRAM", 23)
     mean = found_by(network, runs, needs, loss=lambda outputs: outputs.square().sum())[1]["other.gradient"]
     assert mean.shape == ()
     torch.testing.assert_close(mean, full.diagonal().mean(), rtol=1e-5, atol=0.0)
@@ -402,7 +402,7 @@ def test_convolutions_share_a_moment_only_where_they_cut_the_same_patches() -> N
 def sites_of(folder: Path, *, include: Sequence[str] = ()) -> dict[str, Site]:
     model = runnable(models.load(folder), device="cpu")
     found, _ = eligible(model, conv_method="spatial", include=include)
-    return hooks.sites(model, found, lambda: inputs.outputs(model, probe(model)))
+    return statistics.sites(model, found, lambda: inputs.outputs(model, probe(model)))
 
 
 def test_query_key_and_value_share_one_moment_and_the_last_linear_is_seen_from_its_outputs(tiny_bert: Path) -> None:
@@ -432,14 +432,14 @@ def test_a_fused_projection_has_a_moment_of_its_inputs(tiny_vit: Path) -> None:
 
 
 def statistics_of(
-    folder: Path | nn.Module, data: Path, out: Path, needs: Sequence[str] = hooks.STATISTICS, **asked: Any
+    folder: Path | nn.Module, data: Path, out: Path, needs: Sequence[str] = statistics.STATISTICS, **asked: Any
 ) -> Statistics:
     include = asked.pop("include", ())
     out.mkdir(exist_ok=True)
     model = models.load(folder)
     prepared = prepare(model, Request(str(data), **asked), "cpu")
     found, _ = eligible(model, conv_method="spatial", include=include)
-    return statistics.collect(prepared, found, needs, out)
+    return collection.collect(prepared, found, needs, out)
 
 
 def tensors_of(known: Statistics) -> dict[str, Tensor]:
@@ -453,7 +453,7 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("need", hooks.STATISTICS)
+@pytest.mark.parametrize("need", statistics.STATISTICS)
 def test_a_method_is_handed_the_statistic_that_it_names(
     need: str, texts: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -553,8 +553,8 @@ def test_transposed_weights_of_gpt2_are_seen_as_linears(tmp_path: Path) -> None:
     network.transformer.h[0].mlp.c_fc.register_forward_pre_hook(lambda _m, given: inputs.append(given[0].detach()))
     model = models.load(network)
     targets, _ = eligible(model, conv_method="spatial")
-    sites = hooks.sites(model, targets, lambda: model.module(ids))
-    assert hooks.matrix_shape(targets["transformer.h.0.mlp.c_fc"]) == (64, 16)
+    sites = statistics.sites(model, targets, lambda: model.module(ids))
+    assert statistics.matrix_shape(targets["transformer.h.0.mlp.c_fc"]) == (64, 16)
     assert sites["transformer.h.0.mlp.c_proj"].side == "output"
     collector = Collector(model, sites, ["second_moment"])
     with torch.no_grad(), collector.watching() as sums:
