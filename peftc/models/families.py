@@ -24,12 +24,12 @@ class Matching:
 
 @dataclass(frozen=True)
 class Family:
-    """A row: which models, and what peftc has to know of them."""
+    """A row: which models, and what peftc has to know of them; all rows that match a model add up."""
 
     library: str  # ``timm`` or ``transformers``
     architecture: str  # pattern over the name of a class or of timm's architecture, in lower case
     skip: Mapping[str, str] = field(default_factory=dict)  # pattern over dotted names -> why those stay dense
-    counts: tuple[str, ...] = ()  # config keys that count layers
+    counts: tuple[str, ...] = ()  # config keys that count layers; these three are tried for all models of the library
     stages: tuple[str, ...] = ()  # config keys that list a count for each stage
     positions: tuple[str, ...] = ()  # config keys that say how many tokens there may be
     image_parts: tuple[str, ...] = ()  # how the names of the modules of an image tower start

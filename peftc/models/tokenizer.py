@@ -19,7 +19,8 @@ def tokenizer_of(model: Model) -> Any:
     from transformers import AutoTokenizer
 
     with refusing(model):
-        return AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+        trusted = model.source.trust_remote_code
+        return AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=trusted)
 
 
 @contextmanager

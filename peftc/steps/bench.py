@@ -227,7 +227,9 @@ def _report(
         f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds; "
         + ", ".join(f"{name} {list(shape)}" for name, shape in data["input"].items())
     )
-    report.notes += [_noise_text(data["noise"], largest), *subject.notes]
+    bands = {1: data["noise"]["batch_1"], largest: data["noise"]["saturating"]}
+    each = [f"{band['low']:.3f}x to {band['high']:.3f}x at batch {batch}" for batch, band in bands.items()]
+    report.notes += [f"noise, the same model against itself: {', '.join(each)}", *subject.notes]
     widest = max(band["high"] for band in data["noise"].values())
     if widest > NOISY:
         report.warnings.append(
@@ -295,9 +297,3 @@ def _milliseconds(seconds: float) -> str:
 
 def _rate(per_second: float) -> str:
     return f"{per_second:.3g}/s" if per_second < 1000 else f"{per_second:,.0f}/s"
-
-
-def _noise_text(noise: dict[str, dict[str, float]], largest: int) -> str:
-    bands = {1: noise["batch_1"], largest: noise["saturating"]}
-    each = [f"{band['low']:.3f}x to {band['high']:.3f}x at batch {batch}" for batch, band in bands.items()]
-    return "noise, the same model against itself: " + ", ".join(each)

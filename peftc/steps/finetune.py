@@ -36,7 +36,7 @@ from peftc.tasks.evaluation import Exam
 from peftc.training import imitation, journal, student
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.lesson import Lesson, learn, prepared, weights_of
-from peftc.training.recipe import Outcome
+from peftc.training.schedule import Outcome
 from peftc.training.student import Student
 from peftc.training.teacher import tell
 

@@ -16,7 +16,7 @@ from peftc.tasks import retrieval
 from peftc.tasks.table import task_of
 from peftc.training import imitation, loop, samples
 from peftc.training.imitation import TASK, Imitation
-from peftc.training.recipe import Outcome
+from peftc.training.schedule import Outcome
 from peftc.training.teacher import identity_of, teacher_of
 
 PELA = {"features": 1.0, "perturbation": 1.0, TASK: 1.0}  # the released scripts, section 1.3 of the papers notes

@@ -26,7 +26,7 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training.accelerator import accelerator_of
 from peftc.training.journal import CHECKPOINT, Journal
-from peftc.training.recipe import Outcome, mixed, rate
+from peftc.training.schedule import Outcome, mixed, rate
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
@@ -146,7 +146,7 @@ class _Run:
 
     def rate(self) -> float:
         """Return the learning rate of the step to come."""
-        return self.recipe.learning_rate * rate(self.step, self.total, self.recipe.warmup)
+        return rate(self.step, self.total, self.recipe)
 
     def moments(self) -> set[int]:
         """Return the steps before which, and the last after which, the held-out samples are looked at."""

@@ -22,7 +22,7 @@ from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.report import Report, Table
 from peftc.tasks.table import task_of
 from peftc.training import samples
-from peftc.training.recipe import mixed
+from peftc.training.schedule import mixed
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
 

@@ -16,7 +16,7 @@ from peftc.report import Report, Table
 from peftc.store.source import Source
 from peftc.training import imitation, samples
 from peftc.training.imitation import TASK, Imitation
-from peftc.training.recipe import Outcome
+from peftc.training.schedule import Outcome
 
 QUIET = 0.01  # of the task's loss: a term below it hardly pulls
 

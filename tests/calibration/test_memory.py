@@ -147,7 +147,7 @@ def test_an_interrupted_calibration_goes_on_with_the_passes_it_chose(
 ) -> None:
     least = least_memory(tiny_llama, text, tmp_path / "none", batch_size=1)
     whole = collected(tiny_llama, text, tmp_path / "whole", batch_size=1, max_memory=least)
-    save, kept = statistics.lanes.save, []
+    save, kept = lanes.save, []
 
     def stop(path: Path, sums: Any) -> None:
         if len(kept) == 6:
@@ -156,7 +156,7 @@ def test_an_interrupted_calibration_goes_on_with_the_passes_it_chose(
         save(path, sums)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(statistics.lanes, "save", stop)
+        patch.setattr(lanes, "save", stop)
         collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)
     hold(monkeypatch, 1 << 40)  # it would be refused if it were chosen again
     resumed = collected(tiny_llama, text, tmp_path / "killed", batch_size=1, max_memory=least)

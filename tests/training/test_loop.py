@@ -14,7 +14,7 @@ from peftc.errors import PeftcError, UsageError
 from peftc.options import Recipe
 from peftc.training import journal, loop
 from peftc.training.loop import fit
-from peftc.training.recipe import Outcome, mixed, rate
+from peftc.training.schedule import Outcome, mixed, rate
 
 SIZE = 96
 X = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
@@ -259,7 +259,7 @@ def test_terms_are_added_up_and_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_in_a_line_and_falls_to_zero_in_half_a_cosine() -> None:
-    rates = [rate(step, 100, 0.1) for step in range(101)]
+    rates = [rate(step, 100, Recipe(steps=100, learning_rate=1.0)) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0, abs=1e-9)
     assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from peftc.options import Recipe
+
 
 @dataclass
 class Outcome:
@@ -29,12 +31,12 @@ class Outcome:
     optimizer_bytes: int = 0
 
 
-def rate(step: int, total: int, warmup: float) -> float:
-    """Return the share of the highest learning rate at ``step`` in [0, total): up in a line, down in half a cosine."""
-    rising = math.ceil(warmup * total)
+def rate(step: int, total: int, recipe: Recipe) -> float:
+    """Return the learning rate at ``step`` in [0, total): up in a line to the highest, down in half a cosine."""
+    rising = math.ceil(recipe.warmup * total)
     if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+        return recipe.learning_rate * ((step + 1) / rising)
+    return recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))))
 
 
 def mixed(seed: int, *parts: int) -> int:
