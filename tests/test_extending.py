@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peftc.plans import allocate
+from peftc.steps.decompose import decompose
 from peftc.tasks import table
 
 try:
@@ -78,9 +80,22 @@ def test_the_task_of_the_page_trains_and_is_evaluated(
     assert found["against"]["divergence"]["value"] > 0
 
 
+def test_the_rule_of_the_page_shares_a_budget(
+    package: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.setitem(allocate.ALLOCATIONS, "root", importlib.import_module("peftc_mine").ROOT)
+    found = [
+        decompose(tiny_vit, ratio=0.5, allocation=rule, output_dir=tmp_path / rule, device="cpu").data["modules"]
+        for rule in ("root", "global")
+    ]
+    root, usual = ([row["rank"] for row in rows] for rows in found)
+    assert root != usual
+
+
 def test_what_one_changes_inside_peftc_is_there() -> None:
     rows = re.findall(r"^\| `(\S+)` \| (.*) \|$", PAGE, re.M)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for path, text in rows:
         there = (REPOSITORY / path).read_text(encoding="utf-8")
         assert [word for word in re.findall(r"`([^`]+)`", text) if word not in there] in ([], ["graded.TASK"]), path
