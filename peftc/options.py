@@ -16,6 +16,7 @@ from peftc import processes
 from peftc.errors import PeftcError, UsageError
 
 SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights
+COLUMNS = ("image", "text", "label")  # of a table: kinds that `Reading` has an option for
 EPOCHS = 10  # of a finetuning, where no length is given
 
 

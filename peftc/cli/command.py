@@ -16,11 +16,11 @@ from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group
 from peftc.cli.texts import settings
 from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8
+from peftc.options import COLUMNS
 from peftc.project import config
 from peftc.report import Report
 from peftc.store.source import MANIFEST, Source
 
-COLUMNS = ("image_column", "text_column", "label_column")
 SHAPE = ("arch", "arch_set", "weights", "revision", "preprocess")  # say how to build a model that is no artifact
 
 
@@ -102,12 +102,13 @@ def _tidy(ctx: Context, options: dict[str, Any]) -> dict[str, Any]:
     lower = {name: value for name, value in options.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
     typed = {name: value for name, value in options.items() if _came_from(ctx, name) == "COMMANDLINE"}
     dropped = lower.keys() - config.override(str(ctx.info_name), lower, typed).keys()
-    columns = [name for name in COLUMNS if options.get(name) and name not in typed]
+    given = {kind: f"{kind}_column" for kind in COLUMNS}
+    columns = {kind: name for kind, name in given.items() if options.get(name) and name not in typed}
     if columns and options.get("data"):
         from peftc.data.spec import columns_of, parts_of
 
         _, own = columns_of(parts_of(options["data"])[0])
-        dropped |= {name for name in columns if getattr(own, name.removesuffix("_column"))}
+        dropped |= {name for kind, name in columns.items() if getattr(own, kind)}
     return options | dict.fromkeys(dropped)
 
 

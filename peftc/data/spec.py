@@ -10,9 +10,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from peftc.errors import UsageError, one_of
-from peftc.options import Reading
+from peftc.options import COLUMNS, Reading
 
-COLUMNS = ("image", "text", "label")
 GENERATED = "generated:"  # a spec of texts that are drawn from a model
 
 

@@ -15,7 +15,7 @@ from peftc.measure.intervals import Interval
 from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
-from peftc.options import EPOCHS, Recipe
+from peftc.options import EPOCHS, Recipe, length
 from peftc.report import Report, Table, size_table
 from peftc.store import artifact, manifest
 from peftc.store.job import Job
@@ -34,11 +34,10 @@ def options(model: Model, data: str | None, asked: Mapping[str, Any]) -> dict[st
         raise UsageError("`--retrain` trains on samples of the task", hint="name some: `--data DATA`")
     earlier = [step["request"] for step in (model.manifest.steps if model.manifest else [])]
     tuned = [request["method"] for request in earlier if request["command"] == "finetune"]
-    found = {"method": [USUAL, *tuned][-1], **{name: value for name, value in asked.items() if value is not None}}
+    named = {name: value for name, value in {**asked, **length(asked, EPOCHS)}.items() if value is not None}
+    found = {"method": [USUAL, *tuned][-1], **named}
     methods.find("adapter", found["method"], "--method")
     refuse_others(model, found["method"])
-    if not found.keys() & {"epochs", "steps", "minutes"}:
-        found["epochs"] = EPOCHS
     Recipe(**{name: value for name, value in found.items() if name != "method"})
     return {**found, "head": "keep"}
 
