@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc import processes, progress
 from peftc.calibration import lanes, statistics
@@ -16,12 +16,12 @@ from peftc.calibration.memory import planned
 from peftc.calibration.prepared import Prepared, Request, prepare
 from peftc.calibration.statistics import Collector, Found, Site
 from peftc.errors import ArtifactError, DataError, UsageError, WeightError
-from peftc.models import inputs, streaming, write
-from peftc.models.inputs import forward
+from peftc.models import streaming, unread, write
 from peftc.models.model import Model
 from peftc.models.place import moved, place_of
 from peftc.models.weights import read_note, save_part
 from peftc.nn import lowrank
+from peftc.nn.vocabulary import Logits, Unread, is_finite
 from peftc.plans.plan import Target
 from peftc.report import grouped
 from peftc.store import artifact, manifest, verified
@@ -245,6 +245,10 @@ def _run_lane(
 ) -> None:
     """Run batches until so many samples are seen, as in an earlier pass, or else the lane's share of the tokens."""
     model, tokens = prepared.model, prepared.request.tokens
+    head = unread.head_of(model)
+    watched = (each for site in collector.sites.values() for each in statistics.called(model, site.target))
+    if any(model.module.get_submodule(each) is head for each in watched):
+        head = None  # it has to run
     with collector.watching() as sums:
         for indices in runs:
             seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
@@ -254,26 +258,35 @@ def _run_lane(
                 collector.see(batch.inputs)
                 if collector.gradients:
                     seeds = [prepared.request.seed * 1_000_003 + index for index in indices]
-                    _backward(model, prepared.task, batch, seeds)
+                    _backward(model, prepared.task, batch, seeds, head)
                 else:
-                    _forward(model, batch)
+                    _forward(model, batch, head)
                 sums.samples += len(indices)
             advance("")
 
 
-def _forward(model: Model, batch: Batch) -> Tensor:
-    outputs = inputs.outputs(model, moved(model, batch.inputs))
-    _refuse_non_finite(model, outputs)
-    return outputs
+def _forward(model: Model, batch: Batch, head: nn.Linear | None = None) -> None:
+    """Run forward; of a head that is given nothing is read, so it is left out."""
+    _refuse_non_finite(model, unread.outputs(model, moved(model, batch.inputs), head))
 
 
-def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int]) -> None:
+def _backward(
+    model: Model, task: Task | None, batch: Batch, seeds: Sequence[int], head: nn.Linear | None = None
+) -> None:
     """Run forward once, and backward from each of two draws of the model's own prediction."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = moved(model, batch.inputs)
     with torch.enable_grad(), streaming.recomputing(model.module):
-        outputs = forward(model, inputs)
+        outputs = unread.forward(model, inputs, head)
         _refuse_non_finite(model, outputs)
+        if isinstance(outputs, Unread):
+            hidden = outputs.hidden
+            with torch.no_grad():
+                seen = replace(outputs, hidden=hidden.detach())
+                pulls = unlabelled.pulls_of_own_prediction(seen, inputs, generators, DRAWS)
+            for draw, pull in enumerate(pulls if hidden.requires_grad else ()):
+                hidden.backward((pull / DRAWS**0.5).to(hidden.dtype), retain_graph=draw + 1 < DRAWS)
+            return
         if not outputs.requires_grad:
             return
         for draw in range(DRAWS):
@@ -281,8 +294,8 @@ def _backward(model: Model, task: Task | None, batch: Batch, seeds: Sequence[int
             (loss / DRAWS**0.5).backward(retain_graph=draw + 1 < DRAWS)
 
 
-def _refuse_non_finite(model: Model, outputs: Tensor) -> None:
-    if not torch.isfinite(outputs).all():
+def _refuse_non_finite(model: Model, outputs: Logits) -> None:
+    if not is_finite(outputs):
         why = "no statistic over them would mean anything"
         hint = "look for NaN in its weights with `peftc analyze`, or calibrate in float32"
         raise WeightError(f"`{model.name}` gives NaN or infinite outputs on the calibration set", why=why, hint=hint)

@@ -10,11 +10,11 @@ from typing import Any
 from peftc import processes
 from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
-from peftc.factors import estimate, joint, ordered, prediction, sensitivity, sequential, tables
+from peftc.factors import estimate, joint, ordered, prediction, search, sensitivity, sequential, tables
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Decision
-from peftc.factors.sensitivity import SHARES, Trial
 from peftc.factors.speedup import tell_timed, timed
+from peftc.factors.trial import Trial, trial_of
 from peftc.models import write
 from peftc.plans.plan import Aim, Plan
 from peftc.report import Report
@@ -43,7 +43,7 @@ def decide(work: Factoring, asked: Question, folder: Path) -> Decision:
         work.calibrate(asked.source, folder, planned=asked.plan is not None)
     if asked.aim is not None and asked.aim.needs_spectra:
         work.share_spectra()
-    trial = sensitivity.trial_of(work, asked.source, asked.sensitivity, folder)
+    trial = trial_of(work, asked.source, asked.sensitivity, folder)
     return processes.agreed(lambda: _tried(_decided(work, asked, trial), trial))
 
 
@@ -53,23 +53,18 @@ def _decided(work: Factoring, asked: Question, trial: Trial | None) -> Decision:
         return Decision(joint.gathered(asked.plan).ranks if asked.plan else {})
     if trial is None or not aim.needs_spectra or aim.budget.kind == "energy":
         return ranked(work, aim)
-    # by the predicted losses, by the measured ones, and in between: what loses least as a whole is taken
-    each = trial.alone()
-    several = aim.budget.kind != "speedup" and trial.fits  # a speed-up would be timed again
-    found = []
-    for share in SHARES if several else (1.0,):
-        work.losses = {name: loss * scale**share for name, (loss, scale) in each.items()}
-        decision = ranked(work, aim)
-        found.append((_tried(decision, trial) if several else decision, work.losses))
-    decision, work.losses = min(found, key=lambda one: one[0].lost.value if one[0].lost else 0.0)
-    return decision
+    if aim.budget.kind != "speedup" and trial.fits:  # a speed-up would be timed again for every plan
+        return search.best(trial, aim)
+    work.losses = dict(search.corrected(sensitivity.alone(trial), 1.0))
+    return ranked(work, aim)
 
 
 def _tried(found: Decision, trial: Trial | None) -> Decision:
     """Measure what ranks lose as a whole, on a few samples kept apart, where that was not done yet."""
     if trial is None or found.lost is not None or not any(found.ranks.values()) or not trial.fits:
         return found
-    return replace(found, lost=trial.lost(found.ranks), samples=trial.samples)
+    tried = trial.on(trial.samples, trial.folder / f"whole-{trial.samples}")
+    return replace(found, lost=search.interval(trial.lost(found.ranks, tried), trial), samples=trial.samples)
 
 
 def ranked(work: Factoring, aim: Aim) -> Decision:

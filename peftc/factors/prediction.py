@@ -17,10 +17,9 @@ import numpy as np
 
 from peftc import processes
 from peftc.errors import PlanError
-from peftc.factors import sensitivity
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Decision, Ranks
-from peftc.factors.sensitivity import Trial
+from peftc.factors.trial import Trial, is_in_nats, tokens_of
 from peftc.plans.plan import Aim, Budget
 from peftc.report import Report, Table, short
 
@@ -38,9 +37,9 @@ Anchors = list[
 
 def unit_of(work: Factoring) -> str:
     """Return what a predicted loss counts under the method at hand."""
-    if not sensitivity.is_in_nats(work):
+    if not is_in_nats(work):
         return SHARE
-    return PER_TOKEN if sensitivity.tokens_of(work) > 1 else PER_SAMPLE
+    return PER_TOKEN if tokens_of(work) > 1 else PER_SAMPLE
 
 
 def loss(work: Factoring, ranks: Ranks, cuts: Mapping[str, Mapping[str, Any]] | None = None) -> float:
@@ -61,7 +60,7 @@ def loss(work: Factoring, ranks: Ranks, cuts: Mapping[str, Mapping[str, Any]] | 
 
     found = [squared(name, rank) for name, rank in ranks.items() if rank is not None and name in work.targets]
     if unit_of(work) != SHARE:
-        return _rounded(sum(lost for lost, _ in found) / 2 / sensitivity.tokens_of(work))
+        return _rounded(sum(lost for lost, _ in found) / 2 / tokens_of(work))
     return _rounded(sum(lost / whole for lost, whole in found if whole) / max(len(work.targets), 1))
 
 
@@ -135,7 +134,7 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
     """
     whole, targets = work.whole, work.targets
     points: list[Point] = []
-    tried = []
+    tried, on = [], None
     for ratio in RATIOS:
         try:
             ranks = work.decide(Aim(Budget("ratio", Fraction(ratio)), allocation, multiple))
@@ -156,7 +155,8 @@ def curve(work: Factoring, allocation: str, multiple: int, trial: Trial | None =
             }
         )
         if trial is not None and ratio in TRIED:
-            lost = processes.agreed(lambda trial=trial, ranks=ranks: trial.lost(ranks)).value  # type: ignore[misc]
+            on = on or trial.on(trial.samples, trial.folder / f"whole-{trial.samples}")
+            lost = processes.agreed(lambda trial=trial, ranks=ranks, on=on: float(trial.lost(ranks, on).mean()))  # type: ignore[misc]
             tried.append((apart, lost))
             points[-1]["measured"] = _rounded(lost)
     anchors = anchors_of(tried)

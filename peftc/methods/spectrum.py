@@ -114,6 +114,15 @@ class Spectrum:
             self.climbed.append(f"{cut.rung}: {why}")
             self._vectors = None
 
+    def rough(self, rank: int) -> Factors:
+        """Return factors of ``rank`` components, neither balanced nor certified, to try what they do."""
+        solution, weight = self.solution, self.weight
+        up, down = (part if part is None else part.to(weight.dtype) for part in (solution.up, solution.down))
+        if up is None:
+            assert down is not None
+            return Factors(weight @ down[:rank].T, down[:rank])
+        return Factors(up[:, :rank], up[:, :rank].T @ weight if down is None else down[:rank])
+
     def losses(self) -> Tensor:
         """Return (k + 1,) squared errors at ranks 0 to k."""
         return tail_energies(self.values)

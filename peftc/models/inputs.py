@@ -98,11 +98,18 @@ def taken(model: Model) -> Iterator[None]:
         raise SourceError(f"`{model.name}` does not run on a random input", why=reason_of(error), hint=hint) from error
 
 
-def outputs(model: Model, batch: Batch) -> Tensor:
-    """Return the main output for a batch, without gradients; random draws, as of a mask, are the same at every call."""
+@contextmanager
+def still(model: Model) -> Iterator[None]:
+    """Keep no gradients, and let random draws, as of a mask, be the same at every call."""
     place = place_of(model.module)
     with torch.inference_mode(), torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
+        yield
+
+
+def outputs(model: Model, batch: Batch) -> Tensor:
+    """Return the main output for a batch, without gradients, and with the same random draws at every call."""
+    with still(model):
         return forward(model, batch)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from peftc import processes, progress
 from peftc.errors import DataError, WeightError
-from peftc.models import inputs, layers
+from peftc.models import layers, unread
 from peftc.models.model import Model
 from peftc.models.place import moved
+from peftc.nn.vocabulary import Logits
 from peftc.tasks.task import Batch, batches
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
@@ -34,7 +35,7 @@ class Trial:
     held: Held
     batch_size: int
     tried: int = 0
-    _whole: list[Tensor] = field(default_factory=list)
+    _whole: list[Logits] = field(default_factory=list)
 
     def loss(self, dropped: Sequence[str] = ()) -> float:
         """Return the loss without some layers, mean over samples; WeightError where it is not finite."""
@@ -42,14 +43,14 @@ class Trial:
         total = 0.0
         with layers.bypassed(self.model.module, dropped):
             for at, batch in enumerate(self._batches):
-                outputs = inputs.outputs(self.model, moved(self.model, batch.inputs))
+                outputs = unread.outputs(self.model, moved(self.model, batch.inputs), unread.head_of(self.model))
                 if objective is not None:
                     total += float(objective(outputs, batch)) * len(batch.targets)
                 elif at < len(self._whole):
                     whole = self._whole[at].to(outputs.device)
                     total += float(divergence(self.given.task, whole, outputs, batch.inputs).sum())
                 else:
-                    self._whole.append(outputs.cpu())  # the first pass is that of the whole network
+                    self._whole.append(outputs.to("cpu"))  # the first pass is that of the whole network
         self.tried += 1
         found = total / len(self.held)
         if not math.isfinite(found):
@@ -70,7 +71,7 @@ class Trial:
         return [self.given.mapped(self.held.batch(run)) for run in batches(own, len(self.held), self.batch_size)]
 
 
-def objective_of(given: Samples) -> Callable[[Tensor, Batch], Tensor] | None:
+def objective_of(given: Samples) -> Callable[[Logits, Batch], Tensor] | None:
     """Return the task's loss; None where there are no labels for it."""
     return given.task.objective if given.labelled and given.task is not None else None
 
@@ -176,7 +177,7 @@ def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_
         ):
             for batch in map(given.mapped, given.train.batches(batch_size)):
                 with torch.enable_grad():
-                    loss = objective(inputs.forward(model, moved(model, batch.inputs)), batch)
+                    loss = objective(unread.forward(model, moved(model, batch.inputs), unread.head_of(model)), batch)
                     total = loss * len(batch.targets)  # a sum, so that each sample has its own gradient
                 gradients = torch.autograd.grad(total, [flow[name][1] for name in names])
                 for name, gradient in zip(names, gradients, strict=True):

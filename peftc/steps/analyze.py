@@ -24,9 +24,9 @@ from peftc.factors.factoring import Factoring
 from peftc.factors.joint import arrange, said
 from peftc.factors.prediction import Anchors
 from peftc.factors.ranks import allocation_of
-from peftc.factors.sensitivity import Trial, trial_of
 from peftc.factors.spectra import Factorizer
 from peftc.factors.speedup import tell_timed
+from peftc.factors.trial import Trial, trial_of
 from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model

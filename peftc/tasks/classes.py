@@ -7,9 +7,10 @@ from torch import Tensor
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError
 from peftc.models.model import Model
+from peftc.nn.vocabulary import differ
 from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded, differ
+from peftc.tasks.task import LABELS, Batch, Columns, Encoded
 
 
 def need_classes(data: Dataset, task: str) -> None:

@@ -13,8 +13,10 @@ from peftc.data.tokens import IGNORED, ids_of, start_of, window
 from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
+from peftc.nn import vocabulary
+from peftc.nn.vocabulary import Logits
 from peftc.options import Reading
-from peftc.tasks.task import Batch, Columns, Encoded, Task, differ
+from peftc.tasks.task import Batch, Columns, Encoded, Task
 
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 
@@ -84,24 +86,27 @@ def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, leas
     return windows[order[:number].sort().values]
 
 
-def observe_tokens(logits: Tensor, batch: Batch) -> Columns:
+def observe_tokens(logits: Logits, batch: Batch) -> Columns:
     """Return the summed negative log-likelihood of each sample, and how many tokens it is of."""
     sums = []
-    for row, targets in zip(logits, batch.targets.to(logits.device), strict=True):
+    for row, targets in zip(logits, _targets(batch, logits), strict=True):
         kept = targets != IGNORED
-        nll = torch.nn.functional.cross_entropy(row[kept].float(), targets[kept], reduction="none")
-        sums.append((nll.double().sum().item(), int(kept.sum())))
+        sums.append((vocabulary.nll(row[kept], targets[kept]).double().sum().item(), int(kept.sum())))
     return dict(zip(("nll", "tokens"), np.array(sums, np.float64).T, strict=True))
 
 
-def compare_tokens(reference: Tensor, logits: Tensor, batch: Batch) -> Columns:
+def compare_tokens(reference: Logits, logits: Logits, batch: Batch) -> Columns:
     """Return the summed divergence of each sample, on how many tokens both agree, and how many there are."""
     sums = []
-    for one, other, targets in zip(reference, logits, batch.targets.to(logits.device), strict=True):
+    for one, other, targets in zip(reference, logits, _targets(batch, logits), strict=True):
         kept = targets != IGNORED
-        divergence, same = differ(one[kept], other[kept])
+        divergence, same = vocabulary.differ(one[kept], other[kept])
         sums.append((divergence.sum().item(), same.sum().item(), int(kept.sum())))
     return dict(zip(("kl", "same", "count"), np.array(sums, np.float64).T, strict=True))
+
+
+def _targets(batch: Batch, logits: Logits) -> Tensor:
+    return batch.targets.to(logits.device)
 
 
 def nll(columns: Columns) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftc.data.tokens import IGNORED
 from peftc.nn.peers import ALONE, Peers
+from peftc.nn.vocabulary import Logits, nll
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
 
@@ -18,11 +19,15 @@ def classes(logits: Tensor, batch: Batch, _peers: Peers = ALONE) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets.to(logits.device))
 
 
-def tokens(logits: Tensor, batch: Batch, _peers: Peers = ALONE) -> Tensor:
+def tokens(logits: Logits, batch: Batch, _peers: Peers = ALONE) -> Tensor:
     """Return the negative log-likelihood of the tokens that count, averaged within each sample first."""
     targets = batch.targets.to(logits.device)
     kept = targets != IGNORED
-    each = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    if isinstance(logits, Tensor):
+        each = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    else:
+        each = torch.zeros(targets.shape, device=logits.device)
+        each = each.masked_scatter(kept, nll(logits[kept], targets[kept]))
     return (each.sum(1) / kept.sum(1).clamp_min(1)).mean()
 
 

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from peftc import progress
 from peftc.data import Dataset
 from peftc.data.classes import match
 from peftc.errors import DataError, WeightError
 from peftc.models.model import Model
+from peftc.nn.vocabulary import Logits, Unread, is_finite
 from peftc.options import Reading
 from peftc.report import Report
 from peftc.tasks.task import Batch, Columns, Encoded, Task, batches, concatenated
@@ -61,12 +62,16 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
     same = all(side.encoded.key == encoded.key for side in sides)
     with progress.track(f"evaluating on {dataset.name}", encoded.size) as advance:
         for indices in batches(encoded.lengths, encoded.size, batch_size):
-            given: list[tuple[Tensor, Batch]] = []
+            given: list[tuple[Logits, Batch]] = []
             for side, columns in zip(sides, seen, strict=True):
                 batch = given[0][1] if given and same else side.encoded.batch(indices)
                 given.append((_forward(side.model, batch, row), batch))
                 known = replace(batch, targets=torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
                 columns.append(row.observe(given[-1][0], known))
+                if isinstance(given[-1][0], Unread) and not all(
+                    np.isfinite(each).all() for each in columns[-1].values()
+                ):
+                    raise _not_finite(side.model, given[-1][0])
             if compare is not None:
                 one, other = (list(logits.shape) for logits, _ in given)
                 if one == other:
@@ -81,12 +86,15 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
     return concatenated(compared) if compared else None
 
 
-def _forward(model: Model, batch: Batch, row: Task) -> Tensor:
+def _forward(model: Model, batch: Batch, row: Task) -> Logits:
     """Return the outputs for a batch (WeightError: they are not finite)."""
-    logits = row.outputs(model, batch)
-    if not torch.isfinite(logits).all():
-        dtype = str(logits.dtype).removeprefix("torch.")
-        why = f"it ran in {dtype}; no figure over them would mean anything"
-        hint = "run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`"
-        raise WeightError(f"`{model.name}` gives NaN or infinite outputs", why=why, hint=hint)
+    logits: Logits = row.outputs(model, batch)
+    if not is_finite(logits):
+        raise _not_finite(model, logits)
     return logits
+
+
+def _not_finite(model: Model, logits: Logits) -> WeightError:
+    why = f"it ran in {str(logits.dtype).removeprefix('torch.')}; no figure over them would mean anything"
+    hint = "run in a wider type, `--dtype float32`, or look for NaN in its weights with `peftc analyze`"
+    return WeightError(f"`{model.name}` gives NaN or infinite outputs", why=why, hint=hint)

@@ -6,6 +6,7 @@ from operator import itemgetter
 
 from peftc.data.dataset import Dataset
 from peftc.errors import DataError, one_of
+from peftc.models import unread
 from peftc.models.model import Model
 from peftc.tasks import objectives, retrieval
 from peftc.tasks.classes import compare_classes, encode_classified, is_hit, macro_f1, observe_classes
@@ -20,7 +21,7 @@ _ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1))
 _SPEARMAN = (Metric("spearman", spearman),)
 _classes = partial(Task, observe=observe_classes, compare=compare_classes, batch_size=32, objective=objectives.classes)
 _of_tokens = partial(Task, observe=observe_tokens, compare=compare_tokens, objective=objectives.tokens)
-_windows = partial(_of_tokens, batch_size=8, metrics=_FEWER, is_language=True)
+_windows = partial(_of_tokens, batch_size=8, metrics=_FEWER, run=unread.of_batch, is_language=True)
 _ROWS = (
     _classes("image-classification", ("image", "tensor"), ("ForImageClassification",), encode_images, metrics=_TOP),
     _classes(

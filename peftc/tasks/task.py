@@ -81,7 +81,7 @@ class Task:
         metrics: the first is the one that gates judge.
         batch_size: when the user gives none.
         compare: (outputs of the reference, outputs, batch) -> figures per sample; None without distributions.
-        run: (model, batch) -> outputs, where an evaluation needs more than the model's main output.
+        run: (model, batch) -> outputs, where an evaluation needs more than the model's main output, or less.
         over_all: figures of all samples -> what metrics read, where samples are compared with each other.
         objective: (outputs, batch, peers) -> what a training minimises, a mean over samples; None for none.
         is_language: its samples are windows of text, and their tokens the answers.
@@ -91,16 +91,16 @@ class Task:
     reads: tuple[str, ...]
     architectures: tuple[str, ...]
     encode: Callable[[Model, Dataset, Reading], Encoded]
-    observe: Callable[[Tensor, Batch], Columns]
+    observe: Callable[[Any, Batch], Columns]
     metrics: tuple[Metric, ...]
     batch_size: int
-    compare: Callable[[Tensor, Tensor, Batch], Columns] | None = None
-    run: Callable[[Model, Batch], Tensor] | None = None
+    compare: Callable[[Any, Any, Batch], Columns] | None = None
+    run: Callable[[Model, Batch], Any] | None = None
     over_all: Callable[[Columns], Columns] | None = None
     objective: Callable[..., Tensor] | None = None
     is_language: bool = False
 
-    def outputs(self, model: Model, batch: Batch) -> Tensor:
+    def outputs(self, model: Model, batch: Batch) -> Any:
         """Return what an evaluation looks at: outputs of the model, to which the batch is moved."""
         return self.run(model, batch) if self.run else inputs.outputs(model, moved(model, batch.inputs))
 
@@ -118,12 +118,6 @@ class Task:
 def concatenated(parts: Sequence[Columns]) -> Columns:
     """Return the figures of several batches as those of one."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def differ(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(reference || model) in nats and whether the first choice agrees; (rows, classes) to (rows,) each."""
-    p, q = (tensor.float().log_softmax(1).double() for tensor in (reference.to(logits.device), logits))
-    return (p.exp() * (p - q)).sum(1).clamp_min(0), reference.to(logits.device).argmax(1) == logits.argmax(1)
 
 
 def batches(lengths: Sequence[int] | None, size: int, batch_size: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from peftc.data.dataset import Dataset
 from peftc.errors import DataError
 from peftc.models.inputs import mask_of_outputs
 from peftc.models.model import Model
+from peftc.nn.vocabulary import Logits, Unread, differ, pulls, tiles_of
 from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts, sentence_vectors
 from peftc.tasks.table import TASKS
@@ -77,7 +78,24 @@ def loss_of_own_prediction(
     return (outputs * drawn.to(outputs.device)).sum()
 
 
-def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Mapping[str, Tensor] | Tensor) -> Tensor:
+def pulls_of_own_prediction(
+    outputs: Unread, inputs: Mapping[str, Tensor] | Tensor, generators: Sequence[torch.Generator], draws: int
+) -> list[Tensor]:
+    """Return for each draw the gradient of `loss_of_own_prediction` with respect to what the head reads.
+
+    Args:
+        outputs: (batch, tokens, vocabulary), of a language model.
+        inputs, generators: as there.
+        draws: how many.
+    """
+    batch, tokens, words = outputs.shape
+    chances = [torch.rand(tokens, tiles_of(words), draws, generator=each) for each in generators]
+    mask = mask_of_outputs(inputs)
+    found = [each.view(batch, tokens, -1) for each in pulls(outputs.flat(), torch.cat(chances))]
+    return found if mask is None else [each * mask.to(each.device)[..., None] for each in found]
+
+
+def divergence(task: Task | None, reference: Logits, outputs: Logits, inputs: Mapping[str, Tensor] | Tensor) -> Tensor:
     """Return (batch,) divergences from the reference's outputs, in nats per sample; what `kfac` predicts.
 
     Of classes and tokens the Kullback-Leibler divergence, summed over a sample's tokens; of vectors half the squared
@@ -85,10 +103,17 @@ def divergence(task: Task | None, reference: Tensor, outputs: Tensor, inputs: Ma
 
     Args:
         task, inputs: as for `loss_of_own_prediction`.
-        reference, outputs: (batch, classes), (batch, tokens, vocabulary), or vectors.
+        reference, outputs: (batch, classes), (batch, tokens, vocabulary), or vectors; of a language model they may be
+            unread, and of some of the tokens only, which then stand for all.
     """
     mask = mask_of_outputs(inputs)
     mask = None if mask is None else mask.to(outputs.device)
+    if isinstance(reference, Unread) and isinstance(outputs, Unread):
+        each = differ(reference.flat(), outputs.flat())[0].view(outputs.shape[:-1])
+        if mask is None or mask.shape != each.shape:
+            return each.mean(1) * (each.shape[1] if mask is None else mask.shape[1])
+        return (each * mask).sum(1)
+    assert isinstance(reference, Tensor) and isinstance(outputs, Tensor)
     if _has_classes(task):
         rows = max(1, BLOCK // outputs.shape[-1])  # in float64 at once: of a large vocabulary all would take much
         parts = []

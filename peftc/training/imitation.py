@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from peftc import methods
 from peftc.errors import DataError, UsageError
-from peftc.models import dual, layers, shorten
-from peftc.models.inputs import main_output, mask_of, mask_of_outputs, run
+from peftc.models import dual, layers, shorten, unread
+from peftc.models.inputs import mask_of, mask_of_outputs
 from peftc.models.model import Model
 from peftc.models.place import moved, place_of
 from peftc.models.weights import save_part
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
+from peftc.nn.vocabulary import Logits, Unread
 from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
@@ -145,6 +146,8 @@ class Imitation:
         masks = None if mask is None else mask.bool()
         if not all(path.is_file() for path in paths):
             found = self.taught(given.batch)
+            if isinstance(outputs := found["teacher_outputs"], Unread):
+                found["teacher_outputs"] = outputs.hidden
             tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
             for at, path in enumerate(paths):
                 save_part(path, {name: _unpadded(each, at, masks) for name, each in tensors.items()}, {})
@@ -152,6 +155,8 @@ class Imitation:
         samples = [load_file(path) for path in paths]
         whole = {name: _padded([each[name] for each in samples], masks).to(device) for name in samples[0]}
         features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
+        if head := self.heads.get("teacher"):
+            whole["teacher_outputs"] = Unread(whole["teacher_outputs"], head.weight, head.bias)
         return {**whole, "teacher_features": features}
 
     def seen(
@@ -168,11 +173,20 @@ class Imitation:
                 assert towers is not None
                 outputs = dual.stacked(towers)
             else:
-                outputs = main_output(model, run(module, inputs))
+                outputs = unread.through(model, module, inputs, self.heads.get(side))
         found = {f"{side}_outputs": outputs, f"{side}_features": features}
         if f"{side}_vectors" in self.needs:
             found[f"{side}_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
         return found, towers
+
+    @functools.cached_property
+    def heads(self) -> dict[str, nn.Linear]:
+        """The heads of student and teacher by whose logits, of a large vocabulary, the two are compared in parts."""
+        models = {"student": self.student, **({"teacher": self.teacher} if self.teacher is not None else {})}
+        if self.samples.task is retrieval.TASK or any(f"{side}_vectors" in self.needs for side in models):
+            return {}
+        found = {side: unread.head_of(model) for side, model in models.items()}
+        return {side: head for side, head in found.items() if head is not None} if all(found.values()) else {}
 
     def masks(self, inputs: Any) -> list[Tensor | None]:
         """Return which tokens count after each layer; of image patches all do."""
@@ -224,7 +238,7 @@ class Imitation:
             _refuse_other_shape(own["student_outputs"], taught["teacher_outputs"], what, hint)
 
 
-def _refuse_other_shape(student: Tensor, teacher: Tensor, what: str, hint: str) -> None:
+def _refuse_other_shape(student: Logits, teacher: Logits, what: str, hint: str) -> None:
     own, theirs = list(student.shape[1:]), list(teacher.shape[1:])
     if own != theirs:
         raise DataError(what, why=f"for one sample the student gives {own}, the teacher {theirs}", hint=hint)

@@ -19,7 +19,7 @@ from peftc.calibration import collection, lanes, memory, statistics
 from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Request, prepare
 from peftc.errors import PeftcError, PlanError, UsageError
-from peftc.factors import estimate, sensitivity, sequential
+from peftc.factors import estimate, sensitivity, sequential, trial
 from peftc.factors.factoring import Factoring
 from peftc.factors.spectra import Factorizer, factorizer
 from peftc.methods import spectrum
@@ -322,7 +322,7 @@ def test_statistics_are_read_once_and_let_go(
     tiny_llama: Path, text: str, tmp_path: Path, moments: list[weakref.ref[Moment]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
-    run, cut_at = sensitivity.outputs, spectrum.cut_at
+    run, cut_at = trial.outputs, spectrum.cut_at
 
     def running(*given: Any) -> Any:
         alive.append(sum(each() is not None for each in moments))
@@ -344,7 +344,7 @@ def test_statistics_are_read_once_and_let_go(
         bases.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(sensitivity, "outputs", running)
+    monkeypatch.setattr(trial, "outputs", running)
     monkeypatch.setattr(spectrum, "cut_at", cutting)
     monkeypatch.setattr(Factorizer, "__call__", solving)
     monkeypatch.setattr(Factoring, "spectrum", reading)
@@ -414,14 +414,14 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
                      with_data=True), torch.device("cpu"))  # fmt: skip
     (tmp_path / "tight").mkdir()
     work.use(collection.collect(prepared, work.targets, NEEDS, tmp_path / "tight"))
-    run, sizes = sensitivity.outputs, set()
+    run, sizes = trial.outputs, set()
 
-    def running(prepared: Any, batch: Any) -> Any:
+    def running(prepared: Any, batch: Any, *head: Any) -> Any:
         sizes.add(len(batch.inputs["input_ids"]))
-        return run(prepared, batch)
+        return run(prepared, batch, *head)
 
-    monkeypatch.setattr(sensitivity, "outputs", running)
-    sensitivity.Trial(work, prepared, 4, tmp_path / "tight").alone()
+    monkeypatch.setattr(trial, "outputs", running)
+    sensitivity.alone(trial.Trial(work, prepared, 4, tmp_path / "tight"))
     known = work.factorize.statistics
     assert known is not None
     assert sizes == {known.batch_size} and known.batch_size < 8

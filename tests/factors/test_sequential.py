@@ -12,9 +12,10 @@ from peftc.calibration import collection
 from peftc.calibration.prepared import Request, prepare
 from peftc.errors import UsageError
 from peftc.factors import sensitivity
+from peftc.factors import trial as trials
 from peftc.factors.factoring import Factoring
-from peftc.factors.sensitivity import Trial
 from peftc.factors.spectra import factorizer
+from peftc.factors.trial import Trial
 from peftc.methods.decompose.whitened import whitened
 from peftc.methods.weighted import Moment
 from peftc.models.load import load
@@ -40,7 +41,7 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def corrected(trial: Trial) -> dict[str, torch.Tensor]:
-    return {name: losses * scale for name, (losses, scale) in trial.alone().items()}
+    return {name: losses * scale for name, (losses, scale) in sensitivity.alone(trial).items()}
 
 
 def test_the_first_module_is_fitted_as_without_an_order(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
@@ -155,12 +156,12 @@ def test_at_the_measured_rank_half_the_loss_is_the_measured_divergence(
     found, prepared = corrected(trial), trial.prepared
     name = "blocks.0.mlp.fc1"
     target = trial.work.targets[name]
-    rank, batches = sensitivity.rank_of(target), trial.batches(8)
-    dense = [sensitivity.outputs(prepared, batch) for batch in batches]
+    rank, tried = sensitivity.rank_of(target), trial.on(8, tmp_path)
+    dense = [trials.outputs(prepared, batch) for batch in tried.batches]
     with trial.cut(target, trial.work.spectrum(target), rank):
         parts = [
-            divergence(prepared.task, one, sensitivity.outputs(prepared, batch), batch.inputs)
-            for one, batch in zip(dense, batches, strict=True)
+            divergence(prepared.task, one, trials.outputs(prepared, batch), batch.inputs)
+            for one, batch in zip(dense, tried.batches, strict=True)
         ]
     assert float(found[name][rank]) / 2 == pytest.approx(float(torch.cat(parts).mean()), rel=1e-6)
 

@@ -4,14 +4,18 @@
 network", 2015, arXiv 1503.02531, section 2. `mse`: the mean squared error of logits, PELA's flag, off in all its runs.
 """
 
+import functools
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftc.methods.loss.features import per_sample
+from peftc.nn.vocabulary import Logits, Unread, by_rows
 
 
 def logits(
-    *, student_outputs: Tensor, teacher_outputs: Tensor, mask: Tensor | None, temperature: float = 1.0, form: str = "kl"
+    *, student_outputs: Logits, teacher_outputs: Logits, mask: Tensor | None, temperature: float = 1.0, form: str = "kl"
 ) -> Tensor:
     """Return the distance of the student's outputs from the teacher's.
 
@@ -24,11 +28,22 @@ def logits(
     Raises:
         ValueError: ``form`` is neither, or the temperature is not above 0.
     """
-    student, teacher = student_outputs.float(), teacher_outputs.detach().float()
-    if form == "mse":
-        return per_sample((student - teacher).square(), mask).mean()
-    if form != "kl" or temperature <= 0:
+    if form not in ("kl", "mse") or temperature <= 0:
         raise ValueError(f"form is {form!r}, not `kl` or `mse`, or the temperature {temperature} is not above 0")
-    p, q = (F.log_softmax(each / temperature, -1) for each in (teacher, student))
-    divergence = (p.exp() * (p - q)).sum(-1, keepdim=True)
-    return per_sample(divergence, mask).mean() * temperature**2
+    distance = functools.partial(_squared if form == "mse" else _divergence, temperature=temperature)
+    if isinstance(student_outputs, Unread) and isinstance(teacher_outputs, Unread):
+        teacher = replace(teacher_outputs, hidden=teacher_outputs.hidden.detach())
+        each = by_rows(distance, [student_outputs.flat(), teacher.flat()]).view(*student_outputs.shape[:-1], 1)
+    else:
+        assert isinstance(student_outputs, Tensor) and isinstance(teacher_outputs, Tensor)
+        each = distance(student_outputs, teacher_outputs.detach())[..., None]
+    return per_sample(each, mask).mean()
+
+
+def _squared(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return (student.float() - teacher.float()).square().mean(-1)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    p, q = (F.log_softmax(each.float() / temperature, -1) for each in (teacher, student))
+    return (p.exp() * (p - q)).sum(-1) * temperature**2
