@@ -13,10 +13,11 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from peftc import processes
-from peftc.errors import PeftcError, UsageError
+from peftc.errors import PeftcError, UsageError, one_of
 
 SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights
 COLUMNS = ("image", "text", "label")  # of a table: kinds that `Reading` has an option for
+PROTOCOLS, FIRST_TOKENS = ("gptq",), ("window", "text")  # of `Windows`
 EPOCHS = 10  # of a finetuning, where no length is given
 
 
@@ -171,6 +172,34 @@ class Augment(Group):
 
 
 @dataclass(frozen=True)
+class Windows(Group):
+    """How a text is cut for a causal language model, so that a perplexity can stand beside others of the field.
+
+    ``gptq`` is the protocol of the scripts of GPTQ, SparseGPT and SVD-LLM: rows joined by two new lines, windows of
+    2,048 tokens, every token of a window but the first foretold, and the mean over tokens. A window begins with what
+    the tokenizer puts before a text, as the model was trained; with ``text`` the whole text alone does, as there.
+    """
+
+    HEADING = "what to measure on"
+
+    protocol: str | None = option(None, "cut text as published perplexities do", metavar="gptq")
+    first_token: str = option("window", "what begins as the tokenizer begins a text", metavar="window|text")
+    stride: int | None = option(None, "move each window of text on by N tokens", rule=AT_LEAST_1)
+
+    def __post_init__(self) -> None:
+        """Refuse words that are not known, as Python may give them, and numbers out of range (UsageError)."""
+        super().__post_init__()
+        one_of("--first-token", self.first_token, FIRST_TOKENS)
+        if self.protocol is not None:
+            one_of("--protocol", self.protocol, PROTOCOLS)
+
+    def asked(self) -> list[str]:
+        """Return the options that were given, as they are typed."""
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return [f"--{name.replace('_', '-')}" for name in given]
+
+
+@dataclass(frozen=True)
 class Reading(Group):
     """How to read samples; ``seed`` is of the choice of some, of masks and of drawn text."""
 
@@ -184,6 +213,11 @@ class Reading(Group):
     text_column: str | None = option(None, "column of text (default: guessed)", metavar="NAME")
     label_column: str | None = option(None, "column of labels (default: guessed)", metavar="NAME")
     seed: int = 0
+    windows: Windows = Windows()
+
+    def parameters(self) -> dict[str, Any]:
+        """Return it as the parameters of a step that reads the same samples."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "windows"}
 
     def request(self) -> dict[str, Any]:
         """Return what a request says of it; columns stand in its data, and the seed on its own."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from peftc.cli import options as o
 from peftc.cli.command import command
-from peftc.options import Augment, Budgets, Calibration, Gates, Reading, Recipe
+from peftc.options import Augment, Budgets, Calibration, Gates, Reading, Recipe, Windows
 
 
 @command("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --ratio 0.5 --plan plan.json")
@@ -271,6 +271,7 @@ def evaluate(
     *,
     data: o.Data,
     reading: Reading,
+    windows: Windows,
     against: o.Against = None,
     batch_size: o.BatchSize = None,
     gates: Gates,

@@ -46,6 +46,7 @@ class Dataset:
         pairs: captions and images by row, where the kind is ``image-text``.
         notes: what people should know about how it was read.
         is_named: ``content`` begins with the name of a file, and a zero byte.
+        has_lines: its one text is a file, whose lines are what rows are elsewhere.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Dataset:
     pairs: Pairs | None = None
     notes: list[str] = field(default_factory=list)
     is_named: bool = False
+    has_lines: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -52,7 +52,7 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
     ending, notes = path.suffix.lower(), list[str]()
     if ending == ".txt":
         text = delimited.text_of(path)
-        return Dataset("text", str(path), split, lambda row: text, lambda row: text.encode(), range(1))
+        return Dataset("text", str(path), split, lambda row: text, lambda row: text.encode(), range(1), has_lines=True)
     if ending == ".parquet":
         _refuse_parquet(path)
         table = _load("parquet", path)

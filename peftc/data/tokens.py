@@ -25,8 +25,8 @@ LONGEST = 512  # tokens, where neither the user nor the model asks for fewer
 GENERATED_LENGTH = 128  # tokens of a text that is drawn, where `--max-length` is not given
 
 
-def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2) -> int:
-    """Return how many tokens a sample may have: as asked, at least ``least``; else what the model takes, up to 512."""
+def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least: int = 2, usual: int = LONGEST) -> int:
+    """Return how many tokens a sample may have: as asked, at least ``least``; else what it takes, up to ``usual``."""
     config = model.config.get("text_config") or model.config
     known = [config.get(key) for key in ("max_position_embeddings", "n_positions")]
     inner = getattr(getattr(model.module, "config", None), "text_config", None)  # a file may leave out what is usual
@@ -36,7 +36,7 @@ def window(model: Model, max_length: int | None, tokenizer: Any = None, *, least
     known += [getattr(inner, "max_position_embeddings", None), most]
     limit = min((int(value) for value in known if value), default=sys.maxsize)
     if max_length is None:
-        return min(limit, LONGEST)
+        return min(limit, usual)
     if max_length < least:
         raise UsageError(f"`--max-length` is {max_length}", why=f"at least {least} tokens are needed")
     if max_length > limit:

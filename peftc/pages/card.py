@@ -12,7 +12,7 @@ from typing import Any
 
 from peftc.errors import ArtifactError
 from peftc.pages import records
-from peftc.pages.records import Record, modules_table
+from peftc.pages.records import Record, cut_text, modules_table
 from peftc.report import Report, Table, count, size
 from peftc.store import artifact
 from peftc.store.commands import command_lines
@@ -146,12 +146,15 @@ def _results(subject: Record) -> list[Any]:
     from huggingface_hub import EvalResult
 
     found = subject.measured("evaluate")
-    newest = {(each["task"], _plain(each["data"]["spec"]), each["data"]["split"]): each for each in found}
+    newest = {
+        (each["task"], _plain(each["data"]["spec"]), each["data"]["split"], cut_text(each["data"])): each
+        for each in found
+    }
     results = []
-    for (task, spec, split), entry in newest.items():
+    for (task, spec, split, cut), entry in newest.items():
         name, known = spec.removeprefix("hf:"), " (the model has learnt from it)" if entry.get("seen") else ""
         kind = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}.get(task, task)
-        about = {"task_type": kind, "dataset_type": name, "dataset_name": name + known, "dataset_split": split}
+        about = {"task_type": kind, "dataset_type": name, "dataset_name": name + cut + known, "dataset_split": split}
         for metric, figure in entry["metrics"].items():
             about |= {"metric_type": METRICS.get(metric, metric), "metric_name": metric}
             if figure["value"] is not None:  # as it is of what is compared with another model

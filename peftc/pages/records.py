@@ -202,6 +202,15 @@ def _on_what(entry: Mapping[str, Any]) -> list[Any]:
     return [entry["task"], entry["data"]["digest"], entry["data"]["samples"]]
 
 
+def cut_text(data: Mapping[str, Any]) -> str:
+    """Return how a text was cut to be measured on, as an addition to its name; nothing where that was not asked for."""
+    cut = data.get("windows")
+    if cut is None:
+        return ""
+    by = f", protocol {cut['protocol']}" if cut["protocol"] else ""
+    return f"{by}, windows of {cut['length']:,} tokens, stride {cut['stride']:,}, first token: {cut['first_token']}"
+
+
 def _where(entry: Mapping[str, Any]) -> list[Any]:
     at, model = entry["environment"], entry["model"]
     return [at["device_name"], at["threads"], model["dtype"], model["saturating"]["batch"], entry["input"]]

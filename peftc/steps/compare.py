@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.pages import records
-from peftc.pages.records import Record, Row
+from peftc.pages.records import Record, Row, cut_text
 from peftc.report import Report, Table, count
 from peftc.store import artifact
 from peftc.store.commands import command_lines
@@ -64,8 +64,8 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
     if quality:
         data = quality["data"]
         report.notes.append(
-            f"quality: {quality['task']}, {data['samples']:,} samples of split `{data['split']}` of `{data['spec']}`, "
-            "95 % intervals"
+            f"quality: {quality['task']}, {data['samples']:,} samples of split `{data['split']}` of "
+            f"`{data['spec']}`{cut_text(data)}, 95 % intervals"
         )
     if speed:
         where = speed["environment"]

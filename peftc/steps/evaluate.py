@@ -10,7 +10,7 @@ from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.models import load
 from peftc.models.model import Model
-from peftc.options import Gates, Reading
+from peftc.options import Gates, Reading, Windows
 from peftc.report import Report
 from peftc.store.source import Source
 from peftc.tasks import baseline
@@ -28,6 +28,9 @@ def evaluate(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    protocol: str | None = None,
+    first_token: str = "window",
+    stride: int | None = None,
     against: str | Path | Source | nn.Module | Model | None = None,
     batch_size: int | None = None,
     max_drop: float | None = None,
@@ -44,8 +47,12 @@ def evaluate(
         task: a name of the task table; guessed from the model when None.
         num_samples: evaluate on a seeded subset; all samples when None.
         image_size: side in pixels instead of the model's.
-        max_length: tokens per text or window.
+        max_length: tokens per text or window; of a window of ``protocol`` 2,048 when None.
         image_column, text_column, label_column: columns of a table, where their names are not usual ones.
+        protocol: `gptq` cuts text as that paper does, for perplexities to stand beside published ones; see
+            `peftc.options.Windows`.
+        first_token: what begins as the tokenizer begins a text: each `window`, or the whole `text` alone.
+        stride: move each window on by so many tokens, and score those that no earlier window scored.
         against: another model, or `base` for the earliest of the artifact's chain with the same head and task; adds
             paired differences.
         batch_size: samples at once.
@@ -58,7 +65,8 @@ def evaluate(
         DataError: the data cannot be read, or does not fit the model or the task.
         WeightError: the model gives NaN or infinite outputs.
     """
-    reading, gates = Reading.of(locals()), Gates.of(locals())
+    given = locals()
+    reading, gates = Reading.of(given, windows=Windows.of(given)), Gates.of(given)
     if max_drop is not None and against is None:
         hint = "add `--against base` or `--against MODEL`"
         raise UsageError("`--max-drop` needs something to compare with", hint=hint)

@@ -166,7 +166,7 @@ def prune_layers(
     output = write.output_folder(output_dir, stored, "prune-layers")
     prune = functools.partial(_prune, work, report, request, overwrite=overwrite)
     if training and data is not None:
-        again = functools.partial(finetune, data=data, device=device, **training, **asdict(reading))
+        again = functools.partial(finetune, data=data, device=device, **training, **reading.parameters())
         report, decided = retraining.trained_again(stored, output, request, training, prune, again, overwrite=overwrite)
     else:
         report, decided = prune(output)

@@ -11,7 +11,8 @@ NUMBER, TEXT, COUNT = (float, None), (str, None), (int, None)
 CELL = (str, float, bool, None)
 INTERVAL = {"value": float, "low": float, "high": float}
 SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
-DATA = {"spec": str, "split": str, "samples": int, "digest": str}
+CUT = {"protocol": TEXT, "length": int, "stride": int, "first_token": str}
+DATA = {"spec": str, "split": str, "samples": int, "digest": str, "windows?": CUT}
 EVALUATED = {
     "at?": int,
     "task": str,

@@ -1,11 +1,12 @@
 """Figures of a model on data, beside those of another: what `evaluate` measures, and each step of what it wrote."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from peftc.data import open_data
+from peftc.data import Dataset, open_data
 from peftc.data.spec import GENERATED
 from peftc.data.tokens import length_to_draw, number_to_draw, sample
-from peftc.errors import DataError
+from peftc.errors import DataError, UsageError
 from peftc.models import write
 from peftc.models.load import load_base
 from peftc.models.model import Model
@@ -17,6 +18,7 @@ from peftc.tasks.figures import add_gates, compared_with, metrics_of, table_of
 from peftc.tasks.language import digest_of
 from peftc.tasks.sides import run, sides_of
 from peftc.tasks.table import TASKS, fitting, task_of
+from peftc.tasks.task import Encoded, Task
 
 NO_GATES = Gates()
 
@@ -70,6 +72,8 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         hint = f"name it with `--task`: {', '.join(TASKS)}"
         raise DataError(f"cannot guess the task of `{subject.name}`", why=why, hint=hint)
     row = fitting(row, dataset)
+    if (asked := reading.windows.asked()) and row.name != "causal-lm":
+        raise UsageError(f"`{asked[0]}` is for causal language models", why=f"the task is `{row.name}`")
     known_to = seen.by(subject.manifest, data, dataset)
     if known_to and exam.gates:
         seen.refuse_gate(known_to, dataset)
@@ -80,12 +84,10 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
     guessed = [] if reading.task else [f"task: `{row.name}`, guessed from `{subject.name}`"]
     report.notes += [*guessed, *dataset.notes]
     sides = sides_of(row, [subject] if reference is None else [subject, reference], dataset, reading, report)
-    compared = run(row, sides, dataset, exam.batch_size or row.batch_size, report)
-    encoded = sides[0].encoded
-    digest = digest_of(row, dataset, encoded)
+    compared = run(row, sides, dataset, exam.batch_size or sides[0].encoded.batch_size or row.batch_size, report)
     report.data = {
         "task": row.name,
-        "data": {"spec": data, "split": dataset.split, "samples": encoded.size, "digest": digest},
+        "data": _about(data, row, dataset, sides[0].encoded),
         "seen": known_to is not None,
         "metric": row.metrics[0].name,
         "higher_is_better": row.metrics[0].higher_is_better,
@@ -96,6 +98,13 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
     report.tables.append(table_of(row, sides, report.data))
     add_gates(report, report.data, row.metrics[0], exam.gates)
     return report
+
+
+def _about(spec: str, row: Task, dataset: Dataset, encoded: Encoded) -> dict[str, Any]:
+    """Return what identifies the samples of a measurement, and how a text was cut where that was asked for."""
+    digest = digest_of(row, dataset, encoded)
+    about = {"spec": spec, "split": dataset.split, "samples": encoded.size, "digest": digest}
+    return {**about, "windows": encoded.windows} if encoded.windows else about
 
 
 def keep(report: Report, model: Model) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from peftc.errors import DataError
 from peftc.measure.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.options import Gates
+from peftc.pages.records import cut_text
 from peftc.report import Report, Table
 from peftc.tasks.sides import Side
 from peftc.tasks.task import Columns, Metric, Task
@@ -67,7 +68,8 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
 
     used = data["data"]
     known = " that the model knows" if data["seen"] else ""
-    title = f"{row.name}: {used['spec']}, split {used['split']}, {used['samples']} samples{known}, 95 % intervals"
+    what = f"{row.name}: {used['spec']}, split {used['split']}{cut_text(used)}"
+    title = f"{what}, {used['samples']} samples{known}, 95 % intervals"
     against = data.get("against")
     columns = ["metric", sides[0].model.name]
     if against is None:

@@ -10,19 +10,22 @@ from torch import Tensor
 
 from peftc.data.dataset import Dataset
 from peftc.data.tokens import IGNORED, ids_of, start_of, window
-from peftc.errors import DataError, UsageError
+from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import vocabulary
 from peftc.nn.vocabulary import Logits
 from peftc.options import Reading
 from peftc.tasks.task import Batch, Columns, Encoded, Task
+from peftc.tasks.windows import encode_cut, joined, some_of
 
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
 
 
 def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, whose every token but the first is foretold from those before it."""
+    if settings.windows.asked():
+        return encode_cut(model, data, settings)
     if data.kind == "tensor":
         windows, begun = torch.stack([data[index][0] for index in range(len(data))]), ""
     else:
@@ -71,19 +74,12 @@ def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, leas
     """
     tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=least) - taken
-    rows = (data[index][0] for index in range(len(data)))
-    text = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
-    ids = ids_of(model, tokenizer, text, add_special_tokens=False)
-    length, number = min(length, len(ids)), settings.num_samples
+    ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
+    length = min(length, len(ids))
     if length < 2:
         raise DataError(f"`{data.name}` is too short", why=f"it has {len(ids)} tokens")
     windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    if number is None or number >= len(windows):
-        return windows
-    if number < 1:
-        raise UsageError(f"`--num-samples` is {number}", why="at least one sample is needed")
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
-    return windows[order[:number].sort().values]
+    return windows[some_of(len(windows), settings)]
 
 
 def observe_tokens(logits: Logits, batch: Batch) -> Columns:

@@ -38,7 +38,8 @@ def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading
     if len(sides) == 2 and row.is_language and sides[0].encoded.key != sides[1].encoded.key:
         what = f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens"
         why = "perplexities over different tokens cannot be compared"
-        raise DataError(what, why=why, hint="compare with a model of the same tokenizer")
+        hint = "compare with a model of the same tokenizer, in windows that both take: `--max-length N`"
+        raise DataError(what, why=why, hint=hint)
     for side in sides if row.has_classes else ():
         logits = _forward(side.model, side.encoded.batch([0]), row)
         if logits.ndim != 2 or logits.shape[1] < 2:

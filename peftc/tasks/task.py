@@ -43,6 +43,8 @@ class Encoded:
     key: str  # two models with equal keys read the same batches
     lengths: Sequence[int] | None = None  # tokens per sample, so that a batch can hold equals
     notes: list[str] = field(default_factory=list)  # what people should know about how samples are read
+    batch_size: int | None = None  # when the user gives none, and what is usual for the task is too many
+    windows: dict[str, Any] = field(default_factory=dict)  # how a text was cut, where that was asked for
 
     def spread(self, number: int) -> list[int]:
         """Return so many rows, at most ``size``, spread over all."""
