@@ -208,7 +208,7 @@ def test_the_forms_of_a_model_are_those_of_the_program(tmp_path: Path) -> None:
     others = {
         "a folder with `peftc.json`", "a folder with `config.json` and safetensors",
         "a folder with `adapter_config.json`",
-        "`file.safetensors --arch timm:NAME`", "`-`", "nothing",
+        "`file.gguf`", "`file.safetensors --arch timm:NAME`", "`-`", "nothing",
     }  # fmt: skip
     assert set(told) == MODELS.keys() | others
     for spec, kind in MODELS.values():

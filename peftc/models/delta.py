@@ -13,7 +13,7 @@ from peftc.nn import surgery
 from peftc.store import artifact, verified
 from peftc.store.header import TensorInfo
 from peftc.store.manifest import Manifest
-from peftc.store.source import Source
+from peftc.store.source import FILES, Source
 
 
 def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def beneath(
     spec, is_typed = source.base or named["spec"], source.base is not None
     if not Path(spec).expanduser().exists():  # perhaps it lies beside the delta, under its own name
         beside = folder.resolve().parent / Path(spec).name
-        looks_like_a_path = spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(".safetensors")
+        looks_like_a_path = spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(FILES)
         is_path = looks_like_a_path and not spec.startswith(("timm:", "hf:", "python:"))
         # the path of an artifact of this machine may look like a hub id
         is_artifact = not is_typed and "artifact" in named and not spec.startswith("hf:")

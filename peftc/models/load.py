@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
-from peftc.models import adapting, build, delta, from_peft, hub, weights
+from peftc.models import adapting, build, delta, from_gguf, from_peft, hub, weights
 from peftc.models.model import PREPROCESS, Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
@@ -47,10 +47,13 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
         return without_updates(from_peft.from_folder(source, located.folder, _whole))[0]
     loaded, tensors = build.build(source, located, weights)
     loaded.preprocess = _overridden(loaded.preprocess, source.preprocess)
+    if located.file is not None:
+        told = "its weights are those of the quantised file, and what is made of it is stored in float32"
+        loaded.notes.append(f"`{located.file.name}` was dequantised from GGUF: {told}")
     if tensors is not None:
         found = build.fill(loaded, tensors)
         loaded.infos = {name: tensors.infos[there] for name, there in found.items() if there in tensors.infos}
-        loaded.files = tensors.files
+        loaded.files = [located.file] if located.file else tensors.files
         loaded.notes += [said] if (said := surgery.two_halves(loaded.module)) else []
     lazy = [name for name, parameter in loaded.module.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:
@@ -62,8 +65,10 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
 
 
 def _located(source: Source, weights: bool) -> Located:
-    """Return what a source is, fetched where it is one of the hub."""
+    """Return what a source is, fetched where it is one of the hub and unpacked where it is a GGUF file."""
     located = locate(source)
+    if located.kind == "gguf":
+        return from_gguf.unpacked(located)
     if located.folder is None and located.kind in ("timm", "transformers"):
         located = hub.fetched(located, source, weights)
     return located

@@ -13,7 +13,7 @@ from peftc.report import Table, by_kind, count, rank_span, short, size, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
-from peftc.store.source import MANIFEST, read_json
+from peftc.store.source import FILES, MANIFEST, read_json
 
 LOG = "log.jsonl"
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
@@ -73,7 +73,9 @@ class Record:
         spec = (self.spec or "").partition("@")[0]
         if spec.startswith("timm:"):
             return str((self.config.get("pretrained_cfg") or {}).get("hf_hub_id") or "") or None
-        named = spec.startswith("hf:") or (spec.count("/") == 1 and not spec.startswith((".", "/", "~")))
+        named = spec.startswith("hf:") or (
+            spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not spec.endswith(FILES)
+        )
         return spec.removeprefix("hf:") if named and not Path(spec).exists() else None
 
     @property

@@ -41,8 +41,7 @@ def show(model: str | Path | Source, *, commands: bool = False, verify: bool = F
             folder = hub.downloaded(there, source, hub.SMALL, "what describes it")
     name = there.name if there else str(folder)
     if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
-        hint = f"look into it with `peftc analyze {name}`"
-        raise ArtifactError(f"`{name}` is a model, not an artifact of peftc", hint=hint)
+        raise _is_a_model(name)
     record = manifest.read(folder)
     if verify:
         verified.check(folder, record.files, remembered=False)
@@ -82,6 +81,10 @@ def show(model: str | Path | Source, *, commands: bool = False, verify: bool = F
     return report
 
 
+def _is_a_model(name: str) -> ArtifactError:
+    return ArtifactError(f"`{name}` is a model, not an artifact of peftc", hint=f"look into it: `peftc analyze {name}`")
+
+
 def _of_the_hub(source: Source) -> Located:
     """Return the hub id that was named.
 
@@ -92,6 +95,8 @@ def _of_the_hub(source: Source) -> Located:
         there = locate(source)
     except PeftcError:
         there = None
+    if there is not None and there.kind == "gguf":
+        raise _is_a_model(source.spec)
     if there is None or there.kind not in ("timm", "transformers"):
         why = "`peftc show` reads artifacts: folders, and repositories of the hub"
         raise ArtifactError(f"there is no artifact at `{source.spec}`", why=why)

@@ -9,11 +9,13 @@ from peftc.errors import SourceError, UsageError, refuse_not_utf8
 from peftc.store import documents
 
 MANIFEST = "peftc.json"
+GGUF = ".gguf"
+FILES = (".safetensors", ".pth", ".pt", ".th", ".bin", GGUF)  # how names end that are of files, and of no hub
 ADAPTER = "adapter_config.json"  # of Hugging Face peft
 FORMS = (
     "an artifact folder, a transformers, timm or peft folder, "
     "`timm/NAME`, `timm:NAME`, `ORG/NAME[@REVISION]`, `hf:ORG/NAME`, "
-    "`file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
+    "`file.gguf`, `file.safetensors` with `--arch timm:NAME`, or `python:package.module:factory`"
 )
 
 # the small files that travel with a model: tokenizer, processor, generation settings, sentence-transformers, licence
@@ -69,11 +71,13 @@ class Located:
 
     Attributes:
         kind: ``artifact``, ``peft``, ``timm``, ``transformers`` (``name`` is a hub id where ``folder`` is None),
-            ``timm-arch`` (``name`` is in timm's registry) or ``python`` (``name`` is ``module:factory``).
+            ``gguf`` (``file`` is not unpacked yet), ``timm-arch`` (``name`` is in timm's registry) or ``python``
+            (``name`` is ``module:factory``).
         name: hub id, architecture or factory; empty for a folder of yours.
         folder: the local folder, also that of a hub model that was fetched, or None.
         revision: for the hub.
         weights: a weight file that the user named, or None.
+        file: the GGUF file that holds the model, or that the folder was unpacked from, or None.
     """
 
     kind: str
@@ -81,6 +85,7 @@ class Located:
     folder: Path | None = None
     revision: str | None = None
     weights: Path | None = None
+    file: Path | None = None
 
 
 def locate(source: Source) -> Located:
@@ -110,8 +115,7 @@ def locate(source: Source) -> Located:
         return in_folder(path, source)
     if path.is_file():
         return _file(path, source)
-    ends = (".safetensors", ".pth", ".pt", ".th", ".bin", "/")
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith(ends) or "\\" in spec:
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith((*FILES, "/")) or "\\" in spec:
         raise SourceError(f"there is no model at `{spec}`", why="the path does not exist", hint=f"MODEL is {FORMS}")
     return _hub(spec, source.revision)
 
@@ -155,6 +159,12 @@ def in_folder(path: Path, source: Source) -> Located:
 
 
 def _file(path: Path, source: Source) -> Located:
+    if path.suffix.lower() == GGUF:
+        asked = [name for name in ("arch", "arch_set", "weights") if getattr(source, name)]
+        if asked:
+            what = f"`--{asked[0].replace('_', '-')}` says how to build a model, and `{path}` says that itself"
+            raise UsageError(what, hint="leave the option out")
+        return Located("gguf", file=path)
     if source.arch is None:
         hint = f"name it: `{path} --arch timm:NAME`, or `python:package.module:factory --weights {path}`"
         raise UsageError(f"`{path}` holds bare weights of an unknown architecture", hint=hint)

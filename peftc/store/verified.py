@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError
-from peftc.store import documents, manifest
+from peftc.store import cache, documents, manifest
 
 MOST = 10_000  # files that are remembered, the newest
 QUIET = 2.0  # seconds since a file was written: what changes within one tick of the clock could not be told apart
@@ -70,8 +70,7 @@ def _identity(path: Path) -> str | None:
 
 def memory() -> Path:
     """Return the file in which it is kept what was compared: ``peftc/verified.json`` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "peftc" / "verified.json"
+    return cache.home() / "verified.json"
 
 
 def _read() -> dict[str, str]:
