@@ -169,7 +169,8 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
     processes.wait()  # none writes before all have looked
     if note is None:
         order = [index for run in batches(encoded.lengths, encoded.size, 1) for index in run]
-        sites = statistics.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1])))
+        head = unread.head_of(subject)
+        sites = statistics.sites(subject, targets, lambda: _forward(subject, encoded.batch(order[:1]), head))
         collector, request = Collector(subject, sites, needs, keep=False), prepared.request
         whole = replace(prepared, request=replace(request, tokens=None))
 
@@ -273,7 +274,7 @@ def _forward(model: Model, batch: Batch, head: nn.Linear | None = None) -> None:
 def _backward(
     model: Model, task: Task | None, batch: Batch, seeds: Sequence[int], head: nn.Linear | None = None
 ) -> None:
-    """Run forward once, and backward from each of two draws of the model's own prediction."""
+    """Run forward, and backward from two draws of the model's own prediction; of a large vocabulary from one."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     inputs = moved(model, batch.inputs)
     with torch.enable_grad(), streaming.recomputing(model.module):
@@ -281,11 +282,9 @@ def _backward(
         _refuse_non_finite(model, outputs)
         if isinstance(outputs, Unread):
             hidden = outputs.hidden
-            with torch.no_grad():
-                seen = replace(outputs, hidden=hidden.detach())
-                pulls = unlabelled.pulls_of_own_prediction(seen, inputs, generators, DRAWS)
-            for draw, pull in enumerate(pulls if hidden.requires_grad else ()):
-                hidden.backward((pull / DRAWS**0.5).to(hidden.dtype), retain_graph=draw + 1 < DRAWS)
+            if hidden.requires_grad:  # one draw, as a window has many tokens: on stories260K two were no better
+                (pull,) = unlabelled.pulls_of_own_prediction(outputs, inputs, generators, draws=1)
+                hidden.backward(pull.to(hidden.dtype))
             return
         if not outputs.requires_grad:
             return

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from peftc.calibration.statistics import Running, Site, Sums
-from peftc.models.weights import piece, read_note, save_part
+from peftc.calibration.statistics import Site, Sums
+from peftc.calibration.sums import Running, Triangle
+from peftc.models.weights import piece, read_note, read_tensor, save_part
 from peftc.plans.plan import Target
 from peftc.store.artifact import Piece
+from peftc.store.header import read_header
 
 ROWS = 256  # of a weight that are turned into float64 at once
 LANES = 4  # parts of the calibration set that are summed apart, so that a resume and other processes add in one order
@@ -20,13 +21,16 @@ LANES = 4  # parts of the calibration set that are summed apart, so that a resum
 
 def save(path: Path, sums: Sums) -> None:
     """Keep the sums of one lane: scatters, summed in float64, as float32, which is all that is kept of their sum."""
-    tensors: dict[str, Tensor | Piece] = {f"total:{name}": value for name, value in sums.totals.items()}
+    tensors: dict[str, Tensor | Piece] = {
+        f"total:{name}": value.entries if isinstance(value, Triangle) else value for name, value in sums.totals.items()
+    }
     for name, seen in sums.running.items():
         tensors[f"mean:{name}"] = seen.mean
         if seen.scatter is not None:
-            tensors[f"scatter:{name}"] = _later("F32", tuple(seen.scatter.shape), seen.scatter.float)
+            tensors[f"scatter:{name}"] = _later("F32", tuple(seen.scatter.entries.shape), seen.scatter.entries.float)
+    sizes = {name: value.size for name, value in sums.totals.items() if isinstance(value, Triangle)}
     counts = {name: seen.count for name, seen in sums.running.items()}
-    save_part(path, tensors, {"samples": sums.samples, "counts": counts})
+    save_part(path, tensors, {"samples": sums.samples, "counts": counts, "sizes": sizes})
 
 
 class Lanes:
@@ -34,10 +38,11 @@ class Lanes:
 
     def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
         self.device = device
-        self.files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self.files = [read_header(path)[0] for path in paths]  # read, not mapped: what is mapped counts as taken
         self.notes: list[dict[str, Any]] = [read_note(path) or {} for path in paths]
         self.samples = [int(note["samples"]) for note in self.notes]
-        self.keys = {key for file in self.files for key in file.keys()}  # noqa: SIM118  no mapping
+        self.keys = {key for file in self.files for key in file}
+        self.sizes: dict[str, int] = {name: size for note in self.notes for name, size in note["sizes"].items()}
 
     def count(self, name: str) -> int:
         """Return how many rows were seen."""
@@ -46,14 +51,16 @@ class Lanes:
     def running(self, name: str, *, scatter: bool) -> Running:
         """Return a running sum over all lanes."""
         found: Running | None = None
-        for file, note in zip(self.files, self.notes, strict=True):  # tensors are windows on a file
+        for file, note in zip(self.files, self.notes, strict=True):
             if name not in note["counts"]:
                 continue
-            kept = file.get_tensor(f"scatter:{name}").to(self.device, torch.float64) if scatter else None
-            mean = file.get_tensor(f"mean:{name}").to(self.device)
+            mean = read_tensor(file[f"mean:{name}"]).to(self.device)
+            kept = None
+            if scatter:
+                kept = Triangle(len(mean), read_tensor(file[f"scatter:{name}"]).to(self.device, torch.float64))
             one = Running(len(mean), kept, mean, note["counts"][name])
             if found is None:
-                found = Running(one.size, kept, mean.clone(), one.count)
+                found = one
             else:
                 found.merge(one)
         assert found is not None
@@ -66,13 +73,18 @@ class Lanes:
     def average(self, name: str, number: int) -> Tensor:
         """Return a plain sum over all lanes, divided by a number."""
         key = f"total:{name}"
-        parts = (file.get_tensor(key).to(self.device) for file in self.files if key in file.keys())  # noqa: SIM118
-        return functools.reduce(Tensor.add_, parts, next(parts).clone()).div_(number)
+        parts = (read_tensor(file[key]).to(self.device) for file in self.files if key in file)
+        total = functools.reduce(Tensor.add_, parts).div_(number)
+        return Triangle(self.sizes[name], total).whole() if name in self.sizes else total
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a tensor that the lanes hold."""
-        file = next(file for file in self.files if key in file.keys())  # noqa: SIM118  no mapping
-        return tuple(file.get_slice(key).get_shape())
+        """Return the shape of a tensor that the lanes hold, where it is a half of a matrix that of the whole."""
+        name = key.removeprefix("total:")
+        return (
+            (self.sizes[name],) * 2
+            if name in self.sizes
+            else next(file[key].shape for file in self.files if key in file)
+        )
 
 
 def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target], Tensor]) -> dict[str, Piece]:
@@ -100,10 +112,10 @@ def stored(lanes: Lanes, sites: Mapping[str, Site], weight_of: Callable[[Target]
             ("fisher", name, samples),
             ("magnitude", site.leader, max(lanes.count(f"{site.leader}.input"), 1)),
         ):
-            key = f"total:{by}.{kind}"
-            if key in lanes.keys:
-                compute = functools.partial(lanes.average, f"{by}.{kind}", number)
-                found[f"{by}.{kind}"] = _later("F64", lanes.shape(key), compute)
+            key = f"{by}.{kind}"
+            if f"total:{key}" in lanes.keys:
+                compute = functools.partial(lanes.average, key, number)
+                found[key] = _later("F64", lanes.shape(f"total:{key}"), compute)
     return found
 
 

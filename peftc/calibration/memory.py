@@ -7,7 +7,8 @@ depend on the moment. The sums of all modules may be larger than the memory; the
 import ctypes
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from peftc.store import artifact
 FILE = "passes.json"
 PROCESS = 500_000_000  # bytes that Python and its libraries hold, at most as a rule: fixed, to decide the same again
 SPARE = 0.85  # of what is left; the rest is for work space inside kernels and for holes in the heap
+LARGE = 50_000_000  # parameters, from which on it is looked at what a pass takes where no limit was set
+PASS = 1_500_000_000  # bytes that it may take then
 MMAP_THRESHOLD = -3  # of glibc's mallopt
 SMALL = 1 << 16  # bytes; what is larger goes back to the system when it is freed
 
@@ -70,6 +73,7 @@ def planned(
     """Return how many samples to calibrate on at once, and the names of the modules that each pass is over.
 
     All of it fits into the model's memory, or is refused as PlanError; what was decided before in ``folder`` stays.
+    Without a limit all modules are in one pass, and a large model on the CPU runs fewer samples at once.
 
     Args:
         collector: of what is asked for; it keeps nothing.
@@ -79,12 +83,18 @@ def planned(
         folder: of the job.
     """
     model = collector.model
-    if model.max_memory is None:
-        return batch_size, [list(collector.sites)]
-    path = folder / FILE
+    path, everything = folder / FILE, [list(collector.sites)]
+    if model.max_memory is None and not (collector.gradients and _is_wide(model)):
+        return batch_size, everything
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         return found["batch_size"], found["groups"]
+    if model.max_memory is None:
+        with _saved(model.module) as kept:
+            run(list(order[-1:]))
+        batch_size = max(1, min(batch_size, PASS // max(sum(kept.values()), 1)))
+        artifact.write_json(path, {"batch_size": batch_size, "groups": everything})
+        return batch_size, everything
     highest = []
     for samples in (1, 2):
         with _Held(model.module) as held:
@@ -96,6 +106,31 @@ def planned(
     batch_size, groups = _fitted(model, _units(collector), max(one - each, 0), each, batch_size)
     artifact.write_json(path, {"batch_size": batch_size, "groups": groups})
     return batch_size, groups
+
+
+def _is_wide(model: Model) -> bool:
+    """Return whether a pass of a few samples on the CPU may take gigabytes, which more samples at once would not repay.
+
+    A device has memory of its own, and is idle with few.
+    """
+    entries = sum(parameter.numel() for parameter in model.module.parameters())
+    return place_of(model.module).type == "cpu" and entries >= LARGE
+
+
+@contextmanager
+def _saved(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Count the bytes, by storage, that forward passes inside keep for a backward pass, the network's own apart."""
+    own = {each.untyped_storage().data_ptr() for each in (*network.parameters(), *network.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def _fitted(
@@ -141,7 +176,7 @@ def _units(collector: Collector) -> dict[str, tuple[list[str], int]]:
         width = {"input": in_ if name == site.leader else 0, "output": out}[site.side]
         size += 8 * (in_ + width * (width + 1) * ("second_moment" in needs))
         if "output_gradient_gram" in needs:
-            size += 8 * (out**2 if out <= statistics.LARGEST_GRAM else 1)
+            size += 4 * out * (out + 128) if out <= statistics.LARGEST_GRAM else 8
         units[site.leader] = ([*names, name], size + 16 * in_)
     return units
 

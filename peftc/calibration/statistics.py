@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc.calibration.sums import Running, Triangle
 from peftc.methods.weighted import Moment
 from peftc.models.dual import reads_image
 from peftc.models.inputs import mask_of
@@ -38,78 +39,6 @@ from peftc.plans.plan import Target
 STATISTICS = ("second_moment", "input_magnitude", "output_gradient_gram", "weight_fisher")
 OF_GRADIENTS = ("output_gradient_gram", "weight_fisher")
 LARGEST_GRAM = 8192  # outputs; above it only the mean eigenvalue of their gradients is kept
-
-
-@dataclass
-class Running:
-    """Mean (d,) and, where asked for, scatter (d, d) around it, of rows seen so far; float64."""
-
-    size: int  # d
-    scatter: Tensor | None  # its lower triangle, one block of rows after another; see `_blocks`
-    mean: Tensor  # of all rows
-    count: int = 0  # of rows
-
-    @classmethod
-    def empty(cls, size: int, device: torch.device, *, scatter: bool) -> Running:
-        """Return one that has seen nothing."""
-        entries = sum((some.stop - some.start) * some.stop for some in _row_blocks(size))
-        triangle = torch.zeros(entries, dtype=torch.float64, device=device) if scatter else None
-        return cls(size, triangle, torch.zeros(size, dtype=torch.float64, device=device))
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows (n, d), float32 or float64."""
-        if not len(rows):
-            return
-        centre = rows.mean(0)
-        if self.scatter is None:
-            self._moved(centre.double(), len(rows))
-            return
-        centred = rows - centre
-        missed = centred.mean(0).double()  # rounding left the centre that far from the mean
-        gap, share = self._moved(centre.double() + missed, len(rows))
-        for block, some, upto in self._blocks():
-            block += centred[:, some].T @ centred[:, upto]
-            block.addr_(missed[some], missed[upto], alpha=-len(rows)).addr_(gap[some], gap[upto], alpha=share)
-
-    def merge(self, other: Running) -> None:
-        """Add what another one has seen."""
-        if not other.count:
-            return
-        gap, share = self._moved(other.mean, other.count)
-        if self.scatter is not None and other.scatter is not None:
-            self.scatter += other.scatter
-        for block, some, upto in self._blocks():
-            block.addr_(gap[some], gap[upto], alpha=share)
-
-    def covariance(self) -> Tensor:
-        """Return (d, d), float64."""
-        whole = self.mean.new_empty(self.size, self.size)
-        for block, some, upto in self._blocks():
-            whole[upto, some] = block.T / max(self.count, 1)
-            whole[some, upto] = block / max(self.count, 1)
-        return whole
-
-    def _moved(self, mean: Tensor, count: int) -> tuple[Tensor, float]:
-        """Count further rows; return how far their mean is off, and how often its outer product joins the scatter."""
-        total = self.count + count
-        gap, share = mean - self.mean, self.count * count / total
-        self.mean += gap * (count / total)
-        self.count = total
-        return gap, share
-
-    def _blocks(self) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Yield the scatter's blocks (rows, columns up to the diagonal), and which rows and columns they are."""
-        start = 0
-        for some in _row_blocks(self.size) if self.scatter is not None else ():
-            entries = (some.stop - some.start) * some.stop
-            yield self.scatter[start : start + entries].view(-1, some.stop), some, slice(some.stop)  # type: ignore[index]
-            start += entries
-
-
-def _row_blocks(size: int) -> list[slice]:
-    """Return blocks of rows: small enough to leave most of the upper triangle out, large enough to multiply fast."""
-    step = max(128, size // 8)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +55,7 @@ class Sums:
     """Running sums by ``<module>.<statistic>``, and how many samples went into them."""
 
     running: dict[str, Running] = field(default_factory=dict)
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor | Triangle] = field(default_factory=dict)
     samples: int = 0
 
 
@@ -267,9 +196,7 @@ class Collector:
         name, rows = site.target.name, _rows(gradient, module)
         if "output_gradient_gram" in self.needs:
             rows = rows if keep is None else rows[keep]
-            rows = rows * 2.0**12  # far from the subnormal numbers of half precision
-            gram = rows.T @ rows if rows.shape[1] <= LARGEST_GRAM else rows.square().sum() / rows.shape[1]
-            self._total(f"{name}.gradient", gram.double() / 2.0**24)
+            self._gram(f"{name}.gradient", rows * 2.0**12, 2.0**-24)  # far from the subnormal numbers of half precision
         if x is not None and not isinstance(module, nn.Embedding):
             squares: Any = 0.0
             for one, other in zip(x.split(1), gradient.split(1), strict=True):  # a sample at a time
@@ -285,9 +212,20 @@ class Collector:
         if self.keep:
             self.sums.running[name] = seen
 
-    def _total(self, name: str, value: Any) -> None:
-        if name in self.sums.totals:
-            self.sums.totals[name] += value
+    def _gram(self, name: str, rows: Tensor, scale: float) -> None:
+        """Add scale * rows^T rows, or its mean eigenvalue where there are too many of them."""
+        if rows.shape[1] > LARGEST_GRAM:
+            self._total(name, (rows.square().sum() / rows.shape[1]).double() * scale)
+            return
+        known = self.sums.totals.get(name)
+        found = (known if isinstance(known, Triangle) else Triangle.empty(rows.shape[1], rows.device)).add(rows, scale)
+        if self.keep:
+            self.sums.totals[name] = found
+
+    def _total(self, name: str, value: Tensor) -> None:
+        known = self.sums.totals.get(name)
+        if isinstance(known, Tensor):
+            known += value
         elif self.keep:
             self.sums.totals[name] = value
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from peftc import progress
 from peftc.calibration import statistics
@@ -87,8 +88,9 @@ def _collect(work: Factoring, prepared: Prepared, stage: Mapping[str, Site], run
         if site.side == "output" and seen is not None:  # without the bias
             output_mean = seen.mean if inputs is None else matrix_of(prepared.model, site.target).double() @ inputs.mean
         others = dict(before.others)
-        if f"{site.leader}.magnitude" in sums.totals and inputs is not None:
-            others["input_magnitude"] = sums.totals[f"{site.leader}.magnitude"] / inputs.count
+        magnitude = sums.totals.get(f"{site.leader}.magnitude")
+        if isinstance(magnitude, Tensor) and inputs is not None:
+            others["input_magnitude"] = magnitude / inputs.count
         found[name] = Found(
             site.side,
             mean=None if inputs is None else inputs.mean,

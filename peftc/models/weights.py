@@ -173,6 +173,13 @@ def save_part(path: Path, tensors: Mapping[str, Tensor | Piece], note: Mapping[s
     unfinished.replace(path)
 
 
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Return a tensor of a finished part, in memory of its own."""
+    buffer = bytearray(b"".join(artifact.from_file(info).blocks()))
+    dtype = next(dtype for dtype, name in DTYPE_NAMES.items() if name == info.dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
+
+
 def read_note(path: Path) -> dict[str, Any] | None:
     """Return the note of a finished part, or None where there is none."""
     if not path.is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftc import processes
 from peftc.calibration import collection, lanes, memory, statistics
@@ -31,6 +32,7 @@ from peftc.models.place import dtype_of, one_dtype, runnable
 from peftc.models.targets import find_targets
 from peftc.models.weights import save_part
 from peftc.plans.plan import Target
+from peftc.steps.calibrate import calibrate
 from peftc.steps.decompose import decompose
 from peftc.steps.show import show
 from tests.conftest import promised
@@ -426,6 +428,25 @@ def test_sensitivity_runs_as_many_samples_at_once_as_the_calibration(
     assert known is not None
     assert sizes == {known.batch_size} and known.batch_size < 8
     assert len(list((tmp_path / "tight").glob("outputs-*.safetensors"))) == 4 // known.batch_size
+
+
+def test_a_large_model_on_the_cpu_runs_fewer_samples_at_once(
+    tiny_llama: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batch_size(name: str, **asked: Any) -> int:
+        calibrate(tiny_llama, output_dir=tmp_path / name, data=text, max_length=16, calibration_samples=12, **asked)
+        note = json.loads((tmp_path / name / "statistics.json").read_text(encoding="utf-8"))
+        return int(note["request"]["batch_size"])
+
+    assert batch_size("small") == 8
+    monkeypatch.setattr(memory, "LARGE", 1)
+    assert batch_size("room") == 8
+    monkeypatch.setattr(memory, "PASS", 1)
+    assert batch_size("little") == 1
+    assert batch_size("forward", method="whitened") == 8  # nothing is kept for a backward pass
+    one, other = (load_file(tmp_path / name / "statistics.safetensors") for name in ("small", "little"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
 
 
 def test_fitting_in_order_within_a_memory_maps_what_it_factored(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peftc.calibration import collection, lanes, statistics
 from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Request, prepare
-from peftc.calibration.statistics import Collector, Running, Site
+from peftc.calibration.statistics import Collector, Site
+from peftc.calibration.sums import Running
 from peftc.errors import WeightError
 from peftc.models import inputs
 from peftc.models import load as models
@@ -63,7 +64,7 @@ def test_running_gives_the_mean_and_covariance_of_numpy(dtype: torch.dtype, offs
         seen.add(part)
     assert seen.scatter is not None
     assert seen.count == 500
-    assert seen.mean.dtype == seen.scatter.dtype == torch.float64
+    assert seen.mean.dtype == seen.scatter.entries.dtype == torch.float64
     wide = rows.double().numpy()
     expected = np.cov(wide.T, bias=True)
     loose = 1e-12 if dtype == torch.float64 else 1e-6
