@@ -35,9 +35,10 @@ from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
 from peftc.tasks.evaluation import Exam, evaluated
+from peftc.tasks.table import task_of
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
-FEW_SAMPLES = 8
+FEW_SAMPLES, FEW_WINDOWS = 8, 1  # that show whether a model can be measured on the data
 
 
 def decompose(
@@ -198,7 +199,9 @@ def _measure(
         report.warnings.append(f"{UNMEASURED} the classes of `{exam.data}` are not those of `{loaded.name}`")
     elif measured:
         itself = model if isinstance(model, nn.Module | Model) else load(loaded.source)
-        quality.add(report, loaded, exam, against=against or itself)
+        some = quality.bounded(loaded, exam)
+        quality.add(report, loaded, some, against=against or itself)
+        quality.announce(report, exam, some)
 
 
 def _loaded(model: str | Path | Source | nn.Module | Model, *, weights: bool, stored: bool) -> Model:
@@ -222,7 +225,9 @@ def _is_measured(model: Model, source: Any, exam: Exam | None) -> bool | None:
     """
     if exam is None or (isinstance(source, Prepared) and not source.labelled and not exam.gates):
         return False
-    few = replace(quality.sparing(model, exam), reading=replace(exam.reading, num_samples=FEW_SAMPLES), gates=Gates())
+    task = task_of(model, exam.reading.task)
+    number = FEW_WINDOWS if task is not None and task.is_language else FEW_SAMPLES
+    few = replace(quality.sparing(model, exam), reading=replace(exam.reading, num_samples=number), gates=Gates())
     try:
         evaluated(replace(model, module=detached(model.module)), None, few)
     except ClassesError:

@@ -11,6 +11,9 @@ from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.report import Report
 from peftc.tasks.evaluation import Exam, evaluated, keep
+from peftc.tasks.table import task_of
+
+WINDOWS, SAMPLES = 16, 2000  # of text, and of anything else, that a measurement nobody asked for is of
 
 
 def add(report: Report, model: Model, exam: Exam, *, against: nn.Module | Model | None) -> None:
@@ -27,6 +30,23 @@ def add(report: Report, model: Model, exam: Exam, *, against: nn.Module | Model 
     report.notes += quality.notes
     report.warnings += quality.warnings
     report.gates += quality.gates
+
+
+def bounded(model: Model, exam: Exam) -> Exam:
+    """Return how to measure where nobody asked for a figure, neither by a gate nor by a number of samples: on some."""
+    if exam.gates or exam.reading.num_samples is not None:
+        return exam
+    task = task_of(model, exam.reading.task)
+    number = WINDOWS if task is not None and task.is_language else SAMPLES
+    return replace(exam, reading=replace(exam.reading, num_samples=number))
+
+
+def announce(report: Report, exam: Exam, some: Exam) -> None:
+    """Say of what was measured that it is of some samples only, where there are more."""
+    number = some.reading.num_samples
+    if some is not exam and report.data.get("quality", {}).get("data", {}).get("samples") == number:
+        more = "`--num-samples N` takes more, `peftc evaluate` all"
+        report.notes.append(f"quality: measured on {number:,} samples, as no number was asked for; {more}")
 
 
 def sparing(model: Model, exam: Exam) -> Exam:
