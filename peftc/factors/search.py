@@ -11,12 +11,12 @@ those of the others. So plans are tried as a whole, on samples kept apart from c
 3. the best of 1 again, with each layer's losses weighted by what leaving it dense wins in that plan over what was
    predicted of it: the slope of what is minimised, at the plan itself. Then once more from there.
 
-Most are tried on a quarter of the samples, and the best of each kind on all of them.
+Plans of 2 and 3 are tried on a quarter of the samples, and the best of each on all of them, as those of 1 are.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -29,22 +29,10 @@ from peftc.measure.intervals import Interval, bootstrap
 from peftc.plans.plan import Aim
 
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent
-DEPTHS = (
-    (0.0, 0.5),
-    (0.0, 1.5),
-    (0.0, 4.0),
-    (0.75, 0.5),
-    (0.75, 1.5),
-    (0.75, 4.0),
-    (1.5, 0.5),
-    (1.5, 1.5),
-    (1.5, 4.0),
-    (3.0, 4.0),
-)  # alpha, gamma, in the ranges that LEMS searches
+DEPTHS = ((0.0, 1.5), (0.0, 4.0), (0.75, 1.5), (0.75, 4.0), (1.5, 1.5), (1.5, 4.0))  # alpha, gamma, of LEMS's ranges
 POWERS = (0.5, 1.0)  # of the slopes
 ROUNDS = 2  # of slopes
 LAYERS = 24  # that have a slope of their own; of deeper networks neighbours share one
-FEW = 8  # samples, at least, on which a plan is tried first
 FAINT, TINY = 1e-4, 1e-12  # of the plan's loss, and in nats, that a layer counts for at least
 LESS = 0.997  # of the loss, at which another round is worth its time
 
@@ -66,25 +54,29 @@ class Search:
 
     Attributes:
         trial, aim: as for `best`.
-        few: the samples that most plans are tried on.
-        known: what plans lost there, by their ranks.
+        samples: that plans are tried on.
+        known: what plans lost on each of them, by their ranks.
     """
 
     trial: Trial
     aim: Aim
-    few: Tried
-    known: dict[tuple[int | None, ...], float] = field(default_factory=dict)
+    samples: Tried
+    known: dict[tuple[int | None, ...], np.ndarray] = field(default_factory=dict)
 
     def least(self, several: Sequence[Losses], first: Candidate | None = None) -> Candidate:
-        """Return the plan that loses least on few samples, among those by several losses and the ``first``."""
+        """Return the plan that loses least, among those by several losses and the ``first``."""
         found = [] if first is None else [first]
         for losses in several:
             plan = ranks.decide(self.trial.work.targets, self.aim, losses.__getitem__, self.trial.work.whole)
             key = tuple(plan.values())
             if key not in self.known:
-                self.known[key] = float(self.trial.lost(plan, self.few).mean())
-            found.append(Candidate(losses, plan, self.known[key]))
+                self.known[key] = self.trial.lost(plan, self.samples)
+            found.append(Candidate(losses, plan, float(self.known[key].mean())))
         return min(found, key=lambda one: one.lost)
+
+    def of(self, plan: Candidate) -> np.ndarray:
+        """Return what a plan that was tried lost on each sample."""
+        return self.known[tuple(plan.ranks.values())]
 
     def of_depth(self, start: Candidate) -> list[Losses]:
         """Return losses with early layers weighted up."""
@@ -107,7 +99,7 @@ class Search:
             for at, names in groups.items()
         }
         cut = {at: names for at, names in groups.items() if predicted[at] > 0}
-        won = self.trial.slopes(plan.ranks, self.few, cut.values())
+        won = self.trial.slopes(plan.ranks, self.samples, cut.values())
         least = max(FAINT * plan.lost, TINY)  # where a layer loses nothing, or the plan is better without it
         slopes = {at: max(each, least) / predicted[at] for at, each in zip(cut, won, strict=True)}
         middle = math.exp(sum(map(math.log, slopes.values())) / max(len(slopes), 1))
@@ -119,7 +111,7 @@ class Search:
 
     def _layers(self) -> dict[str, int]:
         trial = self.trial
-        return {name: trial.layer_of(target, self.few.passes) for name, target in trial.work.targets.items()}
+        return {name: trial.layer_of(target) for name, target in trial.work.targets.items()}
 
 
 def best(trial: Trial, aim: Aim) -> Decision:
@@ -128,33 +120,36 @@ def best(trial: Trial, aim: Aim) -> Decision:
     The losses that ``trial.work`` goes on with are those that modules have alone, as far as they were believed.
     """
     each = sensitivity.alone(trial)
-    few = trial.on(max(min(FEW, trial.samples), trial.samples // 4), trial.folder / "few")
-    search = Search(trial, aim, few)
+    few = trial.on(trial.few, trial.folder / "few")
+    everything = trial.on(trial.samples, trial.folder / f"whole-{trial.samples}")
+    search, last = Search(trial, aim, few), Search(trial, aim, everything)
     with progress.track("trying plans", 4) as advance:
-        start = search.least([corrected(each, share) for share in SHARES])
-        finalists = [start]
+        start = last.least([corrected(each, share) for share in SHARES])
+        trial.work.losses = dict(start.losses)
+        finalists = [start.losses]
         advance("")
         if len(trial.layers) > 1:
-            finalists.append(search.least(search.of_depth(start), start))
+            first = search.least([start.losses])
+            finalists.append(search.least(search.of_depth(first), first).losses)
             advance("")
-            learnt = start
+            learnt = first
             for _ in range(ROUNDS):
-                last, learnt = learnt, search.least(search.of_slopes(start, learnt), learnt)
-                if learnt.lost > LESS * last.lost:
+                before, learnt = learnt, search.least(search.of_slopes(first, learnt), learnt)
+                if learnt.lost > LESS * before.lost:
                     break
-            finalists.append(learnt)
+            finalists.append(learnt.losses)
             advance("")
-        trial.work.losses = dict(start.losses)
-        return _finest(trial, finalists)
+        found = last.least(finalists)
+        if not clearly_less(last.of(found), last.of(start)):
+            found = start
+        advance("")
+    return Decision(found.ranks, lost=interval(last.of(found), trial), samples=trial.samples)
 
 
-def _finest(trial: Trial, finalists: Sequence[Candidate]) -> Decision:
-    """Try some plans on all samples, and return the one that loses least."""
-    tried = trial.on(trial.samples, trial.folder / f"whole-{trial.samples}")
-    found = {tuple(one.ranks.values()): one for one in finalists}
-    lost = {key: trial.lost(one.ranks, tried) for key, one in found.items()}
-    key = min(lost, key=lambda each: float(lost[each].mean()))
-    return replace(Decision(found[key].ranks), lost=interval(lost[key], trial), samples=trial.samples)
+def clearly_less(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether samples lose less by more than the standard error of that: few samples may flatter a plan."""
+    gain = other - one
+    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
 def interval(lost: np.ndarray, trial: Trial) -> Interval:

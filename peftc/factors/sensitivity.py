@@ -40,8 +40,8 @@ def alone(trial: Trial) -> dict[str, tuple[Tensor, float]]:
     tried, about = None, ""
     if any(name not in scales for name in work.targets):
         start = time.monotonic()
-        tried = trial.on(trial.sensitivity, trial.folder)
-        about = _about(trial, tried, time.monotonic() - start)
+        tried = trial.on(trial.singles, trial.folder, keep=True)
+        about = _about(trial, time.monotonic() - start)
     with progress.track(f"sensitivity{about}", len(work.targets)) as advance:
         for name, target in work.targets.items():
             found = work.spectrum(target)
@@ -55,10 +55,10 @@ def alone(trial: Trial) -> dict[str, tuple[Tensor, float]]:
     return losses
 
 
-def _about(trial: Trial, tried: Tried, seconds: float) -> str:
+def _about(trial: Trial, seconds: float) -> str:
     """Return how long it will take at most, by what a pass over the samples took."""
     number = max(len(trial.layers), 1)
-    shares = [1 - trial.layer_of(target, tried.passes) / number for target in trial.work.targets.values()]
+    shares = [1 - trial.layer_of(target) / number for target in trial.work.targets.values()]
     whole = seconds * sum(shares)
     return f", {whole / 60:.0f} min at most" if whole > 60 else f", {whole:.0f} s at most" if whole > SLOW else ""
 
@@ -69,7 +69,7 @@ def _scale(trial: Trial, target: Target, found: Spectrum, tried: Tried) -> float
     predicted = float(losses[rank]) / 2
     if predicted <= FAINT * float(losses[0]) / 2:
         return 1.0
-    start = trial.layer_of(target, tried.passes)
+    start = trial.layer_of(target)
     tried.passes.check(start, 0, partial(trial.run, tried.batches[0]), tried.dense[0])
     seen = torch.zeros(0)
     with trial.cut(target, found, rank):

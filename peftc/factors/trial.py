@@ -36,6 +36,8 @@ from peftc.tasks.unlabelled import divergence
 
 WHOLE = 4  # times as many samples as for one module, for plans: they are few, and one sample in ten may hold the loss
 TOKENS = 8192  # of text that plans are tried on, at most
+FEWER = 1024  # of text that one module is tried on, at most
+FEW = 8  # samples of another kind, at least, that most plans are tried on at first
 POSITIONS = 64  # tokens of a window at which logits of a large vocabulary are compared
 PRODUCT = 4  # bytes of an entry of a product of factors
 
@@ -62,9 +64,23 @@ class Trial:
     @cached_property
     def samples(self) -> int:
         """How many samples plans are tried on."""
-        tokens = tokens_of(self.work)
-        most = WHOLE * self.sensitivity if tokens == 1 else min(WHOLE * self.sensitivity, int(TOKENS // tokens) or 1)
-        return min(max(most, self.sensitivity), self.prepared.tried.size)
+        most = min(WHOLE * self.sensitivity, self._windows(TOKENS))
+        return min(max(most, self.singles), self.prepared.tried.size)
+
+    @property
+    def singles(self) -> int:
+        """How many samples one module is tried on, at most."""
+        return min(self.sensitivity, self._windows(FEWER))
+
+    @property
+    def few(self) -> int:
+        """How many samples most plans are tried on at first."""
+        return min(max(self.samples // 4, min(FEW, self._windows(TOKENS // 4))), self.samples)
+
+    def _windows(self, tokens: int) -> int:
+        """Return in how many samples there are so many tokens, one at least; of what is no text, any number."""
+        own = tokens_of(self.work)
+        return max(int(tokens // own), 1) if own > 1 else self.prepared.tried.size
 
     @property
     def fits(self) -> bool:
@@ -87,26 +103,40 @@ class Trial:
         except DOES_NOT_RUN:
             return []
 
-    def layer_of(self, target: Target, passes: Passes) -> int:
+    @cached_property
+    def trusted(self) -> dict[int, bool]:
+        """From which layers on the model was seen to give what a whole pass gives, and from which not."""
+        return {}
+
+    def passes(self, folder: Path) -> Passes:
+        """Return passes of the model, kept in a folder."""
+        return Passes(self.prepared.model, self.layers, folder, self.trusted)
+
+    def layer_of(self, target: Target) -> int:
         """Return the first layer that a target, or one that shares its weight or factor, is in."""
+        passes = self.passes(self.folder)
         return min(passes.layer_of(name) for name in (target.name, *target.aliases, *target.members))
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
-    def on(self, samples: int, folder: Path) -> Tried:
-        """Return so many of the samples, at most, spread over them, as many at once as in the calibration."""
+    def on(self, samples: int, folder: Path, *, keep: bool = False) -> Tried:
+        """Return so many of the samples, at most, spread over them, as many at once as in the calibration.
+
+        With ``keep`` what each layer gives is kept, to start from.
+        """
         tried, known = self.prepared.tried, self.work.factorize.statistics
         assert known is not None
         some = tried.some(tried.spread(min(samples, tried.size)))
         batches = [some.batch(run) for run in in_batches(some.lengths, some.size, known.batch_size)]
         folder.mkdir(exist_ok=True)
-        passes = Passes(self.prepared.model, self.layers, folder / "passes")
+        passes = self.passes(folder / "passes")
         dense, _ = [], self.head  # found before anything watches the model
         for at, batch in enumerate(batches):
             part = folder / f"outputs-{at:05d}.safetensors"
-            found = passes.record(at, partial(self.run, batch))
-            if not part.is_file():
-                save_part(part, {"outputs": found.contiguous()}, {})
+            if keep:
+                save_part(part, {"outputs": passes.record(at, partial(self.run, batch)).contiguous()}, {})
+            elif not part.is_file():
+                save_part(part, {"outputs": self.run(batch).contiguous()}, {})
             dense.append(load_file(part)["outputs"])
         return Tried(batches, dense, passes, some.lengths is None)
 
@@ -130,10 +160,12 @@ class Trial:
             start: the first layer that is another than in ``passes``.
             passes: those of the dense model when None.
         """
-        batch = tried.batches[at]
-        now = (passes or tried.passes).resume(start, at, partial(self.run, batch))
+        now = (passes or tried.passes).resume(start, at, partial(self.run, tried.batches[at]))
+        return self._apart(tried, at, now)
+
+    def _apart(self, tried: Tried, at: int, now: Tensor) -> Tensor:
         before = tried.dense[at].to(now.device)
-        return divergence(self.prepared.task, self._read(before), self._read(now), batch.inputs).cpu()
+        return divergence(self.prepared.task, self._read(before), self._read(now), tried.batches[at].inputs).cpu()
 
     # -- factors in the network ---------------------------------------------------------------------------------------
 
@@ -184,18 +216,13 @@ class Trial:
 
         A pass with a group left dense begins at the first layer of it, from what the plan's layers before it give.
         """
-        number, passes = len(tried.batches), Passes(self.prepared.model, self.layers, self.folder / "plan")
-        passes.trusted = tried.passes.trusted
-        found = []
+        number, passes, found = len(tried.batches), self.passes(self.folder / "plan"), []
         with self.cut_all(ranks) as changed:
-            whole = []
-            for at, batch in enumerate(tried.batches):
-                now = passes.record(at, partial(self.run, batch))
-                dense = self._read(tried.dense[at].to(now.device))
-                whole.append(divergence(self.prepared.task, dense, self._read(now), batch.inputs).cpu())
-            lost = float(torch.cat(whole).mean())
+            now = [passes.record(at, partial(self.run, batch)) for at, batch in enumerate(tried.batches)]
+            lost = float(torch.cat([self._apart(tried, at, each) for at, each in enumerate(now)]).mean())
             for group in groups:
-                start = min(self.layer_of(self.work.targets[name], passes) for name in group)
+                start = min(self.layer_of(self.work.targets[name]) for name in group)
+                passes.check(start, 0, partial(self.run, tried.batches[0]), now[0])
                 with _dense([change for name in group for change in changed.get(name, ())]):
                     parts = [self.divergences(tried, at, start, passes) for at in range(number)]
                 found.append(lost - float(torch.cat(parts).mean()))

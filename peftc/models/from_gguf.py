@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def _fill(file: Path, digest: str, folder: Path) -> None:
     if find_spec("gguf") is None:
         what, why = f"reading `{file.name}` takes the package `gguf`", "it is not installed"
         raise SourceError(what, why=why, hint="pip install 'peftc[gguf]'")
+    _tell_version()
     # an absolute path: transformers looks for a name in the working folder first, and for adapters beside the file
     with progress.track(f"dequantising {file.name}, once", 3) as advance, _quiet(), tempfile.TemporaryDirectory() as no:
         how: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
@@ -76,6 +79,13 @@ def _fill(file: Path, digest: str, folder: Path) -> None:
         advance("written")
     if manifest.file_digest(file) != digest:
         raise SourceError(f"`{file}` was written to while it was read", hint="try again when it is whole")
+
+
+def _tell_version() -> None:
+    """Give `gguf` its version as an attribute: under Python 3.10 transformers finds no other."""
+    module: Any = import_module("gguf")
+    if not hasattr(module, "__version__"):
+        module.__version__ = version("gguf")
 
 
 def _plain(model: Any) -> Any:

@@ -33,14 +33,15 @@ class Passes:
         model: that runs.
         names: of its layers, in running order.
         folder: of the files; one pass over a batch replaces an earlier one.
+        trusted: the first layers from which on it was seen to give the same, and those from which not.
         forms: of each layer's output, with the main tensor left out; known after a pass.
     """
 
     model: Model
     names: Sequence[str]
     folder: Path
-    forms: dict[str, Any] = field(default_factory=dict)
     trusted: dict[int, bool] = field(default_factory=dict)
+    forms: dict[str, Any] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> int:
         """Return the number of the layer that holds a module; 0 where none does, so that all of them run."""
@@ -67,17 +68,18 @@ class Passes:
 
     def resume(self, start: int, batch: int, run: Callable[[], Tensor]) -> Tensor:
         """Return what a pass gives, with the layers before ``start`` left out where that was seen to be the same."""
-        if start == 0 or not self.trusted.get(start, True) or not self._part(batch).is_file():
+        if not self.trusted.get(start) or not self._part(batch).is_file():
             return run()
         with self._from(start, batch):
             return run()
 
     def check(self, start: int, batch: int, run: Callable[[], Tensor], whole: Tensor) -> None:
         """Compare a pass from ``start`` on with a whole one of the same network; where they differ, it runs whole."""
-        if start in self.trusted or start == 0:
+        if start in self.trusted or start == 0 or not self._part(batch).is_file():
             return
         try:
-            found = self.resume(start, batch, run)
+            with self._from(start, batch):
+                found = run()
             gap = (found.float() - whole.to(found.device).float()).abs().max()
             self.trusted[start] = bool(gap <= CLOSE * whole.float().abs().max())
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
@@ -108,7 +110,7 @@ class Passes:
 def _emptied(output: Any) -> Any:
     """Return the tuples that a layer's main output stands first in, with nothing in them."""
     if isinstance(output, list | tuple):
-        return type(output)([_emptied(output[0]), *(None for _ in output[1:])])
+        return (_emptied(output[0]), *(None for _ in output[1:]))
     return None
 
 

@@ -82,7 +82,10 @@ def through(model: Model, module: nn.Module, batch: Batch, head: nn.Linear | Non
 def outputs(model: Model, batch: Batch, head: nn.Linear | None) -> Logits:
     """Return the same without gradients, and with the same random draws at every call, as `inputs.outputs` does."""
     with inputs.still(model):
-        return forward(model, batch, head)
+        found = forward(model, batch, head)
+    if isinstance(found, Tensor):
+        return found
+    return Unread(found.hidden, found.weight.detach(), None if found.bias is None else found.bias.detach())
 
 
 def of_batch(model: Model, given: Any) -> Logits:

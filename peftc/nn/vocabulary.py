@@ -128,14 +128,16 @@ def nll(logits: Logits, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, reduction="none")
     if _learns(logits):
         return by_rows(lambda some, words: F.cross_entropy(some.float(), words, reduction="none"), [logits], targets)
-    seen, said = _Softmax(len(logits.hidden), logits.hidden.device), torch.zeros_like(targets, dtype=torch.float32)
-    for start, tile in logits.tiles():
-        here = (targets >= start) & (targets < start + tile.shape[1])
-        said[here] = tile[here, targets[here] - start]
-        seen.see(tile)
-    return (seen.log() - said.double()).float()
+    with torch.no_grad():
+        seen, said = _Softmax(len(logits.hidden), logits.device), torch.zeros_like(targets, dtype=torch.float32)
+        for start, tile in logits.tiles():
+            here = (targets >= start) & (targets < start + tile.shape[1])
+            said[here] = tile[here, targets[here] - start]
+            seen.see(tile)
+        return (seen.log() - said.double()).float()
 
 
+@torch.no_grad()
 def differ(reference: Logits, logits: Logits) -> tuple[Tensor, Tensor]:
     """Return KL(reference || logits) of each row in nats, float64, and whether both rank the same word first."""
     if isinstance(reference, Tensor) or isinstance(logits, Tensor):
@@ -157,6 +159,7 @@ def differ(reference: Logits, logits: Logits) -> tuple[Tensor, Tensor]:
     return (apart / own.total - own.log() + others.log()).clamp_min(0), first[0] == first[1]
 
 
+@torch.no_grad()
 def pulls(logits: Unread, chances: Tensor) -> list[Tensor]:
     """Return, for each draw of words, the gradient of their negative log-likelihood by what the head reads.
 
@@ -212,5 +215,7 @@ def by_rows(function: Callable[..., Tensor], logits: Sequence[Unread], *others: 
 
 
 def _learns(logits: Unread) -> bool:
+    if not torch.is_grad_enabled() or logits.hidden.is_inference():
+        return False
     parts = (logits.hidden, logits.weight, logits.bias)
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parts)
+    return any(each is not None and each.requires_grad for each in parts)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     else:
         tokenizer = tokenizer_of(model)
         start = start_of(model, tokenizer)
-        inner = _windows(model, data, settings, taken=len(start), least=len(start) + 2)
+        inner = _windows(model, tokenizer, data, settings, taken=len(start), least=len(start) + 2)
         windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
         begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
 
@@ -42,7 +43,8 @@ def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
 
 def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, each between its start and end token and with 15 % of its tokens masked."""
-    inner, tokenizer = _windows(model, data, settings, taken=2, least=3), tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
+    inner = _windows(model, tokenizer, data, settings, taken=2, least=3)
     start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     if None in (start, end, mask):
         raise DataError("the tokenizer is not made for `masked-lm`", why="it lacks a mask, start or end token")
@@ -66,13 +68,12 @@ def _encoded(tokens: Tensor, targets: Tensor, note: str) -> Encoded:
     return Encoded(len(tokens), batch, key=digest, notes=[note])
 
 
-def _windows(model: Model, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
+def _windows(model: Model, tokenizer: Any, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
     """Join texts, each ended by a new line, and cut them into windows, dropping the short rest; (windows, length).
 
     A window is as long as the settings say less the tokens ``taken`` for what it begins and ends with, which ``least``
     includes as they do; so many are kept as they say, seeded.
     """
-    tokenizer = tokenizer_of(model)
     length = window(model, settings.max_length, tokenizer, least=least) - taken
     ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
     length = min(length, len(ids))

@@ -166,14 +166,14 @@ class Imitation:
 
         That are the outputs, the features after each layer, and the vectors of the samples where a term asks for them.
         """
-        towers = None
+        towers, heads = None, self.heads  # found before anything watches the models
         with layers.watched(module, [names[side == "teacher"] for names in self.pairs]) as features:
             if self.samples.task is retrieval.TASK:
                 towers = dual.towers(module, inputs)
                 assert towers is not None
                 outputs = dual.stacked(towers)
             else:
-                outputs = unread.through(model, module, inputs, self.heads.get(side))
+                outputs = unread.through(model, module, inputs, heads.get(side))
         found = {f"{side}_outputs": outputs, f"{side}_features": features}
         if f"{side}_vectors" in self.needs:
             found[f"{side}_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
