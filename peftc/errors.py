@@ -17,7 +17,8 @@ PeftcError                 exit 1: refused or failed for a stated reason
   UsageError               exit 2: a value no run could accept, whatever the model
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 
 class PeftcError(Exception):
@@ -111,6 +112,19 @@ class UsageError(PeftcError):
 def reason_of(error: BaseException) -> str:
     """Return the first line of what an error of another library says, or its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def told_as(kind: type[PeftcError], what: str, hint: str | None = None) -> Iterator[None]:
+    """Refuse what a library raises inside, or its Rust code panics on, as a kind of error that says ``what``."""
+    try:
+        yield
+    except (PeftcError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(what, why=reason_of(error), hint=hint) from error
 
 
 def shown(name: object) -> str:

@@ -246,10 +246,8 @@ def _run_lane(
 ) -> None:
     """Run batches until so many samples are seen, as in an earlier pass, or else the lane's share of the tokens."""
     model, tokens = prepared.model, prepared.request.tokens
-    head = unread.head_of(model)
     watched = (each for site in collector.sites.values() for each in statistics.called(model, site.target))
-    if any(model.module.get_submodule(each) is head for each in watched):
-        head = None  # it has to run
+    head = unread.head_of(model, watched)
     with collector.watching() as sums:
         for indices in runs:
             seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)

@@ -90,7 +90,7 @@ def planned(
         found = json.loads(path.read_text(encoding="utf-8"))
         return found["batch_size"], found["groups"]
     if model.max_memory is None:
-        with _saved(model.module) as kept:
+        with saved(model.module) as kept:
             run(list(order[-1:]))
         batch_size = max(1, min(batch_size, PASS // max(sum(kept.values()), 1)))
         artifact.write_json(path, {"batch_size": batch_size, "groups": everything})
@@ -118,15 +118,18 @@ def _is_wide(model: Model) -> bool:
 
 
 @contextmanager
-def _saved(network: nn.Module) -> Iterator[dict[int, int]]:
-    """Count the bytes, by storage, that forward passes inside keep for a backward pass, the network's own apart."""
-    own = {each.untyped_storage().data_ptr() for each in (*network.parameters(), *network.buffers())}
+def saved(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Count the bytes, by storage, that forward passes inside keep for a backward pass, the network's own apart.
+
+    A storage is known by its own address, as those of meta tensors have no memory.
+    """
+    own = {each.untyped_storage()._cdata for each in (*network.parameters(), *network.buffers())}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peftc.calibration import memory, statistics
 from peftc.calibration.collection import DRAWS, Statistics
@@ -130,16 +129,7 @@ def _calibration(work: Factoring, source: Prepared) -> tuple[int, float]:
 
 def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:
     """Return the bytes that a forward pass keeps for a backward pass; without one, those of the largest outputs."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.enable_grad(), memory.saved(model.module) as kept:
         outputs = run(model.module, inputs)
     del outputs
     return sum(kept.values()) if gradients else max(kept.values(), default=0) * LIVE

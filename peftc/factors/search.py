@@ -45,7 +45,7 @@ class Candidate:
 
     losses: Losses
     ranks: dict[str, int | None]
-    lost: float = math.inf
+    lost: float
 
 
 @dataclass

@@ -91,9 +91,8 @@ class Trial:
     @cached_property
     def head(self) -> nn.Linear | None:
         """The head whose logits are compared in parts; None where they are whole, or where it may be factored."""
-        found, network = unread.head_of(self.prepared.model), self.prepared.model.module
         names = (name for target in self.work.targets.values() for name in (target.name, *target.aliases))
-        return None if any(network.get_submodule(name) is found for name in names) else found
+        return unread.head_of(self.prepared.model, names)
 
     @cached_property
     def layers(self) -> list[str]:

@@ -4,7 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from peftc import progress
-from peftc.errors import PeftcError, SourceError, named, reason_of
+from peftc.errors import SourceError, named, reason_of, told_as
 from peftc.models.skeleton import on_meta
 from peftc.store import cache, manifest
 from peftc.store.source import Located
@@ -108,18 +108,10 @@ def _refuse_gaps(file: Path, info: dict[str, Any]) -> None:
         raise SourceError(f"`{file}` does not hold its whole model", why=why, hint="no gap is filled: get it again")
 
 
-@contextmanager
-def _refusing(file: Path, what: str) -> Iterator[None]:
+def _refusing(file: Path, what: str) -> AbstractContextManager[None]:
     """Refuse a file on which a library raises, or its Rust code panics (SourceError)."""
-    try:
-        yield
-    except (PeftcError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        hint = "is it whole, and of a family that transformers reads from GGUF?"
-        raise SourceError(f"cannot read the {what} in `{file}`", why=reason_of(error), hint=hint) from error
+    hint = "is it whole, and of a family that transformers reads from GGUF?"
+    return told_as(SourceError, f"cannot read the {what} in `{file}`", hint)
 
 
 @contextmanager

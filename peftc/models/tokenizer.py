@@ -1,10 +1,9 @@
 """The tokenizer beside a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-from peftc.errors import DataError, PeftcError, reason_of
+from peftc.errors import DataError, told_as
 from peftc.models.model import Model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
@@ -23,14 +22,6 @@ def tokenizer_of(model: Model) -> Any:
         return AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=trusted)
 
 
-@contextmanager
-def refusing(model: Model) -> Iterator[None]:
+def refusing(model: Model) -> AbstractContextManager[None]:
     """Refuse files, by whoever they are, on which a tokenizer raises or its Rust code panics (DataError)."""
-    try:
-        yield
-    except (PeftcError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(f"cannot read the tokenizer of `{model.name}`", why=reason_of(error)) from error
+    return told_as(DataError, f"cannot read the tokenizer of `{model.name}`")

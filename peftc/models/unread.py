@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +20,10 @@ LARGE = 16_384  # words, from which on logits are never whole
 _known: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
-def head_of(model: Model) -> nn.Linear | None:
+def head_of(model: Model, used: Iterable[str] = ()) -> nn.Linear | None:
     """Return the linear whose output is the logits, of a large vocabulary; None where they are taken whole.
 
+    That is so, too, where it is one of the modules that are ``used`` themselves, as it has to run then.
     A model that does something with its logits, as to cap them, is one of those. It is run once to see it, on 4 tokens.
     """
     find = getattr(model.module, "get_output_embeddings", None)
@@ -30,6 +31,8 @@ def head_of(model: Model) -> nn.Linear | None:
     if not isinstance(head, nn.Linear) or type(head) is not nn.Linear:  # what is put around one does more
         return None
     if len(head.weight) < LARGE or head.weight.is_meta:
+        return None
+    if any(model.module.get_submodule(name) is head for name in used):
         return None
     known = _known.get(model.module)
     if known is None or known[0] is not head:
@@ -72,11 +75,9 @@ def forward(model: Model, batch: Batch, head: nn.Linear | None) -> Logits:
 
 def through(model: Model, module: nn.Module, batch: Batch, head: nn.Linear | None) -> Logits:
     """Return the same of a module in the place of the model's own."""
-    if head is None:
-        return inputs.main_output(model, inputs.run(module, batch))
-    with _handing_on(head):
-        hidden = inputs.main_output(model, inputs.run(module, batch))
-    return Unread(hidden, head.weight, head.bias)
+    with nullcontext() if head is None else _handing_on(head):
+        found = inputs.main_output(model, inputs.run(module, batch))
+    return found if head is None else Unread(found, head.weight, head.bias)
 
 
 def outputs(model: Model, batch: Batch, head: nn.Linear | None) -> Logits:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftc.calibration.memory import saved
 from peftc.errors import UsageError
 from peftc.methods.adapter.lora import lora
 from peftc.methods.adapter.snell import after_step, snell
@@ -37,16 +38,7 @@ def stack(make: Callable[[nn.Module], nn.Module | None]) -> nn.Sequential:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the bytes that forward keeps for backward and that are not the network's own."""
-    own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved(model) as kept:
         model(x).sum().backward()
     return sum(kept.values())
 
