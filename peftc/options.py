@@ -9,7 +9,7 @@ name it once more, for editors and type checkers, and a test compares the two.
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from peftc import processes
@@ -18,6 +18,23 @@ from peftc.errors import PeftcError, UsageError, one_of
 SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights
 COLUMNS = ("image", "text", "label")  # of a table: kinds that `Reading` has an option for
 PROTOCOLS, FIRST_TOKENS = ("gptq",), ("window", "text")  # of `Windows`
+OPTIMIZERS = (  # of `Recipe`: by torch, and the last three by bitsandbytes
+    "adamw",
+    "adam",
+    "nadam",
+    "radam",
+    "adamax",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+    "sgd",
+    "adamw-8bit",
+    "paged-adamw",
+    "paged-adamw-8bit",
+)
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+SAVING = ("gradient_checkpointing",)  # of `Recipe`: with them a result is the same to the bit
+LATER = ("optimizer", "schedule", "early_stop", "compile")  # of `Recipe`: what earlier requests do not name is usual
 EPOCHS = 10  # of a finetuning, where no length is given
 
 
@@ -91,9 +108,10 @@ class Group:
 class Recipe(Group):
     """How to train; exactly one of the first three says how long, and minutes become steps as timed before the first.
 
-    The rate ends at 0, norms and biases do not decay, and without ``dropout`` the network trains as it will run, batch
-    norms apart. The held-out samples are looked at evenly spread over the steps, the last time after the last step.
-    ``seed`` is of order, dropout and augmentation.
+    The rate ends at 0 unless it is ``constant``; ``wsd`` keeps it up and lets it fall over the last fifth of the steps.
+    Norms and biases do not decay, and without ``dropout`` the network trains as it will run, batch norms apart. The
+    held-out samples are looked at evenly spread over the steps, the last time after the last step. ``seed`` is of
+    order, dropout and augmentation.
     """
 
     HEADING = "how to train"
@@ -105,12 +123,17 @@ class Recipe(Group):
     accumulate: int = option(1, "compute each step in so many parts, to save memory", rule=AT_LEAST_1)
     learning_rate: float = option(3e-4, "highest learning rate", metavar="X", rule=POSITIVE)
     weight_decay: float = option(0.01, "weight decay of AdamW", metavar="X", rule=NOT_NEGATIVE)
+    optimizer: str = option("adamw", f"what moves the weights: {', '.join(OPTIMIZERS)}", metavar="NAME")
+    schedule: str = option("cosine", "how the learning rate falls", metavar="|".join(SCHEDULES))
     warmup: float = option(0.1, "share of the steps to warm up over", metavar="SHARE", rule=SHARE)
     clip: float = option(1.0, "largest norm of the gradient, 0 for none", metavar="X", rule=NOT_NEGATIVE)
     ema: float | None = option(None, "keep a moving average of this decay", metavar="X", rule=SHARE)
     dropout: bool = option(False, "let dropout and drop-path act")
     mixed_precision: str = option("no", "number format to multiply in", metavar="no|bf16|fp16")
     evaluations: int = option(5, "look at the held-out samples so often", rule=AT_LEAST_1)
+    early_stop: int | None = option(None, "stop where N looks in a row bring nothing better", rule=AT_LEAST_1)
+    gradient_checkpointing: bool = option(False, "compute layers again in the backward pass, to save memory")
+    compile: bool = option(False, "compile the layers by torch.compile")
     seed: int = 0
     held_out: float = option(0.1, "share of the data that picks the best weights", metavar="SHARE", rule=SHARE)
 
@@ -126,12 +149,26 @@ class Recipe(Group):
                 raise cannot_train(kind)
         if sum(each is not None for each in (self.epochs, self.steps, self.minutes)) != 1:
             raise UsageError("say how long to train", hint="with one of `--epochs`, `--steps` and `--minutes`")
+        one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        one_of("--schedule", self.schedule, SCHEDULES)
+        if self.early_stop is not None and self.early_stop >= self.evaluations:
+            why = f"the held-out samples are looked at {self.evaluations} times after the start"
+            hint = f"look more often: `--evaluations {4 * self.early_stop}`"
+            raise UsageError(f"`--early-stop {self.early_stop}` cannot come true", why=why, hint=hint)
+        if self.early_stop is not None and not self.held_out:
+            raise UsageError("`--early-stop` needs held-out samples", hint="leave `--held-out 0` out")
         super().__post_init__()
         parts = processes.size() * self.accumulate
         if self.batch_size % parts:
             what = f"a step of {self.batch_size} samples cannot be cut into {parts} equal parts"
             why = f"{processes.size()} processes with `--accumulate {self.accumulate}` share it"
             raise UsageError(what, why=why, hint=f"choose a `--batch-size` that {parts} divides")
+
+    def request(self) -> dict[str, Any]:
+        """Return what a request says of it: what may change the result."""
+        said = {name: value for name, value in asdict(self).items() if name not in SAVING}
+        usual = {each.name: each.default for each in fields(self) if each.name in LATER}
+        return {name: value for name, value in said.items() if value != usual.get(name, ...)}
 
 
 def length(given: Mapping[str, Any], usual: float) -> dict[str, Any]:

@@ -165,6 +165,7 @@ Teacher = Annotated[str | None, value("MODEL", "who is imitated (default: the ba
 Loss = Annotated[str | None, value("NAME=WEIGHT,...", "terms and weights, as features=1,task=0.5")]
 TermSettings = Annotated[list[str] | None, value("TERM.KEY=VALUE", "a setting of a term, repeatable", "--set")]
 CacheTeacher = Annotated[bool, Option("--cache-teacher", help="ask the teacher once for each sample, and keep that")]
+CacheTop = Annotated[int | None, value("K", "the same, and keep the K largest logits of each token", min=1)]
 LogWith = Annotated[str | None, value("NAME", "also log to this tracker, as tensorboard")]
 
 # what to adapt
@@ -202,6 +203,7 @@ DType = Annotated[
         parser=choice("auto", "float32", "float16", "bfloat16"),
     ),
 ]
+Compile = Annotated[bool, Option("--compile", help="compile the layers by torch.compile")]
 Seed = Annotated[int, value("N", "seed of everything random", min=0)]
 Verify = Annotated[bool, Option("--verify", help="compare every file with the digest in the manifest")]
 Commands = Annotated[bool, Option("--commands", help="print the command lines that rebuild it")]

@@ -168,6 +168,7 @@ def distill(
     recipe: Recipe,
     augment: Augment,
     cache_teacher: o.CacheTeacher = False,
+    cache_top: o.CacheTop = None,
     log_with: o.LogWith = None,
     reading: Reading,
     gates: Gates,
@@ -277,6 +278,7 @@ def evaluate(
     gates: Gates,
     device: o.Device = "auto",
     dtype: o.DType = "auto",
+    compile: o.Compile = False,
     seed: o.Seed = 0,
 ) -> None:
     """Measure the quality of a model, with its 95 % interval."""
@@ -295,6 +297,7 @@ def bench(
     max_bytes: o.MaxBytes = None,
     device: o.Device = "auto",
     dtype: o.DType = "auto",
+    compile: o.Compile = False,
     seed: o.Seed = 0,
 ) -> None:
     """Measure size, multiply-adds, latency, throughput and memory."""

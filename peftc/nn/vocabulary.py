@@ -88,6 +88,44 @@ class Unread:
 Logits: TypeAlias = "Tensor | Unread"
 
 
+@dataclass(frozen=True)
+class Foremost:
+    """The likeliest words of each row, and all others together as one more.
+
+    Attributes:
+        words: (..., K) of them.
+        logs: (..., K + 1), their log-probabilities, and last that of all others.
+    """
+
+    words: Tensor
+    logs: Tensor
+
+
+Kept: TypeAlias = "Tensor | Unread | Foremost"
+
+
+@torch.no_grad()
+def foremost(logits: Logits, number: int, temperature: float = 1.0) -> Foremost:
+    """Return the likeliest words of logits (..., words) at a temperature, at most all but one."""
+    flat = logits.reshape(-1, logits.shape[-1]) if isinstance(logits, Tensor) else logits.flat()
+    number, block = min(number, flat.shape[1] - 1), max(1, BLOCK // flat.shape[1])
+    words, logs = [], []
+    for start in range(0, flat.shape[0], block):
+        some = flat[start : start + block]
+        whole = some if isinstance(some, Tensor) else some.whole()
+        words.append(whole.topk(number).indices)
+        logs.append(logs_of(whole, words[-1], temperature))
+    shape = logits.shape[:-1]
+    return Foremost(torch.cat(words).view(*shape, -1), torch.cat(logs).view(*shape, -1))
+
+
+def logs_of(logits: Tensor, words: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the log-probabilities of some words (..., K) by logits (..., words), and last that of all others."""
+    logs = (logits.float() / temperature).log_softmax(-1)
+    others = logs.scatter(-1, words, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logs.gather(-1, words), others], -1)
+
+
 class _Softmax:
     """The sum of exponentials of rows over the words seen so far."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from peftc.measure import costs
 from peftc.measure.costs import Call, Seconds, Speedup, quantile
 from peftc.models import load, write
 from peftc.models.inputs import outputs, probe
+from peftc.models.layerwise import layerwise
 from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
@@ -50,6 +52,7 @@ def bench(
     max_bytes: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    compile: bool = False,
     seed: int = 0,
 ) -> Report:
     """Measure sizes, multiply-adds, latency, throughput and peak memory, alone or against a baseline.
@@ -66,6 +69,7 @@ def bench(
         max_bytes: gate on the bytes of the weight files, or in memory for a model without files.
         device: where to run.
         dtype: floating dtype to run in.
+        compile: compile the layers of both by `torch.compile`, for the shapes that are timed.
         seed: of the random inputs.
 
     Raises:
@@ -92,7 +96,10 @@ def bench(
     baseline, place = pair.get("against", subject), place_of(subject.module)
     forwards["control"] = functools.partial(forward, baseline)
     largest = batch_size or costs.saturating_batch(forwards["control"], place)
-    times = _time(forwards, largest, rounds, place)
+    with ExitStack() as held:
+        for which in pair.values() if compile else ():
+            held.enter_context(layerwise(which, compiled=True, fixed=True))
+        times = _time(forwards, largest, rounds, place)
 
     data: dict[str, Any] = {}
     for label, which in pair.items():
@@ -103,13 +110,14 @@ def bench(
     compared = {case: _compare(run) for case, run in times.items()} if against is not None else None
     data["speedup"] = None if compared is None else {case: asdict(change) for case, change in compared.items()}
     data["noise"] = {case: _noise(run) for case, run in times.items()}
-    data |= {"input": shapes["model"], "rounds": rounds, "environment": _environment(place)}
+    data |= {"input": shapes["model"], "rounds": rounds, "compiled": compile, "environment": _environment(place)}
     report = _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
     report.notes += [FOLDER] if against == "base" and Path("base").exists() else []
     if isinstance(model, str | Path | Source):
         where = {name: data["environment"][name] for name in ("device_name", "threads")}
         baseline_name = None if against is None else baseline.name
-        write.keep_measured(report, subject, [where, data["model"]["dtype"], data["input"], largest, baseline_name])
+        question = [where, data["model"]["dtype"], data["input"], largest, baseline_name]
+        write.keep_measured(report, subject, [*question, *(["compiled"] if compile else [])])
     return report
 
 
@@ -224,7 +232,8 @@ def _report(
     report.tables.append(_table(data, compared, largest))
     where = data["environment"]
     report.notes.append(
-        f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds; "
+        f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds"
+        f"{', layers compiled' if data['compiled'] else ''}; "
         + ", ".join(f"{name} {list(shape)}" for name, shape in data["input"].items())
     )
     bands = {1: data["noise"]["batch_1"], largest: data["noise"]["saturating"]}

@@ -51,17 +51,23 @@ def distill(
     accumulate: int = 1,
     learning_rate: float = 3e-4,
     weight_decay: float = 0.01,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
     warmup: float = 0.1,
     clip: float = 1.0,
     ema: float | None = None,
     dropout: bool = False,
     mixed_precision: str = "no",
     evaluations: int = 5,
+    early_stop: int | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
     held_out: float = 0.1,
     augment: str | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
     cache_teacher: bool = False,
+    cache_top: int | None = None,
     log_with: str | None = None,
     task: str | None = None,
     num_samples: int | None = None,
@@ -91,16 +97,22 @@ def distill(
         epochs, steps, minutes: how long, one of them; 5 epochs when all are None.
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
-        learning_rate, weight_decay, warmup, clip: of AdamW and its schedule, see `peftc.options.Recipe`.
+        learning_rate, weight_decay, optimizer, schedule, warmup, clip: of the optimizer and its schedule, see
+            `peftc.options.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let the student's dropout and drop-path act, as PELA does; a short healing is better without.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
         augment: random changes to images: ``crop``, or a policy of timm's as ``rand-m9-mstd0.5-inc1``.
         mixup, cutmix: alpha of mixing images in pairs, 0 for none.
         cache_teacher: keep on disk what the teacher gives of each sample, instead of asking it every epoch.
+        cache_top: the same, and of its logits only so many, the largest, of each token or sample; all others count as
+            one, so the term `logits` is a lower bound of the divergence.
         held_out: share of the train split that is not learnt from but says which weights are best, where the data has
             no validation split; 0 keeps the last weights.
         evaluations: how often the held-out samples are looked at.
+        early_stop: stop where so many looks in a row brought nothing better.
+        gradient_checkpointing: compute layers a second time in the backward pass, which takes time and saves memory.
+        compile: compile the layers by `torch.compile`.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
@@ -116,10 +128,11 @@ def distill(
     given = locals()
     recipe, reading = Recipe.of(given, **length(given, EPOCHS)), Reading.of(given)
     gates, changes = Gates.of(given), Augment.of(given)
-    if cache_teacher and changes:
+    option = "--cache-top" if cache_top is not None else "--cache-teacher" if cache_teacher else None
+    if option and changes:
         why = "augmented samples differ each time"
-        hint = "leave out `--cache-teacher`, or `--augment`, `--mixup` and `--cutmix`"
-        raise UsageError("`--cache-teacher` keeps one answer for each sample", why=why, hint=hint)
+        hint = f"leave out `{option}`, or `--augment`, `--mixup` and `--cutmix`"
+        raise UsageError(f"`{option}` keeps one answer for each sample", why=why, hint=hint)
     data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
 
     stored = load(model)
@@ -128,6 +141,8 @@ def distill(
     student = runnable(imitation.trainable(stored), device=device)
     lesson = Lesson(data, reading, recipe, changes, loss, settings or {}, teacher, device)
     work = prepared(lesson, student, stored, weights_of(loss, student, task))
+    if cache_top is not None:
+        work.keep_some(cache_top)
     against = work.teacher or load(stored.source)
     if max_drop is not None and (work.teacher is None or teacher is None):
         against = baseline.of_gate(stored)
@@ -137,6 +152,7 @@ def distill(
         "settings": dict(settings or {}),
         "max_shard_bytes": shard_bytes,
         **lesson.request(work),
+        **({} if cache_top is None else {"cache_top": cache_top}),
     }
     output = write.output_folder(output_dir, stored, "distill")
     with write.writing(stored, output, request, overwrite=overwrite) as (job, base):
@@ -144,7 +160,7 @@ def distill(
             report = write.already(job, "distill")
         else:
             job.require(6 * tensor_bytes(student.module))
-            work.kept = job.work / "teacher" if cache_teacher else None
+            work.kept = job.work / "teacher" if option else None
             report = _carry_out(job, base, request, work, stored, lesson, log_with)
     exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
     quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
@@ -165,8 +181,12 @@ def _carry_out(
     taught = taught_by(work, lesson.recipe.batch_size)
     outcome = learn(job, lesson, work, log_with)
     if lesson.recipe.minutes is not None:
-        request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.steps})
+        request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.planned})
     tell(report, work, outcome, standing(work, outcome, taught, report))
+    if work.left:
+        others = sum(work.left) / len(work.left)
+        kept = f"the {work.top} largest of the teacher's logits were kept, {1 - others:.2%} of its probability"
+        report.notes.append(f"{kept}; the others count as one, so `logits` is at most the divergence")
     if processes.rank():
         return report
     edited = replace(work.student, module=as_stored(copy.deepcopy(work.student.module), stored.module, {}))

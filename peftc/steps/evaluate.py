@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -9,7 +10,9 @@ from torch import nn
 from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.models import load
+from peftc.models.layerwise import layerwise
 from peftc.models.model import Model
+from peftc.models.place import runnable
 from peftc.options import Gates, Reading, Windows
 from peftc.report import Report
 from peftc.store.source import Source
@@ -37,6 +40,7 @@ def evaluate(
     min_quality: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    compile: bool = False,
     seed: int = 0,
 ) -> Report:
     """Measure how good a model is on labelled data, or on text drawn from a language model, with 95 % intervals.
@@ -59,6 +63,7 @@ def evaluate(
         max_drop: gate: how much worse than ``against`` the first metric may be, in its own unit.
         min_quality: gate: the least the first metric must be; for perplexity, where less is better, the most.
         device, dtype: where and in what precision to run.
+        compile: compile the layers of both models by `torch.compile`.
         seed: of subsets, masks, drawn text and resampling.
 
     Raises:
@@ -74,7 +79,12 @@ def evaluate(
         raise UsageError(f"`--batch-size` is {batch_size}", why="a batch has at least one sample")
     subject = load.load(model)
     reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
-    report = evaluated(subject, reference, Exam(named(data, reading), reading, gates, batch_size, device, dtype))
+    exam = Exam(named(data, reading), reading, gates, batch_size, device, dtype)
+    with ExitStack() as held:
+        for each in (subject, reference) if compile else ():
+            if each is not None:
+                held.enter_context(layerwise(runnable(each, device=device, dtype=dtype), compiled=True))
+        report = evaluated(subject, reference, exam)
     if against == "base" and Path("base").exists():
         report.notes.append(baseline.FOLDER)
     if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work

@@ -66,12 +66,17 @@ def finetune(
     accumulate: int = 1,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
     warmup: float = 0.1,
     clip: float = 1.0,
     ema: float | None = None,
     dropout: bool = False,
     mixed_precision: str = "no",
     evaluations: int = 5,
+    early_stop: int | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
     held_out: float = 0.1,
     augment: str | None = None,
     mixup: float = 0.0,
@@ -113,8 +118,8 @@ def finetune(
         epochs, steps, minutes: how long, one of them; 10 epochs when all are None.
         batch_size: samples that one step learns from, over all processes.
         accumulate: parts that a process cuts its share of a step into.
-        learning_rate, weight_decay: of AdamW; those of the method when None.
-        warmup, clip: see `peftc.options.Recipe`.
+        learning_rate, weight_decay: of the optimizer; those of the method when None.
+        optimizer, schedule, warmup, clip: see `peftc.options.Recipe`.
         ema: decay of a moving average of the weights, which then is the result.
         dropout: let dropout and drop-path act, that of updates too.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
@@ -122,6 +127,9 @@ def finetune(
         held_out: share of the train split that says which weights are best, where there is no validation split; 0
             keeps the last weights.
         evaluations: how often the held-out samples are looked at.
+        early_stop: stop where so many looks in a row brought nothing better.
+        gradient_checkpointing: compute layers a second time in the backward pass, which takes time and saves memory.
+        compile: compile the layers by `torch.compile`.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
@@ -218,7 +226,7 @@ def _carry_out(
     student.tell(report, pupil)
     outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)
     if lesson.recipe.minutes is not None:
-        request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.steps})
+        request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.planned})
     tell(report, work, outcome, {})
     student.tell_sparsity(report, pupil)
     place = place_of(pupil.model.module)

@@ -2,8 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from peftc.models.place import moved, place_of
 from peftc.models.weights import save_part
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
-from peftc.nn.vocabulary import Logits, Unread
+from peftc.nn.vocabulary import Foremost, Logits, Unread, foremost
 from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
@@ -35,7 +35,7 @@ class Term:
     """One term of a loss: its weight, its function, and what that asks for by name."""
 
     weight: float
-    function: Callable[..., Tensor]
+    function: functools.partial[Tensor]
     needs: tuple[str, ...]
 
 
@@ -87,6 +87,8 @@ class Imitation:
     task: float  # weight of the task's loss; 0 leaves the labels alone
     pairs: list[tuple[str, str]]  # (student layer, teacher layer), those whose features are compared
     kept: Path | None = None  # folder in which to keep what the teacher gives of each sample; None asks it each time
+    top: int | None = None  # of its outputs so many of each token or sample; None keeps them whole
+    left: list[float] = field(default_factory=list)  # what the others had together, a mean for each batch kept
 
     @property
     def needs(self) -> set[str]:
@@ -146,7 +148,14 @@ class Imitation:
         masks = None if mask is None else mask.bool()
         if not all(path.is_file() for path in paths):
             found = self.taught(given.batch)
-            if isinstance(outputs := found["teacher_outputs"], Unread):
+            if self.top is not None:
+                some = foremost(found.pop("teacher_outputs"), self.top, self.temperature)
+                others = some.logs[..., -1].exp()
+                self.left.append(
+                    float(others[masks].mean() if masks is not None and others.ndim > 1 else others.mean())
+                )
+                found |= {"teacher_words": some.words, "teacher_logs": some.logs}
+            elif isinstance(outputs := found["teacher_outputs"], Unread):
                 found["teacher_outputs"] = outputs.hidden
             tensors = {**{f"features.{at}": each for at, each in enumerate(found.pop("teacher_features"))}, **found}
             for at, path in enumerate(paths):
@@ -155,7 +164,9 @@ class Imitation:
         samples = [load_file(path) for path in paths]
         whole = {name: _padded([each[name] for each in samples], masks).to(device) for name in samples[0]}
         features = [whole.pop(f"features.{at}") for at in range(len(self.pairs))]
-        if head := self.heads.get("teacher"):
+        if self.top is not None:
+            whole["teacher_outputs"] = Foremost(whole.pop("teacher_words"), whole.pop("teacher_logs"))
+        elif head := self.heads.get("teacher"):
             whole["teacher_outputs"] = Unread(whole["teacher_outputs"], head.weight, head.bias)
         return {**whole, "teacher_features": features}
 
@@ -178,6 +189,22 @@ class Imitation:
         if f"{side}_vectors" in self.needs:
             found[f"{side}_vectors"] = vectors(outputs, mask_of_outputs(inputs), of_pairs=towers is not None)
         return found, towers
+
+    def keep_some(self, number: int) -> None:
+        """Let only the likeliest words of what the teacher gives be kept (UsageError: a term needs all)."""
+        readers = [name for name, term in self.terms.items() if "teacher_outputs" in term.needs]
+        if readers != ["logits"] or self.terms["logits"].function.keywords.get("form", "kl") != "kl":
+            why = "`--loss` has no `logits`" if not readers else "`form=mse` compares all of them"
+            hint = "`--loss logits=1`, or leave `--cache-top` out"
+            raise UsageError("`--cache-top` keeps the largest logits", why=why, hint=hint)
+        if number < 1:
+            raise UsageError(f"`--cache-top` is {number}", why="at least one logit is kept")
+        self.top = number
+
+    @property
+    def temperature(self) -> float:
+        """At which the logits of student and teacher are compared."""
+        return float(self.terms["logits"].function.keywords.get("temperature", 1.0))
 
     @functools.cached_property
     def heads(self) -> dict[str, nn.Linear]:

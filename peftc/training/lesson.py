@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peftc.errors import DataError, UsageError
+from peftc.models.layerwise import layerwise
 from peftc.models.model import Model
 from peftc.options import Augment, Reading, Recipe
 from peftc.store.job import Job
@@ -51,7 +52,7 @@ class Lesson:
             "teacher": None if guide is None else identity_of(guide, named=self.teacher is not None),
             "data": work.samples.about,
             "loss": weights | ({TASK: work.task} if work.task else {}),
-            **asdict(self.recipe),
+            **self.recipe.request(),
             **asdict(self.augment),
             **self.reading.request(),
             "device": self.device,
@@ -129,5 +130,7 @@ def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own
     held, size = work.samples.held, lesson.recipe.batch_size
     usual = {"loss": work.loss, "score": None if held is None else lambda: work.score(held, size)}
     logs = {"log_with": log_with, "log_folder": job.output.with_name(f"{job.output.name}-logs")}
-    how: dict[str, Any] = {"recipe": lesson.recipe, "device": lesson.device, "folder": job.work, **logs, **usual, **own}
-    return loop.fit(work.student.module, len(work.samples.train), work.batch, **how)
+    recipe = lesson.recipe
+    how: dict[str, Any] = {"recipe": recipe, "device": lesson.device, "folder": job.work, **logs, **usual, **own}
+    with layerwise(work.student, compiled=recipe.compile, recomputed=recipe.gradient_checkpointing):
+        return loop.fit(work.student.module, len(work.samples.train), work.batch, **how)

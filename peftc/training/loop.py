@@ -1,4 +1,4 @@
-"""The only training loop: AdamW, cosine with warm-up, clipping, accumulation; devices and processes are Accelerate's.
+"""The only training loop: optimizer, schedule, clipping, accumulation; devices and processes are Accelerate's.
 
 Everything random of a step is drawn from the seed and the number of the step, and the samples of a step follow from the
 seed and its epoch. So a run that was killed goes on from its last checkpoint to the same bytes, and a step learns from
@@ -26,6 +26,7 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training.accelerator import accelerator_of
 from peftc.training.journal import CHECKPOINT, Journal
+from peftc.training.optimizers import optimizer_of
 from peftc.training.schedule import Outcome, mixed, rate
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -72,7 +73,8 @@ def fit(
     """
     accelerator = accelerator_of(recipe, device, log_with, log_folder)
     module.to(accelerator.device)
-    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(module, recipe.weight_decay), lr=recipe.learning_rate))
+    rates = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimizer = accelerator.prepare(optimizer_of(recipe.optimizer, module, **rates, place=accelerator.device))
     journal = Journal(folder)
     run = _Run(accelerator, module, optimizer, size, batch, loss, recipe, journal, after_step, keep_last)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -88,7 +90,7 @@ def fit(
             while True:
                 if score is not None and run.step in run.moments():
                     run.judge(score)
-                if run.step == run.total:
+                if run.step == run.total or run.idle():
                     break
                 terms = run.learn()
                 run.tell(terms, log_with)
@@ -278,6 +280,14 @@ class _Run:
         torch.set_rng_state(random)
         self.journal.write({"step": self.step, "score": value})
 
+    def idle(self) -> bool:
+        """Return whether as many looks in a row brought nothing better as are waited for."""
+        patience = self.recipe.early_stop
+        if patience is None or not self.judged:
+            return False
+        scores = [value for _, value in self.outcome.scores]
+        return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the moving average in the place of the weights for a while."""
@@ -302,8 +312,8 @@ class _Run:
             _copy(self.best, self.changing())
         else:
             _copy(self.average, self.learning())
-            self.outcome.best = self.total
-        self.outcome.steps = self.total
+            self.outcome.best = self.step
+        self.outcome.steps, self.outcome.planned = self.step, self.total
         state = self.optimizer.state_dict()["state"].values()
         tensors = [each for own in state for each in own.values() if isinstance(each, Tensor)]
         self.outcome.optimizer_bytes = sum(each.nbytes for each in tensors)
@@ -355,11 +365,3 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in source.items():
             target[name].copy_(tensor)
-
-
-def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in learning if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in learning if parameter.ndim < 2], "weight_decay": 0.0},
-    ]

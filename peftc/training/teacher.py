@@ -96,6 +96,8 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
                 "the training made nothing better: the weights are those it began with; train longer, or lower "
                 "`--learning-rate`"
             )
+    if outcome.steps < outcome.planned:
+        report.notes.append(f"stopped after {outcome.steps} of {outcome.planned} steps: nothing got better")
     if outcome.resumed:
-        report.notes.append(f"resumed at step {outcome.resumed} of {outcome.steps}")
+        report.notes.append(f"resumed at step {outcome.resumed} of {outcome.planned}")
     report.notes.append(f"{outcome.steps} steps, {outcome.seconds_per_step:.3g} s each")

@@ -1,5 +1,7 @@
 """The terms of a loss are what their papers say, on numbers small enough to check by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from peftc.methods.loss.embeddings import embeddings
 from peftc.methods.loss.features import features
 from peftc.methods.loss.logits import logits
 from peftc.methods.loss.perturbation import perturbation
+from peftc.nn.vocabulary import Unread, foremost
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -113,6 +116,27 @@ def test_the_gradient_of_the_divergence_keeps_its_size_when_the_temperature_rise
         assert student.grad is not None
         norms.append(float(student.grad.norm()))
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kept_words_bound_the_divergence_from_below(temperature: float) -> None:
+    student, teacher = random(3, 5, 40), 3 * random(3, 5, 40, seed=1)
+    student.requires_grad_(True)
+    read = Unread(student, torch.eye(40))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    options: Any = {"mask": mask, "temperature": temperature}
+    exact = logits(student_outputs=student, teacher_outputs=teacher, **options)
+    (gradient,) = torch.autograd.grad(exact, student)
+    before = 0.0
+    for number in (1, 4, 16, 39):
+        kept = foremost(teacher, number, temperature)
+        found = logits(student_outputs=student, teacher_outputs=kept, **options)
+        torch.testing.assert_close(logits(student_outputs=read, teacher_outputs=kept, **options), found)
+        assert before < found.item() <= exact.item() + 1e-5
+        before = found.item()
+    (last,) = torch.autograd.grad(found, student)  # all but one: nothing is lumped together
+    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(last, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_of_padding_count_for_nothing() -> None:

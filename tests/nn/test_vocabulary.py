@@ -122,3 +122,18 @@ def test_half_precision_multiplies_as_it_is_stored() -> None:
     whole = F.cross_entropy(logits.whole().float(), targets, reduction="none")
     assert logits.whole().dtype == torch.bfloat16
     torch.testing.assert_close(nll(logits, targets), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_likeliest_words_and_all_others_are_one_distribution(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread = Unread(torch.randn(2, 3, 8), torch.randn(50, 8), torch.randn(50))
+    logs = (unread.whole() / temperature).log_softmax(-1)
+    monkeypatch.setattr(vocabulary, "BLOCK", 100)  # two rows at a time
+    for logits in (unread, unread.whole()):
+        found = vocabulary.foremost(logits, 4, temperature)
+        assert found.words.shape == (2, 3, 4) and found.logs.shape == (2, 3, 5)
+        torch.testing.assert_close(found.logs[..., :4], logs.topk(4).values)
+        torch.testing.assert_close(found.logs.exp().sum(-1), torch.ones(2, 3))
+    assert vocabulary.foremost(unread, 80).words.shape == (2, 3, 49)

@@ -361,6 +361,31 @@ def test_a_teacher_that_is_kept_gives_the_same_bytes_and_is_asked_once(
     assert report.artifact is not None and not (tmp_path / "kept" / "teacher").exists()
 
 
+def test_the_largest_logits_of_a_teacher_are_kept_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text("\n".join(TEXTS * 20))
+    peftc.decompose(tiny_llama, output_dir=tmp_path / "small", ratio=0.5, device="cpu")
+    options: dict[str, Any] = SHORT | {"data": str(story), "loss": "logits=1", "held_out": 0, "max_length": 16}
+    losses = {}
+    for number in (None, 4, 8000):
+        report = peftc.distill(tmp_path / "small", output_dir=tmp_path / f"{number}", cache_top=number, **options)
+        losses[number] = report.data["losses"]
+        assert ("cache_top" in manifest.read(tmp_path / f"{number}").steps[-1]["request"]) == (number is not None)
+    assert losses[8000] == pytest.approx(losses[None], rel=1e-3)  # all but one word
+    assert losses[4][0] < losses[None][0]
+    assert any("of its probability" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("loss", ["features=1", "logits=1"])
+def test_logits_that_are_not_compared_by_their_divergence_are_not_kept_in_part(
+    loss: str, student: Path, images: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = SHORT | {"loss": loss, "settings": {"logits.form": "mse"} if "logits" in loss else {}}
+    with pytest.raises(UsageError, match="--cache-top"):
+        peftc.distill(student, output_dir=tmp_path / "out", data=str(images), cache_top=4, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_augmented_images_differ_each_time_and_are_the_same_again(tiny_vit: Path, tmp_path: Path) -> None:
     model = imitation.trainable(load.load(tiny_vit))
     for label in range(10):
