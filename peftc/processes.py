@@ -35,6 +35,11 @@ def place() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0) if size() > 1 else 0
 
 
+def machines() -> int:
+    """Return over how many machines the processes are spread, evenly, as far as the launcher says it."""
+    return max(1, size() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or size())))
+
+
 def share(names: Sequence[Value]) -> list[Value]:
     """Return what of some work, in an order that all agree on, is this process's."""
     return list(names[rank() :: size()])
@@ -98,10 +103,14 @@ def _connect() -> None:
     """Meet the other processes, once."""
     from datetime import timedelta
 
+    import torch
     from accelerate import PartialState
 
+    patience = timedelta(days=PATIENCE)
     with watched(ANY), _without_output():
-        PartialState(cpu=True, timeout=timedelta(days=PATIENCE))  # words travel over the network, not the GPU
+        if torch.cuda.is_available() and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=patience)
+        PartialState(cpu=True, timeout=patience)  # words travel over the network, not the GPU
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -19,7 +20,9 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         PeftcError: Accelerate, or peftc, cannot train so here.
     """
     place = device_of(device)
-    AcceleratorState._reset_state(reset_partial_state=processes.size() == 1)  # of an earlier training in this process
+    own_gpu = place.type == "cuda" and processes.size() <= torch.cuda.device_count() * processes.machines()
+    fresh = processes.size() == 1 or own_gpu  # else processes that met on the CPU stay there
+    AcceleratorState._reset_state(reset_partial_state=fresh)  # of an earlier training in this process
     try:
         with warnings.catch_warnings():  # that a tracker is missing is refused below
             warnings.simplefilter("ignore")

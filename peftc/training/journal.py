@@ -35,7 +35,8 @@ class Journal:
         """Return the last checkpoint that the first process sees; None where there is none."""
         if self.folder is None or not processes.agreed(lambda: self.has_checkpoint):
             return None
-        return dict(torch.load(self.folder / CHECKPOINT, map_location=device, weights_only=True))
+        place = torch.device("cpu") if device.type == "cpu" else device  # Accelerate numbers CPUs, torch does not
+        return dict(torch.load(self.folder / CHECKPOINT, map_location=place, weights_only=True))
 
     def steps(self, find: Callable[[], int]) -> int:
         """Return a number of steps that was found before, or is found now, by all processes at once, and kept."""

@@ -24,16 +24,16 @@ from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
 from peftc.nn import surgery
 from peftc.options import Recipe
+from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
 from peftc.training.journal import CHECKPOINT, Journal
 from peftc.training.optimizers import optimizer_of
+from peftc.training.parallel import Step, Terms
 from peftc.training.schedule import Outcome, mixed, rate
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
-
-Terms = Mapping[str, Tensor]  # name -> scalar of a step, weighted; their sum is minimised
 
 
 def fit(
@@ -76,12 +76,14 @@ def fit(
     rates = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = accelerator.prepare(optimizer_of(recipe.optimizer, module, **rates, place=accelerator.device))
     journal = Journal(folder)
-    run = _Run(accelerator, module, optimizer, size, batch, loss, recipe, journal, after_step, keep_last)
+    learner = Step(module, loss)
+    run = _Run(accelerator, module, optimizer, size, batch, learner, recipe, journal, after_step, keep_last)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with processes.watched(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(recipe.seed)
         run.total = run.resolve()
         run.restore()
+        run.share()
         begun = last = time.monotonic()
         first = run.step
         with progress.track(f"training on {size} samples", run.total) as advance:
@@ -117,7 +119,7 @@ class _Run:
     optimizer: Any
     size: int
     batch: Callable[[Sequence[int]], Any]
-    loss: Callable[[nn.Module, Any], Tensor | Terms]
+    learner: nn.Module  # a `Step`, which Accelerate then prepares
     recipe: Recipe
     journal: Journal
     after_step: Callable[[int, int], None] | None
@@ -141,10 +143,11 @@ class _Run:
         frozen = {name for name, each in self.module.named_parameters() if not each.requires_grad}
         return {name: each for name, each in surgery.tensors_of(self.module).items() if name not in frozen}
 
-    def terms(self, given: Any) -> dict[str, Tensor]:
-        """Return the weighted terms of a batch."""
-        found = self.loss(self.module, given)
-        return {"loss": found} if isinstance(found, Tensor) else dict(found)
+    def share(self) -> None:
+        """Let all processes learn together from now on."""
+        samples = processes.share(self.samples(self.step))[:: self.recipe.accumulate]
+        with self.in_memory(len(samples)):
+            self.learner = parallel.spread(self.accelerator, self.learner, lambda: self.batch(samples))
 
     def rate(self) -> float:
         """Return the learning rate of the step to come."""
@@ -194,22 +197,13 @@ class _Run:
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             given = self.batch(share[part::parts])
-            try:
-                with self.accelerator.autocast():
-                    terms = self.terms(given)
-                self.accelerator.backward(_sum(terms) / parts)
-            except (RuntimeError, MemoryError) as error:
-                if isinstance(error, MemoryError) or out_of_memory(error):
-                    raise self.too_large(len(share)) from error
-                raise
+            with self.in_memory(len(share)), parallel.alone(self.learner, part + 1 < parts):
+                terms = self.learner(given)
+                self.accelerator.backward(parallel.total(terms) / parts)
             for name, each in terms.items():
                 sums[name] = sums.get(name, 0) + each.detach().float() / parts
         values = torch.stack([each.to(self.accelerator.device) for each in sums.values()])
-        if processes.size() > 1:  # here, and not by a wrapper, which would have to know what a loss reaches
-            held = [each.grad for each in self.learning().values() if each.grad is not None]
-            flat = self.accelerator.reduce(torch.cat([each.flatten() for each in held]), "mean")
-            for gradient, part_of in zip(held, flat.split([each.numel() for each in held]), strict=True):
-                gradient.copy_(part_of.view_as(gradient))
+        if processes.size() > 1:
             values = self.accelerator.reduce(values, "mean")
         return dict(zip(sums, values.tolist(), strict=True))
 
@@ -224,6 +218,16 @@ class _Run:
             + kept,
             hint="lower `--learning-rate` and add `--overwrite`, or look at those samples",
         )
+
+    @contextmanager
+    def in_memory(self, share: int) -> Iterator[None]:
+        """Refuse a step of this process's share for which there is too little memory."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or out_of_memory(error):
+                raise self.too_large(share) from error
+            raise
 
     def too_large(self, share: int) -> PeftcError:
         """Return the refusal of a step for whose samples there is too little memory, with what to lower."""
@@ -253,7 +257,7 @@ class _Run:
             start = time.monotonic()
             share = processes.share(self.samples(step))
             with torch.random.fork_rng(devices=[]):
-                _sum(self.terms(self.batch(share))).backward()
+                parallel.total(self.learner(self.batch(share))).backward()
             self.module.zero_grad()
             seconds.append(time.monotonic() - start)
         return max(1, int(RESERVED * float(self.recipe.minutes or 0) * 60 / statistics.median(seconds[1:])))
@@ -355,10 +359,6 @@ class _Run:
 def _order(size: int, seed: int) -> list[int]:
     """Return the samples of an epoch in its order; steps of the same epoch ask for it again."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def _sum(terms: Terms) -> Tensor:
-    return torch.stack([each.float() for each in terms.values()]).sum()
 
 
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
