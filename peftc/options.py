@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from peftc import processes
 from peftc.errors import PeftcError, UsageError, one_of
 
-SPREAD = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights
+SPREAD = ("DEEPSPEED", "MEGATRON_LM")  # ways of Accelerate's to spread weights that are refused
 COLUMNS = ("image", "text", "label")  # of a table: kinds that `Reading` has an option for
 PROTOCOLS, FIRST_TOKENS = ("gptq",), ("window", "text")  # of `Windows`
 OPTIMIZERS = (  # of `Recipe`: by torch, and the last three by bitsandbytes
@@ -33,7 +33,7 @@ OPTIMIZERS = (  # of `Recipe`: by torch, and the last three by bitsandbytes
     "paged-adamw-8bit",
 )
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-SAVING = ("gradient_checkpointing",)  # of `Recipe`: with them a result is the same to the bit
+NO_QUESTION = ("gradient_checkpointing", "shard", "offload")  # of `Recipe`: how it is computed, not what is asked
 LATER = ("optimizer", "schedule", "early_stop", "compile")  # of `Recipe`: what earlier requests do not name is usual
 EPOCHS = 10  # of a finetuning, where no length is given
 
@@ -136,17 +136,25 @@ class Recipe(Group):
     compile: bool = option(False, "compile the layers by torch.compile")
     seed: int = 0
     held_out: float = option(0.1, "share of the data that picks the best weights", metavar="SHARE", rule=SHARE)
+    shard: bool = option(False, "cut weights, gradients and the optimizer's state over the processes")
+    offload: bool = option(False, "keep what is cut in the memory of the CPU")
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and a launch that asks for what peftc does not do.
 
         Raises:
             UsageError: naming the option.
-            PeftcError: a launcher was asked to spread the weights; without GPUs Accelerate itself does not listen.
+            PeftcError: a launcher was asked to spread the weights in a way that peftc does not know.
         """
         for kind in SPREAD:
-            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1", "yes"):
+            if _says(f"ACCELERATE_USE_{kind}"):
                 raise cannot_train(kind)
+        if _says("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+            hint = "add `--fsdp_version 2` to `accelerate launch`, or say `--shard` in place of its `--use_fsdp`"
+            raise PeftcError("peftc trains under version 2 of FSDP alone", hint=hint)
+        if self.spread and self.mixed_precision == "fp16":
+            hint = "multiply in `--mixed-precision bf16`"
+            raise UsageError("`--shard` does not go with `--mixed-precision fp16`", hint=hint)
         if sum(each is not None for each in (self.epochs, self.steps, self.minutes)) != 1:
             raise UsageError("say how long to train", hint="with one of `--epochs`, `--steps` and `--minutes`")
         one_of("--optimizer", self.optimizer, OPTIMIZERS)
@@ -164,11 +172,25 @@ class Recipe(Group):
             why = f"{processes.size()} processes with `--accumulate {self.accumulate}` share it"
             raise UsageError(what, why=why, hint=f"choose a `--batch-size` that {parts} divides")
 
+    @property
+    def spread(self) -> bool:
+        """Whether weights lie in pieces in several processes: as asked for here, or of `accelerate launch`."""
+        return processes.size() > 1 and (self.shard or _says("ACCELERATE_USE_FSDP"))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether such pieces wait in the memory of the CPU."""
+        return self.offload or (_says("ACCELERATE_USE_FSDP") and _says("FSDP_OFFLOAD_PARAMS"))
+
     def request(self) -> dict[str, Any]:
         """Return what a request says of it: what may change the result."""
-        said = {name: value for name, value in asdict(self).items() if name not in SAVING}
+        said = {name: value for name, value in asdict(self).items() if name not in NO_QUESTION}
         usual = {each.name: each.default for each in fields(self) if each.name in LATER}
         return {name: value for name, value in said.items() if value != usual.get(name, ...)}
+
+
+def _says(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
 def length(given: Mapping[str, Any], usual: float) -> dict[str, Any]:
@@ -181,8 +203,8 @@ def cannot_train(kind: str) -> PeftcError:
     """Return the refusal of a way to spread a training over processes."""
     return PeftcError(
         f"peftc does not train under {kind} yet",
-        why="its checkpoints need whole weights in each process",
-        hint="configure Accelerate for data parallel training: `accelerate launch --num_processes N -m peftc ...`",
+        why="its checkpoints and its optimizer are torch's own",
+        hint="cut the weights by torch's FSDP: `accelerate launch --num_processes N -m peftc ... --shard`",
     )
 
 

@@ -102,7 +102,9 @@ def taken(model: Model) -> Iterator[None]:
 def still(model: Model) -> Iterator[None]:
     """Keep no gradients, and let random draws, as of a mask, be the same at every call."""
     place = place_of(model.module)
-    with torch.inference_mode(), torch.random.fork_rng([place] if place.type == "cuda" else []):
+    # what is put together from pieces under `inference_mode` could not be trained on afterwards
+    without = torch.inference_mode if model.shards is None else torch.no_grad
+    with without(), torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
         yield
 

@@ -32,6 +32,8 @@ def registered(handles: Iterable[Any]) -> Iterator[None]:
 
 def layers(model: Model) -> list[str]:
     """Return the dotted names of the layers of a runnable model, in the order in which a random input meets them."""
+    if model.shards is not None:
+        return list(model.shards.layers)
     if model.manifest is not None and model.manifest.skipped:  # they have gaps, and keep their names
         return list(model.manifest.kept_layers)
     own, any_parent = (list(_stacks(model.module, strict=strict)) for strict in (True, False))

@@ -15,6 +15,19 @@ from peftc.store.source import Source
 PREPROCESS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")  # what may be said of images
 
 
+@dataclass(frozen=True)
+class Shards:
+    """What is known of a network that lies in pieces in several processes.
+
+    Attributes:
+        layers: names of its layers, found while it was whole.
+        whole: the same network before, its weights on their files.
+    """
+
+    layers: tuple[str, ...]
+    whole: nn.Module
+
+
 @dataclass
 class Model:
     """A network with its weights and all that must travel with it."""
@@ -34,6 +47,7 @@ class Model:
     notes: list[str] = field(default_factory=list)  # what people should know about how it was loaded
     max_memory: int | None = None  # bytes that running it may take; None for no limit
     hub: tuple[str, str] | None = None  # of a fetched artifact: ``owner/name`` and commit
+    shards: Shards | None = None  # where its module lies in pieces, see `peftc.models.sharding`
 
     @property
     def kind(self) -> str:

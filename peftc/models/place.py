@@ -54,9 +54,7 @@ def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Mode
     """
     place = device_of(device)
     if dtype == "auto":
-        stored = surgery.uniform_dtype(model.module)
-        half_on_cpu = place.type == "cpu" and stored in (torch.float16, torch.bfloat16)
-        wanted = torch.float32 if stored is None or half_on_cpu else stored
+        wanted = usual_dtype(model, place)
     elif dtype in DTYPES:
         wanted = DTYPES[dtype]
     else:
@@ -66,6 +64,13 @@ def runnable(model: Model, *, device: str = "auto", dtype: str = "auto") -> Mode
     else:
         model.module.to(place, wanted)
     return model
+
+
+def usual_dtype(model: Model, place: torch.device) -> torch.dtype:
+    """Return the floating dtype in which a network runs on a device unless another is asked for."""
+    stored = surgery.uniform_dtype(model.module)
+    half_on_cpu = place.type == "cpu" and stored in (torch.float16, torch.bfloat16)
+    return torch.float32 if stored is None or half_on_cpu else stored
 
 
 def _is_streamed(model: Model, place: torch.device, wanted: torch.dtype) -> bool:

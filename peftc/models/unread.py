@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftc.models import inputs
 from peftc.models.model import Batch, Model
 from peftc.models.place import moved
+from peftc.models.sharding import full
 from peftc.nn.vocabulary import Logits, Unread
 
 LARGE = 16_384  # words, from which on logits are never whole
@@ -77,7 +78,9 @@ def through(model: Model, module: nn.Module, batch: Batch, head: nn.Linear | Non
     """Return the same of a module in the place of the model's own."""
     with nullcontext() if head is None else _handing_on(head):
         found = inputs.main_output(model, inputs.run(module, batch))
-    return found if head is None else Unread(found, head.weight, head.bias)
+    if head is None:
+        return found
+    return Unread(found, full(head.weight), None if head.bias is None else full(head.bias))
 
 
 def outputs(model: Model, batch: Batch, head: nn.Linear | None) -> Logits:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftc import processes
-from peftc.errors import ArtifactError, PeftcError, UsageError, reason_of
+from peftc.errors import ArtifactError, OutputError, PeftcError, UsageError, reason_of
 from peftc.models import inputs
 from peftc.models.inputs import outputs, probe
 from peftc.models.load import load
@@ -74,13 +74,29 @@ def writing(
     processes.wait()
     if processes.rank():
         processes.wait()  # until the first holds the folder, or says why it does not
-        yield Job(output, identifier, request, done=processes.agreed(lambda: False)), base
+        job = Job(output, identifier, request, done=processes.agreed(lambda: False))
+        _refuse_apart(job)
+        yield job, base
         return
     with ExitStack() as held:
         with processes.together():
             job = held.enter_context(execution(output, identifier, request, overwrite=overwrite))
         processes.agreed(lambda: job.done)
+        _refuse_apart(job)
         yield job, base
+
+
+def _refuse_apart(job: Job) -> None:
+    """Refuse processes on several machines, or in several folders, that share no disk: an `OutputError`."""
+    if job.done:
+        return
+    blind = [number for number, sees in enumerate(processes.gathered([job.work.is_dir()])) if not sees]
+    if blind:
+        raise OutputError(
+            "the processes of this launch do not see one folder",
+            why=f"process {blind[0]} of {processes.size()} does not find `{job.work}`, which the first one made",
+            hint="write to a disk that all machines share: `-o`, as an absolute path",
+        )
 
 
 def settle(job: Job, model: Model, base: Mapping[str, Any], request: dict[str, Any]) -> dict[str, Any]:

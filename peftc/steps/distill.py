@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +14,10 @@ from peftc import processes
 from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered
-from peftc.models import write
+from peftc.models import sharding, write
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model
-from peftc.models.place import place_of, runnable
+from peftc.models.place import place_of
 from peftc.models.weights import pieces_of
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import Augment, Gates, Reading, Recipe, length
@@ -30,7 +29,7 @@ from peftc.tasks.evaluation import Exam
 from peftc.training import imitation, journal
 from peftc.training.imitation import Imitation
 from peftc.training.lesson import Lesson, learn, prepared, weights_of
-from peftc.training.student import as_stored
+from peftc.training.student import as_stored, together
 from peftc.training.teacher import standing, taught_by, tell
 
 EPOCHS = 5  # where no length is given
@@ -63,6 +62,8 @@ def distill(
     gradient_checkpointing: bool = False,
     compile: bool = False,
     held_out: float = 0.1,
+    shard: bool = False,
+    offload: bool = False,
     augment: str | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
@@ -113,6 +114,9 @@ def distill(
         early_stop: stop where so many looks in a row brought nothing better.
         gradient_checkpointing: compute layers a second time in the backward pass, which takes time and saves memory.
         compile: compile the layers by `torch.compile`.
+        shard: cut weights, gradients and the optimizer's state, and the teacher's weights, over the processes of a
+            launch, so that each holds its share of them. The figures are those of whole weights.
+        offload: keep these shares in the memory of the CPU while a GPU computes.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
@@ -138,12 +142,12 @@ def distill(
     stored = load(model)
     ordered.refuse_ordered(stored)
     refuse_non_finite(stored)
-    student = runnable(imitation.trainable(stored), device=device)
+    student = imitation.learner(stored, recipe, device)
     lesson = Lesson(data, reading, recipe, changes, loss, settings or {}, teacher, device)
     work = prepared(lesson, student, stored, weights_of(loss, student, task))
     if cache_top is not None:
         work.keep_some(cache_top)
-    against = work.teacher or load(stored.source)
+    against = sharding.whole(work.teacher) if work.teacher is not None else load(stored.source)
     if max_drop is not None and (work.teacher is None or teacher is None):
         against = baseline.of_gate(stored)
 
@@ -179,6 +183,7 @@ def _carry_out(
     """Train, write and verify."""
     report = Report("distill", notes=[*stored.notes, *work.samples.notes])
     taught = taught_by(work, lesson.recipe.batch_size)
+    place = place_of(work.student.module)
     outcome = learn(job, lesson, work, log_with)
     if lesson.recipe.minutes is not None:
         request = write.settle(job, stored, base, request | {"minutes": None, "steps": outcome.planned})
@@ -187,13 +192,14 @@ def _carry_out(
         others = sum(work.left) / len(work.left)
         kept = f"the {work.top} largest of the teacher's logits were kept, {1 - others:.2%} of its probability"
         report.notes.append(f"{kept}; the others count as one, so `logits` is at most the divergence")
+    work.student = together(work.student, stored.module, {}, job.work)
     if processes.rank():
         return report
-    edited = replace(work.student, module=as_stored(copy.deepcopy(work.student.module), stored.module, {}))
+    edited = replace(work.student, module=as_stored(work.student.module, stored.module, {}))
     shard_bytes = request["max_shard_bytes"]
     record = write.write_artifact(
         job, edited, base, request, pieces_of(edited), imitation.factored(stored), max_shard_bytes=shard_bytes
     )
     shutil.copyfile(job.work / journal.LOG, job.folder / journal.LOG)
-    write.close(job, record, report, edited, place_of(work.student.module))
+    write.close(job, record, report, edited, place)
     return report

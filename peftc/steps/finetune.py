@@ -15,7 +15,7 @@ from peftc.data.spec import named
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import ordered
 from peftc.measure import costs
-from peftc.models import write
+from peftc.models import sharding, write
 from peftc.models.build import refuse_unbuildable
 from peftc.models.delta import is_delta, reference
 from peftc.models.heads import Headed
@@ -36,6 +36,7 @@ from peftc.tasks.evaluation import Exam
 from peftc.training import imitation, journal, student
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.lesson import Lesson, learn, prepared, weights_of
+from peftc.training.parallel import refuse_method
 from peftc.training.schedule import Outcome
 from peftc.training.student import Student
 from peftc.training.teacher import tell
@@ -78,6 +79,8 @@ def finetune(
     gradient_checkpointing: bool = False,
     compile: bool = False,
     held_out: float = 0.1,
+    shard: bool = False,
+    offload: bool = False,
     augment: str | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
@@ -130,6 +133,9 @@ def finetune(
         early_stop: stop where so many looks in a row brought nothing better.
         gradient_checkpointing: compute layers a second time in the backward pass, which takes time and saves memory.
         compile: compile the layers by `torch.compile`.
+        shard: cut weights, gradients and the optimizer's state, and the teacher's weights, over the processes of a
+            launch, so that each holds its share of them. The figures are those of whole weights.
+        offload: keep these shares in the memory of the CPU while a GPU computes.
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
@@ -161,7 +167,9 @@ def finetune(
     fitted = student.headed(stored, data, task, head, seed)
     stored = fitted.model
     places: Any = {"include": include, "skip": skip, "on_product": on_product}
-    pupil = student.build(fitted, method, own, **places, task=task, device=device, seed=seed)
+    if recipe.spread:
+        refuse_method(method, adapter)
+    pupil = student.build(fitted, method, own, **places, task=task, device=device, seed=seed, recipe=recipe)
     of_task = {TASK: 1.0} if teacher is None else WITH_TEACHER
     asked = weights_of(of_task if loss is None else loss, pupil.model, task)
     lesson = Lesson(data, reading, recipe, changes, loss, of_terms, teacher, device)
@@ -169,7 +177,8 @@ def finetune(
         work = prepared(lesson, pupil.model, stored, asked)
     except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
         raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
-    against = _against(work.teacher if teacher is not None else None, fitted, max_drop)
+    guide = None if teacher is None or work.teacher is None else sharding.whole(work.teacher)
+    against = _against(guide, fitted, max_drop)
 
     request = {
         "command": "finetune",
@@ -224,12 +233,13 @@ def _carry_out(
     """Train, write and verify."""
     report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes])
     student.tell(report, pupil)
+    place = place_of(pupil.model.module)
     outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)
+    pupil.model = student.together(pupil.model, pupil.stored.module, pupil.placed.adapters, job.work)
     if lesson.recipe.minutes is not None:
         request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.planned})
     tell(report, work, outcome, {})
     student.tell_sparsity(report, pupil)
-    place = place_of(pupil.model.module)
     memory = {"optimizer_bytes": outcome.optimizer_bytes, "peak_bytes": costs.peak_bytes(place)}
     report.data["memory"] = memory
     report.notes.append(

@@ -1,6 +1,9 @@
 """The accelerator of a training: Accelerate's devices and processes, and what peftc refuses of them."""
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +14,19 @@ from peftc import processes
 from peftc.errors import PeftcError, reason_of
 from peftc.models.place import device_of
 from peftc.options import Recipe, cannot_train
+
+FSDP = "ACCELERATE_USE_FSDP"
+
+
+@contextmanager
+def _without_fsdp() -> Iterator[None]:
+    """Hide that a launcher asks for FSDP: weights are cut by `peftc.models.sharding`, with any device, by layers."""
+    asked = os.environ.pop(FSDP, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[FSDP] = asked
 
 
 def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Path | None) -> Accelerator:
@@ -24,7 +40,7 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
     fresh = processes.size() == 1 or own_gpu  # else processes that met on the CPU stay there
     AcceleratorState._reset_state(reset_partial_state=fresh)  # of an earlier training in this process
     try:
-        with warnings.catch_warnings():  # that a tracker is missing is refused below
+        with warnings.catch_warnings(), _without_fsdp():  # that a tracker is missing is refused below
             warnings.simplefilter("ignore")
             accelerator = Accelerator(
                 cpu=place.type == "cpu",

@@ -11,19 +11,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import methods
+from peftc import methods, processes
 from peftc.errors import DataError, UsageError
 from peftc.models import dual, layers, shorten, unread
 from peftc.models.inputs import mask_of, mask_of_outputs
-from peftc.models.model import Model
-from peftc.models.place import moved, place_of
+from peftc.models.model import Model, detached
+from peftc.models.place import moved, place_of, runnable
 from peftc.models.weights import save_part
 from peftc.nn import lowrank, surgery
 from peftc.nn.peers import ALONE, Peers, here
 from peftc.nn.vocabulary import Foremost, Logits, Unread, foremost
+from peftc.options import Recipe
 from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
+from peftc.training import parallel
 from peftc.training.samples import Held, Samples, figures
 
 TASK = "task"
@@ -146,7 +148,10 @@ class Imitation:
         inputs = given.batch.inputs
         mask = mask_of_outputs(inputs)
         masks = None if mask is None else mask.bool()
-        if not all(path.is_file() for path in paths):
+        missing = not all(path.is_file() for path in paths)
+        if self.teacher is not None and self.teacher.shards is not None:
+            missing = any(processes.gathered([missing]))  # all ask it at once, or none
+        if missing:
             found = self.taught(given.batch)
             if self.top is not None:
                 some = foremost(found.pop("teacher_outputs"), self.top, self.temperature)
@@ -342,6 +347,14 @@ def in_teacher(student: Model, teacher: Model, name: str) -> str:
     if layer is None:
         return name
     return to_teacher.get(to_base[layer], to_base[layer]) + name[len(layer) :]
+
+
+def learner(model: Model, recipe: Recipe, device: str) -> Model:
+    """Return a copy on a device whose every parameter learns, whole or in pieces, half precision widened to float32."""
+    if not recipe.spread:
+        return runnable(trainable(model), device=device)
+    copied = replace(model, module=detached(model.module).requires_grad_(), infos={}, files=[])
+    return parallel.in_pieces(copied, layers.layers(model), recipe, device, learns=True)
 
 
 def trainable(model: Model) -> Model:

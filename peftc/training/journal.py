@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from peftc import processes
+from peftc.errors import UsageError
 from peftc.store import documents
+from peftc.training import pieces
 
 CHECKPOINT, LOG, STEPS = "checkpoint.pt", "log.jsonl", "steps.json"
 
@@ -21,22 +23,46 @@ class Journal:
     folder: Path | None
 
     @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is one to go on from."""
-        return self.folder is not None and (self.folder / CHECKPOINT).is_file()
+    def last(self) -> Path | None:
+        """The checkpoint to go on from: a file, or a folder of pieces."""
+        if self.folder is None:
+            return None
+        found = [path for path in (self.folder / CHECKPOINT, pieces.newest(self.folder)) if path and path.exists()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all."""
-        if self.folder is not None and processes.rank() == 0:
+    def save(self, state: Mapping[str, Any], *, in_pieces: bool) -> None:
+        """Write a checkpoint, whole or not at all; one in pieces is written by all processes at once."""
+        if self.folder is None:
+            return
+        if in_pieces:
+            pieces.save(self.folder, state)
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        elif processes.rank() == 0:
             with documents.replacing(self.folder / CHECKPOINT) as unfinished:
                 torch.save(state, unfinished)
+            pieces.drop(self.folder)
 
-    def saved(self, device: torch.device) -> dict[str, Any] | None:
-        """Return the last checkpoint that the first process sees; None where there is none."""
-        if self.folder is None or not processes.agreed(lambda: self.has_checkpoint):
+    def saved(self, device: torch.device, like: pieces.Like, *, in_pieces: bool) -> dict[str, Any] | None:
+        """Return the last checkpoint that the first process sees; None where there is none.
+
+        Args:
+            device: for its tensors.
+            like: what tensors look like here, where they are read from pieces.
+            in_pieces: this training is in pieces.
+
+        Raises:
+            UsageError: it is, and the checkpoint is of whole weights.
+        """
+        last = processes.agreed(lambda: self.last)
+        if last is None:
             return None
+        if last.name != CHECKPOINT:
+            return pieces.read(last, like)
+        if in_pieces:
+            hint = "go on without `--shard`, or begin again: `--overwrite`"
+            raise UsageError(f"`{last}` is a checkpoint of whole weights, and `--shard` cuts them", hint=hint)
         place = torch.device("cpu") if device.type == "cpu" else device  # Accelerate numbers CPUs, torch does not
-        return dict(torch.load(self.folder / CHECKPOINT, map_location=place, weights_only=True))
+        return dict(torch.load(last, map_location=place, weights_only=True))
 
     def steps(self, find: Callable[[], int]) -> int:
         """Return a number of steps that was found before, or is found now, by all processes at once, and kept."""

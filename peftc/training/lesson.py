@@ -118,11 +118,23 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
             why="no term of `--loss` is left for this model and these samples",
             hint="imitate a teacher: `--loss features=1 --teacher MODEL`",
         )
-    guide = teacher_of(lesson.teacher, stored, terms, lesson.device)
+    if lesson.recipe.spread:
+        _refuse_in_pieces(terms, given.task is retrieval.TASK)
+    guide = teacher_of(lesson.teacher, stored, terms, lesson.device, lesson.recipe)
     pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
     work = Imitation(student, guide, given, terms, weight, pairs)
     work.check()
     return work
+
+
+def _refuse_in_pieces(terms: Mapping[str, Any], of_pairs: bool) -> None:
+    if of_pairs:
+        hint = "train them with whole weights in each process: leave `--shard` out"
+        raise UsageError("`--shard` does not cut models of images and texts", why="their towers run apart", hint=hint)
+    if "perturbation" in terms:
+        why = "it compares all products of factors with all weights of the teacher in each step"
+        hint = "leave it out, as it hardly weighs: `--loss features=1,task=1`"
+        raise UsageError("`--shard` does not go with the term `perturbation`", why=why, hint=hint)
 
 
 def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own: Any) -> Outcome:

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from peftc import processes, progress
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
+from peftc.models import sharding
 from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
-from peftc.training.journal import CHECKPOINT, Journal
+from peftc.training.journal import Journal
 from peftc.training.optimizers import optimizer_of
 from peftc.training.parallel import Step, Terms
+from peftc.training.pieces import Like
 from peftc.training.schedule import Outcome, mixed, rate
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
@@ -72,7 +74,10 @@ def fit(
         PeftcError: a process of the launch is gone, or there is too little memory.
     """
     accelerator = accelerator_of(recipe, device, log_with, log_folder)
-    module.to(accelerator.device)
+    if sharding.is_cut(module):
+        sharding.rest(module)
+    else:
+        module.to(accelerator.device)
     rates = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = accelerator.prepare(optimizer_of(recipe.optimizer, module, **rates, place=accelerator.device))
     journal = Journal(folder)
@@ -99,7 +104,7 @@ def fit(
                 left = (time.monotonic() - begun) / (run.step - first) * (run.total - run.step)
                 time_left = f"{left / 60:.1f} min" if left >= 60 else f"{left:.0f} s"
                 advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}, {time_left} left")
-                if time.monotonic() - last > SAVE_EVERY:
+                if parallel.any_says(time.monotonic() - last > SAVE_EVERY, module):
                     run.save()
                     last = time.monotonic()
         run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
@@ -211,7 +216,7 @@ class _Run:
         """Return the loss of a step, or stop there."""
         if math.isfinite(value):
             return value
-        kept = f"; the last checkpoint is `{self.journal.folder}/{CHECKPOINT}`" if self.journal.has_checkpoint else ""
+        kept = f"; the last checkpoint is `{self.journal.last}`" if self.journal.last else ""
         raise DivergenceError(
             f"the loss became {value} at step {self.step + 1}",
             why=f"the samples of that step are {', '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}"
@@ -274,7 +279,7 @@ class _Run:
         random = torch.get_rng_state()
         self.module.eval()
         with self.averaged():
-            value = processes.agreed(score)
+            value = parallel.agreed(score, self.module)
             better = self.keep_last or value >= max((each for _, each in self.outcome.scores), default=value)
             self.outcome.scores.append((self.step, value))
             if better:
@@ -320,7 +325,7 @@ class _Run:
         self.outcome.steps, self.outcome.planned = self.step, self.total
         state = self.optimizer.state_dict()["state"].values()
         tensors = [each for own in state for each in own.values() if isinstance(each, Tensor)]
-        self.outcome.optimizer_bytes = sum(each.nbytes for each in tensors)
+        self.outcome.optimizer_bytes = sum(map(sharding.local_bytes, tensors))
 
     def train(self) -> None:
         """Switch to training mode: all of the network, or only what keeps running statistics, unless it is frozen."""
@@ -340,14 +345,19 @@ class _Run:
                 "average": self.average,
                 "best": self.best,
                 "outcome": vars(self.outcome),
-            }
+            },
+            in_pieces=sharding.is_cut(self.module),
         )
 
     def restore(self) -> None:
         """Go on from the last checkpoint, where there is one."""
-        if (state := self.journal.saved(self.accelerator.device)) is not None:
+        groups = self.optimizer.param_groups
+        like = Like(self.changing(), [each for group in groups for each in group["params"]])
+        state = self.journal.saved(self.accelerator.device, like, in_pieces=sharding.is_cut(self.module))
+        if state is not None:
             _copy(state["module"], self.changing())
-            self.optimizer.load_state_dict(state["optimizer"])
+            now = self.optimizer.state_dict()
+            self.optimizer.load_state_dict({**now, **state["optimizer"]})
             self.average, self.best, self.step = state["average"], state["best"], state["step"]
             self.outcome = Outcome(**state["outcome"])
             self.outcome.resumed = self.step

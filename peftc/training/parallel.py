@@ -1,16 +1,24 @@
-"""One step of a training, shared by the processes of a launch: gradients are averaged while they are computed."""
+"""A training shared by the processes of a launch: whole weights in each, or weights in pieces, a share in each.
 
-from collections.abc import Callable, Mapping
+Whole weights are those of `DistributedDataParallel`, pieces those of `peftc.models.sharding`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peftc import processes
+from peftc import methods, processes
+from peftc.errors import UsageError
+from peftc.models import sharding
+from peftc.models.model import Model
+from peftc.models.place import device_of, usual_dtype
+from peftc.options import Recipe
 
 Terms = Mapping[str, Tensor]  # name -> scalar of a step, weighted; their sum is minimised
 
@@ -37,6 +45,37 @@ def total(terms: Terms) -> Tensor:
     return torch.stack([each.float() for each in terms.values()]).sum()
 
 
+def in_pieces(model: Model, layers: Sequence[str], recipe: Recipe, device: str, *, learns: bool) -> Model:
+    """Return a model whose weights lie in pieces, in the precision in which it is trained or asked.
+
+    Args:
+        model: as it is stored, on the CPU.
+        layers: its layers.
+        recipe: how pieces lie and what is multiplied.
+        device: where to compute.
+        learns: whether it is trained.
+
+    Raises:
+        UsageError: it cannot be cut.
+    """
+    place = device_of(device)
+    dtype = usual_dtype(model, place)
+    if learns and dtype != torch.float64:
+        dtype = torch.float32
+    processes.wait()  # so that all have met
+    offload = recipe.offloads and place.type == "cuda"
+    spread = sharding.Spread(place, recipe.mixed_precision == "bf16", offload)
+    return sharding.shard(model, layers, dtype, spread, learns=learns)
+
+
+def refuse_method(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a method of finetuning that reads whole weights between steps (UsageError)."""
+    if any(methods.trait(function, each, None) for each in ("after_step", "penalty")):
+        why = "it looks at whole weights between the steps"
+        hint = "use `--method lora`, `dora` or `full`, or whole weights in each process: leave `--shard` out"
+        raise UsageError(f"`--method {name}` does not go with `--shard`", why=why, hint=hint)
+
+
 def spread(accelerator: Accelerator, step: Step, first: Callable[[], Any]) -> nn.Module:
     """Return a step as Accelerate prepares it: in mixed precision, and by several processes with averaged gradients.
 
@@ -49,6 +88,10 @@ def spread(accelerator: Accelerator, step: Step, first: Callable[[], Any]) -> nn
         step: in the mode in which it will learn.
         first: gives a batch, to find out whether everything that learns gets a gradient. Nothing changes by that.
     """
+    if sharding.is_cut(step.module):
+        if any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in step.modules()):
+            step.register_forward_pre_hook(_same_buffers)
+        return step  # its precision is that of the pieces
     if processes.size() > 1:
         lost = any(processes.gathered([_leaves_out(step, first())]))
         accelerator.ddp_handler = DistributedDataParallelKwargs(
@@ -71,6 +114,25 @@ def _leaves_out(step: Step, given: Any) -> bool:
         for name, each in step.named_buffers():
             each.copy_(held[name])
     return lost
+
+
+def _same_buffers(step: nn.Module, _given: Any) -> None:
+    for buffer in step.buffers():
+        distributed.broadcast(buffer, 0)
+
+
+def agreed(score: Callable[[], float], module: nn.Module) -> float:
+    """Return a score that the first process finds, or of a network in pieces all of them at once."""
+    if not sharding.is_cut(module):
+        return processes.agreed(score)
+    value = score()
+    sharding.rest(module)
+    return processes.agreed(lambda: value)
+
+
+def any_says(here: bool, module: nn.Module) -> bool:
+    """Return whether it is so in this process; of a network in pieces, in any."""
+    return any(processes.gathered([here])) if sharding.is_cut(module) else here
 
 
 def alone(prepared: nn.Module, apart: bool) -> AbstractContextManager[Any]:

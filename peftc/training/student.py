@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +12,23 @@ from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError, named
-from peftc.models import adapting, delta, heads, targets, write
+from peftc.models import adapting, delta, heads, sharding, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
+from peftc.models.layers import layers
 from peftc.models.load import refuse_non_finite
 from peftc.models.model import Model, detached
 from peftc.models.place import place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
+from peftc.options import Recipe
 from peftc.report import Report, Table
 from peftc.tasks.table import task_of
-from peftc.training import samples
+from peftc.training import parallel, samples
 from peftc.training.schedule import mixed
 
 HEAD, UPDATES = 1, 2  # what random numbers are drawn for
+LEARNT = "learnt.safetensors"  # what learnt in pieces, in the working folder
 
 
 @dataclass
@@ -108,6 +112,7 @@ def build(
     task: str | None,
     device: str,
     seed: int,
+    recipe: Recipe,
 ) -> Student:
     """Return a runnable copy of a model in which only what a method says learns, and the head of a classifier.
 
@@ -120,7 +125,8 @@ def build(
     refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
-    copied = runnable(replace(model, module=_copied(model.module), infos={}, files=[]), device=device)
+    copied = replace(model, module=_copied(model.module, recipe), infos={}, files=[])
+    copied = copied if recipe.spread else runnable(copied, device=device)
     before = adapted_modules(copied.module)
     if before:
         placed = _again(model, copied, before, method)
@@ -134,12 +140,15 @@ def build(
     for name, leaves in placed.own.items():
         for parameter in (getattr(copied.module.get_submodule(name), leaf) for leaf in leaves):
             if parameter is not None:
-                parameter.data = parameter.detach().clone()  # it may be a window on a file
+                if not recipe.spread:
+                    parameter.data = parameter.detach().clone()  # it may be a window on a file
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in copied.module.parameters()):
         why = "no module takes an update of that method"
         hint = "see `peftc methods adapter`, or name modules: `--include`"
         raise PlanError(f"nothing of `{model.name}` would learn by `{method}`", why=why, hint=hint)
+    if recipe.spread:
+        copied = parallel.in_pieces(copied, layers(model), recipe, device, learns=True)
     return Student(copied, head, placed)
 
 
@@ -178,16 +187,34 @@ def _outputs(model: Model) -> set[str]:
     return targets.heads(model, {name: each for name, each in model.module.named_modules() if each._parameters})
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters but not buffers, which may learn; half precision is widened."""
+def _copied(module: nn.Module, recipe: Recipe) -> nn.Module:
+    """Return a copy that shares parameters but not buffers, which may learn; half precision is widened, or when cut."""
     copied = detached(module)
     for each in copied.modules():
         for name, buffer in each._buffers.items():
             if buffer is not None:
                 each._buffers[name] = buffer.clone()
-    if surgery.uniform_dtype(copied) not in (torch.float32, torch.float64):
+    if not recipe.spread and surgery.uniform_dtype(copied) not in (torch.float32, torch.float64):
         copied.float()
     return copied
+
+
+def together(model: Model, stored: nn.Module, updates: Mapping[str, Any], folder: Path) -> Model:
+    """Return a model whole again, what it learnt on a file in the precision in which it is stored; itself if whole.
+
+    Args:
+        model: that learnt.
+        stored: the network before, as it is stored.
+        updates: of the module.
+        folder: for that file.
+    """
+    if model.shards is None:
+        return model
+    types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
+    frozen = {name for name, each in model.module.named_parameters() if not each.requires_grad}
+    learnt = [name for name in surgery.tensors_of(model.module) if name not in frozen]
+    of_stored = lambda name: types.get(before_updates(name, updates))  # noqa: E731
+    return sharding.together(model, folder / LEARNT, learnt, of_stored)
 
 
 def as_stored(module: nn.Module, stored: nn.Module, updates: Mapping[str, Any]) -> nn.Module:

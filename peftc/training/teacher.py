@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from peftc import processes
 from peftc.errors import UsageError
 from peftc.models import write
+from peftc.models.layers import layers
 from peftc.models.load import load, load_base
 from peftc.models.model import Model
 from peftc.models.place import runnable
+from peftc.options import Recipe
 from peftc.report import Report, Table
 from peftc.store.source import Source
-from peftc.training import imitation, samples
+from peftc.training import imitation, parallel, samples
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.schedule import Outcome
 
@@ -22,17 +23,23 @@ QUIET = 0.01  # of the task's loss: a term below it hardly pulls
 
 
 def teacher_of(
-    teacher: str | Path | Source | nn.Module | Model | None, student: Model, terms: Mapping[str, Any], device: str
+    teacher: str | Path | Source | nn.Module | Model | None,
+    student: Model,
+    terms: Mapping[str, Any],
+    device: str,
+    recipe: Recipe,
 ) -> Model | None:
-    """Return who is imitated, in its own precision; None where no term asks for one."""
+    """Return who is imitated, in its own precision, or in pieces as asked; None where no term asks for one."""
     if not any(set(term.needs) & set(imitation.OF_TEACHER) for term in terms.values()):
         return None
     if teacher is None and student.manifest is None:
         hint = "name a teacher: `--teacher MODEL`"
         raise UsageError(f"`{student.name}` records no base that could teach it", hint=hint)
-    guide = runnable(load_base(student) if teacher is None else load(teacher), device=device)
+    guide = load_base(student) if teacher is None else load(teacher)
+    if not recipe.spread:
+        guide = runnable(guide, device=device)
     guide.module.requires_grad_(False)
-    return guide
+    return parallel.in_pieces(guide, layers(guide), recipe, device, learns=False) if recipe.spread else guide
 
 
 def identity_of(guide: Model, *, named: bool) -> dict[str, Any]:
@@ -46,7 +53,7 @@ def taught_by(work: Imitation, batch_size: int) -> float | None:
     held, teacher = work.samples.held, work.teacher
     if held is None or not work.samples.labelled or teacher is None:
         return None
-    return processes.agreed(lambda: samples.figures(teacher, work.samples, held, batch_size))
+    return parallel.agreed(lambda: samples.figures(teacher, work.samples, held, batch_size), teacher.module)
 
 
 def standing(work: Imitation, outcome: Outcome, taught: float | None, report: Report) -> dict[str, float]:

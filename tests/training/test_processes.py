@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.calibration.test_memory import launch
-from tests.forked import forked
+import peftc
+from peftc.store.source import MANIFEST
+from peftc.training import journal
+from tests.calibration.test_memory import alone, environments, launch
+from tests.conftest import TEXTS
+from tests.forked import Forked, forked
 
 # A small training: a normalisation of each batch, a module that no loss reaches, and a stop before some step.
 FITS = """
@@ -75,3 +80,152 @@ def test_running_statistics_are_of_the_first_process_so_that_a_resume_goes_on_as
     assert [each[2] for each in again] == [3, 3]  # the checkpoint is of the step before
     assert [each[0] for each in again] == [each[0] for each in whole]
     assert again[0][1] == whole[0][1]
+
+
+# weights in pieces
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("story") / "story.txt"
+    file.write_text(" ".join(TEXTS) * 8)
+    return file
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / journal.LOG).read_text().splitlines()]
+
+
+def learn(folder: Path, *words: Any, several: bool = True) -> list[dict[str, float]]:
+    """Train by a command line, in one process or cut over two, and return its log."""
+    words = (*words, "--device", "cpu", "-o", folder)
+    for code, out, told in launch(*words, "--shard") if several else [alone(*words)]:
+        assert code == 0, out + told
+    return log(folder)
+
+
+def same_curve(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    assert [each.keys() for each in one] == [each.keys() for each in other]
+    for name in ("loss", "score"):
+        mine, theirs = ([each[name] for each in lines if name in each] for lines in (one, other))
+        assert mine and theirs == pytest.approx(mine, rel=1e-4), name
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+FEW = ("--max-length", 16, "--steps", 4, "--batch-size", 8, "--evaluations", 2, "--learning-rate", 0.01)
+
+
+@pytest.mark.parametrize("how", ["full", "lora --delta", "dora", "lora --accumulate 2 --ema 0.5"])
+def test_cut_weights_take_the_steps_of_whole_ones(how: str, tiny_llama: Path, story: Path, tmp_path: Path) -> None:
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--method", *how.split()]
+    same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words))
+    same_tensors(tmp_path / "one", tmp_path / "two")
+    ids = [json.loads((tmp_path / name / MANIFEST).read_text())["id"] for name in ("one", "two")]
+    assert ids[0] == ids[1]  # how it was computed is no question
+
+
+def test_student_and_teacher_are_cut(tiny_llama: Path, story: Path, tmp_path: Path) -> None:
+    peftc.decompose(tiny_llama, output_dir=tmp_path / "small", ratio=0.6, method="svd", device="cpu")
+    words = ["distill", tmp_path / "small", "--data", story, *FEW, "--loss", "features=1,logits=1,task=1"]
+    same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words))
+    same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+# The command line, with a checkpoint after each step and a process that ends before some step.
+STOPS = """
+import os, signal, sys
+from peftc.training import loop
+from peftc.training.imitation import Imitation
+loop.SAVE_EVERY = 0.0
+learn, step = Imitation.loss, iter(range(1000))
+def stopping(self, module, given, *peers):
+    if not peers and next(step) == {at} and os.environ["RANK"] in {ranks!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(self, module, given, *peers)
+Imitation.loss = stopping
+from peftc.cli.app import main
+sys.argv[0] = "peftc"
+main()
+"""
+
+
+def launch_on(number: int, *words: Any) -> list[tuple[int, str, str]]:
+    """Run a command line on so many processes; return exit code, stdout and stderr of each."""
+    shared = environments()[0] | {"WORLD_SIZE": str(number)}
+    running = [Forked(*words, env=shared | {"RANK": f"{at}", "LOCAL_RANK": f"{at}"}) for at in range(number)]
+    return [(done.returncode, done.stdout, done.stderr) for done in (process.done() for process in running)]
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_when_a_process_is_killed_all_end_and_any_number_goes_on(
+    number: int, method: str, tiny_llama: Path, story: Path, tmp_path: Path
+) -> None:
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--method", method, "--device", "cpu", "-o"]
+    whole = learn(tmp_path / "whole", *words[:-3], several=False)
+    first, second = launch(*words, tmp_path / "cut", "--shard", code=STOPS.format(at=3, ranks="1"))
+    assert (first[0], second[0]) == (1, -9), first[2]
+    assert "error: another process of this launch stopped" in first[2] and "Traceback" not in first[2]
+    assert "run the same command again to resume" in first[2]
+    kept = [path.name for path in (tmp_path / "cut.partial" / "work").iterdir()]
+    assert "checkpoint-2" in kept or "checkpoint-3" in kept
+    ended = [alone(*words, tmp_path / "cut")] if number == 1 else launch_on(number, *words, tmp_path / "cut", "--shard")
+    assert all(code == 0 for code, _, _ in ended), ended
+    assert "resumed at step" in ended[0][2]
+    same_curve(whole, log(tmp_path / "cut"))
+    same_tensors(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_checkpoint_of_whole_weights_is_not_gone_on_with_in_pieces(
+    tiny_llama: Path, story: Path, tmp_path: Path
+) -> None:
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--device", "cpu", "-o", tmp_path / "out"]
+    assert launch(*words, code=STOPS.format(at=3, ranks="01"))[0][0] == -9
+    first, _ = launch(*words, "--shard")
+    assert first[0] == 2 and "is a checkpoint of whole weights" in first[2], first[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["finetune", "--method", "snella"], "`--method snella` does not go with `--shard`"),
+        (["finetune", "--mixed-precision", "fp16"], "`--shard` does not go with `--mixed-precision fp16`"),
+        (["distill"], "`--shard` does not go with the term `perturbation`"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(
+    words: list[str], said: str, tiny_llama: Path, story: Path, tmp_path: Path
+) -> None:
+    peftc.decompose(tiny_llama, output_dir=tmp_path / "small", ratio=0.6, method="svd", device="cpu")
+    ended = launch(words[0], tmp_path / "small", *words[1:], "--data", story, *FEW, "--shard", "-o", tmp_path / "out")
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert f"error: {said}" in ended[0][2], ended
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_accelerate_asks_for_it_by_its_own_variables(
+    tiny_llama: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--device", "cpu", "-o", tmp_path / "out"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    code, _, told = alone(*words)
+    assert code == 1 and "version 2 of FSDP alone" in told and "--fsdp_version 2" in told
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    launched = launch(*words, code=STOPS.format(at=3, ranks="01"))
+    assert launched[0][0] == -9 and (tmp_path / "out.partial" / "work" / "checkpoint-3").is_dir(), launched
+
+
+def test_processes_that_do_not_see_one_folder_are_refused(tiny_llama: Path, story: Path, tmp_path: Path) -> None:
+    apart = "import os; os.makedirs(os.environ['RANK'], exist_ok=True); os.chdir(os.environ['RANK'])"
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--device", "cpu", "-o", "out"]
+    code = f"import os\nos.chdir({str(tmp_path)!r})\n{apart}\n" + STOPS.format(at=99, ranks="")
+    ended = launch(*words, code=code)
+    assert [each[0] for each in ended] == [1, 1]
+    assert "error: the processes of this launch do not see one folder" in ended[0][2], ended
+    assert not list(tmp_path.glob("*/out*"))
