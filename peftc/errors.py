@@ -12,7 +12,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   ExportError              a model that a format cannot hold, or an export that computes something else
   OutputError              a folder, or a repository of the hub, that cannot be written
     TakenError             a folder whose name somebody took while the work was done
-  LostProcessError         another process of a launch that ended
+  LostProcessError         another process of a launch, or one that reads samples ahead, that ended
   DivergenceError          a training whose loss is no number any more
   UsageError               exit 2: a value no run could accept, whatever the model
 """
@@ -92,7 +92,7 @@ class TakenError(OutputError):
 
 
 class LostProcessError(PeftcError):
-    """Another process of the same launch ended."""
+    """Another process of the same launch, or one that reads samples ahead, ended."""
 
     keeps_work = True
 

@@ -271,6 +271,7 @@ class Reading(Group):
     image_column: str | None = option(None, "column of images (default: guessed)", metavar="NAME")
     text_column: str | None = option(None, "column of text (default: guessed)", metavar="NAME")
     label_column: str | None = option(None, "column of labels (default: guessed)", metavar="NAME")
+    workers: int | None = option(None, "read ahead in so many processes (default: as pays)", rule=NOT_NEGATIVE)
     seed: int = 0
     windows: Windows = Windows()
 

@@ -35,9 +35,14 @@ def place() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0) if size() > 1 else 0
 
 
+def on_machine() -> int:
+    """Return how many of them share this machine; all, where no launcher says."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or size())) if size() > 1 else 1
+
+
 def machines() -> int:
     """Return over how many machines the processes are spread, evenly, as far as the launcher says it."""
-    return max(1, size() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or size())))
+    return max(1, size() // on_machine())
 
 
 def share(names: Sequence[Value]) -> list[Value]:

@@ -1,6 +1,7 @@
 """Collect statistics over a calibration set, keep them as parts of a job, and hand them to methods."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def collect(prepared: Prepared, targets: Mapping[str, Target], needs: Sequence[s
         whole = replace(prepared, request=replace(request, tokens=None))
 
         def run(indices: list[int]) -> None:
-            _run_lane(whole, [indices], collector)
+            _run_lane(whole, [indices], iter([encoded.batch(indices)]), collector)
 
         size, groups = processes.agreed(lambda: planned(collector, order, request.batch_size, run, folder))
         prepared = replace(prepared, request=replace(request, batch_size=size))
@@ -215,14 +216,14 @@ def _pass(
     parts = [path.with_name(f"lane-{number}-{lane}.safetensors") for lane in range(LANES)]
     mine = processes.share(range(LANES))
     with processes.together(), progress.track("calibrating", sum(len(runs[lane::LANES]) for lane in mine)) as advance:
-        for lane in mine:
-            if read_note(parts[lane]) is None:
-                collector = Collector(prepared.model, sites, needs)
-                _run_lane(prepared, runs[lane::LANES], collector, first["lanes"][lane] if first else None, advance)
-                lanes.save(parts[lane], collector.sums)
-            else:
-                for _ in runs[lane::LANES]:
-                    advance("")
+        left = [lane for lane in mine if read_note(parts[lane]) is None]
+        for _ in (run for lane in set(mine) - set(left) for run in runs[lane::LANES]):
+            advance("")
+        of_lanes = [runs[lane::LANES] for lane in left]
+        for lane, own, arriving in zip(left, of_lanes, _streams(prepared, of_lanes), strict=True):
+            collector = Collector(prepared.model, sites, needs)
+            _run_lane(prepared, own, arriving, collector, first["lanes"][lane] if first else None, advance)
+            lanes.save(parts[lane], collector.sums)
 
     def merge() -> dict[str, Any]:
         added = Lanes(parts, place_of(prepared.model.module))
@@ -237,9 +238,21 @@ def _pass(
     return processes.agreed(merge)
 
 
+def _streams(prepared: Prepared, of_lanes: list[list[list[int]]]) -> Iterator[Iterator[Batch]]:
+    """Yield for each lane what gives its batches: one stream for all, unless a lane may end before its last batch."""
+    if prepared.request.tokens is None:
+        with closing(prepared.encoded.batches([run for runs in of_lanes for run in runs])) as stream:
+            yield from (stream for _ in of_lanes)
+        return
+    for runs in of_lanes:
+        with closing(prepared.encoded.batches(runs)) as stream:
+            yield stream
+
+
 def _run_lane(
     prepared: Prepared,
     runs: list[list[int]],
+    arriving: Iterator[Batch],
     collector: Collector,
     samples: int | None = None,
     advance: Callable[[str], None] = lambda _: None,
@@ -253,7 +266,7 @@ def _run_lane(
             seen = max((one.count for name, one in sums.running.items() if name.endswith(".input")), default=0)
             enough = tokens is not None and seen >= -(-tokens // LANES)
             if not (enough if samples is None else sums.samples >= samples):
-                batch = prepared.encoded.batch(indices)
+                batch = next(arriving)
                 collector.see(batch.inputs)
                 if collector.gradients:
                     seeds = [prepared.request.seed * 1_000_003 + index for index in indices]

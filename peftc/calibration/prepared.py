@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peftc.data import Dataset, open_data
@@ -26,6 +26,7 @@ class Request:
     """What the user asked of the calibration: a `--data` spec or ``generated:N``, and what `Reading` calls it.
 
     ``samples`` and ``tokens`` are at most, padding apart; patches count as tokens of the first module that is watched.
+    How many ``workers`` read the samples is no part of the question.
     """
 
     data: str
@@ -36,6 +37,7 @@ class Request:
     image_size: int | None = None
     max_length: int | None = None
     seed: int = 0
+    workers: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a number out of range, of those that no group of options checks."""
@@ -48,7 +50,7 @@ class Request:
         samples, tokens = calibration.calibration_samples, calibration.calibration_tokens
         tokens = None if tokens is None else int(tokens)
         size, length, seed = reading.image_size, reading.max_length, reading.seed
-        return cls(data, reading.task, samples, tokens, batch_size, size, length, seed)
+        return cls(data, reading.task, samples, tokens, batch_size, size, length, seed, reading.workers)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Prepared:
     def asked(self) -> dict[str, Any]:
         """Return what makes two calibrations the same question."""
         limit = self.model.max_memory
-        return {**asdict(self.request), **({} if limit is None else {"max_memory": limit})}
+        asked = {name: value for name, value in asdict(self.request).items() if name != "workers"}
+        return {**asked, **({} if limit is None else {"max_memory": limit})}
 
 
 def prepare(model: Model, request: Request, device: str, *, apart: bool = False) -> Prepared:
@@ -106,5 +109,6 @@ def _encode(model: Model, task: Task | None, request: Request, more: int) -> tup
     if not windows:  # of a pair both texts are samples
         dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)
     reading = Reading(request.task, samples, request.image_size, request.max_length, seed=request.seed)
-    encoded = unlabelled.encode(model, dataset, task, reading)
+    workers = 0 if request.workers is None and model.max_memory is not None else request.workers
+    encoded = replace(unlabelled.encode(model, dataset, task, reading), workers=workers)
     return encoded, dataset, windows or dataset.labels is not None or dataset.pairs is not None

@@ -130,7 +130,10 @@ def _annotated(kind: Any, each: Field[Any], default: Any) -> Any:
     return Annotated[kind, Option(parser=numeric(bare, each.metadata["rule"]), **words)]
 
 
-Unlimited = Annotated[Reading, shown("task", "image_size", "max_length", "image_column", "text_column", "label_column")]
+Unlimited = Annotated[
+    Reading,
+    shown("task", "image_size", "max_length", "image_column", "text_column", "label_column", "workers"),
+]
 
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list
 

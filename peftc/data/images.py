@@ -1,10 +1,11 @@
 """Folders and zips of class folders, and the path from an image to what a model reads."""
 
+import errno
 import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 from peftc.data import limits
 from peftc.data.dataset import SPLITS, Dataset, Splits
 from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
+from peftc.data.loading import is_alone
 from peftc.errors import DataError, named, reason_of, refuse_not_utf8, shown
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -71,10 +73,43 @@ def folder_tree(path: Path) -> Tree:
     return Tree(str(path), files, folders, read)
 
 
+class _Positioned(io.RawIOBase):
+    """A file opened once, whose place is this process's own: one opened before a fork has one place for both."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.at = path.open("rb", buffering=0), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: os.fstat(self.file.fileno()).st_size}
+        if start[whence] + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.at = start[whence] + offset
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.pread(self.file.fileno(), len(buffer), self.at)
+        buffer[: len(found)] = found
+        self.at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def zip_tree(path: Path) -> Tree:
     """List a zip, which is read in place."""
     with limits.refused(path, "it is no whole zip file: "):
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(_Positioned(path))
         names = archive.namelist()
     names = sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
     there = {"/".join(part for part in name.split("/") if part): name for name in names}
@@ -258,8 +293,8 @@ def reader(
         return alone.submit(to_tensor, image, name).result() if _is_large(image) else to_tensor(image, name)
 
     def stacked(indices: Sequence[int]) -> Tensor:
-        with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-            tensors = list(pool.map(lambda index: read(index, alone), indices))
+        with ThreadPoolExecutor(1) as alone:
+            tensors = list(fetched(lambda index: read(index, alone), indices))
         shapes = sorted({tuple(tensor.shape) for tensor in tensors})
         if len(shapes) > 1:
             why = f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}"
@@ -267,6 +302,20 @@ def reader(
         return torch.stack(tensors)
 
     return stacked
+
+
+def fetched(read: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+    """Yield what is read of some samples, in order: by threads, as decoding releases the interpreter's lock.
+
+    A process that reads ahead is one of several, and reads one after the other.
+    """
+    if is_alone():
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(read, indices))[::-1]
+    while found:
+        yield found.pop()
 
 
 def _is_large(image: Any) -> bool:

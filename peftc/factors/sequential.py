@@ -6,6 +6,7 @@ moments that they see now; they are factored under those and put into the networ
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -121,9 +122,11 @@ def _pass(prepared: Prepared, runs: list[list[int]], collector: Collector | None
 
         return hook
 
-    with registered(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last):
-        for indices in runs:
-            batch = prepared.encoded.batch(indices)
+    with (
+        registered(model.module.get_submodule(name).register_forward_hook(reached(name)) for name in last),
+        closing(prepared.encoded.batches(runs)) as arriving,
+    ):
+        for batch in arriving:
             if collector is not None:
                 collector.see(batch.inputs)
             waiting.update(last)

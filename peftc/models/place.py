@@ -99,11 +99,13 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def moved(model: Model, inputs: Batch) -> Batch:
-    """Return inputs on the model's device, floating ones in its dtype."""
+    """Return inputs on the model's device, floating ones in its dtype; a GPU copies what is pinned as it computes."""
     device, floating = place_of(model.module), dtype_of(model.module)
+    beside = device.type == "cuda"
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, floating) if tensor.is_floating_point() else tensor.to(device)
+        dtype = floating if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device, dtype, non_blocking=beside)
 
     return {name: move(tensor) for name, tensor in inputs.items()} if isinstance(inputs, dict) else move(inputs)
 

@@ -76,6 +76,7 @@ def decompose(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    workers: int | None = None,
     batch_size: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
@@ -118,6 +119,7 @@ def decompose(
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much to measure on.
+        workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: samples at once of the measurement, and of what is timed.
         max_drop, min_quality, max_params, max_bytes: gates; a drop is against the earliest model of the chain with
             the same head.

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftc.data import open_data
+from peftc.data.augment import Seeds
 from peftc.data.images import transform
 from peftc.errors import SourceError
 from peftc.models.place import device_of
@@ -141,7 +142,7 @@ def _trained(seed: int, device: str) -> nn.Module:
 
     digits, place = torch.tensor(labels), device_of(device)
 
-    def batch(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def batch(rows: Sequence[int], _: Seeds) -> tuple[Tensor, Tensor]:
         return pixels[list(rows)].to(place), digits[list(rows)].to(place)
 
     def loss(module: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,6 +155,7 @@ def _trained(seed: int, device: str) -> nn.Module:
         batch,
         loss,
         Recipe(epochs=EPOCHS, learning_rate=1e-3, weight_decay=0.05, dropout=True, seed=seed),
+        workers=0,  # the images lie where the network does
         device=device,
     )
     return network

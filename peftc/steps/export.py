@@ -52,6 +52,7 @@ def export(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    workers: int | None = None,
     batch_size: int = 16,
     max_drop: float | None = None,
     min_quality: float | None = None,
@@ -74,6 +75,7 @@ def export(
         num_samples: of ``data``, to compare on.
         image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
         image_column, text_column, label_column: of ``data``, where their names are not usual ones.
+        workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: of the second timing; the first is of one sample.
         max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the
             earliest model of the chain with the same head.

@@ -75,6 +75,7 @@ def prune_layers(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    workers: int | None = None,
     batch_size: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
@@ -110,6 +111,7 @@ def prune_layers(
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data; scores
             look at 2,000 samples at most when None. A training takes them too.
+        workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: samples at once, of the training too.
         max_drop, min_quality: gates on the test split; a drop is against the earliest model of the chain with the same
             head.

@@ -1,6 +1,8 @@
 """The models that are compared, how each reads the data, and what each gives."""
 
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ import torch
 from peftc import progress
 from peftc.data import Dataset
 from peftc.data.classes import match
+from peftc.data.loading import ahead
 from peftc.errors import DataError, WeightError
 from peftc.models.model import Model
 from peftc.nn.vocabulary import Logits, Unread, is_finite
@@ -33,7 +36,8 @@ def sides_of(row: Task, models: list[Model], dataset: Dataset, settings: Reading
 
     The output of each class is found by running one sample, so that a mismatch is refused before the rest.
     """
-    sides = [Side(model, row.encode(model, dataset, settings)) for model in models]
+    encoded = [replace(row.encode(model, dataset, settings), workers=settings.workers) for model in models]
+    sides = [Side(model, each) for model, each in zip(models, encoded, strict=True)]
     report.notes += sides[0].encoded.notes
     if len(sides) == 2 and row.is_language and sides[0].encoded.key != sides[1].encoded.key:
         what = f"`{models[0].name}` and `{models[1].name}` read `{dataset.name}` as different tokens"
@@ -61,11 +65,19 @@ def run(row: Task, sides: list[Side], dataset: Dataset, batch_size: int, report:
         compare = None
         report.notes.append(f"the two models order their classes differently, so {NOT_COMPARED}")
     same = all(side.encoded.key == encoded.key for side in sides)
-    with progress.track(f"evaluating on {dataset.name}", encoded.size) as advance:
-        for indices in batches(encoded.lengths, encoded.size, batch_size):
+    readers, runs = sides[:1] if same else sides, batches(encoded.lengths, encoded.size, batch_size)
+
+    def read(rows: list[int]) -> list[Batch]:
+        return [each.encoded.batch(rows) for each in readers]
+
+    with (
+        progress.track(f"evaluating on {dataset.name}", encoded.size) as advance,
+        closing(ahead(read, runs, encoded.workers)) as arriving,
+    ):
+        for indices, arrived in zip(runs, arriving, strict=True):
             given: list[tuple[Logits, Batch]] = []
-            for side, columns in zip(sides, seen, strict=True):
-                batch = given[0][1] if given and same else side.encoded.batch(indices)
+            batch: Batch
+            for side, columns, batch in zip(sides, seen, cycle(arrived), strict=False):
                 given.append((_forward(side.model, batch, row), batch))
                 known = replace(batch, targets=torch.tensor(side.outputs)[batch.targets]) if side.outputs else batch
                 columns.append(row.observe(given[-1][0], known))

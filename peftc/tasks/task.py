@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
+from peftc.data.loading import ahead
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
@@ -33,6 +34,14 @@ class Batch:
     targets: Tensor
     others: dict[str, Tensor] | None = None
 
+    def pin_memory(self) -> Batch:
+        """Return it in memory from which a GPU copies while others compute; torch's loader asks for it by this name."""
+
+        def pinned(each: Any) -> Any:
+            return each.pin_memory() if isinstance(each, Tensor) else {name: pinned(each[name]) for name in each or ()}
+
+        return Batch(pinned(self.inputs), pinned(self.targets), pinned(self.others) or None)
+
 
 @dataclass
 class Encoded:
@@ -45,6 +54,11 @@ class Encoded:
     notes: list[str] = field(default_factory=list)  # what people should know about how samples are read
     batch_size: int | None = None  # when the user gives none, and what is usual for the task is too many
     windows: dict[str, Any] = field(default_factory=dict)  # how a text was cut, where that was asked for
+    workers: int | None = None  # processes that read batches ahead; as many as pay when None
+
+    def batches(self, runs: Sequence[Sequence[int]]) -> Generator[Batch, None, None]:
+        """Yield the batch of each of some runs of rows, read ahead."""
+        return ahead(self.batch, runs, self.workers)
 
     def spread(self, number: int) -> list[int]:
         """Return so many rows, at most ``size``, spread over all."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import methods, processes
+from peftc.data.augment import Seeds
 from peftc.errors import DataError, UsageError
 from peftc.models import dual, layers, shorten, unread
 from peftc.models.inputs import mask_of, mask_of_outputs
@@ -77,6 +78,19 @@ class Given:
     batch: Batch
     rows: Sequence[int] = ()
 
+    def pin_memory(self) -> "Given":
+        """Return it in memory from which a GPU copies while others compute; torch's loader asks for it by this name."""
+        return replace(self, batch=self.batch.pin_memory())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of text there are, padding apart; of pairs with images none are counted."""
+        inputs = self.batch.inputs
+        if not isinstance(inputs, dict) or "input_ids" not in inputs or "pixel_values" in inputs:
+            return 0
+        mask = mask_of(inputs)
+        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
 
 @dataclass
 class Imitation:
@@ -97,9 +111,9 @@ class Imitation:
         """What the terms ask for."""
         return {need for term in self.terms.values() for need in term.needs}
 
-    def batch(self, rows: Sequence[int]) -> Given:
-        """Return some of the samples to learn from."""
-        return Given(self.samples.train.batch(rows), rows)
+    def batch(self, rows: Sequence[int], seeds: Seeds) -> Given:
+        """Return some of the samples to learn from, as drawn for a step."""
+        return Given(self.samples.train.drawn(rows, seeds), rows)
 
     def loss(self, module: nn.Module, given: Given, peers: Peers | None = None) -> dict[str, Tensor]:
         """Return the weighted terms of a batch; the module is the student's.
@@ -256,7 +270,7 @@ class Imitation:
             return
         if "logits" in self.terms and self.samples.task is retrieval.TASK:
             raise UsageError("images and texts have no `logits`", hint="imitate their vectors: `--loss embeddings=1`")
-        batch = self.samples.train.batch([0, 0])  # two, as mixing takes pairs
+        batch = self.samples.train.batch([0])
         with torch.no_grad():
             own, _ = self.seen("student", self.student, self.student.module, moved(self.student, batch.inputs))
         taught = self.taught(batch)

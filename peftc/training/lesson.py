@@ -142,7 +142,9 @@ def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own
     held, size = work.samples.held, lesson.recipe.batch_size
     usual = {"loss": work.loss, "score": None if held is None else lambda: work.score(held, size)}
     logs = {"log_with": log_with, "log_folder": job.output.with_name(f"{job.output.name}-logs")}
+    arrival = {"workers": lesson.reading.workers, "tokens": lambda given: given.tokens}
     recipe = lesson.recipe
-    how: dict[str, Any] = {"recipe": recipe, "device": lesson.device, "folder": job.work, **logs, **usual, **own}
+    asked = {"recipe": recipe, "device": lesson.device, "folder": job.work}
+    how: dict[str, Any] = {**asked, **arrival, **logs, **usual, **own}
     with layerwise(work.student, compiled=recipe.compile, recomputed=recipe.gradient_checkpointing):
         return loop.fit(work.student.module, len(work.samples.train), work.batch, **how)

@@ -5,7 +5,6 @@ seed and its epoch. So a run that was killed goes on from its last checkpoint to
 the same samples however many processes and parts share it.
 """
 
-import functools
 import math
 import statistics
 import time
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from peftc import processes, progress
+from peftc.data.augment import Seeds
 from peftc.errors import DivergenceError, PeftcError
 from peftc.measure.costs import out_of_memory
 from peftc.models import sharding
@@ -27,6 +27,8 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
+from peftc.training.arrival import Arrivals, Stream, said
+from peftc.training.interruption import Interruption, interruption
 from peftc.training.journal import Journal
 from peftc.training.optimizers import optimizer_of
 from peftc.training.parallel import Step, Terms
@@ -36,15 +38,18 @@ from peftc.training.schedule import Outcome, mixed, rate
 SAVE_EVERY = 60.0  # seconds between checkpoints
 RESERVED = 0.85  # share of the minutes for forward and backward; the rest is for the optimizer and for looking
 TIMED_STEPS = 5  # that say how many fit in the minutes asked for
+MANY_STEPS = 1 << 20  # more than are timed: samples are read ahead as if there were no end
 
 
 def fit(
     module: nn.Module,
     size: int,
-    batch: Callable[[Sequence[int]], Any],
+    batch: Callable[[Sequence[int], Seeds], Any],
     loss: Callable[[nn.Module, Any], Tensor | Terms],
     recipe: Recipe,
     *,
+    workers: int | None = None,
+    tokens: Callable[[Any], int] | None = None,
     device: str = "auto",
     score: Callable[[], float] | None = None,
     folder: Path | None = None,
@@ -58,9 +63,11 @@ def fit(
     Args:
         module: what learns; parameters with two or more axes decay.
         size: number of samples.
-        batch: gives the collated batch of some samples, as drawn for this step where it is random.
+        batch: gives the collated batch of some samples, by seeds where it is random; on the CPU where others read it.
         loss: maps the module and a batch to a scalar, or to weighted terms, each a mean over the samples.
         recipe: how.
+        workers: processes that read batches ahead; as many as pay when None.
+        tokens: counts those of a batch, where there are any.
         device: where.
         score: how good the module is on held-out samples; the best weights seen are kept. The last ones without it.
         folder: for checkpoints, from which the same call goes on, and the log; nothing is kept when None.
@@ -81,8 +88,8 @@ def fit(
     rates = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = accelerator.prepare(optimizer_of(recipe.optimizer, module, **rates, place=accelerator.device))
     journal = Journal(folder)
-    learner = Step(module, loss)
-    run = _Run(accelerator, module, optimizer, size, batch, learner, recipe, journal, after_step, keep_last)
+    stream = Stream(size, recipe, batch, workers, tokens)
+    run = _Run(accelerator, module, optimizer, stream, Step(module, loss), recipe, journal, after_step, keep_last)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with processes.watched(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(recipe.seed)
@@ -91,7 +98,11 @@ def fit(
         run.share()
         begun = last = time.monotonic()
         first = run.step
-        with progress.track(f"training on {size} samples", run.total) as advance:
+        with (
+            progress.track(f"training on {size} samples", run.total) as advance,
+            stream.arriving(run.step, run.total) as run.arrivals,
+            interruption(run.save) as run.stop,
+        ):
             for _ in range(run.step):
                 advance("")
             while True:
@@ -99,14 +110,20 @@ def fit(
                     run.judge(score)
                 if run.step == run.total or run.idle():
                     break
+                start = time.monotonic()
                 terms = run.learn()
+                run.arrivals.add(time.monotonic() - start)
                 run.tell(terms, log_with)
                 left = (time.monotonic() - begun) / (run.step - first) * (run.total - run.step)
                 time_left = f"{left / 60:.1f} min" if left >= 60 else f"{left:.0f} s"
-                advance(f"loss {run.outcome.losses[-1]:.4g}, rate {run.rate():.1e}, {time_left} left")
+                loss_now, speed = run.outcome.losses[-1], said(run.arrivals.speed())
+                advance(f"loss {loss_now:.4g}, rate {run.rate():.1e}, {speed}, {time_left} left")
                 if parallel.any_says(time.monotonic() - last > SAVE_EVERY, module):
                     run.save()
                     last = time.monotonic()
+                if run.stop.due:
+                    run.stop.end()
+        run.outcome.speed = run.arrivals.speed()
         run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
         run.end(score is not None)
     if log_with:
@@ -122,8 +139,7 @@ class _Run:
     accelerator: Accelerator
     module: nn.Module
     optimizer: Any
-    size: int
-    batch: Callable[[Sequence[int]], Any]
+    stream: Stream
     learner: nn.Module  # a `Step`, which Accelerate then prepares
     recipe: Recipe
     journal: Journal
@@ -131,6 +147,8 @@ class _Run:
     keep_last: bool
     total: int = 0
     step: int = 0
+    arrivals: Arrivals = field(init=False)  # those of the steps to come
+    stop: Interruption = field(init=False)
     outcome: Outcome = field(default_factory=Outcome)
     average: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -150,9 +168,9 @@ class _Run:
 
     def share(self) -> None:
         """Let all processes learn together from now on."""
-        samples = processes.share(self.samples(self.step))[:: self.recipe.accumulate]
-        with self.in_memory(len(samples)):
-            self.learner = parallel.spread(self.accelerator, self.learner, lambda: self.batch(samples))
+        part = self.step * self.recipe.accumulate
+        with self.in_memory():
+            self.learner = parallel.spread(self.accelerator, self.learner, lambda: self.stream.given(part))
 
     def rate(self) -> float:
         """Return the learning rate of the step to come."""
@@ -163,23 +181,12 @@ class _Run:
         looks = self.recipe.evaluations
         return {0} | {math.ceil(self.total * look / looks) for look in range(1, looks + 1)}
 
-    def samples(self, step: int) -> list[int]:
-        """Return the samples of a step: of a stream of epochs, each in an order of its own."""
-        size = self.recipe.batch_size
-        found: list[int] = []
-        position = step * size
-        while len(found) < size:
-            epoch, at = divmod(position + len(found), self.size)
-            found += _order(self.size, mixed(self.recipe.seed, epoch, 0))[at : at + size - len(found)]
-        return found
-
     def learn(self) -> dict[str, float]:
         """Make one step on this process's share of the samples; return the terms, averaged over all."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        samples = self.samples(self.step)
-        values = self.gradients(samples)
-        self.outcome.losses.append(self.finite(sum(values.values()), samples))
+        values = self.gradients()
+        self.outcome.losses.append(self.finite(sum(values.values())))
         if self.step == 0:
             self.outcome.start = values
         if self.recipe.clip:
@@ -194,28 +201,31 @@ class _Run:
         self.step += 1
         return values
 
-    def gradients(self, samples: Sequence[int]) -> dict[str, float]:
+    def gradients(self) -> dict[str, float]:
         """Add up the gradients of the parts of this process's share; return the terms, averaged over parts and all."""
-        share = processes.share(samples)
         parts = self.recipe.accumulate
         torch.manual_seed(mixed(self.recipe.seed, self.step, 1 + processes.rank()))
         sums: dict[str, Tensor] = {}
         for part in range(parts):
-            given = self.batch(share[part::parts])
-            with self.in_memory(len(share)), parallel.alone(self.learner, part + 1 < parts):
+            given = self.arrivals.take()
+            with self.in_memory(), parallel.alone(self.learner, part + 1 < parts):
                 terms = self.learner(given)
                 self.accelerator.backward(parallel.total(terms) / parts)
             for name, each in terms.items():
                 sums[name] = sums.get(name, 0) + each.detach().float() / parts
-        values = torch.stack([each.to(self.accelerator.device) for each in sums.values()])
+        told = [*sums.values(), torch.tensor(float(self.stop.asked))]
+        values = torch.stack([each.to(self.accelerator.device) for each in told])
         if processes.size() > 1:
             values = self.accelerator.reduce(values, "mean")
-        return dict(zip(sums, values.tolist(), strict=True))
+        *found, asked = values.tolist()
+        self.stop.agreed = asked > 0
+        return dict(zip(sums, found, strict=True))
 
-    def finite(self, value: float, samples: Sequence[int]) -> float:
+    def finite(self, value: float) -> float:
         """Return the loss of a step, or stop there."""
         if math.isfinite(value):
             return value
+        samples = [index for _, index in self.stream.step(self.step)]
         kept = f"; the last checkpoint is `{self.journal.last}`" if self.journal.last else ""
         raise DivergenceError(
             f"the loss became {value} at step {self.step + 1}",
@@ -225,24 +235,25 @@ class _Run:
         )
 
     @contextmanager
-    def in_memory(self, share: int) -> Iterator[None]:
-        """Refuse a step of this process's share for which there is too little memory."""
+    def in_memory(self) -> Iterator[None]:
+        """Refuse a step for which there is too little memory."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or out_of_memory(error):
-                raise self.too_large(share) from error
+                raise self.too_large() from error
             raise
 
-    def too_large(self, share: int) -> PeftcError:
+    def too_large(self) -> PeftcError:
         """Return the refusal of a step for whose samples there is too little memory, with what to lower."""
         parts = self.recipe.accumulate
+        at_once = self.recipe.batch_size // processes.size() // parts
         hint = "use a smaller model, or another device"
-        if share // parts > 1:
+        if at_once > 1:
             hint = f"`--accumulate {2 * parts}` computes the same step in parts of half the size"
         return PeftcError(
             f"out of memory at step {self.step + 1}",
-            why=f"{share // parts} samples at once do not fit with the gradients and the optimizer's state",
+            why=f"{at_once} samples at once do not fit with the gradients and the optimizer's state",
             hint=hint,
         )
 
@@ -252,19 +263,20 @@ class _Run:
         if recipe.steps is not None:
             return recipe.steps
         if recipe.epochs is not None:
-            return max(1, round(recipe.epochs * self.size / recipe.batch_size))
+            return max(1, round(recipe.epochs * self.stream.size / recipe.batch_size))
         return self.journal.steps(self.timed)  # by all processes at once, as they will work
 
     def timed(self) -> int:
         """Time steps on copies of what they change, and return how many fit in the minutes."""
         seconds = []
-        for step in range(TIMED_STEPS + 1):
-            start = time.monotonic()
-            share = processes.share(self.samples(step))
-            with torch.random.fork_rng(devices=[]):
-                parallel.total(self.learner(self.batch(share))).backward()
-            self.module.zero_grad()
-            seconds.append(time.monotonic() - start)
+        with self.stream.arriving(0, MANY_STEPS) as arrivals:
+            for _ in range(TIMED_STEPS + 1):
+                start = time.monotonic()
+                with torch.random.fork_rng(devices=[]):
+                    for _ in range(self.recipe.accumulate):
+                        parallel.total(self.learner(arrivals.take())).backward()
+                self.module.zero_grad()
+                seconds.append(time.monotonic() - start)
         return max(1, int(RESERVED * float(self.recipe.minutes or 0) * 60 / statistics.median(seconds[1:])))
 
     @property
@@ -279,7 +291,8 @@ class _Run:
         random = torch.get_rng_state()
         self.module.eval()
         with self.averaged():
-            value = parallel.agreed(score, self.module)
+            with self.stop.resting():
+                value = parallel.agreed(score, self.module)
             better = self.keep_last or value >= max((each for _, each in self.outcome.scores), default=value)
             self.outcome.scores.append((self.step, value))
             if better:
@@ -312,8 +325,9 @@ class _Run:
         """Write a line of the log."""
         line = {"step": self.step, "loss": self.outcome.losses[-1], **terms, "rate": self.rate()}
         self.journal.write(line)
-        if log_with:
-            self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
+        if log_with:  # how fast it was, no other run would repeat: the journal says nothing of that
+            told = {name: value for name, value in line.items() if name != "step"} | self.arrivals.speed()
+            self.accelerator.log(told, step=self.step)
 
     def end(self, judged: bool) -> None:
         """Leave the best weights in the module, or else the average."""
@@ -363,12 +377,6 @@ class _Run:
             self.outcome.resumed = self.step
         self.journal.cut(self.step, judged=self.judged)
         self.train()
-
-
-@functools.lru_cache(maxsize=2)
-def _order(size: int, seed: int) -> list[int]:
-    """Return the samples of an epoch in its order; steps of the same epoch ask for it again."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Data > samples to learn from and samples held out, read early: what does not fit is refused before any work."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from peftc.data import Dataset, open_data, parts_of, split_names
-from peftc.data.augment import Augmented
+from peftc.data.augment import Augmented, Seeds
 from peftc.data.classes import match
 from peftc.data.dataset import split_word
 from peftc.errors import DataError, UsageError
@@ -28,10 +28,11 @@ HELD_OUT = 500  # at most
 
 @dataclass(frozen=True)
 class Held:
-    """Samples of one encoded data set."""
+    """Samples of one encoded data set; ``changed`` reads rows as they are learnt from, where not as they are."""
 
     encoded: Encoded
     rows: Sequence[int]
+    changed: Callable[[Sequence[int], Seeds], Batch] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,10 +41,13 @@ class Held:
         """Return the batch of some of these samples, counted among them."""
         return self.encoded.batch([self.rows[index] for index in indices])
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all of these samples in order, at most ``size`` at once."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+    def drawn(self, indices: Sequence[int], seeds: Seeds) -> Batch:
+        """Return the batch of some of these samples to learn from, changed at random where that was asked for."""
+        return self.batch(indices) if self.changed is None else self.changed([self.rows[at] for at in indices], seeds)
+
+    def batches(self, size: int) -> Generator[Batch, None, None]:
+        """Yield all of these samples in order, at most ``size`` at once, read ahead."""
+        return self.encoded.batches([self.rows[start : start + size] for start in range(0, len(self), size)])
 
 
 @dataclass(frozen=True)
@@ -124,30 +128,30 @@ def read(
         train, held = _cut(encoded, held_out, seed)
         notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
     if augment:
-        train = replace(train, encoded=_augmented(model, dataset, encoded, reading, augment, outputs))
+        train = replace(train, changed=_augmented(model, dataset, encoded, reading, augment, outputs))
     about = {**seen.kept(data, row if labelled else None, dataset, encoded), "samples": len(train)}
     return Samples(row, labelled, train, held, about, outputs, notes)
 
 
 def _augmented(
     model: Model, dataset: Dataset, plain: Encoded, reading: Reading, augment: Augment, outputs: list[int]
-) -> Encoded:
-    """Return samples that are changed at random each time they are read; classes are mixed as the model's outputs."""
+) -> Callable[[Sequence[int], Seeds], Batch]:
+    """Return what reads samples changed at random; classes are mixed as the model's outputs."""
     if dataset.kind not in ("image", "tensor") or model.kind != "image":
         raise UsageError(f"`{dataset.name}` holds no images to augment", hint="leave `--augment` and `--mixup` out")
     images = Augmented(dataset, model.preprocess, reading.image_size, augment, plain.batch)
     number = len(model.labels or []) or max(outputs, default=0) + 1
 
-    def batch(indices: Sequence[int]) -> Batch:
+    def changed(indices: Sequence[int], seeds: Seeds) -> Batch:
         targets = torch.zeros(len(indices), dtype=torch.long)  # where no class is an output, nothing looks at them
         if outputs:
             assert dataset.labels is not None
             targets = torch.tensor(outputs)[[int(dataset.labels[dataset.rows[at]]) for at in indices]]
-        inputs, shares = images.mixed(images.read(indices), targets, number)
+        inputs, shares = images.mixed(images.read(indices, seeds.samples), targets, number, seeds.step)
         one_hot = torch.nn.functional.one_hot(shares, number).float() if shares.ndim == 1 else shares
         return Batch(inputs, one_hot)
 
-    return replace(plain, batch=batch)
+    return changed
 
 
 def _encode(
@@ -156,10 +160,10 @@ def _encode(
     if not len(dataset):
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
-        return unlabelled.encode(model, dataset, row, reading)
+        return replace(unlabelled.encode(model, dataset, row, reading), workers=reading.workers)
     if row.has_classes:
         refuse_one_class(dataset, otherwise)
-    return row.encode(model, dataset, reading)
+    return replace(row.encode(model, dataset, reading), workers=reading.workers)
 
 
 def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:

@@ -21,6 +21,8 @@ class Outcome:
         seconds_per_step: mean wall-clock time of this process.
         resumed: step from which an interrupted run went on; 0 for a run from the start.
         optimizer_bytes: of the optimizer's state.
+        speed: of the steps of this process: ``samples_per_second``, of texts ``tokens_per_second``, both over all
+            processes, and the share of the time spent ``waiting`` for samples.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -32,6 +34,7 @@ class Outcome:
     seconds_per_step: float = 0.0
     resumed: int = 0
     optimizer_bytes: int = 0
+    speed: dict[str, float] = field(default_factory=dict)
 
 
 def rate(step: int, total: int, recipe: Recipe) -> float:

@@ -16,6 +16,7 @@ from peftc.options import Recipe
 from peftc.report import Report, Table
 from peftc.store.source import Source
 from peftc.training import imitation, parallel, samples
+from peftc.training.arrival import said
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.schedule import Outcome
 
@@ -91,6 +92,7 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
         "losses": [outcome.losses[0], outcome.losses[-1]],
         "held_out": {"scores": [list(each) for each in outcome.scores], "best": outcome.best, "before": dict(before)},
         "seconds_per_step": outcome.seconds_per_step,
+        **({"speed": outcome.speed} if outcome.speed else {}),
     }
     if outcome.scores:
         scores = dict(outcome.scores)
@@ -107,4 +109,5 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
         report.notes.append(f"stopped after {outcome.steps} of {outcome.planned} steps: nothing got better")
     if outcome.resumed:
         report.notes.append(f"resumed at step {outcome.resumed} of {outcome.planned}")
-    report.notes.append(f"{outcome.steps} steps, {outcome.seconds_per_step:.3g} s each")
+    speed = f": {said(outcome.speed)}" if outcome.speed else ""
+    report.notes.append(f"{outcome.steps} steps, {outcome.seconds_per_step:.3g} s each{speed}")

@@ -24,7 +24,7 @@ SHORT = Recipe(steps=8, batch_size=16, learning_rate=2e-2, dropout=True)
 Given = tuple[Tensor, Tensor]
 
 
-def batch(rows: Sequence[int]) -> Given:
+def batch(rows: Sequence[int], _: object = None) -> Given:
     return X[list(rows)], Y[list(rows)]
 
 
@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 def test_an_epoch_reads_every_sample_once_and_in_an_order_of_its_own() -> None:
     seen: list[int] = []
 
-    def watched(rows: Sequence[int]) -> Given:
+    def watched(rows: Sequence[int], _: object) -> Given:
         seen.extend(rows)
         return batch(rows)
 
@@ -81,7 +81,7 @@ def test_an_epoch_reads_every_sample_once_and_in_an_order_of_its_own() -> None:
 def test_steps_may_cross_epochs_and_a_step_may_be_longer_than_one() -> None:
     seen: list[int] = []
 
-    def watched(rows: Sequence[int]) -> Given:
+    def watched(rows: Sequence[int], _: object) -> Given:
         seen.extend(rows)
         return batch(rows)
 

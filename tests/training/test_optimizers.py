@@ -39,7 +39,7 @@ def loss(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 def run(recipe: Recipe, minimised: Any = loss, **options: Any) -> tuple[Outcome, nn.Module]:
-    def batch(rows: Sequence[int]) -> Tensor:
+    def batch(rows: Sequence[int], *_: Any) -> Tensor:
         return torch.tensor(list(rows))
 
     module = network()
