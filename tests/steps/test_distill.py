@@ -566,3 +566,35 @@ def test_padding_of_texts_counts_for_nothing_beside_images(tiny_clip: Path, capt
     for name, mask in masks.items():
         assert (mask is None) == name.startswith("vision_model"), name
     assert len({name.split(".")[0] for name in masks}) == 2
+
+
+SIGNALLED = """
+import os, signal, sys
+from peftc.training.imitation import Imitation
+loss, calls = Imitation.loss, iter(range(100))
+def signalled(self, module, given):
+    if next(calls) == 3 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, module, given)
+Imitation.loss = signalled
+from peftc.cli.app import main
+sys.argv[0] = "peftc"
+main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_is_told_to_end_all_end_with_the_same_step_and_go_on(
+    student: Path, images: Path, tmp_path: Path, rank: int
+) -> None:
+    words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--held-out", 0, "--device", "cpu"]
+    ended = launch(*words, "-o", tmp_path / "out", code=SIGNALLED.format(rank=rank))
+    assert [code for code, _, _ in ended] == [130, 130], ended
+    assert all("run the same command again to resume" in stderr for _, _, stderr in ended)
+    state = torch.load(tmp_path / "out.partial" / "work" / journal.CHECKPOINT, weights_only=True)
+    again = launch(*words, "-o", tmp_path / "out")
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert f"resumed at step {state['step']} of 6" in again[0][2]
+    whole = launch(*words, "-o", tmp_path / "whole")
+    assert [code for code, _, _ in whole] == [0, 0]
+    assert all(torch.equal(one, tensors(tmp_path / "whole")[name]) for name, one in tensors(tmp_path / "out").items())

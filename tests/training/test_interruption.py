@@ -67,7 +67,7 @@ def test_a_step_is_finished_and_kept_before_the_training_ends(number: signal.Sig
 
 
 def test_held_out_samples_are_left_at_once_and_the_steps_before_kept(tmp_path: Path) -> None:
-    whole, expected = run(tmp_path / "whole")
+    whole, _ = run(tmp_path / "whole")
     scores = iter(range(100))
 
     def signalled() -> float:
