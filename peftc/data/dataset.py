@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from peftc.data.remembered import Identity, digest
 from peftc.errors import DataError, UsageError
 
 SPLIT_WORDS = {
@@ -47,6 +49,8 @@ class Dataset:
         notes: what people should know about how it was read.
         is_named: ``content`` begins with the name of a file, and a zero byte.
         has_lines: its one text is a file, whose lines are what rows are elsewhere.
+        identity: tells without reading them whether all rows are what they were; None where they are read anyway.
+        pieces: gives a text too large for memory piece by piece, each but the last ended by a new line.
     """
 
     kind: str
@@ -61,6 +65,8 @@ class Dataset:
     notes: list[str] = field(default_factory=list)
     is_named: bool = False
     has_lines: bool = False
+    identity: Callable[[], Identity | None] | None = None
+    pieces: Callable[[], Iterator[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,17 +91,38 @@ class Dataset:
 
     @cached_property
     def _digests(self) -> tuple[str, str]:
+        if self.identity is None:
+            return self._read_digests()
+        rows = self.rows if isinstance(self.rows, range) else array("q", self.rows).tobytes()
+        labels = None if self.labels is None else array("q" if self.classes else "d", self.labels).tobytes()
+        parts = ["digests", self.kind, rows, labels, self.classes, self.is_named]
+        one, other = digest(self.identity, parts, self._read_digests)
+        return one, other
+
+    def _read_digests(self) -> tuple[str, str]:
         total, least = hashlib.sha256(self.kind.encode()), set[str]()
         for row in self.rows:
-            content = self.content(row)
             label = None if self.labels is None else self.labels[row]
             name = self.classes[int(label)] if self.classes and label is not None else label
-            total.update(b"%d:" % len(content) + content + repr(name).encode())
-            alone = content.partition(b"\0")[2] if self.is_named else content
-            least.add(hashlib.sha256(alone).hexdigest()[:HASH])
+            alone = self._add(total, row)
+            total.update(repr(name).encode())
+            least.add(alone[:HASH])
             if len(least) > 64 * SKETCH:
                 least = set(sorted(least)[:SKETCH])
         return total.hexdigest(), "".join(sorted(least)[:SKETCH])
+
+    def _add(self, total: Any, row: int) -> str:
+        """Add the length and the content of a row to a hash; return the digest of the content without its name."""
+        if self.pieces is not None:
+            alone = hashlib.sha256()
+            total.update(b"%d:" % sum(len(piece.encode()) for piece in self.pieces()))
+            for piece in self.pieces():
+                total.update(piece.encode())
+                alone.update(piece.encode())
+            return alone.hexdigest()
+        content = self.content(row)
+        total.update(b"%d:" % len(content) + content)
+        return hashlib.sha256(content.partition(b"\0")[2] if self.is_named else content).hexdigest()
 
     def take(self, number: int | None, *, seed: int) -> Dataset:
         """Keep ``number`` samples, the classes as even as they allow; None or more than there are keeps all."""

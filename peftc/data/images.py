@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from peftc.data import limits
+from peftc.data import limits, remembered
 from peftc.data.dataset import SPLITS, Dataset, Splits
 from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
 from peftc.data.loading import is_alone
@@ -41,6 +41,7 @@ class Tree:
     files: list[str]
     folders: list[str]
     read: Callable[[str], bytes]
+    archive: Path | None = None  # that holds them all
 
 
 def folder_tree(path: Path) -> Tree:
@@ -121,7 +122,7 @@ def zip_tree(path: Path) -> Tree:
         with archive.open(there[name]) as member:
             return limits.whole(member, IMAGE_BYTES, f"{path}/{name}")
 
-    return Tree(str(path), files, sorted(folders - {".", ""}), read)
+    return Tree(str(path), files, sorted(folders - {".", ""}), read, path)
 
 
 def class_folders(tree: Tree) -> Splits:
@@ -182,6 +183,11 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         with limits.refused(f"{tree.name}/{files[row]}"):
             return tree.read(files[row])
 
+    def identity() -> remembered.Identity | None:
+        root, inside = (tree.archive, [""]) if tree.archive else (Path(tree.name), files)
+        found = remembered.identity(root, inside)
+        return found.of("\0".join(files)) if found and tree.archive else found
+
     return Dataset(
         kind="image",
         name=tree.name,
@@ -190,6 +196,7 @@ def _dataset(tree: Tree, split: str, files: list[str]) -> Dataset:
         read=lambda row: decode(content(row), f"{tree.name}/{files[row]}"),
         content=lambda row: files[row].encode("utf-8", "surrogateescape") + b"\0" + content(row),
         is_named=True,
+        identity=identity if len(files) >= remembered.MANY else None,
     )
 
 
