@@ -96,8 +96,13 @@ class Dataset:
         rows = self.rows if isinstance(self.rows, range) else array("q", self.rows).tobytes()
         labels = None if self.labels is None else array("q" if self.classes else "d", self.labels).tobytes()
         parts = ["digests", self.kind, rows, labels, self.classes, self.is_named]
-        one, other = digest(self.identity, parts, self._read_digests)
+        one, other = digest(self.begun, self.identity, parts, self._read_digests)
         return one, other
+
+    @cached_property
+    def begun(self) -> Identity | None:
+        """What its identity was before anything was read of it."""
+        return self.identity() if self.identity else None
 
     def _read_digests(self) -> tuple[str, str]:
         total, least = hashlib.sha256(self.kind.encode()), set[str]()

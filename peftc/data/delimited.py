@@ -3,6 +3,7 @@
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,32 @@ from peftc.errors import DataError, named
 from peftc.report import GUESSED
 
 SAMPLE = 1000  # rows of a file that tell whether the first is a header
+HEAD = 100_000  # characters of a file in which they are looked for
+PIECE = 1 << 17  # characters of a large file that are read at once
 
 
 def text_of(path: Path) -> str:
     """Return the text of a file, which has to hold some, in UTF-8."""
-    with limits.opened(path) as file:
-        content = file.read()
-    why = "it holds zero bytes, so it is no text"
-    try:
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
-    except UnicodeDecodeError as error:
-        text, why = "\0", str(error)
-    if "\0" in text:
-        raise DataError(f"cannot read `{path}`", why=why, hint="peftc reads UTF-8 text")
-    if not text.strip():
+    return "".join(pieces(path, None))
+
+
+def pieces(path: Path, size: int | None = PIECE) -> Iterator[str]:
+    """Yield the text of a file, which has to hold some, in UTF-8: all, or some characters at once, in whole lines."""
+    is_blank, hint = True, "peftc reads UTF-8 text"
+    with limits.opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:  # type: ignore[arg-type]
+        while True:
+            try:
+                text = file.read(size) if size is None else file.read(size) + file.readline()
+            except UnicodeDecodeError as error:
+                raise DataError(f"cannot read `{path}`", why=str(error), hint=hint) from None
+            if not text:
+                break
+            if "\0" in text:
+                raise DataError(f"cannot read `{path}`", why="it holds zero bytes, so it is no text", hint=hint)
+            is_blank = is_blank and text.isspace()
+            yield text
+    if is_blank:
         raise DataError(f"`{path}` is empty")
-    return text
 
 
 def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]:

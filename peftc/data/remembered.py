@@ -20,7 +20,7 @@ from peftc.version import __version__
 FOLDER = "remembered"  # in peftc's part of the user's cache
 MOST = 4096  # values kept; those that nobody asked for longest go first
 SETTLED = 2.0  # seconds: a younger file may change again within one tick of the clock that dates it
-LARGE = 4 << 20  # bytes of text from which on it is kept on disk instead of in memory
+LARGE = 1 << 20  # bytes of a file from which on its rows and tokens are kept on disk instead of in memory
 MANY = 1000  # files whose digest is worth remembering
 
 T = TypeVar("T")
@@ -62,17 +62,20 @@ def identity(root: Path, names: Iterable[str] = ("",)) -> Identity | None:
     return Identity(found.hexdigest(), now - youngest > SETTLED * 1e9)
 
 
-def digest(source: Callable[[], Identity | None], parts: Iterable[object], compute: Callable[[], T]) -> T:
-    """Return what ``compute`` finds in files, or what it found when they were last looked at as they are now."""
-    parts = [*parts]
-    before = source()
+def digest(
+    before: Identity | None, now: Callable[[], Identity | None], parts: Iterable[object], compute: Callable[[], T]
+) -> T:
+    """Return what ``compute`` finds in files, or what it found when they were last looked at as they are.
+
+    Args:
+        before: the identity of the files before anything was read of them.
+        now: gives it anew.
+        parts: what else the value depends on.
+        compute: gives the value.
+    """
     if before is None or not before.is_settled:
         return compute()
-
-    def unless_changed(value: T) -> bool:
-        return source() == before
-
-    return value(key_of(before.key, *parts), compute, unless_changed)
+    return value(key_of(before.key, *parts), compute, lambda _: now() == before)
 
 
 def value(key: str, compute: Callable[[], T], is_kept: Callable[[T], bool] = lambda value: True) -> T:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftc.data import delimited, jsonl, limits
+from peftc.data import delimited, jsonl, limits, remembered
 from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Pairs, Splits, split_word
 from peftc.data.images import decode
@@ -51,8 +51,7 @@ def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) 
 def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset:
     ending, notes = path.suffix.lower(), list[str]()
     if ending == ".txt":
-        text = delimited.text_of(path)
-        return Dataset("text", str(path), split, lambda row: text, lambda row: text.encode(), range(1), has_lines=True)
+        return _text(path, split)
     if ending == ".parquet":
         _refuse_parquet(path)
         table = _load("parquet", path)
@@ -62,6 +61,26 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
         options, notes = delimited.options_of(path, columns)
         table = _load("csv", path, **options)
     return dataset(Rows(table, str(path), split, columns, task, notes, path.parent))
+
+
+def _text(path: Path, split: str) -> Dataset:
+    """Return a file of text as one sample; a large one is read when it is asked for."""
+    with limits.refused(path):
+        is_large = path.stat().st_size >= remembered.LARGE
+    if not is_large:
+        text = delimited.text_of(path)
+        return Dataset("text", str(path), split, lambda row: text, lambda row: text.encode(), range(1), has_lines=True)
+    return Dataset(
+        kind="text",
+        name=str(path),
+        split=split,
+        read=lambda row: delimited.text_of(path),
+        content=lambda row: delimited.text_of(path).encode(),
+        rows=range(1),
+        has_lines=True,
+        identity=partial(remembered.identity, path),
+        pieces=partial(delimited.pieces, path),
+    )
 
 
 def _load(builder: str, path: Path, **options: Any) -> Any:

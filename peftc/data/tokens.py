@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
     with refusing(model):
         made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
-    _refuse_unknown(model, [*made["input_ids"], [tokenizer.pad_token_id or 0]])
+    refuse_unknown(model, [*made["input_ids"], [tokenizer.pad_token_id or 0]])
     keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
 
     def pad(rows: Sequence[int]) -> dict[str, Tensor]:
@@ -89,16 +90,21 @@ def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]
     """Return the tokens of one long text, all of which the model has to know."""
     with refusing(model):
         ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
-    _refuse_unknown(model, [ids])
+    refuse_unknown(model, [ids])
     return ids
 
 
-def _refuse_unknown(model: Model, rows: Iterable[Sequence[int]]) -> None:
-    words, most = vocabulary(model), max((max(ids, default=0) for ids in rows), default=0)
+def refuse_unknown(model: Model, rows: Iterable[Any]) -> None:
+    """Refuse tokens that a model does not know (DataError); ``rows`` are lists or arrays of them."""
+    words, most = vocabulary(model), max((_largest(ids) for ids in rows), default=0)
     if most >= words:
         why = f"the model knows {words:,} tokens, from 0 on"
         hint = "put the tokenizer files beside it that it was trained with"
         raise DataError(f"the tokenizer of `{model.name}` gives the token {most:,}", why=why, hint=hint)
+
+
+def _largest(ids: Any) -> int:
+    return int(ids.max()) if isinstance(ids, np.ndarray) and len(ids) else max(ids, default=0)
 
 
 def start_of(model: Model, tokenizer: Any) -> list[int]:
@@ -107,9 +113,14 @@ def start_of(model: Model, tokenizer: Any) -> list[int]:
     A model that always saw one first makes little of a window that begins without it: Gemma 3 270M has a perplexity of
     78 there, and of 41 with it.
     """
+    return around(model, tokenizer)[0]
+
+
+def around(model: Model, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before a text, and those that it puts behind it."""
     whole, bare = (ids_of(model, tokenizer, "a", add_special_tokens=special) for special in (True, False))
     at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
-    return whole[:at]
+    return whole[:at], whole[at + len(bare) :]
 
 
 def number_to_draw(spec: str, model: Model, task: str | None) -> int:

@@ -2,15 +2,19 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from peftc.data import tokenised
 from peftc.data.dataset import Dataset
-from peftc.data.tokens import IGNORED, ids_of, start_of, window
+from peftc.data.remembered import key_of
+from peftc.data.stored import Flat, flat
+from peftc.data.tokens import IGNORED, start_of, window
 from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
@@ -18,27 +22,47 @@ from peftc.nn import vocabulary
 from peftc.nn.vocabulary import Logits
 from peftc.options import Reading
 from peftc.tasks.task import Batch, Columns, Encoded, Task
-from peftc.tasks.windows import encode_cut, joined, some_of
+from peftc.tasks.windows import encode_cut, known, some_of
 
+BLOCK = 1 << 20  # tokens that are looked at at once, where all are
 MASKED = 0.15  # the share of BERT (Devlin et al., 2019, section 3.1); every one becomes the mask token
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows of text; ``give`` gives (rows, length) tokens of some, and ``ids`` are those of the whole text."""
+
+    number: int
+    length: int
+    give: Callable[[Sequence[int]], Tensor]
+    ids: Flat
+    asked: tuple[object, ...]  # by what they were chosen
 
 
 def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, whose every token but the first is foretold from those before it."""
     if settings.windows.asked():
         return encode_cut(model, data, settings)
+    start, begun = torch.tensor([], dtype=torch.long), ""
     if data.kind == "tensor":
-        windows, begun = torch.stack([data[index][0] for index in range(len(data))]), ""
+        drawn = torch.stack([data[index][0] for index in range(len(data))])
+        inner = _Windows(len(drawn), drawn.shape[1], lambda rows: drawn[list(rows)], Flat([]), ())
     else:
         tokenizer = tokenizer_of(model)
-        start = start_of(model, tokenizer)
+        start = torch.tensor(start_of(model, tokenizer), dtype=torch.long)
         inner = _windows(model, tokenizer, data, settings, taken=len(start), least=len(start) + 2)
-        windows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(inner), -1), inner], 1)
-        begun = f" each begun by `{tokenizer.decode(start)}`, as the tokenizer begins texts;" if start else ""
+        begun = (
+            f" each begun by `{tokenizer.decode(start.tolist())}`, as the tokenizer begins texts;" if len(start) else ""
+        )
 
-    targets = windows.roll(-1, 1)
-    targets[:, -1] = IGNORED
-    return _encoded(windows, targets, f"data: windows of {windows.shape[1]} tokens,{begun} the first of each given")
+    def read(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        tokens = torch.cat([start.expand(len(rows), -1), inner.give(rows)], 1)
+        targets = tokens.roll(-1, 1)
+        targets[:, -1] = IGNORED
+        return tokens, targets
+
+    note = f"data: windows of {len(start) + inner.length} tokens,{begun} the first of each given"
+    return _encoded(inner, read, note, start.tolist())
 
 
 def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
@@ -48,39 +72,79 @@ def encode_masked(model: Model, data: Dataset, settings: Reading) -> Encoded:
     start, end, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     if None in (start, end, mask):
         raise DataError("the tokenizer is not made for `masked-lm`", why="it lacks a mask, start or end token")
-    edge = torch.ones(len(inner), 1, dtype=torch.long)
-    whole = torch.cat([start * edge, inner, end * edge], 1)
-    order = torch.rand(inner.shape, generator=torch.Generator().manual_seed(settings.seed)).argsort(1)
-    number = max(1, round(MASKED * inner.shape[1]))
-    chosen = torch.zeros_like(whole, dtype=torch.bool).scatter(1, order[:, :number] + 1, True)
-    tokens, targets = whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
-    return _encoded(tokens, targets, f"data: windows of {tokens.shape[1]} tokens, {number} of them masked in each")
+    number = max(1, round(MASKED * inner.length))
+    width = -(-inner.length // 8)
+    bits = _drawn(inner, number, settings.seed)
+
+    def read(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        edge = torch.ones(len(rows), 1, dtype=torch.long)
+        whole = torch.cat([start * edge, inner.give(rows), end * edge], 1)
+        packed = bits.windows([row * width for row in rows], width).numpy()
+        chosen = torch.zeros_like(whole, dtype=torch.bool)
+        chosen[:, 1:-1] = torch.from_numpy(np.unpackbits(packed, axis=1, count=inner.length)).bool()
+        return whole.masked_fill(chosen, mask), whole.masked_fill(~chosen, IGNORED)
+
+    note = f"data: windows of {inner.length + 2} tokens, {number} of them masked in each"
+    return _encoded(inner, read, note, [start, end, mask])
 
 
-def _encoded(tokens: Tensor, targets: Tensor, note: str) -> Encoded:
-    """Return windows (samples, tokens) and what is to be foretold of each token."""
+def _drawn(windows: _Windows, number: int, seed: int) -> Flat:
+    """Return which tokens of each window are masked: a bit for each, in whole bytes a window."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        generator = torch.Generator().manual_seed(seed)
+        for rows in _blocks(windows):
+            order = torch.rand(len(rows), windows.length, generator=generator).argsort(1)
+            chosen = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, :number], True)
+            yield np.packbits(chosen.numpy(), axis=1).ravel()
+
+    if windows.ids.name is None:
+        return Flat([np.concatenate([*blocks()])])
+    return flat(key_of("masked", windows.number, windows.length, number, seed), "uint8", blocks)
+
+
+def _blocks(windows: _Windows) -> Iterator[range]:
+    """Yield all windows, some at once."""
+    some = max(1, BLOCK // windows.length)
+    return (range(at, min(at + some, windows.number)) for at in range(0, windows.number, some))
+
+
+def _encoded(
+    windows: _Windows, read: Callable[[Sequence[int]], tuple[Tensor, Tensor]], note: str, around: list[int]
+) -> Encoded:
+    """Return windows (samples, tokens) and what is to be foretold of each token, which ``read`` gives."""
 
     def batch(indices: Sequence[int]) -> Batch:
-        given = tokens[list(indices)]
-        return Batch({"input_ids": given, "attention_mask": torch.ones_like(given)}, targets[list(indices)])
+        given, targets = read(indices)
+        return Batch({"input_ids": given, "attention_mask": torch.ones_like(given)}, targets)
 
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Encoded(len(tokens), batch, key=digest, notes=[note])
+    def digest() -> str:
+        found = hashlib.sha256()
+        for rows in _blocks(windows):
+            found.update(read(rows)[0].numpy().tobytes())
+        return found.hexdigest()
+
+    key = known(windows.ids, [note, around, *windows.asked], digest)
+    return Encoded(windows.number, batch, key=key, notes=[note])
 
 
-def _windows(model: Model, tokenizer: Any, data: Dataset, settings: Reading, *, taken: int, least: int) -> Tensor:
-    """Join texts, each ended by a new line, and cut them into windows, dropping the short rest; (windows, length).
+def _windows(model: Model, tokenizer: Any, data: Dataset, settings: Reading, *, taken: int, least: int) -> _Windows:
+    """Join texts, each ended by a new line, and cut them into windows, dropping the short rest.
 
     A window is as long as the settings say less the tokens ``taken`` for what it begins and ends with, which ``least``
     includes as they do; so many are kept as they say, seeded.
     """
     length = window(model, settings.max_length, tokenizer, least=least) - taken
-    ids = ids_of(model, tokenizer, joined(data), add_special_tokens=False)
+    ids = tokenised.of_text(model, tokenizer, data)
     length = min(length, len(ids))
     if length < 2:
         raise DataError(f"`{data.name}` is too short", why=f"it has {len(ids)} tokens")
-    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return windows[some_of(len(windows), settings)]
+    chosen = some_of(len(ids) // length, settings)
+
+    def give(rows: Sequence[int]) -> Tensor:
+        return ids.windows((chosen[list(rows)] * length).tolist(), length).long()
+
+    return _Windows(len(chosen), length, give, ids, (len(chosen), settings.seed))
 
 
 def observe_tokens(logits: Logits, batch: Batch) -> Columns:

@@ -1,15 +1,17 @@
 """Text cut as was asked: by a protocol of the field, in windows that overlap, or begun once instead of in each."""
 
 import hashlib
-import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from peftc.data import remembered, tokenised
 from peftc.data.dataset import Dataset
-from peftc.data.tokens import IGNORED, LONGEST, ids_of, start_of, window
+from peftc.data.stored import Flat
+from peftc.data.tokens import IGNORED, LONGEST, start_of, window
 from peftc.errors import DataError, UsageError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
@@ -20,6 +22,8 @@ from peftc.tasks.task import Batch, Encoded
 LONG = 2048  # tokens of a window, by the protocol of the scripts of GPTQ, SparseGPT and SVD-LLM
 AT_ONCE = 2048  # tokens of a batch: each comes with a logit for every word
 UNKNOWN = "<unk>"  # what stands in word-level text for rare words
+
+T = TypeVar("T")
 
 
 def encode_cut(model: Model, data: Dataset, reading: Reading) -> Encoded:
@@ -42,17 +46,17 @@ def encode_cut(model: Model, data: Dataset, reading: Reading) -> Encoded:
         raise UsageError(f"`--stride` is {cut.stride}", why=why)
     stride = cut.stride or inner
 
-    text = joined(data, cut.protocol)
-    ids = torch.tensor(ids_of(model, tokenizer, text, add_special_tokens=cut.first_token == "text"))
+    ids = tokenised.of_text(model, tokenizer, data, cut.protocol, special=cut.first_token == "text")
     if len(ids) < inner:
         what = f"`{data.name}` is too short for a window of {length:,} tokens"
         raise DataError(what, why=f"it has {len(ids):,}", hint="ask for shorter windows: `--max-length N`")
-    windows = ids.unfold(0, inner, stride)  # (windows, tokens), a view
-    rows, begin = some_of(len(windows), reading), torch.tensor(start, dtype=torch.long)
+    rows = some_of((len(ids) - inner) // stride + 1, reading)
+    begin = torch.tensor(start, dtype=torch.long)
 
     def batch(indices: Sequence[int]) -> Batch:
         at = rows[list(indices)]
-        given = torch.cat([begin.expand(len(at), -1), windows[at]], 1)
+        inside = ids.windows((at * stride).tolist(), inner).long()
+        given = torch.cat([begin.expand(len(at), -1), inside], 1)
         targets = given.roll(-1, 1)  # what comes next
         targets[:, : first - 1] = targets[:, -1:] = IGNORED
         targets[at > 0, : max(0, length - 1 - stride)] = IGNORED  # an earlier window scored them
@@ -61,25 +65,26 @@ def encode_cut(model: Model, data: Dataset, reading: Reading) -> Encoded:
     later = int((rows > 0).sum())
     scored = later * min(stride, length - first) + (len(rows) - later) * (length - first)
     told = {"protocol": cut.protocol, "length": length, "stride": stride, "first_token": cut.first_token}
-    key = hashlib.sha256(ids.numpy().tobytes() + canonical([told, start, rows.tolist()]).encode()).hexdigest()
-    about = told | {"scored": scored, "unknown": UNKNOWN in text}
+    key = known(ids, [told, start, len(rows), reading.seed], lambda: _key(ids, canonical([told, start, rows.tolist()])))
+    unknown = known(ids, ["unknown"], lambda: any(UNKNOWN in row for row in tokenised.rows_of(data)))
+    about = told | {"scored": scored, "unknown": unknown}
     notes = _said(about, f"`{tokenizer.decode(start)}`" if start else "nothing", overlap=stride < inner)
     if is_long and length < LONG:
         notes.append(f"data: `{model.name}` takes at most {length:,} tokens; windows of the protocol have {LONG:,}")
     return Encoded(len(rows), batch, key, batch_size=max(1, AT_ONCE // length), notes=notes, windows=about)
 
 
-def joined(data: Dataset, protocol: str | None = None) -> str:
-    """Return all texts as one: each ended by a new line, or by a protocol with two of them between.
+def _key(ids: Flat, told: str) -> str:
+    found = hashlib.sha256()
+    for part in ids.parts:
+        found.update(part.astype(np.int64).tobytes())
+    found.update(told.encode())
+    return found.hexdigest()
 
-    There a line of a file is a row, as where WikiText is a data set: with its new line, or empty where it is blank.
-    """
-    rows = [data[index][0] for index in range(len(data))]
-    if protocol is None:
-        return "".join(row if row.endswith("\n") else row + "\n" for row in rows)
-    if data.has_lines:
-        rows = [line if line.strip() else "" for row in rows for line in io.StringIO(row)]
-    return "\n\n".join(rows)
+
+def known(ids: Flat, parts: Sequence[object], compute: Callable[[], T]) -> T:
+    """Return what ``compute`` gives, which follows from tokens and ``parts``; it is remembered where the tokens are."""
+    return remembered.value(remembered.key_of(ids.name, *parts), compute) if ids.name else compute()
 
 
 def some_of(windows: int, reading: Reading) -> Tensor:
