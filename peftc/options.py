@@ -32,6 +32,7 @@ OPTIMIZERS = (  # of `Recipe`: by torch, and the last three by bitsandbytes
     "paged-adamw",
     "paged-adamw-8bit",
 )
+UNCUT = ("adafactor", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")  # of them: they look at whole weights
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NO_QUESTION = ("gradient_checkpointing", "shard", "offload")  # of `Recipe`: how it is computed, not what is asked
 LATER = ("optimizer", "schedule", "early_stop", "compile")  # of `Recipe`: what earlier requests do not name is usual
@@ -152,6 +153,9 @@ class Recipe(Group):
         if _says("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
             hint = "add `--fsdp_version 2` to `accelerate launch`, or say `--shard` in place of its `--use_fsdp`"
             raise PeftcError("peftc trains under version 2 of FSDP alone", hint=hint)
+        if self.spread and self.optimizer in UNCUT:
+            what = f"`--shard` does not go with `--optimizer {self.optimizer}`"
+            raise UsageError(what, why="it looks at whole weights", hint="use `--optimizer adamw`")
         if self.spread and self.mixed_precision == "fp16":
             hint = "multiply in `--mixed-precision bf16`"
             raise UsageError("`--shard` does not go with `--mixed-precision fp16`", hint=hint)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peftc.errors import PeftcError
+from peftc.models import sharding
 
 
 class Optimizer(NamedTuple):
@@ -32,6 +33,7 @@ TABLE = {
     "paged-adamw-8bit": Optimizer("PagedAdamW8bit", "bitsandbytes"),
 }
 FUSED = ("AdamW", "Adam", "SGD", "Adagrad")  # of torch: a step is one pass over weights, gradients and moments
+FUSED_IN_PIECES = ("AdamW", "Adam")  # of weights that are cut over processes
 
 
 def optimizer_of(
@@ -53,7 +55,8 @@ def optimizer_of(
     options: dict[str, Any] = {"lr": learning_rate, **row.options}
     if row.package == "torch":
         kinds: Any = torch.optim
-        if row.kind in FUSED and place.type in ("cpu", "cuda"):
+        fused = FUSED_IN_PIECES if sharding.is_cut(module) else FUSED
+        if row.kind in fused and place.type in ("cpu", "cuda"):
             options["fused"] = True
     else:
         kinds = _bitsandbytes(name, place)

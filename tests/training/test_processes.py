@@ -121,7 +121,18 @@ def same_tensors(one: Path, other: Path) -> None:
 FEW = ("--max-length", 16, "--steps", 4, "--batch-size", 8, "--evaluations", 2, "--learning-rate", 0.01)
 
 
-@pytest.mark.parametrize("how", ["full", "lora --delta", "dora", "lora --accumulate 2 --ema 0.5"])
+WAYS = [
+    "full",
+    "lora --delta",
+    "dora",
+    "lora --accumulate 2 --ema 0.5",
+    "full --gradient-checkpointing",
+    "lora --optimizer nadam --schedule wsd --early-stop 1",
+    "full --optimizer sgd",
+]
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_cut_weights_take_the_steps_of_whole_ones(how: str, tiny_llama: Path, story: Path, tmp_path: Path) -> None:
     words = ["finetune", tiny_llama, "--data", story, *FEW, "--method", *how.split()]
     same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words))
@@ -195,6 +206,7 @@ def test_a_checkpoint_of_whole_weights_is_not_gone_on_with_in_pieces(
     ("words", "said"),
     [
         (["finetune", "--method", "snella"], "`--method snella` does not go with `--shard`"),
+        (["finetune", "--optimizer", "adafactor"], "`--shard` does not go with `--optimizer adafactor`"),
         (["finetune", "--mixed-precision", "fp16"], "`--shard` does not go with `--mixed-precision fp16`"),
         (["distill"], "`--shard` does not go with the term `perturbation`"),
     ],
