@@ -182,6 +182,14 @@ class Recipe(Group):
         return processes.size() > 1 and (self.shard or _says("ACCELERATE_USE_FSDP"))
 
     @property
+    def idle(self) -> list[str]:
+        """What to say where weights are to be cut and are not: a note, or none."""
+        if self.spread or not (self.shard or self.offload):
+            return []
+        why = "there is one process" if processes.size() == 1 else "`--offload` acts with `--shard`"
+        return [f"nothing is cut: {why}"]
+
+    @property
     def offloads(self) -> bool:
         """Whether such pieces wait in the memory of the CPU."""
         return self.offload or (_says("ACCELERATE_USE_FSDP") and _says("FSDP_OFFLOAD_PARAMS"))

@@ -183,7 +183,7 @@ def _carry_out(
     log_with: str | None,
 ) -> Report:
     """Train, write and verify."""
-    report = Report("distill", notes=[*stored.notes, *work.samples.notes])
+    report = Report("distill", notes=[*stored.notes, *work.samples.notes, *lesson.recipe.idle])
     taught = taught_by(work, lesson.recipe.batch_size)
     place = place_of(work.student.module)
     outcome = learn(job, lesson, work, log_with)

@@ -233,7 +233,7 @@ def _carry_out(
     log_with: str | None,
 ) -> Report:
     """Train, write and verify."""
-    report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes])
+    report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes, *lesson.recipe.idle])
     student.tell(report, pupil)
     place = place_of(pupil.model.module)
     outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)

@@ -1,19 +1,23 @@
 """Several processes learn what one does, and go on where they were stopped."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peftc
+from peftc.models import unread
 from peftc.store.source import MANIFEST
 from peftc.training import journal
 from tests.calibration.test_memory import alone, environments, launch
 from tests.conftest import TEXTS
 from tests.forked import Forked, forked
+from tests.networks import LLAMA, save_transformers
 
 # A small training: a normalisation of each batch, a module that no loss reaches, and a stop before some step.
 FITS = """
@@ -96,11 +100,11 @@ def log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / journal.LOG).read_text().splitlines()]
 
 
-def learn(folder: Path, *words: Any, several: bool = True) -> list[dict[str, float]]:
+def learn(folder: Path, *words: Any, several: bool = True, code: str | None = None) -> list[dict[str, float]]:
     """Train by a command line, in one process or cut over two, and return its log."""
     words = (*words, "--device", "cpu", "-o", folder)
-    for code, out, told in launch(*words, "--shard") if several else [alone(*words)]:
-        assert code == 0, out + told
+    for done, out, told in launch(*words, "--shard", code=code) if several else [alone(*words)]:
+        assert done == 0, out + told
     return log(folder)
 
 
@@ -146,6 +150,59 @@ def test_student_and_teacher_are_cut(tiny_llama: Path, story: Path, tmp_path: Pa
     words = ["distill", tmp_path / "small", "--data", story, *FEW, "--loss", "features=1,logits=1,task=1"]
     same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words))
     same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+UNREAD = """
+import sys
+from peftc.models import unread
+unread.LARGE = 8
+from peftc.cli.app import main
+sys.argv[0] = "peftc"
+main()
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_is_compared_in_parts_in_pieces_too(
+    tied: bool, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head does not run: what reads its weight finds it whole, and its gradient reaches the pieces."""
+    model = save_transformers(tmp_path / "llama", "LlamaForCausalLM", **LLAMA | {"tie_word_embeddings": tied})
+    peftc.decompose(model, output_dir=tmp_path / "small", ratio=0.6, method="svd", device="cpu")
+    monkeypatch.setattr(unread, "LARGE", 8)
+    words = ["distill", tmp_path / "small", "--data", story, *FEW, "--loss", "logits=1,task=1"]
+    same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words, code=UNREAD))
+    same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("how", ["full", "lora --delta"])
+def test_half_precision_is_widened_layer_by_layer_and_stored_as_before(
+    how: str, tiny_llama: Path, story: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "half")
+    state = load_file(tiny_llama / "model.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    save_file(half, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    words = ["finetune", tmp_path / "half", "--data", story, *FEW, "--method", *how.split()]
+    same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert {name: each.dtype for name, each in one.items()} == {name: each.dtype for name, each in two.items()}
+    assert all(torch.allclose(one[name].float(), two[name].float(), atol=0.01) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["tiny_vit", "tiny_resnet"])
+def test_networks_of_images_and_their_new_heads_are_cut(kind: str, request: Any, tmp_path: Path) -> None:
+    """A batch norm sees the samples of its own process, so that its curve is not that of one."""
+    draw = np.random.default_rng(0)
+    splits = {"x_train": draw.normal(size=(64, 3, 32, 32)).astype(np.float32), "y_train": np.arange(64) % 4}
+    np.savez(tmp_path / "images.npz", **splits)
+    words = ["finetune", request.getfixturevalue(kind), "--data", tmp_path / "images.npz", "--head", "new"]
+    words += ["--method", "full", "--steps", 4, "--batch-size", 16, "--evaluations", 2]
+    one, two = learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words)
+    if kind == "tiny_vit":
+        same_curve(one, two)
+        same_tensors(tmp_path / "one", tmp_path / "two")
+    assert two[-1]["step"] == 4 and np.isfinite([each["loss"] for each in two if "loss" in each]).all()
 
 
 # The command line, with a checkpoint after each step and a process that ends before some step.
