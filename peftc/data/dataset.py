@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from peftc.data.remembered import Identity, digest
+from peftc.data.remembered import Identity, digest, refuse_change
 from peftc.errors import DataError, UsageError
 
 SPLIT_WORDS = {
@@ -21,6 +21,22 @@ SPLIT_WORDS = {
 }
 SPLITS = {word for known in SPLIT_WORDS.values() for word in known}
 SKETCH, HASH = 128, 10  # hashes in a sketch, and digits in each
+
+
+@dataclass(frozen=True)
+class Each(Sequence[Any]):
+    """A sequence whose items are made each time they are asked for."""
+
+    size: int
+    make: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.make(each) for each in range(self.size)[at]]
+        return self.make(range(self.size)[at])
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,14 @@ class Dataset:
         row = self.rows[index]
         return self.read(row), None if self.labels is None else self.labels[row]
 
+    def inputs(self) -> Each:
+        """Return the inputs alone, each read when it is asked for."""
+        return Each(len(self), lambda index: self.read(self.rows[index]))
+
+    def halves(self) -> Each:
+        """Return the two texts of each pair, one after the other."""
+        return Each(2 * len(self), lambda index: self.read(self.rows[index // 2])[index % 2])
+
     @property
     def digest(self) -> str:
         """The sha256 over content and label of every sample used, in order."""
@@ -103,6 +127,11 @@ class Dataset:
     def begun(self) -> Identity | None:
         """What its identity was before anything was read of it."""
         return self.identity() if self.identity else None
+
+    def refuse_change(self) -> None:
+        """Refuse data whose files were written to since they were opened: a `DataError`."""
+        if self.identity is not None:
+            refuse_change(self.name, self.begun, self.identity)
 
     def _read_digests(self) -> tuple[str, str]:
         total, least = hashlib.sha256(self.kind.encode()), set[str]()

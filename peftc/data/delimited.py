@@ -4,11 +4,12 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftc.data import limits
-from peftc.data.rows import USUAL, is_number
+from peftc.data import limits, remembered
+from peftc.data.rows import USUAL, Look, is_number
 from peftc.data.spec import Columns
 from peftc.errors import DataError, named
 from peftc.report import GUESSED
@@ -42,12 +43,34 @@ def pieces(path: Path, size: int | None = PIECE) -> Iterator[str]:
         raise DataError(f"`{path}` is empty")
 
 
-def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]:
-    """Return how pandas is to read a file, and notes on what was guessed."""
-    text, notes, sep = text_of(path), [], "\t" if path.suffix.lower() == ".tsv" else ","
-    sample = _sample(path, text, sep)
+def options_of(path: Path, columns: Columns, look: Look | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Return how pandas is to read a file, and notes on what was guessed; ``look`` tells whether it is as it was."""
+    begun = look() if look else None
+    read = partial(_layout, path, columns)
+    known = [str(path), columns.names()]
+    sep, header, width, is_quoted, notes = (
+        remembered.digest(begun, look, ["layout", known], read) if look is not None else read()
+    )
+    # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
+    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    as_texts = dict.fromkeys(range(width), str)  # of numbers `01` and `1` would be one
+    cells = {"keep_default_na": False, "quoting": quoting, "converters": as_texts}
+    return {"sep": sep, "column_names": header, **cells}, notes
+
+
+def _layout(path: Path, columns: Columns) -> list[Any]:
+    """Return the separator, names of columns where none stand there, their number, whether quotes quote, and notes."""
+    head, notes, sep = "", list[str](), "\t" if path.suffix.lower() == ".tsv" else ","
+    is_quoted = True
+    for piece in pieces(path):
+        if len(head) < HEAD:
+            head += piece
+        if sep == "\t" and is_quoted:
+            opened = [cell for line in piece.splitlines() for cell in line.split("\t") if cell.startswith('"')]
+            is_quoted = all(len(cell) > 1 and cell.endswith('"') for cell in opened)
+    sample = _sample(path, head, sep)
     if sep == "," and len(sample[0]) == 1:
-        other = _sample(path, text, ";")
+        other = _sample(path, head, ";")
         if len({len(row) for row in other}) == 1 and len(other[0]) > 1:  # that alone makes a table
             sep, sample = ";", other
             notes.append(f"data: the cells of `{path.name}` are separated by `;`")
@@ -57,19 +80,13 @@ def options_of(path: Path, columns: Columns) -> tuple[dict[str, Any], list[str]]
             f"{GUESSED}the first row of `{path.name}` is data, so its columns are called {named(header)}; if it "
             f"names them, say so: `--data '{path}?text=NAME&label=NAME'`"
         )
-    opened = [cell for line in text.splitlines() for cell in line.split("\t") if cell.startswith('"')]
-    is_quoted = sep != "\t" or all(len(cell) > 1 and cell.endswith('"') for cell in opened)
-    # "NA" and "null" are words here; QUOTE_NONE where a quote is only a character, as in GLUE's .tsv files
-    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
-    as_texts = dict.fromkeys(range(len(sample[0])), str)  # of numbers `01` and `1` would be one
-    cells = {"keep_default_na": False, "quoting": quoting, "converters": as_texts}
-    return {"sep": sep, "column_names": header, **cells}, notes
+    return [sep, header, len(sample[0]), is_quoted, notes]
 
 
 def _sample(path: Path, text: str, sep: str) -> list[list[str]]:
     """Return the first rows of a file, the last of which may be cut."""
     with limits.refused(path, "", csv.Error):
-        sample = [row for row in csv.reader(io.StringIO(text[:100_000]), delimiter=sep) if row][:SAMPLE]
+        sample = [row for row in csv.reader(io.StringIO(text[:HEAD]), delimiter=sep) if row][:SAMPLE]
     if not sample:
         raise DataError(f"`{path}` has no rows")
     limits.refuse_columns(path, len(sample[0]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from peftc.errors import DataError
 from peftc.store import cache, documents
 from peftc.version import __version__
 
@@ -62,6 +63,13 @@ def identity(root: Path, names: Iterable[str] = ("",)) -> Identity | None:
     return Identity(found.hexdigest(), now - youngest > SETTLED * 1e9)
 
 
+def refuse_change(name: str, before: Identity | None, now: Callable[[], Identity | None]) -> None:
+    """Refuse files that were written to since they were opened (DataError): nothing may be kept of them."""
+    found = now()
+    if found is None or before is None or found.key != before.key:
+        raise DataError(f"`{name}` changed while it was read", hint="run again when nothing writes to it")
+
+
 def digest(
     before: Identity | None, now: Callable[[], Identity | None], parts: Iterable[object], compute: Callable[[], T]
 ) -> T:
@@ -75,7 +83,12 @@ def digest(
     """
     if before is None or not before.is_settled:
         return compute()
-    return value(key_of(before.key, *parts), compute, lambda _: now() == before)
+
+    def is_same(_: T) -> bool:
+        found = now()
+        return found is not None and found.key == before.key
+
+    return value(key_of(before.key, *parts), compute, is_same)
 
 
 def value(key: str, compute: Callable[[], T], is_kept: Callable[[T], bool] = lambda value: True) -> T:

@@ -4,10 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftc.data import limits
+from peftc.data import limits, remembered
+from peftc.data.dataset import Each
+from peftc.data.remembered import Identity
 from peftc.data.spec import Columns
 from peftc.errors import DataError, named
 
@@ -24,7 +27,9 @@ LABEL = (
     "label labels category class intent target y score similarity similarity_score relatedness_score stars rating "
     "fine_label coarse_label sentiment"
 ).split()
-Cells = tuple[Callable[[int], bytes], Callable[[int], str]]  # the bytes of a row's image, and what tells it from others
+Look = Callable[[], Identity | None]  # tells without reading them whether rows are what they were
+# the bytes of a row's image, what tells it from others, and what tells all of them from what they may become
+Cells = tuple[Callable[[int], bytes], Callable[[int], str], Look | None]
 USUAL = {*IMAGE, *FILE, *CAPTION, *TEXT, *LABEL, *(name for pair in PAIRS for name in pair)}
 
 
@@ -39,6 +44,7 @@ class Rows:
     task: str | None  # that the samples are for; None where nothing tells it
     notes: list[str]  # what people should know about how it was read
     folder: Path | None = None  # from which relative paths start; None where the library knows
+    look: Look | None = None  # at a large table; None for a small one
 
     def usual(self, names: Sequence[str], but: str | None = None) -> str | None:
         """Return the first column of a usual name, other than ``but``."""
@@ -72,6 +78,28 @@ class Rows:
                 raise DataError(f"row {row} of `{self.name}` has no {what} in column `{column}`", why=why, hint=hint)
         return found
 
+    def texts(self, column: str) -> Sequence[Any]:
+        """Return the values of a column of texts, or of numbers; of a large table they are read when needed."""
+        cells = self.table.data.column(column)
+        plain = str(cells.type) in ("string", "large_string") and not cells.null_count
+        if self.look is None or not plain or getattr(self.table, "_indices", None) is not None:
+            return self.values(column, "text", lambda cell: isinstance(cell, str | int | float))
+        name = self.name
+
+        def cell(row: int) -> str:
+            try:
+                return cells[row].as_py()  # type: ignore[no-any-return]
+            except UnicodeDecodeError as error:
+                raise DataError(f"cannot read `{name}`", why=f"column `{column}`: row {row}: {error}") from None
+
+        return Each(len(cells), cell)
+
+    def of(self, *more: object) -> Look | None:
+        """Return what tells whether what is made of the table in one of several ways is what it was."""
+        if (look := self.look) is None:
+            return None
+        return lambda: found.of(*more) if (found := look()) else None
+
     def images(self, column: str) -> Cells:
         """Return the readers of a column of images: of paths, or of what the `datasets` library calls images."""
         import datasets
@@ -92,7 +120,9 @@ class Rows:
                 return bytes(value["bytes"])
             return _read((folder or Path()) / (value["path"]), row, name)
 
-        return content, lambda row: hashlib.sha256(content(row)).hexdigest()
+        inside = all(chunk.field("bytes").null_count == 0 for chunk in stored.data.column(column).chunks)
+        look = self.of("images", column) if inside else None  # else they lie in files that nothing looks at
+        return content, lambda row: hashlib.sha256(content(row)).hexdigest(), look
 
 
 def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
@@ -103,7 +133,8 @@ def _files(paths: list[str], column: str, name: str, folder: Path) -> Cells:
         why = f"row {missing[0]} names `{path}` as its `{column}`, and there is no file `{folder / path}`"
         hint = f"paths start from the folder of the table; name another column: `--data '{name}?image=NAME'`"
         raise DataError(f"{len(missing)} of {len(paths)} images of `{name}` are missing", why=why, hint=hint)
-    return lambda row: _read(folder / paths[row], row, name), lambda row: paths[row]
+    look = partial(remembered.identity, folder, paths) if len(paths) >= remembered.MANY else None
+    return lambda row: _read(folder / paths[row], row, name), lambda row: paths[row], look
 
 
 def _read(path: Path, row: int, name: str) -> bytes:

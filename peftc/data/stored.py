@@ -34,12 +34,12 @@ def home() -> Path:
     return (Path(own).expanduser() if own else Path(constants.HF_HOME) / "datasets") / "peftc"
 
 
-def table(fingerprint: str | None, schema: Any, blocks: Blocks) -> Any:
+def table(fingerprint: str | None, schema: Callable[[], Any], blocks: Blocks) -> Any:
     """Return a table of pyarrow that is mapped into memory, made of ``blocks`` where it is not there yet.
 
     Args:
         fingerprint: of all that it depends on; None where that is not known, so that it cannot be kept.
-        schema: of the blocks.
+        schema: gives that of the blocks.
         blocks: gives its parts.
     """
     make = partial(_write, schema, blocks)
@@ -56,11 +56,11 @@ def table(fingerprint: str | None, schema: Any, blocks: Blocks) -> Any:
         return _read(Path(folder))  # whose file goes with the last who maps it
 
 
-def _write(schema: Any, blocks: Blocks, folder: Path) -> None:
+def _write(schema: Callable[[], Any], blocks: Blocks, folder: Path) -> None:
     import pyarrow
 
     count = 0
-    with pyarrow.OSFile(str(folder / FILE), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+    with pyarrow.OSFile(str(folder / FILE), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as writer:
         for block in blocks():
             writer.write_batch(block)
             count += len(block)
@@ -117,5 +117,7 @@ def flat(fingerprint: str | None, kind: str, blocks: Callable[[], Iterator[np.nd
     import pyarrow
 
     schema = pyarrow.schema([("numbers", getattr(pyarrow, kind)())])
-    found = table(fingerprint, schema, lambda: (pyarrow.record_batch([block], schema=schema) for block in blocks()))
+    found = table(
+        fingerprint, lambda: schema, lambda: (pyarrow.record_batch([block], schema=schema) for block in blocks())
+    )
     return Flat([chunk.to_numpy() for chunk in found["numbers"].chunks], fingerprint)

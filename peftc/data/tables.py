@@ -4,18 +4,19 @@ import glob
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftc.data import delimited, jsonl, limits, remembered
+from peftc.data import delimited, jsonl, limits, remembered, stored
 from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Pairs, Splits, split_word
 from peftc.data.images import decode
-from peftc.data.rows import CAPTION, FILE, LABEL, PAIRS, TEXT, Rows, is_label, is_number, is_score
+from peftc.data.rows import CAPTION, FILE, LABEL, PAIRS, TEXT, Look, Rows, is_label, is_number, is_score
 from peftc.data.spec import Columns, halves
 from peftc.errors import DataError, named, reason_of
 
@@ -52,22 +53,28 @@ def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset
     ending, notes = path.suffix.lower(), list[str]()
     if ending == ".txt":
         return _text(path, split)
+    begun, look = remembered.identity(path), None
+    if begun is not None and begun.is_settled and _is_large(path):
+        look = partial(remembered.identity, path)
     if ending == ".parquet":
         _refuse_parquet(path)
-        table = _load("parquet", path)
+        table = _load("parquet", path, look)
     elif ending == ".jsonl":
-        table = jsonl.table(path)
+        table = jsonl.table(path, look)
     else:
-        options, notes = delimited.options_of(path, columns)
-        table = _load("csv", path, **options)
-    return dataset(Rows(table, str(path), split, columns, task, notes, path.parent))
+        options, notes = delimited.options_of(path, columns, look)
+        table = _load("csv", path, look, **options)
+    return dataset(Rows(table, str(path), split, columns, task, notes, path.parent, look))
+
+
+def _is_large(path: Path) -> bool:
+    with limits.refused(path):
+        return path.stat().st_size >= remembered.LARGE
 
 
 def _text(path: Path, split: str) -> Dataset:
     """Return a file of text as one sample; a large one is read when it is asked for."""
-    with limits.refused(path):
-        is_large = path.stat().st_size >= remembered.LARGE
-    if not is_large:
+    if not _is_large(path):
         text = delimited.text_of(path)
         return Dataset("text", str(path), split, lambda row: text, lambda row: text.encode(), range(1), has_lines=True)
     return Dataset(
@@ -83,20 +90,38 @@ def _text(path: Path, split: str) -> Dataset:
     )
 
 
-def _load(builder: str, path: Path, **options: Any) -> Any:
-    """Read a file into memory and leave nothing in a cache."""
-    import datasets
-    from pyarrow import ArrowException
-
+def _load(builder: str, path: Path, look: Look | None, **options: Any) -> Any:
+    """Read a file: a small one into memory, with nothing left in a cache, and a large one into the library's cache."""
     with limits.opened(path) as file:
         if not file.read(1):
             raise DataError(f"`{path}` is empty")
-    pattern = glob.escape(str(path))
+    begun = look() if look else None
+    if look is not None and begun is not None:
+        place = stored.home() / begun.of(builder, repr(options)).key
+        while True:  # a damaged one is made anew; what cannot be kept is read below, and refused there if it has to be
+            was_there = place.is_dir()
+            with suppress(OSError, ValueError, DataError):
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = _built(builder, path, place, in_memory=False, **options)
+                remembered.refuse_change(str(path), begun, look)
+                if len(found) == found.info.splits["train"].num_examples:
+                    return found
+            shutil.rmtree(place, ignore_errors=True)
+            if not was_there or place.is_dir():
+                break
+    with tempfile.TemporaryDirectory() as cache:
+        return _built(builder, path, Path(cache), in_memory=True, **options)
+
+
+def _built(builder: str, path: Path, cache: Path, *, in_memory: bool, **options: Any) -> Any:
+    import datasets
+    from pyarrow import ArrowException
+
     damaged = (datasets.exceptions.DatasetsError, ArrowException)
-    with limits.refused(path, "", *damaged), tempfile.TemporaryDirectory() as cache, _silent(datasets):
-        where = {"data_files": pattern, "split": "train", "cache_dir": cache, "keep_in_memory": True}
+    with limits.refused(path, "", *damaged), _silent(datasets):
+        where = {"data_files": glob.escape(str(path)), "split": "train", "cache_dir": str(cache)}
         try:
-            return datasets.load_dataset(builder, **where, **options)
+            return datasets.load_dataset(builder, **where, keep_in_memory=in_memory, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
 
@@ -152,7 +177,9 @@ def hub(spec: str, columns: Columns, task: str | None) -> Splits:
     def split_of(split: str) -> Dataset:
         with limits.refused(f"hf:{spec}", "", datasets.exceptions.DatasetsError):
             table = datasets.load_dataset(name, config or None, split=split)
-        return dataset(Rows(table, f"hf:{spec}", split, columns, task, []))
+        known = remembered.Identity(remembered.key_of(spec, table._fingerprint), is_settled=True)
+        look = (lambda: known) if table.data.nbytes >= remembered.LARGE else None
+        return dataset(Rows(table, f"hf:{spec}", split, columns, task, [], None, look))
 
     return {split: partial(split_of, split) for split in splits}
 
@@ -172,10 +199,16 @@ def dataset(rows: Rows) -> Dataset:
     label = columns.label or rows.usual(LABEL)
     image = columns.image or (None if columns.text else rows.image_column())
     if image:
-        content, _ = rows.images(image)
+        content, _, look = rows.images(image)
         every = range(len(rows.table))
         found = Dataset(
-            "image", name, rows.split, lambda row: decode(content(row), f"{name}, row {row}"), content, every
+            kind="image",
+            name=name,
+            split=rows.split,
+            read=lambda row: decode(content(row), f"{name}, row {row}"),
+            content=content,
+            rows=every,
+            identity=look,
         )
     else:
         found = _texts(rows)
@@ -191,8 +224,9 @@ def _pairs(rows: Rows) -> Dataset:
     text = rows.columns.text or rows.usual(CAPTION, but=image)
     image, text = rows.need(image, "images", "image"), rows.need(text, "captions", "text")
     captions = rows.values(text, "caption", lambda value: isinstance(value, str) and bool(value.strip()))
-    content, identity = rows.images(image)
+    content, identity, look = rows.images(image)
     known: dict[str, int] = {}
+    own = remembered.key_of(captions) if look else ""
     return Dataset(
         kind="image-text",
         name=name,
@@ -202,6 +236,7 @@ def _pairs(rows: Rows) -> Dataset:
         content=lambda row: content(row) + b"\0" + captions[row].encode("utf-8", "surrogatepass"),
         pairs=Pairs(captions, [known.setdefault(identity(row), row) for row in range(len(captions))]),
         notes=rows.notes,
+        identity=(lambda: found.of(own) if (found := look()) else None) if look else None,
     )
 
 
@@ -210,14 +245,15 @@ def _texts(rows: Rows) -> Dataset:
     columns = halves(rows.columns.text)[:2] or next((pair for pair in pairs if len(pair) == 2), [])
     if not columns:
         columns = [rows.need(rows.usual(TEXT), "text", "text", ", or `?text=FIRST,SECOND` for pairs")]
-    values = [rows.values(column, "text", lambda cell: isinstance(cell, str | int | float)) for column in columns]
+    values = [rows.texts(column) for column in columns]
 
     def read(row: int) -> Any:
         texts = tuple(str(cells[row]) for cells in values)
         return texts if len(texts) == 2 else texts[0]
 
     kind, every = "pairs" if len(columns) == 2 else "text", range(len(rows.table))
-    return Dataset(kind, rows.name, rows.split, read, lambda row: json.dumps(read(row)).encode(), every)
+    look = rows.of("texts", columns)
+    return Dataset(kind, rows.name, rows.split, read, lambda row: json.dumps(read(row)).encode(), every, identity=look)
 
 
 def _labels(rows: Rows, column: str, kind: str) -> tuple[list[Any], list[str] | None]:

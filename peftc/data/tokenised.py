@@ -2,21 +2,32 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from peftc.data import cutting, stored
-from peftc.data.dataset import Dataset
+from peftc.data import cutting, remembered, stored
+from peftc.data.dataset import Dataset, Each
 from peftc.data.remembered import key_of
-from peftc.data.tokens import around, ids_of, refuse_unknown
-from peftc.errors import DataError
+from peftc.data.tokens import (
+    Tokens,
+    around,
+    ids_of,
+    keys_of,
+    padding,
+    ready,
+    refuse_unknown,
+    rows_to_tokens,
+    tokenise,
+)
 from peftc.models.model import Model
 from peftc.models.tokenizer import TOKENIZERS, refusing
 
 BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.py")  # what a tokenizer reads beside
+AT_ONCE = 1000  # texts that are tokenised at once
 SETTINGS = ("model_type", "tokenizer_class", "auto_map")  # of a model, which choose the class of its tokenizer
 
 
@@ -58,12 +69,12 @@ def of_text(
                 refuse_unknown(model, [block])
                 yield block
         yield np.array(end, np.int32)
-        refuse_change(data)
+        data.refuse_change()
 
     def whole() -> Iterator[np.ndarray]:
         text = "".join(rows_of(data, protocol))
         yield np.array(ids_of(model, tokenizer, text, add_special_tokens=special), np.int32)
-        refuse_change(data)
+        data.refuse_change()
 
     name = fingerprint(model, data, protocol, special)
     try:
@@ -72,10 +83,51 @@ def of_text(
         return stored.flat(name, "int32", whole)
 
 
-def refuse_change(data: Dataset) -> None:
-    """Refuse data that were written to since they were opened (DataError): nothing may be kept of them."""
-    if data.identity is not None and data.identity() != data.begun:
-        raise DataError(f"`{data.name}` changed while it was read", hint="run again when nothing writes to it")
+def of_rows(model: Model, data: Dataset, texts: Sequence[Any], max_length: int | None, *, full: bool = False) -> Tokens:
+    """Return texts as `tokens.tokenise` does; those of a large data set lie on disk.
+
+    Args:
+        model, max_length, full: as there.
+        data: from which the texts are.
+        texts: all of them, or all halves of pairs, or the first of these.
+    """
+    if data.identity is None:
+        return tokenise(model, texts, max_length, full=full)
+    import pyarrow
+
+    tokenizer, limit = ready(model, max_length)
+    keys = keys_of(model, rows_to_tokens(model, tokenizer, texts[:1], limit))
+    name = fingerprint(model, data, "rows", len(texts), isinstance(texts[0], tuple), limit, keys)
+    schema = pyarrow.schema([(key, pyarrow.list_(pyarrow.int32())) for key in keys])
+
+    def blocks() -> Iterator[Any]:
+        for start in range(0, len(texts), AT_ONCE):
+            made = rows_to_tokens(model, tokenizer, texts[start : start + AT_ONCE], limit)
+            yield pyarrow.record_batch([made[key] for key in keys], schema=schema)
+        data.refuse_change()
+
+    table = stored.table(name, lambda: schema, blocks)
+    made = {key: Each(len(texts), partial(_list, table[key])) for key in keys}
+    lengths = [length for part in table["input_ids"].chunks for length in part.value_lengths().tolist()]
+    digest = remembered.value(key_of(name, "digest"), partial(_digest, made)) if name else _digest(made)
+    return Tokens(padding(tokenizer, made, limit if full else None), lengths, limit, digest)
+
+
+def _list(column: Any, row: int) -> list[int]:
+    found: list[int] = column[row].as_py()
+    return found
+
+
+def _digest(made: Mapping[str, Sequence[list[int]]]) -> str:
+    """Return the digest of `tokens.tokenise`, over what Python writes for a list of all."""
+    found = hashlib.sha256(b"[")
+    for at, rows in enumerate(made.values()):
+        found.update(b", [" if at else b"[")
+        for number, row in enumerate(rows):
+            found.update(f"{', ' if number else ''}{row}".encode())
+        found.update(b"]")
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def rows_of(data: Dataset, protocol: str | None = None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,26 +64,50 @@ def tokenise(model: Model, texts: Sequence[Any], max_length: int | None, *, full
         max_length: tokens, where longer texts are cut; what the model takes when None.
         full: pad every text to that length, for a model that was trained so.
     """
+    tokenizer, limit = ready(model, max_length)
+    made = rows_to_tokens(model, tokenizer, texts, limit)
+    keys = keys_of(model, made)
+    pad = padding(tokenizer, {key: made[key] for key in keys}, limit if full else None)
+    digest = hashlib.sha256(repr([made[key] for key in keys]).encode()).hexdigest()
+    return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)
+
+
+def ready(model: Model, max_length: int | None) -> tuple[Any, int]:
+    """Return a model's tokenizer, which can pad, and how many tokens a text may have."""
     tokenizer = tokenizer_of(model)
     if tokenizer.pad_token is None:  # what pads is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     if reads_last_token(model.module):
         tokenizer.padding_side = "right"  # positions are counted from the left, so a text behind padding is another
-    limit = window(model, max_length, tokenizer)
+    return tokenizer, window(model, max_length, tokenizer)
+
+
+def rows_to_tokens(model: Model, tokenizer: Any, texts: Sequence[Any], limit: int) -> Any:
+    """Return what a tokenizer makes of texts, or pairs of texts, all of which the model has to know."""
     is_pair = isinstance(texts[0], tuple)
     firsts, seconds = ([text[at] for text in texts] for at in (0, 1)) if is_pair else (list(texts), None)
     with refusing(model):
         made = tokenizer(firsts, seconds, truncation=True, max_length=limit)
     refuse_unknown(model, [*made["input_ids"], [tokenizer.pad_token_id or 0]])
-    keys = [key for key in made if key in inspect.signature(model.module.forward).parameters]
+    return made
+
+
+def keys_of(model: Model, made: Any) -> list[str]:
+    """Return which parts of what a tokenizer makes the model's forward takes."""
+    return [key for key in made if key in inspect.signature(model.module.forward).parameters]
+
+
+def padding(
+    tokenizer: Any, made: Mapping[str, Sequence[Any]], full: int | None
+) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+    """Return the function from rows to one batch of them, padded to the longest, or to a length."""
 
     def pad(rows: Sequence[int]) -> dict[str, Tensor]:
-        chosen = {key: [made[key][row] for row in rows] for key in keys}
-        length = {"padding": "max_length", "max_length": limit} if full else {}
+        chosen = {key: [values[row] for row in rows] for key, values in made.items()}
+        length = {} if full is None else {"padding": "max_length", "max_length": full}
         return dict(tokenizer.pad(chosen, return_tensors="pt", **length))
 
-    digest = hashlib.sha256(repr([made[key] for key in keys]).encode()).hexdigest()
-    return Tokens(pad, [len(ids) for ids in made["input_ids"]], limit, digest)
+    return pad
 
 
 def ids_of(model: Model, tokenizer: Any, text: str, **options: Any) -> list[int]:

@@ -26,8 +26,8 @@ def need_classes(data: Dataset, task: str) -> None:
 def encode_classified(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return texts, or pairs that one input joins, with their classes."""
     need_classes(data, "text-classification")
-    texts, labels = zip(*(data[index] for index in range(len(data))), strict=True)
-    return encode_texts(model, settings, [[text] for text in texts], torch.tensor(labels))
+    labels = data.labels or []
+    return encode_texts(model, settings, data, data.inputs(), torch.tensor([labels[row] for row in data.rows]))
 
 
 def observe_classes(logits: Tensor, batch: Batch) -> Columns:

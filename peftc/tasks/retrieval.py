@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftc.data import tokenised
 from peftc.data.dataset import Dataset
 from peftc.data.images import reader
-from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models import dual, families
 from peftc.models.model import Model
@@ -44,7 +44,7 @@ def _encode(model: Model, data: Dataset, settings: Reading) -> Encoded:
     if len(set(known.captions)) < 2:
         raise DataError(f"`{data.name}` has too few captions to rank", why="all of them are the same text")
     full_texts = any(row.full_texts for row in families.of(type(model.module).__name__))
-    tokens = tokenise(model, captions, settings.max_length, full=full_texts)
+    tokens = tokenised.of_rows(model, data, captions, settings.max_length, full=full_texts)
     # where CLIP takes the vector of a text; without it, it would look at the first token
     end = getattr(getattr(model.module, "text_model", None), "eos_token_id", None)
     if end not in (None, 2) and not (tokens.pad([0])["input_ids"] == end).any():  # 2 means the highest number to CLIP

@@ -8,27 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftc.data import tokenised
 from peftc.data.dataset import Dataset
-from peftc.data.tokens import tokenise
 from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.options import Reading
 from peftc.tasks.task import LABELS, Batch, Columns, Encoded
 
 
-def encode_texts(model: Model, settings: Reading, texts: list[list[Any]], labels: Tensor) -> Encoded:
-    """Tokenise texts: ``texts[i]`` holds the rows of the batch that sample i makes."""
-    width = len(texts[0])
-    tokens = tokenise(model, [text for rows in texts for text in rows], settings.max_length)
+def encode_texts(
+    model: Model, settings: Reading, data: Dataset, texts: Sequence[Any], labels: Tensor, *, width: int = 1
+) -> Encoded:
+    """Tokenise texts of a data set; each sample makes ``width`` rows of a batch, which stand one after the other."""
+    tokens = tokenised.of_rows(model, data, texts, settings.max_length)
 
     def batch(indices: Sequence[int]) -> Batch:
         padded = tokens.pad([index * width + at for index in indices for at in range(width)])
         return Batch(padded, labels[torch.tensor(list(indices))])
 
-    lengths = [max(tokens.lengths[at : at + width]) for at in range(0, len(tokens.lengths), width)]
+    lengths = tokens.lengths
+    if width > 1:
+        lengths = [max(lengths[at : at + width]) for at in range(0, len(lengths), width)]
     full = sum(length == tokens.limit for length in lengths)
     notes = [f"data: {full} samples reach {tokens.limit} tokens and may be cut there"] if full else []
-    return Encoded(len(texts), batch, key=tokens.digest, lengths=lengths, notes=notes)
+    return Encoded(len(lengths), batch, key=tokens.digest, lengths=lengths, notes=notes)
 
 
 def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
@@ -36,12 +39,11 @@ def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
     if data.labels is None or data.classes is not None:
         hint = LABELS.format(data.name)
         raise DataError(f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=hint)
-    samples = [data[index] for index in range(len(data))]
-    scores = torch.tensor([score for _, score in samples], dtype=torch.float64)
-    if len(samples) < 3 or len(scores.unique()) < 2:
-        why = f"{len(samples)} pairs with {len(scores.unique())} different scores"
+    scores = torch.tensor([data.labels[row] for row in data.rows], dtype=torch.float64)
+    if len(scores) < 3 or len(scores.unique()) < 2:
+        why = f"{len(scores)} pairs with {len(scores.unique())} different scores"
         raise DataError(f"`{data.name}` has too few scores to rank", why=why)
-    return encode_texts(model, settings, [list(pair) for pair, _ in samples], scores)
+    return encode_texts(model, settings, data, data.halves(), scores, width=2)
 
 
 def observe_pairs(hidden: Tensor, batch: Batch) -> Columns:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +37,11 @@ def encode(model: Model, data: Dataset, task: Task | None, settings: Reading) ->
         blank = replace(data, labels=dict.fromkeys(data.rows, 0), classes=[""])  # type: ignore[arg-type]
         return TASKS["image-classification"].encode(model, blank, settings)
     if data.kind in ("text", "pairs") and model.kind == "text":
-        samples: list[Any] = [data[index][0] for index in range(len(data))]
         joined = data.kind == "text" or (task is not None and task.name == "text-classification")
-        texts = (samples if joined else [text for pair in samples for text in pair])[: settings.num_samples]
-        encoded = encode_texts(model, settings, [[text] for text in texts], torch.zeros(len(texts)))
+        texts = data.inputs() if joined else data.halves()
+        if settings.num_samples is not None:
+            texts = replace(texts, size=min(len(texts), max(0, settings.num_samples)))
+        encoded = encode_texts(model, settings, data, texts, torch.zeros(len(texts)))
         return replace(encoded, notes=[])
     why = f"it reads {model.kind} inputs, and the data holds {data.kind}"
     raise DataError(f"`{model.name}` cannot read `{data.name}`", why=why)
