@@ -12,6 +12,7 @@ HEAVY = {
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
 LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results
+DOORS = ("transformers.py",)  # each brings the library of its name
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -21,7 +22,7 @@ LIGHT = sorted(
         PACKAGE / "methods/__init__.py",
         *(PACKAGE / "steps" / f"{name}.py" for name in LIGHT_STEPS),
     )
-    if path.name != "__main__.py" and path.exists()
+    if path.name not in ("__main__.py", *DOORS) and path.exists()
 )
 MOST = 220  # modules beyond those of an empty program; 100 ms of CPU on the machine of the design
 

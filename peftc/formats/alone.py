@@ -1,4 +1,4 @@
-"""Run a plain folder by its own library alone. Started as a script: there peftc cannot be imported.
+"""Run a folder by the library of its network. Started as a script: there peftc cannot be imported, unless it has to be.
 
 It reads one JSON object per line and answers each with one: ``load`` builds the network of a folder and tells the
 shapes of its parameters, ``run`` computes a batch and writes what comes of it, ``again`` computes the last batch once
@@ -8,6 +8,7 @@ more, for those who time it.
 import json
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 MAIN = ("logits", "logits_per_image", "last_hidden_state")
@@ -23,11 +24,17 @@ def picked(value: Any) -> Any:
     return value, "output"
 
 
-def load(folder: str, library: str, architecture: str, trusted: bool) -> Any:
+def load(folder: str, library: str, architecture: str, trusted: bool, peftc: str | None) -> Any:
     """Return the network of a folder, as those load it who know nothing of peftc, with no tensor lacking or left over.
 
-    A trusted folder brings its own class, and `AutoModel` finds it.
+    Args:
+        folder, library, architecture: of the network.
+        trusted: the folder brings its own class, and `AutoModel` finds it.
+        peftc: where it lies, if factors are to be built by `peftc.transformers`.
     """
+    if peftc is not None:
+        sys.path.insert(0, peftc)
+        import_module("peftc.transformers")
     if library == "timm":
         import timm
 
@@ -46,7 +53,6 @@ def load(folder: str, library: str, architecture: str, trusted: bool) -> Any:
 
 def main() -> None:
     """Serve the lines of standard input."""
-    sys.modules["peftc"] = None  # type: ignore[assignment]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
@@ -59,7 +65,9 @@ def main() -> None:
             asked = json.loads(line)
             if asked["do"] == "load":
                 torch.set_num_threads(asked["threads"])
-                network = load(asked["folder"], asked["library"], asked["architecture"], asked["trusted"])
+                if asked["peftc"] is None:
+                    sys.modules["peftc"] = None  # type: ignore[assignment]
+                network = load(*(asked[name] for name in ("folder", "library", "architecture", "trusted", "peftc")))
                 if asked["padding"] is not None:
                     network.config.pad_token_id = asked["padding"]
             if asked["do"] == "run":

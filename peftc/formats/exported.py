@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.errors import ExportError
 from peftc.formats import alone
@@ -22,6 +22,7 @@ from peftc.models import padding
 from peftc.models.inputs import run, taken
 from peftc.models.model import Model
 from peftc.models.place import dtype_of
+from peftc.nn import lowrank
 
 Inputs = dict[str, Tensor]
 CLOSE = 1e-4  # of the largest output, in float32: other kernels, and products in another order
@@ -81,13 +82,23 @@ def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
     return value.float(), "logits" if model.library == "timm" else name
 
 
-def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
+def plain(model: Model, folder: Path, *, trusted: bool = False, factored: bool = False) -> Exported:
     """Load a folder of timm or transformers in a fresh process that knows nothing of peftc.
 
-    A trusted folder holds code of its own, which transformers is to run.
+    Args:
+        model: what was written.
+        folder: where.
+        trusted: the folder holds code of its own, which transformers is to run.
+        factored: `peftc.transformers` is to build its factors: the process may import that.
     """
     child = _Child(model)
-    about = {"folder": str(folder), "library": model.library, "architecture": model.architecture, "trusted": trusted}
+    about: dict[str, Any] = {
+        "folder": str(folder),
+        "library": model.library,
+        "architecture": model.architecture,
+        "trusted": trusted,
+    }
+    about["peftc"] = str(Path(__file__).parents[2]) if factored else None
     padded = None  # the id that a user of the folder has to name before several texts are classified at once
     if model.library == "transformers" and padding.reads_last_token(model.module):
         padded = padding.id_to_write(model) if padding.padding_id(model.module) is None else None
@@ -107,10 +118,22 @@ def plain(model: Model, folder: Path, *, trusted: bool = False) -> Exported:
         how = f"timm.create_model('local-dir:{folder.name}', pretrained=True)"
     elif trusted:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
+    elif factored:
+        how = f"import peftc.transformers; {how}"
     runtime = f"{model.library} {version(model.library)}"
-    products = [tuple(shape) for shape in answer["shapes"] if len(shape) > 1] if trusted else None
-    found: Any = {"products": products, "about": {"load": how, "tried_with": runtime}, "close": child.close}
-    return Exported(f"{runtime} without peftc", child.run, prepare, **found)
+    found: Any = {"about": {"load": how, "tried_with": runtime}, "close": child.close}
+    if trusted or factored:
+        found["products"] = [tuple(shape) for shape in answer["shapes"] if len(shape) > 1]
+    helped = "after `import peftc.transformers`" if factored else "without peftc"
+    return Exported(f"{runtime} {helped}", child.run, prepare, **found)
+
+
+def factors(model: Model) -> list[tuple[int, ...]]:
+    """Return the shapes of all factors of a network, that of a shared one once."""
+    kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
+    parts = [part for module in model.module.modules() if isinstance(module, kinds) for part in module.children()]
+    weights = {id(part.weight): part.weight for part in parts if isinstance(part.weight, nn.Parameter)}
+    return [tuple(weight.shape) for weight in weights.values()]
 
 
 class _Child:

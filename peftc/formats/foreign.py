@@ -15,13 +15,19 @@ def foreign(network: nn.Module) -> list[str]:
     return [name for name in ours if not any(name.startswith(f"{one}.") for one in ours)]
 
 
-def bound(model: Model) -> dict[str, str]:
-    """Return the modules that no weight can stand for, and why: updates that cannot be merged, and dropped layers."""
+def bound(model: Model, *, skips: bool = False) -> dict[str, str]:
+    """Return the modules that no weight can stand for, and why: updates that cannot be merged, and dropped layers.
+
+    Args:
+        skips: whoever loads the model leaves dropped layers out.
+    """
     record = model.manifest
     if record is None:
         kinds = {name: type(model.module.get_submodule(name)).__name__ for name in foreign(model.module)}
         return {name: f"no manifest says what the {kind} at `{name}` stands for" for name, kind in kinds.items()}
-    whys = {name: f"`{name}` was dropped in its place, for no config leaves it out" for name in record.skipped}
+    whys = {
+        name: f"`{name}` was dropped in its place, for no config leaves it out" for name in record.skipped if not skips
+    }
     for name, module in adapted_modules(model.module).items():
         if not module.mergeable:
             whys[name] = f"what `{record.adapters[name]['method']}` adds to `{name}` cannot be merged into a weight"
@@ -42,20 +48,27 @@ def instead(model: Model, *, graph: bool = True) -> str:
         return f"use `--format {'onnx' if graph else 'safetensors'}`"
     if model.manifest is None or not model.manifest.modules:
         return f"use `--format {plain}`"
-    keep = [f"`--format {word}`" for word, there in (("hf-code", plain == "hf"), ("onnx", graph)) if there]
-    return f"multiply the factors out with `--format {plain} --dense`, or keep them with {' or '.join(keep)}"
+    words = (("hf", plain == "hf"), ("hf-code", plain == "hf"), ("onnx", graph))
+    keep = [f"`--format {word}`" for word, there in words if there]
+    listed = " or ".join(", ".join(part) for part in (keep[:-1], keep[-1:]) if part)
+    return f"multiply the factors out with `--format {plain} --dense`, or keep them with {listed}"
 
 
-def refuse_bound(model: Model, what: str, hint: str) -> None:
+def refuse_bound(model: Model, what: str, hint: str, *, skips: bool = False) -> None:
     """Refuse a model that nothing but peftc can build: it has updates that cannot be merged, or dropped layers."""
-    names = bound(model)
+    names = bound(model, skips=skips)
     if names:
         more = f", and so for {len(names) - 1} more" if len(names) > 1 else ""
         raise ExportError(what, why=f"{next(iter(names.values()))}{more}", hint=hint)
 
 
-def refuse_other_library(model: Model, library: str, word: str) -> None:
-    """Refuse a model that is not of a library, or that the library cannot build; ``word`` is that of the format."""
+def refuse_other_library(model: Model, library: str, word: str, *, skips: bool = False) -> None:
+    """Refuse a model that is not of a library, or that the library cannot build.
+
+    Args:
+        word: that of the format.
+        skips: as for `bound`.
+    """
     what = f"`{model.name}` cannot be exported as `{word}`"
     if model.library != library:
         why = f"its network is one of {model.library}" if model.library in PLAIN else "its network is your own code"
@@ -63,7 +76,7 @@ def refuse_other_library(model: Model, library: str, word: str) -> None:
     if not _is_of_its_library(model):
         why = f"{library} itself has no class `{model.architecture}`: it came with the checkpoint"
         raise ExportError(what, why=why, hint=instead(model))
-    refuse_bound(model, what, instead(model))
+    refuse_bound(model, what, instead(model), skips=skips)
 
 
 def refuse_foreign(model: Model, library: str, word: str) -> None:

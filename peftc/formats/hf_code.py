@@ -8,8 +8,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from peftc.errors import ExportError
 from peftc.formats import exported
 from peftc.formats.exported import Exported, Inputs
@@ -153,10 +151,7 @@ def hf_code(model: Model, example: Inputs, folder: Path) -> Exported:
     artifact.write_json(folder / "config.json", config)
     artifact.write_weights(folder, pieces_of(model), None, SHARD)
     written = exported.plain(model, folder, trusted=True)
-    kinds = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
-    parts = [part for module in model.module.modules() if isinstance(module, kinds) for part in module.children()]
-    weights = {id(part.weight): part.weight for part in parts if isinstance(part.weight, nn.Parameter)}
-    written.expected = [tuple(weight.shape) for weight in weights.values()]  # that of a shared factor once
+    written.expected = exported.factors(model)
     written.notes += read_otherwise(model.config)
     written.notes.append(f"it runs `{CODE}` of the folder: whoever loads it has to pass `trust_remote_code=True`")
     written.notes.append("a transformers that calls the modules otherwise refuses the folder, and says which wrote it")

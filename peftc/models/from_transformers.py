@@ -13,7 +13,7 @@ from peftc.models.model import Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.models.weights import Weights
 from peftc.nn import surgery
-from peftc.store import documents
+from peftc.store import documents, quantization
 from peftc.store.manifest import Manifest
 from peftc.store.source import MANIFEST, Source, read_json
 
@@ -35,8 +35,9 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
         raise SourceError(f"transformers has no class `{names[0]}`, which `{folder}` asks for", why=why, hint=hint)
     try:
         made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-        if hasattr(made, "transformers_weights"):
-            del made.transformers_weights
+        for name in (quantization.LOCKED, quantization.KEY):  # of ours: `read_config` refuses others
+            if hasattr(made, name):
+                delattr(made, name)
         if remote or cls is transformers.AutoModel:
             cls = partial(transformers.AutoModel.from_config, trust_remote_code=source.trust_remote_code)
         module: Any = on_meta(partial(cls, made), stored_in(folder, record), config)
@@ -76,17 +77,22 @@ MOST_CLASSES = 1_000_000  # a config makes a name for each
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
-    """Return a folder's ``config.json`` without the lock of peftc's own (SourceError: what it asks for is unknown).
+    """Return a folder's ``config.json`` without what peftc adds to it (SourceError: what it asks for is unknown).
 
     Args:
         ours: peftc wrote the folder, or the code that it brings reads it.
     """
     path = folder / "config.json"
     config = read_json(path)
-    lock = config.pop("transformers_weights", None)
+    lock = config.pop(quantization.LOCKED, None)
+    is_artifact, is_factored = (folder / MANIFEST).is_file(), quantization.is_ours(config)
+    if is_artifact and is_factored:
+        del config[quantization.KEY]
     given = config.get("dtype", config.get("torch_dtype"))
     if (why := documents.misfit(config, CONFIG)) is None:
-        if lock is not None and not ours and not (folder / MANIFEST).is_file():
+        if is_factored and not is_artifact:
+            why = "it holds factors and no `peftc.json`: transformers loads it after `import peftc.transformers`"
+        elif lock is not None and not ours and not is_artifact:
             why = f"`transformers_weights` names another file of weights, {lock!r}"
         elif config.get("quantization_config") is not None:
             why = "`quantization_config`: its weights are quantized, and peftc reads plain ones"

@@ -2,7 +2,7 @@
 
 The shorter network is one that its library builds by itself, so per-layer lists, layer indices and caches are right by
 construction. Where no config builds one that takes exactly the kept tensors, `skip` puts modules that hand on what they
-read in the place of the dropped layers; such a model is loaded by peftc alone.
+read in the place of the dropped layers; such a model is built with peftc alone.
 """
 
 import copy

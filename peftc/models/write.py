@@ -22,7 +22,7 @@ from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters
 from peftc.report import SIZES, Report, Table, plain, scaled
-from peftc.store import artifact, manifest, maps, verified
+from peftc.store import artifact, manifest, maps, quantization, verified
 from peftc.store.artifact import Piece
 from peftc.store.exports import EXPORT
 from peftc.store.job import Job, execution
@@ -32,7 +32,6 @@ from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, maps.FILE, "data_config.json")
-LOCK = "this folder holds what transformers alone does not build: load it with peftc.load"
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 
 
@@ -163,9 +162,7 @@ def write_artifact(
         **kept | {name: value for name, value in changed.items() if value is not None},
     )
     if model.library != "python":
-        config = dict(model.config)
-        if model.library == "transformers" and (modules or record.adapters or record.delta or record.skipped):
-            config["transformers_weights"] = LOCK  # from_pretrained would fill the gaps with random numbers
+        config = dict(model.config) | (told_to_transformers(record) if model.library == "transformers" else {})
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
         files[name] = artifact.write_bytes(job.folder / name, content)
@@ -173,6 +170,16 @@ def write_artifact(
         job.places = {**artifact.read_result(model.folder).get("places", {}), known.id: model.place}
     record.write(job.folder)
     return record
+
+
+def told_to_transformers(record: Manifest) -> dict[str, str | dict[str, Any]]:
+    """Return what ``config.json`` says beside the base's own config, so that no gap is filled with random numbers."""
+    if record.adapters or record.delta:
+        return {quantization.LOCKED: quantization.UNBUILT}
+    if not record.modules and not record.skipped:
+        return {}
+    told = quantization.entry(record.modules, record.skipped, record.tied)
+    return {quantization.LOCKED: quantization.BUILT, quantization.KEY: told}
 
 
 def verify(folder: Path, expected: Model) -> list[str]:

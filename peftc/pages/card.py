@@ -14,7 +14,7 @@ from peftc.errors import ArtifactError
 from peftc.pages import records
 from peftc.pages.records import Record, cut_text, modules_table
 from peftc.report import Report, Table, count, size
-from peftc.store import artifact
+from peftc.store import artifact, quantization
 from peftc.store.commands import command_lines
 from peftc.store.documents import escaped
 from peftc.store.exports import EXPORT
@@ -189,6 +189,8 @@ def _use(subject: Record, repo: str, use: Any) -> str:
             more = f"Its network is code, `{architecture}`, which is not here: pass `allow_code=True`."
         else:
             more = f"`peftc` has to be installed. In a shell every command of it takes the id, as `peftc show {repo}`."
+            if quantization.is_ours(subject.config):
+                more += " After `import peftc.transformers` the `from_pretrained` of transformers takes it as well."
         return f"```python\n{code}```\n\n{more}"
     if not isinstance(use, str) or "`" in use:
         by = subject.data.get("runtime")

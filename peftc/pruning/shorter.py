@@ -25,7 +25,7 @@ def shorter_of(work: Work, kept: Sequence[str], report: Report) -> Shorter:
                 raise
             report.notes.append(
                 f"nothing in the config of `{stored.name}` leaves exactly these layers out: they keep their places and "
-                "hand on what they read, and only peftc loads the folder"
+                "hand on what they read, and no library builds such a network without peftc"
             )
     shorter = shorten.skip(stored, kept, layers.tuples(work.runs, dropped))
     _compare(stored, shorter, dropped)

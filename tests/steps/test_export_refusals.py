@@ -87,8 +87,8 @@ def test_plain_weights_are_said_to_belong_to_updates(models: dict[str, Path], tm
     ("name", "word", "plain", "kept"),
     [
         ("factors", "hf", "timm", "`--format onnx`"),
-        ("two networks", "onnx", "hf", "`--format hf-code`"),
-        ("text", "timm", "hf", "`--format hf-code` or `--format onnx`"),
+        ("two networks", "onnx", "hf", "`--format hf` or `--format hf-code`"),
+        ("text", "timm", "hf", "`--format hf`, `--format hf-code` or `--format onnx`"),
     ],
 )
 @pytest.mark.usefixtures("quick_exports")

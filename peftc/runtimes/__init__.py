@@ -1,0 +1,1 @@
+"""What lets other people's libraries load factors; no other room imports it."""
