@@ -164,8 +164,8 @@ def test_the_options_of_the_tour_exist(block: Block, tmp_path: Path) -> None:
 
 
 def test_every_option_in_the_text_exists() -> None:
-    params = [param for command in COMMANDS.values() for param in command.params]
-    known = {opt for param in params for opt in (*param.opts, *param.secondary_opts)}
+    params = [param for command in (pages.PROGRAM, *COMMANDS.values()) for param in command.params]
+    known = {opt for param in params for opt in (*param.opts, *param.secondary_opts)} | {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PROSE + CHANGELOG)) <= known
 
 

@@ -66,7 +66,7 @@ def test_help_ends_with_an_example(word: str) -> None:
 
 
 def test_the_list_of_commands_cuts_no_summary_short(peftc) -> None:
-    listed = peftc("--help").stdout.partition("Commands:")[2]
+    listed = peftc("--help").stdout.partition("Make it smaller:")[2]
     assert len(listed.split("\n")) > len(STEPS)
     assert "..." not in listed
 

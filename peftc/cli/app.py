@@ -23,7 +23,7 @@ from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHe
 from typer.core import TyperGroup
 
 from peftc import processes
-from peftc.cli import console, steps
+from peftc.cli import console, help, steps
 from peftc.cli.methods import methods
 from peftc.cli.run import run
 from peftc.errors import LostProcessError, PeftcError, UsageError, shown
@@ -58,12 +58,32 @@ NO_MEMORY = (  # how torch, safetensors and other libraries say it, and the load
 )
 
 
+WHOLE = 200  # characters of a summary, longer than any of them: none is cut
+GROUPS = {  # what one does with commands -> these
+    "make it smaller": "analyze calibrate decompose truncate prune_layers",
+    "train it": "distill finetune merge extract_lora",
+    "hand it on": "export",
+    "measure and compare": "evaluate bench show compare report",
+    "run a whole chain": "init run",
+    "find your way": "demo methods",
+}
+
+
 class NoMemoryExit(SystemExit):
     """The end of a process that has no memory left, and may not even have enough to end in order."""
 
 
 class Boundary(TyperGroup):
     """Run a command line and end with one of the exit codes above."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands by what one does with them, and then the options."""
+        found = {
+            heading: [(name, self.commands[name].get_short_help_str(WHOLE)) for name in words.replace("_", "-").split()]
+            for heading, words in GROUPS.items()
+        }
+        own = [(", ".join(param.opts), str(getattr(param, "help", ""))) for param in self.params]
+        help.write(ctx, formatter, {**found, "options": own})
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Run ``args``; every exception ends here."""
@@ -194,6 +214,7 @@ app = Typer(
     add_completion=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
         "token_normalize_func": lambda word: word.replace("_", "-"),
     },
 )
@@ -211,12 +232,9 @@ def peftc(
     """
 
 
-ORDER = (
-    "analyze calibrate decompose truncate prune_layers distill finetune merge extract_lora export evaluate bench show "
-    "compare report init run demo methods"
-)
-for word in ORDER.split():
-    app.command(no_args_is_help=False)({**vars(steps), "run": run, "methods": methods}[word])
+for words in GROUPS.values():
+    for word in words.split():
+        app.command(cls=help.Grouped)({**vars(steps), "run": run, "methods": methods}[word])
 
 
 def _terminate(*_: Any) -> NoReturn:

@@ -91,6 +91,12 @@ def _styled(text: str, code: str) -> str:
     return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
+def title(text: str) -> str:
+    """Return a heading for stdout, bold where that is a terminal."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or sys.stdout is None
+    return text if plain or not sys.stdout.isatty() else f"\x1b[{BOLD}m{text}\x1b[0m"
+
+
 def width() -> int | None:
     """Return the columns of stderr; None where there is no end to a line."""
     asked = os.environ.get("COLUMNS", "")

@@ -13,20 +13,20 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import typer.main
 
 from peftc import methods, report
 from peftc.cli import app as program
-from peftc.cli import options
+from peftc.cli import help
 
 WRITTEN = Path(__file__).parent
 DOCS = WRITTEN.parent
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
+PROGRAM: Any = typer.main.get_command(program.app)
+COMMANDS: dict[str, Any] = dict(PROGRAM.commands)
 FUNCTIONS = {word: command.callback for word, command in COMMANDS.items()}
 SCHEMA = json.loads(Path(report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
-FIRST = "what it reads and writes"  # the heading of options that are declared nowhere else
 NOTE = "<!-- `make docs` writes this page; prose and examples stand in peftc/docs/source/{}.md -->"
 
 # kind of method -> its heading, the command that takes it, and how
@@ -38,6 +38,18 @@ KINDS = {
     "adapter": ("What learns in finetuning", "finetune", "--method {}"),
     "format": ("What an export is", "export", "--format {}"),
 }
+LINKS = dict(zip(help.SHARED, ("how a MODEL is built", "where it is pushed", "what is printed"), strict=True))
+SHARED = dict(
+    zip(
+        help.SHARED,
+        (
+            "For every command that takes one MODEL; see [what MODEL takes](models.md).",
+            "For every command that writes an artifact or an export; see [hubs](hub.md).",
+            "",
+        ),
+        strict=True,
+    )
+)
 GUIDES = {
     "models.md": "What MODEL takes: folders, timm, transformers, a network of your own",
     "data.md": "What --data takes, splits, tasks and metrics",
@@ -82,6 +94,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in [*head, *lines]) if lines else ""
 
 
+def titled(heading: str) -> str:
+    """Return a heading as it begins a section."""
+    return heading[0].upper() + heading[1:]
+
+
 def page(file: str, *parts: str) -> str:
     """Return a page of parts that are not empty."""
     return "\n\n".join([NOTE.format(file), *(part for part in parts if part)]) + "\n"
@@ -96,52 +113,24 @@ def said(word: str) -> list[str]:
     return [" ".join(part.split()) for part in text.strip().split("\n\n")]
 
 
-def groups() -> dict[int, str]:
-    """Return the heading of every declared option, by the identity of its declaration."""
-    heading, found = FIRST, {}
-    for line in Path(options.__file__).read_text(encoding="utf-8").splitlines():
-        if line.startswith("# "):
-            heading = line[2:]
-        elif name := re.match(r"(\w+)(?:: Any)? = (?:Annotated|\()", line):
-            found[id(getattr(options, name[1]))] = heading
-    return found
-
-
 def option_row(param: Any) -> list[str]:
     """Return how an option is typed, what it does, and its default."""
-    if param.param_type_name == "argument":
-        return [f"`{param.metavar or param.human_readable_name}`", param.help or "", ""]
-    names = ", ".join(f"`{each}`" for each in (*param.opts, *param.secondary_opts))
-    value = "" if param.is_flag or param.count else f" `{param.metavar}`"
-    default = "" if param.default in (None, False, (), []) or param.count else f"`{param.default}`"
-    if param.is_flag and param.secondary_opts:
-        default = {True: f"`{param.opts[0]}`", False: f"`{param.secondary_opts[0]}`"}.get(param.default, "")
-    return [names + value, param.help or "", default]
+    names, value, default = help.typed(param)
+    spelled = ", ".join(f"`{each}`" for each in names or [value])
+    return [spelled + (f" `{value}`" if names and value else ""), param.help or "", f"`{default}`" if default else ""]
 
 
 def option_tables(word: str) -> str:
     """Return the options of a command alone, under the headings that they are declared under."""
-    params = {param.name: param for param in COMMANDS[word].params}
-    own = inspect.unwrap(FUNCTIONS[word])
-    known = groups()
-    found: dict[str, list[list[str]]] = {}
-    for name, parameter in inspect.signature(own, eval_str=True).parameters.items():
-        group = options.of_group(parameter.annotation)
-        if group is not None:
-            kind, *_ = get_args(parameter.annotation) or (parameter.annotation,)
-            found.setdefault(kind.HEADING, []).extend(option_row(params[each]) for each in group)
-        elif name in params and name not in {**options.OUTPUT, **options.PUSH}:
-            heading = known.get(id(parameter.annotation), FIRST)
-            found.setdefault(heading, []).append(option_row(params[name]))
+    found = help.sections(COMMANDS[word])
+    own = {heading: params for heading, params in found.items() if heading not in help.SHARED}
     parts = []
-    for heading, rows in found.items():
-        parts += [f"### {heading[0].upper()}{heading[1:]}"] if len(found) > 1 else []
-        parts.append(table(("option", "what it does", "default"), rows))
-    links = {"arch": "how a MODEL is built", "push_to_hub": "where it is pushed", "json": "what is printed"}
-    shared = [name for name in links if name in params]
+    for heading, params in own.items():
+        parts += [f"### {titled(heading)}"] if len(own) > 1 else []
+        parts.append(table(("option", "what it does", "default"), map(option_row, params)))
+    shared = [LINKS[heading] for heading in found if heading in help.SHARED]
     if shared:
-        listed = " and ".join(links[name] for name in shared)
-        parts.append(f"And the [options of every command](../options.md): {listed}.")
+        parts.append(f"And the [options of every command](../options.md): {' and '.join(shared)}.")
     return "\n\n".join(parts)
 
 
@@ -191,23 +180,13 @@ def command_page(word: str, written: Mapping[str, str]) -> str:
 
 def options_page() -> str:
     """Return the page of the options that commands share."""
-    params = {param.name: param for param in COMMANDS["decompose"].params}
-    source = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.SOURCE))
-    push = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.PUSH))
-    output = table(("option", "what it does", "default"), (option_row(params[name]) for name in options.OUTPUT))
-    return page(
-        "commands",
-        "# Options of every command",
-        "Underscores do where a dash stands, and `--help` lists them too.",
-        "## How a MODEL is built",
-        "For every command that takes one MODEL; see [what MODEL takes](models.md).",
-        source,
-        "## Where it is pushed",
-        "For every command that writes an artifact or an export; see [hubs](hub.md).",
-        push,
-        "## What is read first, and what is printed",
-        output,
-    )
+    found = help.sections(COMMANDS["decompose"])
+    parts = []
+    for heading, text in SHARED.items():
+        rows = map(option_row, found[heading])
+        parts += [f"## {titled(heading)}", text, table(("option", "what it does", "default"), rows)]
+    first = "Underscores do where a dash stands, and `--help` lists them too."
+    return page("commands", "# Options of every command", first, *parts)
 
 
 # methods
@@ -308,9 +287,10 @@ def first_sentence(kind: str, name: str) -> str:
 
 def index_page() -> str:
     """Return the index of all pages."""
-    commands = table(
-        ("command", "what it does"), ([f"[{word}](commands/{word}.md)", said(word)[0]] for word in COMMANDS)
-    )
+    commands = []
+    for heading, words in program.GROUPS.items():
+        rows = ([f"[{word}](commands/{word}.md)", said(word)[0]] for word in words.replace("_", "-").split())
+        commands.append(f"### {titled(heading)}\n\n{table(('command', 'what it does'), rows)}")
     guides = table(("page", "what it says"), ([f"[{file[:-3]}]({file})", text] for file, text in GUIDES.items()))
     parts = []
     for kind, (heading, command, typed) in KINDS.items():
@@ -328,7 +308,7 @@ def index_page() -> str:
         "## Guides",
         guides,
         "## Commands",
-        commands,
+        *commands,
         "## Methods",
         *parts,
     )
