@@ -97,13 +97,14 @@ def title(text: str) -> str:
     return text if plain or not sys.stdout.isatty() else f"\x1b[{BOLD}m{text}\x1b[0m"
 
 
-def width() -> int | None:
-    """Return the columns of stderr; None where there is no end to a line."""
+def width(*, of_stdout: bool = False) -> int | None:
+    """Return the columns of stderr, or of stdout; None where there is no end to a line."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
+    stream = sys.stdout if of_stdout else sys.stderr
     try:
-        return (os.get_terminal_size(sys.stderr.fileno()).columns or None) if _is_terminal() else None
+        return (os.get_terminal_size(stream.fileno()).columns or None) if stream and stream.isatty() else None
     except (OSError, ValueError):
         return None
 

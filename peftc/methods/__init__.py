@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def recipe_of(method: Callable[..., Any]) -> dict[str, float]:
 def described(kind: str, name: str) -> dict[str, Any]:
     """Return what a built-in method is, read from its file without importing it.
 
-    ``source`` is the first line of its module; ``settings`` have their defaults; ``recipe`` is of a finetuning.
+    ``source`` is the first line of its module, ``paper`` the first that it names; ``settings`` have their defaults;
+    ``recipe`` is of a finetuning.
     """
     spec = importlib.util.find_spec(home(kind, name))
     assert spec is not None and spec.origin is not None
@@ -86,8 +88,18 @@ def described(kind: str, name: str) -> dict[str, Any]:
     values = {node.arg: default.value for node, default in pairs if isinstance(default, ast.Constant)}
     assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
     recipe = ast.literal_eval(assigned["RECIPE"]) if "RECIPE" in assigned else {}
-    source = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return {"source": source, "settings": values, "recipe": USUAL | recipe if kind == "adapter" else {}}
+    text = ast.get_docstring(tree) or ""
+    about = {"source": text.partition("\n")[0], "paper": _paper(" ".join(text.split()))}
+    return {**about, "settings": values, "recipe": USUAL | recipe if kind == "adapter" else {}}
+
+
+def _paper(text: str) -> str:
+    """Return the first paper that a text names: by its number in arXiv, or by authors and year where it has none."""
+    titled = re.search(r'([A-Z]\w+(?:(?:, | and )[A-Z]\w+| et al\.)*), "[^"]+"[^"]*?([12]\d{3})(?!\d)(,? arXiv)?', text)
+    arxiv = re.search(r"arXiv[: ](\d{4}\.\d+)", text)
+    if titled and not titled[3] and (arxiv is None or titled.start() < arxiv.start()):
+        return f"{titled[1]} {titled[2]}"
+    return f"arXiv {arxiv[1]}" if arxiv else ""
 
 
 def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:

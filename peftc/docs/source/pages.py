@@ -20,6 +20,7 @@ import typer.main
 from peftc import methods, report
 from peftc.cli import app as program
 from peftc.cli import help
+from peftc.cli.methods import KINDS, page_of
 
 WRITTEN = Path(__file__).parent
 DOCS = WRITTEN.parent
@@ -29,15 +30,6 @@ FUNCTIONS = {word: command.callback for word, command in COMMANDS.items()}
 SCHEMA = json.loads(Path(report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 NOTE = "<!-- `make docs` writes this page; prose and examples stand in peftc/docs/source/{}.md -->"
 
-# kind of method -> its heading, the command that takes it, and how
-KINDS = {
-    "decompose": ("How matrices are factored", "decompose", "--method {}"),
-    "decompose_conv": ("How convolutions are factored", "decompose", "--conv-method {}"),
-    "importance": ("How layers are scored", "prune-layers", "--score {}"),
-    "loss": ("What healing pulls towards", "distill", "--loss {}=1"),
-    "adapter": ("What learns in finetuning", "finetune", "--method {}"),
-    "format": ("What an export is", "export", "--format {}"),
-}
 LINKS = dict(zip(help.SHARED, ("how a MODEL is built", "where it is pushed", "what is printed"), strict=True))
 SHARED = dict(
     zip(
@@ -256,11 +248,6 @@ def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     )
 
 
-def method_file(kind: str, name: str) -> str:
-    """Return where the page of a method stands."""
-    return f"methods/{kind.replace('_', '-')}/{name.replace('_', '-')}.md"
-
-
 # versions
 
 
@@ -295,7 +282,7 @@ def index_page() -> str:
     parts = []
     for kind, (heading, command, typed) in KINDS.items():
         rows = (
-            [f"[{name.replace('_', '-')}]({method_file(kind, name)})", first_sentence(kind, name)]
+            [f"[{name.replace('_', '-')}]({page_of(kind, name)})", first_sentence(kind, name)]
             for name in methods.METHODS[kind]
         )
         parts.append(
@@ -320,7 +307,7 @@ def pages() -> dict[str, str]:
     found = {"README.md": index_page(), "options.md": options_page(), "versions.md": versions_page()}
     found |= {f"commands/{word}.md": command_page(word, of_commands) for word in COMMANDS}
     for kind, names in methods.METHODS.items():
-        found |= {method_file(kind, name): method_page(kind, name, of_methods) for name in names}
+        found |= {page_of(kind, name): method_page(kind, name, of_methods) for name in names}
     unknown = of_commands.keys() - COMMANDS.keys() - {"index"}
     unknown |= of_methods.keys() - {f"{kind}/{name}" for kind, names in methods.METHODS.items() for name in names}
     assert not unknown, f"there are no such commands or methods: {sorted(unknown)}"
