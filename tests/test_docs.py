@@ -17,6 +17,7 @@ import pytest
 import peftc
 from peftc import report
 from peftc.cli import app as program
+from peftc.cli import completion
 from peftc.docs.source import pages
 from peftc.methods import METHODS
 from peftc.plans import allocate
@@ -256,20 +257,9 @@ def test_the_json_object_has_the_keys_that_are_listed() -> None:
     assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
 
 
-def test_the_shells_complete_what_the_readme_says() -> None:
+def test_the_shells_that_complete_are_those_of_the_page() -> None:
     block = next(block.text for block in blocks(TEXT) if block.headings[-1:] == ("Shell completion",))
-    variable = program.COMPLETE
-    shells = re.findall(rf"{variable}=source_(\w+) peftc", block)
-    assert shells == ["bash", "zsh", "fish"]
-
-    def answer(**asked: str) -> str:
-        line = [sys.executable, "-m", "peftc"]
-        return subprocess.run(line, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout
-
-    for shell in shells:
-        assert f"{variable}=complete_{shell}" in answer(**{variable: f"source_{shell}"})
-    asked = {variable: "complete_bash", "COMP_WORDS": "peftc decompose --ra", "COMP_CWORD": "2"}
-    assert answer(**asked).split() == ["--ratio", "--rank", "--rank-multiple"]
+    assert re.findall(rf"{completion.VARIABLE}=source_(\w+) peftc", block) == list(completion.SCRIPTS)
 
 
 def test_what_is_named_is_there() -> None:

@@ -23,7 +23,7 @@ from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHe
 from typer.core import TyperGroup
 
 from peftc import processes
-from peftc.cli import console, help, steps
+from peftc.cli import completion, console, help, steps
 from peftc.cli.methods import methods
 from peftc.cli.run import run
 from peftc.errors import LostProcessError, PeftcError, UsageError, shown
@@ -31,7 +31,7 @@ from peftc.project import config
 from peftc.report import size
 from peftc.version import __version__
 
-COMPLETE = "_PEFTC_COMPLETE"
+INSTALL = "make this shell complete commands, options and values"
 FULL = "free some space, or write to another disk with `-o`"
 CLOSED = "check the permissions, or write to another folder with `-o`"
 REFUSALS = {
@@ -88,11 +88,8 @@ class Boundary(TyperGroup):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Run ``args``; every exception ends here."""
         words = list(sys.argv[1:] if args is None else args)
-        if COMPLETE in os.environ:  # by which the shell asks how a word may go on, as README says
-            from typer._completion_classes import completion_init
-
-            completion_init()
-            self._main_shell_completion({}, "peftc", COMPLETE)
+        if completion.VARIABLE in os.environ:  # by which a shell asks how a line may go on
+            sys.exit(completion.reply(self, os.environ[completion.VARIABLE]))
         try:
             with self.make_context("peftc", words) as ctx:
                 self.invoke(ctx)
@@ -199,6 +196,21 @@ def _memory_limit() -> str:
     return ""
 
 
+def _show_completion(wanted: bool) -> None:
+    if wanted:
+        console.out(completion.SCRIPTS[completion.shell_here()])
+        raise Exit
+
+
+def _install_completion(wanted: bool) -> None:
+    if wanted:
+        shell = completion.shell_here()
+        script, rc = completion.install(shell)
+        console.note(f"completion for {shell}: `{script}`" + (f", which `{rc}` reads" if rc else ""))
+        console.note("it works in shells that start from now on")
+        raise Exit
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.out(f"peftc {__version__}\n")
@@ -223,6 +235,12 @@ app = Typer(
 @app.callback()
 def peftc(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    install_completion: Annotated[
+        bool, Option("--install-completion", callback=_install_completion, is_eager=True, help=INSTALL)
+    ] = False,
+    show_completion: Annotated[
+        bool, Option("--show-completion", callback=_show_completion, is_eager=True, help="print that script")
+    ] = False,
 ) -> None:
     """Make trained models smaller and faster, and tell the truth about it.
 
