@@ -45,6 +45,13 @@ def machines() -> int:
     return max(1, size() // on_machine())
 
 
+def a_gpu_each() -> bool:
+    """Return whether each process of this machine can have a GPU of its own."""
+    import torch
+
+    return bool(torch.cuda.device_count() >= on_machine())
+
+
 def share(names: Sequence[Value]) -> list[Value]:
     """Return what of some work, in an order that all agree on, is this process's."""
     return list(names[rank() :: size()])

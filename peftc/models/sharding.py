@@ -43,6 +43,7 @@ class Spread:
     offload: bool = False
 
 
+@processes.watched()
 def shard(model: Model, layers: Iterable[str], dtype: torch.dtype, spread: Spread, *, learns: bool) -> Model:
     """Return a model in pieces; the one that is given stays whole, and as it is.
 
@@ -162,6 +163,7 @@ def local_bytes(tensor: Tensor) -> int:
     return own.nbytes
 
 
+@processes.watched()
 def together(model: Model, path: Path, learnt: Iterable[str], stored: Callable[[str], torch.dtype | None]) -> Model:
     """Return a model whole again; what it learnt goes to a file, tensor by tensor, on which the first process maps it.
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -36,7 +35,7 @@ def accelerator_of(recipe: Recipe, device: str, log_with: str | None, folder: Pa
         PeftcError: Accelerate, or peftc, cannot train so here.
     """
     place = device_of(device)
-    own_gpu = place.type == "cuda" and processes.size() <= torch.cuda.device_count() * processes.machines()
+    own_gpu = place.type == "cuda" and processes.a_gpu_each()
     fresh = processes.size() == 1 or own_gpu  # else processes that met on the CPU stay there
     AcceleratorState._reset_state(reset_partial_state=fresh)  # of an earlier training in this process
     try:

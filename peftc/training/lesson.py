@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from peftc import processes
 from peftc.errors import DataError, UsageError
 from peftc.models.layerwise import layerwise
 from peftc.models.model import Model
@@ -82,6 +83,7 @@ def weights_of(loss: str | Mapping[str, float] | None, student: Model, task: str
     return found
 
 
+@processes.watched()
 def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, float]) -> Imitation:
     """Open the samples and the teacher, and try one batch.
 

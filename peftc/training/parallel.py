@@ -56,9 +56,12 @@ def in_pieces(model: Model, layers: Sequence[str], recipe: Recipe, device: str, 
         learns: whether it is trained.
 
     Raises:
-        UsageError: it cannot be cut.
+        UsageError: it cannot be cut, or not on these devices.
     """
     place = device_of(device)
+    if place.type == "mps" or (place.type == "cuda" and not processes.a_gpu_each()):
+        hint = "start as many processes as there are GPUs, or compute on `--device cpu`"
+        raise UsageError("`--shard` needs a GPU of its own for each process, or none", hint=hint)
     dtype = usual_dtype(model, place)
     if learns and dtype != torch.float64:
         dtype = torch.float32
@@ -112,7 +115,8 @@ def _leaves_out(step: Step, given: Any) -> bool:
     step.zero_grad()
     with torch.no_grad():
         for name, each in step.named_buffers():
-            each.copy_(held[name])
+            if not torch.equal(each, held[name]):
+                each.copy_(held[name])
     return lost
 
 

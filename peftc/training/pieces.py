@@ -50,8 +50,8 @@ class Like:
 
     def place(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return where to read a tensor of a checkpoint into: a piece where the one that it belongs to is one."""
-        kind, of, *_ = name.split("/")
-        there = self.learning[int(of)] if kind == "optimizer" else self.changing[of]
+        kind, _, of = name.partition("/")
+        there = self.learning[int(of.partition("/")[0])] if kind == "optimizer" else self.changing[of]
         if there.shape == shape:
             return torch.zeros_like(there, dtype=dtype, requires_grad=False)
         return torch.zeros(shape, dtype=dtype)
@@ -99,6 +99,6 @@ def read(path: Path, like: Like) -> dict[str, Any]:
     own: dict[int, dict[str, Tensor]] = {}
     for name, each in found.items():
         if name.startswith("optimizer/"):
-            _, of, key = name.split("/")
+            _, of, key = name.split("/", 2)
             own.setdefault(int(of), {})[key] = each
     return state | {"optimizer": {"state": own}}

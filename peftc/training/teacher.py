@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from peftc import processes
 from peftc.errors import UsageError
 from peftc.models import write
 from peftc.models.layers import layers
@@ -49,6 +50,7 @@ def identity_of(guide: Model, *, named: bool) -> dict[str, Any]:
     return {"spec": guide.source.spec if named else None, "content": content}
 
 
+@processes.watched()
 def taught_by(work: Imitation, batch_size: int) -> float | None:
     """Return how good the teacher is on the held-out samples; None where that says nothing."""
     held, teacher = work.samples.held, work.teacher

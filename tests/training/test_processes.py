@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,18 @@ def test_a_large_vocabulary_is_compared_in_parts_in_pieces_too(
     words = ["distill", tmp_path / "small", "--data", story, *FEW, "--loss", "logits=1,task=1"]
     same_curve(learn(tmp_path / "one", *words, several=False), learn(tmp_path / "two", *words, code=UNREAD))
     same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+def test_losses_of_a_whole_batch_see_the_samples_of_every_process(tiny_bert: Path, tmp_path: Path) -> None:
+    """Pairs of sentences go through the network one after the other, before one backward pass."""
+    words = " ".join(TEXTS).replace(",", "").split()
+    texts = [" ".join(words[at : at + 3 + at % 5]) for at in range(20)]
+    rows = [f"{one},{other},{at * 3 % 7}" for at, (one, other) in enumerate(pairwise(texts))]
+    (tmp_path / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    peftc.decompose(tiny_bert, output_dir=tmp_path / "small", ratio=0.5, method="svd", device="cpu")
+    asked = ["distill", tmp_path / "small", "--data", tmp_path / "pairs.csv", "--task", "sentence-similarity"]
+    asked += ["--loss", "task=1,embeddings=1", "--steps", 4, "--batch-size", 6, "--learning-rate", 0.01]
+    same_curve(learn(tmp_path / "one", *asked, several=False), learn(tmp_path / "two", *asked))
 
 
 @pytest.mark.parametrize("how", ["full", "lora --delta"])
