@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from peftc.data.dataset import Dataset
 from peftc.data.images import MODES, fetched, normalised, with_mode
@@ -66,8 +67,8 @@ class Augmented:
         for seed in seeds:  # an image is gone when the next is changed: large ones are decoded only now
             with _drawn(seed):
                 changed = self.transform(with_mode(next(images), self.mode, self.data.name))
-            made.append(self.normalise(torch.as_tensor(changed).float() / 255))
-        return torch.stack(made)
+            made.append(self.normalise(torch.as_tensor(changed)))
+        return default_collate(made)  # type: ignore[no-any-return]
 
     def mixed(self, inputs: Tensor, targets: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return images mixed in pairs, and the shares of each class in them (batch, classes).

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from peftc.data import limits, remembered
 from peftc.data.dataset import SPLITS, Dataset, Splits
@@ -262,24 +263,29 @@ def transform(preprocess: Mapping[str, Any], image_size: int | None = None) -> C
     crop = create_transform(tuple(size), is_training=False, normalize=False, **settings) if size else pil_to_tensor
 
     def apply(image: Any, name: str) -> Tensor:
-        return normalise(crop(with_mode(image, MODES[channels], name)).float() / 255)
+        return normalise(crop(with_mode(image, MODES[channels], name)))
 
     return apply
 
 
 def normalised(preprocess: Mapping[str, Any], channels: int) -> Callable[[Tensor], Tensor]:
-    """Return the function from pixels in [0, 1] to what the model was trained to see."""
+    """Return the function from pixels in 0 to 255, in rows or not, to what the model was trained to see."""
     known = []
     for key in ("mean", "std"):
         values = preprocess.get(key)
         if values is None:
-            return lambda pixels: pixels
+            return _in_one
         if len(values) not in (1, channels):
             what = f"the model's preprocessing gives {len(values)} numbers as `{key}`"
             raise DataError(what, why=f"images have {channels} channels")
         known.append(torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None])
     mean, std = known
-    return lambda pixels: (pixels - mean) / std
+    return lambda pixels: _in_one(pixels).sub_(mean).div_(std)
+
+
+def _in_one(pixels: Tensor) -> Tensor:
+    """Return pixels in [0, 1] as a new tensor; first in rows, which what comes after it is twice as quick on."""
+    return pixels.contiguous().float().div_(255)
 
 
 def reader(
@@ -290,6 +296,7 @@ def reader(
     Tensors are fed as they are; ``preprocess`` and ``image_size`` are as for `transform`.
     """
     to_tensor = transform(preprocess, image_size)
+    Image.init()  # it takes a while: once here, and not in each process that is forked to read ahead
 
     def read(index: int, alone: ThreadPoolExecutor) -> Tensor:
         value = data[index][0]
@@ -306,7 +313,7 @@ def reader(
         if len(shapes) > 1:
             why = f"the model names no input size, and they are {shapes[0]} and {shapes[-1]}"
             raise DataError(f"the images of `{data.name}` differ in size", why=why, hint="add `--image-size PIXELS`")
-        return torch.stack(tensors)
+        return default_collate(tensors)  # type: ignore[no-any-return] # in a process that reads ahead, in shared memory
 
     return stacked
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,8 +113,9 @@ def _worthwhile(seconds: float, first: object, left: int) -> int:
     if seconds < QUICK or seconds * left < START or _why_not():
         return 0
     room = shutil.disk_usage(SHARED).free // processes.on_machine() // 2
-    held = (AHEAD + 1) * sum(each.nbytes for each in _tensors(first))
-    workers = min(usual(), room // max(1, held))
+    sizes: list[int] = []
+    mapped(first, lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
+    workers = min(usual(), room // max(1, (AHEAD + 1) * sum(sizes)))
     logging.getLogger(__name__).info("%d processes read ahead: a batch takes %.3g s", workers, seconds)
     return workers
 
@@ -218,26 +219,31 @@ class _Asked(Dataset[Any]):
         except PeftcError as error:
             return _Refused(error)
         try:
-            for tensor in _tensors(value):  # here, where an error is seen, and not in a thread that sends
-                tensor.share_memory_()
+            return mapped(value, _shared)  # here, where an error is seen, and not in a thread that sends
         except (RuntimeError, OSError) as error:
             return _Refused(PeftcError("a batch does not fit into shared memory", why=reason_of(error), hint=HINT))
-        return value
 
 
 def _as_it_is(value: Value) -> Value:
     return value
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, however they lie in one another."""
+def _shared(tensor: Tensor) -> Tensor:
+    """Return a tensor in shared memory; of one that is a part of another, that part alone."""
+    whole = tensor.untyped_storage().nbytes()
+    return (tensor.clone() if whole > tensor.nbytes else tensor).share_memory_()
+
+
+def mapped(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
+    """Return a batch with its tensors changed, however they lie in one another."""
+    found: Any = value
     if isinstance(value, Tensor):
-        yield value
+        found = change(value)
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
+        found = {name: mapped(each, change) for name, each in value.items()}
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif is_dataclass(value):
-        yield from _tensors(vars(value))
+        parts = [mapped(each, change) for each in value]
+        found = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    elif is_dataclass(value) and not isinstance(value, type):
+        found = replace(value, **{each.name: mapped(getattr(value, each.name), change) for each in fields(value)})
+    return found  # type: ignore[no-any-return]

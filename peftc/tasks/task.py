@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
-from peftc.data.loading import ahead
+from peftc.data.loading import ahead, mapped
 from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
@@ -36,11 +36,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return it in memory from which a GPU copies while others compute; torch's loader asks for it by this name."""
-
-        def pinned(each: Any) -> Any:
-            return each.pin_memory() if isinstance(each, Tensor) else {name: pinned(each[name]) for name in each or ()}
-
-        return Batch(pinned(self.inputs), pinned(self.targets), pinned(self.others) or None)
+        return mapped(self, Tensor.pin_memory)
 
 
 @dataclass

@@ -254,6 +254,17 @@ def test_a_batch_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(Batch(one, one, {"c": one}).pin_memory().others["c"], one + 1)  # type: ignore[index]
 
 
+def test_of_a_part_of_a_large_tensor_that_part_alone_is_handed_over() -> None:
+    whole = torch.arange(1_000_000)
+
+    def read(key: int) -> dict[str, Any]:
+        return {"window": whole[key : key + 4], "more": [Batch(whole[:2], whole[None, key])]}
+
+    for key, found in enumerate(ahead(read, range(6), 2)):
+        assert found["window"].tolist() == list(range(key, key + 4)) and int(found["more"][0].targets) == key
+        assert found["window"].untyped_storage().nbytes() < 1000
+
+
 def test_too_little_shared_memory_is_refused_in_a_line(tmp_path: Path) -> None:
     """Containers have 64 MB of it unless they were started otherwise."""
     code = tmp_path / "small.py"
