@@ -9,8 +9,10 @@ import torch
 
 import peftc
 from peftc import methods
+from peftc.data.loading import ahead
 from peftc.models import load
 from peftc.nn import surgery
+from peftc.tasks.task import Batch
 from tests.conftest import TEXTS
 
 pytestmark = [
@@ -140,3 +142,15 @@ def test_the_losses_of_a_gpu_are_those_of_the_cpu(tiny_vit: Path, images: Path, 
         lines = [json.loads(line) for line in (tmp_path / device / "log.jsonl").read_text().splitlines()]
         losses[device] = [line["loss"] for line in lines]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-2)
+
+
+def test_what_is_read_ahead_lies_in_pinned_memory() -> None:
+    torch.cuda.init()
+
+    def read(key: int) -> Batch:
+        return Batch({"pixel_values": torch.full((4, 3, 8, 8), float(key))}, torch.full((4,), key))
+
+    for key, batch in enumerate(ahead(read, range(8), 2)):
+        assert isinstance(batch.inputs, dict)
+        assert batch.inputs["pixel_values"].is_pinned() and batch.targets.is_pinned()
+        assert (batch.inputs["pixel_values"].to("cuda", non_blocking=True) == key).all()

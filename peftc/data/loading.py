@@ -170,11 +170,15 @@ def _started(samples: "_Asked", asked: Sequence[Any], workers: int) -> Any:
 
 
 def _settled(parent: int) -> Callable[[int], None]:
-    """Return what a process does first: it starts no threads of a library's, and ends when its parent does."""
+    """Return what a process does first: it starts no threads of a library's, and ends when its parent does.
+
+    A signal to all of a group, as of Ctrl-C, is for the parent, which may have to finish its step with what is read.
+    """
 
     def settle(_: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them, and has handlers of its own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setpgid(0, 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # torch has gone down to one thread
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != parent:

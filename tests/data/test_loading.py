@@ -149,6 +149,13 @@ def test_nothing_random_of_the_process_is_drawn_or_changed() -> None:
     assert (random.getstate(), signal.getsignal(signal.SIGCHLD)) == before[1:]
 
 
+def test_a_signal_to_a_group_is_for_the_one_that_reads_from_them() -> None:
+    def group(key: int) -> int:
+        return os.getpgid(0)
+
+    assert os.getpgid(0) not in set(ahead(group, range(6), 2))
+
+
 def test_in_a_process_that_reads_ahead_no_library_starts_threads() -> None:
     def threads(key: int) -> tuple[int, int, str]:
         torch.randn(256, 256) @ torch.randn(256, 256)
