@@ -223,7 +223,7 @@ def _runs(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "parquet"])
 def test_images_are_the_same_bytes_for_any_number_of_processes(kind: str, tmp_path: Path) -> None:
     """The file of a zip is open before the processes are: each has a place of its own in it."""
     data = noisy(tmp_path / "images", 40)
@@ -232,6 +232,12 @@ def test_images_are_the_same_bytes_for_any_number_of_processes(kind: str, tmp_pa
             for path in sorted(data.rglob("*.png")):
                 archive.write(path, path.relative_to(data))
         data = tmp_path / "images.zip"
+    elif kind == "parquet":
+        from pyarrow import parquet, table
+
+        rows = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(data.rglob("*.png"))]
+        data = tmp_path / "images.parquet"
+        parquet.write_table(table({"image": rows, "label": [at % 2 for at in range(40)]}), data, row_group_size=7)
     read = reader(open_data(str(data)), PREPROCESS)
     runs = [list(range(at, at + 2)) for at in range(0, 40, 2)]
     plain = [read(run) for run in runs]

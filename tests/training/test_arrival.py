@@ -20,6 +20,7 @@ from peftc.training import imitation, journal, loop, samples
 from peftc.training.arrival import Stream
 from peftc.training.imitation import Imitation
 from tests.calibration.test_memory import alone, launch_freshly
+from tests.conftest import TEXTS
 
 SIZE, CLASSES = 40, 10
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 8, "device": "cpu", "learning_rate": 1e-2, "evaluations": 2}
@@ -216,6 +217,22 @@ def test_figures_statistics_and_factors_are_the_same_for_any_number_of_processes
         weights = sorted([*folder.rglob("*.safetensors"), *folder.rglob("peftc.json")])
         assert len(weights) == 6
         found.append((figures, [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_bert_mlm"])
+def test_windows_of_text_are_the_same_for_any_number_of_processes(kind: str, request: Any, tmp_path: Path) -> None:
+    """They are views of a file, which every process has mapped into its memory."""
+    model, data = request.getfixturevalue(kind), tmp_path / "story.txt"
+    data.write_text("\n".join(TEXTS * 40))
+    task = "causal-lm" if kind == "tiny_llama" else "masked-lm"
+    options = {**SHORT, "steps": 3, "loss": "task=1", "task": task, "max_length": 16, "held_out": 0.2, "head": "keep"}
+    found = []
+    for workers in (0, 3):
+        asked: dict[str, Any] = {"data": str(data), "workers": workers, "max_length": 16, "device": "cpu", "task": task}
+        figures = peftc.evaluate(model, batch_size=2, **asked).data["metrics"]
+        peftc.finetune(model, output_dir=tmp_path / str(workers), **{**options, **asked})
+        found.append((figures, digests(tmp_path / str(workers))))
     assert found[0] == found[1]
 
 
