@@ -31,7 +31,8 @@ from peftc.errors import LostProcessError, PeftcError, UsageError, reason_of
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 AHEAD = 2  # batches that each process reads ahead
-QUICK = 0.002  # seconds: to hand a batch over takes about as long
+QUICK = 0.002  # seconds: to hand a batch over takes about as long,
+HANDED = 1e9  # and a second for so many bytes, which are written anew
 START = 1.0  # seconds: to start and end the processes takes a part of it
 LONGEST = 75  # of a temporary folder's name: the sockets in it have 107 characters at most, 32 of them their own
 SHARED, CONTROL = Path("/dev/shm"), Path("/sys/fs/cgroup")
@@ -59,9 +60,10 @@ def ahead(
     if workers and (reason := _why_not()):
         raise UsageError(f"`--workers` is {workers}", why=reason, hint=HINT)
     if workers is None and asked:
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         first, asked = [read(asked[0])], asked[1:]
-        workers = _worthwhile(time.perf_counter() - begun, first[0], len(asked))
+        seconds = max(time.perf_counter() - begun[0], time.process_time() - begun[1])  # of all its threads, or waited
+        workers = _worthwhile(seconds, first[0], len(asked))
     workers = min(workers or 0, len(asked)) if len(asked) > 1 else 0  # one batch is as soon read here
     with _arriving(read, asked, workers, by_choice=by_choice) as rest:
         while first:
@@ -110,11 +112,11 @@ def _why_not() -> str | None:
 
 def _worthwhile(seconds: float, first: object, left: int) -> int:
     """Return how many processes to start, where a batch took so long and so many are left."""
-    if seconds < QUICK or seconds * left < START or _why_not():
-        return 0
-    room = shutil.disk_usage(SHARED).free // processes.on_machine() // 2
     sizes: list[int] = []
     mapped(first, lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
+    if seconds < QUICK + sum(sizes) / HANDED or seconds * left < START or _why_not():
+        return 0
+    room = shutil.disk_usage(SHARED).free // processes.on_machine() // 2
     workers = min(usual(), room // max(1, (AHEAD + 1) * sum(sizes)))
     logging.getLogger(__name__).info("%d processes read ahead: a batch takes %.3g s", workers, seconds)
     return workers
