@@ -20,6 +20,7 @@ __all__ = [
     "decompose",
     "demo",
     "distill",
+    "env",
     "evaluate",
     "extract_lora",
     "finetune",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from peftc.steps.decompose import decompose
     from peftc.steps.demo import demo
     from peftc.steps.distill import distill
+    from peftc.steps.env import env
     from peftc.steps.evaluate import evaluate
     from peftc.steps.export import export
     from peftc.steps.extract_lora import extract_lora

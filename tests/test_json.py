@@ -51,6 +51,7 @@ LINES = {  # in this order, each in the folder that the ones before it left
     "init": [["{vit}", "--data", "sklearn:digits"]],
     "run": [["--dry-run"], ["short.toml"], ["short.toml"]],
     "methods": [[], ["decompose"]],
+    "env": [[]],
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ GROUPS = {  # what one does with commands -> these
     "hand it on": "export",
     "measure and compare": "evaluate bench show compare report",
     "run a whole chain": "init run",
-    "find your way": "demo methods",
+    "find your way": "demo methods env",
 }
 
 

@@ -330,5 +330,10 @@ def init(
 
 
 @command("", source=False)
+def env() -> None:
+    """Print versions, devices, threads and caches, to paste into a report."""
+
+
+@command("", source=False)
 def demo(*, output_dir: o.OutputDir = None, seed: o.Seed = 0, device: o.Device = "auto") -> None:
     """Run the main job on a small model in a minute, offline."""
