@@ -111,9 +111,10 @@ class Imitation:
         """What the terms ask for."""
         return {need for term in self.terms.values() for need in term.needs}
 
-    def batch(self, rows: Sequence[int], seeds: Seeds) -> Given:
-        """Return some of the samples to learn from, as drawn for a step."""
-        return Given(self.samples.train.drawn(rows, seeds), rows)
+    def batch(self, rows: Sequence[int], seeds: Seeds | None = None) -> Given:
+        """Return some of the samples to learn from, as drawn for a step, or as they are without seeds."""
+        train = self.samples.train
+        return Given(train.batch(rows) if seeds is None else train.drawn(rows, seeds), rows)
 
     def loss(self, module: nn.Module, given: Given, peers: Peers | None = None) -> dict[str, Tensor]:
         """Return the weighted terms of a batch; the module is the student's.
