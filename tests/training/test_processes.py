@@ -314,3 +314,15 @@ def test_processes_that_do_not_see_one_folder_are_refused(tiny_llama: Path, stor
     assert [each[0] for each in ended] == [1, 1]
     assert "error: the processes of this launch do not see one folder" in ended[0][2], ended
     assert not list(tmp_path.glob("*/out*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("how", ["", "--shard", "--shard --offload", "--shard --mixed-precision bf16"])
+def test_two_gpus_learn_what_one_process_does(how: str, tiny_llama: Path, story: Path, tmp_path: Path) -> None:
+    words = ["finetune", tiny_llama, "--data", story, *FEW, "--method", "full", "-o"]
+    one = learn(tmp_path / "one", *words[:-1], several=False)
+    ended = launch(*words, tmp_path / "two", "--device", "cuda", *how.split())
+    assert all(code == 0 for code, _, _ in ended), ended
+    losses = [[each["loss"] for each in lines if "loss" in each] for lines in (one, log(tmp_path / "two"))]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02 if "bf16" in how else 1e-3)
