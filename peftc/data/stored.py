@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftc.errors import DataError, reason_of
 from peftc.store import cache
 
 FILE, ABOUT = "data.arrow", "about.json"
@@ -51,9 +52,14 @@ def table(fingerprint: str | None, schema: Callable[[], Any], blocks: Blocks) ->
                 if (found := _read(place)) is not None:
                     return found
                 shutil.rmtree(place, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="peftc-") as folder:
-        make(Path(folder))
-        return _read(Path(folder))  # whose file goes with the last who maps it
+    try:
+        with tempfile.TemporaryDirectory(prefix="peftc-") as folder:
+            make(Path(folder))
+            return _read(Path(folder))  # whose file goes with the last who maps it
+    except OSError as error:
+        hint = "point the variable HF_DATASETS_CACHE at a folder with room on its disk"
+        what = "cannot keep a large data set on disk"
+        raise DataError(what, why=f"neither in `{home()}` nor for a while: {reason_of(error)}", hint=hint) from None
 
 
 def _write(schema: Callable[[], Any], blocks: Blocks, folder: Path) -> None:

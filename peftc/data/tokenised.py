@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from peftc import progress
 from peftc.data import cutting, remembered, stored
 from peftc.data.dataset import Dataset, Each
 from peftc.data.remembered import key_of
@@ -64,9 +65,10 @@ def of_text(
     def blocks() -> Iterator[np.ndarray]:
         start, end = around(model, tokenizer) if special else ([], [])
         yield np.array(start, np.int32)
-        with refusing(model):
+        with refusing(model), progress.track(f"tokenising {data.name}") as advance:
             for block in cutting.tokens(tokenizer, rows_of(data, protocol)):
                 refuse_unknown(model, [block])
+                advance("")
                 yield block
         yield np.array(end, np.int32)
         data.refuse_change()
@@ -101,9 +103,12 @@ def of_rows(model: Model, data: Dataset, texts: Sequence[Any], max_length: int |
     schema = pyarrow.schema([(key, pyarrow.list_(pyarrow.int32())) for key in keys])
 
     def blocks() -> Iterator[Any]:
-        for start in range(0, len(texts), AT_ONCE):
-            made = rows_to_tokens(model, tokenizer, texts[start : start + AT_ONCE], limit)
-            yield pyarrow.record_batch([made[key] for key in keys], schema=schema)
+        starts = range(0, len(texts), AT_ONCE)
+        with progress.track(f"tokenising {data.name}", len(starts)) as advance:
+            for start in starts:
+                made = rows_to_tokens(model, tokenizer, texts[start : start + AT_ONCE], limit)
+                advance("")
+                yield pyarrow.record_batch([made[key] for key in keys], schema=schema)
         data.refuse_change()
 
     table = stored.table(name, lambda: schema, blocks)

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,15 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tokenise: Callable[..., 
     first, _ = tokenise()
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path / "train.txt" / "no folder")
     assert tokenise() == (first, True) and tokenise() == (first, True)
+
+
+def test_without_any_place_on_disk_a_large_text_is_refused(
+    tokenise: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path / "train.txt" / "no folder")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no folder"))
+    with pytest.raises(DataError, match="cannot keep a large data set on disk"):
+        tokenise()
 
 
 def test_nothing_is_kept_of_a_text_that_changes_meanwhile(
