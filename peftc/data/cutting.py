@@ -12,7 +12,7 @@ A tokenizer for which either fails gets the whole text at once.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,15 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def tokens(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield the tokens of texts as if they were one, without special ones before or behind (NotLocalError)."""
+def tokens(tokenise: Callable[[list[str]], Any], texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the tokens of texts as if they were one, without special ones before or behind (NotLocalError).
+
+    ``tokenise`` gives what a tokenizer makes of some texts.
+    """
     behind: Sequence[int] = []  # tokens behind the cut, as the last piece has them
     before: Sequence[int] = []  # and its own
     for some in _batches(_overlapping(texts)):
-        made = tokenizer([text for text, _, _ in some], add_special_tokens=False, verbose=False)
+        made = tokenise([text for text, _, _ in some])
         for (text, start, stop), ids, encoding in zip(some, made["input_ids"], made.encodings, strict=True):
             first = _token_at(encoding, start) if start else 0
             last = _token_at(encoding, stop) if stop < len(text) else len(ids)

@@ -62,11 +62,18 @@ def of_text(
         text = "".join(rows_of(data, protocol))
         return stored.Flat([np.array(ids_of(model, tokenizer, text, add_special_tokens=special), np.int64)])
 
+    def call(texts: list[str]) -> Any:
+        with refusing(model):
+            return tokenizer(texts, add_special_tokens=False, verbose=False)
+
     def blocks() -> Iterator[np.ndarray]:
+        if not cutting.can_cut(tokenizer):
+            yield from whole()
+            return
         start, end = around(model, tokenizer) if special else ([], [])
         yield np.array(start, np.int32)
-        with refusing(model), progress.track(f"tokenising {data.name}") as advance:
-            for block in cutting.tokens(tokenizer, rows_of(data, protocol)):
+        with progress.track(f"tokenising {data.name}") as advance:
+            for block in cutting.tokens(call, rows_of(data, protocol)):
                 refuse_unknown(model, [block])
                 advance("")
                 yield block
@@ -80,7 +87,7 @@ def of_text(
 
     name = fingerprint(model, data, protocol, special)
     try:
-        return stored.flat(name, "int32", blocks if cutting.can_cut(tokenizer) else whole)
+        return stored.flat(name, "int32", blocks)
     except cutting.NotLocalError:
         return stored.flat(name, "int32", whole)
 
