@@ -71,8 +71,8 @@ def tokens(tokenise: Callable[[list[str]], Any], texts: Iterable[str]) -> Iterat
     for some in _batches(_overlapping(texts)):
         made = tokenise([text for text, _, _ in some])
         for (text, start, stop), ids, encoding in zip(some, made["input_ids"], made.encodings, strict=True):
-            first = _token_at(encoding, start) if start else 0
-            last = _token_at(encoding, stop) if stop < len(text) else len(ids)
+            first = _token_at(encoding, text, start) if start else 0
+            last = _token_at(encoding, text, stop) if stop < len(text) else len(ids)
             own = ids[first:last]
             if start:
                 _agree(behind, own)
@@ -111,13 +111,13 @@ def _overlapping(texts: Iterable[str]) -> Iterator[tuple[str, int, int]]:
         yield before + own, len(before), len(before) + len(own)
 
 
-def _token_at(encoding: Any, place: int) -> int:
-    """Return which token begins with a character, or with the new line before it."""
+def _token_at(encoding: Any, text: str, place: int) -> int:
+    """Return which token begins with a character, or with the white space before it."""
     at = encoding.char_to_token(place)
     if at is None:
         raise NotLocalError
     start = encoding.token_to_chars(at)[0]
-    if place - start not in (0, 1) or (at and encoding.token_to_chars(at - 1)[1] > start):
+    if text[start:place].strip() or start > place or (at and encoding.token_to_chars(at - 1)[1] > start):
         raise NotLocalError
     return int(at)
 

@@ -60,10 +60,10 @@ def made(kind: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     corpus, special = [story(seed) for seed in range(1, 4)], ["<unk>", "<s>"]
-    if kind == "unigram":
+    if kind.startswith("unigram"):
         core = Tokenizer(models.Unigram())
         core.pre_tokenizer = pre_tokenizers.Metaspace()
-        core.normalizer = normalizers.Replace(Regex(r"\s"), " ")
+        core.normalizer = normalizers.Replace(Regex(r"\s+" if kind.endswith("joined") else r"\s"), " ")
         trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
     elif kind == "pieces of words":
         core = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -97,7 +97,7 @@ def pieces_of(tokenizer: Any, text: str) -> list[np.ndarray]:
     return list(cutting.tokens(partial(tokenizer, add_special_tokens=False, verbose=False), [text]))
 
 
-LOCAL = ["unigram", "pieces of words", "bytes", "bytes, lines apart", "one word"]
+LOCAL = ["unigram", "unigram, spaces joined", "pieces of words", "bytes", "bytes, lines apart", "one word"]
 
 
 @pytest.mark.parametrize("kind", LOCAL)
