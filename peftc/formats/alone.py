@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+SENTENCES = "sentence_transformers"
 MAIN = ("logits", "logits_per_image", "last_hidden_state")
 
 
@@ -24,17 +25,15 @@ def picked(value: Any) -> Any:
     return value, "output"
 
 
-def load(folder: str, library: str, architecture: str, trusted: bool, peftc: str | None) -> Any:
+def load(folder: str, library: str, architecture: str, trusted: bool) -> Any:
     """Return the network of a folder, as those load it who know nothing of peftc, with no tensor lacking or left over.
 
     Args:
         folder, library, architecture: of the network.
         trusted: the folder brings its own class, and `AutoModel` finds it.
-        peftc: where it lies, if factors are to be built by `peftc.transformers`.
     """
-    if peftc is not None:
-        sys.path.insert(0, peftc)
-        import_module("peftc.transformers")
+    if library == SENTENCES:
+        return of_sentences(folder)
     if library == "timm":
         import timm
 
@@ -51,6 +50,27 @@ def load(folder: str, library: str, architecture: str, trusted: bool, peftc: str
     return network.float().eval()
 
 
+def of_sentences(folder: str) -> Any:
+    """Return what sentence-transformers builds of a folder: it pools, and gives the vectors of the tokens."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    whole = SentenceTransformer(folder, device="cpu", local_files_only=True)
+
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = whole
+
+        def forward(self, **inputs: Any) -> Any:
+            told = self.whole(dict(inputs))
+            if not torch.isfinite(told["sentence_embedding"]).all():
+                raise SystemExit("the vectors of sentences are not finite")
+            return told["token_embeddings"]
+
+    return Tokens().float().eval()
+
+
 def main() -> None:
     """Serve the lines of standard input."""
     answers = os.fdopen(os.dup(1), "w")
@@ -65,9 +85,12 @@ def main() -> None:
             asked = json.loads(line)
             if asked["do"] == "load":
                 torch.set_num_threads(asked["threads"])
-                if asked["peftc"] is None:
+                sys.path[:0] = asked["paths"]
+                if not asked["imports"]:
                     sys.modules["peftc"] = None  # type: ignore[assignment]
-                network = load(*(asked[name] for name in ("folder", "library", "architecture", "trusted", "peftc")))
+                for name in asked["imports"]:
+                    import_module(name)
+                network = load(*(asked[name] for name in ("folder", "library", "architecture", "trusted")))
                 if asked["padding"] is not None:
                     network.config.pad_token_id = asked["padding"]
             if asked["do"] == "run":

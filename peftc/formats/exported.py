@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from peftc.models.inputs import run, taken
 from peftc.models.model import Model
 from peftc.models.place import dtype_of
 from peftc.nn import lowrank
+from peftc.store.source import PARTS
 
 Inputs = dict[str, Tensor]
 CLOSE = 1e-4  # of the largest output, in float32: other kernels, and products in another order
@@ -82,7 +84,9 @@ def computed(model: Model, inputs: Inputs) -> tuple[Tensor, str]:
     return value.float(), "logits" if model.library == "timm" else name
 
 
-def plain(model: Model, folder: Path, *, trusted: bool = False, factored: bool = False) -> Exported:
+def plain(
+    model: Model, folder: Path, *, trusted: bool = False, factored: bool = False, library: str | None = None
+) -> Exported:
     """Load a folder of timm or transformers in a fresh process that knows nothing of peftc.
 
     Args:
@@ -90,15 +94,13 @@ def plain(model: Model, folder: Path, *, trusted: bool = False, factored: bool =
         folder: where.
         trusted: the folder holds code of its own, which transformers is to run.
         factored: `peftc.transformers` is to build its factors: the process may import that.
+        library: that loads it, where that is not the one of the network.
     """
-    child = _Child(model)
-    about: dict[str, Any] = {
-        "folder": str(folder),
-        "library": model.library,
-        "architecture": model.architecture,
-        "trusted": trusted,
-    }
-    about["peftc"] = str(Path(__file__).parents[2]) if factored else None
+    library = library or model.library
+    child = _Child(model, library)
+    about: dict[str, Any] = {"folder": str(folder), "architecture": model.architecture, "trusted": trusted}
+    about |= {"library": library, "imports": ["peftc.transformers"] if factored else []}
+    about["paths"] = [_place(name) for name in ("peftc", library) if name != "peftc" or factored]
     padded = None  # the id that a user of the folder has to name before several texts are classified at once
     if model.library == "transformers" and padding.reads_last_token(model.module):
         padded = padding.id_to_write(model) if padding.padding_id(model.module) is None else None
@@ -114,18 +116,34 @@ def plain(model: Model, folder: Path, *, trusted: bool = False, factored: bool =
         return again
 
     how = f"transformers.{model.architecture}.from_pretrained"
-    if model.library == "timm":
+    if library == alone.SENTENCES:
+        how = "sentence_transformers.SentenceTransformer"
+    elif library == "timm":
         how = f"timm.create_model('local-dir:{folder.name}', pretrained=True)"
     elif trusted:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
-    elif factored:
+    if factored:
         how = f"import peftc.transformers; {how}"
-    runtime = f"{model.library} {version(model.library)}"
+    runtime = f"{library.replace('_', '-')} {version(library)}"
     found: Any = {"about": {"load": how, "tried_with": runtime}, "close": child.close}
     if trusted or factored:
         found["products"] = [tuple(shape) for shape in answer["shapes"] if len(shape) > 1]
     helped = "after `import peftc.transformers`" if factored else "without peftc"
     return Exported(f"{runtime} {helped}", child.run, prepare, **found)
+
+
+def of_sentences(model: Model, folder: Path, *, factored: bool) -> Exported | None:
+    """Load a folder as sentence-transformers does; None where it is not installed, or not meant."""
+    if not (folder / PARTS).is_file() or find_spec(alone.SENTENCES) is None:
+        return None
+    return plain(model, folder, factored=factored, library=alone.SENTENCES)
+
+
+def _place(package: str) -> str:
+    """Return the folder that a package lies in, for a process that looks into fewer folders than this one."""
+    found = find_spec(package)
+    assert found is not None and found.origin is not None
+    return str(Path(found.origin).parents[1])
 
 
 def factors(model: Model) -> list[tuple[int, ...]]:
@@ -139,8 +157,8 @@ def factors(model: Model) -> list[tuple[int, ...]]:
 class _Child:
     """A process that runs `alone`, and what it is to compute next."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, library: str) -> None:
+        self.model, self.library = model, library
         self.files = tempfile.TemporaryDirectory()
         self.last: Inputs | None = None
         self.errors = Path(self.files.name, "errors")
@@ -163,7 +181,7 @@ class _Child:
             self.process.wait()
             told = self.errors.read_text().strip().splitlines()
             self.close()
-            what = f"{self.model.library} does not load what was written of `{self.model.name}`"
+            what = f"{self.library} does not load what was written of `{self.model.name}`"
             hint = "use `--format safetensors`, and please report this: it is a bug in peftc, or in that library"
             raise ExportError(what, why=told[-1] if told else "its process ended", hint=hint)
         return dict(json.loads(answer))

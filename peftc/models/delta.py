@@ -27,7 +27,7 @@ def reference(model: Model, base: Mapping[str, Any], tensors: Mapping[str, str])
     if model.manifest is not None and model.manifest.delta:
         return {**model.manifest.delta, "tensors": dict(tensors)}
     if model.manifest is not None:
-        files = {n: e["sha256"] for n, e in model.manifest.files.items() if n.endswith(".safetensors")}
+        files = {name: model.manifest.files[name]["sha256"] for name in model.manifest.weight_files}
         record: dict[str, Any] = {"artifact": model.manifest.id, **model.place}
     else:
         files, record = dict(base["files"]), dict(base.get("source") or {})

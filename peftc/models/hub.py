@@ -9,7 +9,7 @@ from typing import Any
 from peftc.errors import SourceError, UsageError, reason_of
 from peftc.store import manifest
 from peftc.store.header import TensorInfo
-from peftc.store.source import MANIFEST, Located, Source, in_folder
+from peftc.store.source import MANIFEST, OF_PART, PARTS, Located, Source, in_folder
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 CODE = "*.py"
@@ -44,8 +44,9 @@ def snapshot(located: Located, source: Source, with_weights: bool) -> Path:
     if (folder / MANIFEST).is_file():
         files = [MANIFEST, "result.json", *manifest.read(folder).files]
         return downloaded(at, source, files, "the artifact", asked=located.revision)
+    parts = [f"*/{name}" for name in OF_PART] if (folder / PARTS).is_file() else []
     for weights in WEIGHTS if with_weights else ():
-        folder = downloaded(at, source, [*small, weights], "config and weights", asked=located.revision)
+        folder = downloaded(at, source, [*small, *parts, weights], "config and weights", asked=located.revision)
         if any(folder.glob(weights)):
             break
     return folder

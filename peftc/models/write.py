@@ -27,7 +27,7 @@ from peftc.store.artifact import Piece
 from peftc.store.exports import EXPORT
 from peftc.store.job import Job, execution
 from peftc.store.manifest import Manifest
-from peftc.store.source import CODE, COMPANIONS, MANIFEST
+from peftc.store.source import CODE, COMPANIONS, MANIFEST, part_files
 from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
@@ -105,7 +105,7 @@ def settle(job: Job, model: Model, base: Mapping[str, Any], request: dict[str, A
 
 
 def companions(model: Model) -> dict[str, bytes]:
-    """Return the small files that travel with a model: tokenizer, processor, generation settings."""
+    """Return the small files that travel with a model: tokenizer, processor, generation settings, pooling."""
     if model.folder is None:
         return {}
     named = model.manifest.files if model.manifest is not None else {}
@@ -116,7 +116,7 @@ def companions(model: Model) -> dict[str, bytes]:
         known = (known and path.name not in NOT_COMPANIONS) or (path.match(CODE) and model.source.trust_remote_code)
         if known and path.is_file():
             found[path.name] = path.read_bytes()
-    return found
+    return found | {name: path.read_bytes() for name, path in part_files(model.folder).items()}
 
 
 def write_artifact(
@@ -165,7 +165,7 @@ def write_artifact(
         config = dict(model.config) | (told_to_transformers(record) if model.library == "transformers" else {})
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
-        files[name] = artifact.write_bytes(job.folder / name, content)
+        files[name] = artifact.write_companion(job.folder / name, content)
     if known is not None and model.folder is not None:  # where the artifacts of the chain were read, by id
         job.places = {**artifact.read_result(model.folder).get("places", {}), known.id: model.place}
     record.write(job.folder)

@@ -16,7 +16,7 @@ from peftc.data import open_data
 from peftc.data.spec import named
 from peftc.errors import ArtifactError, DataError, UsageError
 from peftc.formats import parity
-from peftc.formats.exported import Exported, Inputs
+from peftc.formats.exported import Exported, Inputs, of_sentences
 from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
 from peftc.models import padding, write
@@ -30,7 +30,7 @@ from peftc.report import Report, Table, percent, size
 from peftc.store import artifact, manifest
 from peftc.store.exports import EXPORT, ExportRecord
 from peftc.store.job import Job, execution
-from peftc.store.source import Source
+from peftc.store.source import PARTS, Source
 from peftc.tasks import baseline, seen
 from peftc.tasks.evaluation import Exam, evaluated
 from peftc.tasks.figures import add_gates
@@ -131,7 +131,10 @@ def export(
             parity.refuse_unsteady(runs, probes)
             job.require(tensor_bytes(leaves.module))
             exported = _padded(written_by(leaves, parity.example(runs, 2, **sides), job.folder, **chosen), stored, pad)
+            _bring_companions(job.folder, stored)
             report = _compared(work, exported, word, data, judge if gates else None)
+            if word == "hf":
+                report.notes += _consumed(work, job.folder, exported)
             _finish(job, report, work, exported, word, request, base)
     if gates:
         found = report.data["quality"]
@@ -176,6 +179,33 @@ def _compared(
     finally:
         exported.close()
     return report
+
+
+def _bring_companions(folder: Path, stored: Model) -> None:
+    """Add what travels along."""
+    there = {path.name for path in folder.iterdir()}
+    for name, content in write.companions(stored).items():
+        if name not in there:
+            artifact.write_companion(folder / name, content)
+
+
+def _consumed(work: _Work, folder: Path, exported: Exported) -> list[str]:
+    """Compare what sentence-transformers computes with a folder that is for it, where it is installed; return notes.
+
+    Raises:
+        ExportError: it does not load it, or computes something else.
+    """
+    consumer = of_sentences(work.leaves, folder, factored=bool(exported.expected))
+    if consumer is None:
+        unasked = f"`{PARTS}` asks for sentence-transformers, which is not installed: only transformers ran it"
+        return [unasked] if (folder / PARTS).is_file() else []
+    try:
+        found = parity.compare(work.runs, consumer, work.batches)
+        consumer.tolerance = exported.tolerance
+        parity.refuse_other(work.stored.name, found, consumer)
+    finally:
+        consumer.close()
+    return [f"{consumer.runtime} loads it too; its vectors of tokens deviate by {found.deviation:.2g} of the largest"]
 
 
 def _judge(stored: Model, data: str, task: str | None, max_drop: float | None) -> Model | None:
@@ -299,15 +329,12 @@ def _finish(
     request: Mapping[str, Any],
     base: Mapping[str, Any],
 ) -> None:
-    """Add what travels along, write ``export.json`` and let the folder appear."""
+    """Write ``export.json`` and let the folder appear."""
     leaves = work.leaves
-    there = {path.name for path in job.folder.iterdir()}
-    for name, content in write.companions(work.stored).items():
-        if name not in there:
-            artifact.write_bytes(job.folder / name, content)
     files = {
-        path.name: {"sha256": manifest.file_digest(path), "bytes": path.stat().st_size}
-        for path in sorted(job.folder.iterdir())
+        path.relative_to(job.folder).as_posix(): {"sha256": manifest.file_digest(path), "bytes": path.stat().st_size}
+        for path in sorted(job.folder.rglob("*"))
+        if path.is_file()
     }
     record = work.stored.manifest
     about = {
@@ -326,7 +353,7 @@ def _finish(
             "parameters": parameters(leaves.module),
         },
     }
-    total = sum(path.stat().st_size for path in job.folder.iterdir())
+    total = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
     report.data |= {"files": files, "bytes": total}
     report.artifact = job.output
     report.tables.insert(0, _table(report.data))

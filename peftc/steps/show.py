@@ -107,7 +107,7 @@ def _tensors(folder: Path, record: Manifest, there: Located | None, *, factors: 
     """Return the tensors of an artifact, or those of its ordered factors, wherever its files are."""
     if there is None or all((folder / name).is_file() for name in record.files):
         return artifact.tensor_table(folder, record, factors=factors)
-    names = [name for name in record.files if name.endswith(".safetensors")]
+    names = record.weight_files
     names = [name for name in names if name.startswith(artifact.FACTORS) == factors]
     return hub.tensors(there, folder.name, names)
 

@@ -117,6 +117,14 @@ def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
+def write_companion(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a small file as `write_bytes` does, in a folder of its own if it has one."""
+    path.parent.mkdir(exist_ok=True)
+    written = write_bytes(path, content)
+    documents.sync(path.parent)
+    return written
+
+
 def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> dict[str, TensorInfo]:
     """Return every tensor of an artifact by name, from the headers of the files that its manifest lists.
 
@@ -131,6 +139,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
     """
     table: dict[str, TensorInfo] = {}
     small: dict[str, Any] = {}
+    weights = set(manifest.weight_files)
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
@@ -138,7 +147,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if path.stat().st_size != entry["bytes"]:
             why = f"its manifest says {entry['bytes']:,}"
             raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes", why=why)
-        if not name.endswith(".safetensors"):
+        if name not in weights:
             small[name] = entry
             continue
         tensors, metadata = read_header(path)

@@ -125,9 +125,14 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def weight_files(self) -> list[str]:
+        """The files that hold the artifact's own tensors: those in folders are companions."""
+        return [name for name in self.files if name.endswith(".safetensors") and "/" not in name]
+
+    @property
     def weight_bytes(self) -> int:
         """Number of bytes of the weight files."""
-        return sum(entry["bytes"] for name, entry in self.files.items() if name.endswith(".safetensors"))
+        return sum(self.files[name]["bytes"] for name in self.weight_files)
 
     @property
     def holds_statistics(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peftc.errors import SourceError, UsageError, refuse_not_utf8
@@ -24,6 +24,8 @@ COMPANIONS = (
     "*.spm *.tiktoken bpe.codes *preprocessor_config.json processor_config.json generation_config.json chat_template* "
     "*.jinja modules.json sentence_*config.json config_sentence_transformers.json LICENSE* NOTICE*"
 ).split()
+PARTS = "modules.json"  # of sentence-transformers: it names the folders of what follows the network, as pooling
+OF_PART = ("config.json", "model.safetensors", "pytorch_model.bin")  # what lies in one
 CODE = "*.py"  # of a checkpoint that brings its own; it travels only where that code is trusted
 
 
@@ -136,15 +138,12 @@ def in_folder(path: Path, source: Source) -> Located:
     Raises:
         SourceError: it holds no model, a file that cannot be recorded, or a link that leaves it.
     """
-    whole = path.resolve()
-    own = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
     for each in sorted(path.iterdir()):
         refuse_not_utf8(f"in `{path}` the name", each.name, SourceError)
         small = each.name in (MANIFEST, ADAPTER, "config.json") or any(map(each.match, (*COMPANIONS, CODE)))
-        if small and each.is_symlink() and not any(map(each.resolve().is_relative_to, own)):
-            why = f"it points to `{each.resolve()}`"
-            hint = "put a copy of the file in its place, if it belongs to the model"
-            raise SourceError(f"`{each}` is a link that leaves its folder", why=why, hint=hint)
+        if small and each.is_symlink():
+            _refuse_leaving(path, each)
+    part_files(path)
     if (path / MANIFEST).is_file():
         return Located("artifact", folder=path)
     if (path / ADAPTER).is_file():
@@ -156,6 +155,39 @@ def in_folder(path: Path, source: Source) -> Located:
     if "architecture" in read_json(config):
         return Located("timm", folder=path, weights=source.weights)
     return Located("transformers", folder=path, weights=source.weights)
+
+
+def part_files(folder: Path) -> dict[str, Path]:
+    """Return name -> file of what lies in the folders that ``modules.json`` names beside the network's own.
+
+    Raises:
+        SourceError: it names something outside the folder.
+    """
+    listed, found = folder / PARTS, {}
+    try:
+        parts = documents.read_json(listed) if listed.is_file() else []
+    except (OSError, ValueError):
+        return {}
+    if documents.misfit(parts, [{"path?": str}]):  # it is somebody else's file of that name
+        return {}
+    for part in {each.get("path", "") for each in parts} - {"", "."}:
+        if PurePosixPath(part).name != part or part == ".." or any(each in part for each in "\\\0:"):
+            raise SourceError(f"`{listed}` names `{part}`, which is no folder beside it")
+        for path in (folder / part / name for name in OF_PART):
+            if path.is_file():
+                _refuse_leaving(folder, path)
+                found[f"{part}/{path.name}"] = path
+    return dict(sorted(found.items()))
+
+
+def _refuse_leaving(folder: Path, path: Path) -> None:
+    """Refuse a file of a folder that is somewhere else (SourceError)."""
+    whole = folder.resolve()
+    own = [whole, whole.parent.parent / "blobs"] if whole.parent.name == "snapshots" else [whole]
+    if not any(map(path.resolve().is_relative_to, own)):
+        why = f"it points to `{path.resolve()}`"
+        hint = "put a copy of the file in its place, if it belongs to the model"
+        raise SourceError(f"`{path}` is a link that leaves its folder", why=why, hint=hint)
 
 
 def _file(path: Path, source: Source) -> Located:

@@ -180,8 +180,8 @@ def test_what_needs_no_code_or_cannot_have_it_is_refused(tiny_bert: Path, tiny_v
         with pytest.raises(ExportError) as caught:
             peftc.export(model, format="hf-code", output_dir=tmp_path / "code", **QUICK)
         assert told in str(caught.value)
-    with pytest.raises(ExportError, match="knows no factors") as caught:
-        peftc.export(tmp_path / "small", format="hf", output_dir=tmp_path / "plain", **QUICK)
+    with pytest.raises(ExportError, match="its network is one of transformers") as caught:
+        peftc.export(tmp_path / "small", format="timm", output_dir=tmp_path / "plain", **QUICK)
     assert "--format hf-code" in str(caught.value.hint)
     assert not (tmp_path / "code").exists()
 

@@ -26,9 +26,9 @@ from peftc.steps.push import push_to_hub
 from peftc.store import quantization
 from tests.conftest import TEXTS, rewritten
 from tests.forked import forked
-from tests.formats.kinds import KINDS, networks, texts
+from tests.formats.kinds import KINDS, networks, save, texts
 from tests.hub_server import Hub
-from tests.networks import BERT, LLAMA, save_transformers
+from tests.networks import BERT, CLIP, LLAMA, T5, save_transformers
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
 FRESH = """
@@ -153,6 +153,33 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_transformers(place, "LlamaForCausalLM", **{**LLAMA, "num_hidden_layers": 3}, initializer_range=0.2)
     peftc.decompose(place, ratio=0.7, output_dir=place / "small", include=["*proj*", "*embed*", "*lm_head*"])
     return place / "small"
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 40}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MixtralForCausalLM": ("AutoModelForCausalLM", {**LLAMA, **EXPERTS}),
+    "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM", {**T5, "vocab_size": 40}),
+    "CLIPModel": ("AutoModel", CLIP),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_two_towers_and_encoders_with_decoders(name: str, tmp_path: Path) -> None:
+    auto, config = OTHERS[name]
+    (tmp_path / "base").mkdir()
+    base, inputs = save(tmp_path / "base", name, **config), texts()
+    peftc.decompose(base, ratio=0.5, output_dir=tmp_path / "small")
+    network, info = getattr(transformers, auto).from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert lowrank(network) and not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if name.startswith("T5"):
+        inputs |= {"decoder_input_ids": inputs["input_ids"]}
+    if name.startswith("CLIP"):
+        inputs |= {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    network.save_pretrained(tmp_path / "again")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "again")
+    with torch.inference_mode():
+        one, other, saved = (each(**inputs)[0] for each in (network, peftc.load(tmp_path / "small"), again))
+    assert torch.equal(one, other) and torch.equal(one, saved)
 
 
 def test_layers_that_are_gone(llama: Path, tmp_path: Path) -> None:
