@@ -24,15 +24,15 @@ from peftc.store import artifact, documents, quantization
 def register() -> None:
     """Let transformers know the factors of peftc; a second time changes nothing."""
     if quantization.METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(quantization.METHOD)(Told)
-        register_quantizer(quantization.METHOD)(Factors)
+        register_quantization_config(quantization.METHOD)(FactorsConfig)
+        register_quantizer(quantization.METHOD)(FactorsQuantizer)
 
 
-class Told(QuantizationConfigMixin):
+class FactorsConfig(QuantizationConfigMixin):
     """What ``config.json`` says of factors (SourceError: it says more than is understood)."""
 
     def __init__(self, **told: Any) -> None:
-        if why := documents.misfit(told, quantization.SHAPE):
+        if why := quantization.misfit(told):
             raise SourceError(f"`{quantization.KEY}` of config.json is not as peftc writes it", why=why)
         known = {name.removesuffix("?") for name in quantization.SHAPE}
         if unknown := sorted(told.keys() - known):
@@ -50,7 +50,7 @@ class Told(QuantizationConfigMixin):
         return self.to_dict().get(name, default)
 
 
-class Factors(HfQuantizer):
+class FactorsQuantizer(HfQuantizer):
     """Puts low-rank modules into a network before transformers fills it."""
 
     requires_calibration = True  # it factors nothing itself: what is loaded has to be factored
@@ -80,7 +80,7 @@ class Factors(HfQuantizer):
         edits = {here[name]: dict(edit) for name, edit in told.modules.items() if name in here}
         for edit in edits.values():
             if "shares" in edit:
-                edit["shares"] = here[edit["shares"]]
+                edit["shares"] = here.get(edit["shares"], "")
         known = _known_ties(model)
         surgery.skip(model, {here[name]: lengths for name, lengths in told.skipped.items() if name in here})
         surgery.apply_edits(model, edits)

@@ -1,6 +1,7 @@
 """The manifest, ``peftc.json``: what an artifact is made of, from which base, by which requests."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -190,18 +191,11 @@ def _misfit(value: dict[str, Any]) -> str | None:
     for step in value["steps"]:
         if "loss" in step["request"] and (why := documents.misfit(step["request"], TRAINING)):
             return f"in a request, {why}"
-    for name, edit in value["modules"].items():
-        rank, leader = edit["rank"], edit.get("shares")
-        if not (rank >= 1 if isinstance(rank, int) else len(rank) == 2 and min(rank) >= 1):
-            return f"module `{name}` has the rank {rank}"
-        first = value["modules"].get(leader, {})
-        if leader is not None and (first.get("shares"), first.get("rank")) != (leader, rank):
-            return f"`{name}` shares the down factor of `{leader}`, which has none of that rank"
+    if why := misfit_of_edits(value["modules"], value.get("skipped", {})):
+        return why
     for name, entry in value.get("ordered", {}).items():
         if entry["rank"] < 0:
             return f"the ordered factors of `{name}` have the rank {entry['rank']}"
-    if not all(1 <= length <= 100 for lengths in value.get("skipped", {}).values() for length in lengths):
-        return "one of its skipped layers does not say what it gave"
     sides = value["preprocess"].get("input_size", [1, 1, 1])
     if len(sides) != 3 or not all(1 <= side <= 100_000 for side in sides):
         return f"`preprocess.input_size` is {sides}, not channels, height and width"
@@ -211,6 +205,20 @@ def _misfit(value: dict[str, Any]) -> str | None:
             return f"it names the file `{name}`, which is not inside the folder"
     why = documents.misfit(value["delta"], DELTA) if value.get("delta") else None
     return f"as a delta, {why}" if why else None
+
+
+def misfit_of_edits(modules: Mapping[str, Mapping[str, Any]], skipped: Mapping[str, Sequence[int]]) -> str | None:
+    """Return what in the edits of a network, right in shape, cannot be; None where all can."""
+    for name, edit in modules.items():
+        rank, leader = edit["rank"], edit.get("shares")
+        if not (rank >= 1 if isinstance(rank, int) else len(rank) == 2 and min(rank) >= 1):
+            return f"module `{name}` has the rank {rank}"
+        first = modules.get(leader, {}) if leader is not None else {}
+        if leader is not None and (first.get("shares"), first.get("rank")) != (leader, rank):
+            return f"`{name}` shares the down factor of `{leader}`, which has none of that rank"
+    if not all(1 <= length <= 100 for lengths in skipped.values() for length in lengths):
+        return "one of its skipped layers does not say what it gave"
+    return None
 
 
 def _damaged(path: Path, why: str) -> ArtifactError:

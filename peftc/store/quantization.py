@@ -6,7 +6,8 @@ A hub's loader fetches ``config.json`` and weights, and no manifest. `peftc.runt
 from collections.abc import Mapping
 from typing import Any
 
-from peftc.store.manifest import FIELDS, OPTIONAL
+from peftc.store import documents
+from peftc.store.manifest import FIELDS, OPTIONAL, misfit_of_edits
 
 KEY, METHOD = "quantization_config", "peftc"
 LOCKED = "transformers_weights"  # transformers takes it for the name of a file, and stops before it reads any weight
@@ -31,6 +32,11 @@ def entry(
     own = {a: b for a, b in tied.items() if a not in shared and any(n.rsplit(".", 2)[0] in modules for n in (a, b))}
     more = {name: dict(value) for name, value in (("skipped", skipped), ("tied", own)) if value}
     return {"quant_method": METHOD, "modules": {name: dict(edit) for name, edit in modules.items()}, **more}
+
+
+def misfit(told: Mapping[str, Any]) -> str | None:
+    """Return what is not as `entry` says it; None where all is."""
+    return documents.misfit(dict(told), SHAPE) or misfit_of_edits(told["modules"], told.get("skipped", {}))
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:

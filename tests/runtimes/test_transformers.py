@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import peftc
-import peftc.store.manifest
-import peftc.transformers
 from peftc.errors import SourceError, UsageError, WeightError
 from peftc.models.load import load
 from peftc.nn.skipped import Skipped
+from peftc.runtimes import quantizer
 from peftc.steps.push import push_to_hub
-from peftc.store import quantization
+from peftc.store import manifest, quantization
 from tests.conftest import TEXTS, rewritten
 from tests.forked import forked
 from tests.formats.kinds import KINDS, networks, save, texts
@@ -72,6 +72,14 @@ for auto, place in named:
     import peftc
     save_file(seen(peftc.load(place / "small"), inputs), place / "expected")
 """
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    """Do what `import peftc.transformers` does, and undo it: other tests look at a transformers that knows nothing."""
+    quantizer.register()
+    yield
+    del AUTO_QUANTIZER_MAPPING[quantization.METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[quantization.METHOD]
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +360,7 @@ def test_a_config_tells_peftc_no_more_than_it_did(small: Path, tmp_path: Path) -
     del config[quantization.KEY]
     config[quantization.LOCKED] = "load it with peftc.load"
     path.write_text(json.dumps(config))
-    entry = {"bytes": path.stat().st_size, "sha256": peftc.store.manifest.file_digest(path)}
+    entry = {"bytes": path.stat().st_size, "sha256": manifest.file_digest(path)}
     rewritten(tmp_path / "earlier/peftc.json", lambda value: value["files"].update({"config.json": entry}))
     one, other = load(small), load(tmp_path / "earlier")
     assert one.config == other.config and quantization.KEY not in one.config
@@ -391,6 +399,12 @@ def changed(folder: Path, place: Path, change: Callable[[dict[str, Any]], Any]) 
     [
         (lambda told: told.update(later=1), "`later`, which this peftc does not know"),
         (lambda told: told.update(modules=[]), "not as peftc writes it"),
+        (lambda told: [each.update(rank=0) for each in told["modules"].values()], "has the rank 0"),
+        (
+            lambda told: [each.update(shares="no") for each in told["modules"].values()],
+            "shares the down factor of `no`",
+        ),
+        (lambda told: told.update(skipped={"bert.encoder.layer.0": [10**9]}), "does not say what it gave"),
         (lambda told: told["modules"].update({"bert.no": {"form": "linear", "rank": 2}}), "`bert.no`, which"),
         (lambda told: next(iter(told["modules"].values())).update(form="nothing"), "as `nothing` at rank"),
     ],
