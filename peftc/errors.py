@@ -17,8 +17,10 @@ PeftcError                 exit 1: refused or failed for a stated reason
   UsageError               exit 2: a value no run could accept, whatever the model
 """
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class PeftcError(Exception):
@@ -149,19 +151,68 @@ def refuse_not_utf8(what: str, name: object, kind: type[PeftcError] = UsageError
         raise kind(f"{what} `{shown(name)}` is not UTF-8", why=why, hint=hint)
 
 
-def nearest(word: str, known: Collection[str]) -> str | None:
-    """Return the word among those known that was perhaps meant."""
+NEAR = 0.76  # of what difflib calls the same, so that nothing is suggested where nothing is near
+
+
+def meant(word: str, known: Collection[str]) -> list[str]:
+    """Return the words among those known that were perhaps meant, often one, best first.
+
+    They are written otherwise (`prune_layers`), begin so or have it as a part (`classification`), or have a few letters
+    more, less, swapped or changed.
+    """
     import difflib
 
-    return next(iter(difflib.get_close_matches(word, known, 1)), None)
+    spelled = {_bare(each): each for each in known}
+    bare = _bare(word)
+    if bare in spelled:
+        return [spelled[bare]]
+    if len(bare) > 2:
+        begun = [each for each in known if _bare(each).startswith(bare) or word.lower() in re.split("[-_]", each)]
+        if begun:
+            return begun[:3]
+    swapped = [each for key, each in spelled.items() if sorted(key) == sorted(bare)]  # `rnak`, which difflib calls far
+    return swapped[:1] or [spelled[each] for each in difflib.get_close_matches(bare, spelled, 1, NEAR)]
+
+
+def _bare(word: str) -> str:
+    return word.lower().replace("-", "").replace("_", "")
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """Return the word among those known that was perhaps meant."""
+    return next(iter(meant(word, known)), None)
+
+
+def nearest_path(name: str | Path) -> Path | None:
+    """Return the path that was perhaps meant where there is none: one part of it is called nearly so; else None."""
+    path = Path(name).expanduser()
+    missing: list[str] = []
+    try:
+        while not path.exists():
+            if path == path.parent:
+                return None
+            missing.insert(0, path.name)
+            path = path.parent
+        near = nearest(missing[0], [each.name for each in path.iterdir()]) if missing else None
+    except (OSError, ValueError):  # a text that is no path, or a folder that may not be read
+        return None
+    found = path.joinpath(near, *missing[1:]) if near else None
+    return found if found and found.exists() else None
+
+
+def did_you_mean(name: str | Path, otherwise: str | None = None) -> str | None:
+    """Return a hint for a path that is not there: the one that is nearly called so, or ``otherwise``."""
+    near = nearest_path(name)
+    return f"did you mean `{shown(near)}`?" if near else otherwise
 
 
 def one_of(option: str, value: str, known: Collection[str]) -> None:
     """Refuse ``value`` unless it is one of ``known``, naming them and the nearest."""
     if value not in known:
-        near = nearest(value, known)
+        space = "" if option.endswith("=") else " "
+        near = " or ".join(f"`{option}{space}{each}`" for each in meant(value, known)) or None
         why = f"it is one of {', '.join(f'`{name}`' for name in known)}"
-        hint = f"did you mean `{option} {near}`?" if near else None
+        hint = near and f"did you mean {near}?"
         raise UsageError(f"unknown value `{value}` for `{option}`", why=why, hint=hint)
 
 

@@ -177,7 +177,7 @@ def test_a_rank_that_no_model_has_is_refused_before_one_is_looked_for(peftc) -> 
 def test_an_unknown_command_is_refused_with_the_nearest(peftc) -> None:
     result = peftc("decompos")
     assert result.exit_code == 2
-    assert "Did you mean 'decompose'" in result.stderr
+    assert "did you mean `peftc decompose`?" in result.stderr
 
 
 def test_no_command_shows_the_help(peftc) -> None:

@@ -287,7 +287,7 @@ def test_every_step_is_parsed_before_the_first_one_runs(run, steps) -> None:
     result = run()
     assert (result.exit_code, steps.words()) == (2, [])
     assert "invalid value for '--max-drop'" in result.stderr
-    assert "the value comes from `peftc.toml`" in result.stderr
+    assert "the value comes from `max-drop` in `[evaluate]` of `peftc.toml`" in result.stderr
     edit('data = "photos"\n', "")
     edit('max-drop = "much"', "max-drop = 0.1")
     assert "missing option '--data'" in run().stderr

@@ -19,15 +19,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from typer import Exit, Option, Typer
-from typer._click.exceptions import ClickException, MissingParameter, NoArgsIsHelpError  # typer exports no base class
+from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer exports no base class
 from typer.core import TyperGroup
 
 from peftc import processes
-from peftc.cli import completion, console, help, steps
+from peftc.cli import completion, console, help, steps, suggestions
 from peftc.cli.methods import methods
 from peftc.cli.run import run
-from peftc.errors import LostProcessError, PeftcError, UsageError, shown
-from peftc.project import config
+from peftc.errors import LostProcessError, PeftcError, shown
 from peftc.report import size
 from peftc.version import __version__
 
@@ -100,7 +99,7 @@ class Boundary(TyperGroup):
             problem.show()
             code = 2
         except ClickException as problem:
-            console.error(str(_usage(problem)))
+            console.error(str(suggestions.refusal(problem)))
             code = 2
         except PeftcError as problem:
             if processes.rank() == 0 or isinstance(problem, LostProcessError):  # the first hears what the others met
@@ -115,22 +114,6 @@ class Boundary(TyperGroup):
             code = _unplanned(problem)
         processes.leave()
         sys.exit(code)
-
-
-def _usage(problem: ClickException) -> UsageError:
-    """Say what is wrong with a command line, where the value came from, and where the options are listed."""
-    message = problem.format_message().rstrip(".")
-    ctx, param = getattr(problem, "ctx", None), getattr(problem, "param", None)
-    source = ctx.get_parameter_source(param.name) if ctx and param else None
-    project: config.Project | None = ctx.obj if ctx else None
-    why = None
-    if source is not None and source.name == "DEFAULT_MAP":
-        file = (project.file if project else None) or config.FILE
-        why = f"the value comes from `{file}` or a `PEFTC_` variable"
-    hint = f"`{ctx.command_path if ctx else 'peftc'} --help` lists what there is"
-    if isinstance(problem, MissingParameter) and project is not None and project.file is None:
-        hint += f"; `{config.INIT}` starts a project that knows"
-    return UsageError(message[:1].lower() + message[1:], why=why, hint=hint)
 
 
 def _unplanned(problem: BaseException) -> int:
@@ -224,6 +207,7 @@ app = Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # `peftc.cli.suggestions` does
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,

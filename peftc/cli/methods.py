@@ -49,7 +49,7 @@ def methods(command: Word = None, name: Name = None, json: o.Json = False) -> No
     found = _chosen(command)
     if name is not None:
         word = name.replace("-", "_")
-        one_of(f"peftc methods {command}", word, [each for names in found.values() for each in names])
+        one_of(f"peftc methods {command}", word.translate(DASHED), [each.translate(DASHED) for each in names_of(found)])
         found = {kind: {word: names[word]} for kind, names in found.items() if word in names}
     if json:
         from peftc.report import Report
@@ -65,6 +65,11 @@ def methods(command: Word = None, name: Name = None, json: o.Json = False) -> No
     else:
         lines = _list(found, width)
     console.out("".join(f"{line}\n" for line in lines))
+
+
+def names_of(found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the names of all kinds."""
+    return [name for names in found.values() for name in names]
 
 
 def _chosen(command: str | None) -> dict[str, dict[str, str]]:

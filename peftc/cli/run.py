@@ -11,7 +11,7 @@ from typer import Argument, Context, Exit
 from peftc import processes
 from peftc.cli import console, defaults
 from peftc.cli import options as o
-from peftc.errors import PeftcError, UsageError
+from peftc.errors import PeftcError, UsageError, did_you_mean
 from peftc.project import config, ledger
 from peftc.project.ledger import Asked, Ledger
 from peftc.report import Gate, Report, Table, count
@@ -90,7 +90,7 @@ def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project
     file = recipe or Path(config.FILE)
     if not file.is_file():
         hint = f"name one, as in `peftc run recipe.toml`, or write a `{config.FILE}`: `{config.INIT}`"
-        raise UsageError(f"there is no recipe at `{file}`", hint=hint)
+        raise UsageError(f"there is no recipe at `{file}`", hint=did_you_mean(file, hint) if recipe else hint)
     project = config.load("run", known, file)
     for text in project.warnings:
         console.warn(text)

@@ -7,6 +7,7 @@ from typing import Any
 
 from typer import BadParameter
 
+from peftc.cli.suggestions import Misread, meant_by
 from peftc.errors import UsageError
 from peftc.options import Rule
 from peftc.report import AMOUNTS, SIZES, scaled
@@ -34,10 +35,21 @@ def fraction(text: Any) -> float:
     try:
         value = float(top) / (float(bottom) if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise BadParameter(f"`{text}` is neither a decimal nor a fraction like `2/3`") from None
+        raise Misread(f"`{text}` is neither a decimal nor a fraction like `2/3`", _share(str(text))) from None
     if not 0 < value <= 1:
-        raise BadParameter(f"`{text}` is not in (0, 1]: it is the share of parameters to keep")
+        raise Misread(f"`{text}` is not in (0, 1]: it is the share to keep", _share(str(text)))
     return value
+
+
+def _share(text: str) -> str | None:
+    """Return the share that was perhaps meant: by a number of per cent, or by a comma in place of the point."""
+    found = re.fullmatch(r"(\d+)(?:[.,](\d+))?( ?%)?", text.strip())
+    if found is None:
+        return None
+    value = float(f"{found[1]}.{found[2] or 0}")
+    if value > 2 or found[3]:  # 1.5 is no number of per cent that somebody keeps
+        value /= 100
+    return f"{value:g}" if 0 < value < 1 else None
 
 
 def numeric(kind: type[int | float], rule: Rule) -> Callable[[Any], int | float]:
@@ -60,7 +72,8 @@ def choice(*known: str, pattern: str = "(?!)") -> Callable[[Any], str]:
 
     def read(text: Any) -> str:
         if text not in known and re.fullmatch(pattern, str(text)) is None:
-            raise BadParameter(f"`{text}` is not one of {', '.join(f'`{word}`' for word in known)}")
+            what = f"`{text}` is not one of {', '.join(f'`{word}`' for word in known)}"
+            raise Misread(what, meant_by(str(text), known))
         return str(text)
 
     return read

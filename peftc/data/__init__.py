@@ -7,7 +7,7 @@ from pathlib import Path
 from peftc.data import arrays, images, limits, tables
 from peftc.data.dataset import Dataset, Splits, choose
 from peftc.data.spec import Columns, columns_of, parts_of
-from peftc.errors import DataError, refuse_not_utf8
+from peftc.errors import DataError, did_you_mean, refuse_not_utf8
 
 __all__ = ["Dataset", "open_data", "parts_of", "split_names"]
 
@@ -77,7 +77,9 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
             found = arrays.idx(pairs, str(path)) if pairs else images.class_folders(images.folder_tree(path))
         else:
             why = "it is no file, but a pipe or a device" if is_there else "the path does not exist"
-            raise DataError(f"there is no data at `{name}`", why=why, hint=f"`--data` takes {FORMS}")
+            raise DataError(
+                f"there is no data at `{name}`", why=why, hint=did_you_mean(name, f"`--data` takes {FORMS}")
+            )
     if columns.names() and not has_columns:
         raise DataError(f"`{name}` has no columns", why="it is no table", hint="leave what follows the `?` out")
     return found

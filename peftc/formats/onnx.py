@@ -44,8 +44,8 @@ def onnx(
         dtype: fp32 or fp16; inputs and outputs stay float32.
         quantize: no or int8: weights of matrix products in 8 bits, their inputs rounded as they come.
     """
-    one_of("--set dtype", dtype, list(TOLERANCES))
-    one_of("--set quantize", quantize, ["no", "int8"])
+    one_of("--set dtype=", dtype, list(TOLERANCES))
+    one_of("--set quantize=", quantize, ["no", "int8"])
     if opset not in OPSETS:
         raise UsageError(f"`--set opset={opset}` is not supported", why=f"it is {OPSETS[0]} to {OPSETS[-1]}")
     if dtype == "fp16" and quantize == "int8":

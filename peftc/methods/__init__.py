@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import MethodError, UsageError, one_of
+from peftc.errors import MethodError, UsageError, nearest, one_of
 
 _NAMES = {
     "decompose": "svd whitened kfac asvd fwsvd",
@@ -25,6 +25,7 @@ _NAMES = {
     "format": "hf hf_code timm safetensors onnx torch_export executorch peft",
 }
 METHODS = {kind: tuple(names.split()) for kind, names in _NAMES.items()}
+DASHED = ("importance", "format")  # kinds whose names are typed with dashes, too
 USUAL = {"learning_rate": 1e-3, "weight_decay": 1e-4}  # of finetuning: SNELL's and SNELLA's, papers notes A.1.7
 
 
@@ -45,7 +46,10 @@ def find(kind: str, name: str, option: str) -> Callable[..., Any]:
     if name in METHODS[kind]:
         return getattr(importlib.import_module(home(kind, name)), name)
     others = outsiders(kind)
-    one_of(option, name, [*METHODS[kind], *others])
+    known = [*METHODS[kind], *others]
+    if kind in DASHED and name not in known:
+        one_of(option, name.replace("_", "-"), [each.replace("_", "-") for each in known])
+    one_of(option, name, known)
     try:
         return others[name].load()
     except (ImportError, AttributeError) as error:
@@ -102,18 +106,28 @@ def _paper(text: str) -> str:
     return f"arXiv {arxiv[1]}" if arxiv else ""
 
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def literal(value: Any) -> str:
+    """Write a value as it is typed behind `--set`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def with_settings(method: Callable[..., Any], name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings to call ``method`` with, each of its default's type (UsageError: it cannot be)."""
     known = settings_of(method)
     chosen = {}
     for key, value in asked.items():
         if key not in known:
-            listed = ", ".join(f"`{k}` ({v})" for k, v in known.items()) or "none"
-            raise UsageError(f"`{name}` has no setting `{key}`", why=f"its settings are: {listed}")
-        kind, what = type(known[key]), f"setting `{key}` of `{name}` is {value!r}"
+            listed = ", ".join(f"`{k}` ({literal(v)})" for k, v in known.items()) or "none"
+            near = nearest(key, known)
+            hint = f"did you mean `{near}`?" if near else None
+            raise UsageError(f"`{name}` has no setting `{key}`", why=f"its settings are: {listed}", hint=hint)
+        kind, what = type(known[key]), f"setting `{key}` of `{name}` is `{literal(value)}`"
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
-            raise UsageError(what, why=f"it takes a {kind.__name__}, as {known[key]!r}")
+            raise UsageError(what, why=f"it takes {WORDS[kind]}, as {literal(known[key])}")
         if kind is float and not math.isfinite(value):
-            raise UsageError(what, why=f"it takes a number, as {known[key]!r}")
+            raise UsageError(what, why=f"it takes a number, as {literal(known[key])}")
         chosen[key] = kind(value)
     return chosen

@@ -23,16 +23,27 @@ def from_architecture(source: Source, located: Located, with_weights: bool) -> M
     name = located.name.removeprefix("timm/")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = ", ".join(timm.list_models(f"*{architecture[:8]}*")[:4])
-        raise SourceError(f"timm has no architecture `{name}`", hint=f"did you mean {near}?" if near else None)
+        raise SourceError(f"timm has no architecture `{name}`", hint=meant(name, "timm:"))
     cfg = timm.models.get_pretrained_cfg(name)
     if located.weights is None and with_weights:
         if cfg is None or not cfg.hf_hub_id:
-            raise SourceError(f"timm has no trained weights for `{name}`", hint="name a file: `--weights FILE`")
+            hint = meant(name, "timm:") or "name a file: `--weights FILE`"
+            raise SourceError(f"timm has no trained weights for `{name}`", hint=hint)
         folder = hub.snapshot(Located("timm", cfg.hf_hub_id), source, with_weights)
         return replace(from_folder(source, folder), name=name)
     config = {"architecture": architecture, "pretrained_cfg": cfg.to_dict() if cfg else {}}
     return described(*network(config | {"model_args": dict(source.arch_set)}), source, name)
+
+
+def meant(name: str, prefix: str) -> str | None:
+    """Return a hint for a name of timm that is nearly one of its architectures, or of the weights of one."""
+    import difflib
+
+    import timm
+
+    known = timm.list_pretrained() if "." in name else timm.list_models()
+    near = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
+    return f"did you mean `{prefix}{near[0]}`?" if near else None
 
 
 SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import SourceError, UsageError, reason_of
+from peftc.errors import SourceError, UsageError, did_you_mean, reason_of
 from peftc.store import manifest
 from peftc.store.header import TensorInfo
 from peftc.store.source import MANIFEST, OF_PART, PARTS, Located, Source, in_folder
@@ -123,7 +123,7 @@ def _refusal(error: Exception, located: Located, source: Source, what: str) -> S
         elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             why = "the hub may not be asked (`HF_HUB_OFFLINE` is set)"
         why += f", and the cache does not hold it{local}"
-    return SourceError(f"{what} {wanted}", why=why, hint=hint)
+    return SourceError(f"{what} {wanted}", why=why, hint=did_you_mean(source.spec, hint))
 
 
 def answer_of(error: BaseException | None) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
-from peftc.models import adapting, build, delta, from_gguf, from_peft, hub, weights
+from peftc.models import adapting, build, delta, from_gguf, from_peft, from_timm, hub, weights
 from peftc.models.model import PREPROCESS, Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
@@ -70,7 +70,12 @@ def _located(source: Source, weights: bool) -> Located:
     if located.kind == "gguf":
         return from_gguf.unpacked(located)
     if located.folder is None and located.kind in ("timm", "transformers"):
-        located = hub.fetched(located, source, weights)
+        try:
+            located = hub.fetched(located, source, weights)
+        except SourceError as error:
+            if located.kind == "timm":
+                error.hint = from_timm.meant(located.name.removeprefix("timm/"), "timm/") or error.hint
+            raise
     return located
 
 

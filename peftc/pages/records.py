@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import ArtifactError, UsageError
+from peftc.errors import ArtifactError, UsageError, did_you_mean
 from peftc.report import Table, by_kind, count, rank_span, short, size, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
@@ -169,7 +169,9 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
         if not (folder / MANIFEST).is_file() and not (exports and (folder / EXPORT).is_file()):
             what = "is no artifact" if folder.is_dir() else "does not exist"
             hint = "name artifacts; the model that they were made from stands beside them where it was measured"
-            raise ArtifactError(f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`", hint=hint)
+            raise ArtifactError(
+                f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`", hint=did_you_mean(folder, hint)
+            )
     found = [of(folder) for folder in folders]
     for record in found:
         if record.manifest.holds_statistics:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PlanError, UsageError
+from peftc.errors import PlanError, UsageError, did_you_mean
 from peftc.plans import allocate
 from peftc.plans.allocate import Use
 from peftc.report import AMOUNTS, scaled
@@ -201,8 +201,9 @@ def read_plan(path: Path) -> Plan:
     try:
         value = documents.read_json(path)
     except (OSError, ValueError) as error:
-        hint = "`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one"
-        raise PlanError(f"cannot read the plan `{path}`", why=str(error), hint=hint) from None
+        usual = "`peftc analyze MODEL --ratio 0.5 --plan plan.json` writes one"
+        reason = "the path does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise PlanError(f"cannot read the plan `{path}`", why=reason, hint=did_you_mean(path, usual)) from None
     if not isinstance(value, dict) or not isinstance(value.get("ranks"), dict):
         raise PlanError(f"`{path}` is no plan", why="it has no map `ranks` from module to rank")
     if value.get("schema_version") != SCHEMA_VERSION:

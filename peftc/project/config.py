@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import ChainError, UsageError, nearest, shown
+from peftc.errors import ChainError, UsageError, did_you_mean, nearest, shown
 from peftc.store import documents
 from peftc.store.source import MANIFEST
 
@@ -54,9 +54,14 @@ class Project:
     runs: Path = Path("runs")  # the folder of the chain
     defaults: Mapping[str, Any] = field(default_factory=dict)  # parameter -> value, for the command that runs
     from_file: frozenset[str] = frozenset()  # parameters, and ``model``, whose value the file gave
+    origins: Mapping[str, str] = field(default_factory=dict)  # parameter -> what gave its value, in words
     chain: tuple[str, ...] = ()  # the names of the steps of `peftc run`, in order
     place: "Place | None" = None  # where a recipe has put this step; None where it was typed
     warnings: tuple[str, ...] = ()  # variables that name no option
+
+    def origin(self, parameter: str) -> str:
+        """Say where the value of a parameter comes from that nobody typed."""
+        return self.origins.get(parameter) or f"`{self.file or FILE}` or a `{PREFIX}` variable"
 
 
 def load(step: str, options: Options, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Project:
@@ -72,22 +77,30 @@ def load(step: str, options: Options, file: Path | None = None, environ: Mapping
     """
     asked = file or (Path(environ["PEFTC_CONFIG"]) if environ.get("PEFTC_CONFIG") else None)
     if asked is not None and not asked.is_file():
-        raise UsageError(f"there is no project file at `{asked}`", hint="check `--config`")
+        raise UsageError(f"there is no project file at `{asked}`", hint=did_you_mean(asked, "check `--config`"))
     path = asked or (Path(FILE) if Path(FILE).is_file() else None)
     tables = _read(path, options) if path else {}
     variables, warnings = _variables(environ, options)
     command = word_of(step)
     own = options[command]
     defaults: dict[str, Any] = {}
-    levels = [tables.get(name, {}) for name in dict.fromkeys(("", command, step))]
+    names = list(dict.fromkeys(("", command, step)))
+    levels = [tables.get(name, {}) for name in names]
     outside = [variables.get("", {}), variables.get(command, {})]
     for level in (*levels, *outside):
         defaults = override(command, defaults, {own[key]: value for key, value in level.items() if key in own})
     top = {**tables.get("", {}), **variables.get("", {})}
     set_outside = {own.get(key, key) for level in outside for key in level}
     from_file = frozenset({own.get(key, key) for level in levels for key in level} - set_outside)
+    origins = {
+        own.get(key, key): f"`{key.replace('_', '-')}` in " + (f"`[{name}]` of `{path}`" if name else f"`{path}`")
+        for name, level in zip(names, levels, strict=True)
+        for key in level
+    }
+    for prefix, level in zip((PREFIX, f"{PREFIX}{command.replace('-', '_').upper()}_"), outside, strict=True):
+        origins |= {own.get(key, key): f"the variable `{prefix}{key.upper()}`" for key in level}
     runs, steps = Path(top.get("runs", "runs")).expanduser(), tuple(top.get(RECIPE, ()))
-    return Project(path, top.get("model"), runs, defaults, from_file, steps, warnings=warnings)
+    return Project(path, top.get("model"), runs, defaults, from_file, origins, steps, warnings=warnings)
 
 
 def word_of(step: str) -> str:

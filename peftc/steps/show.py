@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.errors import ArtifactError, PeftcError
+from peftc.errors import ArtifactError, PeftcError, did_you_mean
 from peftc.models import hub
 from peftc.pages.records import modules_table, statistics_table
 from peftc.report import Report, Table, count, size
@@ -99,7 +99,7 @@ def _of_the_hub(source: Source) -> Located:
         raise _is_a_model(source.spec)
     if there is None or there.kind not in ("timm", "transformers"):
         why = "`peftc show` reads artifacts: folders, and repositories of the hub"
-        raise ArtifactError(f"there is no artifact at `{source.spec}`", why=why)
+        raise ArtifactError(f"there is no artifact at `{source.spec}`", why=why, hint=did_you_mean(source.spec))
     return there
 
 

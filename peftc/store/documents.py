@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, did_you_mean
 
 # what moves a cursor, changes a terminal or turns the order of letters around
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -111,6 +111,8 @@ def read_shaped(path: Path, shape: Any, refusal: type[PeftcError], hint: str | N
     try:
         value = read_json(path)
         why = misfit(value, shape)
+    except FileNotFoundError:
+        raise refusal(f"cannot read `{path}`", why="the path does not exist", hint=did_you_mean(path, hint)) from None
     except (OSError, ValueError) as error:
         why = str(error)
     if why:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from peftc.errors import ArtifactError
+from peftc.errors import ArtifactError, did_you_mean
 from peftc.store import documents
 from peftc.store.documents import digest
 from peftc.store.source import MANIFEST
@@ -156,7 +156,8 @@ def read(folder: Path) -> Manifest:
     try:
         value = documents.read_json(path)
     except FileNotFoundError:
-        raise ArtifactError(f"`{folder}` is not an artifact", why=f"it has no `{MANIFEST}`") from None
+        hint = did_you_mean(folder)
+        raise ArtifactError(f"`{folder}` is not an artifact", why=f"it has no `{MANIFEST}`", hint=hint) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read `{path}`", why=str(error)) from None
     if not isinstance(value, dict):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from peftc.errors import SourceError, UsageError, refuse_not_utf8
+from peftc.errors import SourceError, UsageError, did_you_mean, refuse_not_utf8
 from peftc.store import documents
 
 MANIFEST = "peftc.json"
@@ -102,7 +102,7 @@ def locate(source: Source) -> Located:
         refuse_not_utf8("the name of the model", name)
     weights = source.weights
     if weights is not None and not weights.is_file():
-        raise SourceError(f"there is no weight file at `{weights}`", hint="check `--weights`")
+        raise SourceError(f"there is no weight file at `{weights}`", hint=did_you_mean(weights, "check `--weights`"))
     if spec.startswith("python:"):
         factory = spec.removeprefix("python:")
         if factory.count(":") != 1 or not all(factory.split(":")):
@@ -118,7 +118,11 @@ def locate(source: Source) -> Located:
     if path.is_file():
         return _file(path, source)
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1 or spec.endswith((*FILES, "/")) or "\\" in spec:
-        raise SourceError(f"there is no model at `{spec}`", why="the path does not exist", hint=f"MODEL is {FORMS}")
+        raise SourceError(
+            f"there is no model at `{spec}`",
+            why="the path does not exist",
+            hint=did_you_mean(spec, f"MODEL is {FORMS}"),
+        )
     return _hub(spec, source.revision)
 
 

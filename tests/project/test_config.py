@@ -128,7 +128,7 @@ def test_a_wrong_value_of_a_file_says_where_it_comes_from(peftc, stub) -> None:
     Path("peftc.toml").write_text('model = "m"\n[decompose]\nrank = "many"\n')
     result = peftc("decompose")
     assert result.exit_code == 2
-    assert "`peftc.toml` or a `PEFTC_` variable" in result.stderr
+    assert "the value comes from `rank` in `[decompose]` of `peftc.toml`" in result.stderr
 
 
 def test_construction_options_apply_to_models_that_are_no_artifacts(peftc, stub) -> None:

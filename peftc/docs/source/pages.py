@@ -202,11 +202,6 @@ def arguments(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def literal(value: Any) -> str:
-    """Write a default as it is typed behind `--set`."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def prose(text: str) -> str:
     """Return a docstring as Markdown: each paragraph a line, code between single backticks."""
     return re.sub(r"``(.+?)``", r"`\1`", "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")))
@@ -224,7 +219,7 @@ def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     settings = table(
         ("setting", "default", "what it is"),
         (
-            [f"`{key}`", f"`{literal(value)}`", prose(told.get(key, ""))]
+            [f"`{key}`", f"`{methods.literal(value)}`", prose(told.get(key, ""))]
             for key, value in methods.settings_of(function).items()
         ),
     )

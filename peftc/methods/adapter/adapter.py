@@ -29,7 +29,7 @@ def adapter(
         dropout: inside the bottleneck, while the network trains.
     """
     check_rank(rank)
-    one_of("place", place, PLACES)
+    one_of("--set place=", place, PLACES)
     if forms.form_of(module) not in ("linear", "transposed", "factored"):
         return None
     out, in_ = forms.matrix_size(module)

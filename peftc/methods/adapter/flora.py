@@ -43,7 +43,7 @@ def flora(
         dropout: of the input of the update, while the network trains; an embedding has none.
     """
     check_rank(min(rank, rank_in or rank, rank_spatial))
-    one_of("init", init, INITS)
+    one_of("--set init=", init, INITS)
     form = forms.form_of(module)
     if form is None:
         return None

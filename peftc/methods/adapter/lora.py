@@ -47,7 +47,7 @@ def low_rank(
     module: nn.Module, rank: int, scale: float, dropout: float, layout: str
 ) -> nn.Module | tuple[str, ...] | None:
     """Return what `lora` does, with the factor ``scale`` in place of alpha."""
-    one_of("layout", layout, LAYOUTS)
+    one_of("--set layout=", layout, LAYOUTS)
     form = forms.form_of(module)
     if form is None:
         return None
