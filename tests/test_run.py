@@ -267,7 +267,7 @@ def test_a_dry_run_says_what_would_run_and_why(run, steps) -> None:
         ("decompose", "up to date", None),
         ("distill", "up to date", None),
         ("prune-layers", "up to date", None),
-        ("distill.again", "would run", "`epochs` was 1.0, now it is 3.0"),
+        ("distill.again", "would run", "`epochs` was 1, now it is 3"),
         ("evaluate", "may run", "it reads what `distill.again` writes"),
     ]
 
@@ -412,3 +412,58 @@ def test_the_steps_themselves_run_as_a_chain(tmp_path: Path, monkeypatch, peftc,
     assert third.exit_code == 3
     assert "error: `evaluate` ends the chain: gate --min-quality 1: " in third.stderr
     assert peftc("show", "--commands").stdout.count("peftc distill") == 2
+
+
+def test_a_run_knows_what_a_step_has_done_that_was_typed(run, steps, peftc) -> None:
+    def states() -> list[str]:
+        return [each["state"] for each in json.loads(run("--dry-run", "--json").stdout)["steps"]]
+
+    assert peftc("decompose").exit_code == 0
+    assert states() == ["up to date", "would run", "may run", "may run", "may run"]
+    assert peftc("distill").exit_code == peftc("prune-layers").exit_code == 0
+    assert states()[:4] == ["up to date"] * 3 + ["would run"]
+    steps.words()
+    assert run().exit_code == 0
+    assert steps.words() == ["distill", "evaluate"]
+
+
+def test_a_step_that_was_typed_otherwise_is_not_what_the_chain_asks(run, steps, peftc) -> None:
+    assert peftc("decompose", "--ratio", 0.25).exit_code == 0
+    assert "it has not run yet" in run("--dry-run").stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["decompose", "--dry-run"], ["evaluate", "other"], ["decompose", "other", "-o", "x"]]
+)
+def test_what_does_not_belong_to_the_chain_is_not_noted(run, peftc, words: list[str]) -> None:
+    Path("other").mkdir()
+    peftc(*words)
+    assert not Path("runs/ledger.json").exists()
+
+
+def test_a_damaged_ledger_does_not_spoil_a_step_that_was_typed(run, peftc) -> None:
+    run()
+    Path("runs/ledger.json").write_text("{")
+    assert peftc("evaluate").exit_code == 0
+    assert Path("runs/ledger.json").read_text() == "{"
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["run"]])
+def test_a_refusal_says_where_a_value_comes_from_that_nobody_typed(run, stub, peftc, words: list[str]) -> None:
+    from peftc.errors import DataError
+
+    def refuse(model: Any, **options: Any) -> Report:
+        raise DataError(f"there is no data at `{options['data']}`", why="the path does not exist")
+
+    stub("evaluate", refuse)
+    said = peftc(*words).stderr
+    assert "cause: the path does not exist; `photos` comes from `data` in `peftc.toml`" in said
+    assert "comes from" not in peftc("evaluate", "--data", "pictures").stderr
+    said = peftc("evaluate", env={"PEFTC_EVALUATE_DATA": "photos@test"}).stderr
+    assert "`photos@test` comes from the variable `PEFTC_EVALUATE_DATA`" in said
+
+
+def test_a_model_of_the_file_is_said_to_be_from_there(tmp_path: Path, monkeypatch, peftc) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("peftc.toml").write_text('model = "./absent"\n[decompose]\nratio = 0.5\n')
+    assert "the path does not exist; `./absent` comes from `model` in `peftc.toml`" in peftc("decompose").stderr

@@ -15,9 +15,9 @@ from peftc import processes
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group
 from peftc.cli.texts import settings
-from peftc.errors import ArtifactError, ChainError, UsageError, refuse_not_utf8
+from peftc.errors import ArtifactError, ChainError, PeftcError, UsageError, refuse_not_utf8
 from peftc.options import COLUMNS
-from peftc.project import config
+from peftc.project import config, ledger
 from peftc.report import Report
 from peftc.store.source import MANIFEST, Source
 
@@ -49,7 +49,11 @@ def command(
                 console.setup(quiet=shared["quiet"] or processes.rank() > 0, verbose=shared["verbose"])
             repo = shared.get("push_to_hub")
             _check_push(repo, shared, given)
-            outcome = _run(ctx, _tidy(ctx, given), shared)
+            try:
+                outcome = _run(ctx, _tidy(ctx, given), shared)
+            except PeftcError as refusal:
+                refusal.why = "; ".join(filter(None, (refusal.why, _not_typed(ctx, refusal))))
+                raise
             _push(outcome, repo, private=bool(shared.get("private")))
             if not placed:
                 if processes.rank() == 0:
@@ -147,8 +151,40 @@ def _run(ctx: Context, options: dict[str, Any], shared: dict[str, Any]) -> Repor
     if isinstance(options.get("teacher"), str) and "teacher" in from_file:
         options["teacher"] = Source(options["teacher"], from_file=True, **_trusted(shared))
     if place.folder is None or place.chain is None:
-        return _step(ctx)(sources["model"], **options)
-    return _in_place(ctx, sources["model"], options, place.chain, place.index, place.folder)
+        outcome = _step(ctx)(sources["model"], **options)
+    else:
+        outcome = _in_place(ctx, sources["model"], options, place.chain, place.index, place.folder)
+    if project.place is None and (model is None or place.folder is not None) and not options.get("dry_run"):
+        _tell_the_recipe(ctx, project, place.model, outcome)
+    return outcome
+
+
+def _tell_the_recipe(ctx: Context, project: config.Project, model: str, outcome: Report) -> None:
+    """Note what a step has done that was typed, where that is what the project's chain asks: `peftc run` goes on."""
+    word = str(ctx.info_name)
+    typed = {name for name in ctx.params if _came_from(ctx, name) == "COMMANDLINE"} - {*ledger.UNIMPORTANT}
+    if word not in project.chain or typed or processes.rank():
+        return
+    try:
+        book = ledger.read(project.runs)
+    except ChainError:  # `peftc run` says so; the work that was asked for is done
+        return
+    book.note(word, ledger.asked(word, model, ctx.params), outcome.to_json(), passed=outcome.passed)
+
+
+def _not_typed(ctx: Context, refusal: PeftcError) -> str | None:
+    """Say of a value that a refusal is about where it comes from, if nobody typed it."""
+    project: config.Project = ctx.obj
+    options = {param.name: param.opts[-1] for param in ctx.command.params}
+    values = {name: value for name, value in ctx.params.items() if _came_from(ctx, name) == "DEFAULT_MAP"}
+    if ctx.params.get("model", ...) is None and project.model:
+        values["model"] = project.model
+    for name, value in values.items():
+        texts = {str(value), str(value).rpartition("@")[0], str(value).partition("?")[0]} - {""}
+        is_named = isinstance(value, str | Path) and any(f"`{text}`" in str(refusal) for text in texts)
+        if name in project.origins and (is_named or f"`{options[name]}" in refusal.what):
+            return f"`{value}` comes from {project.origin(name)}"
+    return None
 
 
 def _in_place(

@@ -149,9 +149,7 @@ def state(name: str) -> str | None:
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Say which options were others."""
-    was, now = (
-        {name: json.dumps(value, ensure_ascii=False) for name, value in options.items()} for options in (there, here)
-    )
+    was, now = ({name: documents.said(value) for name, value in options.items()} for options in (there, here))
     return [
         f"`{name.replace('_', '-')}` was {was.get(name, 'not given')}, now it is {now.get(name, 'not given')}"
         for name in {**here, **there}

@@ -207,6 +207,17 @@ def pretty(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def said(value: Any) -> str:
+    """Return a value of JSON in words, for a sentence."""
+    if value is None or isinstance(value, bool):
+        return {None: "not given", True: "on", False: "off"}[value]
+    if isinstance(value, list):
+        return ", ".join("none" if each is None else said(each) for each in value) or "nothing"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {said(each)}" for key, each in value.items()) or "nothing"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def canonical(value: Any) -> str:
     """Return JSON with sorted keys and no spaces: equal values, equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -271,11 +271,14 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     differ = [key for key in {**here, **there} if there.get(key) != here.get(key)]
     if not differ:
         return "it was made from another base, or by another chain of steps"
-    return "; ".join(f"{key} was {_text(there.get(key))}, now it is {_text(here.get(key))}" for key in differ[:3])
+    names = {key: key.replace("_", "-") for key in differ[:3]}
+    return "; ".join(
+        f"{name} was {_text(there.get(key))}, now it is {_text(here.get(key))}" for key, name in names.items()
+    )
 
 
 def _text(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = documents.said(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 

@@ -281,11 +281,11 @@ def test_the_same_command_again_measures_nothing(
     assert "already done" in again.notes[-1]
     assert again.data["speedup"] == json.loads(json.dumps(first.data["speedup"]))
     assert promised(tmp_path / "small") == before
-    with pytest.raises(ArtifactError, match=r'budget was \{"speedup": "3/2"\}, now it is \{"speedup": "2"\}'):
+    with pytest.raises(ArtifactError, match=r"budget was speedup 3/2, now it is speedup 2"):
         decompose(wide, output_dir=tmp_path / "small", speedup=2)
-    with pytest.raises(ArtifactError, match=r"timed was \[16, null, null\], now it is \[8, null, null\]"):
+    with pytest.raises(ArtifactError, match=r"timed was 16, none, none, now it is 8, none, none"):
         decompose(wide, output_dir=tmp_path / "small", speedup=1.5, batch_size=8)
-    with pytest.raises(ArtifactError, match=r"rank_multiple was null, now it is 2"):
+    with pytest.raises(ArtifactError, match=r"rank-multiple was not given, now it is 2"):
         decompose(wide, output_dir=tmp_path / "small", speedup=1.5, rank_multiple=2)
 
 
@@ -482,8 +482,8 @@ def test_a_rank_is_rounded_down_but_to_one_multiple_at_least(wide: Source) -> No
 
 def test_multiples_are_part_of_the_question(wide: Source, tmp_path: Path) -> None:
     decompose(wide, output_dir=tmp_path / "small", ratio=0.5)
-    with pytest.raises(ArtifactError, match="rank_multiple was null, now it is 8"):
+    with pytest.raises(ArtifactError, match="rank-multiple was not given, now it is 8"):
         decompose(wide, output_dir=tmp_path / "small", ratio=0.5, rank_multiple=8)
     decompose(wide, output_dir=tmp_path / "eights", ratio=0.5, rank_multiple=8)
-    with pytest.raises(ArtifactError, match="rank_multiple was 8, now it is null"):
+    with pytest.raises(ArtifactError, match="rank-multiple was 8, now it is not given"):
         decompose(wide, output_dir=tmp_path / "eights", ratio=0.5)

@@ -466,7 +466,7 @@ def test_the_same_request_is_done_and_another_needs_overwrite(small_vit: Path, t
     again = peftc.export(small_vit, format="safetensors", max_bytes=10, **options)
     assert any(note.startswith("already done") for note in again.notes)
     assert again.data["deviation"] == first.data["deviation"] and not again.passed
-    with pytest.raises(ArtifactError, match=r"export of another request[^$]*dense was false, now it is true"):
+    with pytest.raises(ArtifactError, match=r"export of another request[^$]*dense was off, now it is on"):
         peftc.export(small_vit, format="safetensors", dense=True, **options)
     peftc.export(small_vit, format="safetensors", dense=True, overwrite=True, **options)
     assert "blocks.0.mlp.fc1.weight" in load_file(tmp_path / "out/model.safetensors")
