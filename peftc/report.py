@@ -106,7 +106,7 @@ def count(number: float) -> str:
 def size(number_of_bytes: float) -> str:
     """Write bytes in decimal units with three digits: ``22.9 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if number_of_bytes < 1000:
+        if number_of_bytes < 999.5:  # beyond, three digits would be 1e+03
             return f"{number_of_bytes:.3g} {unit}"
         number_of_bytes /= 1000
     return f"{number_of_bytes:,.3g} TB"
@@ -115,10 +115,22 @@ def size(number_of_bytes: float) -> str:
 def short(number: float) -> str:
     """Write a count with three digits and a magnitude: ``1.26 G``."""
     for unit in ("", " k", " M", " G", " T"):
-        if abs(number) < 1000:
+        if abs(number) < 999.5:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:,.3g} P"
+
+
+def duration(seconds: float) -> str:
+    """Write a time with three digits: ``1.26 ms``, ``3.4 s``."""
+    if 1000 * seconds < 999.5:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def figure(number: float) -> str:
+    """Write a number with four digits, and all before the point where there are more."""
+    return f"{number:,.0f}" if 9999.5 <= abs(number) < 1e15 else f"{number:.4g}"
 
 
 DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftc import progress
 from peftc.errors import shown
-from peftc.report import GUESSED, Cell, Gate, Report, Table
+from peftc.report import GUESSED, Cell, Gate, Report, Table, figure
 from peftc.store.documents import escaped
 
 ASCII = str.maketrans(
@@ -182,7 +182,7 @@ def _cell(cell: Cell) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
-        return f"{cell:.4g}"
+        return figure(cell)
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from peftc.report import figure
+
 Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on each side
 ROUNDS = 1000
 
@@ -18,7 +20,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]"
 
 
 def wilson(hits: int, total: int) -> Interval:

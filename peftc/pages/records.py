@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, UsageError, did_you_mean
-from peftc.report import Table, by_kind, count, rank_span, short, size, span
+from peftc.report import Table, by_kind, count, duration, figure, rank_span, short, size, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
@@ -306,7 +306,7 @@ def _quality(row: Row) -> str:
         return "-"
     value = row.quality["metrics"][row.quality["metric"]]
     known = " on samples it knows" if row.quality.get("seen") else ""
-    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]{known}"
+    return f"{figure(value['value'])} [{figure(value['low'])}, {figure(value['high'])}]{known}"
 
 
 def _speed(row: Row) -> list[str]:
@@ -315,4 +315,4 @@ def _speed(row: Row) -> list[str]:
         return ["-", "-", "-"]
     model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
     rate, latency = model["saturating"]["samples_per_second"], model["batch_1"]["median_seconds"]
-    return [f"{1000 * latency:.3g} ms", f"{rate:,.0f}/s", change["verdict"] if change else ""]
+    return [duration(latency), f"{rate:,.0f}/s", change["verdict"] if change else ""]

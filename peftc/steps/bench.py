@@ -28,7 +28,7 @@ from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.nn.surgery import parameters, tensor_bytes
-from peftc.report import Report, Table, count, short, size
+from peftc.report import Report, Table, count, duration, short, size
 from peftc.store.source import Source
 from peftc.tasks.baseline import FOLDER
 from peftc.version import __version__
@@ -266,8 +266,8 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
         ("weights on disk", ("bytes_on_disk",), size, None),
         ("weights in memory", ("bytes_in_memory",), size, None),
         ("multiply-adds per sample", ("macs",), short, None),
-        ("latency, batch 1, median", ("batch_1", "median_seconds"), _milliseconds, "batch_1"),
-        ("latency, batch 1, p90", ("batch_1", "p90_seconds"), _milliseconds, ""),
+        ("latency, batch 1, median", ("batch_1", "median_seconds"), duration, "batch_1"),
+        ("latency, batch 1, p90", ("batch_1", "p90_seconds"), duration, ""),
         ("throughput, batch 1", ("batch_1", "samples_per_second"), _rate, "batch_1"),
         (f"throughput, batch {largest}", ("saturating", "samples_per_second"), _rate, "saturating"),
         (f"peak memory, batch {largest}", ("memory", "peak_bytes"), size, None),
@@ -298,10 +298,6 @@ def _claim(change: Speedup) -> str:
         return change.verdict
     low, high = (change.low, change.high) if change.value > 1 else (1 / change.high, 1 / change.low)
     return f"{change.verdict} ({low:.2f} to {high:.2f})"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _rate(per_second: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from peftc.data import open_data
@@ -169,7 +169,7 @@ def _write(folder: Path, network: nn.Module) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").write_bytes(save(state, {"format": "pt"}))  # `save_file` makes it the owner's alone
     names = [str(digit) for digit in range(10)]
     config = {
         "architecture": ARCHITECTURE,

@@ -26,7 +26,7 @@ from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
-from peftc.report import Report, Table, percent, size
+from peftc.report import Report, Table, duration, percent, size
 from peftc.store import artifact, manifest
 from peftc.store.exports import EXPORT, ExportRecord
 from peftc.store.job import Job, execution
@@ -379,6 +379,6 @@ def _table(data: dict[str, Any]) -> Table:
         ("products with weights", kept),
     ]
     for batch, run in data["times"].items():
-        both = f"{1000 * run['export_seconds']:.3g} ms, in torch {1000 * run['torch_seconds']:.3g} ms"
+        both = f"{duration(run['export_seconds'])}, in torch {duration(run['torch_seconds'])}"
         rows.append((f"latency, batch {batch}", f"{both}: {Speedup(**run['speedup']).verdict}"))
     return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)

@@ -93,6 +93,7 @@ def test_a_delta_leaves_as_an_adapter_and_comes_back(tiny_bert: Path, tmp_path: 
     )  # fmt: skip
     report = peftc.export(tmp_path / "delta", format="peft", output_dir=tmp_path / "adapter", rounds=5)
     assert report.data["runtime"].startswith("peft ")
+    assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "adapter").iterdir()), "as the user's mask has it"
     from transformers import AutoModelForSequenceClassification
 
     network = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)

@@ -30,6 +30,7 @@ def test_the_chain_runs_and_ends_in_one_table(quick: None, tmp_path: Path) -> No
     schema = json.loads((Path(package.__file__).parent / "report.schema.json").read_text())
     pytest.importorskip("jsonschema").validate(report.to_json(), schema)
     dense = Path(stages[0]["folder"])
+    assert all(path.stat().st_mode & 0o044 for path in tmp_path.rglob("*")), "as the user's mask has it"
     config = json.loads((dense / "config.json").read_text())
     network = timm.create_model(config["architecture"], num_classes=10, **config["model_args"])
     timm.models.load_checkpoint(network, str(dense / "model.safetensors"), strict=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.report import Report, count, percent, short, size
+from peftc.report import Report, count, duration, figure, percent, short, size
 
 
 def test_json_holds_the_figures_beside_the_frame() -> None:
@@ -51,3 +51,39 @@ def test_numbers_in_words() -> None:
     assert [size(n) for n in (0, 999, 22_883_376, 2e9, 5e12)] == ["0 B", "999 B", "22.9 MB", "2 GB", "5 TB"]
     assert [short(n) for n in (12, 1.26e9, -3e6)] == ["12", "1.26 G", "-3 M"]
     assert percent(0.5331) == "53.3 %"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0000586, "0.0586 ms"),
+        (0.01234, "12.3 ms"),
+        (0.99949, "999 ms"),
+        (0.99951, "1 s"),
+        (1.41, "1.41 s"),
+        (2000, "2,000 s"),
+    ],
+)
+def test_a_time_is_written_without_a_power_of_ten(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.12345, "0.1235"),
+        (9999.4, "9999"),
+        (12345.6, "12,346"),
+        (-12345.6, "-12,346"),
+        (1e20, "1e+20"),
+        (1e-9, "1e-09"),
+    ],
+)
+def test_a_figure_keeps_what_stands_before_the_point(number: float, text: str) -> None:
+    assert figure(number) == text
+    assert figure(float("nan")) == "nan"
+
+
+def test_sizes_and_counts_go_on_to_the_next_unit_in_time() -> None:
+    assert size(999_900) == "1 MB" and size(999.4) == "999 B"
+    assert short(999_900) == "1 M" and short(-999_900) == "-1 M"
