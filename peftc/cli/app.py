@@ -23,10 +23,11 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer e
 from typer.core import TyperGroup
 
 from peftc import processes
-from peftc.cli import completion, console, help, steps, suggestions
+from peftc.cli import console, help, steps, suggestions
 from peftc.cli.methods import methods
 from peftc.cli.run import run
 from peftc.errors import LostProcessError, PeftcError, shown
+from peftc.project import config
 from peftc.report import size
 from peftc.version import __version__
 
@@ -82,13 +83,16 @@ class Boundary(TyperGroup):
             for heading, words in GROUPS.items()
         }
         own = [(", ".join(param.opts), str(getattr(param, "help", ""))) for param in self.params]
-        help.write(ctx, formatter, {**found, "options": own})
+        help.write(formatter, found)
+        help.write(formatter, {"options": [*own, help.last(ctx)]})
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         """Run ``args``; every exception ends here."""
         words = list(sys.argv[1:] if args is None else args)
-        if completion.VARIABLE in os.environ:  # by which a shell asks how a line may go on
-            sys.exit(completion.reply(self, os.environ[completion.VARIABLE]))
+        if config.COMPLETE in os.environ:  # by which a shell asks how a line may go on
+            from peftc.cli import completion
+
+            sys.exit(completion.reply(self, os.environ[config.COMPLETE]))
         try:
             with self.make_context("peftc", words) as ctx:
                 self.invoke(ctx)
@@ -181,12 +185,16 @@ def _memory_limit() -> str:
 
 def _show_completion(wanted: bool) -> None:
     if wanted:
+        from peftc.cli import completion
+
         console.out(completion.SCRIPTS[completion.shell_here()])
         raise Exit
 
 
 def _install_completion(wanted: bool) -> None:
     if wanted:
+        from peftc.cli import completion
+
         shell = completion.shell_here()
         script, rc = completion.install(shell)
         console.note(f"completion for {shell}: `{script}`" + (f", which `{rc}` reads" if rc else ""))

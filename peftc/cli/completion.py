@@ -15,9 +15,10 @@ from peftc.cli import console, methods
 from peftc.errors import OutputError, UsageError
 from peftc.options import OPTIMIZERS
 from peftc.plans.allocate import ALLOCATIONS
+from peftc.project import config
 from peftc.store import documents
 
-VARIABLE, LINE = "_PEFTC_COMPLETE", "_PEFTC_LINE"
+VARIABLE, LINE = config.COMPLETE, "_PEFTC_LINE"
 NOTHING, FILES, FOLDERS = "nothing", "files", "folders"  # what of the disk may stand at the cursor
 WHOLE = 200  # characters of a summary, longer than any
 

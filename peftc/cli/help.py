@@ -30,13 +30,19 @@ class Grouped(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options."""
-        write(ctx, formatter, {heading: map(_line, params) for heading, params in sections(self).items()})
+        found = {heading: [*map(_line, params)] for heading, params in sections(self).items()}
+        found[[*found][-1]].append(last(ctx))
+        write(formatter, found)
 
 
-def write(ctx: Any, formatter: Any, found: Mapping[str, Iterable[tuple[str, str]]]) -> None:
-    """Write lists of what can be typed and what it does, each under its heading, all of them aligned; help is last."""
+def last(ctx: Any) -> tuple[str, str]:
+    """Return the option of the help itself, and what it does."""
+    return ", ".join(ctx.help_option_names), "print this"
+
+
+def write(formatter: Any, found: Mapping[str, Iterable[tuple[str, str]]]) -> None:
+    """Write lists of what can be typed and what it does, each under its heading, all of them aligned."""
     lists = {heading: list(lines) for heading, lines in found.items()}
-    lists[[*lists][-1]].append((", ".join(ctx.help_option_names), "print this"))
     column = 4 + max(len(name) for lines in lists.values() for name, _ in lines if len(name) <= COLUMN)
     is_beside = formatter.width - column >= LEAST
     for heading, lines in lists.items():

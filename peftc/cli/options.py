@@ -59,7 +59,7 @@ Allocation = Annotated[
 RankMultiple = Annotated[int, value("N", "every rank is a multiple of N", min=1)]
 
 # methods and their settings
-Method = Annotated[str, value("NAME", "how to factor matrices, see `peftc methods`")]
+Method = Annotated[str, value("NAME", "how to factor matrices, see `peftc methods decompose`")]
 ConvMethod = Annotated[str, value("NAME", "how to factor convolutions")]
 Settings = Annotated[list[str] | None, value("KEY=VALUE", "a setting of the method, repeatable", "--set")]
 
@@ -68,7 +68,9 @@ Include = Annotated[list[str], value("PATTERN", "also factor these modules, repe
 Skip = Annotated[list[str], value("PATTERN", "leave these modules dense, repeatable")]
 
 # which layers to keep
-Score = Annotated[str | None, value("NAME", "how to score layers, as block-influence, see `peftc methods importance`")]
+Score = Annotated[
+    str | None, value("NAME", "how to score layers, as block-influence, see `peftc methods prune-layers`")
+]
 Alpha = Annotated[float, value("X", "keep layers up to this share of the last one's score", parser=SHARE)]
 Keep = Annotated[int | None, value("N", "keep so many layers", min=1)]
 Drop = Annotated[str | None, value("N,...", "drop these layers, by number from 0")]
@@ -158,7 +160,7 @@ BatchSize = Annotated[int | None, value("N", "samples at once", min=1)]
 Rounds = Annotated[int, value("N", "timed rounds, 5 or more", min=5)]
 
 # how to export
-Format = Annotated[str | None, value("NAME", "what to write, as onnx or hf, see `peftc methods format`", "--format")]
+Format = Annotated[str | None, value("NAME", "what to write, as onnx or hf, see `peftc methods export`", "--format")]
 Dense = Annotated[bool, Option("--dense", help="multiply factors out first")]
 SomeData = Annotated[str | None, value("DATA", "compare on these samples", "--data")]
 TimedBatch = Annotated[int, value("N", "time batches of so many samples, and of one", "--batch-size", min=1)]
@@ -172,7 +174,7 @@ CacheTop = Annotated[int | None, value("K", "the same, and keep the K largest lo
 LogWith = Annotated[str | None, value("NAME", "also log to this tracker, as tensorboard")]
 
 # what to adapt
-Adapter = Annotated[str, value("NAME", "what learns, as lora, see `peftc methods adapter`", "--method")]
+Adapter = Annotated[str, value("NAME", "what learns, as lora, see `peftc methods finetune`", "--method")]
 AlsoAdapt = Annotated[list[str], value("PATTERN", "also adapt these modules, repeatable", "--include")]
 LeaveAlone = Annotated[list[str], value("PATTERN", "do not adapt these modules, repeatable", "--skip")]
 OnProduct = Annotated[bool, Option("--on-product", help="adapt factored modules as one matrix, not each factor")]

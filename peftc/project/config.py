@@ -36,6 +36,7 @@ FILE = "peftc.toml"
 CHAIN = "chain.json"
 INIT = "peftc init MODEL --data DATA"
 PREFIX = "PEFTC_"
+COMPLETE = "_PEFTC_COMPLETE"  # the variable by which a shell asks how a line may go on
 RECIPE = "chain"  # the key that lists the steps of `peftc run`
 TOP = ("model", "runs", "data", "teacher", RECIPE)
 TRUST = ("allow_code", "trust_remote_code")  # these count only where somebody typed them, or set a variable

@@ -145,7 +145,7 @@ def build(
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in copied.module.parameters()):
         why = "no module takes an update of that method"
-        hint = "see `peftc methods adapter`, or name modules: `--include`"
+        hint = "see `peftc methods finetune`, or name modules: `--include`"
         raise PlanError(f"nothing of `{model.name}` would learn by `{method}`", why=why, hint=hint)
     if recipe.spread:
         copied = parallel.in_pieces(copied, layers(model), recipe, device, learns=True)

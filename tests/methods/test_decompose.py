@@ -366,7 +366,7 @@ def test_an_unknown_method_and_setting_are_refused_with_the_known_ones() -> None
     with pytest.raises(UsageError, match="`svd` has no setting `alpha`") as refusal:
         methods.with_settings(svd, "svd", {"alpha": 1})
     assert refusal.match("its settings are: none")
-    with pytest.raises(UsageError, match="setting `alpha` of `asvd` is 'two'"):
+    with pytest.raises(UsageError, match="setting `alpha` of `asvd` is `two`"):
         methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": "two"})
     assert methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": 2}) == {"alpha": 2}
 
