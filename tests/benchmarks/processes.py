@@ -274,7 +274,7 @@ def in_turns(rounds: int) -> dict[str, Any]:
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(vocab_size=4000, **SMALL)).eval()
 
-    def batch(rows: Sequence[int]) -> Tensor:
+    def batch(rows: Sequence[int], _seeds: Sequence[int]) -> Tensor:
         drawn.append(list(rows))
         return ids[list(rows)]
 
@@ -318,7 +318,7 @@ def in_turns(rounds: int) -> dict[str, Any]:
         processes.wait()
         last[0] = time.monotonic()
 
-    loop.fit(module, len(ids), batch, loss, recipe, device="cpu", after_step=after)
+    loop.fit(module, len(ids), batch, loss, recipe, device="cpu", workers=0, after_step=after)
     ours = [own / statistics.mean(both) for own, *both in times[5:]]
     return {"ours": ours, "bare": [one / other for _, one, other in times[5:]], "bytes": share[0]}
 
