@@ -268,9 +268,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_the_method_of_another_package_is_listed(installed: str) -> None:
-    line = [sys.executable, "-m", "peftc", "methods", "decompose"]
+    line = [sys.executable, "-m", "peftc", "methods", "decompose", "--json"]
     done = subprocess.run(line, env=environment(PYTHONPATH=installed), capture_output=True, text=True, check=True)
-    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [*METHODS["decompose"], "randomised_svd"]
+    assert list(json.loads(done.stdout)["methods"]["decompose"]) == [*METHODS["decompose"], "randomised_svd"]
+    shown = subprocess.run(line[:-1], env=environment(PYTHONPATH=installed), capture_output=True, text=True, check=True)
+    assert "randomised-svd" in shown.stdout
     assert [point.name for point in entry_points(group="peftc.decompose")] == ["randomised_svd"]
 
 

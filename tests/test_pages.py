@@ -33,10 +33,11 @@ def test_the_pages_are_those_that_would_be_written() -> None:
 
 
 def test_every_command_and_every_method_has_a_page_with_an_example() -> None:
+    from peftc.cli.methods import page_of
     from peftc.methods import METHODS
 
     expected = {f"commands/{word}.md" for word in pages.COMMANDS}
-    expected |= {pages.method_file(kind, name) for kind, names in METHODS.items() for name in names}
+    expected |= {page_of(kind, name) for kind, names in METHODS.items() for name in names}
     there = {name for name, found in EXAMPLES.items() if found}
     assert expected - ELSEWHERE <= there
     for name in expected - ELSEWHERE:

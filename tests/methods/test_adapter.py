@@ -450,8 +450,8 @@ def test_bitfit_names_the_biases_of_norms_too_and_full_what_a_module_has_itself(
         ("sara", {"share": 1.5}, "share 1.5"),
         ("sara", {"threshold": 0.0}, "threshold 0"),
         ("sara", {"penalty": -1.0}, "penalty` is -1"),
-        ("sara", {"penalty": math.nan}, "penalty` of `sara` is nan"),
-        ("lora", {"alpha": math.inf}, "alpha` of `lora` is inf"),
+        ("sara", {"penalty": math.nan}, "penalty` of `sara` is `nan`"),
+        ("lora", {"alpha": math.inf}, "alpha` of `lora` is `inf`"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(name: str, settings: dict[str, Any], match: str) -> None:

@@ -373,7 +373,7 @@ def refused(model: Any, tmp_path: Path, **options: Any) -> PeftcError:
     ("options", "kind", "text"),
     [
         ({}, UsageError, "`--format` is one of `hf`, `hf-code`, `timm`, `safetensors`, `onnx`, `torch-export`"),
-        ({"format": "onxx"}, UsageError, "did you mean `--format onnx`"),
+        ({"format": "onx"}, UsageError, "did you mean `--format onnx`"),
         ({"format": "onnx", "settings": {"optset": 20}}, UsageError, "`onnx` has no setting `optset`"),
         ({"format": "onnx", "settings": {"opset": 3}}, UsageError, "it is 18 to 23"),
         ({"format": "onnx", "settings": {"dtype": "fp8"}}, UsageError, "`fp8`"),
