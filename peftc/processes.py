@@ -40,6 +40,11 @@ def on_machine() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or size())) if size() > 1 else 1
 
 
+def cores() -> int:
+    """Return on how many cores this process may run: of those of the machine, the ones that it is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machines() -> int:
     """Return over how many machines the processes are spread, evenly, as far as the launcher says it."""
     return max(1, size() // on_machine())

@@ -83,7 +83,7 @@ def usual() -> int:
 
 def _cores() -> float:
     """Return on how many cores this process may run: of those it is bound to, as many as its control group pays."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = float(processes.cores())
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2]
     except OSError:

@@ -7,10 +7,11 @@ A time is a measurement, so it never comes alone: `latency` interleaves all cand
 import ctypes
 import gc
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, permutations
 from pathlib import Path
@@ -106,6 +107,15 @@ def without_fused_layers() -> Iterator[None]:
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def latency(calls: Mapping[str, Call], *, rounds: int, device: torch.device, title: str = "timing") -> Seconds:

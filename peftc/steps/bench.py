@@ -195,7 +195,7 @@ def _speeds(times: dict[str, Seconds], label: str, largest: int) -> dict[str, An
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else costs.processor()
     return {
         "device": str(device),
         "device_name": named,
@@ -203,15 +203,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"peftc": __version__, **{package: metadata.version(package) for package in PACKAGES}},
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # -- for people -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from peftc import processes
+from peftc.data import stored
+from peftc.measure import costs
 from peftc.report import Report, size
 from peftc.store import cache
 from peftc.version import __version__
@@ -38,7 +41,7 @@ def env() -> Report:
         "system": platform.platform(),
         "versions": {name: _version(name) for name in needed},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in extras.items()},
-        "cpu": {"name": _cpu(), "cores": _cores(), "memory_bytes": _memory()},
+        "cpu": {"name": costs.processor(), "cores": processes.cores(), "memory_bytes": _memory()},
         "devices": _devices(),
         "threads": {"torch": torch.get_num_threads(), "between_operations": torch.get_num_interop_threads()},
         "caches": _caches(),
@@ -72,19 +75,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -107,8 +97,7 @@ def _devices() -> list[dict[str, Any]]:
 def _caches() -> dict[str, str]:
     from huggingface_hub import constants
 
-    folders = {"peftc": cache.home(), "hub": Path(constants.HF_HUB_CACHE)}
-    folders["datasets"] = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+    folders = {"peftc": cache.home(), "hub": Path(constants.HF_HUB_CACHE), "datasets": stored.home().parent}
     return {name: _without_home(folder) for name, folder in folders.items()}
 
 

@@ -20,6 +20,7 @@ from peftc.options import Reading
 from peftc.tasks import unlabelled
 from peftc.tasks.classes import encode_classified
 from peftc.tasks.sentences import encode_pairs
+from tests.data.large import treat_as_large
 from tests.networks import WORDS
 
 TEXTS = [" ".join(WORDS[(row + at * at) % len(WORDS)] for at in range(row % 9 + 1)) for row in range(60)]
@@ -29,10 +30,7 @@ TEXTS[7] += ' \u200bnaïve, "quoted" 日本'
 @pytest.fixture(autouse=True)
 def _large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat small and young files as large and settled ones, in blocks of few rows."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
-    monkeypatch.setattr(remembered, "LARGE", 1)
-    monkeypatch.setattr(remembered, "SETTLED", 0.0)
+    treat_as_large(tmp_path, monkeypatch)
     monkeypatch.setattr(jsonl, "AT_ONCE", 7)
     monkeypatch.setattr(tokenised, "AT_ONCE", 7)
 

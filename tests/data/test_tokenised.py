@@ -22,6 +22,7 @@ from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading, Windows
 from peftc.store import cache
 from peftc.tasks.language import encode_causal, encode_masked
+from tests.data.large import treat_as_large
 from tests.networks import WORDS
 
 END = ["\n", "\n", "\n", "\n\n", "\n\n\n", " \n", "\n  ", "\n\t", ".\n", "!\n\n", "\r\n", "\n<s>", " <s> \n", "\n- "]
@@ -38,10 +39,7 @@ def story(seed: int, lines: int = 300) -> str:
 @pytest.fixture(autouse=True)
 def _large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat small and young files as large and settled ones, and cut them into many pieces."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
-    monkeypatch.setattr(remembered, "LARGE", 1)
-    monkeypatch.setattr(remembered, "SETTLED", 0.0)
+    treat_as_large(tmp_path, monkeypatch)
     monkeypatch.setattr(cutting, "PIECE", 200)
     monkeypatch.setattr(cutting, "AT_ONCE", 700)
     monkeypatch.setattr(cutting, "CONTEXT", 40)

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+import peftc
 from tests.networks import BERT, LLAMA, VISION, save_transformers
 
 
@@ -25,6 +27,15 @@ def save(folder: Path, name: str, **config: Any) -> Path:
     made = getattr(transformers, name)
     made(made.config_class(**{"initializer_range": 0.2, **config})).save_pretrained(folder)
     return folder
+
+
+def factored(kind: str, place: Path) -> str:
+    """Write a network of a kind as ``base``, factored as ``small``, and ``inputs``; return the class that loads it."""
+    (place / "base").mkdir()
+    base, how, inputs, auto = networks(kind, place / "base")
+    save_file(inputs, place / "inputs")
+    peftc.decompose(base, output_dir=place / "small", **how)
+    return auto
 
 
 def networks(kind: str, folder: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor], str]:

@@ -22,7 +22,7 @@ from peftc.formats.hf_code import hf_code
 from peftc.formats.multiplied import multiplied
 from peftc.models.load import load
 from tests.forked import forked
-from tests.formats.kinds import KINDS, networks, texts
+from tests.formats.kinds import KINDS, factored, texts
 from tests.networks import save_dual
 
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
@@ -68,10 +68,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found, lines = {}, []
     for kind in KINDS:
         place = found[kind] = tmp_path_factory.mktemp("kind")
-        (place / "base").mkdir()
-        base, how, inputs, auto = networks(kind, place / "base")
-        save_file(inputs, place / "inputs")
-        peftc.decompose(base, output_dir=place / "small", **how)
+        auto = factored(kind, place)
         (place / "code").mkdir()
         with (
             pytest.MonkeyPatch.context() as patch

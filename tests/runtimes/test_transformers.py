@@ -26,7 +26,7 @@ from peftc.steps.push import push_to_hub
 from peftc.store import manifest, quantization
 from tests.conftest import TEXTS, rewritten
 from tests.forked import forked
-from tests.formats.kinds import KINDS, networks, save, texts
+from tests.formats.kinds import KINDS, factored, save, texts
 from tests.hub_server import Hub
 from tests.networks import BERT, CLIP, LLAMA, T5, save_transformers
 
@@ -92,10 +92,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(exported, "plain", lambda *_, **__: exported.Exported("none", dict, dict))
         for kind in KINDS:
             place = found[kind] = tmp_path_factory.mktemp("kind")
-            (place / "base").mkdir()
-            base, how, inputs, auto = networks(kind, place / "base")
-            save_file(inputs, place / "inputs")
-            peftc.decompose(base, output_dir=place / "small", **how)
+            auto = factored(kind, place)
             (place / "export").mkdir()
             from peftc.formats.hf import hf
 

@@ -490,15 +490,15 @@ def test_what_a_launcher_was_asked_for_and_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-FAILS = """
+SIGNALLED = """
 import os, signal, sys
 from peftc.training.imitation import Imitation
 loss, calls = Imitation.loss, iter(range(100))
-def failing(self, module, given):
-    if next(calls) == 4 and os.environ["RANK"] == "{rank}":
-        os.kill(os.getpid(), signal.SIGKILL)
+def signalled(self, module, given):
+    if next(calls) == {step} and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.{signal})
     return loss(self, module, given)
-Imitation.loss = failing
+Imitation.loss = signalled
 from peftc.cli.app import main
 sys.argv[0] = "peftc"
 main()
@@ -510,7 +510,7 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends(
     student: Path, images: Path, tmp_path: Path, rank: int
 ) -> None:
     words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--held-out", 0, "--device", "cpu"]
-    ended = launch(*words, "-o", tmp_path / "out", code=FAILS.format(rank=rank))
+    ended = launch(*words, "-o", tmp_path / "out", code=SIGNALLED.format(rank=rank, step=4, signal="SIGKILL"))
     assert ended[rank][0] == -9
     left = ended[1 - rank]
     assert left[0] == 1, left[2]
@@ -568,27 +568,12 @@ def test_padding_of_texts_counts_for_nothing_beside_images(tiny_clip: Path, capt
     assert len({name.split(".")[0] for name in masks}) == 2
 
 
-SIGNALLED = """
-import os, signal, sys
-from peftc.training.imitation import Imitation
-loss, calls = Imitation.loss, iter(range(100))
-def signalled(self, module, given):
-    if next(calls) == 3 and os.environ["RANK"] == "{rank}":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loss(self, module, given)
-Imitation.loss = signalled
-from peftc.cli.app import main
-sys.argv[0] = "peftc"
-main()
-"""
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_is_told_to_end_all_end_with_the_same_step_and_go_on(
     student: Path, images: Path, tmp_path: Path, rank: int
 ) -> None:
     words = ["distill", student, "--data", images, "--steps", 6, "--batch-size", 16, "--held-out", 0, "--device", "cpu"]
-    ended = launch(*words, "-o", tmp_path / "out", code=SIGNALLED.format(rank=rank))
+    ended = launch(*words, "-o", tmp_path / "out", code=SIGNALLED.format(rank=rank, step=3, signal="SIGTERM"))
     assert [code for code, _, _ in ended] == [130, 130], ended
     assert all("run the same command again to resume" in stderr for _, _, stderr in ended)
     state = torch.load(tmp_path / "out.partial" / "work" / journal.CHECKPOINT, weights_only=True)
