@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -107,11 +108,13 @@ def carry_out(work: Factoring, asked: Question, base: dict[str, Any], request: d
 def rehearse(work: Factoring, asked: Question) -> Report:
     """Say what would become of every module, and about what that would take; nothing stays on the disk."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(processes.agreed(lambda: folder))
+        place, start = Path(processes.agreed(lambda: folder)), time.monotonic()
         if asked.sensitivity and isinstance(asked.source, Prepared):
             work.keep_bases(place)
-        report = _report(work, asked, decide(work, asked, place), {})
-    estimate.add(report, work, asked.source)
+        found = decide(work, asked, place)
+        decided = time.monotonic() - start
+        report = _report(work, asked, found, {})
+    estimate.add(report, work, asked.source, decided)
     report.notes.append("dry run: nothing was written")
     return report
 

@@ -1,23 +1,22 @@
-"""What carrying out a plan will take: memory and time, counted from shapes and a rate measured in a moment. Estimates.
+"""What carrying out a plan will take: memory, and time from what deciding took. Estimates.
 
-Counted are eigenproblems and products of the factors, and the passes of a calibration; building and checking a network
-take a second or so that nothing here knows of.
+Counted from shapes are eigenproblems and products of the factors, at a rate measured in a moment, and what a batch of
+the calibration holds; building and checking a network take a second or so that nothing here knows of.
 """
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from peftc.calibration import memory, statistics
-from peftc.calibration.collection import DRAWS, Statistics
+from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
 from peftc.errors import PlanError
 from peftc.factors.factoring import Factoring
-from peftc.measure import costs
-from peftc.models.inputs import run
-from peftc.models.model import Model, detached
+from peftc.models import unread
+from peftc.models.model import Model
+from peftc.models.place import moved
 from peftc.plans.plan import Target
 from peftc.report import Report, size
 from peftc.tasks.task import batches
@@ -30,10 +29,10 @@ LIVE = 4  # outputs that live at once in a pass without gradients
 PRODUCTS = 6  # products of weight by small side for the factors, their balance and their certificate
 
 
-def _rates(device: torch.device) -> tuple[float, float, float]:
-    """Return seconds by the cube of the side: of an eigenproblem and a product in float64, and of one in float32."""
+def _rates(device: torch.device) -> tuple[float, float]:
+    """Return seconds by the cube of the side, of an eigenproblem and of a product in float64."""
     matrix = torch.randn(PROBE, PROBE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    square, single = matrix @ matrix.T, matrix.float()
+    square = matrix @ matrix.T
 
     def seconds(call: Any) -> float:
         times = []
@@ -43,11 +42,7 @@ def _rates(device: torch.device) -> tuple[float, float, float]:
             times.append(time.perf_counter() - start)
         return min(times[1:]) / PROBE**3
 
-    return (
-        seconds(lambda: torch.linalg.eigh(square)[0]),
-        seconds(lambda: matrix @ matrix),
-        seconds(lambda: single @ single),
-    )
+    return seconds(lambda: torch.linalg.eigh(square)[0]), seconds(lambda: matrix @ matrix)
 
 
 def eigenproblems(target: Target, needs: tuple[str, ...]) -> list[int]:
@@ -80,19 +75,17 @@ def refuse_unsolvable(work: Factoring) -> None:
         raise PlanError(f"`--max-memory` {size(limit)} is too little to factor `{name}`", why=why, hint=hint)
 
 
-def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -> None:
-    """Add estimates of peak memory and seconds to the report of a dry run."""
-    eigen, product, single = _rates(work.device)
-    needs, seconds, peak = work.factorize.needs, 0.0, 0
+def add(report: Report, work: Factoring, source: Prepared | Statistics | None, decided: float) -> None:
+    """Add estimates of peak memory and seconds to the report of a dry run, which has ``decided`` in so many seconds."""
+    eigen, product = _rates(work.device)
+    needs, seconds, peak = work.factorize.needs, decided, 0
     for target in work.targets.values():
         out, in_ = statistics.matrix_shape(target)
         seconds += sum(side**3 for side in eigenproblems(target, needs)) * eigen
         seconds += PRODUCTS * out * in_ * min(out, in_) * product
         peak = max(peak, solving(target, needs))
     if isinstance(source, Prepared):
-        held, multiplied = _calibration(work, source)
-        peak = max(peak, held)
-        seconds += multiplied * single
+        peak = max(peak, _calibrating(work, source))
     found = {"peak_memory_bytes": int(float(f"{peak:.2g}")), "seconds": float(f"{seconds:.2g}")}
     report.data["estimate"] = found
     report.notes.append(
@@ -101,35 +94,32 @@ def add(report: Report, work: Factoring, source: Prepared | Statistics | None) -
     )
 
 
-def _calibration(work: Factoring, source: Prepared) -> tuple[int, float]:
-    """Return bytes, of the running sums and what a batch leaves for its backward pass, and multiply-adds.
+def _calibrating(work: Factoring, source: Prepared) -> int:
+    """Return the bytes of the running sums and of what a batch of the longest samples leaves for its backward pass.
 
-    They are counted on the meta device, with the batch of the longest samples for all of them in proportion.
+    One sample is run for that, and counted as often as there are samples in a batch.
     """
-    encoded, needs = source.encoded, work.factorize.needs
-    runs, lengths = batches(encoded.lengths, encoded.size, source.request.batch_size), encoded.lengths
-    longest = runs[-1 if lengths else 0]
-    inputs = encoded.batch(longest).inputs
-    meta = {key: each.to("meta") for key, each in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")
-    subject = replace(source.model, module=detached(source.model.module).to("meta"))
-    there = max(lengths[each] for each in longest) * len(longest) if lengths else len(longest)
-    share = (sum(lengths) if lengths else encoded.size) / there
+    encoded, needs, known = source.encoded, work.factorize.needs, work.factorize.statistics
+    longest = batches(encoded.lengths, encoded.size, known.batch_size if known else source.request.batch_size)[-1]
     gradients = any(need in statistics.OF_GRADIENTS for need in needs)
-    counted = costs.work(subject, meta)
-    outer, sums = 0, 0
-    for name, target in work.targets.items():
+    sums = 0
+    for target in work.targets.values():
         out, in_ = statistics.matrix_shape(target)
         side = min(out, in_) if "second_moment" in needs else 0
         gram = out if "output_gradient_gram" in needs and out <= statistics.LARGEST_GRAM else 0
-        outer += counted.positions.get(name, 0) * (side**2 + DRAWS * gram**2)
         sums += DOUBLE * (side**2 + gram**2)
-    multiplied = counted.macs * (1 + 2 * DRAWS if gradients else 1) + outer
-    return SUMS * sums + _activations(subject, meta, gradients=gradients), multiplied * share
+    kept = _kept(source.model, encoded.batch(longest[-1:]).inputs)
+    return SUMS * sums + len(longest) * (sum(kept) if gradients else max(kept, default=0) * LIVE)
 
 
-def _activations(model: Model, inputs: Any, *, gradients: bool) -> int:
-    """Return the bytes that a forward pass keeps for a backward pass; without one, those of the largest outputs."""
-    with torch.enable_grad(), memory.saved(model.module) as kept:
-        outputs = run(model.module, inputs)
-    del outputs
-    return sum(kept.values()) if gradients else max(kept.values(), default=0) * LIVE
+def _kept(model: Model, inputs: Any) -> list[int]:
+    """Return the bytes of what a forward pass keeps for a backward pass to all weights."""
+    head = unread.head_of(model)
+    model.module.requires_grad_(True)
+    try:
+        with torch.enable_grad(), memory.saved(model.module) as kept:
+            outputs = unread.forward(model, moved(model, inputs), head)
+        del outputs
+    finally:
+        model.module.requires_grad_(False)
+    return list(kept.values())

@@ -39,6 +39,16 @@ PEERS = {  # factors -> allocations
 EVERY = 8  # of the tokens of a test window, so many-th are compared with the dense model's
 
 
+def clock() -> float:
+    """Return the seconds of CPU that this process has taken by all its threads: other work beside it does not count."""
+    return time.process_time()
+
+
+def peak() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Bench:
     """One model, one draw of calibration windows, one set of test windows."""
 
@@ -91,7 +101,7 @@ class Bench:
 
     def add(self, method: str, ratio: float | None, subject: peers.Subject, **more: Any) -> None:
         """Measure a model on the test windows, and keep what came."""
-        start = time.perf_counter()
+        start = clock()
         nll, divergences = [], []
         with torch.no_grad():
             for ids, dense in zip(self.test, self.dense, strict=True):
@@ -99,7 +109,7 @@ class Bench:
                 nll.append(subject.nll(hidden, ids))
                 divergences.append(subject.kl(dense, hidden, slice(0, None, EVERY)))
         cell = {"method": method, "ratio": ratio, "draw": self.draw, **more, "nll": nll, "kl": divergences}
-        cell |= {"tokens": self.test[0].shape[1] - 1, "evaluation_seconds": time.perf_counter() - start}
+        cell |= {"tokens": self.test[0].shape[1] - 1, "evaluation_seconds": clock() - start}
         with self.cells.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell) + "\n")
         perplexity = float(np.exp(sum(nll) / len(nll) / cell["tokens"]))
@@ -121,10 +131,10 @@ class Bench:
         """Return what the peers calibrate on, and the seconds that it took."""
         path = self.out / f"sums-{self.draw}.pt"
         if not path.is_file():
-            start = time.perf_counter()
+            start = clock()
             found = peers.collect(self.subject, self.calibration)
-            torch.save((*found, time.perf_counter() - start), path)
-            print(f"collected in {time.perf_counter() - start:.0f} s", flush=True)
+            torch.save((*found, clock() - start), path)
+            print(f"collected in {clock() - start:.0f} s", flush=True)
         return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
 
     def run_peers(self, method: str, ratios: Sequence[float]) -> None:
@@ -138,18 +148,18 @@ class Bench:
         if not wanted:
             return
         sums, influence, _ = self.sums()
-        start = time.perf_counter()
+        start = clock()
         triples, factors = {}, {}
         for name, module in self.subject.linears.items():
             found = peers.triple(method, module.weight.data, sums[name], len(self.calibration))
             factors[name] = peers.Factors(method, found)
             if method == "zs":
                 triples[name] = found
-        solved = time.perf_counter() - start
+        solved = clock() - start
         print(f"{method}: factors in {solved:.0f} s", flush=True)
         search = None
         for name, allocation, ratio in wanted:
-            start = time.perf_counter()
+            start = clock()
             more: dict[str, Any] = {}
             if allocation == "lems":
                 search = search or self._search(method, factors)
@@ -161,7 +171,7 @@ class Bench:
             else:
                 ranks = peers.uniform(self.subject, ratio)
             more |= {"kept": peers.kept(self.subject, ranks), "solve_seconds": solved, "ranks": ranks}
-            more["plan_seconds"] = time.perf_counter() - start
+            more |= {"plan_seconds": clock() - start, "peak_bytes": peak()}
             with peers.cut(self.subject, factors, ranks):
                 self.add(name, ratio, self.subject, **more)
 
@@ -178,9 +188,9 @@ class Bench:
             step=step,
             known=known,
         )
-        start = time.perf_counter()
+        start = clock()
         search.measure(lambda _: path.write_text(json.dumps(search.alone)) and None)
-        print(f"{method}: {len(search.alone)} linears alone in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{method}: {len(search.alone)} linears alone in {clock() - start:.0f} s", flush=True)
         return search
 
     def run_peftc(self, ratios: Sequence[float], label: str, options: dict[str, Any]) -> None:
@@ -189,7 +199,7 @@ class Bench:
             if self.has(label, ratio):
                 continue
             folder = self.out / f"{label.replace(' ', '-')}-{ratio}-{self.draw}"
-            start = time.perf_counter()
+            start = clock()
             asked = self.asked
             made = peftc.decompose(
                 asked.model,
@@ -203,9 +213,9 @@ class Bench:
                 overwrite=True,
                 **options,
             )
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             more = {"kept": made.data["ratio"]["eligible"], "seconds": seconds, "predicted": made.data["predicted"]}
-            more["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            more["peak_bytes"] = peak()
             self.add(label, ratio, peers.Subject(peftc.load(folder)), **more)
 
 

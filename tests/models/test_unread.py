@@ -173,3 +173,17 @@ def test_nan_in_the_head_is_told(tiny_llama: Path, story: str, in_parts: Callabl
     in_parts()
     with pytest.raises(peftc.PeftcError, match="NaN"):
         peftc.evaluate(model, data=story, **HELD)
+
+
+def test_a_dry_run_of_a_large_vocabulary_counts_no_whole_logits(
+    in_parts: Callable[[], None], story: str, tiny_llama: Path
+) -> None:
+    asked: dict[str, Any] = {"ratio": "0.5", "data": story, "calibration_samples": 32, "sensitivity": 0, **HELD}
+
+    def estimated() -> int:
+        found = peftc.decompose(tiny_llama, dry_run=True, **asked).data["estimate"]
+        return int(found["peak_memory_bytes"])
+
+    whole = estimated()
+    in_parts()
+    assert estimated() < whole
