@@ -42,6 +42,7 @@ class Report:
         artifact: the folder written or read, printed on stdout.
         lines: for stdout, in place of the artifact's path.
         tables: what people see on stderr.
+        details: tables that people see on request, with `-v`.
         notes: sentences for people that are no problem; one that begins with `GUESSED` is shown with `-q`, too.
         warnings: sentences that say what was not done, or not as asked.
         gates: limits and whether they were kept.
@@ -52,6 +53,7 @@ class Report:
     artifact: Path | None = None
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    details: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -131,6 +133,32 @@ def duration(seconds: float) -> str:
 def figure(number: float) -> str:
     """Write a number with four digits, and all before the point where there are more."""
     return f"{number:,.0f}" if 9999.5 <= abs(number) < 1e15 else f"{number:.4g}"
+
+
+UNCHANGED = "no measurable change"  # the verdict on a speed-up that the noise may have made
+
+
+def ranged(value: float, low: float, high: float, *, sign: bool = False) -> str:
+    """Write a figure with its interval, in the digits that the interval allows: ``0.932 [0.889, 0.959]``."""
+    wide = high - low
+    if not 0 < wide < math.inf:
+        return f"{'+' if sign and value > 0 else ''}{figure(value)} [{figure(low)}, {figure(high)}]"
+    digits = min(max(1 - math.floor(math.log10(wide)), 0), 6)
+    shown, *ends = (f"{round(each, digits) + 0.0:,.{digits}f}" for each in (value, low, high))  # + 0.0: no "-0.00"
+    return f"{'+' if sign and float(shown.replace(',', '')) > 0 else ''}{shown} [{', '.join(ends)}]"
+
+
+def speedup_range(change: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the range of a speed-up, of one that is slower in times slower."""
+    low, high = float(change["low"]), float(change["high"])
+    slower = change["verdict"] != UNCHANGED and change["value"] < 1 and min(low, high) > 0
+    return (1 / high, 1 / low) if slower else (low, high)
+
+
+def speedup_text(change: Mapping[str, Any], unchanged: str = UNCHANGED) -> str:
+    """Write a speed-up with its range: ``1.36x faster [1.30, 1.42]``; one inside the noise has no number of its own."""
+    low, high = speedup_range(change)
+    return f"{unchanged if change['verdict'] == UNCHANGED else change['verdict']} [{low:.2f}, {high:.2f}]"
 
 
 DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -57,7 +57,8 @@ def command(
             _push(outcome, repo, private=bool(shared.get("private")))
             if not placed:
                 if processes.rank() == 0:
-                    console.report(outcome, json=shared["json"], quiet=shared["quiet"])
+                    quiet, verbose = shared["quiet"], bool(shared["verbose"])
+                    console.report(outcome, json=shared["json"], quiet=quiet, verbose=verbose)
                 if not processes.agreed(lambda: outcome.passed):
                     raise Exit(3)
             return outcome

@@ -5,11 +5,12 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peftc import progress
+from peftc.cli import layout
 from peftc.errors import shown
 from peftc.report import GUESSED, Cell, Gate, Report, Table, figure
 from peftc.store.documents import escaped
@@ -119,16 +120,16 @@ def _wrapped(text: str) -> str:
 # reports
 
 
-def report(outcome: Report, *, json: bool = False, quiet: bool = False) -> None:
+def report(outcome: Report, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
     """Print a report: for people on stderr, then the path or the JSON object on stdout."""
-    tell(outcome, quiet=quiet)
+    tell(outcome, quiet=quiet, verbose=verbose)
     deliver(outcome, json=json)
 
 
-def tell(outcome: Report, *, quiet: bool = False) -> None:
-    """Print what a report has for people."""
+def tell(outcome: Report, *, quiet: bool = False, verbose: bool = False) -> None:
+    """Print what a report has for people, with ``verbose`` its details as well."""
     if not quiet:
-        for table in outcome.tables:
+        for table in [*outcome.tables, *(outcome.details if verbose else [])]:
             say("\n".join([*table_lines(table, width()), ""]))
     for text in outcome.notes:
         if not quiet or text.startswith(GUESSED):
@@ -159,23 +160,10 @@ def gate_text(gate: Gate) -> str:
 
 
 def table_lines(table: Table, columns: int | None = None) -> list[str]:
-    """Lay a table out in at most ``columns``: aligned where it fits, one line per cell where it does not."""
+    """Lay a table out in at most ``columns``, under its title."""
     rows = [[_cell(cell) for cell in row] for row in table.rows]
     title = [_styled(table.title, BOLD)] if table.title else []
-    widths = [max(map(len, cells)) for cells in zip(table.columns, *rows, strict=True)]
-    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
-        for first, *rest in rows:
-            named = zip(table.columns[1:], rest, strict=True)
-            title += [first, *(f"  {name}: {cell}" for name, cell in named if cell)]
-        return title
-    right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(widths))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
-        return "  ".join(padded).rstrip()
-
-    head = [line(table.columns), line(["-" * w for w in widths])] if any(table.columns) else []
-    return [*title, *head, *map(line, rows)]
+    return [*title, *layout.laid_out(list(zip(table.columns, *rows, strict=True)), columns)]
 
 
 def _cell(cell: Cell) -> str:
@@ -184,10 +172,6 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, float):
         return figure(cell)
     return f"{cell:,}" if isinstance(cell, int) else cell
-
-
-def _is_number(text: str) -> bool:
-    return text in ("", "-") or text.lstrip("+-−±<>~ ")[:1].isdecimal()
 
 
 # surroundings

@@ -27,6 +27,7 @@ from peftc.measure.intervals import Interval
 from peftc.models.inputs import outputs, probe
 from peftc.models.layers import registered
 from peftc.models.model import Model
+from peftc.report import UNCHANGED
 
 Call = Callable[[], object]
 Seconds = dict[str, list[float]]  # of each candidate, one call's in every round
@@ -223,7 +224,7 @@ class Speedup:
     @property
     def counted(self) -> float:
         """The value where it is outside the noise, else 1."""
-        return 1.0 if self.verdict == "no measurable change" else self.value
+        return 1.0 if self.verdict == UNCHANGED else self.value
 
 
 def noise_band(baseline: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
@@ -245,7 +246,7 @@ def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequ
     """
     value, low, high = _median_ratio(baseline, candidate)
     noise_low, noise_high = noise_band(baseline, control)
-    verdict = "no measurable change"
+    verdict = UNCHANGED
     if value > noise_high and low > 1:
         verdict = f"{value:.2f}x faster"
     elif value < noise_low and high < 1:

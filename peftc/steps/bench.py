@@ -28,7 +28,7 @@ from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.nn.surgery import parameters, tensor_bytes
-from peftc.report import Report, Table, count, duration, short, size
+from peftc.report import Report, Table, count, duration, short, size, speedup_text
 from peftc.store.source import Source
 from peftc.tasks.baseline import FOLDER
 from peftc.version import __version__
@@ -272,7 +272,7 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
         ]
         cells = [name, *("not known" if value is None else form(value) for value in found)]
         if compared is not None:
-            cells.append(_share(*found) if case is None else _claim(compared[case]) if case else "")
+            cells.append(_share(*found) if case is None else speedup_text(asdict(compared[case])) if case else "")
         lines.append(cells)
     if compared is None:
         return Table(data["model"]["name"], ("figure", "value"), lines)
@@ -282,13 +282,6 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
 
 def _share(old: float | None, new: float | None) -> str:
     return "" if not old or new is None else f"{100 * (new / old - 1):+.1f} %"
-
-
-def _claim(change: Speedup) -> str:
-    if change.verdict == "no measurable change":
-        return change.verdict
-    low, high = (change.low, change.high) if change.value > 1 else (1 / change.high, 1 / change.low)
-    return f"{change.verdict} ({low:.2f} to {high:.2f})"
 
 
 def _rate(per_second: float) -> str:
