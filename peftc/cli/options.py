@@ -29,7 +29,7 @@ Model = Annotated[
 ]
 Beneath = Annotated[str, Argument(metavar="BASE", help="the model that it was tuned from")]
 Models = Annotated[
-    list[str], Argument(metavar="[MODEL]...", help="artifact folders, or - (default: all of this project's chain)")
+    list[str], Argument(metavar="[MODEL]...", help="artifacts and exports, or - (default: all of this project's chain)")
 ]
 OutputDir = Annotated[Path | None, value("DIR", "folder to write", "-o", "--output-dir")]
 Page = Annotated[str, value("FILE", "page to write", "-o", "--output")]

@@ -221,9 +221,9 @@ def _steps(subject: Record) -> str:
 def _measured(subject: Record, repo: str, compared: Report | None) -> str:
     """Return the tables of what was measured, and on what."""
     if compared is not None:
-        named = {str(subject.folder): f"**{repo.split('/')[-1]}**"}
         table = compared.tables[0]
-        rows = [[named.get(str(row[0]), row[0]), *row[1:]] for row in table.rows]
+        *others, own = table.rows  # the base comes first
+        rows = [*others, [f"**{repo.split('/')[-1]}**", *own[1:]]]
         told = [note for note in compared.notes if note.startswith(("quality:", "speed:"))]
         lacks = [kind for kind in ("quality", "speed") if not any(note.startswith(kind) for note in told)]
         were = "was" if len(lacks) == 1 else "were"

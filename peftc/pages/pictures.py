@@ -13,6 +13,7 @@ from peftc.store.maps import Maps
 
 LEAST = 1e-4  # of the largest singular value: what lies below is not drawn
 FRAME = ((0.0, LEAST), (1.0, 1.0))  # of all spectra, so that they can be compared
+LARGER = "factors hold more than the weight"
 DENSE = 300  # points of a map: of more than these the marks are drawn smaller
 
 
@@ -35,19 +36,28 @@ def spectra(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[flo
             for level in (90, 99):
                 share = row[f"rank_{level}"] / row["max_rank"]
                 place = min(curve, key=lambda place: abs(place[0] - share))
-                dots += [("", "dot small", place)] if place[1] >= LEAST else []
+                look = "energy small" if level == 90 else "energy small square"
+                dots += [("", look, place)] if place[1] >= LEAST else []
             curves.append(curve)
         if not any(value > LEAST for curve in curves for _, value in curve):
             continue
         row = known[names[0]]
         shape, share = "x".join(map(str, row["shape"])), row["break_even_rank"] / row["max_rank"]
-        text = "Singular values in shares of the largest, over the share of the full rank. "
-        text += f"Dots: 90 % and 99 % of the energy{'; the later a module the fainter' if len(names) > 1 else ''}."
-        limit = ("break-even", share) if share < 1 else None
+        text = "Singular values in shares of the largest, over the share of the full rank."
+        limit = (f"break-even, rank {row['break_even_rank']}: above it {LARGER}", share) if share < 1 else None
+        keys = [("line", "line", "first" if len(names) > 1 else "its values")]
+        keys += [("line", "line last", "last, the later the fainter")] if len(names) > 1 else []
+        keys += [("round", "energy small", "90 % of the energy"), ("square", "energy small square", "99 %")]
+        keys += [("", "", f"stays dense: {why}") for why in _reasons(known, names)]
         title = f"{kind}, {len(names)} of {shape}"
-        about: dict[str, Any] = {"text": text, "log": True, "dots": dots, "limit": limit, "frame": FRAME}
+        about: dict[str, Any] = {"text": text, "log": True, "dots": dots, "limit": limit, "frame": FRAME, "keys": keys}
         found.append(charts.lines(title, curves, "share of the full rank", "of the largest", **about))
     return found
+
+
+def _reasons(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Return why some of the modules stay dense, each reason once."""
+    return [why for why in dict.fromkeys(known[name].get("reason") for name in names) if why]
 
 
 def losses(curve: Mapping[str, Any], plan: Mapping[str, Any] | None) -> list[Chart]:
@@ -61,7 +71,7 @@ def losses(curve: Mapping[str, Any], plan: Mapping[str, Any] | None) -> list[Cha
         dots = [(f"{one['ratio']:g}", "dot small", place) for one, place in zip(points, places, strict=True)]
         if plan is not None and key == "parameters" and plan.get("predicted"):
             dots.append(("plan", "plan", (plan["parameters"], plan["predicted"])))
-        limit, text = ("dense", curve["points"][-1][key]), "At each point the ratio of eligible weights kept."
+        limit, text = ("the dense model", curve["points"][-1][key]), "At each point the ratio of eligible weights kept."
         about: dict[str, Any] = {"text": text, "log": True, "x_text": short, "dots": dots, "limit": limit}
         found.append(charts.lines(f"against {label}", [places], label, curve["unit"], **about))
     return found
@@ -76,10 +86,22 @@ def scores(data: Mapping[str, Any]) -> Chart | None:
         values += [(row["name"], row["score"], " ".join(looks))] if row["score"] is not None else []
     if not values:
         return None
-    alpha = f" (alpha {data['alpha']:g})" if data.get("alpha") is not None else ""
-    limit = (f"threshold{alpha}", data["threshold"]) if data.get("threshold") is not None else None
-    label = str(data.get("score") or "score")
-    return charts.bars("score of each layer", values, label, text=dropped(data), limit=limit)
+    limit = _threshold(data)
+    label, looks = str(data.get("score") or "score"), " ".join(kind for _, _, kind in values).split()
+    keys = [("bar", "bar", "kept")] if any(not kind or kind == "close" for _, _, kind in values) else []
+    keys += [("bar", "bar gone", "dropped")] if "gone" in looks else []
+    keys += [("bar", "bar close", "so near that noise may have decided")] if "close" in looks else []
+    about: dict[str, Any] = {"text": dropped(data), "limit": limit, "keys": keys}
+    return charts.bars("score of each layer", values, f"{label} (linear)", **about)
+
+
+def _threshold(data: Mapping[str, Any]) -> charts.Limit | None:
+    """Return the score that decided, with why a layer stays."""
+    value, alpha = data.get("threshold"), data.get("alpha")
+    if value is None:
+        return None
+    share = f", {alpha:g} of the last layer's score" if alpha is not None else ""
+    return f"threshold {value:.3g}{share}: kept are the layers up to the first from which on all reach it", value
 
 
 def dropped(data: Mapping[str, Any]) -> str:
@@ -117,7 +139,7 @@ def state_of(row: Mapping[str, Any]) -> str:
 def of_analysis(name: str, data: Mapping[str, Any], values: Mapping[str, Sequence[float]]) -> list[Part]:
     """Return the picture of what `analyze` reports of a model; ``values`` as for `spectra`."""
     drawn = spectra(data["modules"], values)
-    told = f"{name}: singular values by module kind (dots: 90 % and 99 % energy; the later a module the fainter)"
+    told = f"{name}: singular values by kind of module"
     parts: list[Part] = [(told, drawn, min(4, max(3, len(drawn))))]
     if curve := data.get("curve"):
         how = f"{curve['method']}, {curve['allocation']}; at each point the ratio of eligible weights kept"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, UsageError, did_you_mean
-from peftc.report import Table, by_kind, count, duration, figure, rank_span, short, size, span
+from peftc.report import Table, by_kind, count, rank_span, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
@@ -36,6 +36,9 @@ class Row:
         parameters, bytes, macs: its size, where known.
         quality: what `evaluate` kept, on the data that most of the artifacts were measured on.
         speed: what `bench` kept, of the machine and input that most were timed on.
+        share: parameters, in shares of the base's.
+        change: how much more of the first metric it has than the base, on the same samples, with its interval.
+        speedup: how many times faster than the base it is, both timed in one run, with its range.
     """
 
     name: str
@@ -45,6 +48,9 @@ class Row:
     macs: int | None = None
     quality: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    share: float | None = None
+    change: Mapping[str, Any] | None = None
+    speedup: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -136,6 +142,18 @@ def read_analysis(file: Path) -> dict[str, Any]:
     return {**found, "file": str(file)}
 
 
+def plan_text(analysis: Mapping[str, Any]) -> str:
+    """Say what was planned, and what that was predicted to lose."""
+    plan = analysis.get("plan")
+    if not plan:
+        return f"`{analysis['file']}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
+    lost = f"; predicted loss {plan['predicted']:g}" if "predicted" in plan else ""
+    return (
+        f"`{analysis['file']}` is a plan, no model: {plan['budget']}, {plan['allocation']}, to keep "
+        f"{count(plan['parameters'])} parameters{lost}"
+    )
+
+
 def of(folder: Path) -> Record:
     """Return the record of an artifact, or of an export, which has to say what it was made from."""
     if (folder / MANIFEST).is_file():
@@ -157,8 +175,8 @@ def of(folder: Path) -> Record:
     return Record(folder, kept, artifact.read_result(folder), export.about)
 
 
-def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]:
-    """Return a record of each artifact, and with ``exports`` of each export; one of statistics is refused."""
+def read(models: Sequence[str | Path]) -> list[Record]:
+    """Return a record of each artifact or export; one of statistics is refused."""
     folders = [Path(getattr(model, "spec", model)) for model in models]
     if not folders:
         raise UsageError("there is nothing to compare", hint="name artifacts: `peftc compare small healed`")
@@ -166,7 +184,7 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
     for folder, path in zip(folders, resolved, strict=True):
         if resolved.count(path) > 1:
             raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
-        if not (folder / MANIFEST).is_file() and not (exports and (folder / EXPORT).is_file()):
+        if not (folder / MANIFEST).is_file() and not (folder / EXPORT).is_file():
             what = "is no artifact" if folder.is_dir() else "does not exist"
             hint = "name artifacts; the model that they were made from stands beside them where it was measured"
             raise ArtifactError(
@@ -180,8 +198,8 @@ def read(models: Sequence[str | Path], *, exports: bool = False) -> list[Record]
     return found
 
 
-def rows(records: Sequence[Record], analysis: Mapping[str, Any] | None = None) -> list[Row]:
-    """Return a row for each artifact, behind those of the models that they were made from and of a plan for them."""
+def rows(records: Sequence[Record]) -> list[Row]:
+    """Return a row for each model that artifacts were made from, then one for each artifact."""
     quality, speed = (_common(records, kind) for kind in QUESTIONS)
     found = []
     for at, record in enumerate(records):
@@ -195,11 +213,22 @@ def rows(records: Sequence[Record], analysis: Mapping[str, Any] | None = None) -
         row.macs = row.macs if row.macs is not None else macs.get(_structure(record))
         if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
             row.macs = row.speed["model"]["macs"]
-    names = dict.fromkeys(record.base for record in records)
-    planned = []
-    if analysis and analysis.get("plan"):
-        planned = [Row(analysis["file"], ["analyze"], analysis["plan"]["parameters"])]
-    return [*(_base(name, records, found) for name in names), *planned, *found]
+    bases = {name: _base(name, records, found) for name in dict.fromkeys(record.base for record in records)}
+    for record, row in zip(records, found, strict=True):
+        _beside(row, bases[record.base])
+    return [*bases.values(), *found]
+
+
+def _beside(row: Row, base: Row) -> None:
+    """Add what is known of a model against its base: only what was measured of both in one go."""
+    if base.parameters and row.parameters is not None:
+        row.share = row.parameters / base.parameters
+    rated, timed = (((each or {}).get("against") or {}) for each in (row.quality, row.speed))
+    if row.quality and rated.get("name") == base.name:
+        change = (rated.get("difference") or {}).get(row.quality["metric"], {})
+        row.change = change if change and None not in change.values() else None
+    if row.speed and timed.get("name") == base.name:
+        row.speedup = (row.speed.get("speedup") or {}).get("saturating")
 
 
 def _on_what(entry: Mapping[str, Any]) -> list[Any]:
@@ -226,7 +255,8 @@ QUESTIONS = {"evaluate": _on_what, "bench": _where}  # only what agrees in all o
 def _common(records: Sequence[Record], kind: str) -> dict[int, dict[str, Any]]:
     """Return place -> entry, for the question that most records answer.
 
-    Of several answers of one record, those against another model tell more; of those the newest.
+    Of several answers of one record, those against its base tell most, then those against another model; of those the
+    newest.
     """
     answers = [
         (json.dumps(QUESTIONS[kind](entry), sort_keys=True), entry["at"], at, entry)
@@ -239,8 +269,14 @@ def _common(records: Sequence[Record], kind: str) -> dict[int, dict[str, Any]]:
     most = max(counts.values())
     newest = max((when, turn) for turn, (asked, when, _, _) in enumerate(answers) if counts[asked] == most)
     chosen = answers[newest[1]][0]  # of one second the later one: a record's answers are in order
-    ours = [(bool(entry.get("against")), when, at, entry) for asked, when, at, entry in answers if asked == chosen]
-    return {at: entry for _, _, at, entry in sorted(ours, key=lambda answer: answer[:2])}
+    ours = [(when, at, entry) for asked, when, at, entry in answers if asked == chosen]
+
+    def tells(answer: tuple[int, int, dict[str, Any]]) -> tuple[bool, bool, int]:
+        when, at, entry = answer
+        against = entry.get("against") or {}
+        return against.get("name") == records[at].base, bool(against), when
+
+    return {at: entry for _, at, entry in sorted(ours, key=tells)}
 
 
 def _structure(record: Record) -> str:
@@ -283,36 +319,3 @@ def statistics_table(modules: Mapping[str, Mapping[str, Any]]) -> Table:
 
     sides = {"of its": lambda some: " and ".join(sorted({f"{each['side']}s" for each in some}))}
     return by_kind("statistics", modules, {**sides, "features": counts("width"), "rows": counts("rows")})
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """Set models side by side: what made them, what they cost, and what was measured of any of them."""
-    metric = next((row.quality["metric"] for row in rows if row.quality), None)
-    batch = next((row.speed["model"]["saturating"]["batch"] for row in rows if row.speed), None)
-    columns = ["artifact", "stages", "parameters", "bytes", "MACs", *([metric] if metric else [])]
-    columns += ["latency", f"throughput, batch {batch}", "speed-up"] if batch else []
-    lines = []
-    for row in rows:
-        parameters = "-" if row.parameters is None else count(row.parameters)
-        stored, macs = "-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)
-        measured = [*([_quality(row)] if metric else []), *(_speed(row) if batch else [])]
-        lines.append([row.name, " > ".join(row.stages) or "base", parameters, stored, macs, *measured])
-    return Table("artifacts", columns, lines)
-
-
-def _quality(row: Row) -> str:
-    """Write the first metric with its interval: ``0.9778 [0.9568, 0.9887]``."""
-    if row.quality is None:
-        return "-"
-    value = row.quality["metrics"][row.quality["metric"]]
-    known = " on samples it knows" if row.quality.get("seen") else ""
-    return f"{figure(value['value'])} [{figure(value['low'])}, {figure(value['high'])}]{known}"
-
-
-def _speed(row: Row) -> list[str]:
-    """Write median latency at batch 1, throughput, and what that is to the baseline, as `bench` claims it."""
-    if row.speed is None:
-        return ["-", "-", "-"]
-    model, change = row.speed["model"], (row.speed.get("speedup") or {}).get("saturating")
-    rate, latency = model["saturating"]["samples_per_second"], model["batch_1"]["median_seconds"]
-    return [duration(latency), f"{rate:,.0f}/s", change["verdict"] if change else ""]

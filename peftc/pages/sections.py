@@ -1,31 +1,37 @@
 """The parts of the page that `report` writes, from records alone."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftc.pages import charts, html, pictures
-from peftc.pages.charts import Point
 from peftc.pages.html import Html, details, facts, joined, prose, tag
-from peftc.pages.records import Record, Row, table_of
-from peftc.report import grouped, percent, rank_text, short, size, span
+from peftc.pages.records import Record, Row, plan_text
+from peftc.pages.tables import table_of
+from peftc.pages.trade import trade_of
+from peftc.pages.verdict import Verdict, verdict_of
+from peftc.report import count, grouped, percent, rank_text, short, size, span
 from peftc.store import maps
 from peftc.store.commands import command_lines
 from peftc.version import __version__
+
+MANY = 4  # models: of more than these the parts are shown on request
 
 
 def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
     """Return the page on models: their rows and records, what `analyze` found of the base, and notes of `compare`."""
     bases = ", ".join(row.name for row in rows if not row.stages)
-    title = f"{bases}: {len(found)} compressed {'model' if len(found) == 1 else 'models'}"
+    verdict = verdict_of(rows, [record.base for record in found])
     parts = [
-        ("stages", "Stages", _stages(rows, notes)),
-        ("trade", "What it costs, what it brings", _trade(rows)),
+        ("models", "All models", _models(rows, notes)),
+        ("trade", "Quality against what it costs", trade_of(rows)),
+        ("plan", "The plan", _plan(rows, analyzed) if analyzed else None),
         ("spectra", f"Rank spectra of {bases}", _spectra(analyzed) if analyzed else None),
         ("modules", "Ranks", _each(found, _modules)),
         ("layers", "Layer scores", _each(found, _layers)),
         ("training", "Training", _each(found, _training)),
-        ("provenance", "How it came to be", joined(map(_provenance, found))),
+        ("provenance", "How it came to be", _each(found, _provenance)),
     ]
     links, body = [], []
     for name, heading, inside in parts:
@@ -34,59 +40,60 @@ def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | 
             body.append(tag("section", tag("h2", heading, id=name), inside, aria_labelledby=name))
     nav = tag("nav", tag("ul", *links), aria_label="parts")
     foot = tag("p", f"Written by peftc {__version__} from the files of the artifacts alone.", class_="soft")
-    return html.document(title, tag("main", tag("h1", title), nav, *body, foot))
+    title = f"{verdict.name} beside {verdict.base}"
+    return html.document(title, tag("main", tag("h1", title), _verdict(verdict, found), nav, *body, foot))
 
 
-def _each(found: Sequence[Record], show: Any) -> Html | None:
-    """Return what there is to show of each record, under its name."""
-    parts = [(record, inside) for record in found if (inside := show(record))]
+def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
+    """Say what became of size, speed and quality: a sentence, three figures, and on what, where and when."""
+    figures = [
+        tag("div", tag("dt", each.of), tag("dd", each.value), tag("dd", prose(each.told))) for each in verdict.figures
+    ]
+    record = next(each for each in found if str(each.folder) == verdict.name)
+    base = record.manifest.base
+    about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on]
+    if len(found) > 1:
+        about.append(f"the verdict is on the last of {len(found)} models that was measured most")
+    lead = tag("p", prose(verdict.sentence), class_="lead")
+    return joined([lead, tag("dl", *figures, class_="figures"), tag("p", prose("; ".join(about) + "."), class_="soft")])
+
+
+def _each(found: Sequence[Record], show: Callable[[Record], Html | None]) -> Html | None:
+    """Return what there is to show of each record, under its name; of many on request."""
+    parts = [(str(record.folder), inside) for record in found if (inside := show(record))]
     if not parts:
         return None
-    return joined(joined([tag("h3", str(record.folder)), inside]) for record, inside in parts)
+    if len(parts) > MANY:
+        return joined(details(name, inside) for name, inside in parts)
+    return joined(joined([tag("h3", name), inside]) for name, inside in parts)
 
 
-def _stages(rows: Sequence[Row], notes: Sequence[str]) -> Html:
+def _models(rows: Sequence[Row], notes: Sequence[str]) -> Html:
+    """Show the table of `compare`, with bytes and multiply-adds, and what it says of the figures."""
     table = table_of(rows)
-    columns = [name.removeprefix("throughput, ") for name in table.columns]
-    whole = {row.name: row.parameters for row in rows if not row.stages}
-    base = next(iter(whole.values())) if len(whole) == 1 else None
+    columns = [*table.columns[:4], "bytes", "MACs", *table.columns[4:]]
     cells = []
-    for at, (row, line) in enumerate(zip(rows, table.rows, strict=True), 1):
-        kept = f" ({percent(row.parameters / base)})" if row.stages and base and row.parameters else ""
-        cells.append([f"{at}. {row.name}", " > ".join(row.stages) or "as it was", f"{line[2]}{kept}", *line[3:]])
+    for row, line in zip(rows, table.rows, strict=True):
+        sizes = ["-" if value is None else write(value) for value, write in ((row.bytes, size), (row.macs, short))]
+        cells.append([*line[:4], *sizes, *line[4:]])
     said = tag("ul", *(tag("li", prose(note)) for note in notes), class_="soft")
-    return joined([html.table("stages", columns, cells, names=2), said])
+    return joined([html.table(table.title, columns, cells, names=2), said])
 
 
-def _trade(rows: Sequence[Row]) -> Html | None:
-    """Draw quality against each size and against speed, of the models that have both."""
-    measured = [(str(at), row, row.quality) for at, row in enumerate(rows, 1) if row.quality]
-    if len(measured) < 2:
-        return None
-    metric, higher = measured[0][2]["metric"], bool(measured[0][2]["higher_is_better"])
-    drawn = []
-    for label, of, text in KINDS:
-        points = []
-        for number, row, quality in measured:
-            value, x = quality["metrics"][quality["metric"]], of(row)
-            if x is not None:
-                points.append(Point(number, x, value["value"], value["low"], value["high"], base=not row.stages))
-        if len({point.x for point in points}) > 1:
-            better = {"less_is_better": label != SPEED, "higher_is_better": higher}
-            drawn.append(charts.scatter(points, label, metric, text, **better).figure())
-    if not drawn:
-        return None
-    said = tag("p", "The numbers are those of the table; the bars are 95 % intervals.", class_="soft")
-    return joined([said, tag("div", *drawn, class_="charts")])
-
-
-SPEED = "samples per second"
-KINDS: list[tuple[str, Callable[[Row], float | None], charts.Text]] = [
-    ("parameters", lambda row: row.parameters, short),
-    ("bytes", lambda row: row.bytes, size),
-    ("multiply-adds", lambda row: row.macs, short),
-    (SPEED, lambda row: row.speed["model"]["saturating"]["samples_per_second"] if row.speed else None, short),
-]
+def _plan(rows: Sequence[Row], analyzed: Mapping[str, Any]) -> Html:
+    """Say what was planned, apart from what was made and measured."""
+    plan = analyzed.get("plan")
+    told = tag("p", prose(f"{plan_text(analyzed)}."))
+    if not plan:
+        return told
+    whole = [row.parameters for row in rows if not row.stages and row.parameters]
+    kept = f" ({percent(plan['parameters'] / whole[0])} of the dense model's)" if len(whole) == 1 else ""
+    pairs = [
+        ("asked for", f"{plan['budget']}, {plan['allocation']}"),
+        ("parameters, as planned", f"{count(plan['parameters'])}{kept}"),
+        ("predicted loss", f"{plan['predicted']:.3g}" if "predicted" in plan else None),
+    ]
+    return joined([told, facts(pairs)])
 
 
 def _spectra(analyzed: Mapping[str, Any]) -> Html:
@@ -110,11 +117,16 @@ def _modules(record: Record) -> Html | None:
         return None
     kept = {row["name"]: row["parameters_after"] / row["parameters_before"] for row in entries}
     ranks = {row["name"]: "dense" if row["rank"] is None else rank_text(row["rank"]) for row in entries}
+    stays = {
+        row["name"]: f"stays dense: {row.get('reason') or 'no reason kept'}" for row in entries if row["rank"] is None
+    }
     drawn = []
     for kind, names in grouped(kept).items():
         values = [(name, kept[name], "dense" if ranks[name] == "dense" else "") for name in names]
         text = f"Share of the entries that each keeps; ranks: {', '.join(ranks[name] for name in names)}."
-        drawn.append(charts.bars(kind, values, "share kept", text=text, top=1.0).figure())
+        keys = [("bar", "bar", "factored")] if any(not look for _, _, look in values) else []
+        keys += [("bar", "bar dense", why) for why in dict.fromkeys(stays[name] for name in names if name in stays)]
+        drawn.append(charts.bars(kind, values, "share kept (linear)", text=text, top=1.0, keys=keys).figure())
     cells = []
     for row in entries:
         name, error = row["name"], "-" if row.get("error") is None else f"{row['error']:.3g}"
@@ -172,14 +184,23 @@ def _training(record: Record) -> Html | None:
     drawn = []
     for name in ["loss", *(terms if len(terms) > 1 else [])]:
         known = [entry for entry in steps if isinstance(entry.get(name), (int, float))]
-        curve = [(float(entry["step"]), float(entry[name])) for entry in known]
+        curve = [(float(entry["step"]), float(entry[name])) for entry in known if math.isfinite(entry[name])]
         if any(value > 0 for _, value in curve):
             text = "The whole loss." if name == "loss" else f"The term `{name}`, as weighted."
-            drawn.append(charts.lines(name, [curve], "step", name, text=text, log=True).figure())
+            drawn.append(_curve(name, curve, text))
     if len(scores) > 1:
         text = "The score on samples not learnt from."
         drawn.append(charts.lines("held out", [scores], "step", "score", text=text).figure())
     return tag("div", *drawn, class_="charts") if drawn else None
+
+
+def _curve(name: str, curve: Sequence[charts.Place], text: str) -> Html:
+    """Draw a curve over the steps that it is the mean of, where they are many enough to need one."""
+    smooth, over = charts.smoothed(curve)
+    if over == 1:
+        return charts.lines(name, [curve], "step", name, text=text, log=True).figure()
+    keys = [("round", "raw", "one step"), ("line", "line", f"mean of {over} steps")]
+    return charts.lines(name, [smooth], "step", name, text=text, log=True, raw=curve, keys=keys).figure()
 
 
 def _provenance(record: Record) -> Html:
@@ -204,4 +225,4 @@ def _provenance(record: Record) -> Html:
     requests = [json.dumps(step["request"], indent=2, sort_keys=True, ensure_ascii=False) for step in own.steps]
     asked = details("what each step was asked", *(tag("pre", text) for text in requests))
     rebuilt = [tag("p", "The commands that rebuild it:"), tag("pre", "\n".join(command_lines(own)))]
-    return joined([tag("h3", str(record.folder)), facts(pairs), *said, notes, *rebuilt, asked])
+    return joined([facts(pairs), *said, notes, *rebuilt, asked])

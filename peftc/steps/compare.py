@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from peftc.pages import records
-from peftc.pages.records import Record, Row, cut_text
-from peftc.report import Report, Table, count
+from peftc.pages.records import Record, Row, cut_text, plan_text
+from peftc.pages.tables import MISSING, details_of, table_of
+from peftc.pages.verdict import verdict_of
+from peftc.report import Report, Table, speedup_text
 from peftc.store import artifact
 from peftc.store.commands import command_lines
 from peftc.store.source import Source
@@ -31,9 +33,15 @@ def compare(
         ArtifactError: one of them is no artifact.
         UsageError: none is named, or one of them twice, or ``analysis`` is no report of `analyze`.
     """
-    found = records.read(models, exports=True)  # type: ignore[arg-type]
+    found = records.read(models)  # type: ignore[arg-type]
     analyzed = None if analysis is None else records.read_analysis(Path(analysis))
-    rows = records.rows(found, analyzed)
+    return compared(found, records.rows(found), analyzed, commands=commands)
+
+
+def compared(
+    found: Sequence[Record], rows: Sequence[Row], analyzed: Mapping[str, Any] | None, *, commands: bool = False
+) -> Report:
+    """Return the comparison of records whose rows are known."""
     report = Report("compare", {"models": [{"artifact": None, **vars(row)} for row in rows]})
     for figures, record in zip(report.data["models"][-len(found) :], found, strict=True):
         figures |= {
@@ -42,11 +50,14 @@ def compare(
             "base": record.base,
             "commands": command_lines(record.manifest),
         }
+    report.data["plan"] = (analyzed or {}).get("plan")
     report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
-    report.tables.append(records.table_of(rows))
+    report.tables.append(table_of(rows))
+    report.details.append(details_of(rows))
+    report.notes.append(verdict_of(rows, [record.base for record in found]).sentence)
     _say_what_was_measured(report, rows, found)
     if analyzed:
-        report.notes.append(_of_analysis(analyzed))
+        report.notes.append(plan_text(analyzed))
     report.notes += [_of_export(record) for record in found if record.about]
     if commands:
         for record in found:
@@ -70,28 +81,22 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
     if speed:
         where = speed["environment"]
         report.notes.append(
-            f"speed: {where['device_name']}, {where['threads']} threads, {speed['model']['dtype']}; each speed-up is "
-            "against the baseline in the same run of `peftc bench`"
+            f"speed: {where['device_name']}, threads: {where['threads']}, {speed['model']['dtype']}, batch "
+            f"{speed['model']['saturating']['batch']}; each speed-up is against the dense model in the same run of "
+            "`peftc bench`, in brackets its range"
         )
     batch = f"--batch-size {speed['model']['saturating']['batch']} " if speed else ""
-    options = {"evaluate": "--data DATA ", "bench": batch}
-    for word, kind in (("evaluate", "quality"), ("bench", "speed")):
-        own = [row for row, record in zip(rows[-len(found) :], found, strict=True) if not record.about]
-        names = [row.name for row in own if getattr(row, kind) is None]
-        if names:
-            same = " as the others" if len(names) < len(own) else ""
-            report.notes.append(f"no {kind}{same}: `peftc {word} {names[0]} {options[word]}--against base` measures it")
-
-
-def _of_analysis(analysis: Mapping[str, Any]) -> str:
-    """Say what was planned, and what that was predicted to lose."""
-    plan = analysis.get("plan")
-    if not plan:
-        return f"`{analysis['file']}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
-    return (
-        f"`{analysis['file']}` planned {plan['budget']}, {plan['allocation']}, to keep {count(plan['parameters'])} "
-        f"parameters; predicted loss {plan['predicted']:g}"
-    )
+    for kind, known, word, line in (
+        ("quality", "change", "evaluate", "--data DATA --against base"),
+        ("speed", "speedup", "bench", f"{batch}--against base"),
+    ):
+        own = [(row, record) for row, record in zip(rows[-len(found) :], found, strict=True) if not record.about]
+        lacks = [(row.name, record) for row, record in own if getattr(row, known) is None]
+        if lacks:
+            name, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""
+            otherwise = " as the others were" if any(record.measured(word) for _, record in lacks) else ""
+            hint = f"`peftc {word} {name} {line}` does"
+            report.notes.append(f"{MISSING} against the dense model{otherwise}: {kind} of `{name}`{more}; {hint}")
 
 
 def _of_export(record: Record) -> str:
@@ -100,7 +105,5 @@ def _of_export(record: Record) -> str:
     if "runtime" not in data:
         return f"`{record.folder}`: its `{artifact.RESULT}` is gone, which says how it ran"
     batch, timed = max(data["times"].items(), key=lambda each: int(each[0]))
-    return (
-        f"`{record.folder}` in {data['runtime']}: {timed['speedup']['verdict']} beside PyTorch at batch {batch}, and "
-        f"within {data['deviation']:.1e} of the largest output"
-    )
+    beside = f"{speedup_text(timed['speedup'])} beside PyTorch at batch {batch}"
+    return f"`{record.folder}` in {data['runtime']}: {beside}, and within {data['deviation']:.1e} of the largest output"

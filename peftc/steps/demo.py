@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from peftc.data.images import transform
 from peftc.errors import SourceError
 from peftc.models.place import device_of
 from peftc.options import Recipe
-from peftc.report import Report, Table, count, percent, short
+from peftc.report import Report
 from peftc.steps.analyze import analyze
 from peftc.steps.bench import bench
+from peftc.steps.compare import compare
 from peftc.steps.decompose import decompose
 from peftc.steps.distill import distill
 from peftc.steps.evaluate import evaluate
@@ -82,12 +84,14 @@ def _demo(folder: Path, seed: int, device: str) -> Report:
     else:
         _write(dense, _trained(seed, device))
     analyzed = analyze(dense, ratio=RATIO, plan=folder / f"plan-seed-{seed}.json", device=device, seed=seed)
-    current, rows = dense, report.data["stages"]
+    current, rows, batch = dense, report.data["stages"], None
     for name, step in STAGES.items():
         output = folder / f"{name}-seed-{seed}"
         changed = step(current, output, device=device, seed=seed)
         quality = evaluate(output, data=f"{DATA}@test", against=dense, device=device, seed=seed).data
-        speed = bench(output, against=dense, rounds=BENCH_ROUNDS, device=device, seed=seed).data
+        timing: dict[str, Any] = {"rounds": BENCH_ROUNDS, "batch_size": batch, "device": device, "seed": seed}
+        speed = bench(output, against=dense, **timing).data
+        batch = speed["model"]["saturating"]["batch"]  # of all stages, so that they can stand side by side
         if not rows:
             rows.append(_row("train", dense, speed["against"], quality["against"]["metrics"]))
         rows.append(
@@ -98,7 +102,10 @@ def _demo(folder: Path, seed: int, device: str) -> Report:
     report.artifact = current
     report.data["analyze"] = analyzed.data
     report.notes.append(f"look closer: `peftc analyze {dense}`, `peftc show {current}`")
-    report.tables.append(_table(rows))
+    compared = compare([row["folder"] for row in rows[1:]])
+    report.tables.append(replace(compared.tables[0], title=f"a small ViT on scikit-learn's digits, in {folder}"))
+    report.details += compared.details
+    report.notes = [*compared.notes[:1], *report.notes]
     return report
 
 
@@ -111,24 +118,6 @@ def _row(stage: str, folder: Path, figures: dict[str, Any], metrics: dict[str, A
         "samples_per_second": figures["saturating"]["samples_per_second"],
         "accuracy": metrics["top1"],
     }
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    lines = []
-    for row in rows:
-        accuracy, verdict = row["accuracy"], row["speedup"]["verdict"] if "speedup" in row else ""
-        lines.append(
-            (
-                row["stage"],
-                count(row["parameters"]),
-                short(row["macs"]),
-                f"{row['samples_per_second']:,.0f}/s",
-                verdict,
-                f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
-            )
-        )
-    columns = ("stage", "parameters", "MACs", "throughput", "", "accuracy")
-    return Table("a small ViT on scikit-learn's digits", columns, lines)
 
 
 def _trained(seed: int, device: str) -> nn.Module:

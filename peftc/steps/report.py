@@ -8,8 +8,9 @@ from pathlib import Path
 from peftc.errors import OutputError
 from peftc.pages import records
 from peftc.pages.sections import page_of
+from peftc.pages.tables import MISSING
 from peftc.report import Report
-from peftc.steps.compare import compare
+from peftc.steps import compare
 from peftc.store import documents
 from peftc.store.source import Source
 
@@ -20,12 +21,13 @@ def report(
     """Write a page that shows what was gained and lost, and how each artifact came to be.
 
     Args:
-        models: artifact folders, in the order in which they are to stand.
+        models: folders of artifacts and exports, in the order in which they are to stand; the verdict is on the last
+            that was measured against the dense model.
         output: the file to write; one that is there is replaced.
         analysis: what `peftc analyze --json` printed of the base, for its rank spectra and its plan.
 
     Raises:
-        ArtifactError: one of the models is no artifact.
+        ArtifactError: one of the models is neither.
         UsageError: none is named, or ``analysis`` is no report of `analyze`.
         OutputError: the file cannot be written.
     """
@@ -35,11 +37,13 @@ def report(
         raise OutputError(f"cannot write `{file}`", why=why, hint="name a file: `-o report.html`")
     found = records.read(models)  # type: ignore[arg-type]
     analyzed = None if analysis is None else records.read_analysis(Path(analysis))
-    rows = records.rows(found, analyzed)
-    compared = compare(models, analysis=analysis)
-    text = page_of(rows, found, analyzed, compared.notes)
+    rows = records.rows(found)
+    compared = compare.compared(found, rows, analyzed)
+    said = compared.notes[1:]  # without the verdict, which the page opens with, and the plan, which stands apart
+    notes = [note for note in said if analyzed is None or note != records.plan_text(analyzed)]
+    text = page_of(rows, found, analyzed, notes)
     documents.write_whole(file, text)
-    outcome = Report("report", {"file": str(file), "bytes": len(text.encode()), "models": compared.data["models"]})
+    outcome = Report("report", {"file": str(file), "bytes": len(text.encode()), **compared.data})
     outcome.lines = [str(file)]
-    outcome.notes += [note for note in compared.notes if note.startswith("no ")]
+    outcome.notes += [note for note in compared.notes if note.startswith(MISSING)]
     return outcome

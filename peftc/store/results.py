@@ -10,6 +10,7 @@ from peftc.store import documents
 NUMBER, TEXT, COUNT = (float, None), (str, None), (int, None)
 CELL = (str, float, bool, None)
 INTERVAL = {"value": float, "low": float, "high": float}
+DIFFERENCE = dict.fromkeys(INTERVAL, NUMBER)
 SIZE = {"parameters?": COUNT, "bytes?": COUNT, "macs?": COUNT}
 CUT = {"protocol": TEXT, "length": int, "stride": int, "first_token": str}
 DATA = {"spec": str, "split": str, "samples": int, "digest": str, "windows?": CUT}
@@ -21,7 +22,7 @@ EVALUATED = {
     "data": DATA,
     "higher_is_better?": bool,
     "seen?": bool,
-    "against?": ({"name": str, "metrics": {str: INTERVAL}}, None),
+    "against?": ({"name": str, "metrics": {str: INTERVAL}, "difference?": {str: DIFFERENCE}}, None),
 }
 TIMED = {
     "dtype": str,
@@ -31,12 +32,13 @@ TIMED = {
     "batch_1": {"median_seconds": float},
     "saturating": {"batch": int, "samples_per_second": float},
 }
+SPEEDUP = {"value": float, "low": float, "high": float, "verdict": str}
 BENCHED = {
     "at": int,
     "model": TIMED,
     "against?": (TIMED | {"name": str}, None),
     "input": Any,
-    "speedup?": ({"saturating": ({"verdict": str}, None)}, None),
+    "speedup?": ({"saturating": (SPEEDUP, None)}, None),
     "environment": {"device_name": str, "threads": int},
 }
 MODULE = {
@@ -56,10 +58,11 @@ REPORT = {
         "layers?": ([LAYER], None),
         "score?": TEXT,
         "threshold?": NUMBER,
+        "alpha?": NUMBER,
         "quality?": (EVALUATED, None),
         "runtime?": str,
         "deviation?": float,
-        "times?": {str: {"speedup": {"verdict": str}}},
+        "times?": {str: {"speedup": SPEEDUP}},
     },
     "tables?": [{"title": str, "columns": [str], "rows": [[CELL]]}],
     "notes?": [str],

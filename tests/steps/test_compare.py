@@ -8,6 +8,7 @@ import pytest
 
 import peftc as package
 from peftc.errors import ArtifactError, UsageError
+from peftc.report import UNCHANGED
 from peftc.steps.report import report as report_page
 from peftc.store import artifact
 from peftc.store.header import encode_header
@@ -41,7 +42,8 @@ def quality(value: float, *, of: str = "digits", against: float | None = None, a
     }  # fmt: skip
     if against is not None:
         theirs = {"top1": {"value": against, "low": against, "high": against}}
-        entry["against"] = {"name": "dense", "metrics": theirs, "difference": {}}
+        change = {"top1": {"value": value - against, "low": value - against - 0.05, "high": value - against + 0.05}}
+        entry["against"] = {"name": "dense", "metrics": theirs, "difference": change}
     return entry
 
 
@@ -51,9 +53,14 @@ def speed(rate: float, *, machine: str = "one", batch: int = 64, at: int = 1) ->
         return {"name": "dense", "dtype": "float32", "parameters": parameters, "macs": 10 * parameters,
                 "bytes_on_disk": 4 * parameters, **times}  # fmt: skip
 
+    times = rate / 1000
+    known = {"value": times, "low": times - 0.05, "high": times + 0.05, "noise_low": 0.98, "noise_high": 1.02}
+    verdict = (
+        UNCHANGED if abs(times - 1) < 0.02 else f"{max(times, 1 / times):.2f}x {'faster' if times > 1 else 'slower'}"
+    )
     return {
         "model": figures(rate, 100), "against": figures(1000.0, 400), "at": at, "question": f"{machine} {at}",
-        "speedup": {"saturating": {"value": rate / 1000, "verdict": f"{rate / 1000:.2f}x faster"}},
+        "speedup": {"saturating": known | {"verdict": verdict}},
         "input": {"input": [3, 8, 8]}, "environment": {"device_name": machine, "threads": 1},
     }  # fmt: skip
 
@@ -84,13 +91,73 @@ def test_a_row_holds_what_the_files_say(chain) -> None:
     report = package.compare(chain)
     rows = table(report)
     assert list(report.tables[0].columns) == [
-        "artifact", "stages", "parameters", "bytes", "MACs", "top1", "latency", "throughput, batch 64", "speed-up",
+        "name", "last stage", "parameters", "share", "top1", "change against dense", "speed-up",
     ]  # fmt: skip
-    assert rows["dense"] == ["base", "400", "1.6 kB", "4 k", "0.9 [0.9, 0.9]", "1 ms", "1,000/s", ""]
-    assert rows["small"][0:2] == ["decompose", "100"]
-    assert rows["small"][4:] == ["0.6 [0.5, 0.7]", "0.667 ms", "1,500/s", "1.50x faster"]
-    assert rows["healed"][0] == "decompose > distill"
-    assert rows["shorter"][1:2] + rows["shorter"][3:] == ["60", "-", "-", "-", "-", "-"]
+    assert rows["dense"] == ["dense", "400", "", "0.9 [0.9, 0.9]", "", ""]
+    assert rows["small"] == [
+        "decompose", "100", "25.0 %", "0.60 [0.50, 0.70]", "-0.30 [-0.35, -0.25]", "1.50x faster [1.45, 1.55]"
+    ]  # fmt: skip
+    assert rows["healed"][0] == "distill"
+    assert rows["healed"][3:] == ["0.80 [0.70, 0.90]", "not measured", "1.60x faster [1.55, 1.65]"]
+    assert rows["shorter"] == ["prune-layers", "60", "15.0 %", *["not measured"] * 3]
+
+
+def test_raw_times_stand_behind_v_beside_those_of_the_same_run(chain, peftc) -> None:
+    shown = peftc("compare", *chain, env={"COLUMNS": "100"}).stderr
+    assert "/s" not in shown and " ms" not in shown
+    more = peftc("compare", *chain, "-v", env={"COLUMNS": "160"}).stderr
+    assert "1,500/s" in more and "1,000/s" in more and "no measure of each other" in more
+    (details,) = package.compare(chain).details
+    assert list(details.rows[1]) == ["small", "161 B", "1.23 k", "0.667 ms", "1 ms", "1,500/s", "1,000/s"]
+    assert list(details.rows[0])[3:] == [""] * 4, "the base alone was in no run"
+
+
+def test_a_speed_up_against_another_model_is_none_against_dense(chain) -> None:
+    other = speed(1500)
+    other["against"] |= {"name": "another"}
+    measure(Path("small"), bench=[other])
+    assert table(package.compare(["small"]))["small"][-1] == "not measured"
+    measure(Path("small"), bench=[speed(1400, at=1), other | {"at": 2}])
+    assert table(package.compare(["small"]))["small"][-1] == "1.40x faster [1.35, 1.45]", "though the other is newer"
+
+
+def test_what_the_noise_may_have_made_has_no_number_of_its_own(chain) -> None:
+    measure(Path("small"), bench=[speed(1010)])
+    measure(Path("healed"), bench=[speed(800)])
+    rows = table(package.compare(chain))
+    assert rows["small"][-1] == "within noise [0.96, 1.06]"
+    assert rows["healed"][-1] == "1.25x slower [1.18, 1.33]", "a range in the direction of the word"
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_it_is_a_table_in_every_terminal(chain, peftc, width: int) -> None:
+    measure(Path("shorter"), evaluate=[quality(0.5, against=0.9)], bench=[speed(1010)])
+    lines = peftc("compare", *chain, env={"COLUMNS": str(width)}).stderr.splitlines()
+    table_lines = lines[: next(at for at, line in enumerate(lines) if "has 15.0 %" in line)]
+    assert max(map(len, table_lines)) <= width
+    heads = [line for line in table_lines if line.startswith("name ")]
+    assert len(heads) == (1 if width >= 100 else 2), "one table, and in a narrow terminal blocks of it"
+    names = [line.split()[0] for line in table_lines if line.startswith(("dense", "small", "healed", "shorter"))]
+    assert names == ["dense", *chain] * len(heads)
+    if width == 160:
+        assert len(table_lines) == 8, "title, head, rule, four models and a blank"
+    for line in table_lines:
+        assert line.count("[") == line.count("]"), "no interval is broken"
+
+
+def test_a_folder_that_all_lie_in_is_said_once(chain) -> None:
+    Path("runs").mkdir()
+    for name in chain:
+        Path(name).rename(Path("runs") / name)
+    report = package.compare([f"runs/{name}" for name in chain])
+    assert report.tables[0].title == "models in runs"
+    assert [row[0] for row in report.tables[0].rows] == ["dense", *chain]
+    assert [each["name"] for each in report.data["models"]] == ["dense", *(f"runs/{name}" for name in chain)]
+    Path("dense").mkdir()
+    Path("runs/healed").rename("dense/small")
+    assert [row[0] for row in package.compare(["runs/small", "dense/small"]).tables[0].rows][1:] == [
+        "runs/small", "dense/small"
+    ], "of two folders with one name each is called by its path"  # fmt: skip
 
 
 def test_what_was_measured_on_other_data_or_another_machine_is_not_beside_it(chain) -> None:
@@ -109,22 +176,27 @@ def test_the_same_structure_has_the_same_multiply_adds(chain) -> None:
 
 def test_what_was_not_measured_is_named_with_the_command_that_does(chain) -> None:
     notes = package.compare(chain).notes
-    assert "no quality as the others: `peftc evaluate shorter --data DATA --against base` measures it" in notes
-    assert "no speed as the others: `peftc bench shorter --batch-size 64 --against base` measures it" in notes
+    start = "not measured against the dense model"
+    line = "`peftc evaluate healed --data DATA --against base` does"
+    assert f"{start} as the others were: quality of `healed` and 1 more; {line}" in notes
+    assert f"{start}: speed of `shorter`; `peftc bench shorter --batch-size 64 --against base` does" in notes
 
 
 def test_of_two_answers_the_one_against_another_model_counts(chain) -> None:
     measure(Path("small"), evaluate=[quality(0.6, at=1), quality(0.6, against=0.9, at=1), quality(0.6, at=2)])
-    assert table(package.compare(["small"]))["dense"][4] == "0.9 [0.9, 0.9]"
+    assert table(package.compare(["small"]))["dense"][3] == "0.9 [0.9, 0.9]"
 
 
 def test_without_measurements_there_are_sizes(chain) -> None:
     for name in chain:
         measure(Path(name))
     report = package.compare(chain)
-    assert list(report.tables[0].columns) == ["artifact", "stages", "parameters", "bytes", "MACs"]
+    assert list(report.tables[0].columns) == ["name", "last stage", "parameters", "share"]
+    assert list(report.details[0].columns) == ["name", "bytes", "MACs"]
     Path("small/result.json").unlink()
-    assert table(package.compare(["small"]))["small"][1:] == ["100", "161 B", "-"]
+    report = package.compare(["small"])
+    assert table(report)["small"] == ["decompose", "100", "-"], "nobody knows the base's parameters now"
+    assert list(report.details[0].rows[-1]) == ["small", "161 B", "-"]
 
 
 def test_the_command_lines_come_on_request(chain, peftc) -> None:
@@ -161,8 +233,9 @@ def test_an_export_is_a_row_and_a_note(tmp_path, monkeypatch, tiny_vit: Path) ->
     (note,) = [note for note in report.notes if note.startswith("`weights` in ")]
     assert "beside PyTorch at batch 1" in note
     assert not any("evaluate weights" in note for note in report.notes)
-    with pytest.raises(ArtifactError, match="`weights` is no artifact"):
-        report_page(["weights"])
+    assert table(report)["weights"][0] == "export safetensors"
+    page = Path(report_page(["small", "weights"], output="page.html").lines[0]).read_text()
+    assert "export safetensors" in page, "a row as here"
 
 
 def test_an_export_with_gates_has_the_quality_that_it_showed(tmp_path, monkeypatch, tiny_vit: Path) -> None:
@@ -176,20 +249,19 @@ def test_an_export_with_gates_has_the_quality_that_it_showed(tmp_path, monkeypat
     assert graph["quality"]["against"]["name"] == tiny_vit.name, "the gate is judged against what the chain began with"
 
 
-def test_what_was_planned_has_a_row_behind_the_base(chain) -> None:
+def test_a_plan_is_no_model(chain) -> None:
     planned = {"budget": "--ratio 1/2", "allocation": "convex", "parameters": 120, "predicted": 0.25, "eligible": 0.5}
     analysis = {"command": "analyze", "modules": [], "plan": planned}
     artifact.write_json(Path("analysis.json"), analysis)
     report = package.compare(chain, analysis="analysis.json")
-    assert list(table(report)) == ["dense", "analysis.json", *chain]
-    assert table(report)["analysis.json"] == ["analyze", "120", *["-"] * 6]
-    assert report.data["models"][1]["artifact"] is None
-    assert [each["artifact"] for each in report.data["models"][2:]] == chain
-    (note,) = [note for note in report.notes if note.startswith("`analysis.json` planned --ratio 1/2, convex")]
+    assert list(table(report)) == ["dense", *chain]
+    assert report.data["plan"]["parameters"] == 120
+    assert [each["artifact"] for each in report.data["models"]] == [None, *chain]
+    (note,) = [note for note in report.notes if note.startswith("`analysis.json` is a plan, no model: --ratio 1/2")]
     assert "120 parameters; predicted loss 0.25" in note
     artifact.write_json(Path("analysis.json"), {**analysis, "plan": None})
     report = package.compare(chain, analysis="analysis.json")
-    assert list(table(report)) == ["dense", *chain]
+    assert list(table(report)) == ["dense", *chain] and report.data["plan"] is None
     assert any("planned nothing: give `peftc analyze` a budget" in note for note in report.notes)
 
 

@@ -24,7 +24,13 @@ def test_the_chain_runs_and_ends_in_one_table(quick: None, tmp_path: Path) -> No
 
     report = demo_step.demo(output_dir=tmp_path, device="cpu")
     (table,) = report.tables
-    assert [row[0] for row in table.rows] == ["train", *demo_step.STAGES]
+    assert list(table.columns)[-3:] == ["top1", "change against dense", "speed-up"]
+    assert [row[1] for row in table.rows] == ["dense", *demo_step.STAGES]
+    assert not any("not measured" in str(cell) for row in table.rows for cell in row), "all in one run each"
+    assert report.notes[0].startswith("`") and "% of the parameters of `dense-seed-0`" in report.notes[0]
+    assert [table.columns[0], len(report.details)] == ["name", 1]
+    again_table = package.compare([each["folder"] for each in report.data["stages"][1:]]).tables[0]
+    assert [*again_table.rows] == [*table.rows], "what `compare` prints"
     stages = report.data["stages"]
     assert stages[1]["parameters"] < stages[0]["parameters"] and stages[1]["macs"] < stages[0]["macs"]
     schema = json.loads((Path(package.__file__).parent / "report.schema.json").read_text())

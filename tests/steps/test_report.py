@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import peftc as package
 from peftc.errors import ArtifactError, OutputError, UsageError
 from peftc.pages import charts, html
-from peftc.pages.charts import Point, Scale
+from peftc.pages.charts import Scale
 from peftc.steps.report import report
 from peftc.store import artifact
 from peftc.store import maps as layer_maps
@@ -71,7 +71,12 @@ SPECTRUM = {
     "break_even_rank": 4,
     "spectrum": [[1, 1.0], [8, 0.0]],
 }
-ANALYSIS = {"command": "analyze", "modules": [{"name": f"b.{at}.fc", "shape": [8, 8], **SPECTRUM} for at in range(3)]}
+PLAN = {"budget": "--ratio 1/2", "allocation": "convex", "parameters": 200, "predicted": 0.25}
+ANALYSIS = {
+    "command": "analyze",
+    "plan": PLAN,
+    "modules": [{"name": f"b.{at}.fc", "shape": [8, 8], **SPECTRUM} for at in range(3)],
+}
 
 
 @pytest.fixture
@@ -98,8 +103,8 @@ def test_the_page_has_every_part_and_all_of_it_is_closed(folder) -> None:
     found = written(analysis="analysis.json")
     assert (found.wrong, found.open) == ([], [])
     links = [link["href"] for link in found.all("a")]
-    assert links == ["#stages", "#trade", "#spectra", "#modules", "#layers", "#training", "#provenance"]
-    identifiers = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert links == ["#models", "#trade", "#plan", "#spectra", "#modules", "#layers", "#training", "#provenance"]
+    identifiers = [each["id"] for tag, each in found.elements if "id" in each and tag != "input"]
     assert [f"#{name}" for name in identifiers] == links, "every part can be reached, and no name stands twice"
 
 
@@ -107,7 +112,7 @@ def test_what_there_is_nothing_of_is_left_out(folder) -> None:
     for name in ("small", "healed", "shorter"):
         measure(Path(name))
     Path("healed/log.jsonl").unlink()
-    assert [link["href"] for link in written().all("a")] == ["#stages", "#modules", "#layers", "#provenance"]
+    assert [link["href"] for link in written().all("a")] == ["#models", "#modules", "#layers", "#provenance"]
 
 
 def test_nothing_is_loaded_and_nothing_runs(folder) -> None:
@@ -121,12 +126,12 @@ def test_nothing_is_loaded_and_nothing_runs(folder) -> None:
 def test_every_drawing_says_in_words_what_it_shows(folder) -> None:
     found = written(analysis="analysis.json")
     drawings = found.all("svg")
-    assert len(drawings) == 8
+    assert len(drawings) == 4 * 2 + 4, "trade-offs in two sizes, a spectrum, ranks, scores, a curve"
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert len(drawing["aria-label"] or "") > 30
     said = " ".join(str(drawing["aria-label"]) for drawing in drawings)
-    assert "top1 against parameters. 1: 400, top1 0.9; 2: 100, top1 0.6" in said
+    assert "top1 against parameters. dense: 400, top1 0.9; small: 100, top1 0.6" in said
     assert "b.0: 0; b.1: 0.1; b.2: 0.2 (gone)" in said
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", said.lower())
 
@@ -241,10 +246,88 @@ def test_colours_of_classes_are_told_apart_by_all_who_see(scheme: str, sight: st
             assert apart > (30 if same_shape else 20), f"c{other} and c{at} are {apart:.1f} apart"
 
 
+def test_the_page_opens_with_the_verdict(folder) -> None:
+    measure(folder / "shorter", evaluate=[quality(0.8, against=0.9, at=86400)], bench=[speed(1502)])
+    found = written(analysis="analysis.json")
+    start = found.text[found.text.index("shorter beside dense", 40) :]
+    sentence = "shorter has 15.0 % of the parameters of dense, is 1.50x faster, and its top1 is 0.80, worse by 0.10."
+    assert start.index(sentence) < start.index("All models")
+    assert "timm vit; measured on 2 January 1970; 360 samples" in start
+    assert next(each["class"] for each in found.all("dl")) == "figures"
+
+
+def test_a_plan_stands_apart_from_models(folder) -> None:
+    found = written(analysis="analysis.json")
+    assert "analysis.json is a plan, no model" in found.text
+    assert "200 (50.0 % of the dense model's)" in found.text
+    names = [name["aria-label"] for name in found.all("svg")]
+    assert not any("analysis.json" in str(name) for name in names)
+    artifact.write_json(Path("analysis.json"), {**ANALYSIS, "plan": None})
+    assert "planned nothing" in written(analysis="analysis.json").text
+
+
+def test_a_curve_is_a_mean_over_its_raw_points(folder) -> None:
+    smooth, over = charts.smoothed([(float(at), float(at % 2)) for at in range(400)])
+    assert over == 21 and len(smooth) == 400
+    assert {round(value, 1) for _, value in smooth} == {0.5}, "its ends are means, too"
+    assert charts.smoothed([(0.0, 1.0), (1.0, 9.0)]) == ([(0.0, 1.0), (1.0, 9.0)], 1), "of few nothing is averaged"
+    found = written()
+    assert "mean of 29 steps" in found.text and "one step" in found.text
+    Path("healed/log.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1}\n{"step": 3, "loss": 2}\n')
+    assert written().wrong == []
+
+
+def test_why_a_layer_stays_is_said_in_the_picture(folder) -> None:
+    result = json.loads(Path("shorter/result.json").read_text())
+    result["report"]["data"] |= {"alpha": 0.3}
+    artifact.write_json(Path("shorter/result.json"), result)
+    found = written(analysis="analysis.json")
+    assert "threshold 0.15, 0.3 of the last layer's score" in found.text
+    for text in ("dropped", "stays dense: no gain", "break-even, rank 4: above it factors hold", "90 %"):
+        assert text in found.text
+    result["report"]["data"] |= {"alpha": "high"}
+    artifact.write_json(Path("shorter/result.json"), result)
+    assert written().wrong == [], "a damaged result harms nothing"
+
+
+def test_twenty_models_fold_what_is_long(folder) -> None:
+    for at in range(17):
+        write(Path(f"model-{at}"), "decompose", report={"modules": MODULES})
+        measure(Path(f"model-{at}"), evaluate=[quality(0.5 + at / 50, against=0.9)], bench=[speed(1200 + 10 * at)])
+    names = ["small", "healed", "shorter", *(f"model-{at}" for at in range(17))]
+    text = Path(report(names).lines[0]).read_text()
+    found = Page(text)
+    assert (found.wrong, found.open) == ([], [])
+    assert text.count("<details") > 20
+    assert len(text) < 600_000
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_of_lines_are_told_apart_by_all_who_see(scheme: str, sight: str) -> None:
+    light, dark = html.STYLE.split("@media (prefers-color-scheme: dark)", 1)
+    known = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    seen = {name: lab(np.array(SIGHT[sight]) @ linear(known[name])) for name in ("mark", "other", "ink", "faint")}
+    for (one, a), (other, b) in combinations(seen.items(), 2):
+        assert float(np.linalg.norm(a - b)) > 15, f"{one} and {other}"
+    for name in ("mark", "other", "ink"):
+        bright, dim = sorted(
+            [float(weights @ linear(known[name])), float(weights @ linear(known["card"]))], reverse=True
+        )
+        assert (bright + 0.05) / (dim + 0.05) >= 3, f"{name}, as WCAG asks of graphics"
+
+
 def test_figures_and_commands_stand_in_the_text(folder) -> None:
     found = written()
-    for text in ("0.9 [0.9, 0.9]", "100 (25.0 %)", "peftc decompose models/dense -o 01-decompose", "1.50x faster"):
+    for text in (
+        "0.9 [0.9, 0.9]",
+        "25.0 %",
+        "peftc decompose models/dense -o 01-decompose",
+        "1.50x faster [1.45, 1.55]",
+    ):
         assert text in found.text, text
+    assert "/s" not in found.text, "rates of several runs"
     assert "no gain" in found.text
 
 
@@ -327,16 +410,6 @@ def test_ticks_are_round_and_inside() -> None:
         assert 2 <= len(found) <= 7 and all(low <= tick <= high for tick in found)
 
 
-def test_the_front_is_what_no_other_beats() -> None:
-    points = [Point(str(at), x, y) for at, (x, y) in enumerate([(1, 0.5), (2, 0.4), (2, 0.7), (3, 0.7), (4, 0.9)])]
-    front = charts.pareto(points, less_is_better=True, higher_is_better=True)
-    assert [point.label for point in front] == ["0", "2", "4"]
-    front = charts.pareto(points, less_is_better=False, higher_is_better=True)
-    assert [point.label for point in front] == ["4"]
-    front = charts.pareto(points, less_is_better=True, higher_is_better=False)
-    assert [point.label for point in front] == ["0", "1"]
-
-
 def test_charts_stay_inside_their_frame_whatever_the_figures() -> None:
     for values in ([0.0], [1.0, 1.0], [1e-30, 1e30], [-1.0, 2.0], [float(n) for n in range(5000)]):
         curve = [(float(at), value) for at, value in enumerate(values)]
@@ -376,7 +449,11 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: str) -> None:
     mapped(folder / "shorter", layers=12)
-    report(["small", "healed", "shorter"], analysis="analysis.json")
+    write(Path("一个名字很长的模型-<b>&amp;"), "decompose", parameters=300)
+    names = ["small", "healed", "shorter", "一个名字很长的模型-<b>&amp;"]
+    for at, name in enumerate(names):
+        measure(Path(name), evaluate=[quality(0.6 + at / 10, against=0.9)], bench=[speed(1500 + at)])
+    report(names, analysis="analysis.json")
     shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said: list[str] = []
     asked: list[str] = []
@@ -385,13 +462,20 @@ def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: s
     shown.goto((folder / "report.html").as_uri())
     assert said == []
     assert asked == [(folder / "report.html").as_uri()]
+    for view in ("parameters", "bytes", "multiply-adds", "speed"):
+        shown.click(f"label:text-is('{view}')")
+        assert shown.locator(".switch figure:visible").count() == 1, "one chart, and a switch"
+        assert shown.locator(f"figure[aria-label='top1 against {view}']:visible").count() == 1
+        assert shown.locator(".switch svg:visible").count() == 1
+        assert shown.evaluate(OVERLAPS, ".switch svg") == []
     assert shown.evaluate("document.documentElement.scrollWidth") <= width, "nothing has to be pushed sideways"
-    wide = ".map(s => s.getBoundingClientRect().width)"
-    sizes = shown.evaluate(f"[...document.querySelectorAll('svg[role=img]:not(.map)')]{wide}")
+    assert shown.evaluate(OVERLAPS, "svg[role=img]:not(.map)") == [], "no text of a chart lies on another"
+    drawn = ".map(s => s.getBoundingClientRect()).filter(box => box.width)"
+    sizes = shown.evaluate(f"[...document.querySelectorAll('svg[role=img]:not(.map)')]{drawn}.map(box => box.width)")
     assert min(sizes) > 280, "a chart is large enough to be read"
-    maps = shown.evaluate(f"[...document.querySelectorAll('svg.map')]{wide}")
+    maps = shown.evaluate(f"[...document.querySelectorAll('svg.map')]{drawn}.map(box => box.width)")
     assert len(maps) == 12 and min(maps) > 130, "two beside each other on a phone"
-    text = shown.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
+    text = shown.evaluate(f"[...document.querySelectorAll('svg text')]{drawn}.map(box => box.height)")
     assert min(text) > 9
     ink, paper = (
         shown.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
@@ -399,3 +483,22 @@ def test_the_page_fits_a_phone_and_a_desk(folder, browser, width: int, scheme: s
     dark = sum(map(int, re.findall(r"\d+", ink)[:3])) > sum(map(int, re.findall(r"\d+", paper)[:3]))
     assert dark == (scheme == "dark")
     shown.close()
+
+
+OVERLAPS = """selector => {
+  const found = [];
+  for (const svg of document.querySelectorAll(selector)) {
+    const edge = svg.getBoundingClientRect();
+    if (!edge.width) continue;
+    const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+    texts.forEach(([name, a], at) => {
+      if (a.left < edge.left - 1 || a.right > edge.right + 1 || a.bottom > edge.bottom + 1) found.push(name);
+      for (const [other, b] of texts.slice(at + 1)) {
+        const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (across > 1 && down > 3) found.push(name + ' / ' + other);
+      }
+    });
+  }
+  return found;
+}"""

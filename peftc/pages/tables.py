@@ -1,0 +1,99 @@
+"""Rows of a comparison > the table that `compare`, `demo`, `report` and cards show, and what stands behind `-v`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftc.pages.records import Row
+from peftc.report import Table, count, duration, percent, ranged, short, size, speedup_text
+
+MISSING = "not measured"
+NOISE = "within noise"
+
+
+def table_of(rows: Sequence[Row], title: str = "models") -> Table:
+    """Set models side by side: what made each last, its size, and what became of quality and speed."""
+    metric = metric_of(rows)
+    timed = any(row.speed for row in rows)
+    columns = ["name", "last stage", "parameters", "share"]
+    columns += [metric, "change against dense"] if metric else []
+    columns += ["speed-up"] if timed else []
+    names, parent = labels_of(rows)
+    lines = []
+    for row in rows:
+        stage = row.stages[-1] if row.stages else "dense"
+        line = [names[row.name], stage, "-" if row.parameters is None else count(row.parameters)]
+        line.append(share_text(row))
+        line += [quality_text(row), change_text(row)] if metric else []
+        lines.append([*line, *([faster_text(row)] if timed else [])])
+    return Table(f"{title} in {parent}" if parent else title, columns, lines)
+
+
+def metric_of(rows: Sequence[Row]) -> str | None:
+    """Return the name of the metric that models were measured by; None where none was."""
+    return next((str(row.quality["metric"]) for row in rows if row.quality), None)
+
+
+def labels_of(rows: Sequence[Row]) -> tuple[dict[str, str], str | None]:
+    """Return what each model is called in a table, and the folder that all artifacts lie in, which is left out."""
+    whole = {row.name: row.name for row in rows}
+    made = [Path(row.name) for row in rows if row.stages]
+    parents, short_names = {path.parent for path in made}, {path.name for path in made}
+    taken = {row.name for row in rows if not row.stages} | {""}
+    if len(parents) != 1 or Path() in parents or len(short_names) < len(made) or short_names & taken:
+        return whole, None
+    return whole | {str(path): path.name for path in made}, str(parents.pop())
+
+
+def quoted(name: str) -> str:
+    """Return a name between backticks, of which it has none of its own."""
+    return "`{}`".format(name.replace("`", "'"))
+
+
+def share_text(row: Row) -> str:
+    """Write what share of its base's parameters a model has."""
+    return "" if not row.stages else "-" if row.share is None else percent(row.share)
+
+
+def quality_text(row: Row) -> str:
+    """Write the first metric with its interval: ``0.978 [0.957, 0.989]``."""
+    if row.quality is None:
+        return MISSING
+    value = row.quality["metrics"][row.quality["metric"]]
+    known = " on samples it knows" if row.quality.get("seen") else ""
+    return f"{ranged(value['value'], value['low'], value['high'])}{known}"
+
+
+def change_text(row: Row) -> str:
+    """Write how much more of the first metric a model has than its base, with the interval of the paired difference."""
+    if row.change is None:
+        return MISSING if row.stages else ""
+    return ranged(row.change["value"], row.change["low"], row.change["high"], sign=True)
+
+
+def faster_text(row: Row) -> str:
+    """Write how much faster a model is than its base, with the range, where both were timed in one run."""
+    if row.speedup is None:
+        return MISSING if row.stages else ""
+    return speedup_text(row.speedup, NOISE)
+
+
+def details_of(rows: Sequence[Row]) -> Table:
+    """Set raw sizes and times side by side, each time beside that of the baseline in the same run."""
+    batch = next((row.speed["model"]["saturating"]["batch"] for row in rows if row.speed), None)
+    columns = ["name", "bytes", "MACs"]
+    columns += ["latency", "baseline's", f"per second, batch {batch}", "baseline's"] if batch else []
+    names, _ = labels_of(rows)
+    lines = []
+    for row in rows:
+        stored, macs = "-" if row.bytes is None else size(row.bytes), "-" if row.macs is None else short(row.macs)
+        lines.append([names[row.name], stored, macs, *(_times(row) if batch else [])])
+    return Table("sizes and raw times: those of two rows are of two runs, and no measure of each other", columns, lines)
+
+
+def _times(row: Row) -> list[str]:
+    """Write latency and throughput of a model and of what it was timed beside; of a base alone there is no run."""
+    if row.speed is None or not row.stages:
+        return [""] * 4
+    sides = [row.speed["model"], row.speed.get("against")]
+    latencies = ["" if side is None else duration(side["batch_1"]["median_seconds"]) for side in sides]
+    return latencies + ["" if side is None else f"{side['saturating']['samples_per_second']:,.0f}/s" for side in sides]

@@ -1,0 +1,145 @@
+"""Rows of a comparison > what became of size, speed and quality against the dense model, in a sentence and figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from peftc.pages.records import Row, cut_text
+from peftc.pages.tables import MISSING, NOISE, change_text, quoted
+from peftc.report import UNCHANGED, count, percent, ranged, size, speedup_range
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the three figures: what it is of, the figure, and the sentence beneath it."""
+
+    of: str
+    value: str
+    told: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a model.
+
+    Attributes:
+        name: of the model.
+        base: the dense model's name.
+        sentence: what became of size, speed and quality.
+        figures: size, speed, quality.
+        on: what it was measured on, and when; empty where nothing was.
+    """
+
+    name: str
+    base: str
+    sentence: str
+    figures: tuple[Figure, Figure, Figure]
+    on: Sequence[str]
+
+
+def verdict_of(rows: Sequence[Row], base_of: Sequence[str]) -> Verdict:
+    """Return the verdict on the last model of which most is known against the dense one.
+
+    Args:
+        rows: as `records.rows` gives them.
+        base_of: what the base of each artifact is called, in the order of their rows.
+    """
+    made = rows[-len(base_of) :]
+    known = [(row.change is not None) + (row.speedup is not None) for row in made]
+    at = max(range(len(made)), key=lambda at: (known[at], at))
+    row, name = made[at], base_of[at]
+    base = next(each for each in rows if not each.stages and each.name == name)
+    parts = [_size_words(row, name), _speed_words(row, name), _quality_words(row, name)]
+    sentence = f"{quoted(row.name)} {parts[0]}, {parts[1]}, and {parts[2]}."
+    return Verdict(row.name, name, sentence, (_size(row, base), _speed(row, name), _quality(row, base)), _measured(row))
+
+
+def _size_words(row: Row, base: str) -> str:
+    if row.share is None:
+        return f"has {count(row.parameters or 0)} parameters"
+    return f"has {percent(row.share)} of the parameters of {quoted(base)}"
+
+
+def _speed_words(row: Row, base: str) -> str:
+    change = row.speedup
+    if change is None:
+        return f"its speed was not measured beside {quoted(base)}"
+    return f"shows {UNCHANGED} of speed" if change["verdict"] == UNCHANGED else f"is {change['verdict']}"
+
+
+def _quality_words(row: Row, base: str) -> str:
+    if row.quality is None:
+        return "its quality was not measured"
+    metric = row.quality["metric"]
+    value = row.quality["metrics"][metric]
+    text = ranged(value["value"], value["low"], value["high"]).partition(" ")[0]
+    if row.change is None:
+        return f"its {metric} is {text}, which was not compared with {quoted(base)}"
+    return f"its {metric} is {text}, {better_or_worse(row)}"
+
+
+def better_or_worse(row: Row) -> str:
+    """Say whether a model is better than its base: only where the interval of the difference leaves zero out."""
+    assert row.change is not None and row.quality is not None
+    if row.change["low"] <= 0 <= row.change["high"]:
+        return "no measurable difference"
+    gained = (row.change["value"] > 0) == bool(row.quality.get("higher_is_better", True))
+    amount = change_text(row).partition(" ")[0].lstrip("+-")
+    return f"{'better' if gained else 'worse'} by {amount}"
+
+
+def _size(row: Row, base: Row) -> Figure:
+    told = f"{count(row.parameters)} parameters" if row.parameters is not None else "parameters not known"
+    if row.share is not None and base.parameters:
+        told = f"of the parameters: {count(row.parameters or 0)} of {count(base.parameters)}"
+    if row.bytes is not None:
+        told += f"; on disk {size(row.bytes)}" + (f" of {size(base.bytes)}" if base.bytes else "")
+    return Figure("size", MISSING if row.share is None else percent(row.share), told)
+
+
+def _speed(row: Row, base: str) -> Figure:
+    if row.speed is None or row.speedup is None:
+        return Figure("speed", MISSING, f"`peftc bench {row.name} --against base` measures it beside {quoted(base)}")
+    low, high = speedup_range(row.speedup)
+    words = NOISE if row.speedup["verdict"] == UNCHANGED else row.speedup["verdict"]
+    which = "times the speed" if words == NOISE else f"times {words.rpartition(' ')[2]}"
+    batch = row.speed["model"]["saturating"]["batch"]
+    told = f"{low:.2f} to {high:.2f} {which}, timed in turn with {quoted(base)} in one run, batch {batch}"
+    return Figure("speed", words, told)
+
+
+def _quality(row: Row, base: Row) -> Figure:
+    if row.quality is None:
+        return Figure("quality", MISSING, f"`peftc evaluate {row.name} --data DATA --against base` measures it")
+    metric = row.quality["metric"]
+    own = row.quality["metrics"][metric]
+    text = ranged(own["value"], own["low"], own["high"])
+    if row.change is None:
+        return Figure("quality", f"{text.partition(' ')[0]} {metric}", f"{text}; not compared with {quoted(base.name)}")
+    theirs = (row.quality["against"]["metrics"]).get(metric)
+    against = f" against {ranged(theirs['value'], theirs['low'], theirs['high'])}" if theirs else ""
+    value, _, reach = change_text(row).partition(" ")
+    words = better_or_worse(row).partition(" by ")[0]
+    return Figure("quality", f"{value} {metric}", f"{words}: {text}{against}; paired difference {reach}")
+
+
+def _measured(row: Row) -> list[str]:
+    """Say when and on what the figures were measured."""
+    told = []
+    times = [each["at"] for each in (row.quality, row.speed) if each and each.get("at")]
+    if times and (day := _day(max(times))):
+        told.append(f"measured on {day}")
+    if row.quality:
+        data = row.quality["data"]
+        told.append(f"{data['samples']:,} samples of split `{data['split']}` of `{data['spec']}`{cut_text(data)}")
+    if row.speed:
+        where = row.speed["environment"]
+        told.append(f"{where['device_name']}, threads: {where['threads']}")
+    return told
+
+
+def _day(seconds: int) -> str | None:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%d %B %Y").lstrip("0")
+    except (OverflowError, ValueError, OSError):  # no time that there is
+        return None
