@@ -60,6 +60,7 @@ svg { display: block; width: 100%; max-width: 30rem; height: auto; }
 .figures dt { font-size: .9rem; } .figures dd { font-size: 1.75rem; line-height: 1.2; font-weight: 600;
   font-variant-numeric: tabular-nums; } .figures dd + dd { font-size: .9rem; line-height: 1.45; font-weight: 400;
   color: var(--soft); margin-top: .3rem; }
+.figures .missing { color: var(--soft); font-weight: 400; }
 .switch > input { position: absolute; opacity: 0; pointer-events: none; } .switch > figure { display: none; }
 .switch svg { max-width: none; } .switch .narrow { display: none; } svg .name { paint-order: stroke;
   stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }

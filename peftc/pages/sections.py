@@ -8,7 +8,7 @@ from typing import Any
 from peftc.pages import charts, html, pictures
 from peftc.pages.html import Html, details, facts, joined, prose, tag
 from peftc.pages.records import Record, Row, plan_text
-from peftc.pages.tables import table_of
+from peftc.pages.tables import MISSING, table_of
 from peftc.pages.trade import trade_of
 from peftc.pages.verdict import Verdict, verdict_of
 from peftc.report import count, grouped, percent, rank_text, short, size, span
@@ -46,9 +46,10 @@ def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | 
 
 def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
     """Say what became of size, speed and quality: a sentence, three figures, and on what, where and when."""
-    figures = [
-        tag("div", tag("dt", each.of), tag("dd", each.value), tag("dd", prose(each.told))) for each in verdict.figures
-    ]
+    figures = []
+    for each in verdict.figures:
+        value = tag("dd", each.value, class_="missing" if each.value == MISSING else None)
+        figures.append(tag("div", tag("dt", each.of), value, tag("dd", prose(each.told))))
     record = next(each for each in found if str(each.folder) == verdict.name)
     base = record.manifest.base
     about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on]

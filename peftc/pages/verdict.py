@@ -89,12 +89,16 @@ def better_or_worse(row: Row) -> str:
 
 
 def _size(row: Row, base: Row) -> Figure:
-    told = f"{count(row.parameters)} parameters" if row.parameters is not None else "parameters not known"
-    if row.share is not None and base.parameters:
-        told = f"of the parameters: {count(row.parameters or 0)} of {count(base.parameters)}"
-    if row.bytes is not None:
-        told += f"; on disk {size(row.bytes)}" + (f" of {size(base.bytes)}" if base.bytes else "")
-    return Figure("size", MISSING if row.share is None else percent(row.share), told)
+    stored = (
+        "" if row.bytes is None else f"on disk {size(row.bytes)}" + (f" of {size(base.bytes)}" if base.bytes else "")
+    )
+    if row.share is None:
+        whole = MISSING if row.parameters is None else f"{count(row.parameters)} parameters"
+        told = f"those of {quoted(base.name)} are not known"
+    else:
+        whole = percent(row.share)
+        told = f"of the parameters: {count(row.parameters or 0)} of {count(base.parameters or 0)}"
+    return Figure("size", whole, "; ".join(filter(None, (told, stored))))
 
 
 def _speed(row: Row, base: str) -> Figure:

@@ -95,7 +95,7 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         if lacks:
             name, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""
             otherwise = " as the others were" if any(record.measured(word) for _, record in lacks) else ""
-            hint = f"`peftc {word} {name} {line}` does"
+            hint = f"`peftc {word} {name} {line}` measures it"
             report.notes.append(f"{MISSING} against the dense model{otherwise}: {kind} of `{name}`{more}; {hint}")
 
 

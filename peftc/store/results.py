@@ -7,6 +7,7 @@ from typing import Any
 
 from peftc.store import documents
 
+LARGEST = 1e300  # of a figure
 NUMBER, TEXT, COUNT = (float, None), (str, None), (int, None)
 CELL = (str, float, bool, None)
 INTERVAL = {"value": float, "low": float, "high": float}
@@ -85,10 +86,21 @@ def misfit(value: Any) -> str | None:
     """Return what in a result is not as it has to be; None where all is."""
     if why := documents.misfit(value, RESULT):
         return why
-    entries = (value.get("measured") or {}).get("evaluate", [])
-    gated = ((value.get("report") or {}).get("data") or {}).get("quality")
-    for entry in [*entries, *([gated] if gated else [])]:
+    measured = value.get("measured") or {}
+    data = (value.get("report") or {}).get("data") or {}
+    rated = [*measured.get("evaluate", []), *([data["quality"]] if data.get("quality") else [])]
+    for entry in rated:
         if entry["metric"] not in entry["metrics"]:
             return f"it has no figure of the metric `{entry['metric']}`"
-    times = ((value.get("report") or {}).get("data") or {}).get("times") or {}
-    return None if all(batch.isdecimal() for batch in times) else "one of its batch sizes is no number"
+    times = data.get("times") or {}
+    if not all(batch.isdecimal() for batch in times):
+        return "one of its batch sizes is no number"
+    known = all(map(_is_known, (*rated, *measured.get("bench", []), times)))
+    return None if known else "one of its figures is not a finite number"
+
+
+def _is_known(value: Any) -> bool:
+    """Return whether every number in a value is one that can be computed with."""
+    if isinstance(value, dict | list):
+        return all(map(_is_known, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or -LARGEST < value < LARGEST

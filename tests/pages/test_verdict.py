@@ -94,7 +94,7 @@ def test_nothing_measured_at_all(folder: Path) -> None:
     (folder / "result.json").unlink()
     found = said()
     assert found.sentence.startswith("`small` has 100 parameters, its speed was not measured")
-    assert [each.value for each in found.figures] == ["not measured"] * 3
+    assert [each.value for each in found.figures] == ["100 parameters", "not measured", "not measured"]
     assert found.on == []
 
 

@@ -177,9 +177,9 @@ def test_the_same_structure_has_the_same_multiply_adds(chain) -> None:
 def test_what_was_not_measured_is_named_with_the_command_that_does(chain) -> None:
     notes = package.compare(chain).notes
     start = "not measured against the dense model"
-    line = "`peftc evaluate healed --data DATA --against base` does"
+    line = "`peftc evaluate healed --data DATA --against base` measures it"
     assert f"{start} as the others were: quality of `healed` and 1 more; {line}" in notes
-    assert f"{start}: speed of `shorter`; `peftc bench shorter --batch-size 64 --against base` does" in notes
+    assert f"{start}: speed of `shorter`; `peftc bench shorter --batch-size 64 --against base` measures it" in notes
 
 
 def test_of_two_answers_the_one_against_another_model_counts(chain) -> None:

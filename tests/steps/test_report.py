@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -360,6 +361,22 @@ def test_files_that_say_less_do_no_harm(folder) -> None:
     assert (found.wrong, found.open) == ([], [])
     artifact.write_json(Path("small/result.json"), {"report": {"data": {"modules": [], "layers": LAYERS[:1]}}})
     assert written().wrong == []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 10**400, "x", None])
+def test_figures_that_are_none_do_no_harm(folder, wrong: Any) -> None:
+    result = json.loads(Path("small/result.json").read_text())
+    for kind, keys in (
+        ("evaluate", ("metrics", "top1", "value")),
+        ("evaluate", ("against", "difference", "top1", "low")),
+        ("bench", ("speedup", "saturating", "high")),
+    ):
+        damaged = json.loads(json.dumps(result))
+        *inner, last = keys
+        functools.reduce(dict.__getitem__, inner, damaged["measured"][kind][0])[last] = wrong
+        Path("small/result.json").write_text(json.dumps(damaged))
+        assert written().wrong == []
+        assert "nan" not in " ".join(map(str, package.compare(["small"]).tables[0].rows[1]))
 
 
 def test_what_cannot_be_written_or_read_is_refused(folder) -> None:

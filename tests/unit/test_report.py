@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.report import Report, count, duration, figure, percent, short, size
+from peftc.report import UNCHANGED, Report, count, duration, figure, percent, ranged, short, size, speedup_text
 
 
 def test_json_holds_the_figures_beside_the_frame() -> None:
@@ -87,3 +87,35 @@ def test_a_figure_keeps_what_stands_before_the_point(number: float, text: str) -
 def test_sizes_and_counts_go_on_to_the_next_unit_in_time() -> None:
     assert size(999_900) == "1 MB" and size(999.4) == "999 B"
     assert short(999_900) == "1 M" and short(-999_900) == "-1 M"
+
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        ((0.9317, 0.8886, 0.9589), "0.932 [0.889, 0.959]"),
+        ((0.361, 0.2983, 0.4287), "0.36 [0.30, 0.43]"),
+        ((68.64, 65.1, 72.3), "68.6 [65.1, 72.3]"),
+        ((12345.6, 12000.0, 12700.0), "12,346 [12,000, 12,700]"),
+        ((0.9, 0.9, 0.9), "0.9 [0.9, 0.9]"),
+        ((0.99991, 0.99990, 0.99992), "0.999910 [0.999900, 0.999920]"),
+    ],
+)
+def test_a_figure_has_the_digits_that_its_interval_allows(figures: tuple[float, ...], text: str) -> None:
+    assert ranged(*figures) == text
+
+
+def test_a_change_has_a_sign_and_nothing_is_minus_zero() -> None:
+    assert ranged(0.048, 0.01, 0.089, sign=True) == "+0.048 [0.010, 0.089]"
+    assert ranged(-0.048, -0.089, -0.01, sign=True) == "-0.048 [-0.089, -0.010]"
+    assert ranged(-0.0001, -0.02, 0.02, sign=True) == "0.000 [-0.020, 0.020]"
+    assert ranged(float("inf"), 0.0, float("inf")) == "inf [0, inf]"
+
+
+def test_a_speed_up_stands_with_its_range_in_the_direction_of_its_word() -> None:
+    def text(value: float, low: float, high: float, verdict: str) -> str:
+        return speedup_text({"value": value, "low": low, "high": high, "verdict": verdict})
+
+    assert text(1.5, 1.45, 1.55, "1.50x faster") == "1.50x faster [1.45, 1.55]"
+    assert text(0.8, 0.75, 0.85, "1.25x slower") == "1.25x slower [1.18, 1.33]"
+    assert text(1.01, 0.96, 1.06, UNCHANGED) == "no measurable change [0.96, 1.06]"
+    assert text(0.8, 0.0, 0.85, "1.25x slower") == "1.25x slower [0.00, 0.85]", "nothing is divided by"
