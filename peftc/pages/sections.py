@@ -54,7 +54,7 @@ def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
     base = record.manifest.base
     about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on]
     if len(found) > 1:
-        about.append(f"the verdict is on the last of {len(found)} models that was measured most")
+        about.append(f"of {len(found)} models this is the last of which most is known")
     lead = tag("p", prose(verdict.sentence), class_="lead")
     return joined([lead, tag("dl", *figures, class_="figures"), tag("p", prose("; ".join(about) + "."), class_="soft")])
 
