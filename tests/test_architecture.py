@@ -32,6 +32,7 @@ LAYERS = [  # top to bottom; no import climbs
 ]
 BANNED_FILES = {"utils", "util", "common", "core", "base", "helpers", "misc"}
 BANNED_STARTS = ("do_", "handle_", "process_")
+THEIRS = {"process_weights_after_loading"}  # what another library calls by this name
 MODULE_LINES, FUNCTION_LINES, MEDIAN_LINES = 400, 60, 12
 
 
@@ -82,6 +83,7 @@ def test_names_are_words() -> None:
         for file in FILES
         for function in functions(file)
         if function.name.lstrip("_").startswith(BANNED_STARTS) or function.name.endswith("_impl")
+        if function.name not in THEIRS
     ]
     assert not files + bad
 

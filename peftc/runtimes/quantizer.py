@@ -32,12 +32,7 @@ class FactorsConfig(QuantizationConfigMixin):
     """What ``config.json`` says of factors (SourceError: it says more than is understood)."""
 
     def __init__(self, **told: Any) -> None:
-        if why := quantization.misfit(told):
-            raise SourceError(f"`{quantization.KEY}` of config.json is not as peftc writes it", why=why)
-        known = {name.removesuffix("?") for name in quantization.SHAPE}
-        if unknown := sorted(told.keys() - known):
-            what = f"`{quantization.KEY}` of config.json says `{unknown[0]}`, which this peftc does not know"
-            raise SourceError(what, hint="load it with the version of peftc that wrote it: `pip install -U peftc`")
+        quantization.refuse_unknown(told)
         self.quant_method = told["quant_method"]
         self.modules, self.skipped, self.tied = (told.get(name, {}) for name in ("modules", "skipped", "tied"))
 

@@ -1,11 +1,12 @@
 """What ``config.json`` says of factors, in the place where transformers looks for quantization.
 
-A hub's loader fetches ``config.json`` and weights, and no manifest. `peftc.runtimes.quantizer` reads this back.
+A hub's loader fetches ``config.json`` and weights, and no manifest. `peftc.runtimes` reads this back.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from peftc.errors import SourceError
 from peftc.store import documents
 from peftc.store.manifest import FIELDS, OPTIONAL, misfit_of_edits
 
@@ -37,6 +38,15 @@ def entry(
 def misfit(told: Mapping[str, Any]) -> str | None:
     """Return what is not as `entry` says it; None where all is."""
     return documents.misfit(dict(told), SHAPE) or misfit_of_edits(told["modules"], told.get("skipped", {}))
+
+
+def refuse_unknown(told: Mapping[str, Any]) -> None:
+    """Refuse what `entry` did not say, and what a later version may say (SourceError)."""
+    if why := misfit(told):
+        raise SourceError(f"`{KEY}` of config.json is not as peftc writes it", why=why)
+    if unknown := sorted(told.keys() - {name.removesuffix("?") for name in SHAPE}):
+        what = f"`{KEY}` of config.json says `{unknown[0]}`, which this peftc does not know"
+        raise SourceError(what, hint="load it with the version of peftc that wrote it: `pip install -U peftc`")
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:

@@ -52,7 +52,7 @@ GUIDES = {
     "scale.md": "Models larger than memory, and several processes",
     "extending.md": "A method of your own",
     "versions.md": "Which versions of Python, torch and transformers the tests have passed with",
-    "loading.md": "What else loads what peftc writes: transformers, sentence-transformers, timm",
+    "loading.md": "What else loads what peftc writes: transformers, sentence-transformers, vLLM, timm",
     "migration.md": "Coming from Torch-Pruning, SVD-LLM, peft, mergekit, AIMET or Olive",
 }
 VERSIONS = """\
