@@ -109,6 +109,10 @@ class Arrivals:
             "waiting": self.waited / self.worked,
         }
 
+    def said(self, left: float) -> str:
+        """Return in words how fast it goes, and how many seconds are left."""
+        return f"{said(self.speed())}, {f'{left / 60:.1f} min' if left >= 60 else f'{left:.0f} s'} left"
+
 
 def said(speed: dict[str, float]) -> str:
     """Return it in words."""

@@ -27,7 +27,7 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
-from peftc.training.arrival import Arrivals, Stream, said
+from peftc.training.arrival import Arrivals, Stream
 from peftc.training.interruption import Interruption, interruption
 from peftc.training.journal import Journal
 from peftc.training.optimizers import optimizer_of
@@ -96,35 +96,7 @@ def fit(
         run.total = run.resolve()
         run.restore()
         run.share()
-        begun = last = time.monotonic()
-        first = run.step
-        with (
-            progress.track(f"training on {size} samples", run.total) as advance,
-            stream.arriving(run.step, run.total) as run.arrivals,
-            interruption(run.save) as run.stop,
-        ):
-            for _ in range(run.step):
-                advance("")
-            while True:
-                if score is not None and run.step in run.moments():
-                    run.judge(score)
-                if run.step == run.total or run.idle():
-                    break
-                start = time.monotonic()
-                terms = run.learn()
-                run.arrivals.add(time.monotonic() - start)
-                run.tell(terms, log_with)
-                left = (time.monotonic() - begun) / (run.step - first) * (run.total - run.step)
-                time_left = f"{left / 60:.1f} min" if left >= 60 else f"{left:.0f} s"
-                loss_now, speed = run.outcome.losses[-1], said(run.arrivals.speed())
-                advance(f"loss {loss_now:.4g}, rate {run.rate():.1e}, {speed}, {time_left} left")
-                if parallel.any_says(time.monotonic() - last > SAVE_EVERY, module):
-                    run.save()
-                    last = time.monotonic()
-                if run.stop.due:
-                    run.stop.end()
-        run.outcome.speed = run.arrivals.speed()
-        run.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, run.step - first)
+        run.go(score, log_with)
         run.end(score is not None)
     if log_with:
         accelerator.end_training()
@@ -149,6 +121,8 @@ class _Run:
     step: int = 0
     arrivals: Arrivals = field(init=False)  # those of the steps to come
     stop: Interruption = field(init=False)
+    saved: float = field(default_factory=time.monotonic)  # when that last was
+    saving: bool = False  # whether any process finds it is time to
     outcome: Outcome = field(default_factory=Outcome)
     average: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -181,6 +155,36 @@ class _Run:
         looks = self.recipe.evaluations
         return {0} | {math.ceil(self.total * look / looks) for look in range(1, looks + 1)}
 
+    def go(self, score: Callable[[], float] | None, log_with: str | None) -> None:
+        """Make the steps that are left, and look at the held-out samples in between."""
+        begun, first = time.monotonic(), self.step
+        with (
+            progress.track(f"training on {self.stream.size} samples", self.total) as advance,
+            self.stream.arriving(first, self.total) as self.arrivals,
+            interruption(self.save) as self.stop,
+        ):
+            for _ in range(first):
+                advance("")
+            while not self.is_over(score):
+                start = time.monotonic()
+                terms = self.learn()
+                self.arrivals.add(time.monotonic() - start)
+                self.tell(terms, log_with)
+                left = (time.monotonic() - begun) / (self.step - first) * (self.total - self.step)
+                advance(f"loss {self.outcome.losses[-1]:.4g}, rate {self.rate():.1e}, {self.arrivals.said(left)}")
+                if self.saving:
+                    self.save()
+                if self.stop.due:
+                    self.stop.end()
+        self.outcome.speed = self.arrivals.speed()
+        self.outcome.seconds_per_step = (time.monotonic() - begun) / max(1, self.step - first)
+
+    def is_over(self, score: Callable[[], float] | None) -> bool:
+        """Look at the held-out samples where it is time to, and return whether no step is left to make."""
+        if score is not None and self.step in self.moments():
+            self.judge(score)
+        return self.step == self.total or self.idle()
+
     def learn(self) -> dict[str, float]:
         """Make one step on this process's share of the samples; return the terms, averaged over all."""
         for group in self.optimizer.param_groups:
@@ -202,7 +206,10 @@ class _Run:
         return values
 
     def gradients(self) -> dict[str, float]:
-        """Add up the gradients of the parts of this process's share; return the terms, averaged over parts and all."""
+        """Add up the gradients of the parts of this process's share; return the terms, averaged over parts and all.
+
+        With the terms travels what one process wishes and all do at the same step: an end, and a checkpoint.
+        """
         parts = self.recipe.accumulate
         torch.manual_seed(mixed(self.recipe.seed, self.step, 1 + processes.rank()))
         sums: dict[str, Tensor] = {}
@@ -213,12 +220,13 @@ class _Run:
                 self.accelerator.backward(parallel.total(terms) / parts)
             for name, each in terms.items():
                 sums[name] = sums.get(name, 0) + each.detach().float() / parts
-        told = [*sums.values(), torch.tensor(float(self.stop.asked))]
+        late = time.monotonic() - self.saved > SAVE_EVERY
+        told = [*sums.values(), *(torch.tensor(float(wish)) for wish in (self.stop.asked, late))]
         values = torch.stack([each.to(self.accelerator.device) for each in told])
         if processes.size() > 1:
             values = self.accelerator.reduce(values, "mean")
-        *found, asked = values.tolist()
-        self.stop.agreed = asked > 0
+        *found, asked, late = values.tolist()
+        self.stop.agreed, self.saving = asked > 0, late > 0
         return dict(zip(sums, found, strict=True))
 
     def finite(self, value: float) -> float:
@@ -362,6 +370,7 @@ class _Run:
             },
             in_pieces=sharding.is_cut(self.module),
         )
+        self.saved = time.monotonic()
 
     def restore(self) -> None:
         """Go on from the last checkpoint, where there is one."""

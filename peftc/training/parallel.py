@@ -134,11 +134,6 @@ def agreed(score: Callable[[], float], module: nn.Module) -> float:
     return processes.agreed(lambda: value)
 
 
-def any_says(here: bool, module: nn.Module) -> bool:
-    """Return whether it is so in this process; of a network in pieces, in any."""
-    return any(processes.gathered([here])) if sharding.is_cut(module) else here
-
-
 def alone(prepared: nn.Module, apart: bool) -> AbstractContextManager[Any]:
     """Let gradients add up in each process, unread by the others, within a context, where that is asked for."""
     return prepared.no_sync() if apart and isinstance(prepared, DistributedDataParallel) else nullcontext()
