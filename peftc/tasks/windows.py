@@ -13,6 +13,7 @@ from peftc.data.dataset import Dataset
 from peftc.data.stored import Flat
 from peftc.data.tokens import IGNORED, LONGEST, start_of, window
 from peftc.errors import DataError, UsageError
+from peftc.models import unread
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
 from peftc.options import Reading
@@ -20,7 +21,8 @@ from peftc.store.documents import canonical
 from peftc.tasks.task import Batch, Encoded
 
 LONG = 2048  # tokens of a window, by the protocol of the scripts of GPTQ, SparseGPT and SVD-LLM
-AT_ONCE = 2048  # tokens of a batch: each comes with a logit for every word
+AT_ONCE = 4096  # tokens of a batch, as in eight windows of the usual length; half of them,
+WITH_LOGITS = 2048  # where each comes with a logit for every word
 UNKNOWN = "<unk>"  # what stands in word-level text for rare words
 
 T = TypeVar("T")
@@ -71,7 +73,8 @@ def encode_cut(model: Model, data: Dataset, reading: Reading) -> Encoded:
     notes = _said(about, f"`{tokenizer.decode(start)}`" if start else "nothing", overlap=stride < inner)
     if is_long and length < LONG:
         notes.append(f"data: `{model.name}` takes at most {length:,} tokens; windows of the protocol have {LONG:,}")
-    return Encoded(len(rows), batch, key, batch_size=max(1, AT_ONCE // length), notes=notes, windows=about)
+    most = WITH_LOGITS if unread.head_of(model) is None else AT_ONCE
+    return Encoded(len(rows), batch, key, batch_size=max(1, most // length), notes=notes, windows=about)
 
 
 def _key(ids: Flat, told: str) -> str:
