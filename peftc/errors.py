@@ -8,6 +8,7 @@ PeftcError                 exit 1: refused or failed for a stated reason
   MethodError              a decomposition that failed at every rung of its ladder
   DataError                samples that cannot be read or do not fit the model
     ClassesError           classes that are not those of the model
+    ShortError             a text with fewer tokens than one window has
   ChainError               a pipe or a project with nothing to hand on
   ExportError              a model that a format cannot hold, or an export that computes something else
   OutputError              a folder, or a repository of the hub, that cannot be written
@@ -73,6 +74,10 @@ class DataError(PeftcError):
 
 class ClassesError(DataError):
     """The classes of samples are not those of the model."""
+
+
+class ShortError(DataError):
+    """A text has fewer tokens than one window."""
 
 
 class ChainError(PeftcError):

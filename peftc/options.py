@@ -205,9 +205,30 @@ def _says(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
+NOT_STREAMED = {  # what a training from a stream cannot be asked for, and why
+    "epochs": "where a stream ends is not known before it is read",
+    "minutes": "steps are timed on samples that are then read again, and a stream goes one way",
+    "num_samples": "`--steps` says how much is read",
+    "cache_teacher": "a sample is read once, so that no answer of the teacher is asked for again",
+    "cache_top": "a sample is read once, so that no answer of the teacher is asked for again",
+}
+
+
 def length(given: Mapping[str, Any], usual: float) -> dict[str, Any]:
-    """Return how long to train, as was asked for; ``usual`` epochs where nothing was."""
+    """Return how long to train, as was asked for; ``usual`` epochs where nothing was.
+
+    Raises:
+        UsageError: the samples are read as they come, and something was asked for that needs to know all of them.
+    """
     asked = {name: given[name] for name in ("epochs", "steps", "minutes")}
+    if given.get("streaming"):
+        for name, why in NOT_STREAMED.items():
+            if given.get(name):
+                spelled = name.replace("_", "-")
+                raise UsageError(f"`--streaming` does not go with `--{spelled}`", why=why, hint="say `--steps N`")
+        if given["steps"] is None:
+            why = "a stream has no epoch of known length"
+            raise UsageError("`--streaming` does not say how long to train", why=why, hint="say `--steps N`")
     return asked if any(each is not None for each in asked.values()) else {**asked, "epochs": usual}
 
 
@@ -283,6 +304,7 @@ class Reading(Group):
     image_column: str | None = option(None, "column of images (default: guessed)", metavar="NAME")
     text_column: str | None = option(None, "column of text (default: guessed)", metavar="NAME")
     label_column: str | None = option(None, "column of labels (default: guessed)", metavar="NAME")
+    streaming: bool = option(False, "read a data set of the hub as it comes, keeping no copy")
     workers: int | None = option(None, "read ahead in so many processes (default: as pays)", rule=NOT_NEGATIVE)
     seed: int = 0
     windows: Windows = Windows()
@@ -293,7 +315,8 @@ class Reading(Group):
 
     def request(self) -> dict[str, Any]:
         """Return what a request says of it; columns stand in its data, and the seed on its own."""
-        return {name: getattr(self, name) for name in ("task", "image_size", "max_length", "num_samples")}
+        said = {name: getattr(self, name) for name in ("task", "image_size", "max_length", "num_samples")}
+        return {**said, **({"streaming": True} if self.streaming else {})}
 
 
 @dataclass(frozen=True)

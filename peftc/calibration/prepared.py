@@ -18,6 +18,7 @@ from peftc.tasks.table import task_of
 from peftc.tasks.task import Encoded, Task
 
 TRIED = 64  # samples kept apart to try plans on, at most
+STREAMED = 1024  # rows of a stream among which samples are chosen, at least
 FEWEST = 5  # samples of which a part is kept apart
 
 
@@ -37,6 +38,7 @@ class Request:
     image_size: int | None = None
     max_length: int | None = None
     seed: int = 0
+    streaming: bool = False
     workers: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +52,8 @@ class Request:
         samples, tokens = calibration.calibration_samples, calibration.calibration_tokens
         tokens = None if tokens is None else int(tokens)
         size, length, seed = reading.image_size, reading.max_length, reading.seed
-        return cls(data, reading.task, samples, tokens, batch_size, size, length, seed, reading.workers)
+        how = batch_size, size, length, seed, reading.streaming, reading.workers
+        return cls(data, reading.task, samples, tokens, *how)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Prepared:
     def asked(self) -> dict[str, Any]:
         """Return what makes two calibrations the same question."""
         limit = self.model.max_memory
-        asked = {name: value for name, value in asdict(self.request).items() if name != "workers"}
+        left = ("workers",) if self.request.streaming else ("workers", "streaming")
+        asked = {name: value for name, value in asdict(self.request).items() if name not in left}
         return {**asked, **({} if limit is None else {"max_memory": limit})}
 
 
@@ -95,20 +99,29 @@ def prepare(model: Model, request: Request, device: str, *, apart: bool = False)
     return Prepared(subject, task, request, encoded, tried, data, labelled, [note, *guesses])
 
 
-def _encode(model: Model, task: Task | None, request: Request, more: int) -> tuple[Encoded, Dataset, bool]:
-    """Return the samples and ``more`` as the model reads them, as they are, and whether they have labels."""
+def _encode(
+    model: Model, task: Task | None, request: Request, more: int, rows: int | None = None
+) -> tuple[Encoded, Dataset, bool]:
+    """Return the samples and ``more`` as the model reads them, as they are, and whether they have labels.
+
+    Of a stream the first ``rows`` are chosen from; more of them where a text of so many is too short.
+    """
     samples = request.samples + more
     name = task.name if task else None
     if request.data.startswith(GENERATED):
         number, length = number_to_draw(request.data, model, name), length_to_draw(model, request.max_length)
         dataset = sample(model, number, length, seed=request.seed + 1)  # an evaluation draws with the seed itself
     else:
-        dataset = open_data(request.data, seed=request.seed, task=name, role="calibration")
-    windows = task is not None and task.is_language
+        rows = rows or max(STREAMED, samples)
+        how: dict[str, Any] = {"streaming": request.streaming, "rows": rows, "role": "calibration"}
+        dataset = open_data(request.data, seed=request.seed, task=name, **how)
+    stream, windows = dataset.stream, task is not None and task.is_language
     both = dataset.kind == "pairs" and not (task is not None and task.name == "text-classification")
     if not windows:  # of a pair both texts are samples
         dataset = dataset.take(-(-samples // 2) if both else samples, seed=request.seed)
     reading = Reading(request.task, samples, request.image_size, request.max_length, seed=request.seed)
     workers = 0 if request.workers is None and model.max_memory is not None else request.workers
     encoded = replace(unlabelled.encode(model, dataset, task, reading), workers=workers)
+    if stream is not None and not stream.is_whole and windows and encoded.size < samples:
+        return _encode(model, task, request, more, 4 * len(dataset))
     return encoded, dataset, windows or dataset.labels is not None or dataset.pairs is not None

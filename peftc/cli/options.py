@@ -134,7 +134,7 @@ def _annotated(kind: Any, each: Field[Any], default: Any) -> Any:
 
 Unlimited = Annotated[
     Reading,
-    shown("task", "image_size", "max_length", "image_column", "text_column", "label_column", "workers"),
+    shown("task", "image_size", "max_length", "image_column", "text_column", "label_column", "streaming", "workers"),
 ]
 
 EMPTY: Any = ()  # the default of a repeated option, whose type no checker takes for a list

@@ -4,7 +4,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from peftc.data import arrays, images, limits, tables
+from peftc.data import arrays, images, limits, streamed, tables
 from peftc.data.dataset import Dataset, Splits, choose
 from peftc.data.spec import Columns, columns_of, parts_of
 from peftc.errors import DataError, did_you_mean, refuse_not_utf8
@@ -26,6 +26,8 @@ def open_data(
     seed: int = 0,
     task: str | None = None,
     role: str = "evaluation",
+    streaming: bool = False,
+    rows: int | None = None,
 ) -> Dataset:
     """Return the samples that a `--data` spec names.
 
@@ -35,6 +37,8 @@ def open_data(
         task: for `sentence-similarity` labels are scores; for language models rows are never dropped; for
             `image-text-retrieval` a table holds pairs of an image and a text.
         role: ``evaluation`` or ``calibration``, which prefer different splits.
+        streaming: read a data set of the hub as it comes, and return its head.
+        rows: of the head; as many as samples, or as are usual, when None.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it does not hold what was asked for.
@@ -42,7 +46,7 @@ def open_data(
     refuse_not_utf8("`--data`", spec)
     name, at = parts_of(spec)
     name, own = columns_of(name)
-    splits = _splits(name, own, task)
+    splits = streamed.hub(name, own, task, rows or num_samples) if streaming else _splits(name, own, task)
     chosen, note = choose(name, splits, at or None, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])

@@ -47,6 +47,22 @@ class Pairs:
     images: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """How to read on where a data set is the head of one that is read as it comes.
+
+    Attributes:
+        key: tells what it is of.
+        blocks: (rows of a block, rows at the start to leave out, where to begin or None) -> each block, and before it
+            where it begins.
+        is_whole: the head is all of it.
+    """
+
+    key: str
+    blocks: Callable[[int, int, str | None], Iterator[tuple[str | None, Dataset]]]
+    is_whole: bool
+
+
 @dataclass
 class Dataset:
     """Labelled or unlabelled samples; ``dataset[i]`` is (input, label or None), read when asked for.
@@ -67,6 +83,7 @@ class Dataset:
         has_lines: its one text is a file, whose lines are what rows are elsewhere.
         identity: tells without reading them whether all rows are what they were; None where they are read anyway.
         pieces: gives a text too large for memory piece by piece, each but the last ended by a new line.
+        stream: what it is the head of.
     """
 
     kind: str
@@ -83,6 +100,7 @@ class Dataset:
     has_lines: bool = False
     identity: Callable[[], Identity | None] | None = None
     pieces: Callable[[], Iterator[str]] | None = None
+    stream: Stream | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -29,11 +29,11 @@ def in_folder(folder: Path, columns: Columns, task: str | None) -> list[Path]:
     """Return the tables that are named by the split in them, else the one beside images by its usual names."""
     there = [path for path in sorted(folder.iterdir()) if path.suffix in ENDINGS]
     named_by_split = [path for path in there if split_word(path.stem)]
-    beside_images = [path for path in there if path.stem.lower() in STEMS and _is_captioned(columns, task)]
+    beside_images = [path for path in there if path.stem.lower() in STEMS and is_captioned(columns, task)]
     return named_by_split or beside_images
 
 
-def _is_captioned(columns: Columns, task: str | None) -> bool:
+def is_captioned(columns: Columns, task: str | None) -> bool:
     """Return whether a table is read as images with captions: for retrieval, or where both columns are named."""
     return task == "image-text-retrieval" or (columns.image is not None and columns.text is not None)
 
@@ -118,7 +118,7 @@ def _built(builder: str, path: Path, cache: Path, *, in_memory: bool, **options:
     from pyarrow import ArrowException
 
     damaged = (datasets.exceptions.DatasetsError, ArrowException)
-    with limits.refused(path, "", *damaged), _silent(datasets):
+    with limits.refused(path, "", *damaged), silent(datasets):
         where = {"data_files": glob.escape(str(path)), "split": "train", "cache_dir": str(cache)}
         try:
             return datasets.load_dataset(builder, **where, keep_in_memory=in_memory, **options)
@@ -127,7 +127,7 @@ def _built(builder: str, path: Path, cache: Path, *, in_memory: bool, **options:
 
 
 @contextmanager
-def _silent(datasets: Any) -> Iterator[None]:
+def silent(datasets: Any) -> Iterator[None]:
     """Keep the library from drawing bars, and from logging what is raised anyway."""
     shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -162,17 +162,25 @@ def _refuse_parquet(path: Path) -> None:
             limits.refuse_bomb(str(path), packed, unpacked)
 
 
-def hub(spec: str, columns: Columns, task: str | None) -> Splits:
-    """Return the splits of `NAME[:CONFIG]` on the hub, or in its cache."""
+def builder_of(spec: str) -> tuple[Any, list[str]]:
+    """Return what reads `NAME[:CONFIG]` of the hub, or of its cache, and the names of its splits."""
     import datasets
 
     name, _, config = spec.partition(":")
     try:
         builder = datasets.load_dataset_builder(name, config or None)
-        splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config or None))
+        return builder, list(builder.info.splits or datasets.get_dataset_split_names(name, config or None))
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         hint = f"it would have been downloaded from the hub as `{name}`"
         raise DataError(f"cannot read the data set `{name}`", why=reason_of(error), hint=hint) from None
+
+
+def hub(spec: str, columns: Columns, task: str | None) -> Splits:
+    """Return the splits of `NAME[:CONFIG]` on the hub, or in its cache."""
+    import datasets
+
+    name, _, config = spec.partition(":")
+    _, splits = builder_of(spec)
 
     def split_of(split: str) -> Dataset:
         with limits.refused(f"hf:{spec}", "", datasets.exceptions.DatasetsError):
@@ -194,7 +202,7 @@ def dataset(rows: Rows) -> Dataset:
         why = f"its columns are {named(rows.table.column_names, 20)}"
         hint = f"name them as `--data '{name}?text=NAME&label=NAME'`"
         raise DataError(f"`{name}` has no column `{lacks[0]}`", why=why, hint=hint)
-    if _is_captioned(columns, rows.task):
+    if is_captioned(columns, rows.task):
         return _pairs(rows)
     label = columns.label or rows.usual(LABEL)
     image = columns.image or (None if columns.text else rows.image_column())

@@ -51,7 +51,8 @@ def probes(model: Model, *, image_size: int | None, max_length: int | None) -> l
 def real_inputs(model: Model, data: str, reading: Reading, batch_size: int) -> list[Inputs]:
     """Return samples of the user's data in batches."""
     row = task_of(model, reading.task)
-    dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=row.name if row else None)
+    how: Any = {"num_samples": reading.num_samples, "seed": reading.seed, "streaming": reading.streaming}
+    dataset = open_data(data, task=row.name if row else None, **how)
     encoded = unlabelled.encode(model, dataset, row, reading)
     indices = [range(encoded.size)[start : start + batch_size] for start in range(0, encoded.size, batch_size)]
     return [named(model, encoded.batch(each).inputs) for each in indices]

@@ -21,7 +21,8 @@ from peftc.nn.vocabulary import Logits
 from peftc.tasks.task import Batch, batches
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
-from peftc.training.samples import Held, Samples
+from peftc.training.held import Held
+from peftc.training.samples import Samples
 
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
 

@@ -76,6 +76,7 @@ def analyze(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -95,6 +96,8 @@ def analyze(
         data, statistics, calibration_samples, calibration_tokens, bias_correction, task, image_column, text_column,
             label_column: what predictions and plans are calibrated on, as for `decompose`; the spectra in the table
             stay those of the weights alone.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and calibrate on samples of its first
+            rows.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size, image_size, max_length: what a ``speedup`` is timed on, as for `decompose`.
 

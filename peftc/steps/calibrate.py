@@ -54,6 +54,7 @@ def calibrate(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -75,6 +76,8 @@ def calibrate(
         max_memory: bytes of anonymous memory (what is mapped from files apart), or of the device, to calibrate within.
         task: what the model is for; guessed when None.
         image_size, max_length, image_column, text_column, label_column: how to read the data.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and calibrate on samples of its first
+            rows.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: samples at once, >= 1.
         device, seed: where and with which random numbers to compute.

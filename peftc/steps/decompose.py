@@ -76,6 +76,7 @@ def decompose(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
     max_drop: float | None = None,
@@ -119,6 +120,8 @@ def decompose(
         joint: let linear modules that read the same input, as q, k and v, share one down factor.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much to measure on.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and calibrate and measure on its first
+            rows.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: samples at once of the measurement, and of what is timed.
         max_drop, min_quality, max_params, max_bytes: gates; a drop is against the earliest model of the chain with
@@ -249,6 +252,6 @@ def _refuse_seen(source: Prepared | Statistics, exam: Exam) -> None:
     """
     about = source.data if isinstance(source, Prepared) else source.note["data"]
     if not exam.data.startswith(GENERATED):
-        dataset = open_data(exam.data, task=exam.reading.task)
+        dataset = open_data(exam.data, task=exam.reading.task, streaming=exam.reading.streaming)
         if seen.among(about, exam.data, dataset):
             seen.refuse_gate("decompose", dataset)

@@ -77,6 +77,7 @@ def distill(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
@@ -121,6 +122,8 @@ def distill(
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
+        streaming: read a data set of the hub as it comes, shuffled a block at a time, and keep no copy of it; ``steps``
+            says for how long. What is held out is its head.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
             model of the chain with the same head.

@@ -31,6 +31,7 @@ def evaluate(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     protocol: str | None = None,
     first_token: str = "window",
@@ -54,6 +55,8 @@ def evaluate(
         image_size: side in pixels instead of the model's.
         max_length: tokens per text or window; of a window of ``protocol`` 2,048 when None.
         image_column, text_column, label_column: columns of a table, where their names are not usual ones.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and measure on its first rows, as many as
+            ``num_samples`` says.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         protocol: `gptq` cuts text as that paper does, for perplexities to stand beside published ones; see
             `peftc.options.Windows`.

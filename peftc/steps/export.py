@@ -52,6 +52,7 @@ def export(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     batch_size: int = 16,
     max_drop: float | None = None,
@@ -75,6 +76,7 @@ def export(
         num_samples: of ``data``, to compare on.
         image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
         image_column, text_column, label_column: of ``data``, where their names are not usual ones.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and compare on its first rows.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: of the second timing; the first is of one sample.
         max_drop, min_quality: gates on all of ``data``, which needs labels then; a drop is against the
@@ -97,7 +99,7 @@ def export(
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device="cpu")
-    against = _judge(stored, data, task, max_drop) if gates and data else None
+    against = _judge(stored, data, reading, max_drop) if gates and data else None
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length}
     pad = _padding(stored, runs)
     probes = parity.probes(runs, **sides)
@@ -208,14 +210,14 @@ def _consumed(work: _Work, folder: Path, exported: Exported) -> list[str]:
     return [f"{consumer.runtime} loads it too; its vectors of tokens deviate by {found.deviation:.2g} of the largest"]
 
 
-def _judge(stored: Model, data: str, task: str | None, max_drop: float | None) -> Model | None:
+def _judge(stored: Model, data: str, reading: Reading, max_drop: float | None) -> Model | None:
     """Return the model that a drop is judged against, where that is not the exported one itself.
 
     Raises:
         DataError: the model knows these samples.
         ArtifactError: it is not there, and a gate asks for it.
     """
-    dataset = open_data(data, task=task)
+    dataset = open_data(data, task=reading.task, streaming=reading.streaming)
     known_to = seen.by(stored.manifest, data, dataset)
     if known_to:
         seen.refuse_gate(known_to, dataset)

@@ -92,6 +92,7 @@ def finetune(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     max_drop: float | None = None,
     min_quality: float | None = None,
@@ -140,6 +141,8 @@ def finetune(
         log_with: a tracker of Accelerate's, as ``tensorboard``.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data, and
             how much of it; see `peftc.options.Reading`.
+        streaming: read a data set of the hub as it comes, shuffled a block at a time, and keep no copy of it; ``steps``
+            says for how long. What is held out is its head.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         max_drop, min_quality: gates on the test split; a drop is against a teacher that was named, or the earliest
             model of the chain with the same head.
@@ -166,7 +169,7 @@ def finetune(
     ordered.refuse_ordered(stored)
     if stored.manifest is None and not stored.files:
         refuse_unbuildable(stored)
-    fitted = student.headed(stored, data, task, head, seed)
+    fitted = student.headed(stored, data, reading, head)
     stored = fitted.model
     places: Any = {"include": include, "skip": skip, "on_product": on_product}
     if recipe.spread:
@@ -277,7 +280,7 @@ def _fit(
 
     def after_step(step: int, steps: int) -> None:
         updates = {name: each.update for name, each in adapted.items()}
-        after(updates, step, steps, len(work.samples.train) / size)
+        after(updates, step, steps, steps if work.samples.stream else len(work.samples.train) / size)
 
     own = {"loss": loss, "score": None if held is None else score, "after_step": None if after is None else after_step}
     return learn(job, lesson, work, log_with, **own, keep_last=methods.trait(adapter, "KEEPS_LAST", False))

@@ -75,6 +75,7 @@ def prune_layers(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
     max_drop: float | None = None,
@@ -111,6 +112,8 @@ def prune_layers(
         plot: a picture of the scores, ``.png`` or ``.svg``, and of the maps that they are taken of.
         task, num_samples, image_size, max_length, image_column, text_column, label_column: how to read the data; scores
             look at 2,000 samples at most when None. A training takes them too.
+        streaming: read a data set of the hub as it comes, keep no copy of it, and score on its first rows; a training
+            reads on, for as many ``steps`` as it is told.
         workers: processes that read samples ahead, 0 for none; when None as many as pay, within the cores.
         batch_size: samples at once, of the training too.
         max_drop, min_quality: gates on the test split; a drop is against the earliest model of the chain with the same
@@ -131,7 +134,8 @@ def prune_layers(
     wanted = None if score is None else scores.named(score, settings or {})
     stored, as_delta = _loaded(model, delta, data, repair=repair)
     of_training = {name: given[name] for name in ("method", "epochs", "steps", "minutes", "learning_rate")}
-    training = retraining.options(stored, data, {**of_training, "batch_size": batch_size}) if retrain else None
+    of_it = {**of_training, "batch_size": batch_size}
+    training = retraining.options(stored, data, of_it, reading) if retrain else None
 
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device=device)
     names = layers_of(stored, runs, asked)

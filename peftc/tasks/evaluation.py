@@ -64,7 +64,8 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         report.notes.append(f"data: {drawn}")
         dataset = sample(author, number, length, seed=reading.seed).take(reading.num_samples, seed=reading.seed)
     else:
-        dataset = open_data(data, num_samples=reading.num_samples, seed=reading.seed, task=name)
+        how: dict[str, Any] = {"num_samples": reading.num_samples, "seed": reading.seed, "streaming": reading.streaming}
+        dataset = open_data(data, task=name, **how)
     if row is None and subject.library == "python" and dataset.kind in ("image", "tensor"):
         row = TASKS["image-classification"]
     if row is None:

@@ -15,7 +15,7 @@ from peftc.data.dataset import Dataset
 from peftc.data.remembered import key_of
 from peftc.data.stored import Flat, flat
 from peftc.data.tokens import IGNORED, start_of, window
-from peftc.errors import DataError
+from peftc.errors import DataError, ShortError
 from peftc.models.model import Model
 from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import vocabulary
@@ -138,7 +138,7 @@ def _windows(model: Model, tokenizer: Any, data: Dataset, settings: Reading, *, 
     ids = tokenised.of_text(model, tokenizer, data)
     length = min(length, len(ids))
     if length < 2:
-        raise DataError(f"`{data.name}` is too short", why=f"it has {len(ids)} tokens")
+        raise ShortError(f"`{data.name}` is too short", why=f"it has {len(ids)} tokens")
     chosen = some_of(len(ids) // length, settings)
 
     def give(rows: Sequence[int]) -> Tensor:

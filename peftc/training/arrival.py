@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,18 +21,31 @@ from peftc.options import Recipe
 from peftc.training.schedule import mixed
 
 
+class Marked(Protocol):
+    """Samples without end by their places, from one on."""
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """Where the last ones that were read can be read again from."""
+
+    def go_on(self, mark: dict[str, Any]) -> None:
+        """Read from there on."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """A stream of epochs, each in an order of its own, that is cut into steps, and those into parts."""
 
-    size: int  # of the data
+    size: int | Marked  # of the data; what they are without end
     recipe: Recipe
     batch: Callable[[Sequence[int], Seeds], Any]  # gives the batch of some samples, by seeds where it is random
     workers: int | None = None  # processes that read ahead; as many as pay when None
     tokens: Callable[[Any], int] | None = None  # counts those of a batch, where there are any
 
     def step(self, step: int) -> list[tuple[int, int]]:
-        """Return the samples of a step: the epoch and the index of each."""
+        """Return the samples of a step: the epoch and the index of each; of those without end, 0 and its place."""
+        if not isinstance(self.size, int):
+            return [(0, step * self.recipe.batch_size + at) for at in range(self.recipe.batch_size)]
         found: list[tuple[int, int]] = []
         position, number = step * self.recipe.batch_size, self.recipe.batch_size
         while len(found) < number:
@@ -50,13 +63,26 @@ class Stream:
 
     def given(self, at: int) -> Any:
         """Return the batch of a part."""
-        return self.batch(*self.part(at))
+        return self.marked(at)[0]
+
+    def marked(self, at: int) -> tuple[Any, dict[str, Any]]:
+        """Return the batch of a part and, of samples without end, from where it can be read again."""
+        found = self.batch(*self.part(at))
+        return found, {} if isinstance(self.size, int) else self.size.mark
+
+    def go_on(self, mark: dict[str, Any]) -> None:
+        """Read samples without end from a mark on."""
+        if mark and not isinstance(self.size, int):
+            self.size.go_on(mark)
+
+    def __str__(self) -> str:
+        return f"{self.size} samples" if isinstance(self.size, int) else "a stream of samples"
 
     @contextmanager
     def arriving(self, first: int, last: int) -> Iterator["Arrivals"]:
         """Give the batches of steps, from the first to before the last, read ahead within a context."""
         asked = range(first * self.recipe.accumulate, last * self.recipe.accumulate)
-        with closing(ahead(self.given, asked, self.workers)) as batches:
+        with closing(ahead(self.marked, asked, self.workers)) as batches:
             yield Arrivals(batches, self.recipe.batch_size, self.tokens)
 
 
@@ -71,16 +97,18 @@ class Arrivals:
     """The batches that a training learns from, one after the other, and how fast that goes.
 
     Attributes:
-        batches: one for each part of each step.
+        batches: one for each part of each step, and with it a mark.
+        mark: of the last one.
         samples: of a step, over all processes.
         count: gives the tokens of a batch, where there are any.
         waited, worked: seconds until batches were there, and of the steps as a whole.
         steps, tokens: how many there were, in this process.
     """
 
-    batches: Iterator[Any]
+    batches: Iterator[tuple[Any, dict[str, Any]]]
     samples: int
     count: Callable[[Any], int] | None = None
+    mark: dict[str, Any] = field(default_factory=dict, init=False)
     waited: float = field(default=0.0, init=False)
     worked: float = field(default=0.0, init=False)
     steps: int = field(default=0, init=False)
@@ -89,7 +117,7 @@ class Arrivals:
     def take(self) -> Any:
         """Return the next batch."""
         begun = time.monotonic()
-        given = next(self.batches)
+        given, self.mark = next(self.batches)
         self.waited += time.monotonic() - begun
         self.tokens += self.count(given) if self.count is not None else 0
         return given

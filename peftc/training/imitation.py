@@ -27,7 +27,8 @@ from peftc.tasks import retrieval
 from peftc.tasks.sentences import sentence_vectors
 from peftc.tasks.task import Batch
 from peftc.training import parallel
-from peftc.training.samples import Held, Samples, figures
+from peftc.training.held import Held
+from peftc.training.samples import Samples, figures
 
 TASK = "task"
 OF_TEACHER = ("teacher_features", "teacher_outputs", "teacher_vectors", "weights")
@@ -113,7 +114,7 @@ class Imitation:
 
     def batch(self, rows: Sequence[int], seeds: Seeds | None = None) -> Given:
         """Return some of the samples to learn from, as drawn for a step, or as they are without seeds."""
-        train = self.samples.train
+        train = self.samples.stream or self.samples.train
         return Given(train.batch(rows) if seeds is None else train.drawn(rows, seeds), rows)
 
     def loss(self, module: nn.Module, given: Given, peers: Peers | None = None) -> dict[str, Tensor]:

@@ -106,6 +106,7 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
         labels=bool(asked.get(TASK)),
         held_out=lesson.recipe.held_out,
         augment=lesson.augment,
+        step=lesson.recipe.batch_size,
     )
     weight = asked.get(TASK, 0.0) if given.labelled else 0.0
     if lesson.loss is not None and asked.get(TASK) and not given.labelled:
@@ -142,6 +143,7 @@ def _refuse_in_pieces(terms: Mapping[str, Any], of_pairs: bool) -> None:
 def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own: Any) -> Outcome:
     """Let the student learn within a job; ``own`` is what its method has of its own, as for `loop.fit`."""
     held, size = work.samples.held, lesson.recipe.batch_size
+    number = work.samples.stream or len(work.samples.train)
     usual = {"loss": work.loss, "score": None if held is None else lambda: work.score(held, size)}
     logs = {"log_with": log_with, "log_folder": job.output.with_name(f"{job.output.name}-logs")}
     arrival = {"workers": lesson.reading.workers, "tokens": lambda given: given.tokens}
@@ -149,4 +151,4 @@ def learn(job: Job, lesson: Lesson, work: Imitation, log_with: str | None, **own
     asked = {"recipe": recipe, "device": lesson.device, "folder": job.work}
     how: dict[str, Any] = {**asked, **arrival, **logs, **usual, **own}
     with layerwise(work.student, compiled=recipe.compile, recomputed=recipe.gradient_checkpointing):
-        return loop.fit(work.student.module, len(work.samples.train), work.batch, **how)
+        return loop.fit(work.student.module, number, work.batch, **how)

@@ -27,7 +27,7 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
-from peftc.training.arrival import Arrivals, Stream
+from peftc.training.arrival import Arrivals, Marked, Stream
 from peftc.training.interruption import Interruption, interruption
 from peftc.training.journal import Journal
 from peftc.training.optimizers import optimizer_of
@@ -43,7 +43,7 @@ MANY_STEPS = 1 << 20  # more than are timed: samples are read ahead as if there 
 
 def fit(
     module: nn.Module,
-    size: int,
+    size: int | Marked,
     batch: Callable[[Sequence[int], Seeds], Any],
     loss: Callable[[nn.Module, Any], Tensor | Terms],
     recipe: Recipe,
@@ -62,7 +62,7 @@ def fit(
 
     Args:
         module: what learns; parameters with two or more axes decay.
-        size: number of samples.
+        size: number of samples, or what they are where there is no end of them: ``index`` then is a place.
         batch: gives the collated batch of some samples, by seeds where it is random; on the CPU where others read it.
         loss: maps the module and a batch to a scalar, or to weighted terms, each a mean over the samples.
         recipe: how.
@@ -159,7 +159,7 @@ class _Run:
         """Make the steps that are left, and look at the held-out samples in between."""
         begun, first = time.monotonic(), self.step
         with (
-            progress.track(f"training on {self.stream.size} samples", self.total) as advance,
+            progress.track(f"training on {self.stream}", self.total) as advance,
             self.stream.arriving(first, self.total) as self.arrivals,
             interruption(self.save) as self.stop,
         ):
@@ -271,6 +271,7 @@ class _Run:
         if recipe.steps is not None:
             return recipe.steps
         if recipe.epochs is not None:
+            assert isinstance(self.stream.size, int)
             return max(1, round(recipe.epochs * self.stream.size / recipe.batch_size))
         return self.journal.steps(self.timed)  # by all processes at once, as they will work
 
@@ -367,6 +368,7 @@ class _Run:
                 "average": self.average,
                 "best": self.best,
                 "outcome": vars(self.outcome),
+                "mark": self.arrivals.mark,
             },
             in_pieces=sharding.is_cut(self.module),
         )
@@ -384,6 +386,7 @@ class _Run:
             self.average, self.best, self.step = state["average"], state["best"], state["step"]
             self.outcome = Outcome(**state["outcome"])
             self.outcome.resumed = self.step
+            self.stream.go_on(state.get("mark", {}))
         self.journal.cut(self.step, judged=self.judged)
         self.train()
 

@@ -21,6 +21,7 @@ from peftc.store import documents
 
 STEM, TOLD = "checkpoint-", "told.json"
 KINDS = ("module", "average", "best")  # of tensors by name
+TOLD_OF = ("step", "outcome", "mark")  # what is no tensor
 
 
 def newest(folder: Path) -> Path | None:
@@ -62,7 +63,8 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
     Args:
         folder: for checkpoints.
-        state: ``step`` and ``outcome``, tensors by name as ``module``, ``average`` and ``best``, and ``optimizer``.
+        state: ``step``, ``outcome`` and ``mark``, tensors by name as ``module``, ``average`` and ``best``, and
+            ``optimizer``.
     """
     tensors = {f"{kind}/{name}": each for kind in KINDS for name, each in state[kind].items()}
     for of, own in state["optimizer"]["state"].items():
@@ -78,7 +80,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
         checkpoints.save(tensors, storage_writer=checkpoints.FileSystemWriter(unfinished))
     with processes.together():
         if not processes.rank():
-            documents.write_whole(unfinished / TOLD, json.dumps({each: state[each] for each in ("step", "outcome")}))
+            documents.write_whole(unfinished / TOLD, json.dumps({each: state[each] for each in TOLD_OF}))
             unfinished.rename(target)
             documents.sync(folder)
             drop(folder, target)

@@ -15,7 +15,7 @@ from peftc.measure.intervals import Interval
 from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
-from peftc.options import EPOCHS, Recipe, length
+from peftc.options import EPOCHS, Reading, Recipe, length
 from peftc.report import Report, Table, size_table
 from peftc.store import artifact, manifest
 from peftc.store.job import Job
@@ -28,13 +28,14 @@ WARNING = (
 )
 
 
-def options(model: Model, data: str | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+def options(model: Model, data: str | None, asked: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     """Return options of `finetune`: those asked for, checked, and the method that the model was last tuned by."""
     if data is None:
         raise UsageError("`--retrain` trains on samples of the task", hint="name some: `--data DATA`")
     earlier = [step["request"] for step in (model.manifest.steps if model.manifest else [])]
     tuned = [request["method"] for request in earlier if request["command"] == "finetune"]
-    named = {name: value for name, value in {**asked, **length(asked, EPOCHS)}.items() if value is not None}
+    long = length({**asked, **reading.parameters()}, EPOCHS)
+    named = {name: value for name, value in {**asked, **long}.items() if value is not None}
     found = {"method": [USUAL, *tuned][-1], **named}
     methods.find("adapter", found["method"], "--method")
     refuse_others(model, found["method"])

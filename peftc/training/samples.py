@@ -1,7 +1,7 @@
 """Data > samples to learn from and samples held out, read early: what does not fit is refused before any work."""
 
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,34 +20,12 @@ from peftc.options import Augment, Reading
 from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import task_of
 from peftc.tasks.task import Batch, Encoded, Task
+from peftc.training.endless import Endless, rows_of
+from peftc.training.held import Held
 
 PLAIN = Augment()
 ALONE = "leave the labels alone: `--loss features=1`"
 HELD_OUT = 500  # at most
-
-
-@dataclass(frozen=True)
-class Held:
-    """Samples of one encoded data set; ``changed`` reads rows as they are learnt from, where not as they are."""
-
-    encoded: Encoded
-    rows: Sequence[int]
-    changed: Callable[[Sequence[int], Seeds], Batch] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the batch of some of these samples, counted among them."""
-        return self.encoded.batch([self.rows[index] for index in indices])
-
-    def drawn(self, indices: Sequence[int], seeds: Seeds) -> Batch:
-        """Return the batch of some of these samples to learn from, changed at random where that was asked for."""
-        return self.batch(indices) if self.changed is None else self.changed([self.rows[at] for at in indices], seeds)
-
-    def batches(self, size: int) -> Generator[Batch, None, None]:
-        """Yield all of these samples in order, at most ``size`` at once, read ahead."""
-        return self.encoded.batches([self.rows[start : start + size] for start in range(0, len(self), size)])
 
 
 @dataclass(frozen=True)
@@ -57,11 +35,12 @@ class Samples:
     Attributes:
         task: of the model; None where nothing tells it.
         labelled: whether the targets mean anything.
-        train: what the model learns from.
+        train: what the model learns from; of a stream its first ones.
         held: what only measures; None where nothing is held out.
         about: what identifies the samples, for the request.
         outputs: the output of each class of the data, where classes are told apart.
         notes: what people should know about them.
+        stream: what the model learns from, where that is read as it comes.
     """
 
     task: Task | None
@@ -71,6 +50,7 @@ class Samples:
     about: dict[str, Any]
     outputs: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stream: Endless | None = None
 
     def mapped(self, batch: Batch) -> Batch:
         """Return a batch whose classes are the model's outputs; shares of classes already are."""
@@ -88,6 +68,7 @@ def read(
     held_out: float,
     augment: Augment = PLAIN,
     otherwise: str = ALONE,
+    step: int | None = None,
 ) -> Samples:
     """Open the samples of a training: those of the train split, and held out ones of the validation split or of it.
 
@@ -99,38 +80,77 @@ def read(
         held_out: share of the train split to hold out where there is no validation split, in [0, 1).
         augment: what happens to images that are learnt from.
         otherwise: what to do, said to those whose labels do not fit.
+        step: samples of a step of training. With it a stream is read on; without, its head is all that there is.
 
     Raises:
         DataError: the data cannot be read, is empty, or has one class only.
     """
     row, seed = task_of(model, reading.task), reading.seed
     name = row.name if row else None
-    dataset = open_data(data, num_samples=reading.num_samples, seed=seed, task=name, role="training")
+    how: dict[str, Any] = {"seed": seed, "task": name, "streaming": reading.streaming}
+    dataset = open_data(data, num_samples=reading.num_samples, role="training", **how)
     has_labels = dataset.labels is not None or dataset.pairs is not None
     labelled = labels and row is not None and dataset.kind in row.reads and (row.is_language or has_labels)
-    encoded = _encode(model, dataset, row, reading, labelled=labelled, otherwise=otherwise)
+    of_classes = labelled and row is not None and row.has_classes
+    if of_classes:
+        refuse_one_class(dataset, otherwise)
+    encoded = _encode(model, dataset, row, reading, labelled=labelled)
     notes = [*dataset.notes, *encoded.notes]
     outputs: list[int] = []
-    if labelled and row is not None and row.has_classes:
+    if of_classes:
         outputs, note = _outputs(model, dataset, encoded, otherwise)
         notes.append(note)
     train, held = Held(encoded, range(encoded.size)), None
-    splits = split_names(data) if held_out else []
-    beside = [each for each in splits if split_word(each) == "validation" and each != dataset.split]
-    if len(beside) == 1:
-        other = open_data(f"{parts_of(data)[0]}@{beside[0]}", num_samples=HELD_OUT, seed=seed, task=name)
-        if other.classes != dataset.classes:
-            raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
-        whole = _encode(model, other, row, replace(reading, num_samples=None), labelled=labelled)
-        held = Held(whole, range(whole.size))
-        notes.append(f"held out: {whole.size} samples of split `{other.split}`")
-    elif held_out:
-        train, held = _cut(encoded, held_out, seed)
+    if held_out:
+        held = _beside(model, data, dataset, row, reading, labelled, notes)
+    streams = step is not None and dataset.stream is not None
+    if held is None and held_out:
+        train, held = (train, train) if streams else _cut(encoded, held_out, seed)
         notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
-    if augment:
-        train = replace(train, changed=_augmented(model, dataset, encoded, reading, augment, outputs))
-    about = {**seen.kept(data, row if labelled else None, dataset, encoded), "samples": len(train)}
-    return Samples(row, labelled, train, held, about, outputs, notes)
+    about = seen.kept(data, row if labelled else None, dataset, encoded)
+    found = Samples(row, labelled, train, held, {**about, "samples": len(train)}, outputs, notes)
+
+    def changed(some: Dataset, plain: Encoded) -> Held:
+        change = _augmented(model, some, plain, reading, augment, outputs) if augment else None
+        return Held(plain, train.rows if plain is encoded else range(plain.size), change)
+
+    def block(some: Dataset, seed: int) -> Held:
+        return changed(some, _encode(model, some, row, replace(reading, seed=seed), labelled=labelled))
+
+    found = replace(found, train=changed(dataset, encoded))
+    return found if step is None else _streamed(found, data, dataset, block, step, seed)
+
+
+def _beside(
+    model: Model, data: str, dataset: Dataset, row: Task | None, reading: Reading, labelled: bool, notes: list[str]
+) -> Held | None:
+    """Return samples of the one validation split beside the data, and say so; None where there is none."""
+    beside = [each for each in split_names(data) if split_word(each) == "validation" and each != dataset.split]
+    if len(beside) != 1:
+        return None
+    how: dict[str, Any] = {"seed": reading.seed, "task": row.name if row else None, "streaming": reading.streaming}
+    other = open_data(f"{parts_of(data)[0]}@{beside[0]}", num_samples=HELD_OUT, **how)
+    if other.classes != dataset.classes:
+        raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
+    if labelled and row is not None and row.has_classes:
+        refuse_one_class(other)
+    whole = _encode(model, other, row, replace(reading, num_samples=None), labelled=labelled)
+    notes.append(f"held out: {whole.size} samples of split `{other.split}`")
+    return Held(whole, range(whole.size))
+
+
+def _streamed(
+    found: Samples, data: str, head: Dataset, block: Callable[[Dataset, int], Held], step: int, seed: int
+) -> Samples:
+    """Return samples that are read on behind their head, where they come as a stream: all of it, or what is behind."""
+    if head.stream is None:
+        return found
+    skip = len(head) if found.held is not None and found.held.encoded is found.train.encoded else 0
+    rows = rows_of(head, found.train.encoded.size, step)
+    stream = Endless(head.name, head.stream, block, rows, skip, step, seed)
+    notes = [*found.notes, f"learnt from: the stream, in blocks of {rows:,} rows, each of them shuffled"]
+    about = {"spec": data, "split": head.split, "digest": head.stream.key}
+    return replace(found, about=about, notes=notes, stream=stream)
 
 
 def _augmented(
@@ -154,21 +174,20 @@ def _augmented(
     return changed
 
 
-def _encode(
-    model: Model, dataset: Dataset, row: Task | None, reading: Reading, *, labelled: bool, otherwise: str = ALONE
-) -> Encoded:
+def _encode(model: Model, dataset: Dataset, row: Task | None, reading: Reading, *, labelled: bool) -> Encoded:
     if not len(dataset):
         raise DataError(f"`{dataset.name}` holds no samples", why=f"its split `{dataset.split}` is empty")
     if not labelled or row is None:
         return replace(unlabelled.encode(model, dataset, row, reading), workers=reading.workers)
-    if row.has_classes:
-        refuse_one_class(dataset, otherwise)
     return replace(row.encode(model, dataset, reading), workers=reading.workers)
 
 
 def refuse_one_class(dataset: Dataset, otherwise: str = ALONE) -> None:
     """Refuse samples with labels that are all the same: a `DataError`."""
-    if dataset.labels is not None and len({dataset.labels[index] for index in dataset.rows}) < 2:
+    if dataset.labels is None:
+        return
+    there = dataset.classes if dataset.stream else None  # the head of a stream has not all of them
+    if len(there or {dataset.labels[index] for index in dataset.rows}) < 2:
         why = "nothing can be learnt from telling one class apart"
         hint = f"use data with two classes or more, or {otherwise}"
         raise DataError(f"the samples of `{dataset.name}` are all of one class", why=why, hint=hint)

@@ -21,7 +21,7 @@ from peftc.models.model import Model, detached
 from peftc.models.place import place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
-from peftc.options import Recipe
+from peftc.options import Reading, Recipe
 from peftc.report import Report, Table
 from peftc.tasks.table import task_of
 from peftc.training import parallel, samples
@@ -59,20 +59,20 @@ class Student:
         return found
 
 
-def headed(model: Model, data: str, task: str | None, head: str, seed: int) -> Headed:
+def headed(model: Model, data: str, reading: Reading, head: str) -> Headed:
     """Return the model with a head for the classes of the data: a new one, or its own.
 
     Args:
         model: as stored.
         data: a `--data` spec.
-        task: of the table; guessed when None.
+        reading: how it is read; ``seed`` is of the first values of a new head, too.
         head: ``auto`` gives a new one where the classes do not fit, ``new`` always, ``keep`` never.
-        seed: of the first values of a new head.
     """
+    task, seed = reading.task, reading.seed
     row, own = task_of(model, task), Headed(model, [], {})
     if row is not None and not row.has_classes and not (task is None and row.name == "sentence-similarity"):
         return own
-    dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training")
+    dataset = open_data(data, num_samples=None, seed=seed, task=task, role="training", streaming=reading.streaming)
     classes = dataset.classes
     if classes is None or (row is None and model.library == "python"):
         return own

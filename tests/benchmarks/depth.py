@@ -45,8 +45,8 @@ from peftc.pruning.asked import Work
 from peftc.pruning.losses import Trial
 from peftc.report import Report
 from peftc.training import imitation, samples
+from peftc.training.held import Held
 from peftc.training.loop import fit
-from peftc.training.samples import Held
 
 DATA = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SETS = {
