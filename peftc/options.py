@@ -35,7 +35,7 @@ OPTIMIZERS = (  # of `Recipe`: by torch, and the last three by bitsandbytes
 UNCUT = ("adafactor", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")  # of them: they look at whole weights
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NO_QUESTION = ("gradient_checkpointing", "shard", "offload")  # of `Recipe`: how it is computed, not what is asked
-LATER = ("optimizer", "schedule", "early_stop", "compile")  # of `Recipe`: what earlier requests do not name is usual
+LATER = ("optimizer", "schedule", "early_stop", "compile", "packing")  # of `Recipe`: usual where none is named
 EPOCHS = 10  # of a finetuning, where no length is given
 
 
@@ -135,6 +135,7 @@ class Recipe(Group):
     early_stop: int | None = option(None, "stop where N looks in a row bring nothing better", rule=AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute layers again in the backward pass, to save memory")
     compile: bool = option(False, "compile the layers by torch.compile")
+    packing: bool = option(False, "join short texts to full windows, none of which sees another")
     seed: int = 0
     held_out: float = option(0.1, "share of the data that picks the best weights", metavar="SHARE", rule=SHARE)
     shard: bool = option(False, "cut weights, gradients and the optimizer's state over the processes")
@@ -308,10 +309,12 @@ class Reading(Group):
     workers: int | None = option(None, "read ahead in so many processes (default: as pays)", rule=NOT_NEGATIVE)
     seed: int = 0
     windows: Windows = Windows()
+    packed: bool = False  # texts are joined to windows in which none sees another
 
     def parameters(self) -> dict[str, Any]:
         """Return it as the parameters of a step that reads the same samples."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "windows"}
+        own = ("windows", "packed")
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
 
     def request(self) -> dict[str, Any]:
         """Return what a request says of it; columns stand in its data, and the seed on its own."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -90,6 +91,27 @@ def of_text(
         return stored.flat(name, "int32", blocks)
     except cutting.NotLocalError:
         return stored.flat(name, "int32", whole)
+
+
+def of_each(model: Model, tokenizer: Any, data: Dataset) -> stored.Flat:
+    """Return the tokens of each text, without special ones, behind how many it has; of a large data set on disk.
+
+    The lines of a file are its texts.
+    """
+
+    def blocks() -> Iterator[np.ndarray]:
+        texts = data.inputs()
+        lines = (line.rstrip("\n") for text in (data.pieces() if data.pieces else texts) for line in io.StringIO(text))
+        found = (line for line in lines if line) if data.has_lines else iter(texts)
+        while some := list(itertools.islice(found, AT_ONCE)):
+            with refusing(model):
+                made = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            refuse_unknown(model, made)
+            yield np.array([number for ids in made for number in (len(ids), *ids)], np.int32)
+        data.refuse_change()
+
+    name = fingerprint(model, data, "each") if data.identity else None
+    return stored.flat(name, "int32", blocks) if data.identity else stored.Flat([*blocks()])
 
 
 def of_rows(model: Model, data: Dataset, texts: Sequence[Any], max_length: int | None, *, full: bool = False) -> Tokens:

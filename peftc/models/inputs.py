@@ -13,6 +13,7 @@ from peftc.models.model import Batch, Model
 from peftc.models.place import place_of
 from peftc.nn import surgery
 
+APART = "places"  # in a batch: the places of tokens, each text of a window counted from 0
 # what a network may raise on an input that was made up for it
 DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
@@ -116,10 +117,15 @@ def outputs(model: Model, batch: Batch) -> Tensor:
 
 
 def run(module: nn.Module, batch: Batch) -> Any:
-    """Return what a network gives for a batch."""
+    """Return what a network gives for a batch; texts of one window do not see each other where their places say so.
+
+    transformers looks at the places alone where no mask and no cache of keys is given.
+    """
     if not isinstance(batch, dict):
         return module(batch)
     with padding.told(module, batch) as known:
+        if (places := known.pop(APART, None)) is not None:
+            known = {"input_ids": known["input_ids"], "position_ids": places, "use_cache": False}
         return module(**known)
 
 

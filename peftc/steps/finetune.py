@@ -78,6 +78,7 @@ def finetune(
     early_stop: int | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
+    packing: bool = False,
     held_out: float = 0.1,
     shard: bool = False,
     offload: bool = False,
@@ -135,6 +136,8 @@ def finetune(
         early_stop: stop where so many looks in a row brought nothing better.
         gradient_checkpointing: compute layers a second time in the backward pass, which takes time and saves memory.
         compile: compile the layers by `torch.compile`.
+        packing: for a causal language model, join texts to windows of ``max_length`` tokens in which none sees another,
+            so that hardly anything is padding; else all texts are one, and windows are cut from that.
         shard: cut weights, gradients and the optimizer's state, and the teacher's weights, over the processes of a
             launch, so that each holds its share of them. The figures are those of whole weights.
         offload: keep these shares in the memory of the CPU while a GPU computes.

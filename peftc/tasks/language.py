@@ -21,6 +21,7 @@ from peftc.models.tokenizer import tokenizer_of
 from peftc.nn import vocabulary
 from peftc.nn.vocabulary import Logits
 from peftc.options import Reading
+from peftc.tasks.packing import encode_packed
 from peftc.tasks.task import Batch, Columns, Encoded, Task
 from peftc.tasks.windows import encode_cut, known, some_of
 
@@ -43,6 +44,8 @@ def encode_causal(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return windows of text, whose every token but the first is foretold from those before it."""
     if settings.windows.asked():
         return encode_cut(model, data, settings)
+    if settings.packed:
+        return encode_packed(model, data, settings)
     start, begun = torch.tensor([], dtype=torch.long), ""
     if data.kind == "tensor":
         drawn = torch.stack([data[index][0] for index in range(len(data))])

@@ -1,7 +1,7 @@
 """What was asked of a training > samples, teacher and terms, opened early: what does not fit is refused before work."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from peftc.options import Augment, Reading, Recipe
 from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import retrieval
+from peftc.tasks.packing import refuse_unpackable
 from peftc.tasks.table import task_of
+from peftc.tasks.task import Task
 from peftc.training import imitation, loop, samples
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.schedule import Outcome
@@ -99,10 +101,13 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
     terms = imitation.terms(asked, lesson.settings)
     if not imitation.factored(stored):
         terms.pop("perturbation", None)  # there are no products of factors
+    if lesson.recipe.packing:
+        _refuse_unpacked(task_of(student, lesson.reading.task))
+        refuse_unpackable(student)
     given = samples.read(
         student,
         lesson.data,
-        lesson.reading,
+        replace(lesson.reading, packed=lesson.recipe.packing),
         labels=bool(asked.get(TASK)),
         held_out=lesson.recipe.held_out,
         augment=lesson.augment,
@@ -124,10 +129,18 @@ def prepared(lesson: Lesson, student: Model, stored: Model, asked: Mapping[str, 
     if lesson.recipe.spread:
         _refuse_in_pieces(terms, given.task is retrieval.TASK)
     guide = teacher_of(lesson.teacher, stored, terms, lesson.device, lesson.recipe)
+    if lesson.recipe.packing and guide is not None:
+        refuse_unpackable(guide)
     pairs = imitation.pair(student, guide) if guide is not None and "features" in terms else []
     work = Imitation(student, guide, given, terms, weight, pairs)
     work.check()
     return work
+
+
+def _refuse_unpacked(task: Task | None) -> None:
+    if task is None or task.name != "causal-lm":
+        why = f"the task is `{task.name}`" if task else "nothing tells what the model is for"
+        raise UsageError("`--packing` joins texts for causal language models", why=why, hint="leave it out")
 
 
 def _refuse_in_pieces(terms: Mapping[str, Any], of_pairs: bool) -> None:
