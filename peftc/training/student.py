@@ -12,13 +12,13 @@ from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError, named
-from peftc.models import adapting, delta, heads, sharding, targets, write
+from peftc.models import adapting, delta, halved, heads, sharding, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
 from peftc.models.layers import layers
 from peftc.models.load import refuse_non_finite
 from peftc.models.model import Model, detached
-from peftc.models.place import place_of, runnable
+from peftc.models.place import device_of, place_of, runnable
 from peftc.nn import surgery
 from peftc.nn.adapted import Adapted, adapted_modules, without_scratch
 from peftc.options import Reading, Recipe
@@ -125,8 +125,13 @@ def build(
     refuse_non_finite(model)
     function = methods.find("adapter", method, "--method")
     chosen = methods.with_settings(function, method, settings)
-    copied = replace(model, module=_copied(model.module, recipe), infos={}, files=[])
-    copied = copied if recipe.spread else runnable(copied, device=device)
+    beside = methods.trait(function, "BESIDE_HALF", False) and not on_product  # a product is made of whole factors
+    halves = beside and halved.suits(model.module, recipe)
+    copied = replace(model, module=_copied(model.module, widened=not (recipe.spread or halves)), infos={}, files=[])
+    if halves:
+        halved.widen(copied.module, device_of(device))
+    elif not recipe.spread:
+        runnable(copied, device=device)
     before = adapted_modules(copied.module)
     if before:
         placed = _again(model, copied, before, method)
@@ -141,7 +146,8 @@ def build(
         for parameter in (getattr(copied.module.get_submodule(name), leaf) for leaf in leaves):
             if parameter is not None:
                 if not recipe.spread:
-                    parameter.data = parameter.detach().clone()  # it may be a window on a file
+                    own = parameter.detach().clone()  # it may be a window on a file
+                    parameter.data = own.float() if halves else own
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in copied.module.parameters()):
         why = "no module takes an update of that method"
@@ -149,6 +155,8 @@ def build(
         raise PlanError(f"nothing of `{model.name}` would learn by `{method}`", why=why, hint=hint)
     if recipe.spread:
         copied = parallel.in_pieces(copied, layers(model), recipe, device, learns=True)
+    elif halves:
+        halved.attach(copied)
     return Student(copied, head, placed)
 
 
@@ -187,14 +195,14 @@ def _outputs(model: Model) -> set[str]:
     return targets.heads(model, {name: each for name, each in model.module.named_modules() if each._parameters})
 
 
-def _copied(module: nn.Module, recipe: Recipe) -> nn.Module:
-    """Return a copy that shares parameters but not buffers, which may learn; half precision is widened, or when cut."""
+def _copied(module: nn.Module, *, widened: bool) -> nn.Module:
+    """Return a copy that shares parameters but not buffers, which may learn; half precision is widened as asked."""
     copied = detached(module)
     for each in copied.modules():
         for name, buffer in each._buffers.items():
             if buffer is not None:
                 each._buffers[name] = buffer.clone()
-    if not recipe.spread and surgery.uniform_dtype(copied) not in (torch.float32, torch.float64):
+    if widened and surgery.uniform_dtype(copied) not in (torch.float32, torch.float64):
         copied.float()
     return copied
 
@@ -223,6 +231,7 @@ def as_stored(module: nn.Module, stored: nn.Module, updates: Mapping[str, Any]) 
     Buffers that served the training alone go.
     """
     types = {name: tensor.dtype for name, tensor in surgery.tensors_of(stored).items()}
+    halved.release(module)
     module = module.cpu().requires_grad_(False)
     for each in adapted_modules(module).values():
         settle(each.update)

@@ -1,18 +1,20 @@
 """The teacher of a training, and what is said of it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftc import processes
 from peftc.errors import UsageError
-from peftc.models import write
+from peftc.models import halved, write
 from peftc.models.layers import layers
 from peftc.models.load import load, load_base
-from peftc.models.model import Model
-from peftc.models.place import runnable
+from peftc.models.model import Model, detached
+from peftc.models.place import device_of, runnable, usual_dtype
 from peftc.options import Recipe
 from peftc.report import Report, Table
 from peftc.store.source import Source
@@ -38,7 +40,12 @@ def teacher_of(
         hint = "name a teacher: `--teacher MODEL`"
         raise UsageError(f"`{student.name}` records no base that could teach it", hint=hint)
     guide = load_base(student) if teacher is None else load(teacher)
-    if not recipe.spread:
+    place = device_of(device)
+    if not recipe.spread and halved.suits(guide.module, recipe) and usual_dtype(guide, place) == torch.float32:
+        guide = replace(guide, module=detached(guide.module))
+        halved.widen(guide.module, place)
+        halved.attach(guide)
+    elif not recipe.spread:
         guide = runnable(guide, device=device)
     guide.module.requires_grad_(False)
     return parallel.in_pieces(guide, layers(guide), recipe, device, learns=False) if recipe.spread else guide

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from peftc.methods.adapter.lora import Lora, check_rank
 from peftc.nn import forms
 
+BESIDE_HALF = True  # its updates widen what they read of a weight
+
 
 def dora(
     module: nn.Module, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0

@@ -21,6 +21,9 @@ from peftc.nn.folded import folded
 LAYOUTS = ["peft", "loralib"]
 
 
+BESIDE_HALF = True  # its updates widen what they read of a weight
+
+
 def lora(
     module: nn.Module, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, layout: str = "peft"
 ) -> nn.Module | tuple[str, ...] | None:

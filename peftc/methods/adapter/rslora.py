@@ -8,6 +8,8 @@ from torch import nn
 
 from peftc.methods.adapter.lora import check_rank, low_rank
 
+BESIDE_HALF = True  # its updates widen what they read of a weight
+
 
 def rslora(
     module: nn.Module, *, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, layout: str = "peft"
