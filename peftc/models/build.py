@@ -56,6 +56,8 @@ def fill(model: Model, tensors: Weights) -> dict[str, str]:
     """Map weights into the network of a model; return stored name -> name in the file."""
     if model.library == "transformers":
         return from_transformers.fill(model, tensors)
+    if model.library == "timm":
+        return from_timm.fill(model, tensors)
     return surgery.fill(model.module, tensors.names(), tensors.read, where=tensors.where)
 
 

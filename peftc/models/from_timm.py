@@ -1,16 +1,20 @@
 """Networks of timm: by architecture, or from a folder with timm's ``config.json``."""
 
+import sys
+import warnings
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftc.errors import SourceError, UsageError, reason_of
+from peftc.errors import SourceError, UsageError, named, reason_of
 from peftc.models import hub
 from peftc.models.model import PREPROCESS, Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
+from peftc.models.weights import Weights
+from peftc.nn import surgery
 from peftc.store import documents
 from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source, read_json
@@ -46,6 +50,8 @@ def meant(name: str, prefix: str) -> str | None:
     return f"did you mean `{prefix}{near[0]}`?" if near else None
 
 
+# names of parameters that hold something for each patch, or for each distance between two of them
+OF_PLACES = ("pos_embed", "pos_embed_win", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")
 SETTINGS: dict[str, Any] = {  # what peftc reads of a pretrained_cfg, in shape
     "input_size?": ([int], None),
     "mean?": ([float], float, None),
@@ -139,3 +145,39 @@ def described(module: nn.Module, config: dict[str, Any], source: Source, name: s
     labels = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
     labels = list(labels) if isinstance(labels, list | tuple) else None
     return Model(module, source, "timm", config, record, name, preprocess=preprocess, labels=labels)
+
+
+def fill(model: Model, tensors: Weights) -> dict[str, str]:
+    """Map weights into a network of timm; return stored name -> name in the file.
+
+    What says where a patch lies is resampled where the network reads images of another size, as timm does on loading.
+    """
+    wanted, where = surgery.tensors_of(model.module), tensors.where
+    sizes = {name: info.shape for name, info in tensors.infos.items()}
+    sizes |= {name: tuple(tensor.shape) for name, tensor in tensors.loaded.items()}
+    other = [name for name, each in wanted.items() if name in sizes and tuple(each.shape) != sizes[name]]
+    of_places = [name for name in other if name.rpartition(".")[2] in OF_PLACES]
+    fitted = _fitted(model.module, tensors) if of_places and other == of_places else {}
+    changed = [name for name in of_places if name in fitted and fitted[name].shape == wanted[name].shape]
+    for name in changed:
+        tensors.loaded[name] = fitted[name].contiguous()
+        tensors.infos.pop(name, None)
+    if changed:
+        side = "x".join(str(each) for each in model.preprocess.get("input_size", [])[1:])
+        model.notes.append(
+            f"weights: {named(changed, 2)} of `{where}` resampled for images of {side} pixels, as timm does"
+        )
+    return surgery.fill(model.module, tensors.names(), tensors.read, where=where)
+
+
+def _fitted(network: nn.Module, tensors: Weights) -> dict[str, Tensor]:
+    """Return the tensors as timm's own reader of checkpoints of this family gives them; empty where it has none."""
+    family = sys.modules[type(network).__module__]
+    reader = getattr(family, "checkpoint_filter_fn", None) or getattr(family, "_checkpoint_filter_fn", None)
+    if reader is None:
+        return {}
+    found = {name: tensors.read(name) for name in tensors.names()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's on the speed of how timm interpolates
+        fitted = reader(found, network)
+    return {name: each for name, each in fitted.items() if isinstance(each, Tensor)}

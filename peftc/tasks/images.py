@@ -37,7 +37,8 @@ def encode_images(model: Model, data: Dataset, settings: Reading) -> Encoded:
             if "memory" in str(error):
                 raise
             why = f"it does not run on one of shape {list(sample.shape[1:])}: {reason_of(error)}"
-            raise DataError(f"`{model.name}` does not take the samples of `{data.name}`", why=why) from error
+            hint = _built_for(model, settings.image_size)
+            raise DataError(f"`{model.name}` does not take the samples of `{data.name}`", why=why, hint=hint) from error
     return Encoded(len(data), batch, key=f"{sorted(model.preprocess.items(), key=str)} {settings.image_size}")
 
 
@@ -50,4 +51,12 @@ def refuse_size(model: Model, image_size: int | None, *, is_fixed: bool) -> None
     size = model.preprocess.get("input_size")
     if size and is_fixed and list(size[1:]) != [image_size] * 2:
         why = f"`--image-size` asks for {image_size}"
-        raise DataError(f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=why)
+        hint = _built_for(model, image_size)
+        raise DataError(f"`{model.name}` reads images of {size[1]} x {size[2]} only", why=why, hint=hint)
+
+
+def _built_for(model: Model, image_size: int | None) -> str | None:
+    """Return how to build a model for images of a size; None where that cannot be, as what was made of it keeps its."""
+    if image_size is None or model.library != "timm" or model.manifest is not None:
+        return None
+    return f"build it for that size: `--arch-set img_size={image_size}` in place of `--image-size`"

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftc
-from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError, WeightError
+from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError, WeightError
 from peftc.models.inputs import outputs, probe
-from peftc.models.load import load
+from peftc.models.load import load, load_base
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.steps.decompose import decompose
 from peftc.store.source import Source
+from tests.networks import INPUT, save_timm
 
 HERE = "python:tests.models.test_load"
 
@@ -379,3 +380,63 @@ def test_a_file_of_float16_and_bfloat16_is_named(tiny_vit: Path, tmp_path: Path)
     save_file({**state, "head.bias": state["head.bias"].view(torch.bfloat16)}, path)
     (note,) = load(folder).notes
     assert note.startswith("weights: 1 of the tensors are bfloat16, as `head.bias`, and ")
+
+
+# images of another size
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_small_patch16_18x2_224", {"embed_dim": 24, "num_heads": 2, "depth": 2}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}),
+        ("beit_base_patch16_224", {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}),
+    ],
+)
+def test_position_embeddings_are_resampled_as_timm_does(
+    tmp_path: Path, architecture: str, arguments: dict[str, Any]
+) -> None:
+    import timm
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 5}
+    folder = save_timm(tmp_path, architecture, size | arguments, INPUT)
+    model = load(Source(str(folder), arch_set={"img_size": 48}))
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=48).eval()
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(model.module(x), theirs(x))
+    assert model.preprocess["input_size"] == [3, 48, 48]
+    (note,) = [note for note in model.notes if "resampled" in note]
+    assert "48x48 pixels" in note and "pos" in note
+
+
+def test_an_artifact_of_another_size_reloads_and_knows_its_base(tiny_vit: Path, tmp_path: Path) -> None:
+    source = Source(str(tiny_vit), arch_set={"img_size": 48})
+    decompose(source, rank=4, output_dir=tmp_path / "small", device="cpu")
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        peftc.load(tmp_path / "small")(x)
+    kept = load_file(tmp_path / "small" / "model.safetensors")["pos_embed"]
+    assert torch.equal(kept, load(source).module.pos_embed)
+    assert load_base(load(tmp_path / "small")).preprocess["input_size"] == [3, 48, 48]
+
+
+def test_weights_that_differ_otherwise_are_still_refused(tiny_vit: Path) -> None:
+    with pytest.raises(WeightError, match="has shape"):
+        load(Source(str(tiny_vit), arch_set={"img_size": 48, "embed_dim": 16}))
+    with pytest.raises(WeightError, match="has shape"):
+        load(Source(str(tiny_vit), arch_set={"num_classes": 7}))
+
+
+def test_a_size_of_images_that_a_model_does_not_read_says_what_to_type(tiny_vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--arch-set img_size=48") as refusal:
+        peftc.evaluate(tiny_vit, data="sklearn:digits", image_size=48, num_samples=8, device="cpu")
+    assert refusal.value.hint is not None
+    other = Source(str(tiny_vit), arch_set={"img_size": 48})
+    peftc.evaluate(other, data="sklearn:digits", num_samples=8, device="cpu")
+    decompose(other, rank=4, output_dir=tmp_path / "small", device="cpu")
+    with pytest.raises(DataError) as refusal:
+        peftc.evaluate(tmp_path / "small", data="sklearn:digits", image_size=32, num_samples=8, device="cpu")
+    assert refusal.value.hint is None, "an artifact keeps the size that it was made for"
