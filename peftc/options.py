@@ -117,27 +117,29 @@ class Recipe(Group):
 
     HEADING = "how to train"
 
-    epochs: float | None = option(None, "train for so many passes over the data", rule=POSITIVE)
-    steps: int | None = option(None, "train for so many steps", rule=AT_LEAST_1)
-    minutes: float | None = option(None, "train for about so many minutes", rule=POSITIVE)
+    epochs: float | None = option(None, "train for N passes over the data", rule=POSITIVE)
+    steps: int | None = option(None, "train for N steps", rule=AT_LEAST_1)
+    minutes: float | None = option(None, "train for about N minutes", rule=POSITIVE)
     batch_size: int = option(32, "samples of one step, over all processes", rule=AT_LEAST_1)
-    accumulate: int = option(1, "compute each step in so many parts, to save memory", rule=AT_LEAST_1)
+    accumulate: int = option(1, "compute each step in N parts, to save memory", rule=AT_LEAST_1)
     learning_rate: float = option(3e-4, "highest learning rate", metavar="X", rule=POSITIVE)
     weight_decay: float = option(0.01, "weight decay of AdamW", metavar="X", rule=NOT_NEGATIVE)
     optimizer: str = option("adamw", f"what moves the weights: {', '.join(OPTIMIZERS)}", metavar="NAME")
     schedule: str = option("cosine", "how the learning rate falls", metavar="|".join(SCHEDULES))
     warmup: float = option(0.1, "share of the steps to warm up over", metavar="SHARE", rule=SHARE)
     clip: float = option(1.0, "largest norm of the gradient, 0 for none", metavar="X", rule=NOT_NEGATIVE)
-    ema: float | None = option(None, "keep a moving average of this decay", metavar="X", rule=SHARE)
+    ema: float | None = option(None, "keep a moving average of the weights, with this decay", metavar="X", rule=SHARE)
     dropout: bool = option(False, "let dropout and drop-path act")
     mixed_precision: str = option("no", "number format to multiply in", metavar="no|bf16|fp16")
-    evaluations: int = option(5, "look at the held-out samples so often", rule=AT_LEAST_1)
-    early_stop: int | None = option(None, "stop where N looks in a row bring nothing better", rule=AT_LEAST_1)
+    evaluations: int = option(5, "measure held-out samples N times", rule=AT_LEAST_1)
+    early_stop: int | None = option(None, "stop after N measurements in a row without a better one", rule=AT_LEAST_1)
     gradient_checkpointing: bool = option(False, "compute layers again in the backward pass, to save memory")
     compile: bool = option(False, "compile the layers by torch.compile")
     packing: bool = option(False, "join short texts to full windows, none of which sees another")
     seed: int = 0
-    held_out: float = option(0.1, "share of the data that picks the best weights", metavar="SHARE", rule=SHARE)
+    held_out: float = option(
+        0.1, "share of the train split to hold out: it picks the best weights", metavar="SHARE", rule=SHARE
+    )
     shard: bool = option(False, "cut weights, gradients and the optimizer's state over the processes")
     offload: bool = option(False, "keep what is cut in the memory of the CPU")
 
@@ -299,14 +301,14 @@ class Reading(Group):
     HEADING = "what to measure on"
 
     task: str | None = option(None, "what the model is for (default: guessed)", metavar="TASK")
-    num_samples: int | None = option(None, "use this many samples", rule=AT_LEAST_1)
+    num_samples: int | None = option(None, "use N samples", rule=AT_LEAST_1)
     image_size: int | None = option(None, "height and width of images", metavar="PIXELS", rule=AT_LEAST_1)
     max_length: int | None = option(None, "longest text", metavar="TOKENS", rule=AT_LEAST_1)
     image_column: str | None = option(None, "column of images (default: guessed)", metavar="NAME")
     text_column: str | None = option(None, "column of text (default: guessed)", metavar="NAME")
     label_column: str | None = option(None, "column of labels (default: guessed)", metavar="NAME")
     streaming: bool = option(False, "read a data set of the hub as it comes, keeping no copy")
-    workers: int | None = option(None, "read ahead in so many processes (default: as pays)", rule=NOT_NEGATIVE)
+    workers: int | None = option(None, "processes that read samples ahead (default: as many as pay)", rule=NOT_NEGATIVE)
     seed: int = 0
     windows: Windows = Windows()
     packed: bool = False  # texts are joined to windows in which none sees another
@@ -354,9 +356,9 @@ class Calibration(Group):
 
     HEADING = "what to measure on"
 
-    calibration_samples: int = option(512, "calibrate on at most this many samples", rule=AT_LEAST_1)
+    calibration_samples: int = option(512, "calibrate on at most N samples", rule=AT_LEAST_1)
     calibration_tokens: int | float | None = option(
-        None, "calibrate on about this many tokens or patches, as 64k", rule=AT_LEAST_1, reads="amount"
+        None, "calibrate on about N tokens or patches, as 64k", rule=AT_LEAST_1, reads="amount"
     )
     max_memory: str | float | None = option(
         None, "calibrate and factor within this much memory, as 8GB", metavar="SIZE", reads="size_text"
@@ -369,8 +371,8 @@ class Gates(Group):
 
     HEADING = "gates: exit 3 where they are not met"
 
-    max_drop: float | None = option(None, "gate: largest loss of quality", metavar="X")
-    min_quality: float | None = option(None, "gate: least quality", metavar="X")
+    max_drop: float | None = option(None, "gate: largest loss of quality, in the unit of the metric", metavar="X")
+    min_quality: float | None = option(None, "gate: least quality, in the unit of the metric", metavar="X")
 
     def __bool__(self) -> bool:
         """Whether anything is asked for."""

@@ -9,10 +9,11 @@ A step writes::
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 Advance = Callable[[str], None]
 Sink = Callable[[str, int | None], AbstractContextManager[Advance]]
+Aside = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -24,12 +25,18 @@ def _silent(title: str, total: int | None) -> Iterator[Advance]:
 
 
 _sink: Sink = _silent
+_aside: Aside = nullcontext
 
 
-def set_sink(sink: Sink | None) -> None:
-    """Send progress to ``sink``; None makes it silent again."""
-    global _sink
-    _sink = sink or _silent
+def set_sink(sink: Sink | None, aside: Aside = nullcontext) -> None:
+    """Send progress to ``sink``, which is put ``aside`` while others draw; None makes it silent again."""
+    global _sink, _aside
+    _sink, _aside = sink or _silent, aside
+
+
+def others() -> AbstractContextManager[None]:
+    """Leave the terminal to bars of another library, as those of a download."""
+    return _aside()
 
 
 def track(title: str, total: int | None = None) -> AbstractContextManager[Advance]:

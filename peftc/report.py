@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,27 @@ from typing import Any
 SCHEMA_VERSION = 1
 
 GUESSED = "guessed: "  # begins a note that is shown with `-q`, too: what it says may be wrong
+LOUD = (
+    GUESSED,
+    "resumed at ",
+    "nothing is ",
+    "weights: ",
+    "the chain ",
+    "pushed ",
+    "not kept in ",
+    "`--against base` ",
+)  # beside a summary
 Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for people; cells are already formatted or plain numbers."""
+    """Rows for people; cells are already formatted or plain numbers. One is ``main`` that is what was asked for."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    main: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,11 @@ class Report:
         data: JSON-ready figures, merged into the top level of ``--json``.
         artifact: the folder written or read, printed on stdout.
         lines: for stdout, in place of the artifact's path.
+        summary: a word, and what to say of it, in place of tables that are not main and notes that are not `LOUD`.
         tables: what people see on stderr.
         details: tables that people see on request, with `-v`.
         notes: sentences for people that are no problem; one that begins with `GUESSED` is shown with `-q`, too.
+        told: notes that the artifact which was read had already.
         warnings: sentences that say what was not done, or not as asked.
         gates: limits and whether they were kept.
     """
@@ -52,11 +65,13 @@ class Report:
     data: dict[str, Any] = field(default_factory=dict)
     artifact: Path | None = None
     lines: list[str] = field(default_factory=list)
+    summary: dict[str, str] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     details: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
+    told: Collection[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the one object that ``--json`` prints, in the types of JSON."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from typer import Context, Exit
 
-from peftc import processes
+from peftc import processes, progress
 from peftc.cli import console
 from peftc.cli.options import OUTPUT, PUSH, SOURCE, of_group
 from peftc.cli.texts import settings
@@ -50,7 +50,9 @@ def command(
             repo = shared.get("push_to_hub")
             _check_push(repo, shared, given)
             try:
-                outcome = _run(ctx, _tidy(ctx, given), shared)
+                given = _piped(given)  # the terminal is that of the command before until it is done
+                with progress.track(f"peftc {ctx.info_name}"):
+                    outcome = _run(ctx, _tidy(ctx, given), shared)
             except PeftcError as refusal:
                 refusal.why = "; ".join(filter(None, (refusal.why, _not_typed(ctx, refusal))))
                 raise
@@ -82,7 +84,8 @@ def command(
 def _step(ctx: Context) -> Callable[..., Report]:
     """Return the step that a command runs; to import it takes seconds."""
     word = str(ctx.info_name).replace("-", "_")
-    return getattr(importlib.import_module(f"peftc.steps.{word}"), word)  # type: ignore[no-any-return]
+    with progress.track("starting"):
+        return getattr(importlib.import_module(f"peftc.steps.{word}"), word)  # type: ignore[no-any-return]
 
 
 def _sound(name: str, value: Any) -> Any:
@@ -129,12 +132,11 @@ def _run(ctx: Context, options: dict[str, Any], shared: dict[str, Any]) -> Repor
     if shared.get("offline"):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
     if "models" in options:
-        named = [_standard_input() if model == "-" else model for model in options.pop("models")]
+        named = list(options.pop("models"))
         return _step(ctx)(named or config.artifacts(project, str(ctx.info_name)), **options)
     if "model" not in options:
         return _step(ctx)(**options)
     model = options.pop("model")
-    model = _standard_input() if model == "-" else model
     from_file = {name for name in project.from_file if _came_from(ctx, name) != "COMMANDLINE"}
     writes = ctx.command.callback.writes  # type: ignore[union-attr]
     place = config.place(project, str(ctx.info_name), model, writes=writes)
@@ -249,6 +251,16 @@ def _push(outcome: Report, repo: str | None, *, private: bool) -> None:
     outcome.data |= pushed.data
     outcome.notes += pushed.notes
     outcome.warnings += pushed.warnings
+
+
+def _piped(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the artifact that standard input names in the place of `-`."""
+    named = dict(options)
+    if named.get("model") == "-":
+        named["model"] = _standard_input()
+    if "-" in (named.get("models") or ()):
+        named["models"] = [_standard_input() if model == "-" else model for model in named["models"]]
+    return named
 
 
 def _standard_input() -> str:

@@ -1,18 +1,19 @@
 """The only printer: data on stdout, everything for people on stderr."""
 
+import itertools
 import json as json_module
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peftc import progress
 from peftc.cli import layout
 from peftc.errors import shown
-from peftc.report import GUESSED, Cell, Gate, Report, Table, figure
+from peftc.report import GUESSED, LOUD, Cell, Gate, Report, Table, figure
 from peftc.store.documents import escaped
 
 ASCII = str.maketrans(
@@ -110,11 +111,13 @@ def width(*, of_stdout: bool = False) -> int | None:
         return None
 
 
-def _wrapped(text: str) -> str:
+def _wrapped(text: str, indent: int = 2) -> str:
     columns = width()
     if columns is None or len(text) <= columns:
         return text
-    return textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    words: Any = {"break_long_words": False, "break_on_hyphens": False}
+    first, rest = (text[:indent], text[indent:]) if indent > 2 else ("", text)
+    return textwrap.fill(rest, columns, initial_indent=first, subsequent_indent=" " * indent, **words)
 
 
 # reports
@@ -127,18 +130,38 @@ def report(outcome: Report, *, json: bool = False, quiet: bool = False, verbose:
 
 
 def tell(outcome: Report, *, quiet: bool = False, verbose: bool = False) -> None:
-    """Print what a report has for people, with ``verbose`` its details as well."""
+    """Print what a report has for people: where it has a summary that, and all of it and its details if ``verbose``."""
+    brief = bool(outcome.summary) and not verbose
     if not quiet:
-        for table in [*outcome.tables, *(outcome.details if verbose else [])]:
+        shown = (
+            [*outcome.tables, *outcome.details]
+            if verbose
+            else [each for each in outcome.tables if each.main or not brief]
+        )
+        for table in shown:
             say("\n".join([*table_lines(table, width()), ""]))
+        tell_summary(outcome.summary)
     for text in outcome.notes:
-        if not quiet or text.startswith(GUESSED):
+        if text.startswith(GUESSED if quiet else LOUD if brief else "") and text not in outcome.told:
             note(text)
     for text in outcome.warnings:
         warn(text)
     for gate in outcome.gates:
         if not (quiet and gate.passed):
             say(gate_text(gate))
+
+
+def tell_summary(summary: Mapping[str, str]) -> None:
+    """Print a line of each word; what to do next is not said to a program that reads the output."""
+    shown = {word: text for word, text in summary.items() if word != "next" or _is_read_by_people()}
+    indent = max(map(len, shown), default=0) + 2
+    for word, text in shown.items():
+        line = f"{word.ljust(indent)}{text}"
+        say(line if text.startswith("`peftc ") else _wrapped(line, indent))  # what is typed stays whole, to be copied
+
+
+def _is_read_by_people() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def deliver(outcome: Report, *, json: bool = False) -> None:
@@ -162,7 +185,7 @@ def gate_text(gate: Gate) -> str:
 def table_lines(table: Table, columns: int | None = None) -> list[str]:
     """Lay a table out in at most ``columns``, under its title."""
     rows = [[_cell(cell) for cell in row] for row in table.rows]
-    title = [_styled(table.title, BOLD)] if table.title else []
+    title = [_styled(line, BOLD) for line in textwrap.wrap(table.title, columns or len(table.title) + 1)]
     return [*title, *layout.laid_out(list(zip(table.columns, *rows, strict=True)), columns)]
 
 
@@ -182,7 +205,10 @@ def setup(*, quiet: bool = False, verbose: int = 0) -> None:
     import logging
 
     bars = _is_terminal() and not quiet
-    progress.set_sink(_Bars().track if bars else None)
+    ours = _Bars()
+    progress.set_sink(ours.track if bars else None, ours.aside)
+    if bars:
+        os.register_at_fork(after_in_child=_own_streams)
     root = logging.getLogger()
     if not root.handlers:  # none of ours yet, and no other program's either
         logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -202,6 +228,13 @@ def setup(*, quiet: bool = False, verbose: int = 0) -> None:
         os.environ.setdefault(name, value)
 
 
+def _own_streams() -> None:
+    """Let a forked process write past the display, which another thread may have been drawing at that moment."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, getattr(stream, "rich_proxied_file", stream))
+
+
 class _Bars:
     """One display, which nested bars share."""
 
@@ -215,24 +248,65 @@ class _Bars:
             self.display = _display()
             self.display.start()
         display = self.display
-        task = display.add_task(title, total=total, detail="")
+        self._show_spinners(False)  # what goes on inside says more
+        task = display.add_task(title, total=total, detail="", parts="" if total is None else f"0/{total}")
+        done = itertools.count(1)
 
         def advance(detail: str = "") -> None:
-            display.update(task, advance=1, detail=detail)
+            number = next(done)
+            display.update(task, advance=1, detail=detail, parts="" if total is None else f"{number}/{total}")
 
         try:
             yield advance
         finally:
             display.remove_task(task)
+            self._show_spinners(True)
             if not display.tasks:
                 display.stop()
                 self.display = None
 
+    def _show_spinners(self, visible: bool) -> None:
+        """Show the innermost work, where its end is unknown, or hide all such work."""
+        spinners = [task.id for task in self.display.tasks if task.total is None]
+        last = [task.id for task in self.display.tasks[-1:]]
+        for task in spinners:
+            self.display.update(task, visible=visible and task in last)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the display off the terminal for a while."""
+        display = self.display
+        if display is None:
+            yield
+            return
+        display.stop()
+        try:
+            yield
+        finally:
+            display.start()
+
 
 def _display() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    middle = [] if (width() or 80) < 60 else [BarColumn(20), TimeRemainingColumn(compact=True)]
-    text, detail = (TextColumn(each, markup=False) for each in ("{task.description}", "{task.fields[detail]}"))
-    return Progress(text, *middle, MofNCompleteColumn(), detail, console=Console(stderr=True), transient=True)
+    class Clock(TimeRemainingColumn):
+        """What is left, and of work whose end nobody knows how long it has taken."""
+
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.total is not None else TimeElapsedColumn().render(task)
+
+    narrow = (width() or 80) < 60
+    middle = [Clock()] if narrow else [BarColumn(20), Clock(compact=True)]
+    words = ("{task.description}", "{task.fields[parts]}", "{task.fields[detail]}")
+    text, parts, detail = (TextColumn(each, markup=False) for each in words)
+    return Progress(
+        SpinnerColumn(),
+        text,
+        *middle,
+        parts,
+        detail,
+        console=Console(stderr=True),
+        transient=True,
+        refresh_per_second=5,
+    )

@@ -69,7 +69,7 @@ def run(
     if dry_run:
         _foresee(stages, project, book)
     else:
-        _run(stages, project, book, quiet=quiet or processes.rank() > 0)
+        _run(stages, project, book, quiet=quiet or processes.rank() > 0, verbose=bool(verbose))
     outcome = _report(stages, str(recipe or config.FILE), dry_run=dry_run)
     if processes.rank() == 0:
         console.tell(replace(outcome, gates=[]), quiet=quiet)
@@ -109,7 +109,7 @@ def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project
     return stages, project
 
 
-def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: bool) -> None:
+def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: bool, verbose: bool) -> None:
     """Run the steps whose answer does not stand, each on the artifact of the one before, until a gate is not met."""
     model, index = str(project.model), 0
     for number, stage in enumerate(stages, 1):
@@ -121,7 +121,7 @@ def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: b
                 console.note(f"step {number} of {len(stages)}, `{stage.name}`: {why}")
             stage.why, chain = why, config.read_chain(project.runs)
             place = config.place_at(chain, index, stage.word, model) if stage.writes else config.Place(model)
-            _carry_out(stage, place, asked, book, quiet=quiet)
+            _carry_out(stage, place, asked, book, quiet=quiet, verbose=verbose)
         if stage.writes and stage.artifact is not None:
             model = stage.artifact
             if processes.rank() == 0 and why is None:
@@ -137,7 +137,7 @@ def _question(stage: Stage, model: str, book: Ledger) -> tuple[Asked, str | None
     return asked, book.reason(stage.name, asked)
 
 
-def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *, quiet: bool) -> None:
+def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *, quiet: bool, verbose: bool) -> None:
     """Run one step as if it had been typed, and keep what came of it."""
     context = stage.context
     context.obj = replace(context.obj, place=place)
@@ -150,12 +150,16 @@ def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *,
         raise
     stage.seconds = round(time.monotonic() - started, 3)
     if not quiet:
-        console.tell(outcome)
+        console.tell(replace(outcome, summary=_without_next(outcome)), verbose=verbose)
         console.say()
     stage.report = processes.agreed(outcome.to_json)  # the first process knows what was written
     stage.state = DONE if outcome.passed else FAILED
     if processes.rank() == 0:
         book.note(stage.name, asked, stage.report, passed=outcome.passed)
+
+
+def _without_next(outcome: Report) -> dict[str, str]:
+    return {word: text for word, text in outcome.summary.items() if word != "next"}  # the chain itself goes on
 
 
 def _foresee(stages: list[Stage], project: config.Project, book: Ledger) -> None:

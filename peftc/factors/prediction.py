@@ -177,7 +177,8 @@ def add_curve(report: Report, work: Factoring, allocation: str, multiple: int, t
         sizes = [short(one["parameters"]), "" if one["macs"] is None else short(one["macs"])]
         rows.append([f"{one['ratio']:g}", f"{one['predicted']:.3g}", f"{one['factored']} of {number}", *sizes])
     title = f"predicted loss ({unit}) against ratio, {name}, {allocation}"
-    report.tables.append(Table(title, ["ratio", "predicted", "factored", "parameters", "multiply-adds"], rows))
+    columns = ["ratio", "predicted", "factored", "parameters", "multiply-adds"]
+    report.tables.append(Table(title, columns, rows))
     if anchors and trial is not None:
         found["samples"] = trial.samples
         ratios = ", ".join(f"{one['ratio']:g}" for one in points if "measured" in one)

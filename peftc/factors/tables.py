@@ -7,6 +7,7 @@ from peftc.factors import joint
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Ranks
 from peftc.nn.surgery import tensor_bytes
+from peftc.pages import brief
 from peftc.plans.plan import Target
 from peftc.report import Report, Table, grouped, percent, size_table, span
 
@@ -142,3 +143,11 @@ def dense_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> Table:
         for reason in dict.fromkeys(dense[name] for name in names):
             lines.append([kind, sum(dense[name] == reason for name in names), reason])
     return Table("modules left dense", ["module", "count", "why"], lines)
+
+
+def summarise(report: Report, asked: str, *, data: str | None) -> None:
+    """Say in a few lines what was factored, and that what is left wants training."""
+    rows, ratio = report.data["modules"], report.data["ratio"]
+    factored = sum(row["rank"] is not None for row in rows)
+    kept = f"{factored} of {len(rows)} modules, {percent(ratio['eligible'])} of their weights kept"
+    brief.tell(report, brief.decimal(asked), {"factored": kept}, then=brief.heal(report.artifact, data))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftc import progress
 from peftc.errors import SourceError, UsageError, did_you_mean, reason_of
 from peftc.store import manifest
 from peftc.store.header import TensorInfo
@@ -80,9 +81,10 @@ def downloaded(located: Located, source: Source, patterns: list[str], what: str,
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = snapshot_download(
-            located.name, revision=located.revision, local_files_only=source.offline, allow_patterns=patterns
-        )
+        with progress.others():
+            folder = snapshot_download(
+                located.name, revision=located.revision, local_files_only=source.offline, allow_patterns=patterns
+            )
     except (HFValidationError, *failures()) as error:
         raise _refusal(error, replace(located, revision=asked or located.revision), source, what) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # an answer that is not the hub's

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftc import progress
 from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
 from peftc.models import adapting, build, delta, from_gguf, from_peft, from_timm, hub, weights
 from peftc.models.model import PREPROCESS, Model, detached
@@ -39,6 +40,11 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if isinstance(model, nn.Module):
         return build.from_live(detached(model).eval())
     source = model if isinstance(model, Source) else Source(str(model))
+    with progress.track(f"loading {source.spec.rstrip('/').rpartition('/')[2]}"):
+        return _loaded(source, weights, merge)
+
+
+def _loaded(source: Source, weights: bool, merge: bool) -> Model:
     located = _located(source, weights)
     if located.kind == "artifact":
         return _artifact(source, located, weights, merge)

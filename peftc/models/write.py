@@ -32,6 +32,7 @@ from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files
 NOT_COMPANIONS = ("config.json", "peftc.json", EXPORT, artifact.RESULT, maps.FILE, "data_config.json")
+UNKEPT = ("summary", "told")  # of a report: they follow from what is kept
 CLOSE = 1e-4  # of the largest output: two builds of one network may pick other kernels, but not other numbers
 
 
@@ -167,7 +168,9 @@ def write_artifact(
     for name, content in companions(model).items():
         files[name] = artifact.write_companion(job.folder / name, content)
     if known is not None and model.folder is not None:  # where the artifacts of the chain were read, by id
-        job.places = {**artifact.read_result(model.folder).get("places", {}), known.id: model.place}
+        before = artifact.read_result(model.folder)
+        job.places = {**before.get("places", {}), known.id: model.place}
+        job.told = (before.get("report") or {}).get("notes", [])
     record.write(job.folder)
     return record
 
@@ -242,11 +245,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def finish(job: Job, record: Manifest, report: Report, device: torch.device) -> None:
     """Write the result beside the manifest and let the folder appear, which the report then names."""
-    told = asdict(replace(report, artifact=None))
-    result = {"seconds": round(job.seconds, 3), **environment(device), "report": told}
+    report.told = job.told
+    result = {"seconds": round(job.seconds, 3), **environment(device), "report": kept(report)}
     extra = {"asked": job.asked} if job.asked else {}
     job.finish(record, result | extra | ({"places": job.places} if job.places else {}))
     report.artifact = job.output
+
+
+def kept(report: Report) -> dict[str, Any]:
+    """Return what a result keeps of a report."""
+    return {name: each for name, each in asdict(replace(report, artifact=None)).items() if name not in UNKEPT}
 
 
 def keep_measured(report: Report, model: Model, question: Any) -> None:

@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from peftc.errors import DataError, PlanError, UsageError
 
+ALPHA = 0.3  # of SLS
+POINTS = 0.02  # that the task's first metric may fall where nothing was asked
 NOISE = 0.03  # a silhouette so near to the threshold may fall on its other side for another seed (papers notes, 3.3)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How many or which layers: by a threshold, a number, a list, or what their loss costs; one of them is set."""
+    """How many or which layers: by a threshold, a number, a list, or what their loss may cost.
+
+    A threshold and a cost go together: the first says which layers may go, the second how many of them.
+    """
 
     alpha: float | None = None  # share of the last score, in (0, 1]
     keep: int | None = None  # how many
     drop: tuple[int, ...] = ()  # which go, by number
-    within_drop: float | None = None  # what quality may cost, in the unit of the task's first metric
+    within_drop: float | None = None  # how much worse the task's first metric may get, by the end of its interval
+    usual: bool = False  # nothing was asked
+
+    def said(self, score: str | None) -> str:
+        """Return it in words, with the score that layers were ranked by."""
+        if self.drop:
+            return f"drop layers {', '.join(map(str, self.drop))}"
+        if self.within_drop is not None:
+            return f"drop layers in the order of {score}, while quality loses at most {self.within_drop:g}"
+        how = f"keep {self.keep} layers" if self.keep is not None else f"drop what alpha {self.alpha:g} lets go"
+        return f"{how}, by {score}"
+
+    def request(self) -> dict[str, Any]:
+        """Return what a request says of it."""
+        asked = {name: value for name, value in asdict(self).items() if name != "usual"}
+        return {**asked, "drop": list(self.drop) or None}
 
 
-def asked(alpha: float, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None) -> Asked:
-    """Return what was asked, alpha where nothing else was; UsageError where two things were, or what makes no sense."""
-    if not 0 < alpha <= 1:
+def asked(
+    alpha: float | None, keep: int | None, drop: str | Sequence[int] | None, within_drop: float | None = None
+) -> Asked:
+    """Return what was asked, or the usual; UsageError where it does not go together, or makes no sense."""
+    if alpha is not None and not 0 < alpha <= 1:
         raise UsageError(f"`--alpha` is {alpha:g}", why="it is a share of the last layer's score, in (0, 1]")
-    ways = {"--keep": keep, "--drop": drop, "--within-drop": within_drop}
+    ways = {"--alpha": alpha, "--keep": keep, "--drop": drop, "--within-drop": within_drop}
     given = [f"`{option}`" for option, value in ways.items() if value is not None]
-    if len(given) > 1:
+    if not given:
+        return Asked(ALPHA, within_drop=POINTS, usual=True)
+    if len(given) > 1 and given != ["`--alpha`", "`--within-drop`"]:
         raise UsageError(f"{' and '.join(given)} are both given", hint="leave one of them out")
     if keep is not None and keep < 1:
         raise UsageError(f"`--keep` is {keep}", why="one layer at least has to stay")
     if within_drop is not None and not 0 <= within_drop < float("inf"):
         raise UsageError(f"`--within-drop` is {within_drop:g}", why="it is how much worse the quality may get")
     if drop is None:
-        return Asked(None if given else alpha, keep, within_drop=within_drop)
+        return Asked(alpha, keep, within_drop=within_drop)
     try:
         numbers = tuple(sorted({int(part) for part in (drop.split(",") if isinstance(drop, str) else drop)}))
     except ValueError:

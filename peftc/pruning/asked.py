@@ -23,7 +23,8 @@ HELD_OUT = 0.2  # of the train split, to measure quality on where there is no va
 class Work:
     """What there is to decide on: a model as stored and ready to run, its layers, and what to score them by, on what.
 
-    The batch size is that of the task when None; ``stability`` repeats the score, with ``seed``.
+    The batch size is that of the task when None; ``stability`` repeats the score, with ``seed``. Gaps are closed where
+    ``repair`` is True, and as far as they can be where it is None.
     """
 
     stored: Model
@@ -35,6 +36,7 @@ class Work:
     batch_size: int | None = None
     stability: bool = False
     seed: int = 0
+    repair: bool | None = False
 
     @property
     def samples_at_once(self) -> int:
@@ -99,10 +101,18 @@ def score_of(
         if given is None and asked.drop:
             return None
         usual = "tsne_silhouette" if has_classes or given is None else "block_influence"
-        wanted = scores.named("drop" if asked.within_drop is not None else usual, settings)
+        measures = asked.within_drop is not None and asked.alpha is None
+        wanted = scores.named("drop" if measures else usual, settings)
     if wanted.reads_data and given is None:
         hint = "name some of the task: `--data DATA`"
         raise UsageError(f"`--score {wanted.word}` looks at what layers do with samples", hint=hint)
+    if asked.usual and not _in_points(given):
+        loss = "the figure of its task is no share" if given is not None and given.labelled else "there are no labels"
+        raise UsageError(
+            f"`{wanted.word}` ranks layers, but does not say how many to keep",
+            why=f"a loss of quality is measured in points, and {loss}",
+            hint="say how many: `--keep N`, or what they may cost: `--within-drop X`",
+        )
     if wanted.is_of_depth and not has_classes:
         why = f"`{data}` has none that the model tells apart"
         hint = "score layers without labels: `--score block-influence --keep N`"
@@ -111,10 +121,15 @@ def score_of(
         why = "no samples are named" if given is None else f"`{data}` has none for this model's task"
         hint = "name some with `--data DATA`, or say how many layers stay: `--keep N`"
         raise UsageError("`--within-drop` measures quality, which needs samples with labels", why=why, hint=hint)
-    if asked.alpha is not None and not wanted.is_of_depth:
+    if asked.alpha is not None and not asked.usual and not wanted.is_of_depth:
         raise UsageError(
             f"`{wanted.word}` ranks layers, but does not say how many to keep",
             why="a share of the last layer's score means something for silhouettes only, which need labels",
             hint="say how many: `--keep N`",
         )
     return wanted
+
+
+def _in_points(given: Samples | None) -> bool:
+    """Return whether the first metric of the samples is a share, as top1, of which a point is a hundredth."""
+    return given is not None and given.labelled and given.task is not None and given.task.metrics[0].higher_is_better

@@ -1,20 +1,23 @@
 """Samples > a score per layer > Decision, and the evidence beside it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peftc.errors import PlanError
+from peftc.measure.intervals import Interval
 from peftc.models import layers
 from peftc.models.inputs import outputs, probe
 from peftc.models.model import Model
 from peftc.plans import depth
 from peftc.plans.depth import Decision
-from peftc.pruning import evidence, losses
+from peftc.pruning import closing, evidence, losses
 from peftc.pruning.asked import Work
 from peftc.pruning.evidence import Choice
 from peftc.pruning.losses import Removal, Trial
 from peftc.pruning.scores import Score, Seen, scored, see
+from peftc.pruning.shorter import shorter_of
 from peftc.report import Cell, Report, Table
 
 
@@ -27,23 +30,23 @@ def choose(work: Work, report: Report) -> Choice:
     if work.score is None:
         return Choice(_with_fixed(work, depth.without(asked.drop, number), fixed, report), fixed)
     seen = _seen(work, report)
-    trial = _trial(work, report)
-    floor = None if trial is None or asked.within_drop is None else trial.quality() - asked.within_drop
+    trial, within = _trial(work, report), asked.within_drop
     found: list[float]
     gone: list[Removal] = []
     if work.score.is_measured:
         assert trial is not None
-        keep = 1 if floor is not None else asked.keep or number
-        found, gone = losses.greedy(trial, work.names, fixed, keep=keep, floor=floor)
+        keep = 1 if within is not None else asked.keep or number
+        found, gone = losses.greedy(trial, work.names, fixed, keep=keep, within=within)
     else:
         found = scored(work.runs, work.names, work.score, seen)
-        if floor is not None and trial is not None:
+        if within is not None and trial is not None:
             order = depth.worst_first(found, fixed, of_depth=work.score.is_of_depth)
-            gone = losses.in_order(trial, work.names, order, floor)
+            stay = _proposed(work, found, work.score)
+            gone = losses.in_order(trial, work.names, [at for at in order if at not in stay.kept], within)
     decision = _with_fixed(work, _decision(work, found, work.score, fixed, gone), fixed, report)
     choice = Choice(decision, fixed, found, seen, gone)
     if trial is not None:
-        choice.measured = _measured(work, trial, floor, gone)
+        choice.measured = _measured(work, trial, gone)
 
     def decide(scores: Sequence[float], score: Score) -> Decision:
         return _decision(work, scores, score, fixed, gone).with_(fixed)
@@ -70,29 +73,43 @@ def _seen(work: Work, report: Report) -> Seen | None:
 
 def _trial(work: Work, report: Report) -> Trial | None:
     """Return what quality is measured on, where that decides."""
-    if work.given is None or work.score is None or (not work.score.is_measured and work.asked.within_drop is None):
+    decides = work.asked.within_drop is not None
+    if work.given is None or work.score is None or not (work.score.is_measured or decides):
         return None
-    held, about = losses.measured_on(work.given, scored_on_the_rest=not work.score.is_measured)
+    closes = decides and work.repair is not False
+    held, about = losses.measured_on(work.given, scored_on_the_rest=closes or not work.score.is_measured)
     if held.encoded is work.given.train.encoded and len(held) > len(work.given.held or ()):
         report.notes = [note for note in report.notes if not note.startswith("held out:")]
     report.notes.append(f"measured without layers on {about}")
-    return Trial(work.runs, work.given, held, work.samples_at_once)
+
+    def repaired(dropped: Sequence[str]) -> Model:
+        kept = [name for name in work.names if name not in dropped]
+        unseen = Report("prune-layers")  # what there is to say is said of those that go in the end
+        return closing.close_gaps(work, shorter_of(work, kept, unseen), unseen)
+
+    return Trial(work.runs, work.given, held, work.samples_at_once, repaired if closes else None, work.seed)
 
 
-def _measured(work: Work, trial: Trial, floor: float | None, gone: Sequence[Removal]) -> dict[str, Any]:
-    """Return what was measured: of the metric before and after, and of each layer that went."""
+def _measured(work: Work, trial: Trial, gone: Sequence[Removal]) -> dict[str, Any]:
+    """Return what was measured: of the metric before and after, of each layer that went, and of the one too many."""
     task, allowed = trial.given.task, work.asked.within_drop
     metric = task.metrics[0] if task else None
+    whole = trial.quality if allowed is not None else None
 
-    def plain(quality: float | None) -> float | None:
-        """Return a quality as its metric gives it, where less may be better."""
-        return quality if quality is None or metric is None or metric.higher_is_better else -quality
+    def told(each: Removal) -> dict[str, Any]:
+        cost = each.cost
+        row: dict[str, Any] = {"name": work.names[each.layer], "rise": each.rise, "quality": None, "cost": None}
+        if cost is not None and math.isfinite(cost.value) and whole is not None and metric is not None:
+            row["quality"] = whole - cost.value if metric.higher_is_better else whole + cost.value
+            row["cost"] = cost._asdict()
+        return row
 
-    removals = [{"name": work.names[each.layer], "rise": each.rise, "quality": plain(each.quality)} for each in gone]
+    removals = [told(each) for each in gone]
     found: dict[str, Any] = {"samples": len(trial.held), "passes": trial.tried, "removals": removals}
-    if floor is not None and allowed is not None and metric is not None:
-        after = plain(gone[-1].quality if gone else floor + allowed)
-        found |= {"metric": metric.name, "within_drop": allowed, "before": plain(floor + allowed), "after": after}
+    if allowed is not None and metric is not None:
+        stopped = None if trial.stopped is None else told(trial.stopped)
+        found |= {"metric": metric.name, "within_drop": allowed, "before": whole, "stopped": stopped}
+        found |= {"after": removals[-1]["quality"] if removals else whole, "repaired": trial.repaired is not None}
     return found
 
 
@@ -102,13 +119,22 @@ def _decision(
     number, asked = len(work.names), work.asked
     if asked.drop:
         return depth.without(asked.drop, number)
+    proposed = _proposed(work, found, score)
+    if asked.within_drop is not None:  # of those that may go, some cost too much
+        went = {each.layer for each in gone}
+        return replace(proposed, kept=tuple(at for at in range(number) if at in proposed.kept or at not in went))
     if asked.alpha is not None:
-        return depth.above_threshold(found, asked.alpha)
-    if gone or asked.within_drop is not None:
-        return Decision(tuple(at for at in range(number) if at not in {each.layer for each in gone}))
+        return proposed
     if score.is_of_depth:
         return Decision(tuple(range(asked.keep or number)))
     return depth.best(found, asked.keep or number, fixed)
+
+
+def _proposed(work: Work, found: Sequence[float], score: Score) -> Decision:
+    """Return the layers that have to stay by their scores alone: none where no threshold was asked for."""
+    if work.asked.alpha is None or not score.is_of_depth:
+        return Decision(())
+    return depth.above_threshold(found, work.asked.alpha)
 
 
 def _with_fixed(work: Work, decision: Decision, fixed: Sequence[int], report: Report) -> Decision:
@@ -167,11 +193,19 @@ def tell(report: Report, work: Work, choice: Choice) -> None:
         report.notes.append(
             f"threshold: {threshold:.3f}, alpha {work.asked.alpha:g} of the last layer's {scores[-1]:.3f}"
         )
-    if "metric" in choice.measured:
-        known = choice.measured
-        report.notes.append(
-            f"{known['metric']} without any training: {known['before']:.4g} before, {known['after']:.4g} after, on the "
-            f"{known['samples']} samples that decided"
-        )
+    report.notes += _said(choice.measured) if "metric" in choice.measured else []
     doubt = evidence.doubt(choice, work.names)
-    report.warnings += [doubt] if doubt else []
+    report.warnings += [doubt] if doubt and work.asked.within_drop is None else []
+
+
+def _said(known: Mapping[str, Any]) -> list[str]:
+    """Return what the layers that went cost, and the one that would have cost too much."""
+    with_repair = ", its gaps closed" if known["repaired"] else ""
+    lines = [
+        f"{known['metric']} without any training{with_repair}: {known['before']:.4g} before, {known['after']:.4g} "
+        f"after, on the {known['samples']} samples that decided"
+    ]
+    if known["stopped"] and known["stopped"]["cost"]:
+        name, cost = known["stopped"]["name"], Interval(**known["stopped"]["cost"])
+        lines.append(f"`{name}` stays: without it the loss is {cost}, and at most {known['within_drop']:g} is allowed")
+    return lines

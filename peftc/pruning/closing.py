@@ -85,10 +85,11 @@ class Moments:
         return float((lost @ self.gram * lost).sum()) / max(square, 1e-30)
 
 
-def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
-    """Change the weights of a shorter network so that it gives what the whole one does, gap by gap.
+def close_gaps(work: Work, shorter: Shorter, report: Report) -> Model:
+    """Change the weights of a shorter network so that it gives what the whole one does, gap by gap; return it to run.
 
-    The whole one, whose tensors it shares, is not changed. PlanError where no gap can be closed like that.
+    The whole one, whose tensors it shares, is not changed. PlanError where no gap can be closed like that, if it was
+    asked for.
     """
     shapes = _shapes(work)
     gaps = _gaps(work.names, list(shorter.renamed), shapes)
@@ -119,7 +120,7 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
             row["left"], weight, bias = change
             _fold((shorter.model, runs), name, weight, bias)
     report.data["repair"] = rows
-    if gaps and all(row["into"] is None for row in rows):
+    if work.repair and gaps and all(row["into"] is None for row in rows):
         hint = "leave it out, and train what was pruned"
         raise PlanError(f"`--repair` cannot close a gap of `{work.stored.name}`", why=str(rows[0]["why"]), hint=hint)
     shown = []
@@ -127,6 +128,7 @@ def close_gaps(work: Work, shorter: Shorter, report: Report) -> None:
         left = "" if row["left"] is None else f"{row['left']:.0%}"
         shown.append([row["after"] or "the start", row["layers"], row["into"] or "", left, row["why"]])
     report.tables.insert(0, Table("gaps", ["after", "layers", "closed in", "of the difference left", ""], shown))
+    return runs
 
 
 def _gaps(names: Sequence[str], kept: Sequence[str], shapes: Mapping[str, Any]) -> list[Gap]:

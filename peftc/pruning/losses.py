@@ -9,16 +9,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peftc import processes, progress
-from peftc.errors import DataError, WeightError
+from peftc.errors import DataError, PlanError, WeightError
+from peftc.measure.intervals import Interval
 from peftc.models import layers, unread
 from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.nn.vocabulary import Logits
-from peftc.tasks.task import Batch, batches
+from peftc.tasks.figures import interval_of
+from peftc.tasks.task import Batch, Columns, Metric, batches
 from peftc.tasks.unlabelled import divergence
 from peftc.training import samples
 from peftc.training.held import Held
@@ -27,15 +30,38 @@ from peftc.training.samples import Samples
 MEASURED = 500  # samples at most: each layer tried costs a forward pass over them
 
 
+@dataclass(frozen=True)
+class Removal:
+    """A layer that went, or would have; the rise of the loss with those before it, and what all of them cost.
+
+    The cost is in the task's first metric, with its interval; either is None where it was not measured.
+    """
+
+    layer: int
+    rise: float | None = None
+    cost: Interval | None = None
+
+
 @dataclass
 class Trial:
-    """Samples to measure a runnable network on without some layers, and how many passes were made over them so far."""
+    """Samples to measure a runnable network on without some layers.
+
+    Attributes:
+        model, given, held, batch_size: the network, its samples, those of them to measure on, and how many at once.
+        repaired: gives the network without some layers, its gaps closed; None where they stay open.
+        seed: of resampling.
+        tried: passes that were made over the samples so far.
+        stopped: the layer that would have cost too much.
+    """
 
     model: Model
     given: Samples
     held: Held
     batch_size: int
+    repaired: Callable[[Sequence[str]], Model] | None = None
+    seed: int = 0
     tried: int = 0
+    stopped: Removal | None = None
     _whole: list[Logits] = field(default_factory=list)
 
     def loss(self, dropped: Sequence[str] = ()) -> float:
@@ -59,11 +85,36 @@ class Trial:
             raise WeightError(f"`{self.model.name}` has a loss that is not finite", why=without)
         return found
 
-    def quality(self, dropped: Sequence[str] = ()) -> float:
-        """Return the task's first metric without some layers, larger is better."""
+    def cost(self, dropped: Sequence[str]) -> Interval:
+        """Return how much worse the task's first metric is without some layers, with its 95 % interval.
+
+        PlanError where the network does not run without them.
+        """
         self.tried += 1
-        with layers.bypassed(self.model.module, dropped):
-            return samples.figures(self.model, self.given, self.held, self.batch_size)
+        if self.repaired is None:
+            with layers.bypassed(self.model.module, dropped):
+                without = samples.observed(self.model, self.given, self.held, self.batch_size)
+        else:
+            without = samples.observed(self.repaired(dropped), self.given, self.held, self.batch_size)
+        more = interval_of(self._metric, self.seed, without, self._observed)
+        if not self._metric.higher_is_better:
+            return more
+        return Interval(0.0 - more.value, 0.0 - more.high, 0.0 - more.low)
+
+    @property
+    def quality(self) -> float:
+        """The task's first metric of the whole network."""
+        return float(np.mean(self._metric.of(self._observed)))
+
+    @functools.cached_property
+    def _observed(self) -> Columns:
+        self.tried += 1
+        return samples.observed(self.model, self.given, self.held, self.batch_size)
+
+    @property
+    def _metric(self) -> Metric:
+        assert self.given.task is not None
+        return self.given.task.metrics[0]
 
     @functools.cached_property
     def _batches(self) -> list[Batch]:
@@ -94,21 +145,12 @@ def measured_on(given: Samples, *, scored_on_the_rest: bool) -> tuple[Held, str]
     return held, f"{len(held)} samples of the train split, which the model may know"
 
 
-@dataclass(frozen=True)
-class Removal:
-    """A layer that went; the rise of the loss with those before it, and the first metric, larger is better, or None."""
-
-    layer: int
-    rise: float | None = None
-    quality: float | None = None
-
-
 def greedy(
-    trial: Trial, names: Sequence[str], fixed: Sequence[int], *, keep: int, floor: float | None
+    trial: Trial, names: Sequence[str], fixed: Sequence[int], *, keep: int, within: float | None
 ) -> tuple[list[float], list[Removal]]:
     """Leave out the layer that is missed least, measure all others again, and so on, until ``keep`` layers are left.
 
-    Fixed layers stay. With a floor it stops where the quality would fall below.
+    Fixed layers stay. It stops, too, before the interval of what they cost together ends above ``within``.
 
     Returns:
         how much the loss rises without each layer alone, NaN for fixed ones; and the removals, in order.
@@ -117,7 +159,7 @@ def greedy(
     alone = [math.nan] * len(names)
     gone: list[Removal] = []
     left = [at for at in range(len(names)) if at not in fixed]
-    rounds = max(1, len(names) - keep) if floor is None else len(left)
+    rounds = max(1, len(names) - keep) if within is None else len(left)
     with progress.track("leaving out layers", rounds) as advance:
         while left and (not gone or len(names) - len(gone) > keep):
             without = [names[removal.layer] for removal in gone]
@@ -131,26 +173,42 @@ def greedy(
             if len(names) - len(gone) <= keep:
                 break
             least = min(left, key=lambda at: (rises[at], -at))
-            quality = None if floor is None else trial.quality([*without, names[least]])
-            if quality is not None and floor is not None and quality < floor:
+            removal = Removal(least, rises[least], None if within is None else trial.cost([*without, names[least]]))
+            if not _fits(removal, within):
+                trial.stopped = removal
                 break
-            gone.append(Removal(least, rises[least], quality))
+            gone.append(removal)
             left.remove(least)
             advance(names[least])
     return alone, gone
 
 
-def in_order(trial: Trial, names: Sequence[str], order: Sequence[int], floor: float) -> list[Removal]:
-    """Leave out layers in an order, until the quality would fall below ``floor``; one layer stays."""
+def in_order(trial: Trial, names: Sequence[str], order: Sequence[int], within: float) -> list[Removal]:
+    """Leave out layers in an order, until the interval of what they cost ends above ``within``; one layer stays.
+
+    Layers that only go together, as those of Swin do in pairs, are tried together.
+    """
     gone: list[Removal] = []
+    waiting: list[Removal] = []
     with progress.track("leaving out layers", len(order)) as advance:
         for at in order[: len(names) - 1]:
-            quality = trial.quality([*(names[removal.layer] for removal in gone), names[at]])
-            if quality < floor:
+            without = [names[removal.layer] for removal in (*gone, *waiting)]
+            try:
+                removal = Removal(at, cost=trial.cost([*without, names[at]]))
+            except PlanError:
+                waiting.append(Removal(at))
+                continue
+            if not _fits(removal, within):
+                trial.stopped = removal
                 break
-            gone.append(Removal(at, None, quality))
+            gone += [*waiting, removal]
+            waiting = []
             advance(names[at])
     return gone
+
+
+def _fits(removal: Removal, within: float | None) -> bool:
+    return within is None or (removal.cost is not None and removal.cost.high <= within)
 
 
 def gradient_products(model: Model, given: Samples, names: Sequence[str], batch_size: int) -> dict[str, Tensor]:

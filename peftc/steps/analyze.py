@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from peftc.calibration.collection import Statistics, source_of
 from peftc.calibration.prepared import Prepared, Request
 from peftc.data.spec import named
 from peftc.errors import UsageError
-from peftc.factors import prediction, spectra
+from peftc.factors import advice, prediction, spectra
 from peftc.factors.asked import eligible, refuse_together
 from peftc.factors.decide import ranked
 from peftc.factors.factoring import Factoring
@@ -26,6 +27,7 @@ from peftc.factors.prediction import Anchors
 from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
 from peftc.factors.speedup import tell_timed
+from peftc.factors.tables import dense_table
 from peftc.factors.trial import Trial, trial_of
 from peftc.methods.spectrum import tail_energies
 from peftc.models.load import load, refuse_non_finite
@@ -132,7 +134,7 @@ def analyze(
     found = _spectra(loaded, weights, spectra.factorizer("svd", conv_method, None), place)
     total = parameters(loaded.module)
     rows = [_row(weights[name], values, total, reasons.get(name)) for name, values in found.items()]
-    report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows)])
+    report = Report("analyze", {"parameters": total, "modules": rows}, tables=[_table(rows), dense_table([], reasons)])
     report.notes += notes + loaded.notes
     arrange(loaded, targets, None, joint)
     work = Factoring(loaded, targets, factorize, place, reasons)
@@ -153,6 +155,8 @@ def analyze(
         values = {name: each.tolist() for name, each in found.items()}
         draw(Path(plot), pictures.of_analysis(loaded.name, report.data, values))
         report.notes.append(f"spectra and predicted losses drawn in `{plot}`")
+    spec = loaded.source.spec if isinstance(model, str | Path | Source) else "MODEL"
+    advice.add(report, spec, data, None if plan is None else str(plan))
     return report
 
 
@@ -222,7 +226,7 @@ def _spectrum(values: Tensor) -> list[list[float]]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Group modules of one kind: medians of their figures, in shares of the full rank where ranks differ by shape."""
+    """Group eligible modules of one kind: their share of the parameters, and medians of their ranks."""
 
     def shape(some: list[Any]) -> str:
         shapes = {"x".join(map(str, row["shape"])) for row in some}
@@ -238,10 +242,21 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "break-even": middle("break_even_rank"),
         "effective": middle("effective_rank"),
         "stable": middle("stable_rank"),
-        **{f"{level} %": middle(f"rank_{level}") for level in ENERGIES},
-        "stays dense": lambda some: some[0]["reason"] or "",
+        **{f"{level} %": middle(f"rank_{level}") for level in (ENERGIES[0], ENERGIES[-1])},
     }
-    return by_kind("rank spectra (medians per kind)", {row["name"]: row for row in rows}, columns)
+    found = {row["name"]: row for row in rows if row["eligible"]} or {row["name"]: row for row in rows}
+    table = by_kind("", found, columns)
+    path = _common_path([str(kind) for kind, *_ in table.rows])
+    named = [[f"{str(kind)[len(path) :]} ({number})", *cells] for kind, number, *cells in table.rows]
+    title = f"ranks of modules{f' in `{path[:-1]}`' if path else ''}, medians"
+    return Table(title, ["module", *columns], named, main=True)
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """Return what dotted names begin with, all of them, up to a dot and with it."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)  # as many as the shortest has
+    same = list(itertools.takewhile(lambda some: len(set(some)) == 1, parts))
+    return "".join(f"{some[0]}." for some in same)
 
 
 def _say_plan(

@@ -24,6 +24,7 @@ from peftc.models.model import Model
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import parameters
 from peftc.options import Calibration, Reading
+from peftc.pages import brief
 from peftc.pages.records import statistics_table
 from peftc.plans.plan import Target
 from peftc.report import Report, size
@@ -124,14 +125,24 @@ def calibrate(
     output = write.output_folder(output_dir, loaded, "calibrate")
     with write.writing(loaded, output, request, overwrite=overwrite) as (job, base):
         if job.done:
-            return write.already(job, "calibrate")
-        job.require(_least_bytes(work.targets, factorize.needs))
-        found = collect(prepared, work.targets, factorize.needs, job.work)
-        found.note |= {"method": factorize.name, "eligible": list(work.targets), "collected": request}
-        report = _report(found, work.targets, reasons)
-        if processes.rank() == 0:
-            _write(job, loaded, base, request, found, report, work)
+            report = write.already(job, "calibrate")
+        else:
+            job.require(_least_bytes(work.targets, factorize.needs))
+            found = collect(prepared, work.targets, factorize.needs, job.work)
+            found.note |= {"method": factorize.name, "eligible": list(work.targets), "collected": request}
+            report = _report(found, work.targets, reasons)
+            if processes.rank() == 0:
+                _write(job, loaded, base, request, found, report, work)
+    _summarise(report, loaded, asked.data)
     return report
+
+
+def _summarise(report: Report, model: Model, data: str) -> None:
+    known = report.data
+    there = f"{', '.join(known['needs'])} of {len(known['modules'])} modules, {size(known.get('bytes', 0))}"
+    words = ("decompose", model.source.spec, "--statistics", report.artifact, "--ratio", "0.5", "-o", "small")
+    asked = f"statistics for --method {known['method']}, of {known['samples']:,} samples of `{data}`"
+    brief.tell(report, asked, {"collected": there}, then=brief.command(*words))
 
 
 def _least_bytes(targets: Mapping[str, Target], needs: Sequence[str]) -> int:
@@ -168,10 +179,7 @@ def _write(
     if changed := verified.differing(promised, remembered=False):
         raise write.differs(job.folder, f"`{changed[0].name}` holds other bytes")
     report.data["bytes"] = record.weight_bytes
-    report.notes += [
-        f"the folder takes {size(record.weight_bytes)}",
-        f"use it at any budget: `peftc decompose MODEL --statistics {job.output} --ratio 0.5 -o small`",
-    ]
+    report.notes.append(f"the folder takes {size(record.weight_bytes)}")
     write.finish(job, record, report, work.device)
 
 

@@ -16,7 +16,7 @@ from peftc.calibration.prepared import Prepared, Request
 from peftc.data import open_data
 from peftc.data.spec import GENERATED, named
 from peftc.errors import ClassesError, UsageError
-from peftc.factors import estimate, ordered, spectra
+from peftc.factors import estimate, ordered, spectra, tables
 from peftc.factors.asked import asked_budget, asked_plan, eligible, refuse_together, request_of, words
 from peftc.factors.decide import Question, carry_out, rehearse
 from peftc.factors.factoring import Factoring
@@ -30,6 +30,7 @@ from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import Budgets, Calibration, Gates, Reading
+from peftc.pages import brief
 from peftc.plans.plan import Aim, Input, Plan, multiple_of
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
@@ -193,6 +194,16 @@ def decompose(
     gate_size(report, max_params, max_bytes)
     if exam is not None:
         _measure(report, measured, model, loaded, exam, against)
+    return _summarised(report, question, factorize.name, data)
+
+
+def _summarised(report: Report, question: Question, method: str, data: str | None) -> Report:
+    if question.keeps_all:
+        then = brief.command("truncate", report.artifact, "--ratio", "0.5", "-o", "small")
+        brief.tell(report, f"the factors of every rank, by {method}", then=then)
+    else:
+        on = "" if data is None else f", calibrated on `{data}`"
+        tables.summarise(report, f"{question.words[0]}, factors by {method}{on}", data=data)
     return report
 
 

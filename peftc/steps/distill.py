@@ -21,6 +21,7 @@ from peftc.models.place import place_of
 from peftc.models.weights import pieces_of
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import Augment, Gates, Reading, Recipe, length
+from peftc.pages import brief
 from peftc.report import Report
 from peftc.store.job import Job
 from peftc.store.source import Source
@@ -92,7 +93,8 @@ def distill(
     Args:
         model: the student; a live network is copied, not changed.
         output_dir: the artifact's folder; ``<model>-distill`` when None.
-        teacher: who is imitated; the base that the student's manifest records when None.
+        teacher: who is imitated; when None the base that the student's manifest records or, where a step gave it a new
+            head, what that step wrote.
         data: what to learn from: its train split. With a test split and labels the result is measured on that.
         loss: weights of the terms, as ``features=1,task=1``: ``features``, ``perturbation``, ``logits``,
             ``embeddings`` and ``task``. PELA's when None: features, perturbation and, with labels, the task; and
@@ -176,6 +178,9 @@ def distill(
             report = _carry_out(job, base, request, work, stored, lesson, log_with)
     exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
     quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
+    terms = ", ".join([*work.terms, *(["task"] if work.task else [])])
+    asked = f"give what `{against.name}` gives for samples of `{data}`; terms: {terms}"
+    brief.tell(report, asked, then=brief.time(report.artifact))
     return report
 
 

@@ -14,6 +14,7 @@ from peftc.models.layerwise import layerwise
 from peftc.models.model import Model
 from peftc.models.place import runnable
 from peftc.options import Gates, Reading, Windows
+from peftc.pages import brief
 from peftc.report import Report
 from peftc.store.source import Source
 from peftc.tasks import baseline
@@ -94,4 +95,6 @@ def evaluate(
         report.notes.append(baseline.FOLDER)
     if isinstance(model, str | Path | Source):  # a network in memory may be a part of other work
         keep(report, subject)
+    spec = subject.source.spec if isinstance(model, str | Path | Source) else "MODEL"
+    brief.compare(report, brief.command("evaluate", spec, "--data", data, "--against", "base"))
     return report

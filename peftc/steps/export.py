@@ -26,6 +26,7 @@ from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
+from peftc.pages import brief
 from peftc.report import Report, Table, duration, percent, size
 from peftc.store import artifact, manifest
 from peftc.store.exports import EXPORT, ExportRecord
@@ -142,7 +143,22 @@ def export(
         found = report.data["quality"]
         add_gates(report, found, TASKS[found["task"]].metrics[0], gates)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
+    _summarise(report, stored.name)
     return report
+
+
+def _summarise(report: Report, name: str) -> None:
+    """Say what was written, how far it agrees with the model, and how much faster it runs."""
+    data = report.data
+    came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
+    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
+    what = "the same prediction for" if data["is_share"] else "a cosine of"
+    came["checked"] = f"in {data['runtime']}: outputs differ by {data['deviation']:.2g} of the largest, {what} {same}"
+    batch, timed = list(data["times"].items())[-1]
+    verdict = Speedup(**timed["speedup"]).verdict
+    came["speed"] = f"{verdict}: {duration(timed['export_seconds'])} for a batch of {batch}, in torch "
+    came["speed"] += duration(timed["torch_seconds"])
+    brief.tell(report, f"`{name}` as {data['format']}", came)
 
 
 def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense_updates: bool) -> None:
@@ -176,7 +192,7 @@ def _compared(
         if judge is not None:
             found = judge(parity.in_runtime(work.runs, exported))
             report.data["quality"] = found.data
-            report.tables += found.tables
+            report.tables += [replace(table, main=False) for table in found.tables]
             report.notes += found.notes
     finally:
         exported.close()
@@ -360,7 +376,7 @@ def _finish(
     report.artifact = job.output
     report.tables.insert(0, _table(report.data))
     result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}
-    job.finish(ExportRecord(job.id, request, files, about), result | {"report": asdict(replace(report, artifact=None))})
+    job.finish(ExportRecord(job.id, request, files, about), result | {"report": write.kept(report)})
 
 
 def _card_of(word: str) -> dict[str, Any]:

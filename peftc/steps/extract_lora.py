@@ -19,6 +19,7 @@ from peftc.models.place import place_of
 from peftc.models.weights import piece
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
+from peftc.pages import brief
 from peftc.report import Report, Table
 from peftc.store.source import Source
 from peftc.training import imitation, student
@@ -103,6 +104,8 @@ def extract_lora(
         )
         expected = load(Source(str(job.folder), allow_code=True))
         write.close(job, written, report, expected, place_of(network))
+    asked = f"what `{tuned.name}` changed in `{base.name}`, as updates of rank {rank}"
+    brief.tell(report, asked, then=brief.command("merge", report.artifact, "-o", "whole"))
     return report
 
 

@@ -27,6 +27,7 @@ from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
 from peftc.nn.surgery import tensor_bytes
 from peftc.options import EPOCHS, Augment, Gates, Reading, Recipe, length
+from peftc.pages import brief
 from peftc.report import Report, Table
 from peftc.steps.merge import taken_in
 from peftc.store.job import Job
@@ -42,6 +43,7 @@ from peftc.training.student import Student
 from peftc.training.teacher import tell
 
 METHODS_OWN = ("learning_rate", "weight_decay")  # unless they are asked for
+SMALLER = {"decompose", "truncate", "prune-layers"}  # steps after which speed is the question
 WITH_TEACHER = {"features": 1.0, TASK: 1.0}
 
 
@@ -210,7 +212,15 @@ def finetune(
             report = _carry_out(job, base, request, work, pupil, lesson, log_with)
     exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
     quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
+    _summarise(report, stored, method, data, as_delta=request["delta"])
     return report
+
+
+def _summarise(report: Report, stored: Model, method: str, data: str, *, as_delta: bool) -> None:
+    made = {step["request"]["command"] for step in (stored.manifest.steps if stored.manifest else [])}
+    then = brief.time(report.artifact) if made & SMALLER else brief.command("analyze", report.artifact, "--data", data)
+    whole = brief.command("merge", report.artifact, "-o", "whole")
+    brief.tell(report, f"tune for `{data}` by {method}", then=whole if as_delta else then)
 
 
 def _against(guide: Model | None, fitted: Headed, max_drop: float | None) -> Model | None:

@@ -14,6 +14,7 @@ from peftc.models.place import place_of
 from peftc.models.weights import pieces_of
 from peftc.nn.adapted import adapted_modules
 from peftc.nn.surgery import tensor_bytes
+from peftc.pages import brief
 from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.training import imitation
@@ -70,6 +71,12 @@ def merge(
             )
             write.close(job, record, report, whole, place_of(whole.module))
     gate_size(report, max_params, max_bytes)
+    merged = {}
+    if "merge" in report.data:
+        found = report.data["merge"]
+        differ = f"outputs on a random input differ by {found['relative_deviation']:.1e} of the largest"
+        merged = {"merged": f"{found['modules']} updates; {differ}"}
+    brief.tell(report, f"make `{stored.name}` whole", merged, then=brief.time(report.artifact))
     return report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from peftc.data.spec import named
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.measure import costs
+from peftc.measure.intervals import Interval
 from peftc.models import shorten, write
 from peftc.models.build import refuse_unbuildable
 from peftc.models.delta import is_delta, of_shorter, reference
@@ -26,7 +27,7 @@ from peftc.models.shorten import Shorter
 from peftc.models.weights import pieces_of
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
-from peftc.pages import pictures
+from peftc.pages import brief, pictures
 from peftc.pages.plot import draw, refuse_unwritable
 from peftc.plans import depth
 from peftc.pruning import closing, evidence, scores
@@ -35,7 +36,7 @@ from peftc.pruning.choice import choose, tell
 from peftc.pruning.evidence import Choice
 from peftc.pruning.scores import Seen
 from peftc.pruning.shorter import shorter_of
-from peftc.report import Report, gate_size, size_table
+from peftc.report import Report, figure, gate_size, size_table
 from peftc.steps.finetune import finetune
 from peftc.store import maps
 from peftc.store.job import Job
@@ -54,11 +55,11 @@ def prune_layers(
     data: str | None = None,
     score: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    alpha: float = 0.3,
+    alpha: float | None = None,
     keep: int | None = None,
     drop: str | Sequence[int] | None = None,
     within_drop: float | None = None,
-    repair: bool = False,
+    repair: bool | None = None,
     retrain: bool = False,
     method: str | None = None,
     epochs: float | None = None,
@@ -97,12 +98,15 @@ def prune_layers(
         score: of the table of methods; when None ``tsne-silhouette`` with labels, ``block-influence`` without, and
             ``drop`` with ``within_drop``.
         settings: of the score.
-        alpha: share of the last layer's score that the layers kept must reach, in (0, 1]; for scores of depth.
-        keep: keep so many layers instead: the first ones by a score of depth, the best by a score of single layers.
-        drop: drop these layers instead, by number from 0, as ``7,9,11``.
-        within_drop: drop as many layers instead as the task's first metric allows, which may get so much worse on
-            held-out samples: in the order of the score, and as ``drop`` the least harmful, measured again after each.
-        repair: close each gap by a linear map, fitted on the samples and folded into the layer before it.
+        alpha: keep the layers up to the last whose score falls below this share of the last layer's, in (0, 1]; for
+            scores of depth. With ``within_drop`` it only says which layers may go.
+        keep: keep so many layers: the first ones by a score of depth, the best by a score of single layers.
+        drop: drop these layers, by number from 0, as ``7,9,11``.
+        within_drop: drop as many layers as leave the task's first metric at most so much worse on held-out samples, by
+            the end of its 95 % interval: in the order of the score, and as ``drop`` the least harmful, measured again
+            after each. When none of these four is given 0.02, of the layers that may go by ``alpha`` 0.3.
+        repair: close each gap by a linear map, fitted on the samples and folded into the layer before it; when None
+            where a measured loss decides, as far as gaps can be closed.
         retrain: finetune what is left on the same samples, as `finetune` does, and write that; both steps are recorded.
         method, epochs, steps, minutes, learning_rate: of that training; the method is that of the model's last
             finetuning when None, ``lora`` where there was none.
@@ -132,7 +136,8 @@ def prune_layers(
     data, shard_bytes = None if data is None else named(data, reading), write.shard_bytes(max_shard_size)
     refuse_unwritable("--plot", plot)
     wanted = None if score is None else scores.named(score, settings or {})
-    stored, as_delta = _loaded(model, delta, data, repair=repair)
+    stored, as_delta = _loaded(model, delta, data, repair=bool(repair))
+    closes = repair if repair is not None or (asked.within_drop is not None and not as_delta) else False
     of_training = {name: given[name] for name in ("method", "epochs", "steps", "minutes", "learning_rate")}
     of_it = {**of_training, "batch_size": batch_size}
     training = retraining.options(stored, data, of_it, reading) if retrain else None
@@ -142,9 +147,11 @@ def prune_layers(
     few = replace(reading, num_samples=num_samples or POINTS)
     some = samples_of(runs, data, few, wanted, asked, trains=retrain)
     chosen = score_of(wanted, settings or {}, some, asked, data)
+    if asked.usual and chosen is not None and not chosen.is_of_depth:
+        asked = replace(asked, alpha=None)  # a share of the last score means nothing there
     if stability:
         evidence.refuse_unrepeatable(chosen)
-    work = Work(stored, runs, names, chosen, some, asked, batch_size, stability, seed)
+    work = Work(stored, runs, names, chosen, some, asked, batch_size, stability, seed, closes)
     report = Report("prune-layers", notes=[*stored.notes, *(some.notes if some else [])])
     if not retrain:
         report.notes += retraining.idle(of_training)
@@ -158,8 +165,7 @@ def prune_layers(
         "data": some.about if some else None,
         "score": chosen.word if chosen else None,
         "settings": dict(settings or {}),
-        **asdict(asked),
-        "drop": list(asked.drop) or None,
+        **asked.request(),
         "repair": repair,
         "stability": stability,
         "delta": as_delta,
@@ -181,7 +187,27 @@ def prune_layers(
         exam, learnt = Exam(data, reading, gates, device=device), some.about["split"]
         quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=some.labelled, against=against)
         retraining.tell_quality(report)
+    _summarise(report, asked, data, trained=retrain)
     return report
+
+
+def _summarise(report: Report, asked: depth.Asked, data: str | None, *, trained: bool) -> None:
+    """Say which layers went and what that cost, and warn where layers were asked for by number and cost quality."""
+    rows, known, score = report.data["layers"], report.data.get("measured", {}), report.data["score"]
+    gone = [row["name"] for row in rows if not row["kept"]]
+    came = {"layers": f"{len(rows) - len(gone)} of {len(rows)} stay" + (f"; gone: {', '.join(gone)}" if gone else "")}
+    if "metric" in known:
+        came["held out"] = f"{known['metric']} {figure(known['before'])} before, {figure(known['after'])} after"
+        came["held out"] += ", gaps closed by linear maps" if known["repaired"] and gone else ""
+        if known["stopped"] and known["stopped"]["cost"]:
+            cost = Interval(**known["stopped"]["cost"])
+            came["stays"] = f"`{known['stopped']['name']}`: without it {known['metric']} loses {cost}"
+    if gone and not trained and asked.within_drop is None and (lost := quality.loss(report.data)):
+        hint = "train what is left (`peftc finetune`, or `--retrain`), or leave it to peftc how many layers go"
+        report.warnings.append(f"the layers that were asked to go cost {lost}: {hint}")
+    trains = bool(gone) and not trained
+    then = brief.command("finetune", report.artifact, "--data", data or brief.DATA)
+    brief.tell(report, asked.said(score), came, then=then if trains else brief.time(report.artifact))
 
 
 def _loaded(model: Any, delta: bool | None, data: str | None, *, repair: bool) -> tuple[Model, bool]:
@@ -228,9 +254,12 @@ def _decide(work: Work, report: Report) -> tuple[Choice, Shorter]:
     if len(work.given.train if work.given else ()) == POINTS:
         report.notes.append(f"{POINTS:,} samples, the classes as even as they allow; `--num-samples` takes more")
     if len(kept) == len(work.names):
-        report.warnings.append("no layer was dropped: all of them are needed by this rule")
+        more = "; take more samples, allow more (`--within-drop`), or say how many (`--keep`)"
+        report.warnings.append(
+            f"no layer was dropped: all of them are needed by this rule{more if choice.measured.get('stopped') else ''}"
+        )
     elif work.asked.within_drop is None:
-        report.notes.append(retraining.WARNING)
+        report.notes.append(f"{retraining.UNTRAINED}: `peftc finetune` does, or `--retrain`")
     return choice, shorter
 
 
@@ -256,7 +285,7 @@ def _carry_out(
     """Write, reload and compare; the first process does."""
     if processes.rank():
         return
-    if request["repair"] and work.given is not None:
+    if work.repair is not False and work.given is not None and shorter.renamed.keys() != {*work.names}:
         closing.close_gaps(work, shorter, report)
     was = shorten.in_base(work.stored, work.names)
     kept = [was[name] for name in shorter.renamed] if len(shorter.renamed) < len(work.names) else None

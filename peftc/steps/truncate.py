@@ -96,6 +96,7 @@ def truncate(
             job.require(tensor_bytes(loaded.module))
             work.write(report, decided, base, request)
     gate_size(report, max_params, max_bytes)
+    tables.summarise(report, words(budget, allocation, plan)[0], data=None)
     return report
 
 

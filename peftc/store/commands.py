@@ -83,6 +83,7 @@ SAID: dict[str, Callable[[Any], dict[str, Any]]] = {
     "loss": lambda weights: {"loss": ",".join(f"{name}={weight:g}" for name, weight in weights.items())},
     "policy": lambda policy: {"augment": policy},
     "drop": lambda layers: {"drop": ",".join(map(str, layers)) if layers else None},
+    "repair": lambda closes: {} if closes is None else {"repair" if closes else "no_repair": True},
     "delta": lambda delta: {"delta" if delta else "full": True},
     "bias_correction": lambda corrects: {"no_bias_correction": not corrects},
     "max_shard_bytes": lambda size: {"max_shard_size": None if size == DEFAULT_SHARD else size},

@@ -54,6 +54,7 @@ class Job:
         record: the file by which a finished folder is known: the manifest of an artifact, or `EXPORT`.
         overwrite: what stands at ``output`` in the end may be replaced.
         places: where the artifacts that it comes from were read, by id.
+        told: what the artifact that it comes from says already.
     """
 
     output: Path
@@ -66,6 +67,7 @@ class Job:
     record: str = MANIFEST
     overwrite: bool = False
     places: dict[str, dict[str, str]] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
 
     @property
     def partial(self) -> Path:

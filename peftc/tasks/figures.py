@@ -18,10 +18,10 @@ from peftc.tasks.task import Columns, Metric, Task
 def metrics_of(row: Task, seed: int, *sides: Columns) -> dict[str, dict[str, float]]:
     """Return each metric of a task with its 95 % interval; of two sides how much more of it the first has."""
     known = [metric for metric in row.metrics if all(metric.column in (None, *side) for side in sides)]
-    return {metric.name: _interval(metric, seed, *sides)._asdict() for metric in known}
+    return {metric.name: interval_of(metric, seed, *sides)._asdict() for metric in known}
 
 
-def _interval(metric: Metric, seed: int, columns: Columns, other: Columns | None = None) -> Interval:
+def interval_of(metric: Metric, seed: int, columns: Columns, other: Columns | None = None) -> Interval:
     """Return a metric, or how much more of it there is than of another model, with its 95 % interval."""
     if metric.proportion:
         hits = metric.of(columns)
@@ -73,13 +73,13 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
     against = data.get("against")
     columns = ["metric", sides[0].model.name]
     if against is None:
-        return Table(title, columns, [[name, cell(values)] for name, values in data["metrics"].items()])
+        return Table(title, columns, [[name, cell(values)] for name, values in data["metrics"].items()], main=True)
     rows = [
         [name, cell(values), cell(against["metrics"].get(name)), cell(against["difference"].get(name))]
         for name, values in data["metrics"].items()
     ]
     rows += [[name, cell(against[name]), "", ""] for name in ("agreement", "divergence") if against[name]]
-    return Table(title, [*columns, f"against {against['name']}", "difference"], rows)
+    return Table(title, [*columns, f"against {against['name']}", "difference"], rows, main=True)
 
 
 def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: Gates) -> None:

@@ -1,12 +1,15 @@
 """Artifact > evaluate on held-out data > report: what a writing step adds where it has data."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from peftc.data import parts_of, split_names
 from peftc.data.dataset import split_word
 from peftc.errors import DataError
+from peftc.measure.intervals import Interval
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.report import Report
@@ -26,10 +29,21 @@ def add(report: Report, model: Model, exam: Exam, *, against: nn.Module | Model 
     quality = evaluated(written, reference, sparing(model, exam))
     keep(quality, written)
     report.data["quality"] = quality.data
-    report.tables += quality.tables
+    report.tables += [replace(table, main=False) for table in quality.tables]
     report.notes += quality.notes
     report.warnings += quality.warnings
     report.gates += quality.gates
+
+
+def loss(data: Mapping[str, Any]) -> str | None:
+    """Return how much worse what was written is than the model before, where its interval says that it is."""
+    found = data.get("quality") or {}
+    if not found.get("against"):
+        return None
+    name, difference = found["metric"], Interval(**found["against"]["difference"][found["metric"]])
+    value, low, high = difference
+    lost = Interval(-value, -high, -low) if found["higher_is_better"] else difference
+    return f"{lost} of {name}" if lost.low > 0 else None
 
 
 def bounded(model: Model, exam: Exam) -> Exam:

@@ -20,6 +20,8 @@ from peftc.data.loading import ahead
 from peftc.options import Recipe
 from peftc.training.schedule import mixed
 
+MUCH = 0.05  # of the time of a training spent waiting for data
+
 
 class Marked(Protocol):
     """Samples without end by their places, from one on."""
@@ -137,12 +139,14 @@ class Arrivals:
             "waiting": self.waited / self.worked,
         }
 
-    def said(self, left: float) -> str:
-        """Return in words how fast it goes, and how many seconds are left."""
-        return f"{said(self.speed())}, {f'{left / 60:.1f} min' if left >= 60 else f'{left:.0f} s'} left"
-
 
 def said(speed: dict[str, float]) -> str:
     """Return it in words."""
     tokens = f", {speed['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in speed else ""
     return f"{speed['samples_per_second']:.4g} samples/s{tokens}, {speed['waiting']:.0%} of it waiting for data"
+
+
+def shortly(speed: dict[str, float]) -> str:
+    """Return it as it stands beside a bar: what is waited for only where that is much."""
+    waits = f", {speed['waiting']:.0%} waiting for data" if speed["waiting"] >= MUCH else ""
+    return f"{speed['samples_per_second']:.3g} samples/s{waits}"

@@ -27,7 +27,7 @@ from peftc.nn import surgery
 from peftc.options import Recipe
 from peftc.training import parallel
 from peftc.training.accelerator import accelerator_of
-from peftc.training.arrival import Arrivals, Marked, Stream
+from peftc.training.arrival import Arrivals, Marked, Stream, shortly
 from peftc.training.interruption import Interruption, interruption
 from peftc.training.journal import Journal
 from peftc.training.optimizers import optimizer_of
@@ -170,8 +170,7 @@ class _Run:
                 terms = self.learn()
                 self.arrivals.add(time.monotonic() - start)
                 self.tell(terms, log_with)
-                left = (time.monotonic() - begun) / (self.step - first) * (self.total - self.step)
-                advance(f"loss {self.outcome.losses[-1]:.4g}, rate {self.rate():.1e}, {self.arrivals.said(left)}")
+                advance(f"loss {self.outcome.losses[-1]:.4g}, {shortly(self.arrivals.speed())}")
                 if self.saving:
                     self.save()
                 if self.stop.due:

@@ -22,10 +22,7 @@ from peftc.store.job import Job
 from peftc.training.student import refuse_others
 
 USUAL = "lora"  # where the model was not finetuned before
-WARNING = (
-    "what was pruned needs training: at alpha 0.3 the authors of SLS fell from 95.9 % to 55.7 % on EuroSAT, and were "
-    "back at 94.6 % after training again"
-)
+UNTRAINED = "nothing has trained what is left"  # begins a note, where a training would be next
 
 
 def options(model: Model, data: str | None, asked: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def _join(report: Report, tuned: Report, folder: Path) -> None:
     size |= written["data"].pop("size")["after"]
     report.tables[-1] = size_table(report.data["size"])
     report.tables += [Table(**table) for table in written["tables"]]
-    earlier = [note for note in report.notes if note != WARNING and not note.startswith("already done")]
+    earlier = [note for note in report.notes if not note.startswith((UNTRAINED, "already done"))]
     report.notes = list(dict.fromkeys([*earlier, *written["notes"]]))
     report.warnings = list(dict.fromkeys([*report.warnings, *written["warnings"]]))
     report.data["retrain"] = written["data"] | ({"before": quality["against"]["metrics"]} if quality else {})

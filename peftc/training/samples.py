@@ -19,7 +19,7 @@ from peftc.models.place import moved
 from peftc.options import Augment, Reading
 from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import task_of
-from peftc.tasks.task import Batch, Encoded, Task
+from peftc.tasks.task import Batch, Columns, Encoded, Task
 from peftc.training.endless import Endless, rows_of
 from peftc.training.held import Held
 
@@ -211,11 +211,16 @@ def _cut(encoded: Encoded, share: float, seed: int) -> tuple[Held, Held]:
     return Held(encoded, [row for row in range(encoded.size) if row not in held]), Held(encoded, sorted(held))
 
 
-def figures(model: Model, samples: Samples, held: Held, batch_size: int) -> float:
-    """Return the task's first metric of a model on samples, larger is better."""
+def observed(model: Model, samples: Samples, held: Held, batch_size: int) -> Columns:
+    """Return what the task's metrics read, of a model on each of some samples."""
     row = samples.task
     assert row is not None
-    seen = [row.observe(row.outputs(model, batch), samples.mapped(batch)) for batch in held.batches(batch_size)]
-    metric = row.metrics[0]
-    value = float(np.mean(metric.of(row.over(seen))))
+    return row.over([row.observe(row.outputs(model, one), samples.mapped(one)) for one in held.batches(batch_size)])
+
+
+def figures(model: Model, samples: Samples, held: Held, batch_size: int) -> float:
+    """Return the task's first metric of a model on samples, larger is better."""
+    assert samples.task is not None
+    metric = samples.task.metrics[0]
+    value = float(np.mean(metric.of(observed(model, samples, held, batch_size))))
     return value if metric.higher_is_better else -value

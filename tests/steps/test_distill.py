@@ -583,3 +583,23 @@ def test_when_one_process_is_told_to_end_all_end_with_the_same_step_and_go_on(
     whole = launch(*words, "-o", tmp_path / "whole")
     assert [code for code, _, _ in whole] == [0, 0]
     assert all(torch.equal(one, tensors(tmp_path / "whole")[name]) for name, one in tensors(tmp_path / "out").items())
+
+
+def test_after_a_new_head_the_teacher_is_what_that_step_wrote(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base of such a chain is an encoder without a head, which tells no classes apart."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f"a text of number {at},{('good', 'bad', 'neither')[at % 3]}" for at in range(24)]
+    Path("moods.csv").write_text("\n".join(["text,label", *rows]))
+    options: dict[str, Any] = {"data": "moods.csv", "steps": 2, "device": "cpu"}
+    peftc.finetune(tiny_bert, output_dir="tuned", **options)
+    peftc.decompose("tuned", ratio=0.5, output_dir="small", device="cpu")
+    report = peftc.distill("small", output_dir="healed", **options)
+    held = report.data["held_out"]["before"]
+    assert report.summary["asked"].startswith("give what `tuned` gives") and 0 <= held["teacher"] <= 1
+    shutil.move("tuned", "elsewhere")
+    with pytest.raises(ArtifactError, match="no teacher of `small` is there") as refusal:
+        peftc.distill("small", output_dir="again", **options)
+    assert "--teacher MODEL" in str(refusal.value)
+    peftc.distill("small", teacher="elsewhere", output_dir="again", **options)

@@ -124,7 +124,8 @@ def test_the_gate_of_every_step_is_judged_against_the_base(chain: Path, step: st
     shutil.rmtree(chain / "tuned")
     with pytest.raises(ArtifactError, match="step 2 of the chain of `shorter` is not there") as refusal:
         getattr(package, step)(chain / "shorter", output_dir=chain / "other", max_drop=1.0, **how)
-    assert "--against MODEL" in str(refusal.value) and not (chain / "other").exists()
+    named = "--teacher MODEL" if step == "distill" else "--against MODEL"
+    assert named in str(refusal.value) and not (chain / "other").exists()
 
 
 def test_a_folder_called_base_is_named(peftc: Any, chain: Path) -> None:

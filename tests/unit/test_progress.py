@@ -56,7 +56,7 @@ def test_bars_of_the_console_nest_and_leave_nothing(monkeypatch: pytest.MonkeyPa
     hidden, shown = "\x1b[?25l", "\x1b[?25h"  # the cursor, while there is a display
     console.setup()
     try:
-        with progress.track("[outer]", 2) as outer, progress.track("inner", None) as inner:
+        with progress.track("[outer]", 2) as outer, progress.track("inner", 5) as inner:
             inner("[a]")
             outer("blocks.0")
             with progress.track("third", 1):  # all are drawn anew
@@ -67,5 +67,27 @@ def test_bars_of_the_console_nest_and_leave_nothing(monkeypatch: pytest.MonkeyPa
         with pytest.raises(ZeroDivisionError), progress.track("failing", 1):
             _ = 1 / 0
         assert told.getvalue().count(hidden) == told.getvalue().count(shown) == 2
+    finally:
+        progress.set_sink(None)
+
+
+def test_work_without_an_end_gives_way_to_what_goes_on_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftc.cli import console
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", told := Terminal())
+    console.setup()
+    try:
+        with progress.track("peftc finetune"):
+            assert "peftc finetune" in told.getvalue()
+            with progress.track("training", 2) as advance:
+                told.truncate(0)
+                advance("a loss")
+                with progress.others():  # nothing of ours is drawn while another library does
+                    assert "\x1b[?25h" in told.getvalue()
+        assert "peftc finetune" not in told.getvalue() and "training" in told.getvalue()
     finally:
         progress.set_sink(None)

@@ -1,0 +1,75 @@
+"""What a step says in a few lines: what was asked and what came of it, as it would be typed and read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftc.pages import brief
+from peftc.report import Report
+
+TOP1 = {"value": 0.9, "low": 0.85, "high": 0.94}
+
+
+def quality(low: float, high: float, *, higher: bool = True) -> dict[str, Any]:
+    difference = {"top1": {"value": (low + high) / 2, "low": low, "high": high}}
+    against = {"name": "dense", "metrics": {"top1": TOP1}, "difference": difference}
+    data = {"samples": 1360, "split": "test"}
+    return {
+        "metric": "top1",
+        "metrics": {"top1": TOP1},
+        "data": data,
+        "seen": False,
+        "higher_is_better": higher,
+        "against": against,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("--ratio 3/4, convex", "--ratio 0.75, convex"), ("--ratio 2/3", "--ratio 2/3"), ("--plan a/1/b", "--plan a/1/b")],
+)
+def test_shares_are_written_as_they_are_typed(text: str, written: str) -> None:
+    assert brief.decimal(text) == written
+
+
+def test_a_summary_says_what_there_is_and_nothing_else() -> None:
+    report = Report("merge", notes=["already done: `x` was written by the same request"])
+    brief.tell(report, "make it whole")
+    assert report.summary == {"asked": "make it whole", "already done": "`x` was written by the same request"}
+    report = Report(
+        "decompose", {"size": {"before": {"parameters": 1000}, "after": {"parameters": 250, "bytes": 1000}}}
+    )
+    brief.tell(report, "a", {"factored": "1 of 2"}, then=brief.heal(Path("a folder"), None))
+    assert report.summary["size"] == "250 of 1,000 parameters (25.0 %), 1 kB"
+    assert report.summary["next"] == "`peftc distill 'a folder' --data DATA`"
+    report = Report("distill", {"quality": quality(-0.03, -0.01)})
+    brief.tell(report, "a")
+    assert report.summary["quality"] == (
+        "top1 0.9 [0.85, 0.94] on 1,360 samples of split test; `dense` has 0.9, the difference is -0.02 [-0.03, -0.01]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "so"),
+    [
+        (-0.03, -0.01, True, "worse than `dense` by 0.02 of top1"),
+        (0.01, 0.03, True, "better than `dense` by 0.02 of top1"),
+        (0.01, 0.03, False, "worse than `dense` by 0.02 of top1"),
+        (-0.01, 0.03, True, "no difference to `dense` is shown"),
+    ],
+)
+def test_a_difference_is_said_in_words(low: float, high: float, higher: bool, so: str) -> None:
+    report = Report("evaluate", quality(low, high, higher=higher))
+    brief.compare(report, "`peftc evaluate`")
+    assert report.summary["so"].startswith(so)
+
+
+def test_a_training_that_changed_nothing_says_so() -> None:
+    held = {"scores": [[0, 0.9], [5, 0.8]], "best": 0}
+    report = Report("distill", {"steps": 5, "seconds_per_step": 0.1, "held_out": held})
+    brief.tell(report, "a")
+    assert report.summary["trained"].endswith("0.9 before, 0.9 after step 0, so the weights stay what they were")
+    held |= {"scores": [[0, -7.5], [5, -6.0]], "best": 5, "metric": "perplexity", "negated": True}
+    brief.tell(report, "a")
+    assert report.summary["trained"].endswith("; perplexity on held-out samples 7.5 before, 6 after step 5")
