@@ -342,3 +342,25 @@ def test_the_same_seed_gives_the_same_factors(randomised_svd: Callable[..., Any]
     one, same, other = (randomised_svd(weight, seed=seed).truncate(8).factors.up for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+# data of one's own
+
+
+def test_a_folder_of_classes_is_cut_into_samples_to_train_and_to_test_on(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from peftc.data import open_data, split_names
+
+    for name in ("one digit", "two"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for at in range(10):
+            Image.new("RGB", (8, 8), (20 * at, 0, 0)).save(tmp_path / "all" / name / f"{at}.png")
+    script = EXAMPLES / "split.sh"
+    subprocess.run([script, tmp_path / "all", tmp_path / "photos"], check=True)
+    subprocess.run([script, tmp_path / "all", tmp_path / "photos"], check=True)  # again changes nothing
+    assert sorted(split_names(str(tmp_path / "photos"))) == ["test", "train"]
+    sizes = {split: len(open_data(f"{tmp_path / 'photos'}@{split}")) for split in ("train", "test")}
+    assert sizes == {"train": 16, "test": 4}
+    refused = subprocess.run([script, tmp_path / "all"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "usage:" in refused.stderr

@@ -43,6 +43,7 @@ SHARED = dict(
     )
 )
 GUIDES = {
+    "glossary.md": "What these pages call things, a line each",
     "models.md": "What MODEL takes: folders, timm, transformers, a network of your own",
     "data.md": "What --data takes, splits, tasks and metrics",
     "artifact.md": "The folder that is written, and what is promised of it",
