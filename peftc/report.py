@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,22 @@ class Gate:
     value: float | None
     passed: bool
 
+    def told(self) -> str:
+        """Return it in words, and whether it was met."""
+        measured = "not measured" if self.value is None else cell_text(self.value)
+        option = "--" + self.option.lstrip("-").replace("_", "-")
+        return f"gate {option} {cell_text(self.limit)}: {measured}, {'met' if self.passed else 'not met'}"
 
-@dataclass
+
+@dataclass(repr=False)
 class Report:
-    """The outcome of one step.
+    """The outcome of one step: a line as text, tables in a notebook.
 
     Attributes:
         command: the step's word, as typed.
-        data: JSON-ready figures, merged into the top level of ``--json``.
-        artifact: the folder written or read, printed on stdout.
+        data: JSON-ready figures, merged into the top level of ``--json``; times are in seconds, sizes in bytes, shares
+            in [0, 1].
+        artifact: the folder written or read, printed on stdout; ``peftc.load(report.artifact)`` loads a model.
         lines: for stdout, in place of the artifact's path.
         summary: a word, and what to say of it, in place of tables that are not main and notes that are not `LOUD`.
         tables: what people see on stderr.
@@ -87,6 +95,57 @@ class Report:
         return {name: plain(value) for name, value in whole.items()}
 
     @property
+    def parameters(self) -> int | None:
+        """How many parameters the model has that was written or measured; None where the step says nothing of it."""
+        return self._of_model("parameters")
+
+    @property
+    def bytes(self) -> int | None:
+        """How many bytes the weight files take of the model that was written or measured."""
+        return self._of_model("bytes") or self._of_model("bytes_on_disk")
+
+    @property
+    def quality(self) -> float | None:
+        """The first metric of `evaluate`, or of what a step measured of its result; ``quality_unit`` says of what."""
+        found = self._measured()
+        return found["metrics"][found["metric"]]["value"] if found else None
+
+    @property
+    def quality_unit(self) -> str | None:
+        """What `quality` counts, as ``accuracy`` (a share in [0, 1]) or ``perplexity`` (less is better)."""
+        return self._measured().get("metric")
+
+    def _measured(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.data if self.command == "evaluate" else self.data.get("quality") or {}
+        return found if found.get("metric") in found.get("metrics", {}) else {}
+
+    def _of_model(self, name: str) -> int | None:
+        of_size = self.data.get("size")
+        after = of_size.get("after") if isinstance(of_size, Mapping) else self.data.get("model")
+        return int(after[name]) if isinstance(after, Mapping) and after.get(name) is not None else None
+
+    def __str__(self) -> str:
+        """Return a line: what was written, how large it is, how good, and what is wrong."""
+        facts = [] if self.parameters is None else [f"{count(self.parameters)} parameters"]
+        facts += [] if self.bytes is None else [size(self.bytes)]
+        facts += [] if self.quality is None else [f"{self.quality_unit} {figure(self.quality)}"]
+        facts += [f"{len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}"] if self.warnings else []
+        facts += [gate.told() for gate in self.gates if not gate.passed]
+        where = "" if self.artifact is None else f" {self.artifact}"
+        return f"{self.command}{where}{': ' if facts else ''}{', '.join(facts)}"
+
+    def __repr__(self) -> str:
+        return f"<Report of {self}>"
+
+    def _repr_html_(self) -> str:
+        """Return what the terminal shows, as a notebook shows it: tables, notes, warnings and gates."""
+        parts = [f"<p><b>{escape(str(self))}</b></p>", *map(_table_html, self.tables)]
+        parts += [f"<p>{escape(text)}</p>" for text in self.notes]
+        parts += [f"<p><b>warning:</b> {escape(text)}</p>" for text in self.warnings]
+        parts += [f"<p>{escape(gate.told())}</p>" for gate in self.gates]
+        return "\n".join(parts)
+
+    @property
     def passed(self) -> bool:
         """Whether every gate was met."""
         return all(gate.passed for gate in self.gates)
@@ -100,6 +159,22 @@ class Report:
         """Add a gate that ``value`` must reach; an absent limit adds none, an unmeasured value fails."""
         if limit is not None:
             self.gates.append(Gate(option, limit, value, value is not None and value >= limit))
+
+
+def cell_text(cell: Cell) -> str:
+    """Write a cell: a number with separators, and a dash where there is nothing."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return figure(cell)
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _table_html(table: Table) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    rows = ("".join(f"<td>{escape(cell_text(cell))}</td>" for cell in row) for row in table.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def plain(value: Any) -> Any:

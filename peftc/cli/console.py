@@ -13,7 +13,7 @@ from typing import Any
 from peftc import progress
 from peftc.cli import layout
 from peftc.errors import shown
-from peftc.report import GUESSED, LOUD, Cell, Gate, Report, Table, figure
+from peftc.report import GUESSED, LOUD, Gate, Report, Table, cell_text
 from peftc.store.documents import escaped
 
 ASCII = str.maketrans(
@@ -176,25 +176,15 @@ def deliver(outcome: Report, *, json: bool = False) -> None:
 
 def gate_text(gate: Gate) -> str:
     """Return a gate and whether it was met, on one line."""
-    measured = "not measured" if gate.value is None else _cell(gate.value)
-    verdict = "met" if gate.passed else _styled("not met", RED)
-    option = "--" + gate.option.lstrip("-").replace("_", "-")
-    return f"gate {option} {_cell(gate.limit)}: {measured}, {verdict}"
+    told = gate.told()
+    return told if gate.passed else told.removesuffix("not met") + _styled("not met", RED)
 
 
 def table_lines(table: Table, columns: int | None = None) -> list[str]:
     """Lay a table out in at most ``columns``, under its title."""
-    rows = [[_cell(cell) for cell in row] for row in table.rows]
+    rows = [[cell_text(cell) for cell in row] for row in table.rows]
     title = [_styled(line, BOLD) for line in textwrap.wrap(table.title, columns or len(table.title) + 1)]
     return [*title, *layout.laid_out(list(zip(table.columns, *rows, strict=True)), columns)]
-
-
-def _cell(cell: Cell) -> str:
-    if cell is None:
-        return "-"
-    if isinstance(cell, float):
-        return figure(cell)
-    return f"{cell:,}" if isinstance(cell, int) else cell
 
 
 # surroundings

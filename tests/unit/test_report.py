@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.report import UNCHANGED, Report, count, duration, figure, percent, ranged, short, size, speedup_text
+from peftc.report import UNCHANGED, Report, Table, count, duration, figure, percent, ranged, short, size, speedup_text
 
 
 def test_json_holds_the_figures_beside_the_frame() -> None:
@@ -119,3 +119,40 @@ def test_a_speed_up_stands_with_its_range_in_the_direction_of_its_word() -> None
     assert text(0.8, 0.75, 0.85, "1.25x slower") == "1.25x slower [1.18, 1.33]"
     assert text(1.01, 0.96, 1.06, UNCHANGED) == "no measurable change [0.96, 1.06]"
     assert text(0.8, 0.0, 0.85, "1.25x slower") == "1.25x slower [0.00, 0.85]", "nothing is divided by"
+
+
+def full() -> Report:
+    quality = {"metric": "accuracy", "metrics": {"accuracy": {"value": 0.8125, "low": 0.7, "high": 0.9}}}
+    data = {"size": {"after": {"parameters": 1234567, "bytes": 4_900_000}}, "quality": quality}
+    report = Report("decompose", data, artifact=Path("small"), notes=["a <b>note</b>"], warnings=["x & y"])
+    report.tables.append(Table("a < b", ["name", "n"], [["<script>", 1234], [None, 0.5]]))
+    report.at_least("min_quality", 0.9, 0.8125)
+    return report
+
+
+def test_a_report_is_a_short_line_as_text() -> None:
+    line = "decompose small: 1,234,567 parameters, 4.9 MB, accuracy 0.8125, 1 warning, "
+    line += "gate --min-quality 0.9: 0.8125, not met"
+    assert str(full()) == line and repr(full()) == f"<Report of {line}>"
+    assert str(Report("methods")) == "methods"
+
+
+def test_attributes_are_figures_with_units() -> None:
+    report = full()
+    assert (report.parameters, report.bytes, report.quality, report.quality_unit) == (
+        1234567,
+        4_900_000,
+        0.8125,
+        "accuracy",
+    )
+    nothing = Report("methods", {"methods": {}})
+    assert (nothing.parameters, nothing.bytes, nothing.quality, nothing.quality_unit) == (None, None, None, None)
+    bench = Report("bench", {"model": {"parameters": 5, "bytes_on_disk": 20}})
+    assert (bench.parameters, bench.bytes) == (5, 20)
+
+
+def test_a_notebook_shows_tables_and_nothing_that_a_model_could_write_as_html() -> None:
+    text = full()._repr_html_()
+    assert "<td>&lt;script&gt;</td><td>1,234</td>" in text and "<td>-</td><td>0.5</td>" in text
+    assert "a &lt;b&gt;note&lt;/b&gt;" in text and "x &amp; y" in text and "a &lt; b" in text
+    assert "<script" not in text and "not met" in text
