@@ -5,6 +5,8 @@ Names are found on first use, so that ``import peftc`` imports neither torch nor
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from peftc.version import __version__ as __version__
@@ -28,16 +30,24 @@ __all__ = [
     "init",
     "load",
     "merge",
+    "methods",
     "prune_layers",
     "push_to_hub",
+    "report",
+    "run",
     "show",
     "truncate",
     "with_adapter",
 ]
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
     from peftc.errors import PeftcError
     from peftc.models.load import with_adapter
+    from peftc.models.model import Model
     from peftc.report import Report
     from peftc.steps.analyze import analyze
     from peftc.steps.bench import bench
@@ -53,8 +63,10 @@ if TYPE_CHECKING:
     from peftc.steps.finetune import finetune
     from peftc.steps.init import init
     from peftc.steps.merge import merge
+    from peftc.steps.methods import methods
     from peftc.steps.prune_layers import prune_layers
     from peftc.steps.push import push_to_hub
+    from peftc.steps.report import report
     from peftc.steps.show import show
     from peftc.steps.truncate import truncate
     from peftc.store.source import Source
@@ -68,7 +80,9 @@ _HOMES = {
 }
 
 
-def load(model: Any, *, merge: bool = True, allow_code: bool = False, verify: bool = True) -> Any:
+def load(
+    model: str | Path | Source | nn.Module | Model, *, merge: bool = True, allow_code: bool = False, verify: bool = True
+) -> nn.Module:
     """Return the network of a model or an artifact, an ``nn.Module`` in eval mode.
 
     Args:
@@ -84,15 +98,58 @@ def load(model: Any, *, merge: bool = True, allow_code: bool = False, verify: bo
     return load_module(model, merge=merge, allow_code=allow_code, verify=verify)
 
 
+def run(recipe: str | Path = "peftc.toml", *, dry_run: bool = False) -> Report:
+    """Run the chain of a project file, only what has changed.
+
+    Args:
+        recipe: the project file.
+        dry_run: say of each step whether it would run, and why.
+
+    Raises:
+        PeftcError: the file holds no chain, or a step of it refused; a gate that is not met ends the chain and stands
+            in the report.
+    """
+    from pathlib import Path
+
+    from peftc.cli import app
+    from peftc.cli.run import chain
+
+    return chain(app.context(), Path(recipe), dry_run=dry_run, quiet=True)
+
+
+def _named(name: str) -> Any:
+    """Return what a public name stands for."""
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES.get(name, f"peftc.steps.{name}")), name)
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'peftc' has no attribute {name!r}")
-    from importlib import import_module
-
-    found = getattr(import_module(_HOMES.get(name, f"peftc.steps.{name}")), name)
-    globals()[name] = found
+    found = globals()[name] = _named(name)
     return found
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Command:
+    """A command whose name is that of a module of the package as well: here it is the command."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, package: Any, kind: Any = None) -> Any:
+        return _named(self.name)
+
+    def __set__(self, package: Any, module: Any) -> None:
+        """Leave it so where Python, having imported the module, sets it; `from peftc.report import ...` finds it."""
+
+
+class _Package(ModuleType):
+    methods, report = _Command("methods"), _Command("report")
+
+
+sys.modules[__name__].__class__ = _Package

@@ -146,7 +146,7 @@ def main(target: str) -> None:
         os.chdir(folder)
         _models()
         said = [_run(runner, line) for line in _lines(CHAIN)]
-        from peftc.methods import METHODS
+        from peftc.methods.registry import METHODS
 
         for kind, line in EACH.items():
             said += [_run(runner, line.replace("NAME", name.replace("_", "-"))) for name in METHODS[kind]]

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 import peftc
-from peftc import report
 from peftc.cli import app as program
 from peftc.cli import completion
 from peftc.docs.source import pages
-from peftc.methods import METHODS
+from peftc.methods.registry import METHODS
 from peftc.plans import allocate
 from peftc.project import config
+from peftc.report import SCHEMA_VERSION, Report
 from peftc.store import source
 
 REPOSITORY = Path(__file__).parents[1]
@@ -256,8 +256,8 @@ def test_the_lists_of_choices_are_those_of_the_program() -> None:
 
 def test_the_json_object_has_the_keys_that_are_listed() -> None:
     told = TEXT.split("With `--json` you get one object: ")[1].split(" and the figures")[0]
-    assert set(re.findall(r"`(\w+)`", told)) == {*report.Report("show").to_json(), "pushed"}
-    assert f"`schema_version` ({report.SCHEMA_VERSION})" in told
+    assert set(re.findall(r"`(\w+)`", told)) == {*Report("show").to_json(), "pushed"}
+    assert f"`schema_version` ({SCHEMA_VERSION})" in told
 
 
 def test_the_shells_that_complete_are_those_of_the_page() -> None:

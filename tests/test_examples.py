@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftc.methods import METHODS
+from peftc.methods.registry import METHODS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import peftc
-from peftc import methods
 from peftc.data.loading import ahead
+from peftc.methods import registry
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.tasks.task import Batch
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
-METHODS = list(methods.METHODS["decompose"])
+METHODS = list(registry.METHODS["decompose"])
 
 
 @pytest.fixture(scope="module")

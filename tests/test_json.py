@@ -12,10 +12,10 @@ import pytest
 import typer.main
 
 import peftc
-from peftc import report
 from peftc.cli import app as program
+from peftc.report import SCHEMA_VERSION, Report
 
-SCHEMA = json.loads((Path(report.__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(peftc.__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
 COMMANDS = list(typer.main.get_command(program.app).commands)  # type: ignore[attr-defined]
 DATA = ["--data", "sklearn:digits", "--num-samples", "40"]
 TUNE = ["small", *DATA, "--steps", "2", "--held-out", "0"]
@@ -65,12 +65,12 @@ def test_the_schema_is_a_schema_and_knows_every_command() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert set(SCHEMA["properties"]["command"]["enum"]) == set(COMMANDS)
-    assert SCHEMA["properties"]["schema_version"]["const"] == report.SCHEMA_VERSION
-    assert SCHEMA["required"] == list(report.Report("show").to_json())
+    assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    assert SCHEMA["required"] == list(Report("show").to_json())
 
 
 def test_a_key_that_the_schema_does_not_know_is_an_error() -> None:
-    printed = report.Report("show", {"manifest": {"id": "", "base": {}, "steps": []}, "commands": [], "tensors": 1})
+    printed = Report("show", {"manifest": {"id": "", "base": {}, "steps": []}, "commands": [], "tensors": 1})
     assert errors(printed.to_json()) == []
     assert errors({**printed.to_json(), "new": 1}) != []
     assert errors({**printed.to_json(), "command": "shown"}) != []

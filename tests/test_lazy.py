@@ -11,7 +11,7 @@ HEAVY = {
     "PIL", "accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "onnx", "pydantic", "rich",
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
-LIGHT_STEPS = ("show", "compare", "report", "push")  # of manifests and results
+LIGHT_STEPS = ("show", "compare", "report", "push", "methods")  # of manifests and results
 DOORS = ("transformers.py",)  # each brings the library of its name
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
@@ -19,7 +19,7 @@ LIGHT = sorted(
     for path in (
         *PACKAGE.glob("*.py"),
         *(file for room in LIGHT_ROOMS for file in PACKAGE.glob(f"{room}/*.py")),
-        PACKAGE / "methods/__init__.py",
+        PACKAGE / "methods/registry.py",
         *(PACKAGE / "steps" / f"{name}.py" for name in LIGHT_STEPS),
     )
     if path.name not in ("__main__.py", *DOORS) and path.exists()

@@ -33,8 +33,8 @@ def test_the_pages_are_those_that_would_be_written() -> None:
 
 
 def test_every_command_and_every_method_has_a_page_with_an_example() -> None:
-    from peftc.cli.methods import page_of
-    from peftc.methods import METHODS
+    from peftc.methods.registry import METHODS
+    from peftc.steps.methods import page_of
 
     expected = {f"commands/{word}.md" for word in pages.COMMANDS}
     expected |= {page_of(kind, name) for kind, names in METHODS.items() for name in names}

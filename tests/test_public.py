@@ -11,12 +11,10 @@ from peftc.cli.options import OUTPUT, PUSH, SOURCE
 
 STEPS = [
     "analyze", "calibrate", "decompose", "truncate", "prune_layers", "distill", "finetune", "merge", "extract_lora",
-    "export", "evaluate", "bench", "demo", "show", "compare", "report", "init", "env",
+    "export", "evaluate", "bench", "demo", "show", "compare", "report", "init", "env", "methods",
 ]  # fmt: skip
-OF_THE_COMMAND_LINE = ["methods", "run"]  # these print a list, and read the project file, which Python does not
-
-
-MODULES = {"report"}  # `peftc.report` is the module of `Report`: the function is in `peftc.steps.report`
+OF_THE_COMMAND_LINE = ["run"]  # it runs commands of the command line: in Python the door to it is in `peftc` itself
+PLACED = ("model", "models", "command", "name")  # these may be given by their place
 
 
 COMMANDS = {info.callback.__name__: info.callback for info in app.registered_commands if info.callback}
@@ -38,13 +36,43 @@ def test_a_command_has_the_parameters_of_its_function(word: str) -> None:
 
 @pytest.mark.parametrize("word", STEPS)
 def test_all_but_the_model_are_keywords(word: str) -> None:
-    kinds = {name: p.kind for name, p in step(word).parameters.items() if name not in ("model", "models")}
+    kinds = {name: p.kind for name, p in step(word).parameters.items() if name not in PLACED}
     assert set(kinds.values()) <= {inspect.Parameter.KEYWORD_ONLY}, kinds
 
 
 def test_every_step_is_a_command_and_a_public_name() -> None:
     assert COMMANDS.keys() == {*STEPS, *OF_THE_COMMAND_LINE}
-    assert set(STEPS) - MODULES <= set(peftc.__all__)
+    assert COMMANDS.keys() <= set(peftc.__all__)
+
+
+@pytest.mark.parametrize("word", COMMANDS)
+def test_every_command_is_called_by_its_name(word: str) -> None:
+    found = getattr(peftc, word)
+    assert inspect.isfunction(found) and found.__name__ == word
+    assert inspect.getdoc(found), "what an editor shows"
+
+
+def test_a_command_that_is_named_like_a_module_is_the_command_whatever_was_imported() -> None:
+    for word in ("methods", "report"):
+        module = importlib.import_module(f"peftc.{word}")
+        assert getattr(peftc, word) is not module and inspect.isfunction(getattr(peftc, word))
+    from peftc.report import Report
+
+    found = peftc.methods("finetune", "lora")
+    assert isinstance(found, Report) and found.data["methods"] == {"adapter": {"lora": "peftc.methods.adapter.lora"}}
+    assert found.tables[0].rows[0][0] == "lora"
+
+
+def test_a_chain_runs_from_python(tmp_path, monkeypatch, small_vit, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peftc.toml").write_text(f'model = "{small_vit}"\nchain = ["truncate"]\n')
+    with pytest.raises(peftc.PeftcError):
+        peftc.run()
+    (tmp_path / "peftc.toml").write_text(f'model = "{small_vit}"\nchain = ["show"]\n')
+    assert peftc.run(dry_run=True).data["steps"][0]["state"] == "would run"
+    done = peftc.run("peftc.toml")
+    assert done.data["steps"][0]["state"] == "done" and done.passed
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", peftc.__all__)

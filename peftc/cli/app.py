@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 from typer import Exit, Option, Typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError  # typer exports no base class
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from peftc import processes
 from peftc.cli import console, help, steps, suggestions
@@ -245,6 +246,11 @@ def peftc(
 for words in GROUPS.values():
     for word in words.split():
         app.command(cls=help.Grouped)({**vars(steps), "run": run, "methods": methods}[word])
+
+
+def context() -> Any:
+    """Return what holds the commands, for a chain that Python runs."""
+    return get_command(app).make_context("peftc", ["run"])
 
 
 def _terminate(*_: Any) -> NoReturn:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftc.cli import console, methods
+from peftc.cli import console
 from peftc.errors import OutputError, UsageError
 from peftc.options import OPTIMIZERS
 from peftc.plans.allocate import ALLOCATIONS
 from peftc.project import config
+from peftc.steps import methods
 from peftc.store import documents
 
 VARIABLE, LINE = config.COMPLETE, "_PEFTC_LINE"

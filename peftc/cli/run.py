@@ -63,24 +63,39 @@ def run(
     Example:
       peftc run peftc.toml --dry-run
     """
-    console.setup(quiet=quiet or processes.rank() > 0, verbose=verbose)
-    stages, project = _read(ctx.parent, recipe)
-    book = ledger.read(project.runs)
-    if dry_run:
-        _foresee(stages, project, book)
-    else:
-        _run(stages, project, book, quiet=quiet or processes.rank() > 0, verbose=bool(verbose))
-    outcome = _report(stages, str(recipe or config.FILE), dry_run=dry_run)
+    silent = quiet or processes.rank() > 0
+    console.setup(quiet=silent, verbose=verbose)
+    outcome = chain(ctx.parent, recipe, dry_run=dry_run, quiet=silent)
     if processes.rank() == 0:
         console.tell(replace(outcome, gates=[]), quiet=quiet)
         console.deliver(outcome, json=json)
-        failed = [stage.name for stage in stages if stage.state == FAILED]
-        left = ", ".join(f"`{stage.name}`" for stage in stages if stage.state == LEFT)
+        steps = outcome.data["steps"]
+        failed = [step["step"] for step in steps if step["state"] == FAILED]
+        left = ", ".join(f"`{step['step']}`" for step in steps if step["state"] == LEFT)
         for gate in (each for each in outcome.gates if not each.passed):
             text = f"`{failed[0]}` ends the chain: {console.gate_text(gate)}"
             console.error(f"{text}; not run: {left}" if left else text)
     if not processes.agreed(lambda: outcome.passed):
         raise Exit(3)
+
+
+def chain(parent: Any, recipe: Path | None, *, dry_run: bool, quiet: bool, verbose: bool = False) -> Report:
+    """Run the chain of a project file, or say what of it would run.
+
+    Args:
+        parent: a context of the program, whose commands the steps are.
+        recipe: the file; the one of the working folder when None.
+        dry_run: run nothing.
+        quiet: print nothing of what each step says.
+        verbose: print all of it.
+    """
+    stages, project = _read(parent, recipe)
+    book = ledger.read(project.runs)
+    if dry_run:
+        _foresee(stages, project, book)
+    else:
+        _run(stages, project, book, quiet=quiet, verbose=verbose)
+    return _report(stages, str(recipe or config.FILE), dry_run=dry_run)
 
 
 def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project]:

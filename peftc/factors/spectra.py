@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc import methods
 from peftc.calibration import statistics
 from peftc.calibration.collection import Statistics
 from peftc.errors import MethodError, UsageError, one_of
 from peftc.factors import joint
+from peftc.methods import registry
 from peftc.methods.spectrum import Solution, Spectrum
 from peftc.models.model import Model
 from peftc.nn import lowrank
@@ -55,9 +55,9 @@ class Factorizer:
                 flat = lowrank.matrix(weight, target.form)
                 return transposed(self.decompose(flat.T.contiguous(), **given), flat)
         decompose = functools.partial(self.decompose, **given)
-        if target.form not in methods.METHODS["decompose_conv"]:
+        if target.form not in registry.METHODS["decompose_conv"]:
             return decompose(lowrank.matrix(weight, target.form).contiguous())
-        return methods.find("decompose_conv", target.form, "--conv-method")(weight.contiguous(), decompose)
+        return registry.find("decompose_conv", target.form, "--conv-method")(weight.contiguous(), decompose)
 
 
 def transposed(spectrum: Spectrum, weight: Tensor) -> Spectrum:
@@ -91,9 +91,9 @@ def factorizer(
         correct_bias: as for `Factorizer`.
     """
     chosen = method if method != "auto" else "kfac" if with_data else "svd"
-    function = methods.find("decompose", chosen, "--method")
-    one_of("--conv-method", conv_method, list(methods.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
-    needs = tuple(methods.needs_of(function))
+    function = registry.find("decompose", chosen, "--method")
+    one_of("--conv-method", conv_method, list(registry.METHODS["decompose_conv"]))  # each is a form of `nn.lowrank`
+    needs = tuple(registry.needs_of(function))
     unknown = [name for name in needs if name not in statistics.STATISTICS]
     if unknown:
         why = f"calibration collects {', '.join(statistics.STATISTICS)}"
@@ -102,7 +102,7 @@ def factorizer(
         hint = "name one: `--data DATA`, or collected statistics: `--statistics DIR`"
         raise UsageError(f"`--method {chosen}` needs {', '.join(needs)} of a calibration set", hint=hint)
     return Factorizer(
-        chosen, function, methods.with_settings(function, chosen, settings or {}), needs, correct_bias=correct_bias
+        chosen, function, registry.with_settings(function, chosen, settings or {}), needs, correct_bias=correct_bias
     )
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from peftc import methods
 from peftc.errors import ExportError
 from peftc.formats import exported
 from peftc.formats.exported import Exported, Inputs
+from peftc.methods import registry
 from peftc.models import delta, interchange
 from peftc.models.from_peft import TENSORS
 from peftc.models.interchange import Adapter
@@ -58,8 +58,8 @@ def _adapter(entry: dict[str, Any], name: str, module: Adapted) -> Adapter:
     if why := interchange.why_not(base):
         hint = "export the whole model: `--format safetensors`"
         raise ExportError(f"the update of `{name}` cannot be exported as `peft`", why=why, hint=hint)
-    function = methods.find("adapter", entry["method"], "method")
-    settings = methods.settings_of(function) | entry["settings"]
+    function = registry.find("adapter", entry["method"], "method")
+    settings = registry.settings_of(function) | entry["settings"]
     window = tuple(getattr(base, "kernel_size", ()))
     rank, alpha = settings.get("rank", 0), float(settings.get("alpha", 0.0))
     return Adapter(entry["method"], rank, alpha, float(settings.get("dropout", 0.0)), form_of(base) or "", window)

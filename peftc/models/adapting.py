@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from peftc import methods
 from peftc.errors import ArtifactError, UsageError
+from peftc.methods import registry
 from peftc.models import families, targets
 from peftc.models.model import Model
 from peftc.nn import lowrank, surgery
@@ -46,12 +46,12 @@ def place(
     """
     network = model.module
     network.requires_grad_(False)
-    function = methods.find("adapter", method, "--method")
-    methods.trait(function, "refuse", lambda _: None)(network)
-    whole = methods.trait(function, "whole", None)
+    function = registry.find("adapter", method, "--method")
+    registry.trait(function, "refuse", lambda _: None)(network)
+    whole = registry.trait(function, "whole", None)
     owners = _owners(network, on_product) if whole is None else {n: m for n, m in network.named_modules() if whole(m)}
     include, skip = targets.patterns_for(owners, include, skip)
-    everywhere = methods.trait(function, "EVERYWHERE", False)
+    everywhere = registry.trait(function, "EVERYWHERE", False)
     weights = {name: getattr(each, "weight", None) for name, each in owners.items()}
     weighted = {n: owners[n] for n, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.ndim >= 2}
     dense = {} if everywhere else targets.kept_dense(model, weighted, families.COMMON)
@@ -82,9 +82,9 @@ def rebuild(network: nn.Module, adapters: Mapping[str, Mapping[str, Any]]) -> No
     for name, entry in adapters.items():
         try:
             module = network.get_submodule(name)
-            function = methods.find("adapter", entry["method"], "method")
+            function = registry.find("adapter", entry["method"], "method")
             with torch.device("meta"):
-                update = function(module, **methods.with_settings(function, entry["method"], entry["settings"]))
+                update = function(module, **registry.with_settings(function, entry["method"], entry["settings"]))
         except (AttributeError, TypeError, ValueError, UsageError) as error:
             what = f"the artifact adapts `{name}` by `{entry['method']}`, which cannot be built"
             raise ArtifactError(what, why=str(error)) from error

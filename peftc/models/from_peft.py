@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import methods
 from peftc.errors import SourceError
+from peftc.methods import registry
 from peftc.models import heads, interchange
 from peftc.models.interchange import Adapter
 from peftc.models.model import Model
@@ -80,7 +80,7 @@ def _with_outputs(base: Model, own: dict[str, Tensor]) -> Model:
 
 def _place(network: nn.Module, name: str, adapter: Adapter, folder: Path) -> None:
     module: Any = network.get_submodule(name)
-    function = methods.find("adapter", adapter.method, "peft_type")
+    function = registry.find("adapter", adapter.method, "peft_type")
     refused = interchange.why_not(module)
     if refused is None and adapter.window != tuple(getattr(module, "kernel_size", ())):
         refused = f"its factors are made for a window of {list(adapter.window)}"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc import methods, processes, progress
+from peftc import processes, progress
 from peftc.errors import WeightError
+from peftc.methods import registry
 from peftc.methods.importance import tsne_silhouette
 from peftc.models import families, layers
 from peftc.models.inputs import mask_of, outputs
@@ -101,9 +102,9 @@ class Score:
 def named(name: str, settings: Mapping[str, Any]) -> Score:
     """Return the score of a name, as typed or as in the table; UsageError where it or a setting is unknown."""
     name = name.replace("-", "_")
-    function = methods.find("importance", name, "--score")
-    chosen = methods.with_settings(function, name, settings)
-    return Score(name, function, chosen, tuple(methods.needs_of(function)))
+    function = registry.find("importance", name, "--score")
+    chosen = registry.with_settings(function, name, settings)
+    return Score(name, function, chosen, tuple(registry.needs_of(function)))
 
 
 def scored(model: Model, names: Sequence[str], score: Score, seen: Seen | None) -> list[float]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import methods
 from peftc.data import open_data
 from peftc.data.spec import named
 from peftc.errors import ArtifactError, DataError, UsageError
@@ -19,6 +18,7 @@ from peftc.formats import parity
 from peftc.formats.exported import Exported, Inputs, of_sentences
 from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
+from peftc.methods import registry
 from peftc.models import padding, write
 from peftc.models.load import load
 from peftc.models.model import Model, detached
@@ -94,7 +94,7 @@ def export(
     reading, gates = Reading.of(given), Gates.of(given)
     data = None if data is None else named(data, reading)
     word, written_by, chosen = _format(format, settings or {})
-    unmerged = methods.trait(written_by, "UNMERGED", False)
+    unmerged = registry.trait(written_by, "UNMERGED", False)
     _check(word, rounds, batch_size, without_data=bool(gates) and data is None, dense_updates=unmerged and dense)
 
     stored = load(model)
@@ -252,13 +252,13 @@ def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callabl
     Raises:
         UsageError: none is named, or there is none of that name, or a setting is not one of its own.
     """
-    known = ", ".join(f"`{each.replace('_', '-')}`" for each in methods.METHODS["format"])
+    known = ", ".join(f"`{each.replace('_', '-')}`" for each in registry.METHODS["format"])
     if name is None:
         raise UsageError("say what to write", why=f"`--format` is one of {known}")
     name = name.replace("-", "_")
-    written_by = methods.find("format", name, "--format")
+    written_by = registry.find("format", name, "--format")
     word = name.replace("_", "-")
-    return word, written_by, methods.with_settings(written_by, word, settings)
+    return word, written_by, registry.with_settings(written_by, word, settings)
 
 
 def _padding(stored: Model, runs: Model) -> int | None:
@@ -381,9 +381,9 @@ def _finish(
 
 def _card_of(word: str) -> dict[str, Any]:
     """Return what the file of a format has for a card: the library that loads it, tags, and lines of Python."""
-    function = methods.find("format", word.replace("-", "_"), "--format")
-    library, use = methods.trait(function, "LIBRARY", None), methods.trait(function, "USE", None)
-    return {"library_name": library, "tags": list(methods.trait(function, "TAGS", ())), "use": use}
+    function = registry.find("format", word.replace("-", "_"), "--format")
+    library, use = registry.trait(function, "LIBRARY", None), registry.trait(function, "USE", None)
+    return {"library_name": library, "tags": list(registry.trait(function, "TAGS", ())), "use": use}
 
 
 def _table(data: dict[str, Any]) -> Table:

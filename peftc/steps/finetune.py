@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from peftc import methods, processes
+from peftc import processes
 from peftc.data.spec import named
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import ordered
 from peftc.measure import costs
+from peftc.methods import registry
 from peftc.models import sharding, write
 from peftc.models.build import refuse_unbuildable
 from peftc.models.delta import is_delta, reference
@@ -162,10 +163,10 @@ def finetune(
     one_of("--head", head, ["auto", "new", "keep"])
     own = {name: value for name, value in (settings or {}).items() if "." not in name}
     of_terms = {name: value for name, value in (settings or {}).items() if "." in name}
-    adapter = methods.find("adapter", method, "--method")
-    if methods.with_settings(adapter, method, own).get("dropout") and not dropout:
+    adapter = registry.find("adapter", method, "--method")
+    if registry.with_settings(adapter, method, own).get("dropout") and not dropout:
         raise UsageError("`--set dropout` acts in training mode only", hint="add `--dropout`")
-    usual = {name: methods.recipe_of(adapter)[name] for name in METHODS_OWN if given[name] is None}
+    usual = {name: registry.recipe_of(adapter)[name] for name in METHODS_OWN if given[name] is None}
     recipe = Recipe.of(given | usual, **length(given, EPOCHS))
     reading, gates, changes = Reading.of(given), Gates.of(given), Augment.of(given)
     data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
@@ -252,7 +253,7 @@ def _carry_out(
     report = Report("finetune", notes=[*pupil.stored.notes, *work.samples.notes, *lesson.recipe.idle])
     student.tell(report, pupil)
     place = place_of(pupil.model.module)
-    outcome = _fit(job, work, pupil, methods.find("adapter", request["method"], "--method"), lesson, log_with)
+    outcome = _fit(job, work, pupil, registry.find("adapter", request["method"], "--method"), lesson, log_with)
     pupil.model = student.together(pupil.model, pupil.stored.module, pupil.placed.adapters, job.work)
     if lesson.recipe.minutes is not None:
         request = write.settle(job, pupil.stored, base, request | {"minutes": None, "steps": outcome.planned})
@@ -278,7 +279,7 @@ def _fit(
 ) -> Outcome:
     """Let the pupil learn, with what its method adds to the loss and does after each step."""
     adapted, held, size = adapted_modules(pupil.model.module), work.samples.held, lesson.recipe.batch_size
-    penalty, after = methods.trait(adapter, "penalty", None), methods.trait(adapter, "after_step", None)
+    penalty, after = registry.trait(adapter, "penalty", None), registry.trait(adapter, "after_step", None)
 
     def loss(module: nn.Module, given: Any) -> Mapping[str, Any]:
         found = None if penalty is None else penalty(adapted)
@@ -296,7 +297,7 @@ def _fit(
         after(updates, step, steps, steps if work.samples.stream else len(work.samples.train) / size)
 
     own = {"loss": loss, "score": None if held is None else score, "after_step": None if after is None else after_step}
-    return learn(job, lesson, work, log_with, **own, keep_last=methods.trait(adapter, "KEEPS_LAST", False))
+    return learn(job, lesson, work, log_with, **own, keep_last=registry.trait(adapter, "KEEPS_LAST", False))
 
 
 def _write(

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftc import methods
 from peftc.factors import ordered, tables
 from peftc.factors.asked import asked_budget, asked_plan, request_of, words
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import allocation_of
 from peftc.factors.spectra import Factorizer
+from peftc.methods import registry
 from peftc.methods.spectrum import Spectrum
 from peftc.models import write
 from peftc.models.load import load
@@ -65,8 +65,8 @@ def truncate(
 
     loaded = load(model)
     record = ordered.refuse_unordered(loaded)
-    method = methods.find("decompose", ordered.request_of(record)["method"], "--method")
-    needs = methods.needs_of(method)
+    method = registry.find("decompose", ordered.request_of(record)["method"], "--method")
+    needs = registry.needs_of(method)
     allocation = allocation_of(allocation, needs)
     loaded = replace(loaded, module=detached(loaded.module), notes=[])
     targets, reasons = ordered.ordered_targets(loaded, record)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import methods, processes
+from peftc import processes
 from peftc.data.augment import Seeds
 from peftc.errors import DataError, UsageError
+from peftc.methods import registry
 from peftc.models import dual, layers, shorten, unread
 from peftc.models.inputs import mask_of, mask_of_outputs
 from peftc.models.model import Model, detached
@@ -53,7 +54,7 @@ def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, 
     Raises:
         UsageError: an unknown term or setting, or a weight below 0.
     """
-    known = methods.METHODS["loss"]
+    known = registry.METHODS["loss"]
     for key in settings:
         if key.partition(".")[0] not in known:
             why = f"the terms with settings are {', '.join(f'`{n}`' for n in known)}"
@@ -65,10 +66,10 @@ def terms(asked: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, 
             raise UsageError(f"the weight of `{name}` in `--loss` is {weight}", why="a weight is at least 0")
         if name == TASK or not weight:
             continue
-        function = methods.find("loss", name, "--loss")
+        function = registry.find("loss", name, "--loss")
         own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name}
-        chosen = methods.with_settings(function, name, own)
-        found[name] = Term(weight, functools.partial(function, **chosen), tuple(methods.needs_of(function)))
+        chosen = registry.with_settings(function, name, own)
+        found[name] = Term(weight, functools.partial(function, **chosen), tuple(registry.needs_of(function)))
     return found
 
 

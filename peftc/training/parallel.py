@@ -13,8 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peftc import methods, processes
+from peftc import processes
 from peftc.errors import UsageError
+from peftc.methods import registry
 from peftc.models import sharding
 from peftc.models.model import Model
 from peftc.models.place import device_of, usual_dtype
@@ -73,7 +74,7 @@ def in_pieces(model: Model, layers: Sequence[str], recipe: Recipe, device: str, 
 
 def refuse_method(name: str, function: Callable[..., Any]) -> None:
     """Refuse a method of finetuning that reads whole weights between steps (UsageError)."""
-    if any(methods.trait(function, each, None) for each in ("after_step", "penalty")):
+    if any(registry.trait(function, each, None) for each in ("after_step", "penalty")):
         why = "it looks at whole weights between the steps"
         hint = "use `--method lora`, `dora` or `full`, or whole weights in each process: leave `--shard` out"
         raise UsageError(f"`--method {name}` does not go with `--shard`", why=why, hint=hint)

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc import methods, processes
+from peftc import processes
 from peftc.errors import UsageError
 from peftc.measure.intervals import Interval
+from peftc.methods import registry
 from peftc.models import write
 from peftc.models.model import Model
 from peftc.models.place import device_of
@@ -34,7 +35,7 @@ def options(model: Model, data: str | None, asked: Mapping[str, Any], reading: R
     long = length({**asked, **reading.parameters()}, EPOCHS)
     named = {name: value for name, value in {**asked, **long}.items() if value is not None}
     found = {"method": [USUAL, *tuned][-1], **named}
-    methods.find("adapter", found["method"], "--method")
+    registry.find("adapter", found["method"], "--method")
     refuse_others(model, found["method"])
     Recipe(**{name: value for name, value in found.items() if name != "method"})
     return {**found, "head": "keep"}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc import methods
 from peftc.data import open_data
 from peftc.data.classes import match
 from peftc.errors import DataError, PlanError, UsageError, named
+from peftc.methods import registry
 from peftc.models import adapting, delta, halved, heads, sharding, targets, write
 from peftc.models.adapting import Placed
 from peftc.models.heads import Headed
@@ -123,9 +123,9 @@ def build(
     """
     model, row = head.model, task_of(head.model, task)
     refuse_non_finite(model)
-    function = methods.find("adapter", method, "--method")
-    chosen = methods.with_settings(function, method, settings)
-    beside = methods.trait(function, "BESIDE_HALF", False) and not on_product  # a product is made of whole factors
+    function = registry.find("adapter", method, "--method")
+    chosen = registry.with_settings(function, method, settings)
+    beside = registry.trait(function, "BESIDE_HALF", False) and not on_product  # a product is made of whole factors
     halves = beside and halved.suits(model.module, recipe)
     copied = replace(model, module=_copied(model.module, widened=not (recipe.spread or halves)), infos={}, files=[])
     if halves:
@@ -174,7 +174,7 @@ def _again(model: Model, copied: Model, before: Mapping[str, Adapted], method: s
     record = model.manifest
     refuse_others(model, method)
     copied.module.requires_grad_(False)
-    function = methods.find("adapter", method, "--method")
+    function = registry.find("adapter", method, "--method")
     for name, each in before.items():
         kept = each.update.state_dict()
         fresh: Any = function(each.base, **record.adapters[name]["settings"])  # with what only training needs

@@ -37,7 +37,7 @@ def vit(size: int) -> nn.Module:
 
 
 def ours(method: str, size: int, rank: int) -> nn.Module:
-    from peftc.methods import find
+    from peftc.methods.registry import find
     from peftc.nn.adapted import Adapted
 
     network = vit(size)
@@ -79,7 +79,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(self.learned, lr=1e-3)
         self.after, self.updates, self.steps = None, {}, 0
         if maker == "ours":
-            from peftc.methods import find, trait
+            from peftc.methods.registry import find, trait
             from peftc.nn.adapted import adapted_modules
 
             self.after = trait(find("adapter", method, "--method"), "after_step", None)

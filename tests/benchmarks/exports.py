@@ -29,7 +29,7 @@ from peftc.formats import exported as exports
 from peftc.formats import parity
 from peftc.measure import costs
 from peftc.measure.costs import Call
-from peftc.methods import find
+from peftc.methods.registry import find
 from peftc.models import load as models
 from peftc.models.inputs import probe
 from peftc.models.model import Model

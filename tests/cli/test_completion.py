@@ -14,7 +14,7 @@ import pytest
 
 from peftc.cli import completion
 from peftc.docs.source.pages import COMMANDS, PROGRAM
-from peftc.methods import METHODS
+from peftc.methods.registry import METHODS
 from peftc.options import OPTIMIZERS, SCHEDULES
 
 SHELLS = tuple(completion.SCRIPTS)

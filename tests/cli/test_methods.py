@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from peftc.cli.methods import KINDS, details_of
 from peftc.docs.source import pages
-from peftc.methods import METHODS
+from peftc.methods.registry import METHODS
+from peftc.steps.methods import KINDS, details_of
 
 COMMANDS = list(dict.fromkeys(one.command for one in KINDS.values()))
 EACH = [(kind, name) for kind, names in METHODS.items() for name in names]
@@ -83,9 +83,9 @@ def test_kinds_and_related_commands_do_as_well(word: str, peftc) -> None:
 
 
 def test_a_method_of_another_package_stands_in_the_table_too(peftc, monkeypatch) -> None:
-    from peftc import methods
+    from peftc.methods import registry
 
     point = type("Point", (), {"value": "theirs.module:mine"})
-    monkeypatch.setattr(methods, "outsiders", lambda kind: {"mine": point} if kind == "decompose" else {})
+    monkeypatch.setattr(registry, "outsiders", lambda kind: {"mine": point} if kind == "decompose" else {})
     assert re.search("^mine *$", peftc("methods", "decompose").stdout, re.M)
     assert "no settings" in peftc("methods", "decompose", "mine").stdout

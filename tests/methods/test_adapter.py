@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peftc.errors import UsageError
-from peftc.methods import METHODS, find, with_settings
 from peftc.methods.adapter.flora import flora
 from peftc.methods.adapter.lora import lora
 from peftc.methods.adapter.sara import after_step
 from peftc.methods.adapter.sara import penalty as sara_penalty
+from peftc.methods.registry import METHODS, find, with_settings
 from peftc.nn import forms, merging
 from peftc.nn.adapted import Adapted, take_in
 from peftc.nn.lowrank import LowRankLinear

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftc import methods
 from peftc.calibration import statistics
 from peftc.errors import MethodError, UsageError
-from peftc.methods import METHODS, find
+from peftc.methods import registry
 from peftc.methods.decompose.svd import svd
 from peftc.methods.decompose_conv.channel import channel
 from peftc.methods.decompose_conv.spatial import spatial
+from peftc.methods.registry import METHODS, find
 from peftc.methods.spectrum import FLOOR, TOLERANCE, Solution, Spectrum, Truncation
 from peftc.methods.weighted import Moment
 from peftc.nn import lowrank
 from peftc.nn.lowrank import matrix
 
 DECOMPOSE = list(METHODS["decompose"])
-DATA_FREE = [name for name in DECOMPOSE if not methods.needs_of(find("decompose", name, "--method"))]
+DATA_FREE = [name for name in DECOMPOSE if not registry.needs_of(find("decompose", name, "--method"))]
 CONV = list(METHODS["decompose_conv"])
 SHAPES = [(48, 32), (32, 48), (32, 32), (300, 20)]
 DTYPES = [torch.float32, torch.float64]
@@ -99,7 +99,7 @@ STATISTICS: dict[str, Callable[[Tensor], Any]] = {
 def decompose(name: str, weight: Tensor) -> Spectrum:
     """Decompose a weight; a method with needs gets made-up statistics."""
     method = find("decompose", name, "--method")
-    return method(weight, **{need: STATISTICS[need](weight) for need in methods.needs_of(method)})
+    return method(weight, **{need: STATISTICS[need](weight) for need in registry.needs_of(method)})
 
 
 def test_there_is_a_made_up_statistic_for_everything_that_calibration_collects() -> None:
@@ -206,7 +206,7 @@ def test_every_registered_method_is_a_documented_function_of_its_name(kind: str)
         assert inspect.getdoc(method)
         if kind.startswith("decompose"):
             assert next(iter(inspect.signature(method).parameters)) == "weight"
-        assert all(isinstance(value, int | float | str | bool) for value in methods.settings_of(method).values())
+        assert all(isinstance(value, int | float | str | bool) for value in registry.settings_of(method).values())
 
 
 @every_weight
@@ -364,11 +364,11 @@ def test_an_unknown_method_and_setting_are_refused_with_the_known_ones() -> None
         find("decompose", "svdd", "--method")
     assert refusal.match("did you mean `--method svd`")
     with pytest.raises(UsageError, match="`svd` has no setting `alpha`") as refusal:
-        methods.with_settings(svd, "svd", {"alpha": 1})
+        registry.with_settings(svd, "svd", {"alpha": 1})
     assert refusal.match("its settings are: none")
     with pytest.raises(UsageError, match="setting `alpha` of `asvd` is `two`"):
-        methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": "two"})
-    assert methods.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": 2}) == {"alpha": 2}
+        registry.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": "two"})
+    assert registry.with_settings(find("decompose", "asvd", "--method"), "asvd", {"alpha": 2}) == {"alpha": 2}
 
 
 class Point:
@@ -386,12 +386,12 @@ class Point:
 
 
 def test_another_package_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "outsiders", lambda kind: {"mine": Point(svd)})
+    monkeypatch.setattr(registry, "outsiders", lambda kind: {"mine": Point(svd)})
     assert find("decompose", "mine", "--method") is svd
 
 
 def test_another_packages_broken_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "outsiders", lambda kind: {"mine": Point(ImportError("no module"))})
+    monkeypatch.setattr(registry, "outsiders", lambda kind: {"mine": Point(ImportError("no module"))})
     with pytest.raises(MethodError, match="cannot import the method `mine` of `other.package:mine`"):
         find("decompose", "mine", "--method")
 
@@ -399,6 +399,6 @@ def test_another_packages_broken_method_is_refused(monkeypatch: pytest.MonkeyPat
 def test_needs_are_keywords_without_a_default() -> None:
     def method(weight: Tensor, *, input_gram: Tensor, alpha: float = 0.5) -> None: ...
 
-    assert methods.needs_of(method) == ["input_gram"]
-    assert methods.settings_of(method) == {"alpha": 0.5}
-    assert methods.with_settings(method, "method", {"alpha": 1}) == {"alpha": 1.0}
+    assert registry.needs_of(method) == ["input_gram"]
+    assert registry.settings_of(method) == {"alpha": 0.5}
+    assert registry.with_settings(method, "method", {"alpha": 1}) == {"alpha": 1.0}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftc import methods
 from peftc.errors import DataError, WeightError
+from peftc.methods import registry
 from peftc.methods.importance.angular import angular
 from peftc.methods.importance.block_influence import block_influence
 from peftc.methods.importance.cka import cka
@@ -52,7 +52,7 @@ def test_the_silhouette_of_a_map_is_sls() -> None:
     scaled = (plain - plain.min(0)) / (plain.max(0) - plain.min(0))
     found = tsne_silhouette(features=features, labels=labels, perplexity=10.0)
     assert found == pytest.approx(by_hand(scaled, labels.numpy()), abs=1e-4)
-    assert methods.settings_of(tsne_silhouette) == {"perplexity": 30.0, "seed": 0}
+    assert registry.settings_of(tsne_silhouette) == {"perplexity": 30.0, "seed": 0}
 
 
 def test_clusters_score_higher_than_noise() -> None:
@@ -106,10 +106,10 @@ def test_magnitude_sums_absolute_weights() -> None:
     assert magnitude(weights=[torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0]])]) == 6
 
 
-@pytest.mark.parametrize("name", methods.METHODS["importance"])
+@pytest.mark.parametrize("name", registry.METHODS["importance"])
 def test_a_score_asks_only_for_what_a_step_knows_and_gives_a_number(name: str) -> None:
-    function = methods.find("importance", name, "--score")
-    needs = methods.needs_of(function)
+    function = registry.find("importance", name, "--score")
+    needs = registry.needs_of(function)
     assert set(needs) <= {*OF_DATA, "weights"}
     features, labels = clusters(3.0)
     known = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftc import methods
+from peftc.methods import registry
 from peftc.methods.loss.embeddings import embeddings
 from peftc.methods.loss.features import features
 from peftc.methods.loss.logits import logits
@@ -166,10 +166,10 @@ def test_embeddings_are_the_distance_of_vectors_and_of_their_cosines() -> None:
     assert turned > 0.1
 
 
-@pytest.mark.parametrize("name", methods.METHODS["loss"])
+@pytest.mark.parametrize("name", registry.METHODS["loss"])
 def test_a_term_asks_by_name_for_what_a_training_knows(name: str) -> None:
     known = {f"{who}_{what}" for who in ("student", "teacher") for what in ("features", "outputs", "vectors")}
-    assert set(methods.needs_of(methods.find("loss", name, "--loss"))) <= known | {
+    assert set(registry.needs_of(registry.find("loss", name, "--loss"))) <= known | {
         "mask",
         "masks",
         "products",
@@ -177,7 +177,7 @@ def test_a_term_asks_by_name_for_what_a_training_knows(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", methods.METHODS["loss"])
+@pytest.mark.parametrize("name", registry.METHODS["loss"])
 def test_no_gradient_reaches_the_teacher(name: str) -> None:
     leaf = random(4, 3).requires_grad_()
     student = random(4, 3, seed=1).requires_grad_()
@@ -186,6 +186,6 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
         "student_vectors": student, "teacher_vectors": leaf, "mask": None, "masks": [None], "products": {"a": student},
         "weights": {"a": leaf},
     }  # fmt: skip
-    function = methods.find("loss", name, "--loss")
-    function(**{need: given[need] for need in methods.needs_of(function)}).backward()
+    function = registry.find("loss", name, "--loss")
+    function(**{need: given[need] for need in registry.needs_of(function)}).backward()
     assert leaf.grad is None and student.grad is not None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftc.errors import OutputError, SourceError
-from peftc.methods import find
+from peftc.methods.registry import find
 from peftc.models.interchange import Adapter, from_peft, to_peft, why_not
 from peftc.nn.adapted import Adapted, adapted_modules
 from peftc.nn.forms import form_of

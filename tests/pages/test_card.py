@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from peftc import methods
 from peftc.errors import ArtifactError
 from peftc.formats.exported import Exported
 from peftc.formats.safetensors import safetensors
+from peftc.methods import registry
 from peftc.pages import card
 from peftc.steps.compare import compare
 from peftc.steps.export import export
@@ -35,7 +35,7 @@ def theirs(model: Any, example: Any, folder: Path, *, level: int = 3) -> Exporte
 def exported(small_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "outsiders", lambda kind: {"theirs": Point()})
+        patch.setattr(registry, "outsiders", lambda kind: {"theirs": Point()})
         export(small_vit, format="theirs", rounds=5, output_dir=folder)
     return folder
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import methods, progress
+from peftc import progress
 from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError
+from peftc.methods import registry
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
@@ -25,7 +26,7 @@ from tests.calibration.test_memory import launch
 from tests.steps.test_distill import images  # noqa: F401
 
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 16, "device": "cpu", "learning_rate": 1e-2}
-METHODS = list(methods.METHODS["adapter"])
+METHODS = list(registry.METHODS["adapter"])
 
 
 @pytest.fixture(scope="module")
