@@ -1,14 +1,13 @@
 """Build the base network of a source, or of an artifact's record, with parameters on the meta device."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peftc.errors import ArtifactError, PeftcError, SourceError, UsageError
+from peftc.errors import ArtifactError, SourceError, UsageError
 from peftc.models import from_timm, from_transformers, weights
 from peftc.models.model import Model
 from peftc.models.skeleton import on_meta
@@ -26,7 +25,9 @@ def build(source: Source, located: Located, with_weights: bool) -> tuple[Model, 
             why = "it was not typed: it stands in a manifest, an adapter, a chain or a project file"
             hint = "add `--allow-code` (in Python: `allow_code=True`) if you trust that file and that code"
             raise SourceError(what, why=why, hint=hint)
-        model = _python(located.name, dict(source.arch_set), source, empty=bool(located.weights) or not with_weights)
+        model = from_python(
+            located.name, dict(source.arch_set), source, empty=bool(located.weights) or not with_weights
+        )
     elif located.kind == "timm-arch":
         model = from_timm.from_architecture(source, located, with_weights)
     else:
@@ -65,49 +66,13 @@ def from_record(record: Manifest, folder: Path, source: Source) -> Model:
     """Return the base network that an artifact's manifest describes, before its edits."""
     library, architecture = record.base["library"], record.base["architecture"]
     if library == "python":
-        return _python(architecture, record.base.get("arguments", {}), source, empty=True)
+        return from_python(architecture, record.base.get("arguments", {}), source, empty=True)
     if library not in ("timm", "transformers"):
         raise ArtifactError(f"`{folder}` has a base of the unknown library `{library}`", why="its manifest is damaged")
     return (from_timm if library == "timm" else from_transformers).from_folder(source, folder, record)
 
 
-def from_live(module: Any) -> Model:
-    """Return a live network as a model, with what may serve to build it again (see `refuse_unbuildable`)."""
-    name, source = type(module).__name__.lower(), Source(f"a live {type(module).__name__}")
-    if hasattr(module, "config") and hasattr(module, "save_pretrained"):
-        config = json.loads(module.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(module).__name__]
-        return from_transformers.described(module, config, source, name)
-    cfg = dict(getattr(module, "pretrained_cfg", None) or {})
-    if cfg.get("architecture"):
-        classes = getattr(module, "num_classes", None)
-        config = {"architecture": cfg["architecture"], "num_classes": classes, "pretrained_cfg": cfg}
-        return from_timm.described(module, config, source, cfg["architecture"])
-    factory = f"{type(module).__module__}:{type(module).__qualname__}"
-    record = {"library": "python", "architecture": factory, "arguments": {}}
-    return Model(module, source, "python", {}, record, name)
-
-
-def refuse_unbuildable(model: Model) -> None:
-    """Refuse a live network that its class or config does not build again with the same tensors (SourceError)."""
-    why = "building it again gives other tensors, so its constructor had arguments that nobody kept"
-    try:
-        if model.library == "timm":
-            again, _ = from_timm.network(model.config)
-        elif model.library == "transformers":
-            again = on_meta(lambda: type(model.module)(model.module.config))
-        else:
-            again = _python(model.architecture, {}, model.source, empty=True).module
-        new, old = ({n: each.shape for n, each in surgery.tensors_of(made).items()} for made in (again, model.module))
-        if new == old:
-            return
-    except PeftcError as error:
-        why = error.why or error.what
-    hint = "write a factory function that builds it, and name it: `python:module:factory` with `--weights FILE`"
-    raise SourceError(f"a live `{type(model.module).__name__}` cannot be stored so that it reloads", why=why, hint=hint)
-
-
-def _python(factory: str, arguments: dict[str, Any], source: Source, *, empty: bool) -> Model:
+def from_python(factory: str, arguments: dict[str, Any], source: Source, *, empty: bool) -> Model:
     """Run the user's own factory; whatever it raises is said to be theirs."""
     module_name, attribute = factory.split(":")
     if "" not in sys.path:

@@ -14,6 +14,7 @@ from torch import nn
 from peftc import progress
 from peftc.errors import ArtifactError, SourceError, UsageError, WeightError, named
 from peftc.models import adapting, build, delta, from_gguf, from_peft, from_timm, hub, weights
+from peftc.models.live import from_live
 from peftc.models.model import PREPROCESS, Model, detached
 from peftc.models.place import place_of
 from peftc.nn import surgery
@@ -38,7 +39,7 @@ def load(model: str | Path | Source | nn.Module | Model, *, weights: bool = True
     if isinstance(model, Model):
         return model
     if isinstance(model, nn.Module):
-        return build.from_live(detached(model).eval())
+        return from_live(detached(model).eval())
     source = model if isinstance(model, Source) else Source(str(model))
     with progress.track(f"loading {source.spec.rstrip('/').rpartition('/')[2]}"):
         return _loaded(source, weights, merge)
@@ -143,9 +144,9 @@ def with_adapter(network: nn.Module, folder: str | Path, *, allow_code: bool = F
     Several deltas on one base take its memory once.
 
     Args:
-        network: the base, as `load_module` gives it, on any device.
+        network: the base, as `peftc.load` gives it, on any device.
         folder: the delta.
-        allow_code: as for `load_module`.
+        allow_code: import the Python code of yours that the delta names as its base.
 
     Raises:
         ArtifactError: the folder holds no delta, or ``network`` is not its base.

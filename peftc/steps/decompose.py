@@ -24,7 +24,7 @@ from peftc.factors.ranks import allocation_of
 from peftc.factors.sequential import refuse_unfit
 from peftc.factors.speedup import unusual
 from peftc.models import write
-from peftc.models.build import refuse_unbuildable
+from peftc.models.live import refuse_unbuildable
 from peftc.models.load import load, refuse_non_finite
 from peftc.models.model import Model, detached
 from peftc.models.place import device_of, solver_device

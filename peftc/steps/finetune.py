@@ -17,9 +17,9 @@ from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.methods import registry
 from peftc.models import sharding, write
-from peftc.models.build import refuse_unbuildable
 from peftc.models.delta import is_delta, reference
 from peftc.models.heads import Headed
+from peftc.models.live import refuse_unbuildable
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.place import place_of

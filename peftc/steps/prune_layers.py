@@ -18,8 +18,8 @@ from peftc.factors import ordered
 from peftc.measure import costs
 from peftc.measure.intervals import Interval
 from peftc.models import shorten, write
-from peftc.models.build import refuse_unbuildable
 from peftc.models.delta import is_delta, of_shorter, reference
+from peftc.models.live import refuse_unbuildable
 from peftc.models.load import load, without_updates
 from peftc.models.model import Model, detached
 from peftc.models.place import one_dtype, place_of, runnable
