@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peftc.data import arrays, images, limits, streamed, tables
 from peftc.data.dataset import Dataset, Splits, choose
+from peftc.data.given import Given
 from peftc.data.spec import Columns, columns_of, parts_of
 from peftc.errors import DataError, did_you_mean, refuse_not_utf8
 
@@ -29,7 +30,7 @@ def open_data(
     streaming: bool = False,
     rows: int | None = None,
 ) -> Dataset:
-    """Return the samples that a `--data` spec names.
+    """Return the samples that a `--data` spec names, or holds.
 
     Args:
         spec: what the user typed; `?text=NAME` names a column of a table, and `@SPLIT` at its end picks a split.
@@ -46,7 +47,10 @@ def open_data(
     refuse_not_utf8("`--data`", spec)
     name, at = parts_of(spec)
     name, own = columns_of(name)
-    splits = streamed.hub(name, own, task, rows or num_samples) if streaming else _splits(name, own, task)
+    if streaming:
+        splits = streamed.hub(name, own, task, rows or num_samples)
+    else:
+        splits = spec.splits(name, own, task) if isinstance(spec, Given) else _splits(name, own, task)
     chosen, note = choose(name, splits, at or None, role)
     dataset = splits[chosen]()
     dataset = replace(dataset, notes=[note, *dataset.notes])
@@ -55,6 +59,8 @@ def open_data(
 
 def split_names(spec: str | Path) -> list[str]:
     """Return all splits of what a `--data` spec names."""
+    if isinstance(spec, Given):
+        return list(spec.parts)
     return list(_splits(columns_of(parts_of(spec)[0])[0], Columns(), None))
 
 

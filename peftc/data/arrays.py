@@ -103,10 +103,11 @@ def _paired(name: str, keys: Iterable[str], read: Callable[[str], np.ndarray]) -
         raise DataError(what, why=f"its arrays are {named(sorted(keys))}", hint=hint)
     notes = [f"data: arrays left unread: {named(unknown)}"] if unknown else []
     arrays = {split: {role: read(key) for role, key in pair.items()} for split, pair in found.items()}
-    return _splits(name, arrays, notes)
+    return splits(name, arrays, notes)
 
 
-def _splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
+def splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
+    """Return the samples of arrays by split and role: ``x`` and, where there are labels, ``y``."""
     labels = {}
     for split, pair in found.items():
         x = pair["x"]
@@ -117,13 +118,13 @@ def _splits(name: str, found: dict[str, Arrays], notes: list[str]) -> Splits:
             labels[split] = _labels(f"{name}@{split}", pair["y"], len(x))
     values = sorted({value for column in labels.values() for value in column.tolist()})
     classes = {value: number for number, value in enumerate(values)}
-    is_class = bool(values) and all(isinstance(value, int) for value in values)
+    is_class = bool(values) and all(isinstance(value, int | str) for value in values)
 
     def dataset(split: str) -> Dataset:
         x, y = found[split]["x"], labels.get(split)
         known: list[Any] | None = None if y is None else y.tolist()
         where, is_image = f"{name}@{split}", x.dtype == np.uint8
-        x = _channels_last(where, x) if is_image else x[:, None] if x.ndim == 3 else x
+        x = channels_last(where, x) if is_image else x[:, None] if x.ndim == 3 else x
         if is_image:
             limits.refuse_sides(where, x.shape[2], x.shape[1])
 
@@ -151,6 +152,8 @@ def _labels(name: str, array: np.ndarray, samples: int) -> np.ndarray:
     if array.shape != (samples,):
         why = f"there are {samples} samples, with one label each"
         raise DataError(f"the labels of `{name}` have shape {list(array.shape)}", why=why)
+    if array.dtype.kind == "U":  # names of classes, given in Python
+        return array
     if array.dtype.kind not in "buif":
         raise DataError(f"the labels of `{name}` are no numbers", why=f"their dtype is `{array.dtype}`")
     if not np.isfinite(array).all():
@@ -162,14 +165,14 @@ def _labels(name: str, array: np.ndarray, samples: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _channels_last(name: str, x: np.ndarray) -> np.ndarray:
+def channels_last(name: str, x: np.ndarray) -> np.ndarray:
     """Return uint8 images as (n, h, w) or (n, h, w, 3 or 4)."""
     if x.ndim == 3:
         return x
     if x.ndim == 4 and x.shape[-1] in (1, 3, 4):
         return x[..., 0] if x.shape[-1] == 1 else x
     if x.ndim == 4 and x.shape[1] in (1, 3, 4):
-        return _channels_last(name, np.moveaxis(x, 1, -1))
+        return channels_last(name, np.moveaxis(x, 1, -1))
     why = "images are (n, h, w), (n, h, w, c) or (n, c, h, w)"
     raise DataError(f"`{name}` holds uint8 values of shape {list(x.shape)}", why=why)
 
@@ -197,7 +200,7 @@ def idx(files: IdxFiles, name: str) -> Splits:
     for split, pair in found.items():
         if "x" not in pair:
             raise DataError(f"`{name}` has labels but no images for split `{split}`")
-    return _splits(name, found, [])
+    return splits(name, found, [])
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -234,4 +237,4 @@ def sklearn(name: str) -> Splits:
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     parts = {"train": np.sort(train), "test": np.sort(test)}
     found = {key: {"x": images[part], "y": digits.target[part]} for key, part in parts.items()}
-    return _splits(f"sklearn:{name}", found, [])
+    return splits(f"sklearn:{name}", found, [])

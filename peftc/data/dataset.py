@@ -13,6 +13,7 @@ from typing import Any
 
 from peftc.data.remembered import Identity, digest, refuse_change
 from peftc.errors import DataError, UsageError
+from peftc.store.commands import is_given
 
 SPLIT_WORDS = {
     "test": ("test", "testing", "t10k"),
@@ -210,7 +211,7 @@ def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "eva
     Which is first stands in `PREFERRED`.
     """
     names = list(splits)
-    there = {"why": f"it has {_listed(names)}", "hint": f"name one: `--data {name}@{names[0]}`" if names else None}
+    there = {"why": f"it has {_listed(names)}", "hint": _one(name, names[0]) if names else None}
     if asked is not None:
         for same in (lambda split: split == asked, lambda split: split_word(split) == (split_word(asked) or asked)):
             found = [split for split in names if same(split)]
@@ -221,12 +222,19 @@ def choose(name: str, splits: Iterable[str], asked: str | None, role: str = "eva
         found = [split for split in names if split == word] or [split for split in names if split_word(split) == word]
         if len(found) == 1 and len(names) > 1:
             others = _listed([split for split in names if split != found[0]])
-            return found[0], f"data: split `{found[0]}` of `{name}` (it also has {others}; choose with `@SPLIT`)"
+            more = "give that alone to choose it" if is_given(name) else "choose with `@SPLIT`"
+            return found[0], f"data: split `{found[0]}` of `{name}` (it also has {others}; {more})"
         if len(found) > 1:
             break
     if len(names) == 1:
         return names[0], f"data: `{names[0]}`, the only split of `{name}`"
     raise DataError(f"`{name}` does not say which split to use", **there)
+
+
+def _one(name: str, split: str) -> str:
+    if is_given(name):
+        return f"give one split alone: `data[{split!r}]`"
+    return f"name one: `--data {name}@{split}`"
 
 
 def _listed(names: list[str]) -> str:

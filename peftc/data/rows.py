@@ -11,7 +11,7 @@ from typing import Any
 from peftc.data import limits, remembered
 from peftc.data.dataset import Each
 from peftc.data.remembered import Identity
-from peftc.data.spec import Columns
+from peftc.data.spec import Columns, naming
 from peftc.errors import DataError, named
 
 IMAGE = ("image", "img", "images", "picture", "jpg", "png")
@@ -61,7 +61,7 @@ class Rows:
         if column is not None:
             return column
         why = f"its columns are {named(self.table.column_names, 20)}"
-        hint = f"name it: `--data '{self.name}?{kind}=NAME'`{more}"
+        hint = f"name it: {naming(self.name, kind)}{more}"
         raise DataError(f"`{self.name}` has no column of a usual name for {what}", why=why, hint=hint)
 
     def values(

@@ -7,10 +7,11 @@ one of these characters is taken as it is, and in the name of a column ``%40`` s
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from peftc.errors import UsageError, one_of
-from peftc.options import COLUMNS, Reading
+from peftc.options import COLUMNS
+from peftc.store.commands import is_given
 
 GENERATED = "generated:"  # a spec of texts that are drawn from a model
 
@@ -60,22 +61,12 @@ def columns_of(name: str) -> tuple[str, Columns]:
     return bare, Columns(**found)
 
 
-def named(spec: str | Path, reading: Reading) -> str:
-    """Return a spec with the columns that options name; both may not name different ones of a kind."""
-    options: dict[str, str | None] = {kind: getattr(reading, f"{kind}_column") for kind in COLUMNS}
-    if not any(options.values()) or str(spec).startswith(GENERATED):  # what is drawn has no columns
-        return str(spec)
-    name, split = parts_of(spec)
-    bare, own = columns_of(name)
-    parts = []
-    for kind, other in options.items():
-        one: str | None = getattr(own, kind)
-        if one and other and one != other:
-            what = f"`--data {bare}` names `{one}` as the {kind} column, and `--{kind}-column` names `{other}`"
-            raise UsageError(what, hint="name it once")
-        if column := one or other:
-            parts.append(f"{kind}={quote(column, safe=', ')}")
-    return f"{bare}?{'&'.join(parts)}" + (f"@{split}" if split else "")
+def naming(name: str, *kinds: str) -> str:
+    """Return how columns of data are named: behind its spec, or in Python, where it has none that can be typed."""
+    if is_given(name):
+        more = "; to tensors and lists give labels as `(input, label)`" if kinds == ("label",) else ""
+        return ", ".join(f"`{kind}_column=NAME`" for kind in kinds) + more
+    return f"`--data '{name}?{'&'.join(f'{kind}=NAME' for kind in kinds)}'`"
 
 
 def _exists(name: str) -> bool:

@@ -17,7 +17,7 @@ from peftc.data.classes import is_index
 from peftc.data.dataset import Dataset, Pairs, Splits, split_word
 from peftc.data.images import decode
 from peftc.data.rows import CAPTION, FILE, LABEL, PAIRS, TEXT, Look, Rows, is_label, is_number, is_score
-from peftc.data.spec import Columns, halves
+from peftc.data.spec import Columns, halves, naming
 from peftc.errors import DataError, named, reason_of
 
 WHOLE = re.compile(r"-?\d{1,19}\.0*")
@@ -200,7 +200,7 @@ def dataset(rows: Rows) -> Dataset:
     lacks = [column for column in columns.names() if column not in rows.table.column_names]
     if lacks:
         why = f"its columns are {named(rows.table.column_names, 20)}"
-        hint = f"name them as `--data '{name}?text=NAME&label=NAME'`"
+        hint = f"name them as {naming(name, 'text', 'label')}"
         raise DataError(f"`{name}` has no column `{lacks[0]}`", why=why, hint=hint)
     if is_captioned(columns, rows.task):
         return _pairs(rows)

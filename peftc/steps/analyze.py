@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftc import progress
 from peftc.calibration.collection import Statistics, source_of
 from peftc.calibration.prepared import Prepared, Request
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import UsageError
 from peftc.factors import advice, prediction, spectra
 from peftc.factors.asked import eligible, refuse_together
@@ -67,7 +67,7 @@ def analyze(
     joint: bool = False,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
-    data: str | None = None,
+    data: Data | None = None,
     statistics: str | Path | None = None,
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
@@ -108,7 +108,7 @@ def analyze(
     """
     given = locals()
     budgets, reading, calibration = Budgets.of(given), Reading.of(given), Calibration.of(given)
-    data = None if data is None else named(data, reading)
+    data = None if data is None else spec_of(data, reading)
     notes = []
     if plan is not None and budgets == Budgets():
         budgets = Budgets(ratio="0.5")

@@ -13,7 +13,7 @@ from peftc.calibration import memory, statistics
 from peftc.calibration.collection import Statistics, collect, identity_of
 from peftc.calibration.lanes import LANES
 from peftc.calibration.prepared import Request, prepare
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import UsageError
 from peftc.factors import ordered, spectra, tables
 from peftc.factors.asked import eligible
@@ -41,7 +41,7 @@ def calibrate(
     model: str | Path | Source | nn.Module | Model,
     *,
     output_dir: str | Path | None = None,
-    data: str,
+    data: Data,
     method: str = "auto",
     conv_method: str = "spatial",
     include: Sequence[str] = (),
@@ -95,7 +95,7 @@ def calibrate(
         why = "it takes the weights alone"
         hint = f"decompose at once: `peftc decompose MODEL --method {factorize.name}`"
         raise UsageError(f"`--method {factorize.name}` needs no statistics", why=why, hint=hint)
-    asked = Request.of(named(data, reading), reading, calibration, batch_size)
+    asked = Request.of(spec_of(data, reading), reading, calibration, batch_size)
     loaded = memory.bounded(load(model), max_memory)
     ordered.refuse_ordered(loaded)
     refuse_non_finite(loaded)

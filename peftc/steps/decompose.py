@@ -14,7 +14,8 @@ from peftc.calibration import memory
 from peftc.calibration.collection import Statistics, identity_of, source_of
 from peftc.calibration.prepared import Prepared, Request
 from peftc.data import open_data
-from peftc.data.spec import GENERATED, named
+from peftc.data.given import Data, spec_of
+from peftc.data.spec import GENERATED
 from peftc.errors import ClassesError, UsageError
 from peftc.factors import estimate, ordered, spectra, tables
 from peftc.factors.asked import asked_budget, asked_plan, eligible, refuse_together, request_of, words
@@ -61,7 +62,7 @@ def decompose(
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     skip: Sequence[str] = (),
-    data: str | None = None,
+    data: Data | None = None,
     statistics: str | Path | None = None,
     calibration_samples: int = 512,
     calibration_tokens: float | None = None,
@@ -137,7 +138,7 @@ def decompose(
     """
     asked = locals()
     reading, gates, calibration = Reading.of(asked), Gates.of(asked), Calibration.of(asked)
-    data, shard_bytes = None if data is None else named(data, reading), write.shard_bytes(max_shard_size)
+    data, shard_bytes = None if data is None else spec_of(data, reading), write.shard_bytes(max_shard_size)
     if data is None and gates:
         raise UsageError("`--max-drop` and `--min-quality` need held-out data", hint="name it: `--data DATA`")
     budget = asked_budget(plan, Budgets.of(asked), keep_all_ranks=keep_all_ranks)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftc import processes
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.models import sharding, write
@@ -41,7 +41,7 @@ def distill(
     *,
     output_dir: str | Path | None = None,
     teacher: str | Path | Source | nn.Module | Model | None = None,
-    data: str,
+    data: Data,
     loss: str | Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     epochs: float | None = None,
@@ -147,7 +147,7 @@ def distill(
         why = "augmented samples differ each time"
         hint = f"leave out `{option}`, or `--augment`, `--mixup` and `--cutmix`"
         raise UsageError(f"`{option}` keeps one answer for each sample", why=why, hint=hint)
-    data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
+    data, shard_bytes = spec_of(data, reading), write.shard_bytes(max_shard_size)
 
     stored = load(model)
     ordered.refuse_ordered(stored)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import UsageError
 from peftc.models import load
 from peftc.models.layerwise import layerwise
@@ -24,7 +24,7 @@ from peftc.tasks.evaluation import Exam, evaluated, keep
 def evaluate(
     model: str | Path | Source | nn.Module | Model,
     *,
-    data: str | Path,
+    data: Data,
     task: str | None = None,
     num_samples: int | None = None,
     image_size: int | None = None,
@@ -50,7 +50,8 @@ def evaluate(
 
     Args:
         model: any form of MODEL.
-        data: a `--data` spec, or `generated:N` for N sequences drawn from ``against`` (else the base, else the model).
+        data: a `--data` spec, samples, or `generated:N`: N sequences drawn from ``against`` (else the base, else the
+            model).
         task: a name of the task table; guessed from the model when None.
         num_samples: evaluate on a seeded subset; all samples when None.
         image_size: side in pixels instead of the model's.
@@ -85,7 +86,7 @@ def evaluate(
         raise UsageError(f"`--batch-size` is {batch_size}", why="a batch has at least one sample")
     subject = load.load(model)
     reference = None if against is None else baseline.before(subject) if against == "base" else load.load(against)
-    exam = Exam(named(data, reading), reading, gates, batch_size, device, dtype)
+    exam = Exam(spec_of(data, reading), reading, gates, batch_size, device, dtype)
     with ExitStack() as held:
         for each in (subject, reference) if compile else ():
             if each is not None:

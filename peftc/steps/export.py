@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftc.data import open_data
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import ArtifactError, DataError, UsageError
 from peftc.formats import parity
 from peftc.formats.exported import Exported, Inputs, of_sentences
@@ -45,7 +45,7 @@ def export(
     output_dir: str | Path | None = None,
     dense: bool = False,
     settings: Mapping[str, Any] | None = None,
-    data: str | None = None,
+    data: Data | None = None,
     task: str | None = None,
     num_samples: int = 64,
     image_size: int | None = None,
@@ -92,7 +92,7 @@ def export(
     """
     given = locals()
     reading, gates = Reading.of(given), Gates.of(given)
-    data = None if data is None else named(data, reading)
+    data = None if data is None else spec_of(data, reading)
     word, written_by, chosen = _format(format, settings or {})
     unmerged = registry.trait(written_by, "UNMERGED", False)
     _check(word, rounds, batch_size, without_data=bool(gates) and data is None, dense_updates=unmerged and dense)
@@ -118,7 +118,7 @@ def export(
         "format": word,
         "dense": dense,
         "settings": dict(settings or {}),
-        "data": data,
+        "data": None if data is None else str(data),
         **reading.request(),
         "num_samples": num_samples if data else None,
         "seed": seed,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftc import processes
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import ClassesError, UsageError, one_of
 from peftc.factors import ordered
 from peftc.measure import costs
@@ -52,7 +52,7 @@ def finetune(
     model: str | Path | Source | nn.Module | Model,
     *,
     output_dir: str | Path | None = None,
-    data: str,
+    data: Data,
     method: str = "lora",
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
@@ -169,7 +169,7 @@ def finetune(
     usual = {name: registry.recipe_of(adapter)[name] for name in METHODS_OWN if given[name] is None}
     recipe = Recipe.of(given | usual, **length(given, EPOCHS))
     reading, gates, changes = Reading.of(given), Gates.of(given), Augment.of(given)
-    data, shard_bytes = named(data, reading), write.shard_bytes(max_shard_size)
+    data, shard_bytes = spec_of(data, reading), write.shard_bytes(max_shard_size)
 
     stored = load(model, merge=False)
     ordered.refuse_ordered(stored)

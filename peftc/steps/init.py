@@ -8,8 +8,8 @@ from typing import Any
 
 from peftc import processes
 from peftc.data import split_names
-from peftc.data.spec import named
-from peftc.errors import OutputError
+from peftc.data.given import spec_of
+from peftc.errors import OutputError, UsageError
 from peftc.models.load import load
 from peftc.options import Reading
 from peftc.project import config
@@ -81,7 +81,13 @@ def init(
         OutputError: there is one already.
         PeftcError: MODEL or the data is not there, or cannot be read.
     """
-    data = None if data is None else named(data, Reading.of(locals()))
+    if not isinstance(data, str | Path | None):
+        raise UsageError(
+            "a project file names its data",
+            why=f"`data` is a {type(data).__name__}",
+            hint='name files: `data="photos"`',
+        )
+    data = None if data is None else spec_of(data, Reading.of(locals()))
     source = model if isinstance(model, Source) else Source(str(model))
     file = Path(config.FILE)
     if file.exists() and not overwrite:

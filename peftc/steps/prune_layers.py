@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftc import processes
-from peftc.data.spec import named
+from peftc.data.given import Data, spec_of
 from peftc.errors import UsageError
 from peftc.factors import ordered
 from peftc.measure import costs
@@ -52,7 +52,7 @@ def prune_layers(
     model: str | Path | Source | nn.Module | Model,
     *,
     output_dir: str | Path | None = None,
-    data: str | None = None,
+    data: Data | None = None,
     score: str | None = None,
     settings: Mapping[str, Any] | None = None,
     alpha: float | None = None,
@@ -133,7 +133,7 @@ def prune_layers(
     """
     given = locals()
     asked, reading, gates = depth.asked(alpha, keep, drop, within_drop), Reading.of(given), Gates.of(given)
-    data, shard_bytes = None if data is None else named(data, reading), write.shard_bytes(max_shard_size)
+    data, shard_bytes = None if data is None else spec_of(data, reading), write.shard_bytes(max_shard_size)
     refuse_unwritable("--plot", plot)
     wanted = None if score is None else scores.named(score, settings or {})
     stored, as_delta = _loaded(model, delta, data, repair=bool(repair))

@@ -1,6 +1,7 @@
 """Turn the requests of an artifact back into the command lines that make it again."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from peftc.store import documents
 from peftc.store.documents import CONTROL
 from peftc.store.manifest import Manifest
 
+GIVEN = "{} given in Python, sha256 {}"  # the spec of data that had no name, and that nobody can type
 DEFAULT_SHARD = 5_000_000_000
 WRITING = "calibrate decompose distill export extract-lora finetune merge prune-layers truncate".split()
 
@@ -45,6 +47,17 @@ def command_lines(record: Manifest) -> list[str]:
     return lines
 
 
+def is_given(spec: str) -> bool:
+    """Whether a `--data` spec stands for data that was given in Python."""
+    return re.search(r" given in Python, sha256 [0-9a-f]{16}($|[?@])", spec) is not None
+
+
+def _data(data: Any) -> dict[str, Any]:
+    """Return the option of data: a word in capitals, as for a network that was in memory, where it had no name."""
+    spec = data["spec"] if isinstance(data, Mapping) else data
+    return {"data": "DATA" if spec and is_given(spec) else spec}
+
+
 def _source_options(source: dict[str, Any]) -> list[str]:
     options = {key: source.get(key) or None for key in ("arch", "weights", "revision")}
     for key in ("arch_set", "preprocess"):
@@ -67,7 +80,7 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 def _calibration(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the calibration set that a request read itself."""
     named = {"samples": "calibration_samples", "tokens": "calibration_tokens"}
-    return {named.get(key, key): value for key, value in asked.items()}
+    return {named.get(key, key): value for key, value in asked.items()} | _data(asked.get("data"))
 
 
 # what a key of a request is as options, where it is not an option of its own name
@@ -78,7 +91,7 @@ SAID: dict[str, Callable[[Any], dict[str, Any]]] = {
     "is_judged": lambda _: {},
     "budget": lambda amounts: dict(amounts or {}),
     "settings": lambda found: {"set": [f"{name}={value}" for name, value in found.items()]},
-    "data": lambda data: {"data": data["spec"] if isinstance(data, Mapping) else data},
+    "data": _data,
     "teacher": lambda teacher: {"teacher": teacher and teacher["spec"]},  # without a name it is the base
     "loss": lambda weights: {"loss": ",".join(f"{name}={weight:g}" for name, weight in weights.items())},
     "policy": lambda policy: {"augment": policy},

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from peftc.data.dataset import Dataset
+from peftc.data.spec import naming
 from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.nn.vocabulary import differ
 from peftc.options import Reading
 from peftc.tasks.sentences import encode_texts
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded
+from peftc.tasks.task import Batch, Columns, Encoded
 
 
 def need_classes(data: Dataset, task: str) -> None:
@@ -20,7 +21,7 @@ def need_classes(data: Dataset, task: str) -> None:
         none = f"it has no class folders and {column}" if data.kind == "image" else f"it has {column}"
         why = none if data.labels is None else "its labels are scores"
         what = f"`{task}` needs a class for each sample of `{data.name}`"
-        raise DataError(what, why=why, hint=LABELS.format(data.name))
+        raise DataError(what, why=why, hint=f"name the column of labels: {naming(data.name, 'label')}")
 
 
 def encode_classified(model: Model, data: Dataset, settings: Reading) -> Encoded:

@@ -104,7 +104,7 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
 def _about(spec: str, row: Task, dataset: Dataset, encoded: Encoded) -> dict[str, Any]:
     """Return what identifies the samples of a measurement, and how a text was cut where that was asked for."""
     digest = digest_of(row, dataset, encoded)
-    about = {"spec": spec, "split": dataset.split, "samples": encoded.size, "digest": digest}
+    about = {"spec": str(spec), "split": dataset.split, "samples": encoded.size, "digest": digest}
     return {**about, "windows": encoded.windows} if encoded.windows else about
 
 

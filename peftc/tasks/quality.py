@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from peftc.data import parts_of, split_names
+from peftc.data import split_names
 from peftc.data.dataset import split_word
+from peftc.data.given import other_split
 from peftc.errors import DataError
 from peftc.measure.intervals import Interval
 from peftc.models.load import load
@@ -84,7 +85,7 @@ def measure_on_test(
     test = [name for name in split_names(exam.data) if split_word(name) == "test" and name != learnt]
     if len(test) == 1 and labelled:
         whole = replace(exam.reading, num_samples=None)
-        add(report, model, replace(exam, data=f"{parts_of(exam.data)[0]}@{test[0]}", reading=whole), against=against)
+        add(report, model, replace(exam, data=other_split(exam.data, test[0]), reading=whole), against=against)
     elif exam.gates:
         what, why = "`--max-drop` and `--min-quality` need a test split with labels", f"`{exam.data}` has none"
         raise DataError(what, why=why, hint="measure apart: `peftc evaluate`")

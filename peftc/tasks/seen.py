@@ -16,7 +16,7 @@ SHARED = 0.1  # of the smaller set: fewer are repeats that many data sets hold, 
 def kept(spec: str, task: Task | None, dataset: Dataset, encoded: Encoded) -> dict[str, Any]:
     """Return what a step keeps of the samples that it reads, by which they are known again."""
     digest = digest_of(task, dataset, encoded)
-    return {"spec": spec, "split": dataset.split, "digest": digest, "sketch": dataset.sketch}
+    return {"spec": str(spec), "split": dataset.split, "digest": digest, "sketch": dataset.sketch}
 
 
 def by(record: Manifest | None, spec: str, dataset: Dataset) -> str | None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from peftc.data import tokenised
 from peftc.data.dataset import Dataset
+from peftc.data.spec import naming
 from peftc.errors import DataError
 from peftc.models.model import Model
 from peftc.options import Reading
-from peftc.tasks.task import LABELS, Batch, Columns, Encoded
+from peftc.tasks.task import Batch, Columns, Encoded
 
 
 def encode_texts(
@@ -37,7 +38,7 @@ def encode_texts(
 def encode_pairs(model: Model, data: Dataset, settings: Reading) -> Encoded:
     """Return pairs of sentences with the score of each (DataError: there are none, or too few to rank)."""
     if data.labels is None or data.classes is not None:
-        hint = LABELS.format(data.name)
+        hint = f"name the column of labels: {naming(data.name, 'label')}"
         raise DataError(f"`sentence-similarity` needs a score for each pair of `{data.name}`", hint=hint)
     scores = torch.tensor([data.labels[row] for row in data.rows], dtype=torch.float64)
     if len(scores) < 3 or len(scores.unique()) < 2:

@@ -17,7 +17,6 @@ from peftc.models.place import moved
 from peftc.options import Reading
 
 Columns = dict[str, np.ndarray]  # one figure per sample each
-LABELS = "name the column of labels: `--data '{}?label=NAME'`"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftc.data import Dataset, open_data, parts_of, split_names
+from peftc.data import Dataset, open_data, split_names
 from peftc.data.augment import Augmented, Seeds
 from peftc.data.classes import match
 from peftc.data.dataset import split_word
+from peftc.data.given import other_split
 from peftc.errors import DataError, UsageError
 from peftc.models import inputs
 from peftc.models.model import Model
@@ -129,7 +130,7 @@ def _beside(
     if len(beside) != 1:
         return None
     how: dict[str, Any] = {"seed": reading.seed, "task": row.name if row else None, "streaming": reading.streaming}
-    other = open_data(f"{parts_of(data)[0]}@{beside[0]}", num_samples=HELD_OUT, **how)
+    other = open_data(other_split(data, beside[0]), num_samples=HELD_OUT, **how)
     if other.classes != dataset.classes:
         raise DataError(f"the splits `{dataset.split}` and `{other.split}` of `{data}` hold different classes")
     if labelled and row is not None and row.has_classes:
@@ -149,7 +150,7 @@ def _streamed(
     rows = rows_of(head, found.train.encoded.size, step)
     stream = Endless(head.name, head.stream, block, rows, skip, step, seed)
     notes = [*found.notes, f"learnt from: the stream, in blocks of {rows:,} rows, each of them shuffled"]
-    about = {"spec": data, "split": head.split, "digest": head.stream.key}
+    about = {"spec": str(data), "split": head.split, "digest": head.stream.key}
     return replace(found, about=about, notes=notes, stream=stream)
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from peftc.data import open_data
 from peftc.data.classes import match
+from peftc.data.given import spec_of
 from peftc.data.images import decode, transform, with_mode
-from peftc.data.spec import named
 from peftc.errors import DataError, UsageError
 from peftc.options import Reading
 
@@ -311,9 +311,9 @@ def test_a_spec_that_names_no_column_is_refused(tmp_path: Path, spec: str, messa
 
 def test_a_column_is_named_once(tmp_path: Path) -> None:
     file = table(tmp_path / "a.csv", "text,title,label\nx,z,y\n")
-    assert rows(open_data(named(f"{file}?text=title", Reading(text_column="title")))) == [("z", 0)]
+    assert rows(open_data(spec_of(f"{file}?text=title", Reading(text_column="title")))) == [("z", 0)]
     with pytest.raises(UsageError, match="names `title` as the text column, and `--text-column` names `text`"):
-        named(f"{file}?text=title", Reading(text_column="text"))
+        spec_of(f"{file}?text=title", Reading(text_column="text"))
 
 
 def test_a_file_may_be_called_as_a_spec_looks(tmp_path: Path) -> None:
@@ -356,11 +356,11 @@ def test_a_parquet_file_of_images_gives_images(tmp_path: Path) -> None:
 
 def test_columns_named_by_the_user_overrule(tmp_path: Path) -> None:
     file = table(tmp_path / "a.csv", "text,title,label,topic\nlong,short,1,x\nlonger,shorter,2,y\n")
-    assert rows(open_data(named(file, Reading(text_column="title", label_column="topic")))) == [
+    assert rows(open_data(spec_of(file, Reading(text_column="title", label_column="topic")))) == [
         ("short", 0),
         ("shorter", 1),
     ]
-    assert rows(open_data(named(file, Reading(text_column="title,text"))))[0] == (("short", "long"), 0)
+    assert rows(open_data(spec_of(file, Reading(text_column="title,text"))))[0] == (("short", "long"), 0)
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
