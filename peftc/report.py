@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Return what the terminal shows, as a notebook shows it: tables, notes, warnings and gates."""
-        parts = [f"<p><b>{escape(str(self))}</b></p>", *map(_table_html, self.tables)]
+        from html import escape
+
+        parts = [f"<p><b>{escape(str(self))}</b></p>", *(_table_html(table, escape) for table in self.tables)]
         parts += [f"<p>{escape(text)}</p>" for text in self.notes]
         parts += [f"<p><b>warning:</b> {escape(text)}</p>" for text in self.warnings]
         parts += [f"<p>{escape(gate.told())}</p>" for gate in self.gates]
@@ -170,7 +171,7 @@ def cell_text(cell: Cell) -> str:
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def _table_html(table: Table) -> str:
+def _table_html(table: Table, escape: Callable[[str], str]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = ("".join(f"<td>{escape(cell_text(cell))}</td>" for cell in row) for row in table.rows)
     body = "".join(f"<tr>{row}</tr>" for row in rows)

@@ -104,7 +104,7 @@ def load_base(model: Model) -> Model:
         raise ArtifactError(f"`{model.source.spec}` is no artifact, so it records no base", hint=hint)
     record = model.manifest.base.get("source")
     if record is None:
-        hint = "name one that is stored: `--against MODEL`"
+        hint = "name one that is stored: `--against MODEL`, `--teacher MODEL`"
         raise ArtifactError(f"the base of `{model.source.spec}` was a live network", hint=hint)
     preprocess = model.preprocess and {key: model.preprocess[key] for key in record.get("preprocess", {})}
     revision = record.get("revision")

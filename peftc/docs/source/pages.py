@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer.main
 
-from peftc import methods, report
 from peftc.cli import app as program
 from peftc.cli import help
-from peftc.cli.methods import KINDS, page_of
+from peftc.docs.source import api, results
+from peftc.docs.source.writing import PROSE, arguments, page, prose, table
+from peftc.methods import registry
+from peftc.steps.methods import KINDS, page_of
 
 WRITTEN = Path(__file__).parent
 DOCS = WRITTEN.parent
 PROGRAM: Any = typer.main.get_command(program.app)
 COMMANDS: dict[str, Any] = dict(PROGRAM.commands)
 FUNCTIONS = {word: command.callback for word, command in COMMANDS.items()}
-SCHEMA = json.loads(Path(report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
-NOTE = "<!-- `make docs` writes this page; prose and examples stand in peftc/docs/source/{}.md -->"
+SCHEMA = json.loads((DOCS.parent / "report.schema.json").read_text(encoding="utf-8"))
 
 LINKS = dict(zip(help.SHARED, ("how a MODEL is built", "where it is pushed", "what is printed"), strict=True))
 SHARED = dict(
@@ -53,6 +53,8 @@ GUIDES = {
     "scale.md": "Models larger than memory, and several processes",
     "extending.md": "A method of your own",
     "versions.md": "Which versions of Python, torch and transformers the tests have passed with",
+    "api.md": "Every function and class of `import peftc`, with parameters and defaults",
+    "results.md": "What to expect on which kind of model: size, speed and quality, as measured",
     "loading.md": "What else loads what peftc writes: transformers, sentence-transformers, vLLM, timm",
     "migration.md": "Coming from Torch-Pruning, SVD-LLM, peft, mergekit, AIMET or Olive",
 }
@@ -80,21 +82,9 @@ def sections(file: str) -> dict[str, str]:
     return {name: "\n".join(lines).strip() for name, lines in found.items()}
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; a bar in a cell is escaped, and empty where there is no row."""
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    head = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    return "\n".join(f"| {line} |" for line in [*head, *lines]) if lines else ""
-
-
 def titled(heading: str) -> str:
     """Return a heading as it begins a section."""
     return heading[0].upper() + heading[1:]
-
-
-def page(file: str, *parts: str) -> str:
-    """Return a page of parts that are not empty."""
-    return "\n\n".join([NOTE.format(file), *(part for part in parts if part)]) + "\n"
 
 
 # commands
@@ -142,14 +132,10 @@ def about(entry: Mapping[str, Any]) -> str:
 
 
 def function_of(word: str) -> str:
-    """Return how a command is called from Python; empty where it is not."""
-    import peftc
-
+    """Return how a command is called from Python."""
     name = word.replace("-", "_")
-    public = f"peftc.{name}" if name in peftc.__all__ else f"peftc.steps.{name}.{name}"
-    if word in ("run", "methods"):
-        return ""
-    return f"In Python `{public}` takes the same words in the same order, with the same defaults, and returns a report."
+    same = "the same words in the same order, with the same defaults"
+    return f"In Python [`peftc.{name}`](../api.md#peftc{name}) takes {same}, and returns a report."
 
 
 def command_page(word: str, written: Mapping[str, str]) -> str:
@@ -159,7 +145,7 @@ def command_page(word: str, written: Mapping[str, str]) -> str:
         f"## JSON\n\nWith `--json` you get, beside the [keys of every command](../automation.md#json):\n\n{keys(word)}"
     )
     return page(
-        "commands",
+        PROSE.format("commands"),
         f"# peftc {word}",
         first,
         *more,
@@ -179,40 +165,17 @@ def options_page() -> str:
         rows = map(option_row, found[heading])
         parts += [f"## {titled(heading)}", text, table(("option", "what it does", "default"), rows)]
     first = "Underscores do where a dash stands, and `--help` lists them too."
-    return page("commands", "# Options of every command", first, *parts)
+    return page(PROSE.format("commands"), "# Options of every command", first, *parts)
 
 
 # methods
-
-
-def arguments(function: Callable[..., Any]) -> dict[str, str]:
-    """Return parameter -> what the docstring says of it; `as for` another method is looked up there."""
-    lines = inspect.cleandoc(function.__doc__ or "").split("Args:\n")[-1].split("\n\n")[0].splitlines()
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in lines:
-        if match := re.match(r"    (\w+(?:, \w+)*): (.*)", line):
-            names = match[1].split(", ")
-            found |= dict.fromkeys(names, match[2])
-        elif names and line.startswith("        "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    for name, text in found.items():
-        if other := re.match(r"as for `(\w+)`", text):
-            kind = next(kind for kind, known in methods.METHODS.items() if other[1] in known)
-            found[name] = arguments(methods.find(kind, other[1], kind)).get(name, text)
-    return found
-
-
-def prose(text: str) -> str:
-    """Return a docstring as Markdown: each paragraph a line, code between single backticks."""
-    return re.sub(r"``(.+?)``", r"`\1`", "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")))
 
 
 def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     """Return the page of a method."""
     _, command, typed = KINDS[kind]
     function, word = (
-        methods.find(kind, name, kind),
+        registry.find(kind, name, kind),
         name.replace("_", "-") if kind in ("importance", "format") else name,
     )
     told = arguments(function)
@@ -220,19 +183,19 @@ def method_page(kind: str, name: str, written: Mapping[str, str]) -> str:
     settings = table(
         ("setting", "default", "what it is"),
         (
-            [f"`{key}`", f"`{methods.literal(value)}`", prose(told.get(key, ""))]
-            for key, value in methods.settings_of(function).items()
+            [f"`{key}`", f"`{registry.literal(value)}`", prose(told.get(key, ""))]
+            for key, value in registry.settings_of(function).items()
         ),
     )
     how = f"Each is `--set {f'{word}.' if kind == 'loss' else ''}KEY=VALUE`."
     if kind == "decompose_conv":  # `--set` is for the method of the matrices
         how = "They are what they are: no option sets them."
-    needs = methods.needs_of(function) if kind in ("decompose", "importance") else []
+    needs = registry.needs_of(function) if kind in ("decompose", "importance") else []
     reads = table(("statistic", "what it is"), ([f"`{need}`", prose(told.get(need, ""))] for need in needs))
-    recipe = " and ".join(f"`--{key.replace('_', '-')} {value}`" for key, value in methods.recipe_of(function).items())
+    recipe = " and ".join(f"`--{key.replace('_', '-')} {value}`" for key, value in registry.recipe_of(function).items())
     taken = f"`peftc {command} {typed.format(word)}`, of [peftc {command}](../../commands/{command}.md)."
     return page(
-        "methods",
+        PROSE.format("methods"),
         f"# {word}",
         first,
         taken,
@@ -265,7 +228,7 @@ def versions_page() -> str:
 
 def first_sentence(kind: str, name: str) -> str:
     """Return what a method is, in a line."""
-    return prose(str(methods.described(kind, name)["source"]))
+    return prose(str(registry.described(kind, name)["source"]))
 
 
 def index_page() -> str:
@@ -279,13 +242,13 @@ def index_page() -> str:
     for kind, (heading, command, typed) in KINDS.items():
         rows = (
             [f"[{name.replace('_', '-')}]({page_of(kind, name)})", first_sentence(kind, name)]
-            for name in methods.METHODS[kind]
+            for name in registry.METHODS[kind]
         )
         parts.append(
             f"### {heading}\n\n`peftc {command} {typed.format('NAME')}`\n\n{table(('name', 'what it is'), rows)}"
         )
     return page(
-        "commands",
+        PROSE.format("commands"),
         "# The pages of peftc",
         sections("commands.md")["index"],
         "## Guides",
@@ -301,11 +264,12 @@ def pages() -> dict[str, str]:
     """Return every page that is written here, by its path under peftc/docs."""
     of_commands, of_methods = sections("commands.md"), sections("methods.md")
     found = {"README.md": index_page(), "options.md": options_page(), "versions.md": versions_page()}
+    found |= {"api.md": api.written(), "results.md": results.written()}
     found |= {f"commands/{word}.md": command_page(word, of_commands) for word in COMMANDS}
-    for kind, names in methods.METHODS.items():
+    for kind, names in registry.METHODS.items():
         found |= {page_of(kind, name): method_page(kind, name, of_methods) for name in names}
     unknown = of_commands.keys() - COMMANDS.keys() - {"index"}
-    unknown |= of_methods.keys() - {f"{kind}/{name}" for kind, names in methods.METHODS.items() for name in names}
+    unknown |= of_methods.keys() - {f"{kind}/{name}" for kind, names in registry.METHODS.items() for name in names}
     assert not unknown, f"there are no such commands or methods: {sorted(unknown)}"
     return found
 
