@@ -272,7 +272,7 @@ SPARSE = torch.eye(4).to_sparse()
         ([{"text": "a", "label": None}], "has no label"),
         ([{"text": "a", "label": object()}], "`data` is no table"),
     ],
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
 )  # fmt: skip
 def test_what_is_not_taken_is_refused_in_words(data: Any, text: str) -> None:
     with pytest.raises(PeftcError, match=f"(?s){text}") as caught:
