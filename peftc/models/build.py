@@ -50,6 +50,8 @@ def build(source: Source, located: Located, with_weights: bool) -> tuple[Model, 
         found = weights.from_file(located.weights)
     elif with_weights and model.folder:
         found = weights.from_folder(model.folder)
+        if model.library == "transformers":
+            found = from_transformers.plain(model, found)
     return model, found
 
 

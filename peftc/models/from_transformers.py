@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from peftc.errors import SourceError, WeightError, reason_of
+from peftc.errors import SourceError, WeightError, named, reason_of
+from peftc.models import dequantised
 from peftc.models.model import Model
+from peftc.models.place import DTYPES
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.models.weights import Weights
 from peftc.nn import surgery
@@ -35,7 +38,7 @@ def from_folder(source: Source, folder: Path, record: Manifest | None = None) ->
         raise SourceError(f"transformers has no class `{names[0]}`, which `{folder}` asks for", why=why, hint=hint)
     try:
         made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-        for name in (quantization.LOCKED, quantization.KEY):  # of ours: `read_config` refuses others
+        for name in (quantization.LOCKED, quantization.KEY):  # the network is a plain one
             if hasattr(made, name):
                 delattr(made, name)
         if remote or cls is transformers.AutoModel:
@@ -72,39 +75,55 @@ CONFIG: dict[str, Any] = {  # what peftc itself reads of a config.json, in shape
     "dtype?": (str, dict, None),
 }
 CONFIG |= {"text_config?": (CONFIG | {"id2label?": Any}, None), "vision_config?": (dict, None)}
-DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
+STORED = ("float64", "float32", "float16", "bfloat16", "auto")
 MOST_CLASSES = 1_000_000  # a config makes a name for each
 
 
 def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
-    """Return a folder's ``config.json`` without what peftc adds to it (SourceError: what it asks for is unknown).
+    """Return a folder's ``config.json`` without what peftc adds to it and what it says of quantised weights.
 
     Args:
         ours: peftc wrote the folder, or the code that it brings reads it.
+
+    Raises:
+        SourceError: what it asks for is unknown.
     """
     path = folder / "config.json"
     config = read_json(path)
-    lock = config.pop(quantization.LOCKED, None)
-    is_artifact, is_factored = (folder / MANIFEST).is_file(), quantization.is_ours(config)
-    if is_artifact and is_factored:
-        del config[quantization.KEY]
+    lock, is_factored = config.pop(quantization.LOCKED, None), quantization.is_ours(config)
+    is_artifact, told = (folder / MANIFEST).is_file(), config.pop(quantization.KEY, None)
+    hint = None
     given = config.get("dtype", config.get("torch_dtype"))
     if (why := documents.misfit(config, CONFIG)) is None:
         if is_factored and not is_artifact:
             why = "it holds factors and no `peftc.json`: transformers loads it after `import peftc.transformers`"
         elif lock is not None and not ours and not is_artifact:
             why = f"`transformers_weights` names another file of weights, {lock!r}"
-        elif config.get("quantization_config") is not None:
-            why = "`quantization_config`: its weights are quantized, and peftc reads plain ones"
-        elif isinstance(given, str) and given not in DTYPES:
-            why = f"`dtype` is {given!r}, which is not one of {', '.join(DTYPES)}"
+        elif told is not None and not is_factored and (problem := _unread(told, is_artifact)):
+            why, hint = f"`{quantization.KEY}`: {problem}", dequantised.OTHERWISE
+        elif isinstance(given, str) and given not in STORED:
+            why = f"`dtype` is {given!r}, which is not one of {', '.join(STORED)}"
         elif (config.get("num_labels") or 0) > MOST_CLASSES:
             why = f"`num_labels` is {config['num_labels']:,}; peftc reads up to {MOST_CLASSES:,} classes"
         elif not all(name.isdecimal() for name in config.get("id2label") or {}):
             why = "`id2label` is not a map from numbers to names"
     if why is not None:
-        raise SourceError(f"`{path}` is not read", why=why)
+        raise SourceError(f"`{path}` is not read", why=why, hint=hint)
     return config
+
+
+def _unread(told: Any, is_artifact: bool) -> str | None:
+    return "an artifact holds plain weights and factors" if is_artifact else dequantised.unread(told)
+
+
+def plain(model: Model, tensors: Weights) -> Weights:
+    """Return the weights of a folder as its network takes them, which are others where they are stored quantised."""
+    assert model.folder is not None
+    told = read_json(model.folder / "config.json").get(quantization.KEY)
+    if told is None:
+        return tensors
+    stored = model.config.get("dtype") or model.config.get("torch_dtype")
+    return dequantised.plain(tensors, told, model, DTYPES.get(str(stored), torch.float32))
 
 
 SIDE = (int, None)
@@ -180,7 +199,12 @@ def fill(model: Model, tensors: Weights) -> dict[str, str]:
     for name in tensors.names():
         choices = (name, prefix + name, name.removeprefix(prefix))
         renamed[next((choice for choice in choices if choice in wanted), name)] = name
-    if not all(any(name in renamed for name in names) for names in surgery.stored_names(module).values()):
+    lost = [names[0] for names in surgery.stored_names(module).values() if not any(name in renamed for name in names)]
+    if lost:
+        if tensors.made:
+            why = f"it lacks {named(lost, 4)}; names are converted for plain weights alone"
+            what = f"`{tensors.where}`, which is quantised, does not hold the tensors of `{type(module).__name__}`"
+            raise WeightError(what, why=why, hint=dequantised.OTHERWISE)
         _by_transformers(model, tensors.where)
         return {}
     patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []

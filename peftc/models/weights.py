@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,19 @@ class Weights:
     files: list[Path] = field(default_factory=list)  # the weight files, for digests and sizes
     infos: dict[str, TensorInfo] = field(default_factory=dict)  # name -> byte range, for tensors in safetensors files
     loaded: dict[str, Tensor] = field(default_factory=dict)  # those out of a pickle or in memory
+    made: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # those that are computed when they are read
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        return [*self.infos, *self.loaded]
+        return [*self.infos, *self.loaded, *self.made]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor; one from a safetensors file is mapped and takes no memory until it is read."""
         if name in self.loaded:
             return self.loaded[name]
+        if name in self.made:
+            return self.made[name]()
         path = self.infos[name].path
         if path not in self._open:
             from safetensors import safe_open

@@ -318,7 +318,7 @@ def test_a_config_that_asks_for_far_more_than_the_weights_is_refused_before_it_i
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantized"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "its weights are quantised by `mxfp4`"),
         ({"transformers_weights": "other.safetensors"}, "names another file of weights, 'other.safetensors'"),
         ({"dtype": "int8"}, "`dtype` is 'int8'"),
         ({"architectures": "BertModel"}, "`architectures` is"),
