@@ -12,7 +12,7 @@ HEAVY = {
     "safetensors", "scipy", "sklearn", "timm", "tokenizers", "torch", "torchvision", "transformers",
 }  # fmt: skip
 LIGHT_STEPS = ("show", "compare", "report", "push", "methods")  # of manifests and results
-DOORS = ("transformers.py",)  # each brings the library of its name
+DOORS = ("lm_eval.py", "timm.py", "transformers.py")  # each brings the library of its name
 LIGHT_ROOMS = ("cli", "store", "plans", "project", "pages")
 LIGHT = sorted(
     ".".join(("peftc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
