@@ -44,6 +44,8 @@ class Exported:
         about: for ``export.json``.
         notes: what people should know.
         close: lets the runtime go.
+        vectors: where it makes one of a sentence as well: what makes that of vectors of tokens and a mask, in torch,
+            and inputs -> that by the runtime.
     """
 
     runtime: str
@@ -55,6 +57,7 @@ class Exported:
     about: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
+    vectors: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Inputs], Tensor]] | None = None
 
 
 def require(word: str, packages: Sequence[str]) -> None:
@@ -93,13 +96,13 @@ def plain(
         model: what was written.
         folder: where.
         trusted: the folder holds code of its own, which transformers is to run.
-        factored: `peftc.transformers` is to build its factors: the process may import that.
+        factored: `peftc.transformers`, or `peftc.timm`, is to build its factors: the process may import that.
         library: that loads it, where that is not the one of the network.
     """
-    library = library or model.library
+    library, door = library or model.library, f"peftc.{model.library}"
     child = _Child(model, library)
     about: dict[str, Any] = {"folder": str(folder), "architecture": model.architecture, "trusted": trusted}
-    about |= {"library": library, "imports": ["peftc.transformers"] if factored else []}
+    about |= {"library": library, "imports": [door] if factored else []}
     about["paths"] = [_place(name) for name in ("peftc", library) if name != "peftc" or factored]
     padded = None  # the id that a user of the folder has to name before several texts are classified at once
     if model.library == "transformers" and padding.reads_last_token(model.module):
@@ -123,12 +126,12 @@ def plain(
     elif trusted:
         how = "transformers.AutoModel.from_pretrained(..., trust_remote_code=True)"
     if factored:
-        how = f"import peftc.transformers; {how}"
+        how = f"import {door}; {how}"
     runtime = f"{library.replace('_', '-')} {version(library)}"
     found: Any = {"about": {"load": how, "tried_with": runtime}, "close": child.close}
     if trusted or factored:
         found["products"] = [tuple(shape) for shape in answer["shapes"] if len(shape) > 1]
-    helped = "after `import peftc.transformers`" if factored else "without peftc"
+    helped = f"after `import {door}`" if factored else "without peftc"
     return Exported(f"{runtime} {helped}", child.run, prepare, **found)
 
 

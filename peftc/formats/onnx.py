@@ -7,6 +7,7 @@ and norms into one node, SkipLayerNormalization, that is slower than both.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from peftc.errors import UsageError, one_of
-from peftc.formats import exported, traced
+from peftc.formats import exported, sentences, traced
 from peftc.formats.exported import CLOSE, Exported, Inputs
 from peftc.formats.traced import Traced
 from peftc.models.model import Model
+from peftc.store.source import PARTS
 
 LARGEST = 1_800_000_000  # bytes of weights in one file: a message of protobuf ends at 2 GiB
 PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "MatMulInteger", "ConvInteger")
@@ -53,13 +55,18 @@ def onnx(
     exported.require("onnx", ("onnx", "onnxscript", "onnxruntime"))
     import onnxruntime
 
-    graph = traced.trace(model, example)
+    ends, notes = None, []
+    try:
+        ends = sentences.of_folder(model.folder)
+    except ValueError as error:
+        notes.append(f"the graph ends with vectors of tokens: of what `{PARTS}` lets follow, {error}")
+    graph = traced.trace(model, example, ends=ends)
     path = folder / "model.onnx"
     is_large = 4 * sum(tensor.numel() for tensor in model.module.state_dict().values()) > LARGEST
     _write(graph, example, path, opset, is_large, model.name)
     if dtype == "fp16":
         _to_half(path, is_large)
-    notes = [_quantise(path, is_large)] if quantize == "int8" else []
+    notes += [_quantise(path, is_large)] if quantize == "int8" else []
     tolerance = TOLERANCES[dtype] if quantize == "no" else None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -71,12 +78,18 @@ def onnx(
         given = {name: tensor.numpy() for name, tensor in graph.fed(inputs).items()}
         return lambda: session.run(None, given)
 
-    def run(inputs: Inputs) -> Tensor:
+    def run(inputs: Inputs, place: int = 0) -> Tensor:
         with traced.refusing("ONNX Runtime does not run what was written", *_refusals()):
-            return torch.from_numpy(prepare(inputs)()[0]).float()
+            return torch.from_numpy(prepare(inputs)()[place]).float()
 
-    runtime = f"ONNX Runtime {onnxruntime.__version__}"
-    return Exported(runtime, run, prepare, tolerance, _products(path), graph.expected, graph.about, notes)
+    vectors = None
+    if ends is not None and graph.outputs[1:]:
+        vectors = (ends, partial(run, place=1))
+        notes.append(f"its second output `{graph.outputs[1]}` is what `{PARTS}` makes of the first")
+    found: Any = {"about": graph.about, "notes": notes, "vectors": vectors}
+    return Exported(
+        f"ONNX Runtime {onnxruntime.__version__}", run, prepare, tolerance, _products(path), graph.expected, **found
+    )
 
 
 def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: bool, name: str) -> None:
@@ -84,7 +97,7 @@ def _write(graph: Traced, example: Inputs, path: Path, opset: int, is_large: boo
     from onnx_ir import Shape, save
 
     plain = {torch.ops.aten.scaled_dot_product_attention.default: traced.attention}
-    names = {"input_names": list(graph.axes), "output_names": [graph.output]}
+    names = {"input_names": list(graph.axes), "output_names": graph.outputs}
     about: Any = {"dynamo": True, "verbose": False, "opset_version": opset, **names}
     with traced.refusing(f"`{name}` cannot be written as ONNX", *traced.UNTRACEABLE):
         program = torch.onnx.export(graph.program.run_decompositions(plain), tuple(example.values()), **about)

@@ -85,6 +85,7 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
         if before.shape != after.shape:
             what = f"the export gives outputs of shape {list(after.shape)}, the model {list(before.shape)}"
             raise ExportError(what, why=f"for inputs of shape {[list(each.shape) for each in inputs.values()]}")
+        deviation = max(deviation, _of_vectors(written, before, inputs))
         before, after = (_without_padding(each, inputs) for each in (before, after))
         if not torch.isfinite(after).all():
             raise ExportError("the export gives NaN or infinite outputs", why=f"it ran in {written.runtime}")
@@ -95,6 +96,19 @@ def compare(model: Model, written: Exported, batches: Sequence[Inputs]) -> Parit
         same = one.argmax(-1) == other.argmax(-1) if is_share else F.cosine_similarity(one, other, dim=-1)
         agreed, count = agreed + float(same.sum()), count + len(same)
     return Parity(deviation, agreed / count, is_share, spread)
+
+
+def _of_vectors(written: Exported, tokens: Tensor, inputs: Inputs) -> float:
+    """Return how far vectors of sentences deviate from what follows of vectors of tokens, as a share of the largest."""
+    if written.vectors is None:
+        return 0.0
+    make, by_runtime = written.vectors
+    with torch.inference_mode():
+        wanted, found = make(tokens, inputs["attention_mask"]), by_runtime(inputs)
+    if found.shape != wanted.shape or not torch.isfinite(found).all():
+        what = f"the export gives vectors of sentences of shape {list(found.shape)}, and some may be no numbers"
+        raise ExportError(what, why=f"the model gives {list(wanted.shape)}; it ran in {written.runtime}")
+    return float((wanted - found).abs().max()) / (float(wanted.abs().max()) or 1.0)
 
 
 def refuse_unsteady(model: Model, batches: Sequence[Inputs]) -> None:

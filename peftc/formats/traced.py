@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import ExportError
-from peftc.formats import alone, exported
+from peftc.formats import alone, exported, sentences
 from peftc.formats.exported import Inputs
 from peftc.formats.foreign import instead, is_one_graph
 from peftc.measure.costs import without_fused_layers
@@ -40,14 +40,18 @@ class Traced:
     """A traced network."""
 
     program: Any  # the graph
-    output: str  # name
+    outputs: list[str]  # names; the second, where there is one, is the vector of a sentence
     expected: list[tuple[int, ...]]  # shapes of the factors that are multiplied with, once per product
     axes: dict[str, dict[int, str]]  # name of each input, in order -> its free axes, by place
 
     @property
     def about(self) -> dict[str, Any]:
         """What ``export.json`` says of it."""
-        return {"inputs": self.axes, "output": self.output}
+        return {
+            "inputs": self.axes,
+            "output": self.outputs[0],
+            **({"vectors": self.outputs[1]} if self.outputs[1:] else {}),
+        }
 
     def fed(self, inputs: Inputs) -> Inputs:
         """Return what it takes, in order: what is not there is zero."""
@@ -56,27 +60,32 @@ class Traced:
 
 
 class _Whole(nn.Module):
-    """A network that takes its inputs by place and gives its main output."""
+    """A network that takes its inputs by place and gives its main output, and what ``ends`` makes of it."""
 
-    def __init__(self, network: nn.Module, names: list[str] | None) -> None:
+    def __init__(self, network: nn.Module, names: list[str] | None, ends: nn.Module | None) -> None:
         super().__init__()
-        self.network, self.names = network, names
+        self.network, self.names, self.ends = network, names, ends
         takes = inspect.signature(network.forward).parameters
         self.more = {"use_cache": False} if names and "use_cache" in takes else {}
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the main output."""
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the main output, with the vectors of sentences where there are such."""
         if self.names is None:
             return alone.picked(self.network(*inputs))[0]
-        return alone.picked(self.network(**dict(zip(self.names, inputs, strict=True)), **self.more))[0]
+        named = dict(zip(self.names, inputs, strict=True))
+        tokens = alone.picked(self.network(**named, **self.more))[0]
+        return tokens if self.ends is None else (tokens, self.ends(tokens, named["attention_mask"]))
 
 
-def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = None) -> Traced:
+def trace(
+    model: Model, example: Inputs, *, limits: Mapping[str, int] | None = None, ends: nn.Module | None = None
+) -> Traced:
     """Return the graph of a model, which stays as it is, in float32 with its batch free, and the length of texts.
 
     Args:
         model, example: as for every format; a model of two networks is refused.
         limits: largest ``batch`` and ``sequence``, for a runtime that plans its memory; None for no limit.
+        ends: what makes vectors of sentences of those of tokens, if the network gives them, and their mask.
     """
     if not is_one_graph(model):
         why = "it has two networks that are used apart, and a graph holds one"
@@ -86,10 +95,11 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     if padding.reads_last_token(runs.module) and padding.padding_id(runs.module) is None:  # a graph cannot look
         runs.module.config.get_text_config().pad_token_id = padding.id_to_write(model)
     output = exported.computed(runs, example)[1]
+    ends = ends if output == "last_hidden_state" and "attention_mask" in example else None
     named = list(example) if model.library == "transformers" else None
     free = {0: "batch", 1: "sequence"} if "input_ids" in example else {0: "batch"}
     axes = {name: {at: word for at, word in free.items() if at < tensor.ndim} for name, tensor in example.items()}
-    whole = _Whole(runs.module, named).eval()
+    whole = _Whole(runs.module, named, ends).eval()
     any_side: Any = torch.export.Dim.DYNAMIC
     sides = {word: any_side if limits is None else any_side(max=limits[word]) for word in free.values()}
     dynamic = tuple({at: sides[word] for at, word in axes[name].items()} for name in example)
@@ -99,7 +109,8 @@ def trace(model: Model, example: Inputs, *, limits: Mapping[str, int] | None = N
     names = program.graph_signature.inputs_to_parameters
     known = {node: whole.get_parameter(name) for node, name in names.items()}
     _merge_shared(program, whole, known)
-    return Traced(program, output, _factors_in_use(program, whole, known), axes)
+    outputs = [output] if ends is None else [output, sentences.VECTOR]
+    return Traced(program, outputs, _factors_in_use(program, whole, known), axes)
 
 
 @contextmanager

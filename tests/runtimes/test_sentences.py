@@ -29,10 +29,8 @@ KIND = "sentence_transformers.models."
 PARTS = {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT that pools, multiplies with a matrix, and normalises."""
-    folder = tmp_path_factory.mktemp("sentences")
+def save_sentences(folder: Path) -> Path:
+    """Write a BERT that pools, multiplies with a matrix, and normalises."""
     save_transformers(folder, "BertModel", **BERT, initializer_range=0.2)
     names = ["", "1_Pooling", "2_Dense", "3_Normalize"]
     kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
@@ -57,6 +55,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"linear.weight": weight}, folder / "2_Dense/model.safetensors")
     (folder / "2_Dense/notes.txt").write_text("mine")
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sentences(tmp_path_factory.mktemp("sentences"))
 
 
 @pytest.fixture(scope="module")
