@@ -70,6 +70,8 @@ def test_every_option_in_the_text_exists() -> None:
     params = [param for command in pages.COMMANDS.values() for param in command.params]
     known = {opt for param in params for opt in (*param.opts, *param.secondary_opts)} | {"--help"}
     of_others = {"--multi_gpu", "--num_processes", "--install-completion", "--show-completion"}  # launchers and shells
+    of_others |= {"--model", "--model_args", "--tasks", "--outfile", "--outtype"}  # lm-eval and llama.cpp
+    of_others |= {"--no-deps", "--tensor-parallel-size"}  # pip and vLLM
     for name, text in DOCS.items():
         if name != "migration.md":  # it names those of other tools
             found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text.replace("pip install --", "")))

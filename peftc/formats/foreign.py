@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from peftc.errors import ExportError
+from peftc.errors import ExportError, UsageError
 from peftc.models.model import Model
 from peftc.nn.adapted import adapted_modules
 
@@ -48,7 +48,7 @@ def instead(model: Model, *, graph: bool = True) -> str:
         return f"use `--format {'onnx' if graph else 'safetensors'}`"
     if model.manifest is None or not model.manifest.modules:
         return f"use `--format {plain}`"
-    words = (("hf", plain == "hf"), ("hf-code", plain == "hf"), ("onnx", graph))
+    words = ((plain, True), ("hf-code", plain == "hf"), ("onnx", graph))
     keep = [f"`--format {word}`" for word, there in words if there]
     listed = " or ".join(", ".join(part) for part in (keep[:-1], keep[-1:]) if part)
     return f"multiply the factors out with `--format {plain} --dense`, or keep them with {listed}"
@@ -79,14 +79,24 @@ def refuse_other_library(model: Model, library: str, word: str, *, skips: bool =
     refuse_bound(model, what, instead(model), skips=skips)
 
 
-def refuse_foreign(model: Model, library: str, word: str) -> None:
-    """Refuse what `refuse_other_library` does, and a model with factors, which no library loads by itself."""
-    refuse_other_library(model, library, word)
-    names = foreign(model.module)
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        why = f"{library} knows no factors, which `{names[0]}`{more} is made of"
-        raise ExportError(f"`{model.name}` cannot be exported as `{word}` as it is", why=why, hint=instead(model))
+ELSEWHERE = {  # words that are no format, and what to do
+    "gguf": (
+        "it has no place for factors, and llama.cpp ships the script that writes it",
+        "multiply them out, `peftc export MODEL --format hf --dense -o dense`, and give it the folder: "
+        "`python convert_hf_to_gguf.py dense`",
+    ),
+    "torchao": (
+        "it quantises a network in memory",
+        "`torchao.quantization.quantize_(peftc.load(MODEL), Int8WeightOnlyConfig())`, as on the page on loading",
+    ),
+}
+
+
+def refuse_elsewhere(word: str) -> None:
+    """Refuse the word of something that peftc does not write, but leads to (UsageError)."""
+    if word in ELSEWHERE:
+        why, hint = ELSEWHERE[word]
+        raise UsageError(f"`--format {word}` is not written by peftc", why=why, hint=hint)
 
 
 def _is_of_its_library(model: Model) -> bool:

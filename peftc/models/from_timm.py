@@ -15,7 +15,7 @@ from peftc.models.model import PREPROCESS, Model
 from peftc.models.skeleton import UNBUILDABLE, on_meta, stored_in
 from peftc.models.weights import Weights
 from peftc.nn import surgery
-from peftc.store import documents
+from peftc.store import documents, quantization
 from peftc.store.manifest import Manifest
 from peftc.store.source import Located, Source, read_json
 
@@ -84,6 +84,9 @@ def read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
         settings = {name: value for name, value in config.items() if name not in ("architecture", "num_features")}
         config = {"architecture": config["architecture"], "pretrained_cfg": settings}
     why = documents.misfit(config, CONFIG)
+    if why is None and config["architecture"] == quantization.ARCHITECTURE:
+        why = "it holds factors and no `peftc.json`: timm loads it after `import peftc.timm`"
+        raise SourceError(f"`{path}` is not read", why=why)
     unknown = sorted((config.get("pretrained_cfg") or {}).keys() - _settings()) if why is None and not ours else []
     if why or unknown:
         why = why or f"timm {version('timm')} knows no setting `{unknown[0]}` of a `pretrained_cfg`"

@@ -14,7 +14,7 @@ from torch import nn
 from peftc.data import open_data
 from peftc.data.given import Data, spec_of
 from peftc.errors import ArtifactError, DataError, UsageError
-from peftc.formats import parity
+from peftc.formats import foreign, parity
 from peftc.formats.exported import Exported, Inputs, of_sentences
 from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
@@ -255,9 +255,8 @@ def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callabl
     known = ", ".join(f"`{each.replace('_', '-')}`" for each in registry.METHODS["format"])
     if name is None:
         raise UsageError("say what to write", why=f"`--format` is one of {known}")
-    name = name.replace("-", "_")
-    written_by = registry.find("format", name, "--format")
-    word = name.replace("_", "-")
+    foreign.refuse_elsewhere(name)
+    written_by, word = registry.find("format", name.replace("-", "_"), "--format"), name.replace("_", "-")
     return word, written_by, registry.with_settings(written_by, word, settings)
 
 

@@ -11,6 +11,7 @@ from peftc.store import documents
 from peftc.store.manifest import FIELDS, OPTIONAL, misfit_of_edits
 
 KEY, METHOD = "quantization_config", "peftc"
+ARCHITECTURE = "import_peftc_timm"  # in the registry of timm after that; before, its error says the word
 LOCKED = "transformers_weights"  # transformers takes it for the name of a file, and stops before it reads any weight
 BUILT = "this folder holds low-rank factors: import peftc.transformers first, or load it with peftc.load"
 UNBUILT = "this folder holds what transformers does not build: load it with peftc.load"

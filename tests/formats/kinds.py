@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import peftc
-from tests.networks import BERT, LLAMA, VISION, save_transformers
+from tests.networks import BERT, CLIP, LLAMA, VISION, save_transformers
 
 
 def texts() -> dict[str, torch.Tensor]:
@@ -59,9 +59,13 @@ def networks(kind: str, folder: Path) -> tuple[Path, dict[str, Any], dict[str, t
     if kind == "vision":
         made = save(folder, "ViTForImageClassification", **VISION, num_labels=10)
         return made, {"ratio": 0.5}, images(), "AutoModelForImageClassification"
+    if kind == "images and texts":
+        made = save(folder, "CLIPModel", **CLIP)
+        return made, {"ratio": 0.5}, {**texts(), **images()}, "AutoModel"
     stages = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
     made = save(folder, "ResNetForImageClassification", **stages, num_labels=10)
     return made, {"ratio": 0.5, "conv_method": "channel"}, images(), "AutoModelForImageClassification"
 
 
 KINDS = ["encoder", "shared factors", "masked words, tied", "causal, tied", "transposed", "vision", "convolutions"]
+KINDS += ["images and texts"]

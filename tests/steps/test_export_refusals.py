@@ -86,7 +86,7 @@ def test_plain_weights_are_said_to_belong_to_updates(models: dict[str, Path], tm
 @pytest.mark.parametrize(
     ("name", "word", "plain", "kept"),
     [
-        ("factors", "hf", "timm", "`--format onnx`"),
+        ("factors", "hf", "timm", "`--format timm` or `--format onnx`"),
         ("two networks", "onnx", "hf", "`--format hf` or `--format hf-code`"),
         ("text", "timm", "hf", "`--format hf`, `--format hf-code` or `--format onnx`"),
     ],

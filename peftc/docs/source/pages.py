@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ GUIDES = {
     "versions.md": "Which versions of Python, torch and transformers the tests have passed with",
     "api.md": "Every function and class of `import peftc`, with parameters and defaults",
     "results.md": "What to expect on which kind of model: size, speed and quality, as measured",
-    "loading.md": "What else loads what peftc writes: transformers, sentence-transformers, vLLM, timm",
+    "loading.md": "What else loads what peftc writes: transformers, sentence-transformers, vLLM, timm, lm-eval",
     "migration.md": "Coming from Torch-Pruning, SVD-LLM, peft, mergekit, AIMET or Olive",
 }
 VERSIONS = """\
@@ -223,6 +224,23 @@ def versions_page() -> str:
     return f"{note}\n\n# Versions\n\n{VERSIONS}\n\n{table(('', *seen), rows)}\n"
 
 
+# loading
+
+
+def loading_page() -> str:
+    """Return the page on loading, with the rows that the tests run."""
+    rows = json.loads((DOCS.parents[1] / "tests/runtimes/loads.json").read_text(encoding="utf-8"))
+    there = (DOCS / "loading.md").read_text(encoding="utf-8")
+    start, end = re.findall(r"^<!-- .*rows.* -->$", there, re.M)
+    before, after = there.split(start)[0], there.split(end)[1]
+    cells = []
+    for row in rows:
+        imports = f"`import {row['imports']}`: " if row["imports"] else ""
+        since = f" {row['since']} and later" if row["since"] else ""
+        cells.append([row["what"], row["by"] + since, f"{imports}`{row['line']}`"])
+    return f"{before}{start}\n\n{table(('what', 'is loaded by', 'with'), cells)}\n\n{end}{after}"
+
+
 # the index
 
 
@@ -265,6 +283,7 @@ def pages() -> dict[str, str]:
     of_commands, of_methods = sections("commands.md"), sections("methods.md")
     found = {"README.md": index_page(), "options.md": options_page(), "versions.md": versions_page()}
     found |= {"api.md": api.written(), "results.md": results.written()}
+    found["loading.md"] = loading_page()
     found |= {f"commands/{word}.md": command_page(word, of_commands) for word in COMMANDS}
     for kind, names in registry.METHODS.items():
         found |= {page_of(kind, name): method_page(kind, name, of_methods) for name in names}
