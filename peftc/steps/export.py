@@ -109,10 +109,8 @@ def export(
     judge = None
     if data is not None:
         work.batches += parity.real_inputs(runs, data, reading, batch_size)
-        whole = replace(reading, num_samples=None)
-        judge = functools.partial(
-            evaluated, reference=against or runs, exam=Exam(data, whole, batch_size=batch_size, device="cpu")
-        )
+        exam = Exam(data, replace(reading, num_samples=None), batch_size=batch_size, device="cpu")
+        judge = functools.partial(evaluated, reference=against or runs, exam=exam)
     request = {
         "command": "export",
         "format": word,
