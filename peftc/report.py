@@ -140,7 +140,9 @@ class Report:
         """Return what the terminal shows, as a notebook shows it: tables, notes, warnings and gates."""
         from html import escape
 
-        parts = [f"<p><b>{escape(str(self))}</b></p>", *(_table_html(table, escape) for table in self.tables)]
+        brief = [[word, text] for word, text in self.summary.items() if word != "next"]  # which is for terminals
+        tables = [*([Table("", ["", ""], brief)] if brief else []), *self.tables]
+        parts = [f"<p><b>{escape(str(self))}</b></p>", *(_table_html(table, escape) for table in tables)]
         parts += [f"<p>{escape(text)}</p>" for text in self.notes]
         parts += [f"<p><b>warning:</b> {escape(text)}</p>" for text in self.warnings]
         parts += [f"<p>{escape(gate.told())}</p>" for gate in self.gates]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,10 +122,10 @@ def test_a_speed_up_stands_with_its_range_in_the_direction_of_its_word() -> None
     assert text(0.8, 0.0, 0.85, "1.25x slower") == "1.25x slower [0.00, 0.85]", "nothing is divided by"
 
 
-def full() -> Report:
+def full(**more: Any) -> Report:
     quality = {"metric": "accuracy", "metrics": {"accuracy": {"value": 0.8125, "low": 0.7, "high": 0.9}}}
     data = {"size": {"after": {"parameters": 1234567, "bytes": 4_900_000}}, "quality": quality}
-    report = Report("decompose", data, artifact=Path("small"), notes=["a <b>note</b>"], warnings=["x & y"])
+    report = Report("decompose", data, artifact=Path("small"), notes=["a <b>note</b>"], warnings=["x & y"], **more)
     report.tables.append(Table("a < b", ["name", "n"], [["<script>", 1234], [None, 0.5]]))
     report.at_least("min_quality", 0.9, 0.8125)
     return report
@@ -156,3 +157,5 @@ def test_a_notebook_shows_tables_and_nothing_that_a_model_could_write_as_html() 
     assert "<td>&lt;script&gt;</td><td>1,234</td>" in text and "<td>-</td><td>0.5</td>" in text
     assert "a &lt;b&gt;note&lt;/b&gt;" in text and "x &amp; y" in text and "a &lt; b" in text
     assert "<script" not in text and "not met" in text
+    brief = full(summary={"kept": "half < all", "next": "peftc evaluate small"})._repr_html_()
+    assert "<td>kept</td><td>half &lt; all</td>" in brief and "peftc evaluate" not in brief
