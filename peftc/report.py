@@ -10,16 +10,17 @@ from typing import Any
 SCHEMA_VERSION = 1
 
 GUESSED = "guessed: "  # begins a note that is shown with `-q`, too: what it says may be wrong
-LOUD = (
+LOUD = (  # what begins a note that is shown beside a summary
     GUESSED,
     "resumed at ",
     "nothing is ",
+    "nothing has ",
     "weights: ",
     "the chain ",
     "pushed ",
     "not kept in ",
     "`--against base` ",
-)  # beside a summary
+)
 Cell = str | int | float | None
 
 

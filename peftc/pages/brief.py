@@ -98,7 +98,7 @@ def _trained(data: Mapping[str, Any]) -> str:
         return text
     before, after = (figure(sign * scores[step]) for step in (0, best))
     text += f"; {held.get('metric', 'score')} on held-out samples {before} before, {after} after step {best}"
-    return text if best else f"{text}, so the weights stay what they were"
+    return text if best else f"{text}: unchanged"
 
 
 def _quality(data: Mapping[str, Any]) -> str:

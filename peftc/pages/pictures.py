@@ -101,6 +101,8 @@ def _threshold(data: Mapping[str, Any]) -> charts.Limit | None:
     if value is None:
         return None
     share = f", {alpha:g} of the last layer's score" if alpha is not None else ""
+    if (data.get("measured") or {}).get("within_drop") is not None:
+        return f"threshold {value:.3g}{share}: layers beyond the first from which on all reach it may go", value
     return f"threshold {value:.3g}{share}: kept are the layers up to the first from which on all reach it", value
 
 

@@ -69,7 +69,7 @@ def test_a_training_that_changed_nothing_says_so() -> None:
     held = {"scores": [[0, 0.9], [5, 0.8]], "best": 0}
     report = Report("distill", {"steps": 5, "seconds_per_step": 0.1, "held_out": held})
     brief.tell(report, "a")
-    assert report.summary["trained"].endswith("0.9 before, 0.9 after step 0, so the weights stay what they were")
+    assert report.summary["trained"].endswith("0.9 before, 0.9 after step 0: unchanged")
     held |= {"scores": [[0, -7.5], [5, -6.0]], "best": 5, "metric": "perplexity", "negated": True}
     brief.tell(report, "a")
     assert report.summary["trained"].endswith("; perplexity on held-out samples 7.5 before, 6 after step 5")
