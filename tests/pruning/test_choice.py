@@ -348,7 +348,7 @@ def test_the_picture_has_a_map_for_every_layer_with_its_score(vit: Path, images:
     assert maps_in(path) == 4
     for row in report.data["layers"]:
         assert f">{row['number']}: {row['score']:.2f}, {'kept' if row['kept'] else 'dropped'}</text>" in text
-    assert ">threshold (alpha 0.3)</text>" in text
+    assert re.search(r">threshold [\d.]+, 0\.3 of the last layer", text)
     again = tmp_path / "again.svg"
     peftc.prune_layers(vit, data=images, plot=again, dry_run=True, **MAPPED)
     assert again.read_bytes() == path.read_bytes()

@@ -156,7 +156,7 @@ def test_a_picture_shows_the_curve_below_the_spectra(tiny_vit: Path, tmp_path: P
     analyze(tiny_vit, ratio=0.5, plot=tmp_path / "both.svg")
     analyze(tiny_vit, ratio=0.5, plot=tmp_path / "both.png")
     words = (tmp_path / "both.svg").read_text()
-    assert ">plan</text>" in words and ">multiply-adds of one sample</text>" in words
+    assert ">plan</text>" in words and ">multiply-adds of one sample (linear)</text>" in words
     below = imread(tmp_path / "both.png")[-400:, :, :3]  # where the curve is
     assert float(below.std()) > 0.05 and len({tuple(p) for p in below.reshape(-1, 3).tolist()}) > 50
 
