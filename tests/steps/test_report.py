@@ -413,7 +413,7 @@ def test_a_real_chain_has_every_part(tmp_path, monkeypatch, tiny_vit: Path, peft
         package.evaluate(name, data="sklearn:digits", against="base", num_samples=40)
     found = written(analysis="analysis.json")
     assert (found.wrong, found.open) == ([], [])
-    assert len(found.all("a")) == 7
+    assert len(found.all("a")) == 8
 
 
 # charts
