@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -85,7 +86,9 @@ class FactorsConfig(QuantizationConfig):
         self.tied = {new.get(name, name) for name in self.tied}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return how to hold and compute a layer of vLLM."""
+        """Return how to hold and compute a layer of vLLM (SourceError: it is one of experts)."""
+        if isinstance(layer, RoutedExperts):
+            raise SourceError(f"vLLM does not hold the experts of `{prefix}` beside factors", hint=shards.DENSE)
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return None
         # vLLM looks for norms that were not loaded only where nothing is quantized, and nothing is

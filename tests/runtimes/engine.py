@@ -7,6 +7,7 @@ JOBS is JSON: name -> folder, prompts (token ids) and how to start the engine. T
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def answer(folder: str, prompts: list[list[int]], length: int, how: dict[str, An
     """Load a folder, and continue prompts greedily."""
     from vllm import LLM, SamplingParams
 
+    # vLLM gives each worker a memory node of its own, if it is not told where they run
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(how.get("tensor_parallel_size", 1))))
     try:
         engine = LLM(model=folder, **ENGINE, **how)
     except Exception as error:  # noqa: BLE001  each has a kind of its own, and what it says is looked at
