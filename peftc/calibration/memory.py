@@ -53,15 +53,18 @@ def bounded(model: Model, max_memory: str | float | None) -> Model:
 def return_freed(model: Model) -> None:
     """Let glibc give back to the system what is free, and larger blocks once they are, where memory is limited.
 
+    Of a large model on the CPU it gives back what is free now, limit or not, as a calibration leaves gigabytes.
+
     Without, the copies of half-precision weights and the small tensors of a backward pass leave holes in the heap that
     count as taken. Aligned blocks as torch asks for leave many (glibc before 2.38 cannot fill such a hole again with a
     block of its own size): with blocks up to 1 MB in the heap it grew by 400 MB in passes that held 97 MB at most.
     """
-    if model.max_memory is None:
+    if model.max_memory is None and not _is_wide(model):
         return
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(MMAP_THRESHOLD, SMALL)
+        if model.max_memory is not None:
+            library.mallopt(MMAP_THRESHOLD, SMALL)
         library.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return

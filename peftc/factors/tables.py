@@ -147,7 +147,9 @@ def dense_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> Table:
 
 def summarise(report: Report, asked: str, *, data: str | None) -> None:
     """Say in a few lines what was factored, and that what is left wants training."""
-    rows, ratio = report.data["modules"], report.data["ratio"]
-    factored = sum(row["rank"] is not None for row in rows)
-    kept = f"{factored} of {len(rows)} modules, {percent(ratio['eligible'])} of their weights kept"
-    brief.tell(report, brief.decimal(asked), {"factored": kept}, then=brief.heal(report.artifact, data))
+    came = {}
+    if rows := report.data.get("modules"):  # not of a finished folder whose `result.json` is gone
+        factored = sum(row["rank"] is not None for row in rows)
+        kept = percent(report.data["ratio"]["eligible"])
+        came["factored"] = f"{factored} of {len(rows)} modules, {kept} of their weights kept"
+    brief.tell(report, brief.decimal(asked), came, then=brief.heal(report.artifact, data))

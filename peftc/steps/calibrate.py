@@ -139,6 +139,9 @@ def calibrate(
 
 def _summarise(report: Report, model: Model, data: str) -> None:
     known = report.data
+    if "needs" not in known:  # of a finished folder whose `result.json` is gone
+        brief.tell(report, f"statistics of `{data}`")
+        return
     there = f"{', '.join(known['needs'])} of {len(known['modules'])} modules, {size(known.get('bytes', 0))}"
     words = ("decompose", model.source.spec, "--statistics", report.artifact, "--ratio", "0.5", "-o", "small")
     asked = f"statistics for --method {known['method']}, of {known['samples']:,} samples of `{data}`"

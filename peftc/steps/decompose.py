@@ -194,6 +194,9 @@ def decompose(
             report = carry_out(work, question, base, request)
     gate_size(report, max_params, max_bytes)
     if exam is not None:
+        question = replace(question, source=None)
+        loaded = replace(loaded, module=detached(loaded.module).to("meta"))
+        del work, source  # what is measured is loaded afresh, and need not stand in memory beside these
         _measure(report, measured, model, loaded, exam, against)
     return _summarised(report, question, factorize.name, data)
 

@@ -193,8 +193,11 @@ def prune_layers(
 
 def _summarise(report: Report, asked: depth.Asked, data: str | None, *, trained: bool) -> None:
     """Say which layers went and what that cost, and warn where layers were asked for by number and cost quality."""
-    rows, known, score = report.data["layers"], report.data.get("measured", {}), report.data["score"]
-    gone = [row["name"] for row in rows if not row["kept"]]
+    rows, known = report.data.get("layers"), report.data.get("measured", {})
+    if rows is None:  # of a finished folder whose `result.json` is gone
+        brief.tell(report, "drop layers", then=brief.time(report.artifact))
+        return
+    score, gone = report.data["score"], [row["name"] for row in rows if not row["kept"]]
     came = {"layers": f"{len(rows) - len(gone)} of {len(rows)} stay" + (f"; gone: {', '.join(gone)}" if gone else "")}
     if "metric" in known:
         came["held out"] = f"{known['metric']} {figure(known['before'])} before, {figure(known['after'])} after"

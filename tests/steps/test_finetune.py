@@ -17,6 +17,7 @@ import peftc
 from peftc import progress
 from peftc.errors import ArtifactError, DataError, PeftcError, SourceError, UsageError
 from peftc.methods import registry
+from peftc.methods.adapter import sara
 from peftc.models import load
 from peftc.nn import surgery
 from peftc.nn.adapted import adapted_modules
@@ -127,7 +128,7 @@ def test_small_modules_learn_whole_and_go_on_learning_and_the_rest_is_named(
 def test_a_penalty_of_the_method_is_in_the_loss(
     tiny_vit: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftc.methods.adapter.sara.NARROW", 16)
+    monkeypatch.setattr(sara, "NARROW", 16)
     settings = {"share": 0.1, "penalty": 0.5}
     report = tune(tiny_vit, few, tmp_path / "with", method="sara", settings=settings)
     assert report.data["terms"].keys() == {"task", "penalty"} and report.data["terms"]["penalty"] > 0

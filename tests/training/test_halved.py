@@ -26,7 +26,7 @@ def halve(folder: Path, target: Path) -> Path:
     """Copy a model with its weights in bfloat16."""
     shutil.copytree(folder, target)
     for path in target.glob("*.safetensors"):
-        state = {name: each.bfloat16() for name, each in load_file(path).items()}
+        state = {name: each.bfloat16() if each.is_floating_point() else each for name, each in load_file(path).items()}
         save_file(state, path, {"format": "pt"})
     return target
 
