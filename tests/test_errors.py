@@ -232,7 +232,7 @@ def test_tables_fit_narrow_terminals_and_plain_characters(stub, peftc) -> None:
     stub("decompose", reporting(tables=[table], notes=["a note of some length that goes on for more than a line"]))
     narrow = peftc("decompose", "m", env={"COLUMNS": "40"}).stderr
     assert max(map(len, narrow.splitlines())) <= 40
-    assert narrow.count("22.9 MB →") == 1 and narrow.count("11.4 MB") == 1
+    assert {"22.9", "MB", "→", "11.4"} <= {*narrow.split()}
     wide = peftc("decompose", "m").stderr
     assert "blocks.0.attn.qkv    64  22.9 MB → 11.4 MB  0.01235" in wide
     assert "\x1b" not in wide

@@ -279,12 +279,15 @@ def close(job: Job, record: Manifest, report: Report, expected: Model, device: t
 
 
 def already(job: Job, command: str) -> Report:
-    """Return the report of a finished folder again."""
+    """Return the report of a finished folder again (ArtifactError: an export lost it, and its manifest cannot tell)."""
     known = job.result().get("report", {})
     data = known.get("data", {})
     if job.record == MANIFEST:
         record = manifest.read(job.output)
         data.setdefault("size", {"after": {"parameters": record.parameters, "bytes": record.weight_bytes}})
+    elif not data:
+        what = f"`{job.output}` was written by the same request, and its `result.json` is gone"
+        raise ArtifactError(what, hint="write it again: add `--overwrite`")
     return Report(
         command,
         data,

@@ -186,12 +186,7 @@ def decompose(
     }
     against = None if max_drop is None or loaded.manifest is None else baseline.of_gate(loaded)
     output = write.output_folder(output_dir, loaded, "decompose")
-    with write.writing(loaded, output, request, overwrite=overwrite) as (work.job, base):
-        if work.job.done:
-            report = write.already(work.job, "decompose")
-        else:
-            work.job.require(2 * tensor_bytes(loaded.module))
-            report = carry_out(work, question, base, request)
+    report = _carried_out(work, question, request, output, overwrite=overwrite)
     gate_size(report, max_params, max_bytes)
     if exam is not None:
         question = replace(question, source=None)
@@ -199,6 +194,17 @@ def decompose(
         del work, source  # what is measured is loaded afresh, and need not stand in memory beside these
         _measure(report, measured, model, loaded, exam, against)
     return _summarised(report, question, factorize.name, data)
+
+
+def _carried_out(
+    work: Factoring, question: Question, request: dict[str, Any], output: Path, *, overwrite: bool
+) -> Report:
+    """Factor and write, or report again what the same request wrote."""
+    with write.writing(work.model, output, request, overwrite=overwrite) as (work.job, base):
+        if work.job.done:
+            return write.already(work.job, "decompose")
+        work.job.require(2 * tensor_bytes(work.model.module))
+        return carry_out(work, question, base, request)
 
 
 def _summarised(report: Report, question: Question, method: str, data: str | None) -> Report:

@@ -148,9 +148,6 @@ def export(
 def _summarise(report: Report, name: str) -> None:
     """Say what was written, how far it agrees with the model, and how much faster it runs."""
     data = report.data
-    if "files" not in data:  # of a finished folder whose `result.json` is gone
-        brief.tell(report, f"`{name}`")
-        return
     came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
     same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
     what = "the same prediction for" if data["is_share"] else "a cosine of"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import peftc
+from peftc.errors import ArtifactError
 from peftc.pages import brief
 from peftc.report import Report
 
@@ -76,16 +77,23 @@ def test_a_training_that_changed_nothing_says_so() -> None:
     assert report.summary["trained"].endswith("; perplexity on held-out samples 7.5 before, 6 after step 5")
 
 
-@pytest.mark.parametrize("step", ["decompose", "calibrate", "prune_layers", "export"])
+@pytest.mark.parametrize("step", ["decompose", "calibrate", "prune_layers"])
 def test_a_finished_folder_whose_result_is_gone_is_still_done(step: str, tiny_vit: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = {"data": "sklearn:digits", "calibration_samples": 8, "device": "cpu"}
     how: dict[str, dict[str, Any]] = {
         "decompose": {"ratio": 0.5},
         "calibrate": few,
         "prune_layers": {"score": "magnitude", "keep": 1},
-        "export": {"format": "timm", "rounds": 5, "batch_size": 2},
     }
     for _ in range(2):
         report = getattr(peftc, step)(tiny_vit, output_dir=tmp_path / "out", **how[step])
         (tmp_path / "out" / "result.json").unlink(missing_ok=True)
     assert "already done" in report.summary
+
+
+def test_an_export_whose_result_is_gone_cannot_be_told(tiny_vit: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"format": "timm", "output_dir": tmp_path / "out", "rounds": 5, "batch_size": 2}
+    peftc.export(tiny_vit, **how)
+    (tmp_path / "out" / "result.json").unlink()
+    with pytest.raises(ArtifactError, match="its `result.json` is gone"):
+        peftc.export(tiny_vit, **how)
