@@ -123,7 +123,7 @@ def test_the_tour_runs_on_a_model_that_stands_in(tmp_path: Path, monkeypatch: py
     from peftc.steps import demo
 
     monkeypatch.setattr(demo, "EPOCHS", 1)  # of those that the first command would train
-    monkeypatch.setattr(demo, "STAGES", {})
+    monkeypatch.setattr(demo, "STAGES", {"decompose": demo.STAGES["decompose"]})
     demo.demo(output_dir=tmp_path / "peftc-demo", device="cpu")
     small = {"SAMPLES": "200", "STEPS": "10"}
     check_the_tour(tmp_path, take_the_tour(tmp_path, **small))

@@ -149,7 +149,7 @@ def models(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo, "EPOCHS", 1)
-        patch.setattr(demo, "STAGES", {})
+        patch.setattr(demo, "STAGES", {"decompose": demo.STAGES["decompose"]})
         demo.demo(output_dir="peftc-demo", device="cpu")
         package.decompose("peftc-demo/dense-seed-0", ratio=0.5, output_dir="small")
         package.finetune("small", data="sklearn:digits", num_samples=64, steps=2, delta=True, output_dir="delta")
