@@ -232,11 +232,28 @@ def figure(number: float) -> str:
 UNCHANGED = "no measurable change"  # the verdict on a speed-up that the noise may have made
 
 
+def interval_text(value: float, low: float, high: float) -> str:
+    """Write a figure with its interval, each in its own digits: ``0.9317 [0.8886, 0.9589]``."""
+    return f"{figure(value)} [{figure(low)}, {figure(high)}]"
+
+
+def is_better(difference: Mapping[str, float], *, higher: bool) -> bool | None:
+    """Return whether a difference is for the better; None where its interval does not leave 0 out.
+
+    Args:
+        difference: ``value``, ``low``, ``high``.
+        higher: more of it is better.
+    """
+    if difference["low"] <= 0 <= difference["high"]:
+        return None
+    return (difference["value"] > 0) == higher
+
+
 def ranged(value: float, low: float, high: float, *, sign: bool = False) -> str:
     """Write a figure with its interval, in the digits that the interval allows: ``0.932 [0.889, 0.959]``."""
     wide = high - low
     if not 0 < wide < math.inf:
-        return f"{'+' if sign and value > 0 else ''}{figure(value)} [{figure(low)}, {figure(high)}]"
+        return f"{'+' if sign and value > 0 else ''}{interval_text(value, low, high)}"
     digits = min(max(1 - math.floor(math.log10(wide)), 0), 6)
     shown, *ends = (f"{round(each, digits) + 0.0:,.{digits}f}" for each in (value, low, high))  # + 0.0: no "-0.00"
     return f"{'+' if sign and float(shown.replace(',', '')) > 0 else ''}{shown} [{', '.join(ends)}]"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peftc.report import figure
+from peftc.report import interval_text
 
 Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on each side
 ROUNDS = 1000
@@ -20,7 +20,11 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]"
+        return interval_text(*self)
+
+    def __neg__(self) -> "Interval":
+        """Return what is lost where this is won: 0 stays without a sign."""
+        return Interval(0.0 - self.value, 0.0 - self.high, 0.0 - self.low)
 
 
 def wilson(hits: int, total: int) -> Interval:

@@ -101,7 +101,7 @@ def _awq(parts: Parts, told: Told) -> Tensor:
 
 def _compressed(parts: Parts, told: Told) -> Tensor:
     if "weight_packed" in parts:
-        (group,) = told["config_groups"].values()
+        (group,) = _groups(told)
         bits = group["weights"]["num_bits"]
         out, in_ = parts["weight_shape"].tolist()
         weight = (_unpacked(parts["weight_packed"], bits, 1)[:, :in_] - 2 ** (bits - 1)).reshape(out, in_)

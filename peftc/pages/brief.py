@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from peftc.report import Report, count, duration, figure, percent, short, size
+from peftc.report import Report, count, duration, figure, interval_text, is_better, percent, short, size
 
 DATA = "DATA"  # stands for data that nobody named
 DONE = "already done: "  # begins the note of a step that was answered before
@@ -36,11 +36,11 @@ def compare(report: Report, then: str) -> None:
         return
     name, other = report.data["metric"], found["name"]
     difference = found["difference"][name]
-    if difference["low"] <= 0 <= difference["high"]:
+    better = is_better(difference, higher=report.data["higher_is_better"])
+    if better is None:
         text = f"no difference to `{other}` is shown: 0 is in the interval of the difference"
     else:
-        is_better = (difference["value"] > 0) == report.data["higher_is_better"]
-        text = f"{'better' if is_better else 'worse'} than `{other}` by {figure(abs(difference['value']))} of {name}"
+        text = f"{'better' if better else 'worse'} than `{other}` by {figure(abs(difference['value']))} of {name}"
     report.summary = {"so": text}
 
 
@@ -115,4 +115,4 @@ def _quality(data: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, float]) -> str:
-    return f"{figure(found['value'])} [{figure(found['low'])}, {figure(found['high'])}]"
+    return interval_text(found["value"], found["low"], found["high"])

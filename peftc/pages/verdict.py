@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 
 from peftc.pages.records import Row, cut_text
 from peftc.pages.tables import MISSING, NOISE, change_text, quoted
-from peftc.report import UNCHANGED, count, percent, ranged, size, speedup_range
+from peftc.report import UNCHANGED, count, is_better, percent, ranged, size, speedup_range
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def _quality_words(row: Row, base: str) -> str:
 def better_or_worse(row: Row) -> str:
     """Say whether a model is better than its base: only where the interval of the difference leaves zero out."""
     assert row.change is not None and row.quality is not None
-    if row.change["low"] <= 0 <= row.change["high"]:
+    better = is_better(row.change, higher=bool(row.quality.get("higher_is_better", True)))
+    if better is None:
         return "no measurable difference"
-    gained = (row.change["value"] > 0) == bool(row.quality.get("higher_is_better", True))
     amount = change_text(row).partition(" ")[0].lstrip("+-")
-    return f"{'better' if gained else 'worse'} by {amount}"
+    return f"{'better' if better else 'worse'} by {amount}"
 
 
 def _size(row: Row, base: Row) -> Figure:

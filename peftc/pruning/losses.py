@@ -97,9 +97,7 @@ class Trial:
         else:
             without = samples.observed(self.repaired(dropped), self.given, self.held, self.batch_size)
         more = interval_of(self._metric, self.seed, without, self._observed)
-        if not self._metric.higher_is_better:
-            return more
-        return Interval(0.0 - more.value, 0.0 - more.high, 0.0 - more.low)
+        return -more if self._metric.higher_is_better else more
 
     @property
     def quality(self) -> float:

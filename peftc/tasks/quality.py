@@ -42,8 +42,7 @@ def loss(data: Mapping[str, Any]) -> str | None:
     if not found.get("against"):
         return None
     name, difference = found["metric"], Interval(**found["against"]["difference"][found["metric"]])
-    value, low, high = difference
-    lost = Interval(-value, -high, -low) if found["higher_is_better"] else difference
+    lost = -difference if found["higher_is_better"] else difference
     return f"{lost} of {name}" if lost.low > 0 else None
 
 

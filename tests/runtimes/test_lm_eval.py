@@ -12,12 +12,14 @@ import peftc
 from tests.environments import python_with, run
 from tests.networks import LLAMA, save_transformers
 
-TASKS = {
-    "choices": """\
-task: choices
+LOCAL = """\
+task: NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: QUESTIONS}}
 test_split: test
+"""
+TASKS = {  # what each says beside that
+    "choices": """\
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: ["cat", "dog", "tree"]
@@ -25,20 +27,12 @@ doc_to_target: answer
 metric_list: [{metric: acc}]
 """,
     "texts": """\
-task: texts
-dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}]
 """,
     "words": """\
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "cat"
@@ -63,7 +57,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"question": text, "answer": at % 3}) for at, text in enumerate(QUESTIONS)]
     (folder / "questions.jsonl").write_text("\n".join(rows) + "\n")
     for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(text.replace("QUESTIONS", str(folder / "questions.jsonl")))
+        told = (LOCAL + text).replace("NAME", name).replace("QUESTIONS", str(folder / "questions.jsonl"))
+        (folder / f"{name}.yaml").write_text(told)
     return folder
 
 

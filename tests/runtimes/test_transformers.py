@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import peftc
 from peftc.errors import SourceError, UsageError, WeightError
 from peftc.models.load import load
 from peftc.nn.skipped import Skipped
-from peftc.runtimes import quantizer
 from peftc.steps.push import push_to_hub
 from peftc.store import manifest, quantization
 from tests.conftest import TEXTS, rewritten
@@ -30,6 +28,7 @@ from tests.formats.kinds import KINDS, factored, save, texts
 from tests.hub_server import Hub
 from tests.networks import BERT, CLIP, LLAMA, T5, save_transformers
 
+pytestmark = pytest.mark.usefixtures("registered")
 QUICK: dict[str, Any] = {"rounds": 5, "batch_size": 2}
 FRESH = """
 import json, sys
@@ -72,14 +71,6 @@ for auto, place in named:
     import peftc
     save_file(seen(peftc.load(place / "small"), inputs), place / "expected")
 """
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    """Do what `import peftc.transformers` does, and undo it: other tests look at a transformers that knows nothing."""
-    quantizer.register()
-    yield
-    del AUTO_QUANTIZER_MAPPING[quantization.METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[quantization.METHOD]
 
 
 @pytest.fixture(scope="module")

