@@ -107,9 +107,11 @@ def check_the_tour(folder: Path, printed: dict[str, str]) -> None:
     assert compared.data["plan"]["parameters"] == rows[0]["parameters"]
     assert all(row["quality"] for row in (base, *rows)), "quality of each, beside the base"
     assert all(row["speedup"] and row["change"] for row in rows[:-1]), "the speed of the export stands in a note"
-    told = re.findall(r"^\| (?:\d-)?([a-z]+)(?:\.json)? \| ?([a-z -]*) \| \d", README, re.M)
-    shown = [("dense", ""), *zip(MISSION, stages, strict=True), ("release", "export onnx")]
+    printed_table = next(block.text for block in blocks(README) if block.language == "text")
+    told = re.findall(r"^(?:\d-)?([a-z]+) +([a-z-]+(?: [a-z-]+)?)  +[\d,]+  ", printed_table, re.M)
+    shown = [("dense", "dense"), *zip(MISSION, stages, strict=True), ("release", "export torch-export")]
     assert told == shown, "the table is that of the example"
+    assert re.split(" {2,}", printed_table.splitlines()[0]) == list(compared.tables[0].columns)
     exported = json.loads((folder / "release" / "result.json").read_text())
     assert exported["report"]["data"]["deviation"] < 1e-4
     listed = re.findall(

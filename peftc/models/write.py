@@ -167,12 +167,18 @@ def write_artifact(
         files["config.json"] = artifact.write_json(job.folder / "config.json", config)
     for name, content in companions(model).items():
         files[name] = artifact.write_companion(job.folder / name, content)
-    if known is not None and model.folder is not None:  # where the artifacts of the chain were read, by id
-        before = artifact.read_result(model.folder)
-        job.places = {**before.get("places", {}), known.id: model.place}
-        job.told = (before.get("report") or {}).get("notes", [])
+    if known is not None and model.folder is not None:
+        job.places = places(model)
+        job.told = (artifact.read_result(model.folder).get("report") or {}).get("notes", [])
     record.write(job.folder)
     return record
+
+
+def places(model: Model) -> dict[str, Any]:
+    """Return where the artifacts of a model's chain were read, by id, its own the last; of no artifact nothing."""
+    if model.manifest is None or model.folder is None:
+        return {}
+    return {**artifact.read_result(model.folder).get("places", {}), model.manifest.id: model.place}
 
 
 def told_to_transformers(record: Manifest) -> dict[str, str | dict[str, Any]]:

@@ -31,14 +31,15 @@ class Row:
     """A model in the comparison.
 
     Attributes:
-        name: the folder as it was named, or what the base is called.
-        stages: the commands that made it; none for the base.
+        name: the folder as it was named, or what the dense model is called.
+        stages: the commands that made it; none for a dense model that is not among what is compared.
         parameters, bytes, macs: its size, where known.
         quality: what `evaluate` kept, on the data that most of the artifacts were measured on.
         speed: what `bench` kept, of the machine and input that most were timed on.
         share: parameters, in shares of the base's.
         change: how much more of the first metric it has than the base, on the same samples, with its interval.
         speedup: how many times faster than the base it is, both timed in one run, with its range.
+        base: the name of the dense model that it is set beside; None for a dense model.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     share: float | None = None
     change: Mapping[str, Any] | None = None
     speedup: Mapping[str, Any] | None = None
+    base: str | None = None
 
 
 @dataclass
@@ -110,9 +112,21 @@ class Record:
         return [*made[:-1], f"export {self.about['format']}"] if self.about else made
 
     @property
+    def begins(self) -> bool:
+        """Whether its own last step gave it the head that it has: nothing before it answers the same question."""
+        return self.manifest.head_step == len(self.manifest.steps) > 0
+
+    @property
+    def base_id(self) -> str | None:
+        """The id of the artifact that `--against base` means for it; None where that is what the manifest records."""
+        at = self.manifest.head_step
+        return self.manifest.steps[at - 1]["id"] if at and not self.begins else None
+
+    @property
     def base(self) -> str:
-        """What the base is called."""
-        spec = self.spec or "the dense model"
+        """What the dense model is called: what `--against base` means for it."""
+        place = (self.result.get("places") or {}).get(self.base_id, {})
+        spec = str(place.get("spec") or self.spec or "the dense model")
         return Path(spec.partition("@")[0]).name or spec
 
     def measured(self, kind: str) -> list[dict[str, Any]]:
@@ -199,7 +213,7 @@ def read(models: Sequence[str | Path]) -> list[Record]:
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """Return a row for each model that artifacts were made from, then one for each artifact."""
+    """Return a row for each dense model that is not among the artifacts, then one for each artifact."""
     quality, speed = (_common(records, kind) for kind in QUESTIONS)
     found = []
     for at, record in enumerate(records):
@@ -213,21 +227,28 @@ def rows(records: Sequence[Record]) -> list[Row]:
         row.macs = row.macs if row.macs is not None else macs.get(_structure(record))
         if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
             row.macs = row.speed["model"]["macs"]
-    bases = {name: _base(name, records, found) for name in dict.fromkeys(record.base for record in records)}
-    for record, row in zip(records, found, strict=True):
-        _beside(row, bases[record.base])
-    return [*bases.values(), *found]
+    there = {record.manifest.id: row for record, row in zip(records, found, strict=True) if not record.about}
+    named = {record.base: there[record.base_id] for record in records if record.base_id in there}
+    dense = [id(row) for row in named.values()]
+    paired = [(record, row) for record, row in zip(records, found, strict=True) if id(row) not in dense]
+    bases = {name: named.get(name) or Row(name) for name in dict.fromkeys(record.base for record, _ in paired)}
+    for name, base in bases.items():
+        _fill(base, name, [pair for pair in paired if pair[0].base == name])
+    for record, row in paired:
+        _beside(row, bases[record.base], record.base)
+    return [*(base for base in bases.values() if not base.stages), *found]
 
 
-def _beside(row: Row, base: Row) -> None:
-    """Add what is known of a model against its base: only what was measured of both in one go."""
+def _beside(row: Row, base: Row, name: str) -> None:
+    """Add what is known of a model against its base, by the name it had: only what was measured of both at once."""
+    row.base = base.name
     if base.parameters and row.parameters is not None:
         row.share = row.parameters / base.parameters
     rated, timed = (((each or {}).get("against") or {}) for each in (row.quality, row.speed))
-    if row.quality and rated.get("name") == base.name:
+    if row.quality and rated.get("name") == name:
         change = (rated.get("difference") or {}).get(row.quality["metric"], {})
         row.change = change if change and None not in change.values() else None
-    if row.speed and timed.get("name") == base.name:
+    if row.speed and timed.get("name") == name:
         row.speedup = (row.speed.get("speedup") or {}).get("saturating")
 
 
@@ -285,24 +306,21 @@ def _structure(record: Record) -> str:
     return manifest.digest([own.base["architecture"], own.base.get("files"), own.modules, own.kept_layers])
 
 
-def _base(name: str, records: Sequence[Record], found: Sequence[Row]) -> Row:
-    """Return what the artifacts tell of the model that they were made from."""
-    row = Row(name)
-    for record, own in zip(records, found, strict=True):
-        if record.base != name:
-            continue
+def _fill(row: Row, name: str, made: Sequence[tuple[Record, Row]]) -> None:
+    """Add to a dense model what those that were made from it tell of it, which knew it by a name."""
+    for record, own in made:
         before = (record.data.get("size") or {}).get("before") or {}
         of_this_one = 2 if "retrain" in record.data else 1  # `prune-layers --retrain` is two stages in one report
-        if len(record.stages) == of_this_one and row.parameters is None:
+        since = len(record.stages) - (record.manifest.head_step if record.base_id else 0)
+        if since == of_this_one and row.parameters is None:
             row.parameters, row.bytes, row.macs = (before.get(key) for key in ("parameters", "bytes", "macs"))
         rated, timed = (((each or {}).get("against") or {}) for each in (own.quality, own.speed))
         if own.quality and rated.get("name") == name:
-            row.quality = {**own.quality, "metrics": rated["metrics"], "against": None}
+            row.quality = row.quality or {**own.quality, "metrics": rated["metrics"], "against": None}
         if own.speed and timed.get("name") == name:
-            row.speed = {**own.speed, "model": timed, "against": None, "speedup": None}
+            row.speed = row.speed or {**own.speed, "model": timed, "against": None, "speedup": None}
             row.parameters, row.macs = row.parameters or timed["parameters"], row.macs or timed["macs"]
             row.bytes = row.bytes or timed["bytes_on_disk"]
-    return row
 
 
 def modules_table(title: str, modules: Mapping[str, dict[str, Any]]) -> Table:

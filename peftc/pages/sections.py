@@ -21,8 +21,8 @@ MANY = 4  # models: of more than these the parts are shown on request
 
 def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
     """Return the page on models: their rows and records, what `analyze` found of the base, and notes of `compare`."""
-    bases = ", ".join(row.name for row in rows if not row.stages)
-    verdict = verdict_of(rows, [record.base for record in found])
+    bases = ", ".join(row.name for row in rows if row.base is None)
+    verdict = verdict_of(rows)
     parts = [
         ("models", "All models", _models(rows, notes)),
         ("trade", "Quality against what it costs", trade_of(rows)),
@@ -87,7 +87,7 @@ def _plan(rows: Sequence[Row], analyzed: Mapping[str, Any]) -> Html:
     told = tag("p", prose(f"{plan_text(analyzed)}."))
     if not plan:
         return told
-    whole = [row.parameters for row in rows if not row.stages and row.parameters]
+    whole = [row.parameters for row in rows if row.base is None and row.parameters]
     kept = f" ({percent(plan['parameters'] / whole[0])} of the dense model's)" if len(whole) == 1 else ""
     pairs = [
         ("asked for", f"{plan['budget']}, {plan['allocation']}"),

@@ -51,7 +51,7 @@ def quoted(name: str) -> str:
 
 def share_text(row: Row) -> str:
     """Write what share of its base's parameters a model has."""
-    return "" if not row.stages else "-" if row.share is None else percent(row.share)
+    return "" if row.base is None else "-" if row.share is None else percent(row.share)
 
 
 def quality_text(row: Row) -> str:
@@ -66,14 +66,14 @@ def quality_text(row: Row) -> str:
 def change_text(row: Row) -> str:
     """Write how much more of the first metric a model has than its base, with the interval of the paired difference."""
     if row.change is None:
-        return MISSING if row.stages else ""
+        return MISSING if row.base else ""
     return ranged(row.change["value"], row.change["low"], row.change["high"], sign=True)
 
 
 def faster_text(row: Row) -> str:
     """Write how much faster a model is than its base, with the range, where both were timed in one run."""
     if row.speedup is None:
-        return MISSING if row.stages else ""
+        return MISSING if row.base else ""
     return speedup_text(row.speedup, NOISE)
 
 
@@ -92,7 +92,7 @@ def details_of(rows: Sequence[Row]) -> Table:
 
 def _times(row: Row) -> list[str]:
     """Write latency and throughput of a model and of what it was timed beside; of a base alone there is no run."""
-    if row.speed is None or not row.stages:
+    if row.speed is None or row.base is None:
         return [""] * 4
     sides = [row.speed["model"], row.speed.get("against")]
     latencies = ["" if side is None else duration(side["batch_1"]["median_seconds"]) for side in sides]

@@ -55,7 +55,7 @@ def _times(value: float) -> str:
 
 
 def _speed(row: Row) -> float | None:
-    if not row.stages:
+    if row.base is None:
         return 1.0
     return None if row.speedup is None else float(row.speedup["value"])
 
@@ -100,7 +100,7 @@ def points_of(rows: Sequence[Row], view: View) -> list[Point]:
         value, x = row.quality["metrics"][row.quality["metric"]], view.of(row)
         if x is None:
             continue
-        point = Point(names[row.name], x, value["value"], value["low"], value["high"], base=not row.stages)
+        point = Point(names[row.name], x, value["value"], value["low"], value["high"], base=row.base is None)
         if view.word == SPEED and row.speedup is not None:
             point = replace(point, left=row.speedup["low"], right=row.speedup["high"], run=row.name)
         found.append(point)

@@ -37,18 +37,14 @@ class Verdict:
     on: Sequence[str]
 
 
-def verdict_of(rows: Sequence[Row], base_of: Sequence[str]) -> Verdict:
-    """Return the verdict on the last model of which most is known against the dense one.
-
-    Args:
-        rows: as `records.rows` gives them.
-        base_of: what the base of each artifact is called, in the order of their rows.
-    """
-    made = rows[-len(base_of) :]
+def verdict_of(rows: Sequence[Row]) -> Verdict:
+    """Return the verdict on the last model of which most is known against the dense one, from `records.rows`."""
+    made = [row for row in rows if row.base is not None]
     known = [(row.change is not None) + (row.speedup is not None) for row in made]
     at = max(range(len(made)), key=lambda at: (known[at], at))
-    row, name = made[at], base_of[at]
-    base = next(each for each in rows if not each.stages and each.name == name)
+    row = made[at]
+    base = next(each for each in rows if each.base is None and each.name == row.base)
+    name = base.name
     parts = [_size_words(row, name), _speed_words(row, name), _quality_words(row, name)]
     sentence = f"{quoted(row.name)} {parts[0]}, {parts[1]}, and {parts[2]}."
     return Verdict(row.name, name, sentence, (_size(row, base), _speed(row, name), _quality(row, base)), _measured(row))

@@ -24,13 +24,12 @@ from peftc.measure.costs import Call, Seconds, Speedup, quantile
 from peftc.models import load, write
 from peftc.models.inputs import outputs, probe
 from peftc.models.layerwise import layerwise
-from peftc.models.load import load_base
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.report import Report, Table, count, duration, short, size, speedup_text
 from peftc.store.source import Source
-from peftc.tasks.baseline import FOLDER
+from peftc.tasks import baseline
 from peftc.version import __version__
 
 FEWEST_ROUNDS = 5  # fewer give no interval worth the name
@@ -59,7 +58,8 @@ def bench(
 
     Args:
         model: what to measure.
-        against: the baseline; ``base`` is the one that the artifact's manifest records.
+        against: the baseline; ``base`` is the earliest model of the artifact's chain with the same head, as `evaluate`
+            takes it.
         batch_size: takes the place of the saturating batch, which is otherwise found on the baseline.
         image_size: side of the images in pixels; the model's own when None.
         max_length: tokens of a text.
@@ -80,7 +80,7 @@ def bench(
     subject = runnable(load.load(model), device=device, dtype=dtype)
     pair = {"model": subject}
     if against is not None:
-        found = load_base(subject) if against == "base" else load.load(against)
+        found = baseline.timed(subject) if against == "base" else load.load(against)
         pair["against"] = runnable(found, device=device, dtype=dtype)
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length, "seed": seed}
     samples = {label: probe(which, **sides) for label, which in pair.items()}
@@ -93,8 +93,8 @@ def bench(
     forwards: dict[str, Callable[[int], Call]] = {
         label: functools.partial(forward, which) for label, which in pair.items()
     }
-    baseline, place = pair.get("against", subject), place_of(subject.module)
-    forwards["control"] = functools.partial(forward, baseline)
+    other, place = pair.get("against", subject), place_of(subject.module)
+    forwards["control"] = functools.partial(forward, other)
     largest = batch_size or costs.saturating_batch(forwards["control"], place)
     with ExitStack() as held:
         for which in pair.values() if compile else ():
@@ -112,11 +112,10 @@ def bench(
     data["noise"] = {case: _noise(run) for case, run in times.items()}
     data |= {"input": shapes["model"], "rounds": rounds, "compiled": compile, "environment": _environment(place)}
     report = _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
-    report.notes += [FOLDER] if against == "base" and Path("base").exists() else []
+    report.notes += [baseline.FOLDER] if against == "base" and Path("base").exists() else []
     if isinstance(model, str | Path | Source):
         where = {name: data["environment"][name] for name in ("device_name", "threads")}
-        baseline_name = None if against is None else baseline.name
-        question = [where, data["model"]["dtype"], data["input"], largest, baseline_name]
+        question = [where, data["model"]["dtype"], data["input"], largest, None if against is None else other.name]
         write.keep_measured(report, subject, [*question, *(["compiled"] if compile else [])])
     return report
 

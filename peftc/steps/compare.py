@@ -47,14 +47,13 @@ def compared(
         figures |= {
             "artifact": figures["name"],
             "id": record.manifest.id,
-            "base": record.base,
             "commands": command_lines(record.manifest),
         }
     report.data["plan"] = (analyzed or {}).get("plan")
     report.warnings += [warning for each in found if (warning := artifact.damaged_result(each.folder))]
     report.tables.append(table_of(rows))
     report.details.append(details_of(rows))
-    report.notes.append(verdict_of(rows, [record.base for record in found]).sentence)
+    report.notes.append(verdict_of(rows).sentence)
     _say_what_was_measured(report, rows, found)
     if analyzed:
         report.notes.append(plan_text(analyzed))
@@ -90,8 +89,10 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         ("quality", "change", "evaluate", "--data DATA --against base"),
         ("speed", "speedup", "bench", f"{batch}--against base"),
     ):
-        own = [(row, record) for row, record in zip(rows[-len(found) :], found, strict=True) if not record.about]
-        lacks = [(row.name, record) for row, record in own if getattr(row, known) is None]
+        made = zip(rows[-len(found) :], found, strict=True)
+        own = [(row, record) for row, record in made if row.base is not None and not record.about]
+        asked = [(row, record) for row, record in own if kind == "speed" or not record.begins]
+        lacks = [(row.name, record) for row, record in asked if getattr(row, known) is None]
         if lacks:
             name, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""
             otherwise = " as the others were" if any(record.measured(word) for _, record in lacks) else ""

@@ -373,7 +373,8 @@ def _finish(
     report.artifact = job.output
     report.tables.insert(0, _table(report.data))
     result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}
-    job.finish(ExportRecord(job.id, request, files, about), result | {"report": write.kept(report)})
+    result |= {"places": write.places(work.stored), "report": write.kept(report)}
+    job.finish(ExportRecord(job.id, request, files, about), result)
 
 
 def _card_of(word: str) -> dict[str, Any]:

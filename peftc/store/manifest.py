@@ -136,6 +136,11 @@ class Manifest:
         return sum(self.files[name]["bytes"] for name in self.weight_files)
 
     @property
+    def head_step(self) -> int:
+        """The last step, counted from 1, that gave the model its head; 0 where the base has it already."""
+        return max((number for number, step in enumerate(self.steps, 1) if step.get("new_head")), default=0)
+
+    @property
     def holds_statistics(self) -> bool:
         """Whether the folder holds statistics of a model, not a model."""
         return f"{STATISTICS}.safetensors" in self.files

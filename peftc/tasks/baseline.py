@@ -1,4 +1,4 @@
-"""The model that quality is compared with: the earliest of a chain that has the same head and the same task."""
+"""The model that a result is compared with: the earliest of a chain that has the same head and the same task."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from peftc.store import artifact, manifest
 from peftc.tasks.table import guess
 
 FOLDER = "`--against base` means the model that the artifact records; the folder here is `--against ./base`"
-NAME_ONE = "name one: `peftc evaluate ... --against MODEL`"
+NAME_ONE = "name one: `--against MODEL`"
 
 
 def before(model: Model) -> Model:
@@ -27,6 +27,18 @@ def before(model: Model) -> Model:
     return found
 
 
+def timed(model: Model) -> Model:
+    """Return the model whose size and speed those of an artifact are set beside: `before`, where there is one.
+
+    Size and speed ask for no common head: where the last step gave a new one, that is the base which the manifest
+    records (ArtifactError: it is not there any more, or it is not what it was).
+    """
+    record = model.manifest
+    if record is None or record.head_step in (0, len(record.steps)):
+        return load_base(model)
+    return _written(model, record.head_step)
+
+
 def of_gate(model: Model) -> Model:
     """Return the model that a drop of what is made from ``model`` is judged against; that may be ``model`` itself."""
     return (None if model.manifest is None else _earliest(model)) or model
@@ -34,9 +46,8 @@ def of_gate(model: Model) -> Model:
 
 def _earliest(model: Model) -> Model | None:
     """Return the earliest model of the chain with the head of the last; None where that is the last."""
-    steps: list[dict[str, Any]] = model.manifest.steps if model.manifest is not None else []
-    first = max((number for number, step in enumerate(steps, 1) if step.get("new_head")), default=0)
-    if steps and first == len(steps):
+    first = 0 if model.manifest is None else model.manifest.head_step
+    if model.manifest is not None and first == len(model.manifest.steps):
         return None
     try:
         found = load_base(model) if first == 0 else _written(model, first)

@@ -17,6 +17,7 @@ def row(name: str, parameters: int, value: float, times: float | None = None, *,
     metrics = {"top1": {"value": value, "low": value - 0.02, "high": value + 0.02}}
     quality = {"metric": "top1", "metrics": metrics, "higher_is_better": True}
     found = Row(name, [] if base else ["decompose"], parameters, 4 * parameters, 10 * parameters, quality)
+    found.base = None if base else "dense"
     if times is not None:
         found.speedup = {"value": times, "low": times - 0.05, "high": times + 0.05, "verdict": f"{times:.2f}x faster"}
     return found

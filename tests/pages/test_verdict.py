@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def said(*names: str) -> Verdict:
     found = records.read(names or ("small",))
-    return verdict_of(records.rows(found), [record.base for record in found])
+    return verdict_of(records.rows(found))
 
 
 def test_size_speed_and_quality_in_one_sentence_and_three_figures(folder: Path) -> None:

@@ -47,6 +47,26 @@ def test_the_base_is_what_gave_the_head(chain: Path, name: str) -> None:
     assert any("tuned`, the earliest model of the chain with the same head and task" in note for note in report.notes)
 
 
+def test_speed_and_comparisons_take_the_base_that_quality_takes(chain: Path) -> None:
+    package.evaluate("cut", against="base", **DIGITS)
+    assert package.bench("cut", against="base", rounds=5, batch_size=2, device="cpu").data["against"]["name"] == "tuned"
+    package.export("cut", format="torch-export", output_dir="release")
+    for named in (["cut", "release"], ["tuned", "cut", "release"]):
+        models = package.compare(named).data["models"]
+        assert [model["name"] for model in models] == ["tuned", "cut", "release"], "and no row for what no head is of"
+        assert [model["base"] for model in models] == [None, "tuned", "tuned"]
+        tuned, cut, release = models
+        assert tuned["quality"] and tuned["speed"] and cut["change"] and cut["speedup"]
+        assert cut["share"] == release["share"] == cut["parameters"] / tuned["parameters"] < 1
+
+
+def test_what_has_a_head_of_its_own_is_timed_beside_the_recorded_base(chain: Path) -> None:
+    found = package.bench("tuned", against="base", rounds=5, batch_size=2, device="cpu")
+    assert found.data["against"]["name"] == "dense"
+    notes = package.compare(["tuned"]).notes
+    assert not any("peftc evaluate tuned" in note for note in notes), "nothing before it answers the same question"
+
+
 def test_without_a_new_head_the_base_is_the_recorded_one(chain: Path) -> None:
     report = package.evaluate(chain / "small", against="base", data=str(few_classes(chain)), device="cpu")
     assert report.data["against"]["name"] == "dense"
