@@ -20,6 +20,7 @@ LOUD = (  # what begins a note that is shown beside a summary
     "pushed ",
     "not kept in ",
     "`--against base` ",
+    "gate ",
 )
 Cell = str | int | float | None
 

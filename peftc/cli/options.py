@@ -41,6 +41,8 @@ Models = Annotated[
 OutputDir = Annotated[Path | None, value("DIR", "folder to write", "-o", "--output-dir")]
 Page = Annotated[str, value("FILE", "HTML file to write", "-o", "--output")]
 Analysis = Annotated[Path | None, value("FILE", "file with the output of `peftc analyze --json`: spectra and a plan")]
+PlanOut = Annotated[Path | None, value("FILE", "write the ranks to this JSON file", "--plan")]
+Plot = Annotated[Path | None, value("FILE", "draw spectra and predicted losses to this .png or .svg")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace what another request wrote there")]
 DryRun = Annotated[bool, Option("--dry-run", help="show the plan and write nothing")]
 MaxShardSize = Annotated[
@@ -53,8 +55,6 @@ Plan = Annotated[Path | None, value("FILE", "take the ranks from this file")]
 KeepAllRanks = Annotated[
     bool, Option("--keep-all-ranks", help="store the factors of every rank, for `peftc truncate` to cut")
 ]
-PlanOut = Annotated[Path | None, value("FILE", "write the ranks to this JSON file", "--plan")]
-Plot = Annotated[Path | None, value("FILE", "draw spectra and predicted losses to this .png or .svg")]
 
 # how they share it
 Allocation = Annotated[
@@ -68,6 +68,9 @@ Allocation = Annotated[
 RankMultiple = Annotated[int, value("N", "every rank is a multiple of N", min=1)]
 
 # methods and their settings
+Joint = Annotated[
+    bool, Option("--joint/--no-joint", help="let modules with the same input, as q, k, v, share one factor")
+]
 Method = Annotated[str, value("NAME", "how to factor matrices, see `peftc methods decompose`")]
 ConvMethod = Annotated[str, value("NAME", "how to factor convolutions")]
 Settings = Annotated[list[str] | None, value("KEY=VALUE", "a setting of the method; repeatable", "--set")]
@@ -172,9 +175,6 @@ Sensitivity = Annotated[
 ]
 Sequential = Annotated[
     bool, Option("--sequential", help="fit each module to the inputs that the factored modules before it give")
-]
-Joint = Annotated[
-    bool, Option("--joint/--no-joint", help="let modules with the same input, as q, k, v, share one factor")
 ]
 Against = Annotated[str | None, value("MODEL", "a second model to compare with, or `base`")]
 BatchSize = Annotated[int | None, value("N", "samples at once", min=1)]

@@ -143,4 +143,11 @@ def _of_option(ctx: Any, typed: str) -> str | None:
     if setting and ctx and ctx.command.name == "finetune":
         return f"it is a setting of the method: `--set {'alpha' if setting[1] == 'alpha' else 'rank'}=16`"
     near = next((each for each in OPTIONS.get(word, ()) if each in known), None) or nearest(word, list(known))
-    return f"did you mean `{known[near]}`?" if near else None
+    return f"did you mean `{known[near]}`?" if near else _of_other_commands(ctx, typed)
+
+
+def _of_other_commands(ctx: Any, typed: str) -> str | None:
+    """Return which commands have an option that this one has not."""
+    commands = getattr(ctx.find_root().command, "commands", {}) if ctx else {}
+    having = [name for name, each in commands.items() if any(typed in param.opts for param in each.params)]
+    return f"it is an option of {', '.join(f'`{name}`' for name in having)}" if having else None

@@ -34,9 +34,9 @@ def add(report: Report, model: str, data: str | None, plan: str | None) -> None:
     if data is None or limit is None:
         report.summary["safe"] = "not known from the weights alone: add `--data DATA`, and losses are measured"
     elif fits:
-        report.summary["safe"] = (
-            f"ratio {_ratio(fits)}: its loss is below {limit:g} {curve['unit']}, before any training"
-        )
+        best = min(fits, key=lambda point: point["ratio"])
+        lost = f"predicted to lose {best['predicted']:.2g} before any training"
+        report.summary["safe"] = f"ratio {best['ratio']:g}: {lost}, and below {limit:g} few answers change"
     else:
         report.summary["safe"] = f"no ratio: all lose more than {limit:g} {curve['unit']} before any training"
     if plan is not None:

@@ -105,6 +105,7 @@ def multiple_of(asked: Any, *, planned: bool = False) -> int:
     return multiple
 
 
+ASK = "`peftc analyze MODEL --data DATA` says which ratio is safe to try"
 KINDS = ("ratio", "rank", "energy", "target-params", "target-macs", "speedup")
 
 
@@ -118,7 +119,8 @@ def budget_of(**asked: str | float | Fraction | None) -> Budget:
     if len(given) != 1:
         options = ", ".join(f"`--{kind}`" for kind in given or KINDS)
         what = f"give exactly one budget; {'these contradict each other' if given else 'there is none'}: {options}"
-        raise UsageError(what, hint="for half the weights of the eligible modules: `--ratio 0.5`")
+        hint = "for half the weights of the eligible modules: `--ratio 0.5`"
+        raise UsageError(what, hint=hint if given else f"{hint}; {ASK}")
     ((kind, amount),) = given.items()
     if kind in ("ratio", "energy"):
         return Budget(kind, ratio_of(amount, f"--{kind}"))

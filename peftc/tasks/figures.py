@@ -10,7 +10,7 @@ from peftc.errors import DataError
 from peftc.measure.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.options import Gates
 from peftc.pages.records import cut_text
-from peftc.report import Report, Table
+from peftc.report import Report, Table, figure
 from peftc.tasks.sides import Side
 from peftc.tasks.task import Columns, Metric, Task
 
@@ -87,5 +87,14 @@ def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: G
     judge = report.at_least if metric.higher_is_better else report.at_most
     judge("--min-quality", gates.min_quality, found["metrics"][metric.name]["value"])
     if gates.max_drop is not None:
-        difference = found["against"]["difference"][metric.name]["value"]
-        report.at_most("--max-drop", gates.max_drop, 0.0 - difference if metric.higher_is_better else difference)
+        difference = found["against"]["difference"][metric.name]
+        report.at_most("--max-drop", gates.max_drop, _drop(difference, metric, "value"))
+        most = _drop(difference, metric, "low" if metric.higher_is_better else "high")
+        if report.gates[-1].passed and most is not None and most > gates.max_drop:
+            said = f"is met by the middle of the interval; a drop of up to {figure(most)} is not excluded"
+            report.notes.append(f"gate --max-drop {gates.max_drop:g} {said} by {found['data']['samples']:,} samples")
+
+
+def _drop(difference: Mapping[str, Any], metric: Metric, which: str) -> float | None:
+    value = difference[which]
+    return value if value is None or not metric.higher_is_better else 0.0 - value

@@ -81,6 +81,11 @@ def test_words_are_near_by_spelling_parts_and_beginnings() -> None:
     assert nearest("lr", ["full", "loss"]) is None
 
 
+def test_an_option_of_other_commands_is_said_to_be_theirs(peftc) -> None:
+    assert hint(peftc("decompose", "vit", "--within-drop", "0.02")) == "it is an option of `prune-layers`"
+    assert "--help` lists what there is" in hint(peftc("decompose", "vit", "--xyzzyx", "0.02"))
+
+
 def test_a_task_that_is_half_a_name_gets_both(tiny_vit: Path, peftc) -> None:
     result = peftc("evaluate", tiny_vit, "--data", "sklearn:digits", "--task", "classification")
     assert hint(result) == "did you mean `--task image-classification` or `--task text-classification`?"

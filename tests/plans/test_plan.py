@@ -55,8 +55,10 @@ def test_one_budget_is_one_budget(asked: dict[str, Any], found: Budget) -> None:
 
 
 def test_no_budget_and_two_budgets_are_refused() -> None:
-    with pytest.raises(UsageError, match="there is none: `--ratio`, `--rank`, `--energy`, `--target-params`"):
+    options = "`--ratio`, `--rank`, `--energy`, `--target-params`"
+    with pytest.raises(UsageError, match=f"there is none: {options}") as refusal:
         budget_of()
+    assert "peftc analyze" in str(refusal.value.hint)
     with pytest.raises(UsageError, match="contradict each other: `--ratio`, `--rank`"):
         budget_of(ratio=0.5, rank=3)
 

@@ -10,6 +10,7 @@ import pytest
 
 import peftc as package
 from peftc.errors import ArtifactError, DataError
+from peftc.report import figure
 from peftc.store import artifact
 from tests.conftest import rewritten
 from tests.networks import INPUT, VIT, save_timm
@@ -146,6 +147,18 @@ def test_the_gate_of_every_step_is_judged_against_the_base(chain: Path, step: st
         getattr(package, step)(chain / "shorter", output_dir=chain / "other", max_drop=1.0, **how)
     named = "--teacher MODEL" if step == "distill" else "--against MODEL"
     assert named in str(refusal.value) and not (chain / "other").exists()
+
+
+def test_a_gate_that_the_samples_cannot_be_sure_of_says_so(chain: Path) -> None:
+    report = package.evaluate("cut", against="base", **DIGITS)
+    difference = report.data["against"]["difference"]["top1"]
+    drop, most = -difference["value"], -difference["low"]
+    assert drop < most, "few samples"
+    doubt = f"a drop of up to {figure(most)} is not excluded by 40 samples"
+    for limit, said in ((most + 0.01, False), ((drop + most) / 2, True), (drop - 0.01, False)):
+        judged = package.evaluate("cut", against="tuned", max_drop=limit, **DIGITS)
+        assert judged.passed is (limit > drop)
+        assert any(note.endswith(doubt) for note in judged.notes) is said, (limit, judged.notes)
 
 
 def test_a_folder_called_base_is_named(peftc: Any, chain: Path) -> None:
