@@ -118,7 +118,7 @@ def _worthwhile(seconds: float, first: object, left: int) -> int:
         return 0
     room = shutil.disk_usage(SHARED).free // processes.on_machine() // 2
     workers = min(usual(), room // max(1, (AHEAD + 1) * sum(sizes)))
-    logging.getLogger(__name__).info("%d processes read ahead: a batch takes %.3g s", workers, seconds)
+    logging.getLogger(__name__).info("processes that read ahead: %d; a batch takes %.3g s", workers, seconds)
     return workers
 
 

@@ -179,7 +179,9 @@ def distill(
     exam, learnt = Exam(data, reading, gates, device=device), work.samples.about["split"]
     quality.measure_on_test(report, stored, exam, learnt=learnt, labelled=work.samples.labelled, against=against)
     terms = ", ".join([*work.terms, *(["task"] if work.task else [])])
-    asked = f"give what `{against.name}` gives for samples of `{data}`; terms: {terms}"
+    row = work.samples.task
+    labels = "" if not work.task or row is None or row.is_language else ", and what their labels say"
+    asked = f"give what `{against.name}` gives for samples of `{data}`{labels}; terms: {terms}"
     brief.tell(report, asked, then=brief.time(report.artifact))
     return report
 
