@@ -146,8 +146,11 @@ def _of_option(ctx: Any, typed: str) -> str | None:
     return f"did you mean `{known[near]}`?" if near else _of_other_commands(ctx, typed)
 
 
+FEW = 2  # commands that have an option, so that their names say more than a list of all options
+
+
 def _of_other_commands(ctx: Any, typed: str) -> str | None:
-    """Return which commands have an option that this one has not."""
+    """Return which command, or two, have an option that this one has not; None where many have it."""
     commands = getattr(ctx.find_root().command, "commands", {}) if ctx else {}
     having = [name for name, each in commands.items() if any(typed in param.opts for param in each.params)]
-    return f"it is an option of {', '.join(f'`{name}`' for name in having)}" if having else None
+    return f"it is an option of {', '.join(f'`{name}`' for name in having)}" if 0 < len(having) <= FEW else None

@@ -199,7 +199,7 @@ def read(models: Sequence[str | Path]) -> list[Record]:
         if resolved.count(path) > 1:
             raise UsageError(f"`{folder}` is named twice", hint="name each artifact once")
         if not (folder / MANIFEST).is_file() and not (folder / EXPORT).is_file():
-            what = "is no artifact" if folder.is_dir() else "does not exist"
+            what = "is no artifact" if folder.exists() else "does not exist"
             hint = "name artifacts; the model that they were made from stands beside them where it was measured"
             raise ArtifactError(
                 f"`{folder}` {what}", why=f"there is no `{folder / MANIFEST}`", hint=did_you_mean(folder, hint)

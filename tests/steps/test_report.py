@@ -384,6 +384,11 @@ def test_what_cannot_be_written_or_read_is_refused(folder) -> None:
         report(["small"], output="nowhere/report.html")
     with pytest.raises(OutputError, match="it is a folder"):
         report(["small"], output="healed")
+    before = Path("small/peftc.json").read_bytes()
+    for name in ("small/peftc.json", "report.pdf"):
+        with pytest.raises(OutputError, match="the report is HTML"):
+            report(["small"], output=name)
+    assert Path("small/peftc.json").read_bytes() == before
     with pytest.raises(UsageError, match="holds no report of `peftc analyze`"):
         report(["small"], analysis="small/peftc.json")
     with pytest.raises(ArtifactError, match="`nowhere` does not exist"):
