@@ -80,6 +80,7 @@ OPTIONS = _table("""\
     precision > dtype
 """)
 QUANTIZES = ("quantize", "quantise", "quantization", "quantisation", "quant", "int8", "int4", "gptq", "awq")
+FEW = 2  # commands that have an option, so that their names say more than a list of all options
 VALUES = _table("""\
     gpu nvidia > cuda
     metal apple > mps
@@ -144,9 +145,6 @@ def _of_option(ctx: Any, typed: str) -> str | None:
         return f"it is a setting of the method: `--set {'alpha' if setting[1] == 'alpha' else 'rank'}=16`"
     near = next((each for each in OPTIONS.get(word, ()) if each in known), None) or nearest(word, list(known))
     return f"did you mean `{known[near]}`?" if near else _of_other_commands(ctx, typed)
-
-
-FEW = 2  # commands that have an option, so that their names say more than a list of all options
 
 
 def _of_other_commands(ctx: Any, typed: str) -> str | None:

@@ -1,6 +1,6 @@
 """What to make of a report of `analyze`: what its ranks mean, which ratio is safe to try, and what to type."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from peftc.factors.prediction import PER_SAMPLE, PER_TOKEN
@@ -30,11 +30,11 @@ def add(report: Report, model: str, data: str | None, plan: str | None) -> None:
     measured = [point["ratio"] for point in curve["points"] if "measured" in point]
     known = [point for point in curve["points"] if point["ratio"] >= min(measured, default=CAREFUL)]
     fits = [point for point in known if limit is not None and point["predicted"] <= limit]
+    best = min(fits, key=lambda point: point["ratio"], default=None)
     report.summary = dict(RANKS) | _losses(curve)
     if data is None or limit is None:
         report.summary["safe"] = "not known from the weights alone: add `--data DATA`, and losses are measured"
-    elif fits:
-        best = min(fits, key=lambda point: point["ratio"])
+    elif best is not None:
         lost = f"predicted to lose {best['predicted']:.2g} before any training"
         report.summary["safe"] = f"ratio {best['ratio']:g}: {lost}, and below {limit:g} few answers change"
     else:
@@ -42,14 +42,9 @@ def add(report: Report, model: str, data: str | None, plan: str | None) -> None:
     if plan is not None:
         how: list[str] = ["--plan", plan]
     else:
-        how = ["--ratio", _ratio(fits) if data is not None and fits else figure(CAREFUL)]
+        how = ["--ratio", f"{best['ratio']:g}" if data is not None and best is not None else figure(CAREFUL)]
     words = [model, *how, *(["--data", data] if data is not None else []), "-o", "small"]
     report.summary["try"] = brief.command("decompose", *words)
-
-
-def _ratio(points: Sequence[Mapping[str, Any]]) -> str:
-    """Return the smallest ratio."""
-    return f"{min(point['ratio'] for point in points):g}"
 
 
 def _losses(curve: Mapping[str, Any]) -> dict[str, str]:

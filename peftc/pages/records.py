@@ -112,15 +112,10 @@ class Record:
         return [*made[:-1], f"export {self.about['format']}"] if self.about else made
 
     @property
-    def begins(self) -> bool:
-        """Whether its own last step gave it the head that it has: nothing before it answers the same question."""
-        return self.manifest.head_step == len(self.manifest.steps) > 0
-
-    @property
     def base_id(self) -> str | None:
         """The id of the artifact that `--against base` means for it; None where that is what the manifest records."""
         at = self.manifest.head_step
-        return self.manifest.steps[at - 1]["id"] if at and not self.begins else None
+        return self.manifest.steps[at - 1]["id"] if at and not self.manifest.begins else None
 
     @property
     def base(self) -> str:

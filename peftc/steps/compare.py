@@ -91,7 +91,7 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
     ):
         made = zip(rows[-len(found) :], found, strict=True)
         own = [(row, record) for row, record in made if row.base is not None and not record.about]
-        asked = [(row, record) for row, record in own if kind == "speed" or not record.begins]
+        asked = [(row, record) for row, record in own if kind == "speed" or not record.manifest.begins]
         lacks = [(row.name, record) for row, record in asked if getattr(row, known) is None]
         if lacks:
             name, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""

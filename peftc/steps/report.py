@@ -32,11 +32,14 @@ def report(
         OutputError: the file cannot be written, or is named as another kind of file.
     """
     file = Path(output)
-    if file.is_dir() or not file.parent.is_dir():
-        why = "it is a folder" if file.is_dir() else f"there is no folder `{file.parent}`"
-        raise OutputError(f"cannot write `{file}`", why=why, hint="name a file: `-o report.html`")
-    if file.suffix.lower() not in (".html", ".htm"):  # nor is a file of an artifact replaced by a page
-        raise OutputError(f"cannot write `{file}`", why="the report is HTML", hint="name a file: `-o report.html`")
+    problems = {  # a page replaces no file of an artifact
+        "it is a folder": file.is_dir(),
+        f"there is no folder `{file.parent}`": not file.parent.is_dir(),
+        "the report is HTML": file.suffix.lower() not in (".html", ".htm"),
+    }
+    for why, is_so in problems.items():
+        if is_so:
+            raise OutputError(f"cannot write `{file}`", why=why, hint="name a file: `-o report.html`")
     found = records.read(models)  # type: ignore[arg-type]
     analyzed = None if analysis is None else records.read_analysis(Path(analysis))
     rows = records.rows(found)

@@ -141,6 +141,11 @@ class Manifest:
         return max((number for number, step in enumerate(self.steps, 1) if step.get("new_head")), default=0)
 
     @property
+    def begins(self) -> bool:
+        """Whether its own last step gave the model its head: nothing before it answers the same question."""
+        return self.head_step == len(self.steps) > 0
+
+    @property
     def holds_statistics(self) -> bool:
         """Whether the folder holds statistics of a model, not a model."""
         return f"{STATISTICS}.safetensors" in self.files

@@ -34,7 +34,7 @@ def timed(model: Model) -> Model:
     records (ArtifactError: it is not there any more, or it is not what it was).
     """
     record = model.manifest
-    if record is None or record.head_step in (0, len(record.steps)):
+    if record is None or record.begins or record.head_step == 0:
         return load_base(model)
     return _written(model, record.head_step)
 
@@ -47,7 +47,7 @@ def of_gate(model: Model) -> Model:
 def _earliest(model: Model) -> Model | None:
     """Return the earliest model of the chain with the head of the last; None where that is the last."""
     first = 0 if model.manifest is None else model.manifest.head_step
-    if model.manifest is not None and first == len(model.manifest.steps):
+    if model.manifest is not None and model.manifest.begins:
         return None
     try:
         found = load_base(model) if first == 0 else _written(model, first)

@@ -87,14 +87,9 @@ def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: G
     judge = report.at_least if metric.higher_is_better else report.at_most
     judge("--min-quality", gates.min_quality, found["metrics"][metric.name]["value"])
     if gates.max_drop is not None:
-        difference = found["against"]["difference"][metric.name]
-        report.at_most("--max-drop", gates.max_drop, _drop(difference, metric, "value"))
-        most = _drop(difference, metric, "low" if metric.higher_is_better else "high")
-        if report.gates[-1].passed and most is not None and most > gates.max_drop:
-            said = f"is met by the middle of the interval; a drop of up to {figure(most)} is not excluded"
+        difference = Interval(**found["against"]["difference"][metric.name])
+        drop = -difference if metric.higher_is_better else difference
+        report.at_most("--max-drop", gates.max_drop, drop.value)
+        if drop.value <= gates.max_drop < drop.high:
+            said = f"is met by the middle of the interval; a drop of up to {figure(drop.high)} is not excluded"
             report.notes.append(f"gate --max-drop {gates.max_drop:g} {said} by {found['data']['samples']:,} samples")
-
-
-def _drop(difference: Mapping[str, Any], metric: Metric, which: str) -> float | None:
-    value = difference[which]
-    return value if value is None or not metric.higher_is_better else 0.0 - value
