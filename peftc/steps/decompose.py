@@ -37,6 +37,7 @@ from peftc.report import Report, gate_size
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality, seen
 from peftc.tasks.evaluation import Exam, evaluated
+from peftc.tasks.figures import refuse_idle
 from peftc.tasks.table import task_of
 
 UNMEASURED = "the samples were calibrated on, but quality was not measured:"
@@ -252,6 +253,7 @@ def _is_measured(model: Model, source: Any, exam: Exam | None) -> bool | None:
     if exam is None or (isinstance(source, Prepared) and not source.labelled and not exam.gates):
         return False
     task = task_of(model, exam.reading.task)
+    refuse_idle(task, exam.gates.max_drop)
     number = FEW_WINDOWS if task is not None and task.is_language else FEW_SAMPLES
     few = replace(quality.sparing(model, exam), reading=replace(exam.reading, num_samples=number), gates=Gates())
     try:

@@ -27,6 +27,7 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
+from peftc.tasks.figures import refuse_idle
 from peftc.training import imitation, journal
 from peftc.training.imitation import Imitation
 from peftc.training.lesson import Lesson, learn, prepared, weights_of
@@ -155,6 +156,7 @@ def distill(
     student = imitation.learner(stored, recipe, device)
     lesson = Lesson(data, reading, recipe, changes, loss, settings or {}, teacher, device)
     work = prepared(lesson, student, stored, weights_of(loss, student, task))
+    refuse_idle(work.samples.task, max_drop)
     if cache_top is not None:
         work.keep_some(cache_top)
     against = sharding.whole(work.teacher) if work.teacher is not None else load(stored.source)

@@ -34,8 +34,8 @@ from peftc.store.job import Job, execution
 from peftc.store.source import PARTS, Source
 from peftc.tasks import baseline, seen
 from peftc.tasks.evaluation import Exam, evaluated
-from peftc.tasks.figures import add_gates
-from peftc.tasks.table import TASKS
+from peftc.tasks.figures import add_gates, refuse_idle
+from peftc.tasks.table import TASKS, task_of
 
 
 def export(
@@ -228,12 +228,12 @@ def _judge(stored: Model, data: str, reading: Reading, max_drop: float | None) -
     """Return the model that a drop is judged against, where that is not the exported one itself.
 
     Raises:
-        DataError: the model knows these samples.
+        DataError: the model knows these samples; a UsageError where no drop could be as large as the gate.
         ArtifactError: it is not there, and a gate asks for it.
     """
     dataset = open_data(data, task=reading.task, streaming=reading.streaming)
-    known_to = seen.by(stored.manifest, data, dataset)
-    if known_to:
+    refuse_idle(task_of(stored, reading.task), max_drop)
+    if known_to := seen.by(stored.manifest, data, dataset):
         seen.refuse_gate(known_to, dataset)
     try:
         found = baseline.of_gate(stored)

@@ -35,6 +35,7 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
+from peftc.tasks.figures import refuse_idle
 from peftc.training import imitation, journal, student
 from peftc.training.imitation import TASK, Imitation
 from peftc.training.lesson import Lesson, learn, prepared, weights_of
@@ -188,6 +189,7 @@ def finetune(
         work = prepared(lesson, pupil.model, stored, asked)
     except ClassesError as error:  # what is told to those who measure a model does not help those who tune it
         raise ClassesError(error.what, why=error.why, hint="give it a new head: `--head new`") from None
+    refuse_idle(work.samples.task, max_drop)
     guide = None if teacher is None or work.teacher is None else sharding.whole(work.teacher)
     against = _against(guide, fitted, max_drop)
 

@@ -43,6 +43,7 @@ from peftc.store.job import Job
 from peftc.store.source import Source
 from peftc.tasks import baseline, quality
 from peftc.tasks.evaluation import Exam
+from peftc.tasks.figures import refuse_idle
 from peftc.training import retraining
 
 POINTS = 2000  # at most, unless asked for more: t-SNE takes time with the square of them
@@ -146,6 +147,7 @@ def prune_layers(
     names = layers_of(stored, runs, asked)
     few = replace(reading, num_samples=num_samples or POINTS)
     some = samples_of(runs, data, few, wanted, asked, trains=retrain)
+    refuse_idle(some.task if some else None, max_drop)
     chosen = score_of(wanted, settings or {}, some, asked, data)
     if asked.usual and chosen is not None and not chosen.is_of_depth:
         asked = replace(asked, alpha=None)  # a share of the last score means nothing there

@@ -14,7 +14,7 @@ from peftc.models.place import runnable
 from peftc.options import Gates, Reading
 from peftc.report import Report
 from peftc.tasks import seen
-from peftc.tasks.figures import add_gates, compared_with, metrics_of, table_of
+from peftc.tasks.figures import add_gates, compared_with, metrics_of, refuse_idle, table_of
 from peftc.tasks.language import digest_of
 from peftc.tasks.sides import run, sides_of
 from peftc.tasks.table import TASKS, fitting, task_of
@@ -73,6 +73,7 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         hint = f"name it with `--task`: {', '.join(TASKS)}"
         raise DataError(f"cannot guess the task of `{subject.name}`", why=why, hint=hint)
     row = fitting(row, dataset)
+    refuse_idle(row, exam.gates.max_drop)
     if (asked := reading.windows.asked()) and row.name != "causal-lm":
         raise UsageError(f"`{asked[0]}` is for causal language models", why=f"the task is `{row.name}`")
     known_to = seen.by(subject.manifest, data, dataset)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peftc.errors import DataError
+from peftc.errors import DataError, UsageError
 from peftc.measure.intervals import Interval, bootstrap, paired_shares, wilson
 from peftc.options import Gates
 from peftc.pages.records import cut_text
@@ -80,6 +80,16 @@ def table_of(row: Task, sides: list[Side], data: dict[str, Any]) -> Table:
     ]
     rows += [[name, cell(against[name]), "", ""] for name in ("agreement", "divergence") if against[name]]
     return Table(title, [*columns, f"against {against['name']}", "difference"], rows, main=True)
+
+
+def refuse_idle(row: Task | None, max_drop: float | None) -> None:
+    """Refuse a gate on a drop that no result could miss, as 2 where 0.02 is meant (UsageError)."""
+    metric = row.metrics[0] if row else None
+    if metric is None or max_drop is None or max_drop <= 1 or not (metric.proportion or metric.to_one):
+        return
+    why = f"`{metric.name}` is at most 1, not 100, so a gate on a drop of more than 1 says nothing"
+    meant = f"did you mean `--max-drop {max_drop / 100:g}`, {max_drop:g} points of 100?" if max_drop < 100 else None
+    raise UsageError(f"`--max-drop {max_drop:g}` could not fail", why=why, hint=meant or "name a drop between 0 and 1")
 
 
 def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: Gates) -> None:

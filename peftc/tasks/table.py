@@ -17,8 +17,8 @@ from peftc.tasks.task import Metric, Task
 
 _FEWER = (Metric("perplexity", perplexity, higher_is_better=False), Metric("nll", nll, higher_is_better=False))
 _TOP = (Metric("top1", is_hit, True), Metric("top5", itemgetter("in_five"), True, column="in_five"))
-_ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1))
-_SPEARMAN = (Metric("spearman", spearman),)
+_ACCURACY = (Metric("accuracy", is_hit, True), Metric("f1", macro_f1, to_one=True))
+_SPEARMAN = (Metric("spearman", spearman, to_one=True),)
 _classes = partial(Task, observe=observe_classes, compare=compare_classes, batch_size=32, objective=objectives.classes)
 _of_tokens = partial(Task, observe=observe_tokens, compare=compare_tokens, objective=objectives.tokens)
 _windows = partial(_of_tokens, batch_size=8, metrics=_FEWER, run=unread.of_batch, is_language=True)

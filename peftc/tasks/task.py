@@ -69,7 +69,8 @@ class Encoded:
 class Metric:
     """A figure over samples: a share of hits where ``proportion`` (``of`` gives them one by one), else any number.
 
-    Where ``column`` names one that a model did not give, the figure is left out.
+    Where ``column`` names one that a model did not give, the figure is left out. ``to_one`` says of another number that
+    it is at most 1, as a share is.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Metric:
     proportion: bool = False
     higher_is_better: bool = True
     column: str | None = None
+    to_one: bool = False
 
 
 @dataclass(frozen=True)

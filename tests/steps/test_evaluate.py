@@ -295,6 +295,14 @@ def test_for_perplexity_less_is_better(tiny_llama: Path, story: str) -> None:
     assert not evaluate(tiny_llama, data=story, min_quality=perplexity * 0.99, device="cpu").passed
 
 
+def test_a_drop_in_percent_is_refused_where_the_metric_is_a_share(
+    pictures: str, story: str, tiny_vit: Path, tiny_llama: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"`--max-drop 2` could not fail[\s\S]*did you mean `--max-drop 0\.02`"):
+        evaluate(tiny_vit, data=pictures, against=tiny_vit, max_drop=2, device="cpu")
+    assert evaluate(tiny_llama, data=story, against=tiny_llama, max_drop=2, device="cpu").passed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import peftc
+from peftc.errors import UsageError
 from peftc.tasks import quality
 from tests.networks import WORDS
 
@@ -41,6 +42,20 @@ def test_a_number_or_a_gate_is_a_question(asked: dict[str, Any], tiny_vit: Path,
     report = peftc.decompose(tiny_vit, output_dir=tmp_path / "out", data=pictures, **QUICK, **asked)
     assert report.data["quality"]["data"]["samples"] == asked.get("num_samples", 30)
     assert not any(note.startswith("quality: measured on") for note in report.notes)
+
+
+@pytest.mark.parametrize("step", ["decompose", "distill", "finetune", "prune_layers", "export"])
+def test_a_gate_that_could_not_fail_is_refused_before_the_work(
+    step: str, tiny_vit: Path, pictures: str, tmp_path: Path
+) -> None:
+    own: dict[str, dict[str, Any]] = {
+        "decompose": QUICK,
+        "distill": {"teacher": tiny_vit},
+        "export": {"format": "timm"},
+    }
+    with pytest.raises(UsageError, match="`--max-drop 50` could not fail"):
+        getattr(peftc, step)(tiny_vit, output_dir=tmp_path / "out", data=pictures, max_drop=50, **own.get(step, {}))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_of_text_it_is_of_windows(tiny_llama: Path, tmp_path: Path) -> None:
