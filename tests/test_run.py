@@ -180,6 +180,10 @@ def an_artifact_is_damaged() -> None:
     Path("runs/03-prune-layers/model.safetensors").write_bytes(b"cut")
 
 
+def another_artifact_stands_there() -> None:
+    write(Path("runs/03-prune-layers"), "another")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -202,6 +206,25 @@ def test_a_change_runs_again_what_depends_on_it(run, steps, change, expected) ->
     assert steps.words() == expected
     run()
     assert steps.words() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (an_artifact_is_gone, "`runs/03-prune-layers` is gone"),
+        (
+            an_artifact_is_damaged,
+            "`runs/03-prune-layers` is damaged: `runs/03-prune-layers/model.safetensors` has 3 bytes",
+        ),
+        (another_artifact_stands_there, "another artifact stands in `runs/03-prune-layers`"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_became_of_an_artifact_is_said(run, change, why: str) -> None:
+    run()
+    change()
+    state = json.loads(run("--dry-run", "--json").stdout)["steps"][2]
+    assert (state["state"], state["why"]) == ("would run", why)
 
 
 def test_a_setting_that_is_taken_back_finds_its_artifact_again(run, steps) -> None:

@@ -66,9 +66,7 @@ class Ledger:
         missing = [name for name in asked.written if not Path(name).exists()]
         if missing:
             return f"`{missing[0]}` is gone"
-        if entry["artifact"] is not None and not _stands(Path(entry["artifact"]), entry["id"]):
-            return f"`{entry['artifact']}` is gone, or another one stands there"
-        return None
+        return None if entry["artifact"] is None else _fallen(Path(entry["artifact"]), entry["id"])
 
     def note(self, step: str, asked: Asked, report: Mapping[str, Any], *, passed: bool) -> None:
         """Keep what came of a step, so that a run that is killed after it goes on from there."""
@@ -157,13 +155,15 @@ def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _stands(folder: Path, identity: str | None) -> bool:
-    """Return whether a folder is still there; of an artifact, whether it is whole and the same."""
+def _fallen(folder: Path, identity: str | None) -> str | None:
+    """Return what became of a folder; None where it is still there and, of an artifact, whole and the same."""
+    if not folder.exists():
+        return f"`{folder}` is gone"
     if identity is None:
-        return folder.exists()
+        return None
     try:
         record = manifest.read(folder)
         artifact.tensor_table(folder, record)
-    except PeftcError:
-        return False
-    return record.id == identity
+    except PeftcError as error:
+        return f"`{folder}` is damaged: {error.what}"
+    return None if record.id == identity else f"another artifact stands in `{folder}`"

@@ -8,6 +8,7 @@ rename of ``artifact/`` to OUT, so OUT never exists half-written; after a kill t
 import errno
 import fcntl
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -253,8 +254,10 @@ def _is_done(job: Job, overwrite: bool) -> bool:
                 if job.id in (found.id, asked.get("id")):
                     artifact.tensor_table(output, found)
                     return True
-        except PeftcError:
+        except PeftcError as error:
             if not overwrite:
+                away = f"delete this folder (`rm -r {shlex.quote(str(output))}`) and run the same command again"
+                error.hint = "; or ".join(filter(None, (error.hint, away)))
                 raise
         if overwrite:
             return False
@@ -265,7 +268,7 @@ def _is_done(job: Job, overwrite: bool) -> bool:
         output.rmdir()
         return False
     why = f"it is no {word} of peftc, so peftc neither writes into it nor deletes it"
-    raise ArtifactError(f"`{output}` is in the way", why=why, hint="write elsewhere with `-o`")
+    raise ArtifactError(f"`{output}` is in the way", why=why, hint="move or delete it, or write elsewhere with `-o`")
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ def check(folder: Path, files: Mapping[str, Mapping[str, Any]], *, remembered: b
     if changed := differing({folder / name: entry["sha256"] for name, entry in files.items()}, remembered=remembered):
         names = ", ".join(f"`{path.relative_to(folder)}`" for path in changed)
         why = f"its manifest promises other bytes in {names}"
-        hint = "build it again: `peftc show --commands` prints how, or fetch it again"
+        again = "with `peftc run`, or as `peftc show --commands` prints it; or fetch it again"
+        hint = f"delete `{folder}` and make it again, {again}"
         raise ArtifactError(f"`{folder}` was changed after it was written", why=why, hint=hint)
 
 

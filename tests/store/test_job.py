@@ -145,8 +145,9 @@ def test_overwrite_replaces_the_artifact_only_when_the_new_one_is_whole(output: 
 def test_a_damaged_artifact_is_refused_and_replaced_by_overwrite(output: Path) -> None:
     build(output)
     (output / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="has 0 bytes"):
+    with pytest.raises(ArtifactError, match="has 0 bytes") as refusal:
         build(output)
+    assert f"delete this folder (`rm -r {output}`) and run the same command again" in str(refusal.value)
     assert not build(output, overwrite=True).done
     assert build(output).done
 
