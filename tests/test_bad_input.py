@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from peftc.data import open_data
+from peftc.errors import DataError
+from peftc.models.load import load
+from peftc.models.tokenizer import tokenizer_of
 from peftc.steps.decompose import decompose
 
 
@@ -74,6 +78,44 @@ SAFETENSORS: dict[str, Callable[[bytes], bytes]] = {
     "no JSON": lambda content: content[:8] + b"{" * 100 + content[108:],
     "text": lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
 }
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("file", ["w.safetensors", "w.pth", "model.gguf"])
+def test_weights_that_git_lfs_did_not_fetch_are_called_so(peftc, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(POINTER)
+    arch = [] if file.endswith("gguf") else ["--arch", "timm:resnet18"]
+    done = peftc("decompose", tmp_path / file, *arch, "--ratio", 0.5, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert f"`{tmp_path / file}` is a pointer of Git LFS" in done.stderr and "`git lfs pull`" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["rows.csv", "rows.jsonl", "rows.parquet", "text.txt", "arrays.npz", "photos.zip"])
+def test_data_that_git_lfs_did_not_fetch_are_called_so(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(POINTER)
+    with pytest.raises(DataError, match="is a pointer of Git LFS"):
+        open_data(tmp_path / file)
+
+
+def test_an_image_that_git_lfs_did_not_fetch_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    (tmp_path / "photos/cats/one.png").write_text(POINTER)
+    with pytest.raises(DataError, match="one.png` is a pointer of Git LFS"):
+        open_data(tmp_path / "photos")[0]
+
+
+def test_an_artifact_and_a_tokenizer_that_git_lfs_did_not_fetch_are_called_so(
+    peftc, artifact: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(artifact, tmp_path / "small")
+    next(folder.glob("*-00002-*")).write_text(POINTER)
+    assert "is a pointer of Git LFS" in peftc("bench", folder).stderr
+    folder = shutil.copytree(tiny_bert, tmp_path / "bert")
+    (folder / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(DataError, match="tokenizer.json` is a pointer of Git LFS"):
+        tokenizer_of(load(folder))
 
 
 @pytest.mark.parametrize("change", SAFETENSORS.values(), ids=SAFETENSORS)

@@ -9,6 +9,7 @@ from peftc.data.dataset import Dataset, Splits, choose
 from peftc.data.given import Given
 from peftc.data.spec import Columns, columns_of, parts_of
 from peftc.errors import DataError, did_you_mean, refuse_not_utf8
+from peftc.store import pointers
 
 __all__ = ["Dataset", "open_data", "parts_of", "split_names"]
 
@@ -97,6 +98,7 @@ def _splits(name: str, columns: Columns, task: str | None) -> Splits:
 
 def _file(path: Path, name: str) -> Splits:
     """Return the splits of a file that is no table."""
+    pointers.refuse(path, DataError)
     ending = path.suffix.lower()
     if "-ubyte" in path.name:
         return arrays.idx(arrays.idx_files(path), name)

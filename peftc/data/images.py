@@ -24,6 +24,7 @@ from peftc.data.dataset import SPLITS, Dataset, Splits
 from peftc.data.limits import DAMAGED, IMAGE_BYTES, MANY_PIXELS, SAME_FOLDER
 from peftc.data.loading import is_alone
 from peftc.errors import DataError, named, reason_of, refuse_not_utf8, shown
+from peftc.store import pointers
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # of Pillow's formats those with these endings, and two that pages send under another; EPS would start a program
@@ -210,6 +211,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"`{name}` has too many pixels", why=str(error), hint="shrink or remove it") from None
     except DAMAGED as error:
+        pointers.refuse_content(name, content, DataError)
         raise _no_image(name, error) from None
     limits.refuse_sides(name, image.width, image.height)
     return image if _is_large(image) else _loaded(image, name)

@@ -19,6 +19,7 @@ from peftc.data.images import decode
 from peftc.data.rows import CAPTION, FILE, LABEL, PAIRS, TEXT, Look, Rows, is_label, is_number, is_score
 from peftc.data.spec import Columns, halves, naming
 from peftc.errors import DataError, named, reason_of
+from peftc.store import pointers
 
 WHOLE = re.compile(r"-?\d{1,19}\.0*")
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
@@ -50,6 +51,7 @@ def files(paths: Sequence[Path], name: str, columns: Columns, task: str | None) 
 
 
 def _file(path: Path, split: str, columns: Columns, task: str | None) -> Dataset:
+    pointers.refuse(path, DataError)
     ending, notes = path.suffix.lower(), list[str]()
     if ending == ".txt":
         return _text(path, split)

@@ -18,7 +18,7 @@ import torch
 from peftc import progress
 from peftc.errors import SourceError, named, reason_of, told_as
 from peftc.models.skeleton import on_meta
-from peftc.store import cache, manifest
+from peftc.store import cache, manifest, pointers
 from peftc.store.source import Located
 
 MAGIC = b"GGUF"
@@ -40,6 +40,7 @@ def unpacked(located: Located) -> Located:
     except OSError as error:
         raise SourceError(f"cannot read `{file}`", why=reason_of(error)) from error
     if begins != MAGIC:
+        pointers.refuse(file, SourceError)
         raise SourceError(f"`{file}` is no GGUF file", why="it does not begin with `GGUF`")
     try:
         folder = cache.folder(f"gguf/{digest}", partial(_fill, file.resolve(), digest))

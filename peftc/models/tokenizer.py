@@ -5,6 +5,7 @@ from typing import Any
 
 from peftc.errors import DataError, told_as
 from peftc.models.model import Model
+from peftc.store import pointers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -17,6 +18,9 @@ def tokenizer_of(model: Model) -> Any:
         raise DataError(f"`{model.name}` has no tokenizer", why=why, hint=hint)
     from transformers import AutoTokenizer
 
+    for name in TOKENIZERS:
+        for file in model.folder.glob(name):
+            pointers.refuse(file, DataError)
     with refusing(model):
         trusted = model.source.trust_remote_code
         return AutoTokenizer.from_pretrained(model.folder, local_files_only=True, trust_remote_code=trusted)

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftc.errors import SourceError, WeightError
 from peftc.models.model import Model
 from peftc.nn import surgery
-from peftc.store import artifact, documents
+from peftc.store import artifact, documents, pointers
 from peftc.store.artifact import Piece
 from peftc.store.header import TensorInfo, encode_header, read_header
 from peftc.store.source import read_json
@@ -84,6 +84,7 @@ def from_file(path: Path) -> Weights:
 def _unpickle(path: Path) -> dict[str, Tensor]:
     import pickle
 
+    pointers.refuse(path, WeightError)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, reason_of
-from peftc.store import documents, results, verified
+from peftc.store import documents, pointers, results, verified
 from peftc.store.header import DTYPE_BITS, TensorInfo, encode_header, read_header
 from peftc.store.manifest import STATISTICS, Manifest, digest
 
@@ -145,6 +145,7 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
         if not path.is_file():
             raise ArtifactError(f"`{folder}` lacks the file `{name}`", why="its manifest lists it")
         if path.stat().st_size != entry["bytes"]:
+            pointers.refuse(path, ArtifactError)
             why = f"its manifest says {entry['bytes']:,}"
             raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes", why=why)
         if name not in weights:

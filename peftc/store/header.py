@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import WeightError
+from peftc.store import pointers
 
 NAMES = "U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 C64".split()
 DTYPE_BITS = {"BOOL": 8} | {name: int(re.findall(r"\d+", name)[0]) for name in NAMES}
@@ -48,8 +49,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        WeightError: the file is truncated, or its header breaks a rule of the format.
+        WeightError: the file is truncated, a pointer to one that was not fetched, or its header breaks a rule of the
+            format.
     """
+    pointers.refuse(path, WeightError)
     end = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
