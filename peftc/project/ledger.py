@@ -1,14 +1,17 @@
 """What the steps of a recipe read and what came of them, so that a second run does nothing.
 
 `runs/ledger.json` has an entry for each step: what it was asked, what it read, the artifact it wrote and its report. A
-step whose question is the same, and whose answer still stands, does not run again. Files count as changed by name, size
-and time, as make has it; artifacts by their manifest. A step that runs without need does no harm: the artifact that it
-would write is already there, and says so.
+step whose question is the same, and whose answer still stands, does not run again. Files whose names, sizes and times
+are the same count as unchanged, as make has it; others are read, and count as changed by their bytes; artifacts by
+their manifest. A step that runs without need does no harm: the artifact that it would write is already there, and says
+so.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from peftc.version import __version__
 
 FILE = "ledger.json"
 WRITTEN = ("output_dir", "plot", "output")  # options that name what a step writes, not what it reads
+READ = 10 * 10**9  # bytes of files up to which they are compared by content: of more the times tell
 UNIMPORTANT = ("model", "config", "json", "quiet", "verbose", "dry_run", "overwrite")
 
 
@@ -61,7 +65,7 @@ class Ledger:
         if entry["model"] != asked.model:
             return f"it read `{entry['model']}`, now it reads `{asked.model}`"
         for name in {**entry["files"], **asked.files}:
-            if entry["files"].get(name) != asked.files.get(name):
+            if not _is_same(name, asked.files.get(name), entry):
                 return f"`{name}` has changed"
         missing = [name for name in asked.written if not Path(name).exists()]
         if missing:
@@ -77,6 +81,7 @@ class Ledger:
             "model": asked.model,
             "options": asked.options,
             "files": asked.files,
+            "contents": {name: content(name, look) for name, look in asked.files.items()},
             "artifact": folder,
             "id": None if record is None else record.id,
             "passed": passed,
@@ -127,22 +132,58 @@ def state(name: str) -> str | None:
     Args:
         name: a path, or a `--data` spec with its columns and its split.
     """
+    path = _named(name)
+    if path is None:
+        return None
+    if (path / MANIFEST).is_file():
+        return manifest.file_digest(path / MANIFEST)
+    looks = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in _files(path)]
+    return manifest.digest(looks)
+
+
+@functools.cache
+def content(name: str, look: str) -> str | None:
+    """Return a digest of the bytes of what a text names; None where they are many, or it is no more as it looked.
+
+    Args:
+        name: as for `state`.
+        look: what `state` said of it.
+    """
+    path = _named(name)
+    if path is None or (path / MANIFEST).is_file():
+        return look if state(name) == look else None
+    with suppress(OSError):
+        files = _files(path)
+        if sum(file.stat().st_size for file in files) <= READ:
+            found = manifest.digest([(str(file.relative_to(path)), manifest.file_digest(file)) for file in files])
+            return found if state(name) == look else None
+    return None
+
+
+def _is_same(name: str, look: str | None, entry: Mapping[str, Any]) -> bool:
+    """Return whether what a text names looks as when a step read it, or has the same bytes."""
+    if look is None or name not in entry["files"]:
+        return False
+    known = entry.get("contents", {}).get(name)
+    return entry["files"][name] == look or (known is not None and content(name, look) == known)
+
+
+def _named(name: str) -> Path | None:
+    """Return the file or folder that a path, or a `--data` spec, names."""
     bare = name.partition("?")[0]
     spelled = (
         Path(each).expanduser() for each in (name, name.rpartition("@")[0], bare, bare.rpartition("@")[0]) if each
     )
     try:
-        path = next((each for each in spelled if each.exists()), None)
+        return next((each for each in spelled if each.exists()), None)
     except OSError:  # a text that is no path at all
         return None
-    if path is None:
-        return None
-    if (path / MANIFEST).is_file():
-        return manifest.file_digest(path / MANIFEST)
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file, or all files below a folder, in order."""
     inside = (Path(top, name) for top, _, names in os.walk(path) for name in names)
-    files = [path] if path.is_file() else sorted(file for file in inside if file.exists())
-    looks = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return manifest.digest(looks)
+    return [path] if path.is_file() else sorted(file for file in inside if file.exists())
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
