@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from peftc import processes
-from peftc.data import split_names
+from peftc.data import parts_of, split_names
+from peftc.data.dataset import split_word
 from peftc.data.given import spec_of
 from peftc.errors import OutputError, UsageError
 from peftc.models.load import load
+from peftc.nn.surgery import parameters
 from peftc.options import Reading
 from peftc.project import config
-from peftc.report import Report
+from peftc.report import Report, short
 from peftc.store import documents
 from peftc.store.source import Source
 
+SMALLER = 0.8  # of the parameters, as an example of a gate: half of the weights of the eligible modules leaves less
 TOP = """\
 # What the peftc commands in this folder take without being told. A flag wins over a PEFTC_ variable, and that over
 # this file. `peftc run` runs the whole chain, and the next time only what has changed. Lines with a `#` in front of a
@@ -34,13 +37,13 @@ chain = [{steps}]
 
 [decompose]
 ratio = 0.5  # share of the weights to keep; or one of rank, energy, target-params, target-macs, speedup
-#max-params = "22M"  # a gate: where there are more, the chain ends with exit code 3
+#max-params = "{most}"  # a gate: where there are more, the chain ends with exit code 3
 """
 LEARNING = """
 [distill]
 epochs = 5
 #learning-rate = 3e-4
-
+{gate}
 #[finetune]  # in the chain: learns the task by few parameters
 #method = "lora"
 #epochs = 10
@@ -48,10 +51,11 @@ epochs = 5
 #[prune-layers]  # in the chain: a network without the layers that the task does not need, to be trained again
 #score = "block-influence"
 #keep = 8
-
+"""
+GATE = "#max-drop = 0.02  # a gate: the most that the first metric may lose, on held-out samples\n"
+MEASURING = """
 [evaluate]
 against = "base"
-#max-drop = 0.02  # a gate: the most that the first metric may lose
 """
 TIMING = """
 [bench]
@@ -96,7 +100,7 @@ def init(
     found = load(source, weights=False)
     splits = split_names(data) if data is not None else []
     if processes.rank() == 0:
-        documents.write_whole(file, _text(source, data))
+        documents.write_whole(file, _text(source, data, splits, parameters(found.module)))
     report = Report("init", {"file": str(file), "model": source.spec, "data": data, "splits": splits})
     report.lines = [str(file)]
     report.notes.append(f"`{source.spec}` is a {type(found.module).__name__} of {found.library}")
@@ -108,11 +112,20 @@ def init(
     return report
 
 
-def _text(source: Source, data: str | None) -> str:
-    steps = ["decompose", "distill", "evaluate"] if data is not None else ["decompose", "bench"]
+def _text(source: Source, data: str | None, splits: list[str], most: int) -> str:
+    """Return the file; `distill` measures on a test split itself, and without one `evaluate` does."""
+    at = "" if data is None else parts_of(data)[1]
+    measured = split_word(at) != "test" and [split_word(name) for name in splits].count("test") == 1
+    writes, last = (["decompose", "distill"], "evaluate") if data is not None else (["decompose"], "bench")
+    steps = writes if measured else [*writes, last]
     lines = [f"{name} = {_toml(value)}" for name, value in _settings(source, data).items()]
-    body = DATA.format(model=_toml(source.spec), steps=", ".join(map(_toml, steps)))
-    return TOP + "\n".join(lines) + "\n" + body + (LEARNING if data is not None else TIMING)
+    limit = short(SMALLER * most).replace(" ", "")
+    body = DATA.format(model=_toml(source.spec), steps=", ".join(map(_toml, steps)), most=limit)
+    if data is None:
+        body += TIMING
+    else:
+        body += LEARNING.format(gate=GATE if measured else "") + ("" if measured else MEASURING + GATE)
+    return TOP + "\n".join(lines) + "\n" + body
 
 
 def _settings(source: Source, data: str | None) -> dict[str, Any]:

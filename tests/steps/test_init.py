@@ -8,6 +8,7 @@ import pytest
 
 import peftc as package
 from peftc.errors import DataError, OutputError, SourceError
+from peftc.report import AMOUNTS, scaled
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,14 +32,32 @@ def test_the_file_names_model_data_and_a_chain_that_can_run(peftc, tiny_vit: Pat
     assert "`sklearn:digits` has `train`, `test`" in result.stderr
     found = content()
     assert (found["model"], found["data"]) == (str(tiny_vit), "sklearn:digits")
-    assert found["chain"] == ["decompose", "distill", "evaluate"]
+    assert found["chain"] == ["decompose", "distill"], "which measures on the test split"
     foreseen = peftc("run", "--dry-run")
     assert foreseen.exit_code == 0, foreseen.stderr
     done = peftc("decompose", "--ratio", 0.5, "--calibration-samples", 32, "--num-samples", 20)
     assert done.stdout == "runs/01-decompose\n", done.stderr
 
 
-@pytest.mark.parametrize("words", [[], ["--data", "sklearn:digits"]], ids=["without data", "with data"])
+def test_without_a_test_split_a_step_of_its_own_measures(tiny_vit: Path) -> None:
+    Path("rows.csv").write_text("text,label\na,b\n")
+    package.init(tiny_vit, data="rows.csv")
+    assert content()["chain"] == ["decompose", "distill", "evaluate"]
+    assert content()["evaluate"] == {"against": "base"}
+
+
+def test_the_gate_that_is_proposed_fits_the_model(tiny_vit: Path) -> None:
+    package.init(tiny_vit)
+    most = scaled(re.findall(r'#max-params = "(.*?)"', Path("peftc.toml").read_text())[0], AMOUNTS)
+    whole = sum(each.numel() for each in package.load(tiny_vit).parameters())
+    assert 0.5 * whole < most < whole
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--data", "sklearn:digits"], ["--data", "sklearn:digits@test"]],
+    ids=["without data", "with data", "with one split"],
+)
 def test_every_proposal_is_one_that_the_commands_take(peftc, tiny_vit: Path, words: list[str]) -> None:
     assert peftc("init", tiny_vit, *words).exit_code == 0
     text = Path("peftc.toml").read_text()
