@@ -3,7 +3,8 @@
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 from peftc import processes
 from peftc.calibration.collection import Statistics
 from peftc.calibration.prepared import Prepared
+from peftc.errors import PlanError
 from peftc.factors import estimate, joint, ordered, prediction, search, sensitivity, sequential, tables
 from peftc.factors.factoring import Factoring
 from peftc.factors.ranks import Decision
 from peftc.factors.speedup import tell_timed, timed
 from peftc.factors.trial import Trial, trial_of
 from peftc.models import write
+from peftc.models.targets import spared
 from peftc.plans.plan import Aim, Plan
 from peftc.report import Report
 from peftc.store import artifact
@@ -48,6 +51,20 @@ def decide(work: Factoring, asked: Question, folder: Path) -> Decision:
     return processes.agreed(lambda: _tried(_decided(work, asked, trial), trial))
 
 
+@contextmanager
+def _naming_more(work: Factoring, aim: Aim) -> Iterator[None]:
+    """Add to the refusal of a number of parameters which modules could be factored as well."""
+    try:
+        yield
+    except PlanError as error:
+        more = spared(work.model, work.reasons) if aim.budget.kind == "target-params" else []
+        if more:
+            listed = " ".join(f"--include {name}" for name in more)
+            these = f"the largest that were not eligible: `{listed}`; `--data DATA` measures what that costs"
+            error.hint = "; ".join(filter(None, (error.hint, these)))
+        raise
+
+
 def _decided(work: Factoring, asked: Question, trial: Trial | None) -> Decision:
     aim = asked.aim
     if aim is None:
@@ -55,7 +72,8 @@ def _decided(work: Factoring, asked: Question, trial: Trial | None) -> Decision:
     if trial is None or not aim.needs_spectra or aim.budget.kind == "energy":
         return ranked(work, aim)
     if aim.budget.kind != "speedup" and trial.fits:  # a speed-up would be timed again for every plan
-        return search.best(trial, aim)
+        with _naming_more(work, aim):
+            return search.best(trial, aim)
     work.losses = dict(search.corrected(sensitivity.alone(trial), 1.0))
     return ranked(work, aim)
 
@@ -71,7 +89,8 @@ def _tried(found: Decision, trial: Trial | None) -> Decision:
 def ranked(work: Factoring, aim: Aim) -> Decision:
     """Return the ranks under a budget, those for a speed-up kept for a resume; PlanError where it is out of reach."""
     if aim.budget.kind != "speedup":
-        return Decision(work.decide(aim))
+        with _naming_more(work, aim):
+            return Decision(work.decide(aim))
     kept = None if work.job is None else work.job.work / KEPT
     if kept is not None and kept.is_file():
         found = Decision(**json.loads(kept.read_text(encoding="utf-8")))

@@ -9,9 +9,10 @@ from peftc.factors.ranks import Ranks
 from peftc.nn.surgery import tensor_bytes
 from peftc.pages import brief
 from peftc.plans.plan import Target
-from peftc.report import Report, Table, grouped, percent, size_table, span
+from peftc.report import Report, Table, grouped, percent, rank_text, size_table, span
 
 Row = Mapping[str, Any]
+DEEP = 0.1  # of the weights of an embedding: a plan that keeps less of it is worth a look
 
 
 def report_on(
@@ -52,9 +53,23 @@ def report_on(
     if tied:
         report.notes.append(f"tied weights were factored once and stay tied: {'; '.join(tied)}")
     report.notes += joint.said(targets, ranks)
+    if not work.factorize.needs:
+        report.warnings += _cut_deep(rows)
     if not factored:
         report.warnings.insert(0, "no module was factored: none would become smaller at this budget")
     return report
+
+
+def _cut_deep(rows: Sequence[Row]) -> list[str]:
+    """Say which embeddings keep so little, by a plan made without data, that tokens may look alike."""
+    found = []
+    for row in rows:
+        kept = row["parameters_after"] / row["parameters_before"]
+        if row["form"] == "embedding" and kept < DEEP:
+            what = f"`{row['name']}` keeps {percent(kept)} of its weights, at rank {rank_text(row['rank'])}"
+            how = "calibrate with `--data DATA`, or cut modules alike with `--allocation uniform`"
+            found.append(f"{what}: without data nothing says what that costs; {how}")
+    return found
 
 
 def base_report(

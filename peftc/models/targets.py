@@ -18,6 +18,7 @@ from peftc.nn.adapted import Adapted
 from peftc.plans.plan import Target
 
 NARROW = 10
+SKIPPED = "skipped as asked"
 LOW_RANK = (lowrank.LowRankLinear, lowrank.LowRankEmbedding, lowrank.LowRankConv2d)
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fused paths bypass the module's forward
 
@@ -43,7 +44,7 @@ def find_targets(
         if impossible:
             reasons[name] = impossible
         elif families.matches(name, *skip):
-            reasons[name] = "skipped as asked"
+            reasons[name] = SKIPPED
         elif name in defaults and not included:
             reasons[name] = defaults[name]
         elif id(module.weight) in taken:
@@ -63,6 +64,18 @@ def find_targets(
         for alias in target.aliases:
             reasons.pop(alias, None)
     return found, reasons
+
+
+def spared(model: Model, reasons: Mapping[str, str]) -> list[str]:
+    """Return the largest modules that stay dense only because nobody includes them, largest first."""
+    known = {name: each.entries for name, each in every_weight(model).items() if reasons.get(name, SKIPPED) != SKIPPED}
+
+    def is_open(name: str) -> bool:
+        module = model.module.get_submodule(name)
+        return not (_impossible(model.module, name, module) or _bound(model.module, name, module, ()))
+
+    found = sorted(filter(is_open, known), key=lambda name: -known[name])
+    return [name for name in found if 10 * known[name] >= known[found[0]]][:3]
 
 
 def patterns_for(modules: Mapping[str, Any], include: Sequence[str], skip: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from peftc.errors import PlanError
 from peftc.measure import costs
 from peftc.models import load as models
+from peftc.steps.analyze import analyze
 from peftc.steps.decompose import decompose
 from tests.networks import NETWORKS, perceptron, ranks
 
@@ -51,6 +52,25 @@ def test_a_target_out_of_reach_says_what_is(tiny_vit: Path) -> None:
         with pytest.raises(PlanError, match="out of reach") as caught:
             decompose(tiny_vit, dry_run=True, **{option: 10})
         assert "ask for more than" in str(caught.value)
+
+
+def test_a_target_out_of_reach_names_the_largest_modules_that_were_not_eligible(tiny_bert: Path) -> None:
+    for step, how in ((decompose, {"dry_run": True}), (analyze, {})):
+        with pytest.raises(PlanError, match="out of reach") as caught:
+            step(tiny_bert, target_params=10, **how)
+        assert "the largest that were not eligible: `--include embeddings." in str(caught.value)
+    with pytest.raises(PlanError, match="out of reach") as caught:
+        decompose(tiny_bert, target_params=10, skip=["embeddings", "pooler"], dry_run=True)
+    assert "that were not" not in str(caught.value)
+
+
+def test_an_embedding_that_is_cut_deep_without_data_is_said(tiny_bert: Path) -> None:
+    words = {"include": ["word_embeddings"], "dry_run": True}
+    least = decompose(tiny_bert, rank=1, **words).data["size"]["after"]["parameters"]
+    deep = decompose(tiny_bert, target_params=least + 1, **words)
+    (told,) = [text for text in deep.warnings if "embedding" in text]
+    assert told.startswith("`embeddings.word_embeddings` keeps ") and "`--data DATA`" in told
+    assert not decompose(tiny_bert, ratio=0.5, allocation="uniform", **words).warnings
 
 
 def test_an_energy_is_kept_in_each_module_by_the_smallest_rank(tmp_path: Path) -> None:
