@@ -10,7 +10,7 @@ import pytest
 
 from peftc.errors import PlanError
 from peftc.project import ledger
-from peftc.report import Report
+from peftc.report import GUESSED, Report
 from peftc.store import artifact
 from peftc.store.header import encode_header
 from peftc.store.manifest import Manifest, digest
@@ -75,7 +75,7 @@ class Steps:
             write(folder, identity)
             self.ran.append((word, spec(model)))
             self.given.append(options)
-            return Report(word, {"figure": len(self.ran)}, artifact=folder)
+            return Report(word, {"figure": len(self.ran)}, artifact=folder, notes=[f"{GUESSED}a header"] * 2)
 
         return step
 
@@ -132,6 +132,10 @@ def test_the_steps_run_in_order_each_on_what_the_one_before_wrote(run, steps) ->
         ("distill", "runs/03-prune-layers"),
         ("evaluate", "runs/04-distill"),
     ]
+
+
+def test_a_guess_about_the_data_is_said_once(run) -> None:
+    assert run().stderr.count("guessed: a header") == 1
 
 
 def test_a_step_that_comes_twice_has_its_own_table_over_the_common_one(run, steps) -> None:

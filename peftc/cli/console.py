@@ -141,7 +141,7 @@ def tell(outcome: Report, *, quiet: bool = False, verbose: bool = False) -> None
         for table in shown:
             say("\n".join([*table_lines(table, width()), ""]))
         tell_summary(outcome.summary)
-    for text in outcome.notes:
+    for text in dict.fromkeys(outcome.notes):
         if text.startswith(GUESSED if quiet else LOUD if brief else "") and text not in outcome.told:
             note(text)
     for text in outcome.warnings:

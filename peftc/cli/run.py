@@ -14,7 +14,7 @@ from peftc.cli import options as o
 from peftc.errors import PeftcError, UsageError, did_you_mean
 from peftc.project import config, ledger
 from peftc.project.ledger import Asked, Ledger
-from peftc.report import Gate, Report, Table, count
+from peftc.report import GUESSED, Gate, Report, Table, count
 
 Recipe = Annotated[
     Path | None, Argument(metavar="[RECIPE]", help=f"a project file with a chain (default: {config.FILE})")
@@ -126,7 +126,7 @@ def _read(parent: Any, recipe: Path | None) -> tuple[list[Stage], config.Project
 
 def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: bool, verbose: bool) -> None:
     """Run the steps whose answer does not stand, each on the artifact of the one before, until a gate is not met."""
-    model, index = str(project.model), 0
+    model, index, said = str(project.model), 0, set[str]()
     for number, stage in enumerate(stages, 1):
         asked, why = processes.agreed(partial(_question, stage, model, book))
         if why is None:
@@ -136,7 +136,12 @@ def _run(stages: list[Stage], project: config.Project, book: Ledger, *, quiet: b
                 console.note(f"step {number} of {len(stages)}, `{stage.name}`: {why}")
             stage.why, chain = why, config.read_chain(project.runs)
             place = config.place_at(chain, index, stage.word, model) if stage.writes else config.Place(model)
-            _carry_out(stage, place, asked, book, quiet=quiet, verbose=verbose)
+            outcome = _carry_out(stage, place, asked, book)
+            if not quiet:
+                told = {*outcome.told, *said}
+                console.tell(replace(outcome, summary=_without_next(outcome), told=told), verbose=verbose)
+                console.say()
+            said |= {note for note in outcome.notes if note.startswith(GUESSED)}
         if stage.writes and stage.artifact is not None:
             model = stage.artifact
             if processes.rank() == 0 and why is None:
@@ -152,7 +157,7 @@ def _question(stage: Stage, model: str, book: Ledger) -> tuple[Asked, str | None
     return asked, book.reason(stage.name, asked)
 
 
-def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *, quiet: bool, verbose: bool) -> None:
+def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger) -> Report:
     """Run one step as if it had been typed, and keep what came of it."""
     context = stage.context
     context.obj = replace(context.obj, place=place)
@@ -164,13 +169,11 @@ def _carry_out(stage: Stage, place: config.Place, asked: Asked, book: Ledger, *,
         console.say(f"`{stage.name}` ends the chain:")
         raise
     stage.seconds = round(time.monotonic() - started, 3)
-    if not quiet:
-        console.tell(replace(outcome, summary=_without_next(outcome)), verbose=verbose)
-        console.say()
     stage.report = processes.agreed(outcome.to_json)  # the first process knows what was written
     stage.state = DONE if outcome.passed else FAILED
     if processes.rank() == 0:
         book.note(stage.name, asked, stage.report, passed=outcome.passed)
+    return outcome
 
 
 def _without_next(outcome: Report) -> dict[str, str]:

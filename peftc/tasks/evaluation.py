@@ -17,7 +17,7 @@ from peftc.tasks import seen
 from peftc.tasks.figures import add_gates, compared_with, metrics_of, refuse_idle, table_of
 from peftc.tasks.language import digest_of
 from peftc.tasks.sides import run, sides_of
-from peftc.tasks.table import TASKS, fitting, task_of
+from peftc.tasks.table import TASKS, fitting, task_of, told_by
 from peftc.tasks.task import Encoded, Task
 
 NO_GATES = Gates()
@@ -83,7 +83,7 @@ def evaluated(subject: Model, reference: Model | None, exam: Exam) -> Report:
         report.warnings.append(
             f"`{known_to}` calibrated or taught the model with samples of these: its figure on others may be worse"
         )
-    guessed = [] if reading.task else [f"task: `{row.name}`, guessed from `{subject.name}`"]
+    guessed = [] if reading.task else [f"task: `{row.name}`, guessed from {told_by(subject)}"]
     report.notes += [*guessed, *dataset.notes]
     sides = sides_of(row, [subject] if reference is None else [subject, reference], dataset, reading, report)
     compared = run(row, sides, dataset, exam.batch_size or sides[0].encoded.batch_size or row.batch_size, report)

@@ -64,6 +64,14 @@ def guess(model: Model) -> Task | None:
     return None
 
 
+def told_by(model: Model) -> str:
+    """Return in words what of a model `guess` looks at."""
+    if model.library == "timm":
+        return f"the architecture `{model.architecture}` of timm"
+    known = model.config.get("architectures") or [type(model.module).__name__]
+    return f"the class `{known[0]}`"
+
+
 def task_of(model: Model, name: str | None) -> Task | None:
     """Return the task that `--task` names, else the one that the model tells; None where nothing does."""
     if not name:

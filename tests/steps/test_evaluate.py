@@ -111,6 +111,15 @@ def test_a_model_equals_itself(
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_a_guess_of_the_task_says_what_it_was_made_from(
+    pictures: str, story: str, small_vit: Path, tiny_llama: Path
+) -> None:
+    notes = evaluate(small_vit, data=pictures, device="cpu").notes
+    assert "task: `image-classification`, guessed from the architecture `vit_tiny_patch16_224` of timm" in notes
+    notes = evaluate(tiny_llama, data=story, num_samples=2, device="cpu").notes
+    assert "task: `causal-lm`, guessed from the class `LlamaForCausalLM`" in notes
+
+
 def test_the_same_seed_gives_the_same_report(tiny_llama: Path, story: str) -> None:
     one, other = (evaluate(tiny_llama, data=story, num_samples=5, max_length=16, device="cpu", seed=3) for _ in "ab")
     assert one.data == other.data

@@ -63,7 +63,7 @@ def test_a_model_equals_itself_and_is_known_for_what_it_does(dual: Path, caption
     expected = [metric.name for metric in TASK.metrics][: 5 if dual.name.startswith("tiny_blip") else 4]
     assert list(report.data["metrics"]) == expected
     assert [each["value"] for each in report.data["against"]["difference"].values()] == [0] * len(expected)
-    assert report.notes[0].startswith("task: `image-text-retrieval`, guessed from")
+    assert report.notes[0].startswith("task: `image-text-retrieval`, guessed from the class `")
 
 
 def test_the_gate_judges_the_recall_of_images(dual: Path, captioned: Path) -> None:
