@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -196,7 +197,7 @@ def setup(*, quiet: bool = False, verbose: int = 0) -> None:
 
     bars = _is_terminal() and not quiet
     ours = _Bars()
-    progress.set_sink(ours.track if bars else None, ours.aside)
+    progress.set_sink(ours.track if bars else None if quiet else _Lines().track, ours.aside)
     if bars:
         os.register_at_fork(after_in_child=_own_streams)
     root = logging.getLogger()
@@ -223,6 +224,44 @@ def _own_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         setattr(sys, name, getattr(stream, "rich_proxied_file", stream))
+
+
+EVERY = 60.0  # seconds between two lines about progress where there is no terminal
+AT_ONCE = 0.5  # seconds: parts that are done so soon were done before, as those of a training that goes on
+
+
+class _Lines:
+    """A line from time to time, of whatever moves on then: for the log of a job that nobody watches."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    @contextmanager
+    def track(self, title: str, total: int | None) -> Iterator[progress.Advance]:
+        """Say how far one work is, while it lasts."""
+        began = at = time.monotonic()
+        number = before = 0
+
+        def advance(detail: str = "") -> None:
+            nonlocal at, number, before
+            number, now = number + 1, time.monotonic()
+            if now - began < AT_ONCE:
+                at, before = now, number
+            if now - self.last < EVERY:
+                return
+            parts = f"{number:,}" if total is None else f"{number:,} of {total:,}"
+            if total is not None and number > before:
+                parts += f", about {_long((now - at) / (number - before) * (total - number))} left"
+            self.last = at = now
+            before = number
+            say(": ".join(filter(None, (title, parts, detail))))
+
+        yield advance
+
+
+def _long(seconds: float) -> str:
+    minutes = round(max(seconds, 0) / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "1 min"
 
 
 class _Bars:

@@ -4,6 +4,7 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,38 @@ def test_none_makes_it_silent_again(seen: list[str]) -> None:
     with progress.track("factoring") as advance:
         advance("fc1")
     assert seen == []
+
+
+def test_without_a_terminal_a_line_comes_from_time_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peftc.cli import console
+
+    clock = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    try:
+        console.setup()
+        with progress.track("peftc distill"), progress.track("training on photos", 1000) as advance:
+            for _ in range(600):
+                clock[0] += 20
+                advance("loss 0.5")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 200
+        assert lines[0] == "training on photos: 3 of 1,000, about 5 h 32 min left: loss 0.5"
+        assert lines[-1] == "training on photos: 600 of 1,000, about 2 h 13 min left: loss 0.5"
+        with progress.track("training on photos", 1000) as advance:
+            for _ in range(900):  # of a training that goes on
+                advance("")
+            clock[0] += 60
+            advance("")
+        assert capsys.readouterr().err == "training on photos: 901 of 1,000, about 1 h 39 min left\n"
+        console.setup(quiet=True)
+        with progress.track("training on photos", 2) as advance:
+            clock[0] += 1000
+            advance("")
+        assert capsys.readouterr().err == ""
+    finally:
+        progress.set_sink(None)
 
 
 def test_bars_of_the_console_nest_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
