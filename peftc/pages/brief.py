@@ -98,7 +98,11 @@ def _trained(data: Mapping[str, Any]) -> str:
         return text
     before, after = (figure(sign * scores[step]) for step in (0, best))
     text += f"; {held.get('metric', 'score')} on held-out samples {before} before, {after} after step {best}"
-    return text if best else f"{text}: unchanged"
+    text += "" if best else ": unchanged"
+    taught = held.get("before", {}).get("teacher")
+    return (
+        text if taught is None or held.get("metric") == "loss" else f"{text}; the teacher has {figure(sign * taught)}"
+    )
 
 
 def _quality(data: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from peftc.models import load
 from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.options import Augment, Reading, Recipe
+from peftc.report import figure
 from peftc.store import manifest
 from peftc.training import imitation, journal, loop, samples
 from peftc.training.imitation import Imitation
@@ -262,6 +263,7 @@ def test_what_a_teacher_cannot_teach_is_said(student: Path, tiny_vit: Path, imag
     assert any("the teacher is no better than" in warning for warning in report.warnings)  # its weights are random
     held = report.data["held_out"]
     assert held["before"]["student"] == dict(held["scores"])[0] and held["before"]["teacher"] > 0
+    assert report.summary["trained"].endswith(f"; the teacher has {figure(held['before']['teacher'])}")
 
 
 def test_terms_that_hardly_pull_are_named(student: Path, images: Path, tmp_path: Path) -> None:
