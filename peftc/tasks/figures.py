@@ -14,6 +14,8 @@ from peftc.report import Report, Table, figure
 from peftc.tasks.sides import Side
 from peftc.tasks.task import Columns, Metric, Task
 
+MOST = 10**7  # samples: nobody has more held out
+
 
 def metrics_of(row: Task, seed: int, *sides: Columns) -> dict[str, dict[str, float]]:
     """Return each metric of a task with its 95 % interval; of two sides how much more of it the first has."""
@@ -102,4 +104,14 @@ def add_gates(report: Report, found: Mapping[str, Any], metric: Metric, gates: G
         report.at_most("--max-drop", gates.max_drop, drop.value)
         if drop.value <= gates.max_drop < drop.high:
             said = f"is met by the middle of the interval; a drop of up to {figure(drop.high)} is not excluded"
-            report.notes.append(f"gate --max-drop {gates.max_drop:g} {said} by {found['data']['samples']:,} samples")
+            more = _needed(found["data"]["samples"], drop, gates.max_drop)
+            by = f"by {found['data']['samples']:,} samples"
+            report.notes.append(f"gate --max-drop {gates.max_drop:g} {said} {by}{more}")
+
+
+def _needed(samples: int, drop: Interval, limit: float) -> str:
+    """Say about how many samples would show the same drop to be within a limit: widths fall with their square root."""
+    if limit <= drop.value:
+        return ""
+    needed = samples * ((drop.high - drop.value) / (limit - drop.value)) ** 2
+    return f"; if it stays as it is, about {float(f'{needed:.2g}'):,.0f} would" if needed < MOST else ""
