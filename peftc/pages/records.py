@@ -40,6 +40,7 @@ class Row:
         change: how much more of the first metric it has than the base, on the same samples, with its interval.
         speedup: how many times faster than the base it is, both timed in one run, with its range.
         base: the name of the dense model that it is set beside; None for a dense model.
+        made_from: those of the models beside it that it was made from, by name, the earliest first.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row:
     change: Mapping[str, Any] | None = None
     speedup: Mapping[str, Any] | None = None
     base: str | None = None
+    made_from: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -223,6 +225,9 @@ def rows(records: Sequence[Record]) -> list[Row]:
         if row.macs is None and row.speed:  # of the input that was timed, which may be another than the model's own
             row.macs = row.speed["model"]["macs"]
     there = {record.manifest.id: row for record, row in zip(records, found, strict=True) if not record.about}
+    for record, row in zip(records, found, strict=True):
+        earlier = [step["id"] for step in record.manifest.steps if step["id"] != record.manifest.id]
+        row.made_from = [there[each].name for each in earlier if each in there]
     named = {record.base: there[record.base_id] for record in records if record.base_id in there}
     dense = [id(row) for row in named.values()]
     paired = [(record, row) for record, row in zip(records, found, strict=True) if id(row) not in dense]

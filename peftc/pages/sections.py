@@ -52,9 +52,7 @@ def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
         figures.append(tag("div", tag("dt", each.of), value, tag("dd", prose(each.told))))
     record = next(each for each in found if str(each.folder) == verdict.name)
     base = record.manifest.base
-    about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on]
-    if len(found) > 1:
-        about.append(f"of {len(found)} models this is the last of which most is known")
+    about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on, *([verdict.why] if verdict.why else [])]
     lead = tag("p", prose(verdict.sentence), class_="lead")
     return joined([lead, tag("dl", *figures, class_="figures"), tag("p", prose("; ".join(about) + "."), class_="soft")])
 

@@ -1,5 +1,6 @@
 """Rows of a comparison > what became of size, speed and quality against the dense model, in a sentence and figures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,6 +29,7 @@ class Verdict:
         sentence: what became of size, speed and quality.
         figures: size, speed, quality.
         on: what it was measured on, and when; empty where nothing was.
+        why: of several models, why the verdict is on this one.
     """
 
     name: str
@@ -35,19 +37,59 @@ class Verdict:
     sentence: str
     figures: tuple[Figure, Figure, Figure]
     on: Sequence[str]
+    why: str
 
 
 def verdict_of(rows: Sequence[Row]) -> Verdict:
-    """Return the verdict on the last model of which most is known against the dense one, from `records.rows`."""
-    made = [row for row in rows if row.base is not None]
-    known = [(row.change is not None) + (row.speedup is not None) for row in made]
-    at = max(range(len(made)), key=lambda at: (known[at], at))
-    row = made[at]
+    """Return the verdict on the model that `headline_of` names, from `records.rows`."""
+    row, why = headline_of(rows)
     base = next(each for each in rows if each.base is None and each.name == row.base)
     name = base.name
     parts = [_size_words(row, name), _speed_words(row, name), _quality_words(row, name)]
     sentence = f"{quoted(row.name)} {parts[0]}, {parts[1]}, and {parts[2]}."
-    return Verdict(row.name, name, sentence, (_size(row, base), _speed(row, name), _quality(row, base)), _measured(row))
+    figures = (_size(row, base), _speed(row, name), _quality(row, base))
+    return Verdict(row.name, name, sentence, figures, _measured(row), why)
+
+
+def headline_of(rows: Sequence[Row]) -> tuple[Row, str]:
+    """Return the model that a verdict is on, and why; in which order the models were named plays no part.
+
+    It is the end of the chain: of the models of which most was measured against the dense one, that which no other was
+    made from. Of several ends it is the smallest that shows no loss or, where each shows one, that which loses least.
+    """
+    made = [row for row in rows if row.base is not None]
+
+    def known(row: Row) -> tuple[int, bool]:
+        return (row.change is not None) + (row.speedup is not None), row.change is not None
+
+    most = max(map(known, made))
+    measured = [row for row in made if known(row) == most]
+    before = {name for row in measured for name in row.made_from}
+    ends = [row for row in measured if row.name not in before]
+    chosen = min(ends, key=_rank)
+    if len(made) == 1:
+        return chosen, ""
+    if len(measured) == 1:
+        why = f"most was measured of it against {quoted(str(chosen.base))}"
+    elif len(ends) == 1:
+        lead = "all others lead" if len(measured) == len(made) else "the others of which as much was measured lead"
+        why = f"it is the end of the chain, {lead} to it"
+    else:
+        loses, metric = _rank(chosen)[0], chosen.quality["metric"] if chosen.quality else None
+        which = f"it loses least {metric}" if loses else "it is the smallest"
+        which += f" that shows no loss of {metric}" if chosen.change and not loses else ""
+        why = f"of the {len(ends)} that no other was made from, {which}"
+    return chosen, f"the verdict is on this one of {len(made)} models as {why}"
+
+
+def _rank(row: Row) -> tuple[bool, float, float, float, str]:
+    """Return of two ends of chains the less for that which the headline is to be on, as `headline_of` says."""
+    size = math.inf if row.parameters is None else row.parameters
+    if row.change is None or row.quality is None:
+        return False, 0.0, size, 0.0, row.name
+    higher = bool(row.quality.get("higher_is_better", True))
+    loses, lost = is_better(row.change, higher=higher) is False, float(row.change["value"]) * (-1 if higher else 1)
+    return loses, lost if loses else 0.0, size, lost, row.name
 
 
 def _size_words(row: Row, base: str) -> str:

@@ -21,8 +21,8 @@ def report(
     """Write a page that shows what was gained and lost, and how each artifact came to be.
 
     Args:
-        models: folders of artifacts and exports, in the order in which they are to stand; the verdict is on the last
-            that was measured against the dense model.
+        models: folders of artifacts and exports, in the order in which they are to stand; the verdict is on the end of
+            the chain, in whatever order.
         output: the file to write; one that is there is replaced.
         analysis: what `peftc analyze --json` printed of the base, for its rank spectra and its plan.
 

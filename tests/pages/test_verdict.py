@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,44 @@ def test_nothing_measured_at_all(folder: Path) -> None:
     assert found.on == []
 
 
-def test_it_is_on_the_last_model_of_which_most_is_known(folder: Path) -> None:
-    for name in ("second", "third"):
-        write(Path(name), "decompose", "distill")
-    assert said("small", "second", "third").name == "third"
-    measure(Path("second"), bench=[speed(1500)])
-    measure(Path("small"), evaluate=[quality(0.6, against=0.9)], bench=[speed(1500)])
-    assert said("small", "second", "third").name == "small"
-    measure(Path("third"), evaluate=[quality(0.6, against=0.9)], bench=[speed(1500)])
-    assert said("small", "second", "third").name == "third"
+def on(*names: str) -> str:
+    """Return which model the verdict is on, whatever the order in which they are named."""
+    (found,) = {said(*order).name for order in permutations(names)}
+    return found
+
+
+def test_it_is_on_the_end_of_the_chain_whatever_the_order(folder: Path) -> None:
+    healed = write(Path("healed"), "distill", after=folder)
+    write(Path("again"), "finetune", after=healed)
+    assert on("small", "healed", "again") == "again"
+    assert said("again", "small", "healed").why == (
+        "the verdict is on this one of 3 models as it is the end of the chain, all others lead to it"
+    )
+    measure(healed, bench=[speed(1500)])
+    assert on("small", "healed", "again") == "healed"
+    assert said("small", "healed", "again").why.endswith("as most was measured of it against `dense`")
+    measure(folder, bench=[speed(1500)])
+    assert on("small", "healed", "again") == "healed"
+    assert "the others of which as much was measured lead to it" in said("again", "healed", "small").why
+    assert said("small").why == "", "of one there is no choice"
+
+
+def test_of_several_ends_it_is_on_the_smallest_without_a_loss(folder: Path) -> None:
+    for name, parameters, value in (("large", 90, 0.93), ("little", 50, 0.88), ("tiny", 20, 0.6)):
+        measure(write(Path(name), "decompose", parameters=parameters), evaluate=[quality(value, against=0.9)])
+    assert on("large", "little", "tiny") == "little"
+    assert (
+        "of the 3 that no other was made from, it is the smallest that shows no loss of top1"
+        in said("large", "little", "tiny").why
+    )
+    for name, value in (("large", 0.7), ("little", 0.8)):
+        measure(Path(name), evaluate=[quality(value, against=0.9)])
+    assert on("large", "little", "tiny") == "little"
+    assert said("tiny", "little").why.endswith("it loses least top1")
+    for name in ("large", "little", "tiny"):
+        measure(Path(name), bench=[speed(1500)])
+    assert on("large", "little", "tiny") == "tiny"
+    assert said("tiny", "little").why.endswith("it is the smallest")
 
 
 def test_times_that_are_none_do_no_harm(folder: Path) -> None:

@@ -13,16 +13,23 @@ from peftc.steps.report import report as report_page
 from peftc.store import artifact
 from peftc.store.header import encode_header
 from peftc.store.manifest import Manifest, digest
+from peftc.store.manifest import read as read_manifest
 
 LAYERS = {"data": None, "drop": None}  # what a request of prune-layers has to have
 
 
 def write(
-    folder: Path, *commands: str, parameters: int = 100, report: dict[str, Any] | None = None, **more: Any
+    folder: Path,
+    *commands: str,
+    after: Path | None = None,
+    parameters: int = 100,
+    report: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Path:
-    """Write an artifact that holds one byte of weights and says what a test wants."""
+    """Write an artifact that holds one byte of weights and says what a test wants; it is made from ``after``."""
     folder.mkdir()
-    steps = [
+    steps = [] if after is None else read_manifest(after).steps
+    steps += [
         {"id": digest([folder.name, at]), "request": {"command": word, **LAYERS}} for at, word in enumerate(commands)
     ]
     identity = steps[-1]["id"]
@@ -75,8 +82,8 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     sizes = {"before": {"parameters": 400, "bytes": 1600, "macs": 4000}, "after": {"macs": 1234}}
     small = write(Path("small"), "decompose", report={"size": sizes}, modules={"fc": {"form": "linear", "rank": 3}})
-    healed = write(Path("healed"), "decompose", "distill", modules={"fc": {"form": "linear", "rank": 3}})
-    shorter = write(Path("shorter"), "decompose", "distill", "prune-layers", parameters=60, kept_layers=["b.0"])
+    healed = write(Path("healed"), "distill", after=small, modules={"fc": {"form": "linear", "rank": 3}})
+    shorter = write(Path("shorter"), "prune-layers", after=healed, parameters=60, kept_layers=["b.0"])
     measure(small, evaluate=[quality(0.5, of="other"), quality(0.6, against=0.9)], bench=[speed(1500)])
     measure(healed, evaluate=[quality(0.8)], bench=[speed(1600), speed(9000, machine="two", at=9)])
     assert shorter
