@@ -16,6 +16,7 @@ from peftc.store.manifest import Manifest
 from peftc.store.source import FILES, MANIFEST, read_json
 
 LOG = "log.jsonl"
+TRAINING = ("distill", "finetune")  # the commands that train weights
 ANALYSIS = {  # of what `analyze --json` prints, what is read again
     "modules": [
         {"name": str, "shape": [int], "spectrum": [[float]], "reason?": (str, None)}
@@ -41,6 +42,7 @@ class Row:
         speedup: how many times faster than the base it is, both timed in one run, with its range.
         base: the name of the dense model that it is set beside; None for a dense model.
         made_from: those of the models beside it that it was made from, by name, the earliest first.
+        trained: the commands that trained it since the dense model, which has had none of that; oldest first.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Row:
     speedup: Mapping[str, Any] | None = None
     base: str | None = None
     made_from: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -118,6 +121,12 @@ class Record:
         """The id of the artifact that `--against base` means for it; None where that is what the manifest records."""
         at = self.manifest.head_step
         return self.manifest.steps[at - 1]["id"] if at and not self.manifest.begins else None
+
+    @property
+    def trained(self) -> list[str]:
+        """The commands that trained it since the dense model, oldest first."""
+        since = self.manifest.steps[self.manifest.head_step if self.base_id else 0 :]
+        return [word for step in since if (word := str(step["request"]["command"])) in TRAINING]
 
     @property
     def base(self) -> str:
@@ -235,13 +244,13 @@ def rows(records: Sequence[Record]) -> list[Row]:
     for name, base in bases.items():
         _fill(base, name, [pair for pair in paired if pair[0].base == name])
     for record, row in paired:
-        _beside(row, bases[record.base], record.base)
+        _beside(row, bases[record.base], record.base, record.trained)
     return [*(base for base in bases.values() if not base.stages), *found]
 
 
-def _beside(row: Row, base: Row, name: str) -> None:
+def _beside(row: Row, base: Row, name: str, trained: list[str]) -> None:
     """Add what is known of a model against its base, by the name it had: only what was measured of both at once."""
-    row.base = base.name
+    row.base, row.trained = base.name, trained
     if base.parameters and row.parameters is not None:
         row.share = row.parameters / base.parameters
     rated, timed = (((each or {}).get("against") or {}) for each in (row.quality, row.speed))

@@ -113,7 +113,15 @@ def _quality_words(row: Row, base: str) -> str:
     text = ranged(value["value"], value["low"], value["high"]).partition(" ")[0]
     if row.change is None:
         return f"its {metric} is {text}, which was not compared with {quoted(base)}"
-    return f"its {metric} is {text}, {better_or_worse(row)}"
+    return f"its {metric} is {text}, {better_or_worse(row)}{_trained(row, base)}"
+
+
+def _trained(row: Row, base: str) -> str:
+    """Say of a model that is better than its base that it was trained further, if so: what else may be the reason."""
+    if not row.trained or not better_or_worse(row).startswith("better"):
+        return ""
+    by = " and ".join(map(quoted, dict.fromkeys(row.trained)))
+    return f" (it was trained further by {by}, {quoted(base)} was not)"
 
 
 def better_or_worse(row: Row) -> str:
@@ -161,7 +169,7 @@ def _quality(row: Row, base: Row) -> Figure:
     theirs = (row.quality["against"]["metrics"]).get(metric)
     against = f" against {ranged(theirs['value'], theirs['low'], theirs['high'])}" if theirs else ""
     value, _, reach = change_text(row).partition(" ")
-    words = better_or_worse(row).partition(" by ")[0]
+    words = f"{better_or_worse(row).partition(' by ')[0]}{_trained(row, base.name)}"
     return Figure("quality", f"{value} {metric}", f"{words}: {text}{against}; paired difference {reach}")
 
 

@@ -81,6 +81,25 @@ def test_words_of_quality(folder: Path, value: float, higher: bool, words: str) 
     assert found.figures[2].told.startswith(f"{words.partition(' by ')[0]}: ")
 
 
+def test_a_gain_of_a_model_that_was_trained_further_is_not_told_without_that(folder: Path) -> None:
+    tuned = write(write(Path("healed"), "distill", after=folder).with_name("tuned"), "finetune", after=Path("healed"))
+    measure(tuned, evaluate=[quality(0.99, against=0.9)])
+    told = "better by 0.09 (it was trained further by `distill` and `finetune`, `dense` was not)"
+    found = said("small", "healed", "tuned")
+    assert found.sentence.endswith(f"{told}.")
+    assert found.figures[2].told.startswith(told.replace(" by 0.09", "") + ": ")
+    for value in (0.88, 0.8):
+        measure(tuned, evaluate=[quality(value, against=0.9)])
+        assert "further" not in said("small", "healed", "tuned").sentence, "nothing to be explained"
+
+
+def test_training_before_the_dense_model_is_none_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = write(Path("dense"), "finetune", head=True)
+    measure(write(Path("small"), "decompose", after=dense), evaluate=[quality(0.99, against=0.9)])
+    assert said("dense", "small").sentence.endswith("its top1 is 0.99, better by 0.09.")
+
+
 def test_what_was_not_measured_beside_the_dense_model_is_said_in_words(folder: Path) -> None:
     alone = speed(1500) | {"against": None, "speedup": None}
     measure(folder, evaluate=[quality(0.6)], bench=[alone])

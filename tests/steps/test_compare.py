@@ -22,16 +22,28 @@ def write(
     folder: Path,
     *commands: str,
     after: Path | None = None,
+    head: bool = False,
     parameters: int = 100,
     report: dict[str, Any] | None = None,
     **more: Any,
 ) -> Path:
-    """Write an artifact that holds one byte of weights and says what a test wants; it is made from ``after``."""
+    """Write an artifact that holds one byte of weights and says what a test wants.
+
+    Args:
+        folder: to write.
+        commands: that made it.
+        after: what it was made from.
+        head: whether its last step gave it one.
+        parameters: how many it says that it has.
+        report: figures of its last step.
+        more: fields of its manifest.
+    """
     folder.mkdir()
     steps = [] if after is None else read_manifest(after).steps
     steps += [
         {"id": digest([folder.name, at]), "request": {"command": word, **LAYERS}} for at, word in enumerate(commands)
     ]
+    steps[-1] |= {"new_head": True} if head else {}
     identity = steps[-1]["id"]
     weights = encode_header({"w": ("U8", (1,))}, {"peftc": identity}) + b"\0"
     files = {"model.safetensors": artifact.write_bytes(folder / "model.safetensors", weights)}
