@@ -8,7 +8,7 @@ from typing import Any
 from peftc.pages import charts, html, pictures
 from peftc.pages.html import Html, details, facts, joined, prose, tag
 from peftc.pages.records import Record, Row, plan_text
-from peftc.pages.tables import MISSING, table_of
+from peftc.pages.tables import MISSING, quoted, table_of
 from peftc.pages.trade import trade_of
 from peftc.pages.verdict import Verdict, verdict_of
 from peftc.report import count, grouped, percent, rank_text, short, size, span
@@ -54,7 +54,24 @@ def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
     base = record.manifest.base
     about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on, *([verdict.why] if verdict.why else [])]
     lead = tag("p", prose(verdict.sentence), class_="lead")
-    return joined([lead, tag("dl", *figures, class_="figures"), tag("p", prose("; ".join(about) + "."), class_="soft")])
+    soft = tag("p", prose("; ".join(about) + "."), class_="soft")
+    return joined([lead, tag("dl", *figures, class_="figures"), *_warned(record, found), soft])
+
+
+def _warned(record: Record, found: Sequence[Record]) -> list[Html]:
+    """Say beside the verdict what was warned of its model, and that there is more on others, if there is."""
+    said = _warnings(record)
+    names = ", ".join(quoted(str(each.folder)) for each in found if each is not record and _warnings(each))
+    if names:
+        where = tag("a", "how they came to be", href="#provenance")
+        said.append(tag("p", prose(f"There are warnings of {names}, too: see "), where, ".", class_="soft"))
+    return said
+
+
+def _warnings(record: Record) -> list[Html]:
+    """Show the warnings of the last step of a model."""
+    told = (record.result.get("report") or {}).get("warnings", [])
+    return [tag("p", tag("strong", "Warning: "), prose(text), class_="warning") for text in told]
 
 
 def _each(found: Sequence[Record], show: Callable[[Record], Html | None]) -> Html | None:
@@ -219,9 +236,8 @@ def _provenance(record: Record) -> Html:
         ("versions", versions),
     ]
     last = result.get("report") or {}
-    said = [tag("p", prose(text), class_="warning") for text in last.get("warnings", [])]
     notes = tag("ul", *(tag("li", prose(text)) for text in last.get("notes", []))) if last.get("notes") else None
     requests = [json.dumps(step["request"], indent=2, sort_keys=True, ensure_ascii=False) for step in own.steps]
     asked = details("what each step was asked", *(tag("pre", text) for text in requests))
     rebuilt = [tag("p", "The commands that rebuild it:"), tag("pre", "\n".join(command_lines(own)))]
-    return joined([facts(pairs), *said, notes, *rebuilt, asked])
+    return joined([facts(pairs), *_warnings(record), notes, *rebuilt, asked])

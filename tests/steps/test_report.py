@@ -257,6 +257,19 @@ def test_the_page_opens_with_the_verdict(folder) -> None:
     assert next(each["class"] for each in found.all("dl")) == "figures"
 
 
+def test_what_was_warned_of_stands_with_the_verdict(folder) -> None:
+    text = "the training made nothing better: the weights are those it began with"
+    for name in ("shorter", "healed"):
+        result = json.loads(Path(name, "result.json").read_text())
+        result["report"]["warnings"] = [f"{text}, `{name}`"]
+        artifact.write_json(Path(name, "result.json"), result)
+    found = written().text
+    top = found[: found.index("All models", found.index("shorter beside dense", 40))]
+    assert f"Warning: {text}, shorter" in top and f"{text}, healed" not in top
+    assert "There are warnings of healed, too: see how they came to be." in top
+    assert found.count(text) == 3, "and again where it is told how each came to be"
+
+
 def test_a_plan_stands_apart_from_models(folder) -> None:
     found = written(analysis="analysis.json")
     assert "analysis.json is a plan, no model" in found.text
@@ -418,7 +431,7 @@ def test_a_real_chain_has_every_part(tmp_path, monkeypatch, tiny_vit: Path, peft
         package.evaluate(name, data="sklearn:digits", against="base", num_samples=40)
     found = written(analysis="analysis.json")
     assert (found.wrong, found.open) == ([], [])
-    assert len(found.all("a")) == 8
+    assert len({link["href"] for link in found.all("a")}) == 8
 
 
 # charts
