@@ -175,9 +175,13 @@ def plan_text(analysis: Mapping[str, Any]) -> str:
 
 
 def of(folder: Path) -> Record:
-    """Return the record of an artifact, or of an export, which has to say what it was made from."""
+    """Return the record of an artifact, or of an export, which has to say what it was made from.
+
+    Raises:
+        ArtifactError: it is neither, it does not say that, or what lies there as its result is of another model.
+    """
     if (folder / MANIFEST).is_file():
-        return Record(folder, manifest.read(folder), artifact.read_result(folder))
+        return _own(Record(folder, manifest.read(folder), artifact.read_result(folder)))
     export = read_export(folder)
     made_from = export.about.get("made_from")
     if not made_from:
@@ -192,11 +196,32 @@ def of(folder: Path) -> Record:
         modules=export.about["modules"],
         kept_layers=made_from["kept_layers"],
     )
-    return Record(folder, kept, artifact.read_result(folder), export.about)
+    return _own(Record(folder, kept, artifact.read_result(folder), export.about))
+
+
+def _own(record: Record) -> Record:
+    """Return a record whose result is of its model; one that was written for another is refused (ArtifactError)."""
+    own = record.manifest
+    earlier = {step["id"] for step in own.steps} - {own.id}
+    after = ((record.data.get("size") or {}).get("after") or {}).get("parameters")
+    if record.result.get("id", own.id) != own.id:
+        why = f"it was written for `{record.result['id'][:16]}`, and the folder holds `{own.id[:16]}`"
+    elif strange := sorted((record.result.get("places") or {}).keys() - earlier):
+        why = f"its model was made from `{strange[0][:16]}`, and the one in the folder was not"
+    elif after not in (None, own.parameters):
+        why = f"its model has {count(after)} parameters, the one in the folder {count(own.parameters)}"
+    else:
+        return record
+    hint = "put its own back, or remove it: then `peftc evaluate` and `peftc bench` measure the model again"
+    raise ArtifactError(f"`{record.folder / artifact.RESULT}` belongs to another model", why=why, hint=hint)
 
 
 def read(models: Sequence[str | Path]) -> list[Record]:
-    """Return a record of each artifact or export; one of statistics is refused."""
+    """Return a record of each artifact or export; one of statistics is refused, and one that is not as it was written.
+
+    Of weights no more is read than the headers: lengths, and which artifact they are of. That tells files that are
+    gone, cut or of another model; `peftc show --verify` reads all of their bytes.
+    """
     folders = [Path(getattr(model, "spec", model)) for model in models]
     if not folders:
         raise UsageError("there is nothing to compare", hint="name artifacts: `peftc compare small healed`")
@@ -215,6 +240,8 @@ def read(models: Sequence[str | Path]) -> list[Record]:
         if record.manifest.holds_statistics:
             what = f"`{record.folder}` holds statistics, not a model"
             raise ArtifactError(what, hint=f"`peftc show {record.folder}`")
+        if not record.about:
+            artifact.tensor_table(record.folder, record.manifest)
     return found
 
 

@@ -143,18 +143,19 @@ def tensor_table(folder: Path, manifest: Manifest, *, factors: bool = False) -> 
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"`{folder}` lacks the file `{name}`", why="its manifest lists it")
+            what = f"`{folder}` lacks the file `{name}`"
+            raise ArtifactError(what, why="its manifest lists it", hint=verified.again(folder))
         if path.stat().st_size != entry["bytes"]:
             pointers.refuse(path, ArtifactError)
             why = f"its manifest says {entry['bytes']:,}"
-            raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes", why=why)
+            raise ArtifactError(f"`{path}` has {path.stat().st_size:,} bytes", why=why, hint=verified.again(folder))
         if name not in weights:
             small[name] = entry
             continue
         tensors, metadata = read_header(path)
         if metadata.get("peftc") != manifest.id:
             why = f"it was written for `{metadata.get('peftc', 'none')}`, the manifest is `{manifest.id}`"
-            raise ArtifactError(f"`{path}` belongs to another artifact", why=why)
+            raise ArtifactError(f"`{path}` belongs to another artifact", why=why, hint=verified.again(folder))
         if name.startswith(FACTORS) != factors:
             continue
         twice = sorted(table.keys() & tensors.keys())

@@ -110,7 +110,7 @@ class Job:
     def finish(self, record: Manifest | ExportRecord, result: dict[str, Any]) -> None:
         """Write manifest and result, make everything durable, and rename the folder into place."""
         record.write(self.folder)
-        artifact.write_json(self.folder / artifact.RESULT, result)
+        artifact.write_json(self.folder / artifact.RESULT, {"id": record.id, **result})
         for path in (*self.folder.iterdir(), self.folder):
             documents.sync(path)
         if self.overwrite and (self.output.exists() or self.output.is_symlink()):

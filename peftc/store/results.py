@@ -70,6 +70,7 @@ REPORT = {
     "warnings?": [str],
 }
 RESULT = {
+    "id?": str,
     "report?": REPORT,
     "seconds?": NUMBER,
     "device?": TEXT,

@@ -33,9 +33,13 @@ def check(folder: Path, files: Mapping[str, Mapping[str, Any]], *, remembered: b
     if changed := differing({folder / name: entry["sha256"] for name, entry in files.items()}, remembered=remembered):
         names = ", ".join(f"`{path.relative_to(folder)}`" for path in changed)
         why = f"its manifest promises other bytes in {names}"
-        again = "with `peftc run`, or as `peftc show --commands` prints it; or fetch it again"
-        hint = f"delete `{folder}` and make it again, {again}"
-        raise ArtifactError(f"`{folder}` was changed after it was written", why=why, hint=hint)
+        raise ArtifactError(f"`{folder}` was changed after it was written", why=why, hint=again(folder))
+
+
+def again(folder: Path) -> str:
+    """Return what to do about an artifact that is not as it was written."""
+    ways = "with `peftc run`, or as `peftc show --commands` prints it; or fetch it again"
+    return f"delete `{folder}` and make it again, {ways}"
 
 
 def differing(files: Mapping[Path, str], *, remembered: bool = True) -> list[Path]:

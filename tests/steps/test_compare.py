@@ -298,6 +298,66 @@ def test_what_is_no_artifact_is_refused(chain) -> None:
         package.compare(["small"], analysis="small/peftc.json")
 
 
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def lost(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def swapped(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    own, other = (read_manifest(Path(name)).id.encode() for name in (folder.name, "healed"))
+    (folder / "model.safetensors").write_bytes(weights.replace(own, other))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lost, "`small` lacks the file `model.safetensors`"),
+        (cut, "`small/model.safetensors` has 160 bytes"),
+        (swapped, "`small/model.safetensors` belongs to another artifact"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_manifest_are_refused(chain, peftc, harm: Any, words: str) -> None:
+    harm(Path("small"))
+    for line in (["compare", *chain], ["report", *chain, "-o", "page.html"]):
+        refused = peftc(*line)
+        assert refused.exit_code == 1 and f"error: {words}" in refused.stderr, refused.stderr
+        assert "hint: build it again: `peftc show --commands` prints how" in refused.stderr
+    assert not Path("page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "why"),
+    [
+        ({"id": "0" * 64}, "it was written for `0000000000000000`, and the folder holds"),
+        ({"places": {"1" * 64: {"spec": "other"}}}, "its model was made from `1111111111111111`, and the one in the"),
+        ({"report": {"data": {"size": {"after": {"parameters": 7}}}}}, "its model has 7 parameters, the one in the"),
+    ],
+)
+def test_a_result_of_another_model_is_refused(chain, peftc, foreign: dict[str, Any], why: str) -> None:
+    artifact.write_json(Path("small/result.json"), foreign)
+    refused = peftc("report", *chain)
+    assert refused.exit_code == 1, refused.stderr
+    assert "error: `small/result.json` belongs to another model" in refused.stderr and why in refused.stderr
+    assert "put its own back, or remove it" in refused.stderr
+
+
+def test_a_result_says_which_model_it_is_of(tmp_path, monkeypatch, tiny_vit: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    package.decompose(tiny_vit, ratio=0.5, output_dir="small")
+    package.finetune("small", data="sklearn:digits", steps=1, held_out=0, num_samples=20, output_dir="tuned")
+    package.finetune("tuned", data="sklearn:digits", steps=1, held_out=0, num_samples=20, output_dir="again")
+    package.export("again", format="safetensors", rounds=5, batch_size=1, output_dir="weights")
+    assert len(package.compare(["small", "tuned", "again", "weights"]).data["models"]) == 5
+    Path("again/result.json").write_bytes(Path("tuned/result.json").read_bytes())
+    with pytest.raises(ArtifactError, match="`again/result.json` belongs to another model"):
+        package.compare(["small", "tuned", "again"])
+
+
 def test_evaluate_and_bench_leave_what_it_reads(tmp_path, monkeypatch, tiny_vit: Path) -> None:
     monkeypatch.chdir(tmp_path)
     package.decompose(tiny_vit, ratio=0.5, output_dir="small")

@@ -62,7 +62,7 @@ def test_the_same_request_again_is_done_already(output: Path) -> None:
     before = (output / "peftc.json").stat().st_mtime_ns
     job = build(output)
     assert job.done
-    assert job.result() == {"seconds": 1}
+    assert job.result() == {"id": job.id, "seconds": 1}
     assert (output / "peftc.json").stat().st_mtime_ns == before
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
