@@ -8,7 +8,7 @@ from typing import Any
 from peftc.pages import charts, html, pictures
 from peftc.pages.html import Html, details, facts, joined, prose, tag
 from peftc.pages.records import Record, Row, plan_text
-from peftc.pages.tables import MISSING, quoted, table_of
+from peftc.pages.tables import MISSING, quoted, speeds_of, table_of
 from peftc.pages.trade import trade_of
 from peftc.pages.verdict import Verdict, verdict_of
 from peftc.report import count, grouped, percent, rank_text, short, size, span
@@ -26,6 +26,7 @@ def page_of(rows: list[Row], found: list[Record], analyzed: Mapping[str, Any] | 
     parts = [
         ("models", "All models", _models(rows, notes)),
         ("trade", "Quality against what it costs", trade_of(rows)),
+        ("speed", "Speed and its noise", _speeds(rows)),
         ("plan", "The plan", _plan(rows, analyzed) if analyzed else None),
         ("spectra", f"Rank spectra of {bases}", _spectra(analyzed) if analyzed else None),
         ("modules", "Ranks", _each(found, _modules)),
@@ -94,6 +95,16 @@ def _models(rows: Sequence[Row], notes: Sequence[str]) -> Html:
         cells.append([*line[:4], *sizes, *line[4:]])
     said = tag("ul", *(tag("li", prose(note)) for note in notes), class_="soft")
     return joined([html.table(table.title, columns, cells, names=2), said])
+
+
+def _speeds(rows: Sequence[Row]) -> Html | None:
+    """Show the speed-ups of single samples and of batches beside the noise of their runs."""
+    table = speeds_of(rows)
+    if table is None:
+        return None
+    told = "A speed-up is against the dense model, timed in turn with it in one run, in brackets its range. Noise is "
+    told += "what the dense model shows against itself in that run: a change inside it is called `within noise`."
+    return joined([html.table(table.title, table.columns, table.rows), tag("p", prose(told), class_="soft")])
 
 
 def _plan(rows: Sequence[Row], analyzed: Mapping[str, Any]) -> Html:

@@ -1,7 +1,8 @@
 """Rows of a comparison > the table that `compare`, `demo`, `report` and cards show, and what stands behind `-v`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peftc.pages.records import Row
 from peftc.report import Table, count, duration, percent, ranged, short, size, speedup_text
@@ -75,6 +76,32 @@ def faster_text(row: Row) -> str:
     if row.speedup is None:
         return MISSING if row.base else ""
     return speedup_text(row.speedup, NOISE)
+
+
+def speeds_of(rows: Sequence[Row]) -> Table | None:
+    """List each speed-up with the noise of its run, of single samples and of batches; None where there is none."""
+    names, lines = labels_of(rows)[0], []
+    for row in rows:
+        lines += [
+            [names[row.name], str(batch), speedup_text(change, NOISE), noise_text(change) or MISSING]
+            for batch, change in speedups(row).items()
+        ]
+    return Table("speed", ["name", "batch", "speed-up", "noise"], lines) if lines else None
+
+
+def speedups(row: Row) -> dict[int, Mapping[str, Any]]:
+    """Return batch -> speed-up of a model beside its base: of single samples first, where that was timed."""
+    if row.speed is None or row.speedup is None:
+        return {}
+    single, batch = row.speed["speedup"].get("batch_1"), int(row.speed["model"]["saturating"]["batch"])
+    return ({1: single} if single else {}) | {batch: row.speedup}
+
+
+def noise_text(change: Mapping[str, Any]) -> str:
+    """Write how much the dense model differs from itself in the run of a speed-up; nothing where nobody kept that."""
+    if "noise_low" not in change or "noise_high" not in change:
+        return ""
+    return f"{change['noise_low']:.2f}x to {change['noise_high']:.2f}x"
 
 
 def details_of(rows: Sequence[Row]) -> Table:

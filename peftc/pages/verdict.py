@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from peftc.pages.records import Row, cut_text
-from peftc.pages.tables import MISSING, NOISE, change_text, quoted
-from peftc.report import UNCHANGED, count, is_better, percent, ranged, size, speedup_range
+from peftc.pages.tables import MISSING, NOISE, change_text, noise_text, quoted, speedups
+from peftc.report import UNCHANGED, count, is_better, percent, ranged, size, speedup_range, speedup_text
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,9 @@ def _speed(row: Row, base: str) -> Figure:
     which = "times the speed" if words == NOISE else f"times {words.rpartition(' ')[2]}"
     batch = row.speed["model"]["saturating"]["batch"]
     told = f"{low:.2f} to {high:.2f} {which}, timed in turn with {quoted(base)} in one run, batch {batch}"
+    noise, single = noise_text(row.speedup), speedups(row)[1] if batch > 1 and 1 in speedups(row) else None
+    told += f"; noise of that run {noise}" if noise else ""
+    told += f"; at batch 1 {speedup_text(single, NOISE)}" if single else ""
     return Figure("speed", words, told)
 
 

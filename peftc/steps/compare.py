@@ -15,6 +15,11 @@ from peftc.store import artifact
 from peftc.store.commands import command_lines
 from peftc.store.source import Source
 
+FORMED = (
+    "both take turns, and it is the median of the ratios of their rounds, in brackets its range; "
+    "it need not be the ratio of their median times"
+)
+
 
 def compare(
     models: Sequence[str | Path | Source], *, analysis: str | Path | None = None, commands: bool = False
@@ -82,7 +87,7 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         report.notes.append(
             f"speed: {where['device_name']}, threads: {where['threads']}, {speed['model']['dtype']}, batch "
             f"{speed['model']['saturating']['batch']}; each speed-up is against the dense model in the same run of "
-            "`peftc bench`, in brackets its range"
+            f"`peftc bench`: {FORMED}"
         )
     batch = f"--batch-size {speed['model']['saturating']['batch']} " if speed else ""
     for kind, known, word, line in (

@@ -33,13 +33,13 @@ TIMED = {
     "batch_1": {"median_seconds": float},
     "saturating": {"batch": int, "samples_per_second": float},
 }
-SPEEDUP = {"value": float, "low": float, "high": float, "verdict": str}
+SPEEDUP = {"value": float, "low": float, "high": float, "verdict": str, "noise_low?": float, "noise_high?": float}
 BENCHED = {
     "at": int,
     "model": TIMED,
     "against?": (TIMED | {"name": str}, None),
     "input": Any,
-    "speedup?": ({"saturating": (SPEEDUP, None)}, None),
+    "speedup?": ({"saturating": (SPEEDUP, None), "batch_1?": (SPEEDUP, None)}, None),
     "environment": {"device_name": str, "threads": int},
 }
 MODULE = {

@@ -126,6 +126,7 @@ def test_raw_times_stand_behind_v_beside_those_of_the_same_run(chain, peftc) -> 
     assert "/s" not in shown and " ms" not in shown
     more = peftc("compare", *chain, "-v", env={"COLUMNS": "160"}).stderr
     assert "1,500/s" in more and "1,000/s" in more and "no measure of each other" in more
+    assert "it is the median of the ratios of their rounds" in " ".join(more.split()), "not the ratio of those times"
     (details,) = package.compare(chain).details
     assert list(details.rows[1]) == ["small", "161 B", "1.23 k", "0.667 ms", "1 ms", "1,500/s", "1,000/s"]
     assert list(details.rows[0])[3:] == [""] * 4, "the base alone was in no run"

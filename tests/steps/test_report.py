@@ -19,6 +19,7 @@ import peftc as package
 from peftc.errors import ArtifactError, OutputError, UsageError
 from peftc.pages import charts, html
 from peftc.pages.charts import Scale
+from peftc.report import UNCHANGED
 from peftc.steps.report import report
 from peftc.store import artifact
 from peftc.store import maps as layer_maps
@@ -36,6 +37,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.wrong: list[str] = []
         self.text = ""
+        self.parts: list[str] = []
         self.feed(text)
         self.close()
 
@@ -50,6 +52,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        self.parts.append(data.strip())
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -95,6 +98,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def words(found: Page) -> str:
+    """Return the text of a page, with one blank between the cells of its tables."""
+    return " ".join(found.parts).replace("  ", " ")
+
+
 def written(**options: Any) -> Page:
     outcome = report(["small", "healed", "shorter"], **options)
     return Page(Path(outcome.lines[0]).read_text(encoding="utf-8"))
@@ -104,7 +112,8 @@ def test_the_page_has_every_part_and_all_of_it_is_closed(folder) -> None:
     found = written(analysis="analysis.json")
     assert (found.wrong, found.open) == ([], [])
     links = [link["href"] for link in found.all("a")]
-    assert links == ["#models", "#trade", "#plan", "#spectra", "#modules", "#layers", "#training", "#provenance"]
+    parts = "models trade speed plan spectra modules layers training provenance".split()
+    assert links == [f"#{part}" for part in parts]
     identifiers = [each["id"] for tag, each in found.elements if "id" in each and tag != "input"]
     assert [f"#{name}" for name in identifiers] == links, "every part can be reached, and no name stands twice"
 
@@ -270,6 +279,18 @@ def test_what_was_warned_of_stands_with_the_verdict(folder) -> None:
     assert found.count(text) == 3, "and again where it is told how each came to be"
 
 
+def test_speed_at_batch_1_and_the_noise_are_on_the_page(folder) -> None:
+    assert "small 64 1.50x faster [1.45, 1.55] 0.98x to 1.02x" in words(written())
+    single = {"value": 1.01, "low": 0.97, "high": 1.03, "verdict": UNCHANGED}
+    timed = speed(1500)
+    timed["speedup"]["batch_1"] = single | {"noise_low": 0.96, "noise_high": 1.05}
+    measure(Path("small"), evaluate=[quality(0.8, against=0.9)], bench=[timed])
+    text = words(written())
+    assert "small 1 within noise [0.97, 1.03] 0.96x to 1.05x small 64 1.50x faster [1.45, 1.55] 0.98x to" in text
+    text = words(Page(Path(report(["small"]).lines[0]).read_text()))
+    assert "batch 64; noise of that run 0.98x to 1.02x; at batch 1 within noise [0.97, 1.03]" in text
+
+
 def test_a_plan_stands_apart_from_models(folder) -> None:
     found = written(analysis="analysis.json")
     assert "analysis.json is a plan, no model" in found.text
@@ -431,7 +452,7 @@ def test_a_real_chain_has_every_part(tmp_path, monkeypatch, tiny_vit: Path, peft
         package.evaluate(name, data="sklearn:digits", against="base", num_samples=40)
     found = written(analysis="analysis.json")
     assert (found.wrong, found.open) == ([], [])
-    assert len({link["href"] for link in found.all("a")}) == 8
+    assert len({link["href"] for link in found.all("a")}) == 9
 
 
 # charts
