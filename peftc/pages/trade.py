@@ -134,7 +134,7 @@ def _figure(points: Sequence[Point], view: View, row: Row, lacks: Sequence[str])
     if len(front) > 1:
         told.append(f"The dashed line is the front: by these figures no model beats {_listed(front)} in both.")
     elif front:
-        told.append(f"By these figures {quoted(front[0].label)} is the best in both.")
+        told.append(_of_one(points, front[0], view.word, metric))
     else:
         told.append("No front is drawn: each speed-up was measured in a run of its own, beside the dense model.")
     if lacks:
@@ -151,6 +151,24 @@ def _figure(points: Sequence[Point], view: View, row: Row, lacks: Sequence[str])
         charts.append(joined([chart.svg(), tag("p", without, class_=f"{look} soft") if without else None]))
     said = tag("figcaption", prose(" ".join(told)))
     return tag("figure", *charts, said, aria_label=f"{metric} against {view.word}")
+
+
+def _of_one(points: Sequence[Point], best: Point, word: str, metric: str) -> str:
+    """Say of a model that none beats in either that it is the best, and which are level with it, in what."""
+    others = [point for point in points if point is not best]
+    same = [point for point in others if (point.x, point.y) == (best.x, best.y)]
+    if not any(point.x == best.x or point.y == best.y for point in others):
+        return f"By these figures {quoted(best.label)} is the best in both."
+    level = [
+        f"{_listed(some)} in {name}"
+        for name, some in (
+            (word, [point for point in others if point.x == best.x and point not in same]),
+            (metric, [point for point in others if point.y == best.y and point not in same]),
+        )
+        if some
+    ]
+    told = f"By these figures no model is better in either than {_listed([best, *same])}"
+    return f"{told}; level with that: {', '.join(level)}." if level else f"{told}, which are level."
 
 
 def _listed(points: Sequence[Point]) -> str:

@@ -47,6 +47,18 @@ def test_a_front_is_drawn_only_through_what_one_run_measured() -> None:
     assert front([DENSE, row("a", 500, 0.8, 1.5)], SPEED) == ["dense", "a"], "one run timed both"
 
 
+def test_a_model_is_the_best_in_both_only_where_none_is_level_with_it() -> None:
+    base = row("dense", 1000, 0.8, base=True)
+    assert "<code>a</code> is the best in both." in str(trade_of([base, row("a", 500, 0.9), row("b", 600, 0.85)]))
+    text = str(trade_of([base, row("a", 500, 0.9), row("b", 600, 0.9)]))
+    assert "no model is better in either than <code>a</code>; level with that: <code>b</code> in top1." in text
+    text = str(trade_of([base, row("a", 500, 0.9), row("b", 500, 0.85)]))
+    assert "no model is better in either than <code>a</code>; level with that: <code>b</code> in parameters." in text
+    text = str(trade_of([base, row("a", 500, 0.9), row("b", 500, 0.9)]))
+    assert "no model is better in either than <code>a</code> and <code>b</code>, which are level." in text
+    assert "the best in both" not in text
+
+
 def test_a_model_without_a_paired_speed_up_is_not_in_the_chart_of_speed() -> None:
     rows = [DENSE, row("a", 500, 0.8, 1.5), row("b", 250, 0.7)]
     assert [point.label for point in points_of(rows, SPEED)] == ["dense", "a"]
