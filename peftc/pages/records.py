@@ -68,6 +68,10 @@ class Record:
     manifest: Manifest  # what it is made of; of an export what it kept of the artifact's that it was made from
     result: Mapping[str, Any]  # what was measured, and the report of its last step; empty where it is gone
     about: Mapping[str, Any] = field(default_factory=dict)  # how to use an export; empty for an artifact
+    called: str = ""  # what it is called; the folder as it was named where nothing else is said
+
+    def __post_init__(self) -> None:
+        self.called = self.called or str(self.folder)
 
     @property
     def format(self) -> str:
@@ -252,7 +256,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
     for at, record in enumerate(records):
         own, size = record.manifest, (record.data.get("size") or {}).get("after") or {}
         stored = sum(entry["bytes"] for entry in own.files.values()) if record.about else own.weight_bytes
-        row = Row(str(record.folder), record.stages, own.parameters, stored, size.get("macs"))
+        row = Row(record.called, record.stages, own.parameters, stored, size.get("macs"))
         row.quality, row.speed = quality.get(at), speed.get(at)
         found.append(row)
     macs = {_structure(record): row.macs for record, row in zip(records, found, strict=True) if row.macs is not None}

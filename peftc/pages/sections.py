@@ -51,7 +51,7 @@ def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
     for each in verdict.figures:
         value = tag("dd", each.value, class_="missing" if each.value == MISSING else None)
         figures.append(tag("div", tag("dt", each.of), value, tag("dd", prose(each.told))))
-    record = next(each for each in found if str(each.folder) == verdict.name)
+    record = next(each for each in found if each.called == verdict.name)
     base = record.manifest.base
     about = [f"`{base['library']}` `{base['architecture']}`", *verdict.on, *([verdict.why] if verdict.why else [])]
     lead = tag("p", prose(verdict.sentence), class_="lead")
@@ -62,7 +62,7 @@ def _verdict(verdict: Verdict, found: Sequence[Record]) -> Html:
 def _warned(record: Record, found: Sequence[Record]) -> list[Html]:
     """Say beside the verdict what was warned of its model, and that there is more on others, if there is."""
     said = _warnings(record)
-    names = ", ".join(quoted(str(each.folder)) for each in found if each is not record and _warnings(each))
+    names = ", ".join(quoted(each.called) for each in found if each is not record and _warnings(each))
     if names:
         where = tag("a", "how they came to be", href="#provenance")
         said.append(tag("p", prose(f"There are warnings of {names}, too: see "), where, ".", class_="soft"))
@@ -77,7 +77,7 @@ def _warnings(record: Record) -> list[Html]:
 
 def _each(found: Sequence[Record], show: Callable[[Record], Html | None]) -> Html | None:
     """Return what there is to show of each record, under its name; of many on request."""
-    parts = [(str(record.folder), inside) for record in found if (inside := show(record))]
+    parts = [(record.called, inside) for record in found if (inside := show(record))]
     if not parts:
         return None
     if len(parts) > MANY:
@@ -250,5 +250,6 @@ def _provenance(record: Record) -> Html:
     notes = tag("ul", *(tag("li", prose(text)) for text in last.get("notes", []))) if last.get("notes") else None
     requests = [json.dumps(step["request"], indent=2, sort_keys=True, ensure_ascii=False) for step in own.steps]
     asked = details("what each step was asked", *(tag("pre", text) for text in requests))
-    rebuilt = [tag("p", "The commands that rebuild it:"), tag("pre", "\n".join(command_lines(own)))]
+    told = f"The commands that rebuild it; `peftc show {record.called} --commands` prints them with whole paths:"
+    rebuilt = [tag("p", prose(told)), tag("pre", "\n".join(command_lines(own)))]
     return joined([facts(pairs), *_warnings(record), notes, *rebuilt, asked])

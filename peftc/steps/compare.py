@@ -109,7 +109,7 @@ def _of_export(record: Record) -> str:
     """Say how an export ran beside the model that it was made from, when it was written."""
     data = record.data
     if "runtime" not in data:
-        return f"`{record.folder}`: its `{artifact.RESULT}` is gone, which says how it ran"
+        return f"`{record.called}`: its `{artifact.RESULT}` is gone, which says how it ran"
     batch, timed = max(data["times"].items(), key=lambda each: int(each[0]))
     beside = f"{speedup_text(timed['speedup'])} beside PyTorch at batch {batch}"
-    return f"`{record.folder}` in {data['runtime']}: {beside}, and within {data['deviation']:.1e} of the largest output"
+    return f"`{record.called}` in {data['runtime']}: {beside}, and within {data['deviation']:.1e} of the largest output"

@@ -23,6 +23,8 @@ def write(
     *commands: str,
     after: Path | None = None,
     head: bool = False,
+    source: str = "models/dense",
+    data: str | None = None,
     parameters: int = 100,
     report: dict[str, Any] | None = None,
     **more: Any,
@@ -34,6 +36,7 @@ def write(
         commands: that made it.
         after: what it was made from.
         head: whether its last step gave it one.
+        source, data: what it says that its base and the samples of its steps were.
         parameters: how many it says that it has.
         report: figures of its last step.
         more: fields of its manifest.
@@ -41,13 +44,14 @@ def write(
     folder.mkdir()
     steps = [] if after is None else read_manifest(after).steps
     steps += [
-        {"id": digest([folder.name, at]), "request": {"command": word, **LAYERS}} for at, word in enumerate(commands)
+        {"id": digest([folder.name, at]), "request": {"command": word, **LAYERS, "data": data}}
+        for at, word in enumerate(commands)
     ]
     steps[-1] |= {"new_head": True} if head else {}
     identity = steps[-1]["id"]
     weights = encode_header({"w": ("U8", (1,))}, {"peftc": identity}) + b"\0"
     files = {"model.safetensors": artifact.write_bytes(folder / "model.safetensors", weights)}
-    base = {"library": "timm", "architecture": "vit", "source": {"spec": "models/dense"}}
+    base = {"library": "timm", "architecture": "vit", "source": {"spec": source}}
     Manifest(identity, base, steps, files, parameters, **more).write(folder)
     artifact.write_json(folder / "result.json", {"report": {"data": report or {}}})
     return folder
