@@ -22,6 +22,7 @@ def hidden(records: Sequence[Record]) -> list[Record]:
         replace(
             record,
             called=name,
+            against=without_places(record.against),
             manifest=Manifest(**without_places(asdict(record.manifest))),
             result=without_places(record.result),
             about=without_places(record.about),

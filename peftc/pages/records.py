@@ -13,17 +13,11 @@ from peftc.report import Table, by_kind, count, rank_span, span
 from peftc.store import artifact, documents, manifest
 from peftc.store.exports import EXPORT, read_export
 from peftc.store.manifest import Manifest
-from peftc.store.source import FILES, MANIFEST, read_json
+from peftc.store.source import FILES, MANIFEST
 
 LOG = "log.jsonl"
+BASE, DENSE = "base", "DENSE"  # of `--against`: what an artifact records; what stands for a model that nobody knows
 TRAINING = ("distill", "finetune")  # the commands that train weights
-ANALYSIS = {  # of what `analyze --json` prints, what is read again
-    "modules": [
-        {"name": str, "shape": [int], "spectrum": [[float]], "reason?": (str, None)}
-        | dict.fromkeys(("max_rank", "break_even_rank", "rank_90", "rank_95", "rank_99"), int)
-    ],
-    "plan?": ({"budget": str, "allocation": str, "parameters": int, "predicted?": float}, None),
-}
 TOLD = {"step": int, "loss?": float, "score?": (float, None)}  # what a line of it says
 
 
@@ -43,6 +37,7 @@ class Row:
         base: the name of the dense model that it is set beside; None for a dense model.
         made_from: those of the models beside it that it was made from, by name, the earliest first.
         trained: the commands that trained it since the dense model, which has had none of that; oldest first.
+        against: what `--against` takes for the dense model, as in `Record`.
     """
 
     name: str
@@ -58,6 +53,7 @@ class Row:
     base: str | None = None
     made_from: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    against: str = BASE
 
 
 @dataclass
@@ -69,6 +65,9 @@ class Record:
     result: Mapping[str, Any]  # what was measured, and the report of its last step; empty where it is gone
     about: Mapping[str, Any] = field(default_factory=dict)  # how to use an export; empty for an artifact
     called: str = ""  # what it is called; the folder as it was named where nothing else is said
+    against: str = (
+        BASE  # what `--against` takes for the dense model: where `base` would not find it a folder, or `DENSE`
+    )
 
     def __post_init__(self) -> None:
         self.called = self.called or str(self.folder)
@@ -133,10 +132,16 @@ class Record:
         return [word for step in since if (word := str(step["request"]["command"])) in TRAINING]
 
     @property
+    def place(self) -> str | None:
+        """Where the artifact lay that `--against base` means for it; None where it keeps none."""
+        place = (self.result.get("places") or {}).get(self.base_id, {})
+        return place.get("spec")
+
+    @property
     def base(self) -> str:
         """What the dense model is called: what `--against base` means for it."""
-        place = (self.result.get("places") or {}).get(self.base_id, {})
-        spec = str(place.get("spec") or self.spec or "the dense model")
+        told = self.against if self.against not in (BASE, DENSE) else None
+        spec = str((self.place if self.base_id else self.spec) or told or "the dense model")
         return Path(spec.partition("@")[0]).name or spec
 
     def measured(self, kind: str) -> list[dict[str, Any]]:
@@ -155,27 +160,6 @@ class Record:
             with suppress(ValueError):
                 found.append(documents.parsed(line))
         return [entry for entry in found if documents.misfit(entry, TOLD) is None]
-
-
-def read_analysis(file: Path) -> dict[str, Any]:
-    """Return what `analyze` printed: ``modules`` with their spectra, under a budget a ``plan``, and the ``file``."""
-    found = read_json(file)
-    if found.get("command") != "analyze" or documents.misfit(found, ANALYSIS):
-        hint = "`peftc analyze MODEL --json >analysis.json` writes one"
-        raise UsageError(f"`{file}` holds no report of `peftc analyze`", hint=hint)
-    return {**found, "file": str(file)}
-
-
-def plan_text(analysis: Mapping[str, Any]) -> str:
-    """Say what was planned, and what that was predicted to lose."""
-    plan = analysis.get("plan")
-    if not plan:
-        return f"`{analysis['file']}` planned nothing: give `peftc analyze` a budget, as `--ratio 0.5`"
-    lost = f"; predicted loss {plan['predicted']:g}" if "predicted" in plan else ""
-    return (
-        f"`{analysis['file']}` is a plan, no model: {plan['budget']}, {plan['allocation']}, to keep "
-        f"{count(plan['parameters'])} parameters{lost}"
-    )
 
 
 def of(folder: Path) -> Record:
@@ -246,7 +230,26 @@ def read(models: Sequence[str | Path]) -> list[Record]:
             raise ArtifactError(what, hint=f"`peftc show {record.folder}`")
         if not record.about:
             artifact.tensor_table(record.folder, record.manifest)
+    _find_dense(found)
     return found
+
+
+def _find_dense(records: Sequence[Record]) -> None:
+    """Note how `--against` has to name the dense model of those records for which `base` would not find it."""
+    named = {each.manifest.id: str(each.folder) for each in records if not each.about}
+    for record in records:
+        at = record.base_id
+        if at is None or (record.place and _is_there(record.place, record.folder)):
+            continue
+        told = [str(places[at]["spec"]) for each in records if at in (places := each.result.get("places") or {})]
+        there = [spec for spec in told if Path(spec).expanduser().is_dir()]
+        record.against = named.get(at) or next(iter(there), DENSE)
+
+
+def _is_there(spec: str, folder: Path) -> bool:
+    """Return whether `--against base` finds a folder: where it was, or under its name beside the artifact."""
+    lay = Path(spec).expanduser()
+    return spec.startswith("hf:") or lay.is_dir() or (folder.resolve().parent / lay.name).is_dir()
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
@@ -257,7 +260,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
         own, size = record.manifest, (record.data.get("size") or {}).get("after") or {}
         stored = sum(entry["bytes"] for entry in own.files.values()) if record.about else own.weight_bytes
         row = Row(record.called, record.stages, own.parameters, stored, size.get("macs"))
-        row.quality, row.speed = quality.get(at), speed.get(at)
+        row.quality, row.speed, row.against = quality.get(at), speed.get(at), record.against
         found.append(row)
     macs = {_structure(record): row.macs for record, row in zip(records, found, strict=True) if row.macs is not None}
     for record, row in zip(records, found, strict=True):  # a training that kept the structure did not count it again

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peftc.pages import charts, html, pictures
+from peftc.pages.analysis import plan_text
 from peftc.pages.html import Html, details, facts, joined, prose, tag
-from peftc.pages.records import Record, Row, plan_text
+from peftc.pages.records import Record, Row
 from peftc.pages.tables import MISSING, quoted, speeds_of, table_of
 from peftc.pages.trade import trade_of
 from peftc.pages.verdict import Verdict, verdict_of

@@ -1,10 +1,11 @@
 """Rows of a comparison > the table that `compare`, `demo`, `report` and cards show, and what stands behind `-v`."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftc.pages.records import Row
+from peftc.pages.records import DENSE, Row
 from peftc.report import Table, count, duration, percent, ranged, short, size, speedup_text
 
 MISSING = "not measured"
@@ -48,6 +49,14 @@ def labels_of(rows: Sequence[Row]) -> tuple[dict[str, str], str | None]:
 def quoted(name: str) -> str:
     """Return a name between backticks, of which it has none of its own."""
     return "`{}`".format(name.replace("`", "'"))
+
+
+def measured_by(row: Row, command: str) -> str:
+    """Say which command measures a model beside its dense one: ``evaluate --data DATA``, for one."""
+    word, *options = command.split()
+    line = f"`{' '.join(['peftc', word, shlex.quote(row.name), *options, '--against', shlex.quote(row.against)])}`"
+    where = ", where DENSE is the dense model, of which its chain does not say where it lies now"
+    return f"{line} measures it{where if row.against == DENSE else ''}"
 
 
 def share_text(row: Row) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from peftc.pages.records import Row, cut_text
-from peftc.pages.tables import MISSING, NOISE, change_text, noise_text, quoted, speedups
+from peftc.pages.tables import MISSING, NOISE, change_text, measured_by, noise_text, quoted, speedups
 from peftc.report import UNCHANGED, count, is_better, percent, ranged, size, speedup_range, speedup_text
 
 
@@ -72,7 +72,7 @@ def headline_of(rows: Sequence[Row]) -> tuple[Row, str]:
     if len(measured) == 1:
         why = f"most was measured of it against {quoted(str(chosen.base))}"
     elif len(ends) == 1:
-        lead = "all others lead" if len(measured) == len(made) else "the others of which as much was measured lead"
+        lead = "all others lead" if len(measured) == len(made) else "the others that were measured as fully lead"
         why = f"it is the end of the chain, {lead} to it"
     else:
         loses, metric = _rank(chosen)[0], chosen.quality["metric"] if chosen.quality else None
@@ -149,7 +149,7 @@ def _size(row: Row, base: Row) -> Figure:
 
 def _speed(row: Row, base: str) -> Figure:
     if row.speed is None or row.speedup is None:
-        return Figure("speed", MISSING, f"`peftc bench {row.name} --against base` measures it beside {quoted(base)}")
+        return Figure("speed", MISSING, measured_by(row, "bench"))
     low, high = speedup_range(row.speedup)
     words = NOISE if row.speedup["verdict"] == UNCHANGED else row.speedup["verdict"]
     which = "times the speed" if words == NOISE else f"times {words.rpartition(' ')[2]}"
@@ -163,7 +163,7 @@ def _speed(row: Row, base: str) -> Figure:
 
 def _quality(row: Row, base: Row) -> Figure:
     if row.quality is None:
-        return Figure("quality", MISSING, f"`peftc evaluate {row.name} --data DATA --against base` measures it")
+        return Figure("quality", MISSING, measured_by(row, "evaluate --data DATA"))
     metric = row.quality["metric"]
     own = row.quality["metrics"][metric]
     text = ranged(own["value"], own["low"], own["high"])

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peftc.pages import records
-from peftc.pages.records import Record, Row, cut_text, plan_text
-from peftc.pages.tables import MISSING, details_of, table_of
+from peftc.pages.analysis import plan_text, read_analysis
+from peftc.pages.records import Record, Row, cut_text
+from peftc.pages.tables import MISSING, details_of, measured_by, table_of
 from peftc.pages.verdict import verdict_of
 from peftc.report import Report, Table, speedup_text
 from peftc.store import artifact
@@ -39,7 +40,7 @@ def compare(
         UsageError: none is named, or one of them twice, or ``analysis`` is no report of `analyze`.
     """
     found = records.read(models)  # type: ignore[arg-type]
-    analyzed = None if analysis is None else records.read_analysis(Path(analysis))
+    analyzed = None if analysis is None else read_analysis(Path(analysis))
     return compared(found, records.rows(found), analyzed, commands=commands)
 
 
@@ -91,18 +92,18 @@ def _say_what_was_measured(report: Report, rows: Sequence[Row], found: Sequence[
         )
     batch = f"--batch-size {speed['model']['saturating']['batch']} " if speed else ""
     for kind, known, word, line in (
-        ("quality", "change", "evaluate", "--data DATA --against base"),
-        ("speed", "speedup", "bench", f"{batch}--against base"),
+        ("quality", "change", "evaluate", "evaluate --data DATA"),
+        ("speed", "speedup", "bench", f"bench {batch}"),
     ):
         made = zip(rows[-len(found) :], found, strict=True)
         own = [(row, record) for row, record in made if row.base is not None and not record.about]
         asked = [(row, record) for row, record in own if kind == "speed" or not record.manifest.begins]
-        lacks = [(row.name, record) for row, record in asked if getattr(row, known) is None]
+        lacks = [(row, record) for row, record in asked if getattr(row, known) is None]
         if lacks:
-            name, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""
+            row, more = lacks[0][0], f" and {len(lacks) - 1} more" if lacks[1:] else ""
             otherwise = " as the others were" if any(record.measured(word) for _, record in lacks) else ""
-            hint = f"`peftc {word} {name} {line}` measures it"
-            report.notes.append(f"{MISSING} against the dense model{otherwise}: {kind} of `{name}`{more}; {hint}")
+            missing = f"{MISSING} against the dense model{otherwise}: {kind} of `{row.name}`{more}"
+            report.notes.append(f"{missing}; {measured_by(row, line)}")
 
 
 def _of_export(record: Record) -> str:

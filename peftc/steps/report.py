@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peftc.errors import OutputError
 from peftc.pages import places, records
+from peftc.pages.analysis import plan_text, read_analysis
 from peftc.pages.sections import page_of
 from peftc.pages.tables import MISSING
 from peftc.report import Report
@@ -41,12 +42,12 @@ def report(
         if is_so:
             raise OutputError(f"cannot write `{file}`", why=why, hint="name a file: `-o report.html`")
     found = records.read(models)  # type: ignore[arg-type]
-    analyzed = None if analysis is None else records.read_analysis(Path(analysis))
+    analyzed = None if analysis is None else read_analysis(Path(analysis))
     compared = compare.compared(found, records.rows(found), analyzed)
     shown, planned = places.hidden(found), places.without_places(analyzed)
     rows = records.rows(shown)
     said = compare.compared(shown, rows, planned).notes[1:]  # without the verdict and the plan, which stand apart
-    notes = [note for note in said if planned is None or note != records.plan_text(planned)]
+    notes = [note for note in said if planned is None or note != plan_text(planned)]
     text = page_of(rows, shown, planned, notes)
     documents.write_whole(file, text)
     outcome = Report("report", {"file": str(file), "bytes": len(text.encode()), **compared.data})

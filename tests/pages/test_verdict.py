@@ -136,7 +136,7 @@ def test_it_is_on_the_end_of_the_chain_whatever_the_order(folder: Path) -> None:
     assert said("small", "healed", "again").why.endswith("as most was measured of it against `dense`")
     measure(folder, bench=[speed(1500)])
     assert on("small", "healed", "again") == "healed"
-    assert "the others of which as much was measured lead to it" in said("again", "healed", "small").why
+    assert "the others that were measured as fully lead to it" in said("again", "healed", "small").why
     assert said("small").why == "", "of one there is no choice"
 
 

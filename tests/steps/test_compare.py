@@ -206,6 +206,30 @@ def test_what_was_not_measured_is_named_with_the_command_that_does(chain) -> Non
     assert f"{start}: speed of `shorter`; `peftc bench shorter --batch-size 64 --against base` measures it" in notes
 
 
+def test_a_dense_model_that_base_would_not_find_is_named(tmp_path: Path, monkeypatch, peftc) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    dense = write(Path("there/dense"), "finetune", head=True)
+    write(Path("small"), "decompose", after=dense)
+    (Path("small") / "result.json").unlink()
+    shown = " ".join(peftc("compare", "small").stderr.split())
+    assert "`peftc evaluate small --data DATA --against DENSE` measures it, where DENSE is the dense model" in shown
+    assert "beside `the dense model`" in shown, "and not what that was made from"
+    shown = " ".join(peftc("compare", "small", "there/dense").stderr.split())
+    assert "`peftc evaluate small --data DATA --against there/dense` measures it" in shown
+    assert "`peftc bench small --against there/dense` measures it" in shown
+    places = {"places": {read_manifest(dense).id: {"spec": "there/dense"}}}
+    artifact.write_json(Path("small/result.json"), places)
+    assert "--against base` measures it" in peftc("compare", "small").stderr, "which finds it there"
+    write(Path("other"), "decompose", after=dense)
+    (Path("other") / "result.json").unlink()
+    taken = {each["name"]: each["against"] for each in package.compare(["small", "other"]).data["models"]}
+    assert (taken["small"], taken["other"]) == ("base", "there/dense")
+    dense.rename("gone")
+    taken = {each["name"]: each["against"] for each in package.compare(["small", "other"]).data["models"]}
+    assert (taken["small"], taken["other"]) == ("DENSE", "DENSE")
+
+
 def test_of_two_answers_the_one_against_another_model_counts(chain) -> None:
     measure(Path("small"), evaluate=[quality(0.6, at=1), quality(0.6, against=0.9, at=1), quality(0.6, at=2)])
     assert table(package.compare(["small"]))["dense"][3] == "0.9 [0.9, 0.9]"
