@@ -65,9 +65,7 @@ class Record:
     result: Mapping[str, Any]  # what was measured, and the report of its last step; empty where it is gone
     about: Mapping[str, Any] = field(default_factory=dict)  # how to use an export; empty for an artifact
     called: str = ""  # what it is called; the folder as it was named where nothing else is said
-    against: str = (
-        BASE  # what `--against` takes for the dense model: where `base` would not find it a folder, or `DENSE`
-    )
+    against: str = BASE  # what `--against` takes for the dense model: that, a folder, or `DENSE` where nobody knows
 
     def __post_init__(self) -> None:
         self.called = self.called or str(self.folder)

@@ -17,6 +17,19 @@ from peftc.store import maps
 from peftc.store.commands import command_lines
 from peftc.version import __version__
 
+WORDS = {  # columns of the table in plain words; the glossary says more
+    "last stage": "the command that made the model, the last of its chain",
+    "parameters": "how many numbers the model has learnt",
+    "share": "its parameters, of those of the dense model that it was made from",
+    "bytes": "what its weights take on disk",
+    "MACs": "multiply-adds: how often one sample makes the model multiply and add, which is its work",
+    "top1": "share of samples whose most likely class is the right one; in brackets the 95 % interval",
+    "accuracy": "share of samples whose most likely class is the right one; in brackets the 95 % interval",
+    "perplexity": "among how many words, so to speak, a language model hesitates: less is better; in brackets the 95 % "
+    "interval",
+    "change against dense": "difference from the dense one, on the same samples; with 0 in brackets it may be chance",
+    "speed-up": "against the dense model, both timed in turn in one run; within noise is no change that can be seen",
+}
 MANY = 4  # models: of more than these the parts are shown on request
 
 
@@ -77,13 +90,17 @@ def _warnings(record: Record) -> list[Html]:
 
 
 def _each(found: Sequence[Record], show: Callable[[Record], Html | None]) -> Html | None:
-    """Return what there is to show of each record, under its name; of many on request."""
-    parts = [(record.called, inside) for record in found if (inside := show(record))]
+    """Return what there is to show of each record, under its name; what is the same of several once."""
+    parts: dict[Html, list[str]] = {}
+    for record in found:
+        if inside := show(record):
+            parts.setdefault(inside, []).append(record.called)
     if not parts:
         return None
-    if len(parts) > MANY:
-        return joined(details(name, inside) for name, inside in parts)
-    return joined(joined([tag("h3", name), inside]) for name, inside in parts)
+    named = [(f"{', '.join(names)}{' (the same)' * (len(names) > 1)}", inside) for inside, names in parts.items()]
+    if len(named) > MANY:
+        return joined(details(name, inside) for name, inside in named)
+    return joined(joined([tag("h3", name), inside]) for name, inside in named)
 
 
 def _models(rows: Sequence[Row], notes: Sequence[str]) -> Html:
@@ -95,7 +112,9 @@ def _models(rows: Sequence[Row], notes: Sequence[str]) -> Html:
         sizes = ["-" if value is None else write(value) for value, write in ((row.bytes, size), (row.macs, short))]
         cells.append([*line[:4], *sizes, *line[4:]])
     said = tag("ul", *(tag("li", prose(note)) for note in notes), class_="soft")
-    return joined([html.table(table.title, columns, cells, names=2), said])
+    meant = facts((name, WORDS[name]) for name in columns if name in WORDS)
+    words = details("What the words mean", meant)
+    return joined([html.table(table.title, columns, cells, names=2), words, said])
 
 
 def _speeds(rows: Sequence[Row]) -> Html | None:

@@ -291,6 +291,21 @@ def test_speed_at_batch_1_and_the_noise_are_on_the_page(folder) -> None:
     assert "batch 64; noise of that run 0.98x to 1.02x; at batch 1 within noise [0.97, 1.03]" in text
 
 
+def test_what_is_the_same_of_several_models_is_shown_once(folder) -> None:
+    write(Path("twin"), "decompose", report={"modules": MODULES})
+    write(Path("other"), "decompose", report={"modules": MODULES[:2]})
+    text = Path(report(["small", "other", "twin"]).lines[0]).read_text()
+    assert "<h3>small, twin (the same)</h3>" in text and "<h3>other</h3>" in text
+    assert text.count("all 3 modules") == 1 and text.count("all 2 modules") == 1
+
+
+def test_words_of_the_table_are_explained(folder) -> None:
+    text = words(written())
+    for said in ("MACs multiply-adds: how often one sample", "top1 share of samples whose most likely class"):
+        assert said in text
+    assert "perplexity" not in text, "only those that stand there"
+
+
 def test_a_plan_stands_apart_from_models(folder) -> None:
     found = written(analysis="analysis.json")
     assert "analysis.json is a plan, no model" in found.text
