@@ -179,6 +179,7 @@ Sequential = Annotated[
 Against = Annotated[str | None, value("MODEL", "a second model to compare with, or `base`")]
 BatchSize = Annotated[int | None, value("N", "samples at once", min=1)]
 Rounds = Annotated[int, value("N", "timed rounds, 5 or more", min=5)]
+Generate = Annotated[int | None, value("N", "also time writing N tokens after a prompt, 8 or more", min=8)]
 
 # how to export
 Format = Annotated[str | None, value("NAME", "what to write, as onnx or hf, see `peftc methods export`", "--format")]

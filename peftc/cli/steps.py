@@ -298,6 +298,7 @@ def bench(
     device: o.Device = "auto",
     dtype: o.DType = "auto",
     compile: o.Compile = False,
+    generate: o.Generate = None,
     seed: o.Seed = 0,
 ) -> None:
     """Measure size, multiply-adds, latency, throughput and memory."""

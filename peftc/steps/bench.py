@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import SourceError, UsageError
-from peftc.measure import costs
+from peftc.measure import costs, generation
 from peftc.measure.costs import Call, Seconds, Speedup, quantile
 from peftc.models import load, write
 from peftc.models.inputs import outputs, probe
@@ -52,6 +52,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    generate: int | None = None,
     seed: int = 0,
 ) -> Report:
     """Measure sizes, multiply-adds, latency, throughput and peak memory, alone or against a baseline.
@@ -70,18 +71,27 @@ def bench(
         device: where to run.
         dtype: floating dtype to run in.
         compile: compile the layers of both by `torch.compile`, for the shapes that are timed.
+        generate: so many tokens are written after a prompt of ``max_length``, and timed: reading the prompt, and the
+            tokens after the first; at least 8.
         seed: of the random inputs.
 
     Raises:
-        UsageError: too few rounds, a batch below 1, or ``--min-speedup`` without a baseline.
+        UsageError: too few rounds, a batch below 1, ``--min-speedup`` without a baseline, or ``--generate`` for what
+            writes no text.
         SourceError: model and baseline read inputs of different shapes.
     """
     _check(rounds, batch_size, min_speedup, against)
+    if generate is not None and compile:
+        why = "text grows with each token, and layers are compiled for one shape"
+        raise UsageError("`--generate` and `--compile` do not go together", why=why, hint="time them in two runs")
     subject = runnable(load.load(model), device=device, dtype=dtype)
     pair = {"model": subject}
     if against is not None:
         found = baseline.timed(subject) if against == "base" else load.load(against)
         pair["against"] = runnable(found, device=device, dtype=dtype)
+    if generate is not None:
+        for which in pair.values():
+            generation.refuse(which, generate)
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length, "seed": seed}
     samples = {label: probe(which, **sides) for label, which in pair.items()}
     shapes = _shapes(samples, pair)
@@ -96,12 +106,15 @@ def bench(
     other, place = pair.get("against", subject), place_of(subject.module)
     forwards["control"] = functools.partial(forward, other)
     largest = batch_size or costs.saturating_batch(forwards["control"], place)
+    data: dict[str, Any] = {}
     with ExitStack() as held:
         for which in pair.values() if compile else ():
             held.enter_context(layerwise(which, compiled=True, fixed=True))
         times = _time(forwards, largest, rounds, place)
+        if generate is not None:
+            asked = generation.Asked(next(iter(shapes["model"].values()))[0], generate, rounds, seed)
+            data["generation"] = generation.measure(pair, asked, batch_size)
 
-    data: dict[str, Any] = {}
     for label, which in pair.items():
         data[label] = _sizes(which, samples[label]) | _speeds(times, label, largest)
         working = costs.working_memory(forwards[label](largest), place)
@@ -116,7 +129,8 @@ def bench(
     if isinstance(model, str | Path | Source):
         where = {name: data["environment"][name] for name in ("device_name", "threads")}
         question = [where, data["model"]["dtype"], data["input"], largest, None if against is None else other.name]
-        write.keep_measured(report, subject, [*question, *(["compiled"] if compile else [])])
+        more = [*(["compiled"] if compile else []), *([f"generate {generate}"] if generate is not None else [])]
+        write.keep_measured(report, subject, [*question, *more])
     return report
 
 
@@ -220,6 +234,8 @@ def _report(
     figures, saturating = data["model"], compared["saturating"] if compared else None
     stored = figures["bytes_on_disk"]
     report.tables.append(_table(data, compared, largest))
+    if "generation" in data:
+        report.tables.append(generation.table(data["generation"], report.tables[0].title))
     where = data["environment"]
     report.notes.append(
         f"{where['device_name']}, threads: {where['threads']}, {figures['dtype']}, {data['rounds']} rounds"
