@@ -4,9 +4,12 @@
 alike; ``factored`` is a LowRankLinear, whose matrix is the product of its factors.
 """
 
+import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +40,35 @@ def kind_of(module: nn.Module) -> str | None:
 def computes_plainly(module: nn.Module) -> bool:
     """Return whether a module of a class with a form uses its weight as that class does."""
     plain = (type(module).forward is kind.forward for kind in PLAIN if isinstance(module, kind))
-    return next(plain, True) or pads_itself(module)
+    return next(plain, True) or pads_itself(module) or acts_as_linear(module)
+
+
+def acts_as_linear(module: nn.Module) -> bool:
+    """Return whether a class with a `forward` of its own does what `Linear` does, as transformers' `FalconLinear`.
+
+    A stand-in of it with a few random weights is tried, in training and not: whatever scales, rounds, normalises or
+    adds to the weight, or depends on its size, is told apart. What holds more than weight and bias is not tried.
+    """
+    more = {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}
+    if not isinstance(module, nn.Linear) or more or list(module.children()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    bias = None if module.bias is None else nn.Parameter(drawn(7))
+    stand_in, weight = copy.copy(module), nn.Parameter(drawn(7, 5))
+    stand_in.__dict__ |= {"_parameters": {"weight": weight, "bias": bias}, "in_features": 5, "out_features": 7}
+    for training, x in itertools.product((False, True), (drawn(3, 5), 100 * drawn(2, 3, 5))):
+        stand_in.__dict__["training"] = training
+        try:
+            found = type(module).forward(stand_in, x)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError):
+            return False
+        if not isinstance(found, Tensor) or not torch.allclose(found, F.linear(x, weight, bias), rtol=1e-9):
+            return False
+    return True
 
 
 def matrix_size(module: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from peftc.models.families import matches
 from peftc.models.load import load
 from peftc.models.model import Model
 from peftc.models.targets import every_weight, find_targets
+from peftc.nn import forms
 from peftc.store.source import Source
 
 
@@ -98,6 +99,54 @@ def test_a_subclass_that_uses_its_weight_differently_stays_dense() -> None:
 
     found, reasons = split(nn.Sequential(nn.Linear(16, 16), Scaled(16, 16), nn.Linear(16, 16)))
     assert found == {"0"} and "Scaled" in reasons["1"]
+
+
+class Written(nn.Linear):
+    """As Falcon's: a product of its own, which is that of `Linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Rounded(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, (self.weight * 8).round() / 8, self.bias)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-10, 10))
+
+
+class Beside(Written):
+    """What it computes is its product, as long as what is beside it is 0."""
+
+    def __init__(self, reads: int, gives: int) -> None:
+        super().__init__(reads, gives)
+        self.more = nn.Parameter(torch.zeros(gives))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_subclass_that_does_what_linear_does_is_eligible(bias: bool, device: str) -> None:
+    written = Written(16, 12, bias=bias, device=device)
+    before = dict(vars(written))
+    assert forms.acts_as_linear(written) and forms.form_of(written) == "linear"
+    assert vars(written) == before
+    found, _ = split(nn.Sequential(nn.Linear(16, 16), Written(16, 16, bias=bias), nn.Linear(16, 16)))
+    assert found == {"0", "1"}
+
+
+@pytest.mark.parametrize("kind", [Rounded, Noisy, Clipped, Beside])
+def test_a_subclass_that_does_more_than_linear_does_stays_dense(kind: type[nn.Linear]) -> None:
+    found, reasons = split(nn.Sequential(nn.Linear(16, 16), kind(16, 16), nn.Linear(16, 16)))
+    assert found == {"0"} and kind.__name__ in reasons["1"]
 
 
 def test_quantized_and_lazy_weights_stay_dense() -> None:
