@@ -8,14 +8,15 @@ those of the others. So plans are tried as a whole, on samples kept apart from c
    kept 0.76);
 2. the best of them with the losses of early layers weighted up, by LEMS's ``1 + gamma s``, with s the tail sum of a
    power law over depth (lems-svd/lems);
-3. the best of 1 again, with each layer's losses weighted by what leaving it dense wins in that plan over what was
-   predicted of it: the slope of what is minimised, at the plan itself. Then once more from there.
+3. the best of 1 again, with the losses of each kind of module (q, k, ..., in all layers) weighted by what leaving
+   that kind dense wins in that plan over what was predicted of it: the slope of what is minimised, at the plan itself;
+4. the best so far, with each layer's losses weighted by its slope. Then once more from there.
 
-Plans of 2 and 3 are tried on a quarter of the samples, and the best of each on all of them, as those of 1 are.
+Plans of 2 to 4 are tried on a quarter of the samples, and the best of each on all of them, as those of 1 are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,8 +32,9 @@ from peftc.plans.plan import Aim
 SHARES = (1.0, 0.5, 0.0)  # of the correction, in the exponent
 DEPTHS = ((0.0, 1.5), (0.0, 4.0), (0.75, 1.5), (0.75, 4.0), (1.5, 1.5), (1.5, 4.0))  # alpha, gamma, of LEMS's ranges
 POWERS = (0.5, 1.0)  # of the slopes
-ROUNDS = 2  # of slopes
-LAYERS = 24  # that have a slope of their own; of deeper networks neighbours share one
+ROUNDS = 2  # of slopes of layers
+LAYERS = 12  # that have a slope of their own; of deeper networks neighbours share one
+KINDS = 12  # of modules, above which their slopes are not measured
 FAINT, TINY = 1e-4, 1e-12  # of the plan's loss, and in nats, that a layer counts for at least
 LESS = 0.997  # of the loss, at which another round is worth its time
 
@@ -88,26 +90,36 @@ class Search:
             found.append({name: each * float(weights[where[name]]) for name, each in start.losses.items()})
         return found
 
-    def of_slopes(self, start: Candidate, plan: Candidate) -> list[Losses]:
-        """Return losses weighted by the slopes at a plan."""
-        groups: dict[int, list[str]] = {}
-        for name, at in self._layers().items():
-            groups.setdefault(at * min(LAYERS, len(self.trial.layers)) // len(self.trial.layers), []).append(name)
+    def of_slopes(self, start: Candidate, plan: Candidate, group_of: Mapping[str, Hashable]) -> list[Losses]:
+        """Return losses weighted by the slopes at a plan, one for each group of modules."""
+        groups: dict[Hashable, list[str]] = {}
+        for name, group in group_of.items():
+            groups.setdefault(group, []).append(name)
         tokens = tokens_of(self.trial.work)
         predicted = {
-            at: sum(float(start.losses[name][rank]) / 2 / tokens for name in names if (rank := plan.ranks[name]))
-            for at, names in groups.items()
+            group: sum(float(start.losses[name][rank]) / 2 / tokens for name in names if (rank := plan.ranks[name]))
+            for group, names in groups.items()
         }
-        cut = {at: names for at, names in groups.items() if predicted[at] > 0}
+        cut = {group: names for group, names in groups.items() if predicted[group] > 0}
         won = self.trial.slopes(plan.ranks, self.samples, cut.values())
-        least = max(FAINT * plan.lost, TINY)  # where a layer loses nothing, or the plan is better without it
-        slopes = {at: max(each, least) / predicted[at] for at, each in zip(cut, won, strict=True)}
+        least = max(FAINT * plan.lost, TINY)  # where a group loses nothing, or the plan is better without it
+        slopes = {group: max(each, least) / predicted[group] for group, each in zip(cut, won, strict=True)}
         middle = math.exp(sum(map(math.log, slopes.values())) / max(len(slopes), 1))
-        layer = {name: at for at, names in groups.items() for name in names}
-        return [
-            {name: each * (slopes.get(layer[name], middle) / middle) ** power for name, each in start.losses.items()}
-            for power in POWERS
-        ]
+        weight = {name: slopes.get(group, middle) / middle for name, group in group_of.items()}
+        return [{name: each * weight[name] ** power for name, each in start.losses.items()} for power in POWERS]
+
+    def kinds(self) -> dict[str, str]:
+        """Return the kind of each module: its name within its layer; its own where no layer holds it."""
+        layers = self.trial.layers
+        whole = {
+            name: next((one for one in layers if name.startswith(f"{one}.")), "") for name in self.trial.work.targets
+        }
+        return {name: name[len(layer) :] for name, layer in whole.items()}
+
+    def depths(self) -> dict[str, int]:
+        """Return the layer of each module, or of neighbours in a deep network."""
+        number = len(self.trial.layers)
+        return {name: at * min(LAYERS, number) // number for name, at in self._layers().items()}
 
     def _layers(self) -> dict[str, int]:
         trial = self.trial
@@ -133,8 +145,12 @@ def best(trial: Trial, aim: Aim) -> Decision:
             finalists.append(search.least(search.of_depth(first), first).losses)
             advance("")
             learnt = first
+            if len(set(search.kinds().values())) <= KINDS:
+                learnt = search.least(search.of_slopes(first, first, search.kinds()), first)
+                finalists.append(learnt.losses)
+            base = learnt
             for _ in range(ROUNDS):
-                before, learnt = learnt, search.least(search.of_slopes(first, learnt), learnt)
+                before, learnt = learnt, search.least(search.of_slopes(base, learnt, search.depths()), learnt)
                 if learnt.lost > LESS * before.lost:
                     break
             finalists.append(learnt.losses)

@@ -80,6 +80,21 @@ def test_a_slope_is_what_leaving_a_layer_dense_wins(trial: Trial) -> None:
         assert slope == pytest.approx(won, rel=1e-3, abs=1e-6)
 
 
+def test_a_kind_is_the_name_in_a_layer_and_has_one_weight_in_all_of_them(trial: Trial) -> None:
+    tries = Search(trial, HALF, trial.on(4, trial.folder / "few"))
+    kinds = tries.kinds()
+    for name, kind in kinds.items():
+        assert name in {f"{layer}{kind}" for layer in trial.layers} or name == kind
+    assert len(set(kinds.values())) < len(kinds)
+    start = tries.least([corrected(sensitivity.alone(trial), 1.0)])
+    for losses in tries.of_slopes(start, start, kinds):
+        weights: dict[str, set[float]] = {}
+        for name, each in losses.items():
+            weights.setdefault(kinds[name], set()).add(round(float(each[0] / start.losses[name][0]), 4))
+        assert all(len(mine) == 1 for mine in weights.values())
+        assert len(set.union(*weights.values())) > 1
+
+
 def test_early_layers_weigh_more_and_the_last_as_before(trial: Trial) -> None:
     few = trial.on(4, trial.folder / "few")
     tries = Search(trial, HALF, few)
