@@ -143,9 +143,9 @@ class Record:
         return Path(spec.partition("@")[0]).name or spec
 
     def measured(self, kind: str) -> list[dict[str, Any]]:
-        """Return what `evaluate` or `bench` kept, oldest first; of an export what its gates measured of its quality."""
-        gated = self.data.get("quality") if self.about and kind == "evaluate" else None
-        return [{"at": 0, **gated}] if gated else list((self.result.get("measured") or {}).get(kind, []))
+        """Return what `evaluate` or `bench` kept, oldest first; of an export its quality, as it was written."""
+        written = self.data.get("quality") if self.about and kind == "evaluate" else None
+        return [{"at": 0, **written}] if written else list((self.result.get("measured") or {}).get(kind, []))
 
     def log(self) -> list[dict[str, Any]]:
         """Return the training that made it, step by step; empty where there was none. A damaged line is left out."""

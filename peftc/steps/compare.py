@@ -27,7 +27,7 @@ def compare(
 ) -> Report:
     """Return what artifacts are made of and what `evaluate` and `bench` measured of them, side by side.
 
-    Of an export stand its stages and its size, its quality where `export` had gates on it, and in a note how it ran
+    Of an export stand its stages and its size, its quality where `export` had labelled data, and in a note how it ran
     beside the model that it was made from.
 
     Args:

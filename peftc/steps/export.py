@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc.data import open_data
 from peftc.data.given import Data, spec_of
-from peftc.errors import ArtifactError, DataError, UsageError
+from peftc.errors import DataError, UsageError
 from peftc.formats import foreign, parity
 from peftc.formats.exported import Exported, Inputs, of_sentences
+from peftc.formats.judged import Judge, judge_of
 from peftc.formats.multiplied import multiplied
 from peftc.measure.costs import Speedup
 from peftc.methods import registry
@@ -32,10 +31,8 @@ from peftc.store import artifact, manifest
 from peftc.store.exports import EXPORT, ExportRecord
 from peftc.store.job import Job, execution
 from peftc.store.source import PARTS, Source
-from peftc.tasks import baseline, seen
-from peftc.tasks.evaluation import Exam, evaluated
-from peftc.tasks.figures import add_gates, refuse_idle
-from peftc.tasks.table import TASKS, task_of
+from peftc.tasks.figures import add_gates
+from peftc.tasks.table import TASKS
 
 
 def export(
@@ -72,7 +69,7 @@ def export(
         output_dir: the folder to write; ``<model>-export`` when None.
         dense: multiply factors out first.
         settings: of the format.
-        data: samples to compare on; random inputs alone when None.
+        data: samples to compare on, and where they have labels to measure quality on; random inputs alone when None.
         task: of the model, as for `evaluate`.
         num_samples: of ``data``, to compare on.
         image_size, max_length: of the inputs, instead of the model's own; a graph keeps its image size.
@@ -100,17 +97,14 @@ def export(
     stored = load(model)
     leaves = load(model, merge=False) if unmerged else multiplied(stored) if dense else stored
     runs = runnable(replace(stored, module=detached(stored.module), notes=[]), device="cpu")
-    against = _judge(stored, data, reading, max_drop) if gates and data else None
+    judge = judge_of(stored, runs, data, reading, gates, batch_size=batch_size) if data else None
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length}
     pad = _padding(stored, runs)
     probes = parity.probes(runs, **sides)
     timed = [parity.example(runs, n, **sides) for n in dict.fromkeys((1, batch_size))]
     work = _Work(stored, leaves, runs, list(probes), timed, rounds)
-    judge = None
     if data is not None:
         work.batches += parity.real_inputs(runs, data, reading, batch_size)
-        exam = Exam(data, replace(reading, num_samples=None), batch_size=batch_size, device="cpu")
-        judge = functools.partial(evaluated, reference=against or runs, exam=exam)
     request = {
         "command": "export",
         "format": word,
@@ -133,7 +127,7 @@ def export(
             job.require(tensor_bytes(leaves.module))
             exported = _padded(written_by(leaves, parity.example(runs, 2, **sides), job.folder, **chosen), stored, pad)
             _bring_companions(job.folder, stored)
-            report = _compared(work, exported, word, data, judge if gates else None)
+            report = _compared(work, exported, word, data, judge)
             if word == "hf":
                 report.notes += _consumed(work, job.folder, exported)
             _finish(job, report, work, exported, word, request, base)
@@ -181,17 +175,12 @@ def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense
         raise UsageError(f"`--dense` does not go with `--format {word}`", why=why, hint="leave one of them out")
 
 
-def _compared(
-    work: _Work, exported: Exported, word: str, data: str | None, judge: Callable[[Model], Report] | None
-) -> Report:
-    """Compare what was written with the model and, where a gate asks for it, measure its quality in its own runtime."""
+def _compared(work: _Work, exported: Exported, word: str, data: str | None, judge: Judge | None) -> Report:
+    """Compare what was written with the model, and measure its quality in its own runtime where that can be told."""
     try:
         report = work.check(exported, word, data)
         if judge is not None:
-            found = judge(parity.in_runtime(work.runs, exported))
-            report.data["quality"] = found.data
-            report.tables += [replace(table, main=False) for table in found.tables]
-            report.notes += found.notes
+            judge.measure(report, work.runs, exported)
     finally:
         exported.close()
     return report
@@ -222,26 +211,6 @@ def _consumed(work: _Work, folder: Path, exported: Exported) -> list[str]:
     finally:
         consumer.close()
     return [f"{consumer.runtime} loads it too; its vectors of tokens deviate by {found.deviation:.2g} of the largest"]
-
-
-def _judge(stored: Model, data: str, reading: Reading, max_drop: float | None) -> Model | None:
-    """Return the model that a drop is judged against, where that is not the exported one itself.
-
-    Raises:
-        DataError: the model knows these samples; a UsageError where no drop could be as large as the gate.
-        ArtifactError: it is not there, and a gate asks for it.
-    """
-    dataset = open_data(data, task=reading.task, streaming=reading.streaming)
-    refuse_idle(task_of(stored, reading.task), max_drop)
-    if known_to := seen.by(stored.manifest, data, dataset):
-        seen.refuse_gate(known_to, dataset)
-    try:
-        found = baseline.of_gate(stored)
-    except ArtifactError:
-        if max_drop is not None:
-            raise
-        return None
-    return None if found is stored else found
 
 
 def _format(name: str | None, settings: Mapping[str, Any]) -> tuple[str, Callable[..., Exported], dict[str, Any]]:

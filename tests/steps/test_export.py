@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import peftc
@@ -348,6 +349,28 @@ def test_samples_of_the_user_are_compared_as_well(small_vit: Path, tmp_path: Pat
     )  # fmt: skip
     assert alike.data["samples"] == 5 + 4
     assert not any("random inputs" in note for note in alike.notes)
+
+
+def test_labelled_samples_tell_the_quality_without_a_gate(vit: Path, images: str, tmp_path: Path, peftc: Any) -> None:
+    words = ("export", vit, "--format", "safetensors", "--data", images, "--num-samples", 40, "--rounds", 5)
+    done = peftc(*words, "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["quality"]
+    assert found["metric"] == "top1" and found["data"]["samples"] == 40
+    assert found["against"]["name"] == vit.name and found["against"]["difference"]["top1"]["value"] == 0
+    assert "quality" in done.stderr and "on 40 samples of split test" in done.stderr
+
+
+def test_classes_of_others_leave_the_quality_out_and_a_note_says_so(tiny_vit: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for at in range(24):
+        folder = tmp_path / "photos" / f"kind {at % 12}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{at}.png")
+    data = str(tmp_path / "photos")
+    report = peftc.export(tiny_vit, format="safetensors", data=data, output_dir=tmp_path / "out", **QUICK)
+    assert "quality" not in report.data
+    assert any(note.startswith("quality was not measured: ") for note in report.notes)
 
 
 def test_a_network_that_gives_one_output_for_all_is_said_to_prove_little(tiny_vit: Path, tmp_path: Path) -> None:
