@@ -179,6 +179,10 @@ def _compared(work: _Work, exported: Exported, word: str, data: str | None, judg
     """Compare what was written with the model, and measure its quality in its own runtime where that can be told."""
     try:
         report = work.check(exported, word, data)
+        if exported.tolerance is None and not (judge and judge.is_gate):
+            report.warnings.append(
+                "what is rounded to 8 bits computes something else by design: gate it with `--data` and `--max-drop`"
+            )
         if judge is not None:
             judge.measure(report, work.runs, exported)
     finally:
@@ -296,10 +300,6 @@ class _Work:
         if found.spread <= parity.NOTHING:
             report.warnings.append(
                 f"`{self.stored.name}` gives one output whatever the input: that the export does so too says little"
-            )
-        if exported.tolerance is None:
-            report.warnings.append(
-                "what is rounded to 8 bits computes something else by design: gate it with `--data` and `--max-drop`"
             )
         return report
 

@@ -303,6 +303,7 @@ def test_eight_bits_are_gated_by_their_quality(small_bert: Path, tmp_path: Path,
     assert found["tolerance"] is None and 0 < found["deviation"] < 0.5
     assert {gate["option"]: gate["passed"] for gate in found["gates"]} == {"--max-drop": True, "--min-quality": False}
     assert "products with weights compute in 8 bits" in " ".join(found["notes"])
+    assert not any("gate it" in warning for warning in found["warnings"])
     again = peftc(*words, "-o", tmp_path / "int8", "--max-drop", 1)
     assert again.exit_code == 0 and "already done" in again.stderr
 
