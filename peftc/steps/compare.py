@@ -112,5 +112,5 @@ def _of_export(record: Record) -> str:
     if "runtime" not in data:
         return f"`{record.called}`: its `{artifact.RESULT}` is gone, which says how it ran"
     batch, timed = max(data["times"].items(), key=lambda each: int(each[0]))
-    beside = f"{speedup_text(timed['speedup'])} beside PyTorch at batch {batch}"
+    beside = f"{speedup_text(timed['speedup'])} beside the same model in PyTorch at batch {batch}"
     return f"`{record.called}` in {data['runtime']}: {beside}, and within {data['deviation']:.1e} of the largest output"

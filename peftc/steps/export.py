@@ -12,11 +12,10 @@ from torch import nn
 
 from peftc.data.given import Data, spec_of
 from peftc.errors import DataError, UsageError
-from peftc.formats import foreign, parity
+from peftc.formats import foreign, parity, summary
 from peftc.formats.exported import Exported, Inputs, of_sentences
 from peftc.formats.judged import Judge, judge_of
 from peftc.formats.multiplied import multiplied
-from peftc.measure.costs import Speedup
 from peftc.methods import registry
 from peftc.models import padding, write
 from peftc.models.load import load
@@ -25,8 +24,7 @@ from peftc.models.place import runnable
 from peftc.nn import surgery
 from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
-from peftc.pages import brief
-from peftc.report import Report, Table, duration, percent, size
+from peftc.report import Report
 from peftc.store import artifact, manifest
 from peftc.store.exports import EXPORT, ExportRecord
 from peftc.store.job import Job, execution
@@ -135,22 +133,8 @@ def export(
         found = report.data["quality"]
         add_gates(report, found, TASKS[found["task"]].metrics[0], gates)
     report.at_most("--max-bytes", max_bytes, report.data["bytes"])
-    _summarise(report, stored.name)
+    summary.tell(report, stored.name)
     return report
-
-
-def _summarise(report: Report, name: str) -> None:
-    """Say what was written, how far it agrees with the model, and how much faster it runs."""
-    data = report.data
-    came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
-    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
-    what = "the same prediction for" if data["is_share"] else "a cosine of"
-    came["checked"] = f"in {data['runtime']}: outputs differ by {data['deviation']:.2g} of the largest, {what} {same}"
-    batch, timed = list(data["times"].items())[-1]
-    verdict = Speedup(**timed["speedup"]).verdict
-    came["speed"] = f"{verdict}: {duration(timed['export_seconds'])} for a batch of {batch}, in torch "
-    came["speed"] += duration(timed["torch_seconds"])
-    brief.tell(report, f"`{name}` as {data['format']}", came)
 
 
 def _check(word: str, rounds: int, batch_size: int, *, without_data: bool, dense_updates: bool) -> None:
@@ -340,7 +324,7 @@ def _finish(
     total = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
     report.data |= {"files": files, "bytes": total}
     report.artifact = job.output
-    report.tables.insert(0, _table(report.data))
+    report.tables.insert(0, summary.table_of(report.data))
     result = {"seconds": round(job.seconds, 3), **write.environment(torch.device("cpu"))}
     result |= {"places": write.places(work.stored), "report": write.kept(report)}
     job.finish(ExportRecord(job.id, request, files, about), result)
@@ -351,19 +335,3 @@ def _card_of(word: str) -> dict[str, Any]:
     function = registry.find("format", word.replace("-", "_"), "--format")
     library, use = registry.trait(function, "LIBRARY", None), registry.trait(function, "USE", None)
     return {"library_name": library, "tags": list(registry.trait(function, "TAGS", ())), "use": use}
-
-
-def _table(data: dict[str, Any]) -> Table:
-    kept = f"{data['factors']} factors in {data['products']} products" if data["products"] is not None else "-"
-    limit = f", at most {data['tolerance']:g}" if data["tolerance"] is not None else ""
-    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
-    rows = [
-        ("files", f"{size(data['bytes'])} in {len(data['files'])}"),
-        ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
-        ("same prediction" if data["is_share"] else "cosine", f"{same}, {data['samples']} samples"),
-        ("products with weights", kept),
-    ]
-    for batch, run in data["times"].items():
-        both = f"{duration(run['export_seconds'])}, in torch {duration(run['torch_seconds'])}"
-        rows.append((f"latency, batch {batch}", f"{both}: {Speedup(**run['speedup']).verdict}"))
-    return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)

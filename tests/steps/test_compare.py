@@ -279,7 +279,7 @@ def test_an_export_is_a_row_and_a_note(tmp_path, monkeypatch, tiny_vit: Path) ->
     assert weights["bytes"] == sum(each.stat().st_size for each in Path("weights").glob("*.safetensors"))
     assert weights["commands"][-1].startswith("peftc export")
     (note,) = [note for note in report.notes if note.startswith("`weights` in ")]
-    assert "beside PyTorch at batch 1" in note
+    assert "beside the same model in PyTorch at batch 1" in note
     assert not any("evaluate weights" in note for note in report.notes)
     assert table(report)["weights"][0] == "export safetensors"
     page = Path(report_page(["small", "weights"], output="page.html").lines[0]).read_text()

@@ -1,0 +1,46 @@
+"""What is said of an export: how near it is to the model, how quick beside it, and how large."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftc.measure.costs import Speedup
+from peftc.pages import brief
+from peftc.report import UNCHANGED, Report, Table, duration, percent, size
+
+BESIDE = "the same model in PyTorch"
+
+
+def tell(report: Report, name: str) -> None:
+    """Say what was written, how far it agrees with the model, and how much faster it runs."""
+    data = report.data
+    came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
+    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
+    what = "the same prediction for" if data["is_share"] else "a cosine of"
+    came["checked"] = f"in {data['runtime']}: outputs differ by {data['deviation']:.2g} of the largest, {what} {same}"
+    batch, timed = list(data["times"].items())[-1]
+    both = f"{duration(timed['export_seconds'])} for a batch of {batch}, against {duration(timed['torch_seconds'])}"
+    came["speed"] = f"{_faster(timed)}: {both}"
+    brief.tell(report, f"`{name}` as {data['format']}", came)
+
+
+def table_of(data: Mapping[str, Any]) -> Table:
+    """Return the figures of an export as a table for people."""
+    kept = f"{data['factors']} factors in {data['products']} products" if data["products"] is not None else "-"
+    limit = f", at most {data['tolerance']:g}" if data["tolerance"] is not None else ""
+    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
+    rows = [
+        ("files", f"{size(data['bytes'])} in {len(data['files'])}"),
+        ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
+        ("same prediction" if data["is_share"] else "cosine", f"{same}, {data['samples']} samples"),
+        ("products with weights", kept),
+    ]
+    for batch, run in data["times"].items():
+        both = f"{duration(run['export_seconds'])} against {duration(run['torch_seconds'])}"
+        rows.append((f"latency, batch {batch}", f"{both}: {_faster(run)}"))
+    return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)
+
+
+def _faster(timed: Mapping[str, Any]) -> str:
+    """Say how much faster an export is, and than what."""
+    verdict = Speedup(**timed["speedup"]).verdict
+    return f"{verdict} {'beside' if verdict == UNCHANGED else 'than'} {BESIDE}"
