@@ -20,7 +20,8 @@ from peftc.version import __version__
 WORDS = {  # columns of the table in plain words; the glossary says more
     "last stage": "the command that made the model, the last of its chain",
     "parameters": "how many numbers the model has learnt",
-    "share": "its parameters, of those of the dense model that it was made from",
+    "share": "its parameters, of those of the dense model that it was made from; and the size of its "
+    "files, where these hold more or fewer bytes for each parameter",
     "bytes": "what its weights take on disk",
     "MACs": "multiply-adds: how often one sample makes the model multiply and add, which is its work",
     "top1": "share of samples whose most likely class is the right one; in brackets the 95 % interval",

@@ -10,6 +10,7 @@ from peftc.report import Table, count, duration, percent, ranged, short, size, s
 
 MISSING = "not measured"
 NOISE = "within noise"
+SAME_BYTES = 1.1  # bytes of a parameter in one model's files, of those in another's: what is nearer says nothing new
 
 
 def table_of(rows: Sequence[Row], title: str = "models") -> Table:
@@ -20,11 +21,13 @@ def table_of(rows: Sequence[Row], title: str = "models") -> Table:
     columns += [metric, "change against dense"] if metric else []
     columns += ["speed-up"] if timed else []
     names, parent = labels_of(rows)
+    tells_bytes = bytes_differ(rows)
     lines = []
     for row in rows:
         stage = row.stages[-1] if row.stages else "dense"
         line = [names[row.name], stage, "-" if row.parameters is None else count(row.parameters)]
-        line.append(share_text(row))
+        stored = size(row.bytes) if tells_bytes and row.bytes is not None else ""
+        line.append(", ".join(filter(None, [share_text(row), stored])))
         line += [quality_text(row), change_text(row)] if metric else []
         lines.append([*line, *([faster_text(row)] if timed else [])])
     return Table(f"{title} in {parent}" if parent else title, columns, lines)
@@ -62,6 +65,12 @@ def measured_by(row: Row, command: str) -> str:
 def share_text(row: Row) -> str:
     """Write what share of its base's parameters a model has."""
     return "" if row.base is None else "-" if row.share is None else percent(row.share)
+
+
+def bytes_differ(rows: Sequence[Row]) -> bool:
+    """Return whether files say something else than parameters do, as of 8 bits, half precision, or a delta."""
+    each = [row.bytes / row.parameters for row in rows if row.bytes and row.parameters]
+    return bool(each) and max(each) > SAME_BYTES * min(each)
 
 
 def quality_text(row: Row) -> str:

@@ -116,13 +116,14 @@ def test_a_row_holds_what_the_files_say(chain) -> None:
     assert list(report.tables[0].columns) == [
         "name", "last stage", "parameters", "share", "top1", "change against dense", "speed-up",
     ]  # fmt: skip
-    assert rows["dense"] == ["dense", "400", "", "0.9 [0.9, 0.9]", "", ""]
+    assert rows["dense"] == ["dense", "400", "1.6 kB", "0.9 [0.9, 0.9]", "", ""]
     assert rows["small"] == [
-        "decompose", "100", "25.0 %", "0.60 [0.50, 0.70]", "-0.30 [-0.35, -0.25]", "1.50x faster [1.45, 1.55]"
+        "decompose", "100", "25.0 %, 161 B", "0.60 [0.50, 0.70]", "-0.30 [-0.35, -0.25]",
+        "1.50x faster [1.45, 1.55]",
     ]  # fmt: skip
     assert rows["healed"][0] == "distill"
     assert rows["healed"][3:] == ["0.80 [0.70, 0.90]", "not measured", "1.60x faster [1.55, 1.65]"]
-    assert rows["shorter"] == ["prune-layers", "60", "15.0 %", *["not measured"] * 3]
+    assert rows["shorter"] == ["prune-layers", "60", "15.0 %, 161 B", *["not measured"] * 3]
 
 
 def test_raw_times_stand_behind_v_beside_those_of_the_same_run(chain, peftc) -> None:
@@ -160,7 +161,7 @@ def test_it_is_a_table_in_every_terminal(chain, peftc, width: int) -> None:
     table_lines = lines[: next(at for at, line in enumerate(lines) if "has 15.0 %" in line)]
     assert max(map(len, table_lines)) <= width
     heads = [line for line in table_lines if line.startswith("name ")]
-    assert len(heads) == (1 if width >= 100 else 2), "one table, and in a narrow terminal blocks of it"
+    assert len(heads) == (1 if width >= 100 else 3), "one table, and in a narrow terminal blocks of it"
     names = [line.split()[0] for line in table_lines if line.startswith(("dense", "small", "healed", "shorter"))]
     assert names == ["dense", *chain] * len(heads)
     if width == 160:
