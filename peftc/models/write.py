@@ -24,10 +24,9 @@ from peftc.nn.surgery import parameters
 from peftc.report import SIZES, Report, Table, plain, scaled
 from peftc.store import artifact, manifest, maps, quantization, verified
 from peftc.store.artifact import Piece
-from peftc.store.exports import EXPORT
 from peftc.store.job import Job, execution
 from peftc.store.manifest import Manifest
-from peftc.store.source import CODE, COMPANIONS, MANIFEST, part_files
+from peftc.store.source import CODE, COMPANIONS, EXPORT, MANIFEST, part_files
 from peftc.version import __version__
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")  # of an artifact's own files

@@ -17,9 +17,8 @@ from peftc.report import Report, Table, count, size
 from peftc.store import artifact, quantization
 from peftc.store.commands import command_lines
 from peftc.store.documents import escaped
-from peftc.store.exports import EXPORT
 from peftc.store.manifest import Manifest
-from peftc.store.source import MANIFEST
+from peftc.store.source import EXPORT, MANIFEST
 from peftc.version import __version__
 
 PIPELINES = {

@@ -11,9 +11,9 @@ from typing import Any
 from peftc.errors import ArtifactError, UsageError, did_you_mean
 from peftc.report import Table, by_kind, count, rank_span, span
 from peftc.store import artifact, documents, manifest
-from peftc.store.exports import EXPORT, read_export
+from peftc.store.exports import read_export
 from peftc.store.manifest import Manifest
-from peftc.store.source import FILES, MANIFEST
+from peftc.store.source import EXPORT, FILES, MANIFEST
 
 LOG = "log.jsonl"
 BASE, DENSE = "base", "DENSE"  # of `--against`: what an artifact records; what stands for a model that nobody knows

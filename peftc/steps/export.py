@@ -26,9 +26,9 @@ from peftc.nn.surgery import parameters, tensor_bytes
 from peftc.options import Gates, Reading
 from peftc.report import Report
 from peftc.store import artifact, manifest
-from peftc.store.exports import EXPORT, ExportRecord
+from peftc.store.exports import ExportRecord
 from peftc.store.job import Job, execution
-from peftc.store.source import PARTS, Source
+from peftc.store.source import EXPORT, PARTS, Source
 from peftc.tasks.figures import add_gates
 from peftc.tasks.table import TASKS
 

@@ -153,8 +153,7 @@ def _outdated(api: Any, repo: str, there: Iterable[str], names: list[str]) -> li
     """
     import json
 
-    from peftc.store.exports import EXPORT
-    from peftc.store.source import MANIFEST
+    from peftc.store.source import EXPORT, MANIFEST
 
     known: set[str] = set()
     for note in {MANIFEST, EXPORT} & set(there):

@@ -7,8 +7,8 @@ from typing import Any
 
 from peftc.errors import ArtifactError
 from peftc.store import artifact, documents, manifest
+from peftc.store.source import EXPORT
 
-EXPORT = "export.json"
 AGAIN = "export again with `--overwrite`"
 MADE_FROM = {name: manifest.FIELDS[name] for name in ("base", "steps", "parameters")} | {"kept_layers": [str]}
 EXPORTED = {

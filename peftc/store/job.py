@@ -19,9 +19,9 @@ from typing import Any
 
 from peftc.errors import ArtifactError, OutputError, PeftcError, TakenError, UsageError, refuse_not_utf8
 from peftc.store import artifact, documents, manifest
-from peftc.store.exports import EXPORT, ExportRecord, read_export
+from peftc.store.exports import ExportRecord, read_export
 from peftc.store.manifest import Manifest
-from peftc.store.source import MANIFEST
+from peftc.store.source import EXPORT, MANIFEST
 
 CAUSES = {
     errno.ENOSPC: "the disk is full",

@@ -9,6 +9,7 @@ from peftc.errors import SourceError, UsageError, did_you_mean, refuse_not_utf8
 from peftc.store import documents
 
 MANIFEST = "peftc.json"
+EXPORT = "export.json"  # what an export has in its place
 GGUF = ".gguf"
 FILES = (".safetensors", ".pth", ".pt", ".th", ".bin", GGUF)  # how names end that are of files, and of no hub
 ADAPTER = "adapter_config.json"  # of Hugging Face peft
@@ -154,11 +155,33 @@ def in_folder(path: Path, source: Source) -> Located:
         return Located("peft", folder=path)
     config = path / "config.json"
     if not config.is_file():
+        _refuse_export(path)
         why = f"it holds neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)"
         raise SourceError(f"`{path}` is a folder, but no model", why=why, hint=f"MODEL is {FORMS}")
     if "architecture" in read_json(config):
         return Located("timm", folder=path, weights=source.weights)
     return Located("transformers", folder=path, weights=source.weights)
+
+
+def _refuse_export(path: Path) -> None:
+    """Refuse an export that other programs run, and name the model that it was made from where that is known."""
+    try:
+        about = documents.read_json(path / EXPORT)["about"]
+        word, made = str(about["format"]), about["made_from"]
+        named = str(made["base"]["source"]["spec"])
+        if made["steps"]:
+            places = documents.read_json(path / "result.json")["places"]
+            named = str(places[made["steps"][-1]["id"]]["spec"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        if not (path / EXPORT).is_file():
+            return
+        word, named = "other programs", "MODEL"
+    again = f"`peftc export {named} --data DATA --max-drop 0.02` measures what an export of it reaches"
+    raise SourceError(
+        f"`{path}` is an export for {word}, and no model that peftc computes with",
+        why=f"it was made from `{named}`" if named != "MODEL" else None,
+        hint=f"name `{named}` in its place; {again}",
+    )
 
 
 def part_files(folder: Path) -> dict[str, Path]:

@@ -91,6 +91,22 @@ def test_what_is_no_model_is_refused(
     assert "hint: " in str(refusal.value)
 
 
+def test_an_export_is_called_one_and_the_model_that_it_is_of_is_named(tmp_path: Path) -> None:
+    made = {"base": {"source": {"spec": "models/dense"}}, "steps": []}
+    about: dict[str, Any] = {"format": "onnx", "made_from": made}
+    (tmp_path / "export.json").write_text(json.dumps({"about": about}))
+    with pytest.raises(SourceError, match=r"is an export for onnx[\s\S]*name `models/dense` in its place"):
+        locate(Source(str(tmp_path)))
+    about["made_from"] = {**made, "steps": [{"id": "1a"}]}
+    (tmp_path / "export.json").write_text(json.dumps({"about": about}))
+    (tmp_path / "result.json").write_text(json.dumps({"places": {"1a": {"spec": "healed"}}}))
+    with pytest.raises(SourceError, match="`peftc export healed --data DATA --max-drop"):
+        locate(Source(str(tmp_path)))
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(SourceError, match="is an export for other programs"):
+        locate(Source(str(tmp_path)))
+
+
 @pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff", b"[1]"])
 def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
