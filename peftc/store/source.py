@@ -157,10 +157,22 @@ def in_folder(path: Path, source: Source) -> Located:
     if not config.is_file():
         _refuse_export(path)
         why = f"it holds neither `{MANIFEST}` (an artifact) nor `config.json` (a transformers or timm model)"
-        raise SourceError(f"`{path}` is a folder, but no model", why=why, hint=f"MODEL is {FORMS}")
+        raise SourceError(f"`{path}` is a folder, but no model", why=why, hint=_bare(path) or f"MODEL is {FORMS}")
     if "architecture" in read_json(config):
         return Located("timm", folder=path, weights=source.weights)
     return Located("transformers", folder=path, weights=source.weights)
+
+
+def _bare(folder: Path) -> str | None:
+    """Return how to name the weights of a folder that holds one file of them and no config; None where it does not."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return None
+    import timm  # seconds, which only a folder without a config costs
+
+    called = folder.resolve().name
+    name = called if timm.is_model(called.partition(".")[0]) else "NAME"
+    return f"name its weights and their architecture: `{files[0]} --arch timm:{name}`"
 
 
 def _refuse_export(path: Path) -> None:

@@ -91,6 +91,15 @@ def test_what_is_no_model_is_refused(
     assert "hint: " in str(refusal.value)
 
 
+def test_weights_without_a_config_are_told_with_the_words_to_type(tmp_path: Path) -> None:
+    for name, arch in (("resnet18", "timm:resnet18"), ("mine", "timm:NAME")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        with pytest.raises(SourceError, match="is a folder, but no model") as refusal:
+            locate(Source(str(tmp_path / name)))
+        assert f"`{tmp_path / name / 'model.safetensors'} --arch {arch}`" in str(refusal.value.hint)
+
+
 def test_an_export_is_called_one_and_the_model_that_it_is_of_is_named(tmp_path: Path) -> None:
     made = {"base": {"source": {"spec": "models/dense"}}, "steps": []}
     about: dict[str, Any] = {"format": "onnx", "made_from": made}
