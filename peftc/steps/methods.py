@@ -54,7 +54,9 @@ def methods(command: str | None = None, name: str | None = None) -> Report:
             [each.translate(DASHED), told["summary"], first_sentence(told["when"]), told["paper"]]
             for each, told in names.items()
         ]
-        report.tables.append(Table(KINDS[kind].heading, ["name", "what it is", "when to take it", "paper"], rows))
+        columns = list(zip(["name", "what it is", "when to take it", "paper"], *rows, strict=True))
+        names_of_columns, *lines = zip(*(column for column in columns if any(column[1:])), strict=True)
+        report.tables.append(Table(KINDS[kind].heading, names_of_columns, lines))
     return report
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from peftc.docs.source import pages
 from peftc.methods.registry import METHODS
-from peftc.steps.methods import KINDS, details_of
+from peftc.steps.methods import KINDS, details_of, methods
 
 COMMANDS = list(dict.fromkeys(one.command for one in KINDS.values()))
 EACH = [(kind, name) for kind, names in METHODS.items() for name in names]
@@ -21,6 +21,12 @@ def test_a_table_has_every_method_of_its_command(command: str, peftc) -> None:
         assert KINDS[kind].heading in text
         for name in METHODS[kind]:
             assert re.search(rf"^{name.replace('_', '-')}  ", text, re.M), name
+
+
+def test_a_column_that_holds_nothing_is_left_out() -> None:
+    (formats,), (adapters,) = methods("export").tables, methods("finetune").tables
+    assert list(formats.columns) == ["name", "what it is", "when to take it"]
+    assert adapters.columns[-1] == "paper" and "" in [row[-1] for row in adapters.rows]
 
 
 @pytest.mark.parametrize(("kind", "name"), EACH, ids=lambda value: value)
