@@ -44,6 +44,7 @@ class Exported:
         about: for ``export.json``.
         notes: what people should know.
         close: lets the runtime go.
+        mixes: whether what it answers for a sample depends on what else is in the batch.
         vectors: where it makes one of a sentence as well: what makes that of vectors of tokens and a mask, in torch,
             and inputs -> that by the runtime.
     """
@@ -57,6 +58,7 @@ class Exported:
     about: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
+    mixes: bool = False
     vectors: tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Inputs], Tensor]] | None = None
 
 

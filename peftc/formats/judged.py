@@ -32,7 +32,7 @@ class Judge:
     is_gate: bool
 
     def measure(self, report: Report, runs: Model, written: Exported) -> None:
-        """Add what an export reaches in its runtime.
+        """Add what an export reaches in its runtime, by single samples where its answers depend on the batch.
 
         Args:
             report: to add to.
@@ -42,14 +42,16 @@ class Judge:
         Raises:
             DataError: a gate asks for a figure that these samples cannot give.
         """
+        size = 1 if written.mixes else self.exam.batch_size
         try:
-            found = evaluated(parity.in_runtime(runs, written), self.reference, self.exam)
+            exam = replace(self.exam, batch_size=size)
+            found = evaluated(parity.in_runtime(runs, written), self.reference, exam)
         except DataError as error:
             if self.is_gate:
                 raise
             report.notes.append(f"quality was not measured: {error.what}")
             return
-        report.data["quality"] = found.data
+        report.data["quality"] = {**found.data, "batch_size": size}
         report.tables += [replace(table, main=False) for table in found.tables]
         report.notes += found.notes
         report.warnings += found.warnings

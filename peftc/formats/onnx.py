@@ -86,7 +86,8 @@ def onnx(
     if ends is not None and graph.outputs[1:]:
         vectors = (ends, partial(run, place=1))
         notes.append(f"its second output `{graph.outputs[1]}` is what `{PARTS}` makes of the first")
-    found: Any = {"about": graph.about, "notes": notes, "vectors": vectors}
+    mixes = quantize == "int8"  # inputs are rounded by the range that they have in the whole batch
+    found: Any = {"about": graph.about, "notes": notes, "vectors": vectors, "mixes": mixes}
     return Exported(
         f"ONNX Runtime {onnxruntime.__version__}", run, prepare, tolerance, _products(path), graph.expected, **found
     )

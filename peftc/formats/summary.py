@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from peftc.formats.exported import Exported
 from peftc.measure.costs import Speedup
 from peftc.pages import brief
 from peftc.report import UNCHANGED, Report, Table, duration, percent, size
@@ -21,6 +22,15 @@ def tell(report: Report, name: str) -> None:
     both = f"{duration(timed['export_seconds'])} for a batch of {batch}, against {duration(timed['torch_seconds'])}"
     came["speed"] = f"{_faster(timed)}: {both}"
     brief.tell(report, f"`{name}` as {data['format']}", came)
+
+
+def of_rounding(written: Exported, *, is_gated: bool) -> list[str]:
+    """Return a warning on an export that computes something else by design, and what to do where nothing judges it."""
+    if written.tolerance is not None:
+        return []
+    told = "what is rounded to 8 bits computes something else by design"
+    told += ", and its answer for a sample depends on what else is in the batch" if written.mixes else ""
+    return [told if is_gated else f"{told}: gate it with `--data` and `--max-drop`"]
 
 
 def table_of(data: Mapping[str, Any]) -> Table:

@@ -111,6 +111,7 @@ def _quality(data: Mapping[str, Any]) -> str:
         return ""
     name, used, known = found["metric"], found["data"], " that the model knows" if found["seen"] else ""
     text = f"{name} {_interval(found['metrics'][name])} on {used['samples']:,} samples of split {used['split']}{known}"
+    text += {None: "", 1: ", one at a time"}.get(at := found.get("batch_size"), f", {at} at once")
     against = found.get("against")
     if not against:
         return text

@@ -163,10 +163,7 @@ def _compared(work: _Work, exported: Exported, word: str, data: str | None, judg
     """Compare what was written with the model, and measure its quality in its own runtime where that can be told."""
     try:
         report = work.check(exported, word, data)
-        if exported.tolerance is None and not (judge and judge.is_gate):
-            report.warnings.append(
-                "what is rounded to 8 bits computes something else by design: gate it with `--data` and `--max-drop`"
-            )
+        report.warnings += summary.of_rounding(exported, is_gated=judge is not None and judge.is_gate)
         if judge is not None:
             judge.measure(report, work.runs, exported)
     finally:

@@ -303,7 +303,9 @@ def test_eight_bits_are_gated_by_their_quality(small_bert: Path, tmp_path: Path,
     assert found["tolerance"] is None and 0 < found["deviation"] < 0.5
     assert {gate["option"]: gate["passed"] for gate in found["gates"]} == {"--max-drop": True, "--min-quality": False}
     assert "products with weights compute in 8 bits" in " ".join(found["notes"])
-    assert not any("gate it" in warning for warning in found["warnings"])
+    assert found["quality"]["batch_size"] == 1 and ", one at a time; " in done.stderr
+    (warning,) = found["warnings"]
+    assert warning.endswith("depends on what else is in the batch"), "and does not ask for a gate that is there"
     again = peftc(*words, "-o", tmp_path / "int8", "--max-drop", 1)
     assert again.exit_code == 0 and "already done" in again.stderr
 
@@ -357,7 +359,7 @@ def test_labelled_samples_tell_the_quality_without_a_gate(vit: Path, images: str
     done = peftc(*words, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["quality"]
-    assert found["metric"] == "top1" and found["data"]["samples"] == 40
+    assert found["metric"] == "top1" and found["data"]["samples"] == 40 and found["batch_size"] == 16
     assert found["against"]["name"] == vit.name and found["against"]["difference"]["top1"]["value"] == 0
     assert "on 40 samples of split test" in done.stderr
     assert "the same model in PyTorch: " in done.stderr
