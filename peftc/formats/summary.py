@@ -17,6 +17,7 @@ def tell(report: Report, name: str) -> None:
     came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
     same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
     what = "the same prediction for" if data["is_share"] else "a cosine of"
+    same += f" ({_inputs(data)})"
     came["checked"] = f"in {data['runtime']}: outputs differ by {data['deviation']:.2g} of the largest, {what} {same}"
     batch, timed = list(data["times"].items())[-1]
     both = f"{duration(timed['export_seconds'])} for a batch of {batch}, against {duration(timed['torch_seconds'])}"
@@ -41,13 +42,21 @@ def table_of(data: Mapping[str, Any]) -> Table:
     rows = [
         ("files", f"{size(data['bytes'])} in {len(data['files'])}"),
         ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
-        ("same prediction" if data["is_share"] else "cosine", f"{same}, {data['samples']} samples"),
+        ("same prediction" if data["is_share"] else "cosine", f"{same}, {_inputs(data)}"),
         ("products with weights", kept),
     ]
     for batch, run in data["times"].items():
         both = f"{duration(run['export_seconds'])} against {duration(run['torch_seconds'])}"
         rows.append((f"latency, batch {batch}", f"{both}: {_faster(run)}"))
     return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)
+
+
+def _inputs(data: Mapping[str, Any]) -> str:
+    """Say on what outputs were compared; exports of before count random inputs among the samples."""
+    drawn = data.get("random_inputs", 0)
+    own = data["samples"] - drawn
+    parts = [f"{own} samples" if own else "", f"{drawn} random inputs" if drawn else ""]
+    return " and ".join(filter(None, parts))
 
 
 def _faster(timed: Mapping[str, Any]) -> str:

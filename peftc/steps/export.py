@@ -100,7 +100,7 @@ def export(
     pad = _padding(stored, runs)
     probes = parity.probes(runs, **sides)
     timed = [parity.example(runs, n, **sides) for n in dict.fromkeys((1, batch_size))]
-    work = _Work(stored, leaves, runs, list(probes), timed, rounds)
+    work = _Work(stored, leaves, runs, list(probes), timed, rounds, len(probes))
     if data is not None:
         work.batches += parity.real_inputs(runs, data, reading, batch_size)
     request = {
@@ -251,6 +251,7 @@ class _Work:
     batches: list[Inputs]  # inputs to compare on
     timed: list[Inputs]  # inputs to time
     rounds: int  # of timing
+    drawn: int = 0  # how many of the first batches are random inputs
 
     def check(self, exported: Exported, word: str, data: str | None) -> Report:
         """Compare what was written with the model, look for its factors, and time both.
@@ -265,11 +266,12 @@ class _Work:
             stored = {tensor.dtype for tensor in surgery.tensors_of(self.leaves.module).values()}
             exported.tolerance = max(exported.tolerance, *(parity.ROUNDED.get(dtype, 0.0) for dtype in stored))
         parity.refuse_other(self.stored.name, found, exported)
-        seen = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        sizes = [len(next(iter(batch.values()))) for batch in self.batches]
         report.data = {
             "format": word,
             "runtime": exported.runtime,
-            "samples": seen,
+            "samples": sum(sizes),
+            "random_inputs": sum(sizes[: self.drawn]),
             **asdict(found),
             "tolerance": exported.tolerance,
             "factors": len(exported.expected),

@@ -351,6 +351,7 @@ def test_samples_of_the_user_are_compared_as_well(small_vit: Path, tmp_path: Pat
         small_vit, format="safetensors", data=str(tmp_path / "x.npz"), output_dir=tmp_path / "out", **QUICK
     )  # fmt: skip
     assert alike.data["samples"] == 5 + 4
+    assert alike.data["random_inputs"] == 4 and "(5 samples and 4 random inputs)" in alike.summary["checked"]
     assert not any("random inputs" in note for note in alike.notes)
 
 
