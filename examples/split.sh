@@ -12,13 +12,15 @@ if [[ $# -ne 2 ]]; then
   exit 2
 fi
 source=$(cd "$1" && pwd)
+train=0 test=0
 for class in "$source"/*/; do
   name=$(basename "$class")
   mkdir -p "$2/train/$name" "$2/test/$name"
   number=0
   for file in "$class"*; do
     number=$((number + 1))
-    if ((number % 5)); then split=train; else split=test; fi
+    if ((number % 5)); then split=train train=$((train + 1)); else split=test test=$((test + 1)); fi
     cp "$file" "$2/$split/$name/"
   done
 done
+echo "$2: $train train, $test test"

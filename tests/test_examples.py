@@ -357,7 +357,8 @@ def test_a_folder_of_classes_is_cut_into_samples_to_train_and_to_test_on(tmp_pat
         for at in range(10):
             Image.new("RGB", (8, 8), (20 * at, 0, 0)).save(tmp_path / "all" / name / f"{at}.png")
     script = EXAMPLES / "split.sh"
-    subprocess.run([script, tmp_path / "all", tmp_path / "photos"], check=True)
+    done = subprocess.run([script, tmp_path / "all", tmp_path / "photos"], check=True, capture_output=True, text=True)
+    assert done.stdout.endswith("photos: 16 train, 4 test\n")
     subprocess.run([script, tmp_path / "all", tmp_path / "photos"], check=True)  # again changes nothing
     assert sorted(split_names(str(tmp_path / "photos"))) == ["test", "train"]
     sizes = {split: len(open_data(f"{tmp_path / 'photos'}@{split}")) for split in ("train", "test")}

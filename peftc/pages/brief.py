@@ -10,6 +10,7 @@ from typing import Any
 from peftc.report import Report, count, duration, figure, interval_text, is_better, percent, short, size
 
 DATA = "DATA"  # stands for data that nobody named
+NO_TEST = "no test split"  # begins the note of a training whose figures are all of samples that it chose by
 DONE = "already done: "  # begins the note of a step that was answered before
 
 
@@ -24,6 +25,7 @@ def tell(report: Report, asked: str, came: Mapping[str, str] | None = None, *, t
     """
     done = [note.removeprefix(DONE) for note in report.notes if note.startswith(DONE)]
     said = {"asked": asked, **(came or {}), "already done": "; ".join(done)}
+    said["data"] = next((note for note in report.notes if note.startswith(NO_TEST)), "")
     said |= {"size": _size(report.data), "trained": _trained(report.data), "quality": _quality(report.data)}
     report.summary = {word: text for word, text in {**said, "next": then or ""}.items() if text}
 
@@ -97,7 +99,8 @@ def _trained(data: Mapping[str, Any]) -> str:
     if not scores:
         return text
     before, after = (figure(sign * scores[step]) for step in (0, best))
-    text += f"; {held.get('metric', 'score')} on held-out samples {before} before, {after} after step {best}"
+    number = f"{held['samples']} " if held.get("samples") else ""
+    text += f"; {held.get('metric', 'score')} on {number}held-out samples {before} before, {after} after step {best}"
     text += "" if best else ": unchanged"
     taught = held.get("before", {}).get("teacher")
     return (

@@ -18,6 +18,7 @@ from peftc.models import inputs
 from peftc.models.model import Model
 from peftc.models.place import moved
 from peftc.options import Augment, Reading
+from peftc.pages.brief import NO_TEST
 from peftc.tasks import seen, unlabelled
 from peftc.tasks.table import task_of
 from peftc.tasks.task import Batch, Columns, Encoded, Task
@@ -108,6 +109,10 @@ def read(
     if held is None and held_out:
         train, held = (train, train) if streams else _cut(encoded, held_out, seed)
         notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
+        if of_classes and not any(split_word(each) == "test" for each in split_names(data)):
+            both = f"{len(train)} samples are learnt from, and {len(held)} kept apart to choose the best weights"
+            split = "put a part of each class into a folder `test` beside `train`, as `examples/split.sh` does"
+            notes.append(f"{NO_TEST} in `{data}`: {both}; to measure on others, {split} (peftc/docs/data.md)")
     about = seen.kept(data, row if labelled else None, dataset, encoded)
     found = Samples(row, labelled, train, held, {**about, "samples": len(train)}, outputs, notes)
 

@@ -133,6 +133,7 @@ def tell(report: Report, work: Imitation, outcome: Outcome, before: Mapping[str,
         "held_out": {
             "scores": [list(each) for each in outcome.scores],
             "best": outcome.best,
+            **({} if work.samples.held is None else {"samples": len(work.samples.held)}),
             "before": dict(before),
             **_scored_by(work),
         },

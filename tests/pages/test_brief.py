@@ -75,6 +75,11 @@ def test_a_training_that_changed_nothing_says_so() -> None:
     held |= {"scores": [[0, -7.5], [5, -6.0]], "best": 5, "metric": "perplexity", "negated": True}
     brief.tell(report, "a")
     assert report.summary["trained"].endswith("; perplexity on held-out samples 7.5 before, 6 after step 5")
+    report.data["held_out"]["samples"] = 33
+    report.notes.append("no test split in `photos`: 299 samples are learnt from")
+    brief.tell(report, "train")
+    assert "; perplexity on 33 held-out samples 7.5 before" in report.summary["trained"]
+    assert report.summary["data"] == report.notes[-1]
     held |= {"before": {"student": -7.5, "teacher": -5.25}}
     brief.tell(report, "a")
     assert report.summary["trained"].endswith(" 7.5 before, 6 after step 5; the teacher has 5.25")
