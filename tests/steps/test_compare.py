@@ -356,7 +356,7 @@ def test_weights_that_are_not_those_of_the_manifest_are_refused(chain, peftc, ha
     for line in (["compare", *chain], ["report", *chain, "-o", "page.html"]):
         refused = peftc(*line)
         assert refused.exit_code == 1 and f"error: {words}" in refused.stderr, refused.stderr
-        assert "hint: build it again: `peftc show --commands` prints how" in refused.stderr
+        assert "hint: delete `small` and make it again" in refused.stderr
     assert not Path("page.html").exists()
 
 
