@@ -53,6 +53,50 @@ def check_pipeline(done: subprocess.CompletedProcess[str], out: Path, task: str)
     return quality
 
 
+# an export in use
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(90, 61), (61, 97), (64, 64)])
+def test_the_onnx_example_reads_a_photograph_as_timm_does(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    import runpy
+
+    from PIL import Image
+    from timm.data import create_transform
+
+    image = Image.effect_noise(size, 90).convert("RGB")
+    image.save(tmp_path / "photo.png")
+    how = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bicubic", "crop_pct": 0.9}
+    found = runpy.run_path(str(EXAMPLES / "classify_onnx.py"))["pixels"](
+        str(tmp_path / "photo.png"), {**how, "input_size": [3, 48, 48], "crop_mode": mode}
+    )
+    wanted = create_transform((3, 48, 48), **how, crop_mode=mode, is_training=False)(image)
+    torch.testing.assert_close(torch.from_numpy(found)[0], wanted, rtol=0, atol=1e-6)
+
+
+def test_the_onnx_example_names_the_class_of_an_export(tiny_vit: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    import peftc
+
+    pytest.importorskip("onnxruntime")
+    peftc.export(tiny_vit, format="onnx", output_dir=tmp_path / "out", rounds=5)
+    Image.effect_noise((40, 40), 90).convert("RGB").save(tmp_path / "photo.png")
+    line = [sys.executable, str(EXAMPLES / "classify_onnx.py"), str(tmp_path / "out"), str(tmp_path / "photo.png")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logits = peftc.load(tiny_vit)(torch.from_numpy(_pixels(tmp_path / "photo.png", tmp_path / "out" / "export.json")))
+    share = float(logits.detach().softmax(-1).max())
+    assert done.stdout.strip().endswith(f": {int(logits.argmax())} ({share:.3f})")
+
+
+def _pixels(photo: Path, about: Path) -> Any:
+    import runpy
+
+    how = json.loads(about.read_text())["about"]["preprocess"]
+    return runpy.run_path(str(EXAMPLES / "classify_onnx.py"))["pixels"](str(photo), how)
+
+
 # pipelines
 
 
