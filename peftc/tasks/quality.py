@@ -17,7 +17,7 @@ from peftc.report import Report
 from peftc.tasks.evaluation import Exam, evaluated, keep
 from peftc.tasks.table import task_of
 
-WINDOWS, SAMPLES = 16, 2000  # of text, and of anything else, that a measurement nobody asked for is of
+WINDOWS, SAMPLES = 8, 2000  # of text, and of anything else, that a measurement nobody asked for is of
 
 
 def add(report: Report, model: Model, exam: Exam, *, against: nn.Module | Model | None) -> None:
