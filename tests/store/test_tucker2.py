@@ -49,8 +49,9 @@ def test_it_is_shown_with_its_pairs_of_ranks(peftc) -> None:
     assert "--conv-method tucker2" in peftc("show", WRITTEN, "--commands").stdout
 
 
-def test_it_is_evaluated() -> None:
-    found = peftc.evaluate(WRITTEN, data="sklearn:digits", num_samples=100, device="cpu").data
+def test_it_is_evaluated(tmp_path: Path) -> None:
+    copied = shutil.copytree(WRITTEN, tmp_path / "tucker2")  # what was measured is kept beside the model
+    found = peftc.evaluate(copied, data="sklearn:digits", num_samples=100, device="cpu").data
     assert found["metrics"]["top5"]["value"] == 0.46
 
 
