@@ -184,6 +184,12 @@ def an_artifact_is_damaged() -> None:
     Path("runs/03-prune-layers/model.safetensors").write_bytes(b"cut")
 
 
+def a_bit_of_it_is_flipped() -> None:
+    path = Path("runs/03-prune-layers/model.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
 def the_same_files_at_another_time() -> None:
     os.utime("photos/one.png", ns=(1, 1))
     os.utime("dense/model.safetensors", ns=(1, 1))
@@ -204,6 +210,7 @@ def another_artifact_stands_there() -> None:
         (another_model, ["decompose"]),  # it answers that the artifact is there already: nothing else depends on it
         (an_artifact_is_gone, ["prune-layers"]),
         (an_artifact_is_damaged, ["prune-layers"]),
+        (a_bit_of_it_is_flipped, ["prune-layers"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -225,6 +232,10 @@ def test_a_change_runs_again_what_depends_on_it(run, steps, change, expected) ->
         (
             an_artifact_is_damaged,
             "`runs/03-prune-layers` is damaged: `runs/03-prune-layers/model.safetensors` has 3 bytes",
+        ),
+        (
+            a_bit_of_it_is_flipped,
+            "`runs/03-prune-layers` is damaged: `runs/03-prune-layers` was changed after it was written",
         ),
         (another_artifact_stands_there, "another artifact stands in `runs/03-prune-layers`"),
     ],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import ChainError, PeftcError
-from peftc.store import artifact, documents, manifest
+from peftc.store import artifact, documents, manifest, verified
 from peftc.store.source import MANIFEST
 from peftc.version import __version__
 
@@ -205,6 +205,7 @@ def _fallen(folder: Path, identity: str | None) -> str | None:
     try:
         record = manifest.read(folder)
         artifact.tensor_table(folder, record)
+        verified.check(folder, record.files)  # of files that nobody wrote to since, what was found before
     except PeftcError as error:
         return f"`{folder}` is damaged: {error.what}"
     return None if record.id == identity else f"another artifact stands in `{folder}`"
