@@ -225,6 +225,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
+def rate(per_second: float) -> str:
+    """Write how often a second: ``353/s``, ``1,452/s``."""
+    return f"{per_second:.3g}/s" if per_second < 1000 else f"{per_second:,.0f}/s"
+
+
 def figure(number: float) -> str:
     """Write a number with four digits, and all before the point where there are more."""
     return f"{number:,.0f}" if 9999.5 <= abs(number) < 1e15 else f"{number:.4g}"

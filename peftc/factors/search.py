@@ -110,11 +110,7 @@ class Search:
 
     def kinds(self) -> dict[str, str]:
         """Return the kind of each module: its name within its layer; its own where no layer holds it."""
-        layers = self.trial.layers
-        whole = {
-            name: next((one for one in layers if name.startswith(f"{one}.")), "") for name in self.trial.work.targets
-        }
-        return {name: name[len(layer) :] for name, layer in whole.items()}
+        return {name: name.removeprefix(self.trial.layers[at]) for name, at in self._layers().items()}
 
     def depths(self) -> dict[str, int]:
         """Return the layer of each module, or of neighbours in a deep network."""
@@ -144,9 +140,9 @@ def best(trial: Trial, aim: Aim) -> Decision:
             first = search.least([start.losses])
             finalists.append(search.least(search.of_depth(first), first).losses)
             advance("")
-            learnt = first
-            if len(set(search.kinds().values())) <= KINDS:
-                learnt = search.least(search.of_slopes(first, first, search.kinds()), first)
+            learnt, kinds = first, search.kinds()
+            if len(set(kinds.values())) <= KINDS:
+                learnt = search.least(search.of_slopes(first, first, kinds), first)
                 finalists.append(learnt.losses)
             base = learnt
             for _ in range(ROUNDS):

@@ -15,9 +15,8 @@ def tell(report: Report, name: str) -> None:
     """Say what was written, how far it agrees with the model, and how much faster it runs."""
     data = report.data
     came = {"written": f"{size(data['bytes'])} in {len(data['files'])} files"}
-    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
     what = "the same prediction for" if data["is_share"] else "a cosine of"
-    same += f" ({_inputs(data)})"
+    same = f"{_agreement(data)} ({_inputs(data)})"
     came["checked"] = f"in {data['runtime']}: outputs differ by {data['deviation']:.2g} of the largest, {what} {same}"
     batch, timed = list(data["times"].items())[-1]
     both = f"{duration(timed['export_seconds'])} for a batch of {batch}, against {duration(timed['torch_seconds'])}"
@@ -38,17 +37,20 @@ def table_of(data: Mapping[str, Any]) -> Table:
     """Return the figures of an export as a table for people."""
     kept = f"{data['factors']} factors in {data['products']} products" if data["products"] is not None else "-"
     limit = f", at most {data['tolerance']:g}" if data["tolerance"] is not None else ""
-    same = percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
     rows = [
         ("files", f"{size(data['bytes'])} in {len(data['files'])}"),
         ("largest deviation", f"{data['deviation']:.2g} of the largest output{limit}"),
-        ("same prediction" if data["is_share"] else "cosine", f"{same}, {_inputs(data)}"),
+        ("same prediction" if data["is_share"] else "cosine", f"{_agreement(data)}, {_inputs(data)}"),
         ("products with weights", kept),
     ]
     for batch, run in data["times"].items():
         both = f"{duration(run['export_seconds'])} against {duration(run['torch_seconds'])}"
         rows.append((f"latency, batch {batch}", f"{both}: {_faster(run)}"))
     return Table(f"{data['format']}, run by {data['runtime']}", ("figure", "value"), rows)
+
+
+def _agreement(data: Mapping[str, Any]) -> str:
+    return percent(data["agreement"]) if data["is_share"] else f"{data['agreement']:.6f}"
 
 
 def _inputs(data: Mapping[str, Any]) -> str:

@@ -239,6 +239,12 @@ def noise_band(baseline: Sequence[float], control: Sequence[float]) -> tuple[flo
     return math.exp(-width), math.exp(width)
 
 
+def noise_of(run: Seconds) -> dict[str, float]:
+    """Return the `noise_band` of a run of ``control`` and ``against``, or ``model`` where nothing is compared."""
+    low, high = noise_band(run.get("against", run["model"]), run["control"])
+    return {"low": low, "high": high}
+
+
 def speedup(baseline: Sequence[float], control: Sequence[float], candidate: Sequence[float]) -> Speedup:
     """Compare seconds per round of a baseline, the same baseline again, and a candidate, all of one interleaved run.
 

@@ -17,7 +17,7 @@ from peftc.measure.costs import Call, Seconds
 from peftc.models.inputs import still, vocabulary
 from peftc.models.model import Model
 from peftc.models.place import place_of
-from peftc.report import Table, duration, size, speedup_text
+from peftc.report import Table, duration, rate, size, speedup_text
 
 FEWEST = 8  # tokens: what fewer take is lost in the noise of reading the prompt
 PARTS = ("prefill", "decoding")
@@ -33,10 +33,17 @@ class Asked:
     seed: int = 0
 
 
-def refuse(model: Model, new: int) -> None:
-    """Refuse what writes no text, or too few tokens to time (UsageError)."""
+def check(new: int, *, compiled: bool) -> None:
+    """Refuse too few tokens to time, and compiled layers (UsageError)."""
     if new < FEWEST:
         raise UsageError(f"`--generate {new}` is too few tokens to time", hint=f"take at least {FEWEST}")
+    if compiled:
+        why = "text grows with each token, and layers are compiled for one shape"
+        raise UsageError("`--generate` and `--compile` do not go together", why=why, hint="time them in two runs")
+
+
+def refuse(model: Model) -> None:
+    """Refuse what writes no text (UsageError)."""
     if not getattr(model.module, "can_generate", bool)() or model.kind != "text":
         why = f"a {type(model.module).__name__} writes no text"
         raise UsageError(f"`--generate` is for language models, and `{model.name}` is none", why=why)
@@ -75,7 +82,7 @@ def table(found: Mapping[str, Any], title: str) -> Table:
             (f"prompt tokens, batch {batch}", "prefill", "tokens_per_second"),
             (f"new tokens, batch {batch}", "decoding", "tokens_per_second"),
         ):
-            form = duration if key == "median_seconds" else _rate
+            form = duration if key == "median_seconds" else rate
             change = case[part].get("speedup")
             cells = [form(case[part][label][key]) for label in labels]
             rows.append([name, *cells, *([speedup_text(change)] if change else [])])
@@ -83,10 +90,6 @@ def table(found: Mapping[str, Any], title: str) -> Table:
     rows.append([f"cache, batch {batch}", *caches, *([""] if len(labels) > 1 else [])])
     heads = ("figure", "before", "after", "change") if len(labels) > 1 else ("figure", "value")
     return Table(f"{title}: {found['new']} tokens after a prompt of {found['prompt']}", heads, rows)
-
-
-def _rate(per_second: float) -> str:
-    return f"{per_second:.3g}/s" if per_second < 1000 else f"{per_second:,.0f}/s"
 
 
 def written(model: Model, batch: int, asked: Asked, new: int) -> Callable[[], Any]:
@@ -132,15 +135,12 @@ def _case(times: Mapping[str, Seconds], batch: int, asked: Asked) -> dict[str, A
     found: dict[str, Any] = {}
     for part in PARTS:
         run = times[part]
-        base = run.get("against", run["model"])
-        low, high = costs.noise_band(base, run["control"])
-        found[part] = {}
+        found[part] = {"noise": costs.noise_of(run)}
         for label in run.keys() - {"control"}:
             median = costs.quantile(run[label], 0.5)
             found[part][label] = {"median_seconds": median, "tokens_per_second": tokens[part] / median}
-        found[part]["noise"] = {"low": low, "high": high}
         if "against" in run:
-            found[part]["speedup"] = asdict(costs.speedup(base, run["control"], run["model"]))
+            found[part]["speedup"] = asdict(costs.speedup(run["against"], run["control"], run["model"]))
     return found
 
 

@@ -103,9 +103,9 @@ def _trained(data: Mapping[str, Any]) -> str:
     text += f"; {held.get('metric', 'score')} on {number}held-out samples {before} before, {after} after step {best}"
     text += "" if best else ": unchanged"
     taught = held.get("before", {}).get("teacher")
-    return (
-        text if taught is None or held.get("metric") == "loss" else f"{text}; the teacher has {figure(sign * taught)}"
-    )
+    if taught is not None and held.get("metric") != "loss":
+        text += f"; the teacher has {figure(sign * taught)}"
+    return text
 
 
 def _quality(data: Mapping[str, Any]) -> str:
@@ -114,7 +114,8 @@ def _quality(data: Mapping[str, Any]) -> str:
         return ""
     name, used, known = found["metric"], found["data"], " that the model knows" if found["seen"] else ""
     text = f"{name} {_interval(found['metrics'][name])} on {used['samples']:,} samples of split {used['split']}{known}"
-    text += {None: "", 1: ", one at a time"}.get(at := found.get("batch_size"), f", {at} at once")
+    if at := found.get("batch_size"):
+        text += ", one at a time" if at == 1 else f", {at} at once"
     against = found.get("against")
     if not against:
         return text

@@ -27,7 +27,7 @@ from peftc.models.layerwise import layerwise
 from peftc.models.model import Model
 from peftc.models.place import place_of, runnable
 from peftc.nn.surgery import parameters, tensor_bytes
-from peftc.report import Report, Table, count, duration, short, size, speedup_text
+from peftc.report import Report, Table, count, duration, rate, short, size, speedup_text
 from peftc.store.source import Source
 from peftc.tasks import baseline
 from peftc.version import __version__
@@ -81,9 +81,8 @@ def bench(
         SourceError: model and baseline read inputs of different shapes.
     """
     _check(rounds, batch_size, min_speedup, against)
-    if generate is not None and compile:
-        why = "text grows with each token, and layers are compiled for one shape"
-        raise UsageError("`--generate` and `--compile` do not go together", why=why, hint="time them in two runs")
+    if generate is not None:
+        generation.check(generate, compiled=compile)
     subject = runnable(load.load(model), device=device, dtype=dtype)
     pair = {"model": subject}
     if against is not None:
@@ -91,7 +90,7 @@ def bench(
         pair["against"] = runnable(found, device=device, dtype=dtype)
     if generate is not None:
         for which in pair.values():
-            generation.refuse(which, generate)
+            generation.refuse(which)
     sides: dict[str, Any] = {"image_size": image_size, "max_length": max_length, "seed": seed}
     samples = {label: probe(which, **sides) for label, which in pair.items()}
     shapes = _shapes(samples, pair)
@@ -106,15 +105,15 @@ def bench(
     other, place = pair.get("against", subject), place_of(subject.module)
     forwards["control"] = functools.partial(forward, other)
     largest = batch_size or costs.saturating_batch(forwards["control"], place)
-    data: dict[str, Any] = {}
     with ExitStack() as held:
         for which in pair.values() if compile else ():
             held.enter_context(layerwise(which, compiled=True, fixed=True))
         times = _time(forwards, largest, rounds, place)
-        if generate is not None:
-            asked = generation.Asked(next(iter(shapes["model"].values()))[0], generate, rounds, seed)
-            data["generation"] = generation.measure(pair, asked, batch_size)
 
+    data: dict[str, Any] = {}
+    if generate is not None:
+        asked = generation.Asked(next(iter(shapes["model"].values()))[0], generate, rounds, seed)
+        data["generation"] = generation.measure(pair, asked, batch_size)
     for label, which in pair.items():
         data[label] = _sizes(which, samples[label]) | _speeds(times, label, largest)
         working = costs.working_memory(forwards[label](largest), place)
@@ -122,7 +121,7 @@ def bench(
         data[label]["memory"] = {"batch": largest, "working_bytes": working, "peak_bytes": peak}
     compared = {case: _compare(run) for case, run in times.items()} if against is not None else None
     data["speedup"] = None if compared is None else {case: asdict(change) for case, change in compared.items()}
-    data["noise"] = {case: _noise(run) for case, run in times.items()}
+    data["noise"] = {case: costs.noise_of(run) for case, run in times.items()}
     data |= {"input": shapes["model"], "rounds": rounds, "compiled": compile, "environment": _environment(place)}
     report = _report(data, compared, subject, largest, min_speedup, max_params, max_bytes)
     report.notes += [baseline.FOLDER] if against == "base" and Path("base").exists() else []
@@ -176,11 +175,6 @@ def _time(
 
 def _compare(run: Seconds) -> Speedup:
     return costs.speedup(run["against"], run["control"], run["model"])
-
-
-def _noise(run: Seconds) -> dict[str, float]:
-    low, high = costs.noise_band(run.get("against", run["model"]), run["control"])
-    return {"low": low, "high": high}
 
 
 def _sizes(model: Model, sample: Tensor | dict[str, Tensor]) -> dict[str, Any]:
@@ -274,8 +268,8 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
         ("multiply-adds per sample", ("macs",), short, None),
         ("latency, batch 1, median", ("batch_1", "median_seconds"), duration, "batch_1"),
         ("latency, batch 1, p90", ("batch_1", "p90_seconds"), duration, ""),
-        ("throughput, batch 1", ("batch_1", "samples_per_second"), _rate, "batch_1"),
-        (f"throughput, batch {largest}", ("saturating", "samples_per_second"), _rate, "saturating"),
+        ("throughput, batch 1", ("batch_1", "samples_per_second"), rate, "batch_1"),
+        (f"throughput, batch {largest}", ("saturating", "samples_per_second"), rate, "saturating"),
         (f"peak memory, batch {largest}", ("memory", "peak_bytes"), size, None),
     ]
     lines = []
@@ -297,7 +291,3 @@ def _table(data: dict[str, Any], compared: dict[str, Speedup] | None, largest: i
 
 def _share(old: float | None, new: float | None) -> str:
     return "" if not old or new is None else f"{100 * (new / old - 1):+.1f} %"
-
-
-def _rate(per_second: float) -> str:
-    return f"{per_second:.3g}/s" if per_second < 1000 else f"{per_second:,.0f}/s"

@@ -109,10 +109,7 @@ def read(
     if held is None and held_out:
         train, held = (train, train) if streams else _cut(encoded, held_out, seed)
         notes.append(f"held out: {len(held)} samples of split `{dataset.split}`, and none of them is learnt from")
-        if of_classes and not any(split_word(each) == "test" for each in split_names(data)):
-            both = f"{len(train)} samples are learnt from, and {len(held)} kept apart to choose the best weights"
-            split = "put a part of each class into a folder `test` beside `train`, as `examples/split.sh` does"
-            notes.append(f"{NO_TEST} in `{data}`: {both}; to measure on others, {split} (peftc/docs/data.md)")
+        notes += _without_test(data, len(train), len(held)) if of_classes else []
     about = seen.kept(data, row if labelled else None, dataset, encoded)
     found = Samples(row, labelled, train, held, {**about, "samples": len(train)}, outputs, notes)
 
@@ -125,6 +122,15 @@ def read(
 
     found = replace(found, train=changed(dataset, encoded))
     return found if step is None else _streamed(found, data, dataset, block, step, seed)
+
+
+def _without_test(data: str, learnt: int, kept: int) -> list[str]:
+    """Return a note where data have no test split: what the figure of a training on them is of."""
+    if any(split_word(each) == "test" for each in split_names(data)):
+        return []
+    both = f"{learnt} samples are learnt from, and {kept} kept apart to choose the best weights"
+    split = "put a part of each class into a folder `test` beside `train`, as `examples/split.sh` does"
+    return [f"{NO_TEST} in `{data}`: {both}; to measure on others, {split} (peftc/docs/data.md)"]
 
 
 def _beside(
