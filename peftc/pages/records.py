@@ -237,17 +237,11 @@ def _find_dense(records: Sequence[Record]) -> None:
     named = {each.manifest.id: str(each.folder) for each in records if not each.about}
     for record in records:
         at = record.base_id
-        if at is None or (record.place and _is_there(record.place, record.folder)):
+        if at is None or (record.place and manifest.lies(record.place, at, record.folder)):
             continue
         told = [str(places[at]["spec"]) for each in records if at in (places := each.result.get("places") or {})]
         there = [spec for spec in told if Path(spec).expanduser().is_dir()]
         record.against = named.get(at) or next(iter(there), DENSE)
-
-
-def _is_there(spec: str, folder: Path) -> bool:
-    """Return whether `--against base` finds a folder: where it was, or under its name beside the artifact."""
-    lay = Path(spec).expanduser()
-    return spec.startswith("hf:") or lay.is_dir() or (folder.resolve().parent / lay.name).is_dir()
 
 
 def rows(records: Sequence[Record]) -> list[Row]:

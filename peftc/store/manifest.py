@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from peftc.errors import ArtifactError, did_you_mean
+from peftc.errors import ArtifactError, PeftcError, did_you_mean
 from peftc.store import documents
 from peftc.store.documents import digest
 from peftc.store.source import MANIFEST
@@ -153,6 +154,23 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write ``peftc.json`` into ``folder``, with sorted keys and a digest of what it says."""
         documents.write_whole(folder / MANIFEST, documents.pretty(documents.sealed(asdict(self))))
+
+
+def lies(spec: str, made: str, folder: Path) -> str | None:
+    """Return where an artifact lies that a folder was made from; None where neither place holds it.
+
+    Args:
+        spec: where it was read then; one of a hub is taken as it stands.
+        made: its id.
+        folder: beside which it may lie under its own name.
+    """
+    if spec.startswith("hf:"):
+        return spec
+    for place in (Path(spec).expanduser(), folder.resolve().parent / Path(spec).name):
+        with suppress(PeftcError):
+            if read(place).id == made:
+                return str(place)
+    return None
 
 
 def read(folder: Path) -> Manifest:

@@ -1,7 +1,6 @@
 """The model that a result is compared with: the earliest of a chain that has the same head and the same task."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from peftc.errors import ArtifactError, PeftcError
@@ -72,21 +71,11 @@ def _written(model: Model, step: int) -> Model:
     named = artifact.read_result(model.folder).get("places", {}).get(made)
     if named is None:
         raise ArtifactError(f"`{model.folder}` does not say where step {step} of its chain lies", hint=NAME_ONE)
-    spec = named["spec"]
-    if not spec.startswith("hf:"):
-        places = [Path(spec).expanduser(), model.folder.resolve().parent / Path(spec).name]
-        spec = next((str(place) for place in places if _is(place, made)), None)
+    spec = manifest.lies(named["spec"], made, model.folder)
     if spec is None:
         why = f"neither `{named['spec']}` is that artifact, nor anything of that name beside `{model.folder}`"
         raise ArtifactError(f"step {step} of the chain of `{model.name}` is not there", why=why, hint=NAME_ONE)
     return load(model.source.names(spec, revision=named.get("revision")))
-
-
-def _is(folder: Path, made: str) -> bool:
-    try:
-        return manifest.read(folder).id == made
-    except PeftcError:
-        return False
 
 
 def _head(model: Model) -> tuple[Any, ...]:
